@@ -1,0 +1,34 @@
+"""biofx: a torch.fx compiler that gives the synapses of a PyTorch model biological properties."""
+
+from importlib.metadata import version
+
+from biofx import passes
+from biofx.errors import ArgumentError, BiofxError, CaptureError, ExportError, PipelineError, VerificationError
+from biofx.export import export
+from biofx.fold import fold
+from biofx.inspection import summary, table, to_networkx
+from biofx.transform import transform
+from biofx.verify import verify
+from biofx.weight_sites import WeightSite, l1, weight_sites
+
+__version__ = version("biofx")
+
+__all__ = [
+    "ArgumentError",
+    "BiofxError",
+    "CaptureError",
+    "ExportError",
+    "PipelineError",
+    "VerificationError",
+    "WeightSite",
+    "export",
+    "fold",
+    "l1",
+    "passes",
+    "summary",
+    "table",
+    "to_networkx",
+    "transform",
+    "verify",
+    "weight_sites",
+]

@@ -1,0 +1,276 @@
+"""Capture: from a module to a graph in which every weight is a node of its own.
+
+Symbolic tracing with three differences from `torch.fx.symbolic_trace`:
+
+- `Linear` and convolutions are traced through, so that the weight becomes a `get_attr` node that feeds a functional
+  operator. Their own forward runs, so padding modes, groups and missing biases come out as PyTorch means them.
+- A module that reads `training` keeps following `.train()` and `.eval()` (`ByMode`).
+- The result keeps the module tree of the model: its classes, attributes, buffers and the order of its state.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from biofx.errors import ArgumentError, CaptureError
+from biofx.provenance import RECORD, Record, restore
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PRESERVED_ATTRIBUTES = (
+    "_user_preserved_attributes"  # the key of GraphModule.meta that deepcopy gives back as attributes
+)
+WEIGHT_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+class ByMode(nn.Module):
+    """One of two constants, chosen by `training`: stands where tracing would have baked the mode in."""
+
+    def __init__(self, train: Any, eval: Any) -> None:  # noqa: A002 - the two modes are called train and eval
+        super().__init__()
+        self.values = {True: train, False: eval}
+
+    def forward(self) -> Any:
+        """The constant for the current mode."""
+        return self.values[self.training]
+
+    def extra_repr(self) -> str:
+        """Both constants."""
+        return f"train={self.values[True]!r}, eval={self.values[False]!r}"
+
+
+class Tracer(fx.Tracer):
+    """Symbolic tracer whose graphs have weights as nodes; also the one that unpickling a transformed model uses."""
+
+    proxy_buffer_attributes = True  # a buffer is state, not a constant: it may change between two calls
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace `root`; if it carries a record, restore the provenance of the nodes."""
+        self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
+        graph = super().trace(root, concrete_args)
+        record = root._modules.get(RECORD)
+        if isinstance(record, Record):
+            restore(record, graph)
+        return graph
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Modules that stay one node: those of torch.nn without synapses, and those whose call runs hooks."""
+        if why_kept_whole(m) is not None:
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not _is_weight_module(m)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """One `get_attr` node for every tensor, whichever alias reads it, found in constant time."""
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """Take constants that live in the module tree from there, not as copies."""
+        if isinstance(a, torch.Tensor) and id(a) in self._names:
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        return super().create_arg(a)
+
+
+def _is_weight_module(module: nn.Module) -> bool:
+    return isinstance(module, WEIGHT_MODULES) and isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def why_kept_whole(module: nn.Module) -> str | None:
+    """Why a module has to be called as it is, or None if its forward may be traced through."""
+    if any(getattr(module, registry) for registry in HOOKS):
+        return "it has hooks, which only run when the module itself is called"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return None
+
+
+def check(model: Any) -> None:
+    """Refuse what cannot be captured, before anything is copied.
+
+    Raises:
+        ArgumentError: not a module, a wrapped module, or one whose parameters have no values yet.
+    """
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise ArgumentError(f"model is the class {model.__name__}; transform an instance, {model.__name__}(...)")
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got an instance of {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError("model is a TorchScript module, which has no Python forward; transform the original module")
+    if "_orig_mod" in model._modules:
+        raise ArgumentError("model comes from torch.compile; transform the original module, then compile the result")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ArgumentError(f"model is a {type(model).__name__}; transform model.module, then wrap the result")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise ArgumentError(f"{name} is lazy and has no shape yet; call the model once, then transform it")
+        if tensor.is_meta:
+            raise ArgumentError(f"{name} is on the meta device and has no values; use model.to_empty(device=...) first")
+    if "forward" in vars(model):
+        raise ArgumentError("model.forward was replaced on the instance, and only its class can be traced; subclass it")
+    if hasattr(model, RECORD):
+        raise ArgumentError(
+            f'model has an attribute "{RECORD}", the name under which biofx keeps its record; rename it'
+        )
+
+
+def capture(model: nn.Module) -> fx.GraphModule:
+    """Trace a model into a GraphModule that takes over its module tree.
+
+    Args:
+        model: a checked model (see `check`); its submodules become those of the result.
+
+    Returns:
+        A GraphModule with the tree, state, mode, attributes and hooks of the model.
+
+    Raises:
+        CaptureError: forward cannot be traced; names the module and the line.
+    """
+    graph, constants = _trace_both_modes(model)
+    bio = fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=Tracer), class_name=type(model).__name__)
+    bio.training = model.training
+    for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS):
+        getattr(bio, registry).update(getattr(model, registry))
+    for name, constant in constants.items():
+        bio.register_buffer(name, constant, persistent=False)
+    attributes = {name: value for name, value in vars(model).items() if name not in vars(bio)}
+    vars(bio).update(attributes)
+    bio.meta[PRESERVED_ATTRIBUTES] = attributes
+    bio.add_module(RECORD, Record({name: p.shape for name, p in model.named_parameters()}).train(model.training))
+    bio.graph = graph
+    return bio
+
+
+def _trace_both_modes(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        _set_mode(modes, True)
+        with _readers_of_training() as readers:
+            graph, constants = _trace(model)
+        if readers:
+            _set_mode(modes, False)
+            _follow_mode(model, graph, _trace(model)[0], {m for m in readers if m in modes})
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return graph, constants
+
+
+def _set_mode(modules: Iterable[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.training = mode
+
+
+def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
+    before = set(vars(model))
+    try:
+        graph = Tracer().trace(model)
+    except Exception as error:
+        raise CaptureError(_explain(model, error)) from error
+    finally:  # tracing leaves its constants behind as attributes of the model
+        constants = {name: vars(model).pop(name) for name in set(vars(model)) - before}
+    first: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        if first.setdefault(node.target, node) is not node:
+            node.replace_all_uses_with(first[node.target])
+            graph.erase_node(node)
+    return graph, constants
+
+
+@contextmanager
+def _readers_of_training() -> Iterator[set[nn.Module]]:
+    """Note which modules read `self.training` while the block runs."""
+    readers: set[nn.Module] = set()
+
+    def read(module: nn.Module) -> bool:
+        readers.add(module)
+        return bool(vars(module)["training"])
+
+    def write(module: nn.Module, mode: bool) -> None:
+        vars(module)["training"] = mode
+
+    # A property of the class goes before the attribute of the instance.
+    type.__setattr__(nn.Module, "training", property(read, write))
+    try:
+        yield readers
+    finally:
+        type.__delattr__(nn.Module, "training")
+
+
+def _follow_mode(model: nn.Module, train: fx.Graph, evaluate: fx.Graph, readers: set[nn.Module]) -> None:
+    """Where the two graphs differ in a constant, make `train` read it from a `ByMode` module."""
+    position = {node: i for graph in (train, evaluate) for i, node in enumerate(graph.nodes)}
+    differs = CaptureError(
+        f"{_names(model, readers)} takes another path in training than in evaluation mode (it reads self.training), "
+        "and one graph cannot hold both; switch on a constant instead, or transform the parts separately"
+    )
+
+    def merge(a: Any, b: Any, node: fx.Node) -> Any:
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and position[a] == position[b]:
+            return a
+        if isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b):
+            return type(a)(merge(x, y, node) for x, y in zip(a, b, strict=True))
+        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+            return {key: merge(a[key], b[key], node) for key in a}
+        if any(isinstance(x, fx.Node | tuple | list | dict | slice) and x != y for x, y in ((a, b), (b, a))):
+            raise differs
+        return a if type(a) is type(b) and a == b else _by_mode(model, node, a, b)
+
+    if len(train.nodes) != len(evaluate.nodes):
+        raise differs
+    for a, b in list(zip(train.nodes, evaluate.nodes, strict=True)):
+        if (a.op, a.target) != (b.op, b.target):
+            raise differs
+        a.args, a.kwargs = merge(tuple(a.args), tuple(b.args), a), merge(dict(a.kwargs), dict(b.kwargs), a)
+
+
+def _by_mode(model: nn.Module, node: fx.Node, train: Any, evaluate: Any) -> fx.Node:
+    path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
+    owner = model.get_submodule(path)  # whose .train() and .eval() decide
+    index = sum(isinstance(child, ByMode) for child in owner.children())
+    owner.add_module(f"by_mode_{index}", ByMode(train, evaluate))
+    with node.graph.inserting_before(node):
+        return node.graph.call_module(f"{path}.by_mode_{index}".lstrip("."))
+
+
+def _names(model: nn.Module, modules: set[nn.Module]) -> str:
+    names = {module: name for name, module in model.named_modules()}
+    described = (f'"{names[m]}" ({type(m).__name__})' if names[m] else type(m).__name__ for m in modules)
+    return ", ".join(sorted(described))
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """Say which module and which line stopped the trace."""
+    modules = set(model.modules())
+    owner, line = model, ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if inspect.getmodulename(code.co_filename) is None or not _is_user_code(frame.f_globals.get("__name__", "")):
+            continue
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, nn.Module) and candidate in modules:
+            owner = candidate
+        line = f"{code.co_filename}:{number}: {linecache.getline(code.co_filename, number).strip()}"
+    return f"{_names(model, {owner})} cannot be traced: {error}\n  at {line}".rstrip()
+
+
+def _is_user_code(module: str) -> bool:
+    return module.partition(".")[0] not in ("torch", "biofx")

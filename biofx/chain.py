@@ -1,0 +1,82 @@
+"""Chains: the nodes between the `get_attr` of a weight and the operator that consumes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from biofx.provenance import RECORD, Inserted, inserted
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """The attribute that a `get_attr` node reads."""
+    value: Any = root
+    for atom in target.split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def parameter_nodes(bio: fx.GraphModule) -> dict[str, fx.Node]:
+    """The one `get_attr` node of every parameter that the graph reads, by the parameter's name."""
+    nodes = {node.target: node for node in bio.graph.find_nodes(op="get_attr")}
+    return {name: nodes[name] for name, _ in bio.named_parameters() if name in nodes}
+
+
+def chain(start: fx.Node) -> list[fx.Node]:
+    """The chain that begins at the `get_attr` of a parameter: that node, and then the inserted ones in order."""
+    nodes = [start]
+    while True:
+        following = [n for n in nodes[-1].users if _is_link(n, nodes[-1])]
+        if len(following) != 1:
+            return nodes
+        nodes.append(following[0])
+
+
+def _is_link(node: fx.Node, previous: fx.Node) -> bool:
+    origin = inserted(node)
+    return origin is not None and origin.slot.on_chain and node.op != "get_attr" and node.args[0] is previous
+
+
+def evaluate(bio: fx.GraphModule, nodes: list[fx.Node]) -> Tensor:
+    """Run a chain on the present values: the tensor that the operator receives, differentiable in the raw weight."""
+    values: dict[fx.Node, Any] = {}
+
+    def value(node: fx.Node) -> Any:
+        return values[node] if node in values else attribute(bio, str(node.target))
+
+    for node in nodes:
+        if node.op == "get_attr":
+            values[node] = value(node)
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        target: Callable[..., Any] = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+        values[node] = target(*args, **kwargs)
+    return values[nodes[-1]]  # type: ignore[no-any-return]
+
+
+def append(start: fx.Node, origin: Inserted, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+    """Put `target(weight, *args)` into the chain at the place of its slot, behind what is there already.
+
+    All readers of the chain read the new node, directly or through the links behind it.
+    """
+    nodes = chain(start)
+    previous = [n for n in nodes if n is start or inserted(n).slot <= origin.slot][-1]  # type: ignore[union-attr]
+    readers = list(previous.users)
+    latest = max([previous, *(a for a in args if isinstance(a, fx.Node))])  # nodes compare by their place in the graph
+    with start.graph.inserting_after(latest):
+        node = start.graph.call_function(target, (previous, *args))
+    node.meta[RECORD] = origin
+    for reader in readers:
+        reader.replace_input_with(previous, node)
+    return node
+
+
+def read(start: fx.Node, origin: Inserted, target: str) -> fx.Node:
+    """A `get_attr` of state that belongs to a weight, beside the weight's own."""
+    with start.graph.inserting_after(start):
+        node = start.graph.get_attr(target)
+    node.meta[RECORD] = origin
+    return node

@@ -1,0 +1,22 @@
+"""Depth: how many weights a signal passes before it reaches a node, on the longest path through the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx
+
+
+def depths(graph: fx.Graph, operators: Collection[fx.Node]) -> dict[fx.Node, int]:
+    """Depth of every node: the largest number of weight operators on a path that ends before it.
+
+    A graph is in topological order, so one sweep finds all longest paths.
+
+    Args:
+        graph: the graph.
+        operators: the nodes that count.
+    """
+    result: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        result[node] = max((result[source] + (source in operators) for source in node.all_input_nodes), default=0)
+    return result

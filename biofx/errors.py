@@ -1,0 +1,37 @@
+"""Everything that biofx raises; each message names what was given, where, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class BiofxError(Exception):
+    """Base of every error that biofx raises on purpose."""
+
+
+class ArgumentError(BiofxError, ValueError):
+    """An argument that cannot be meant."""
+
+
+class CaptureError(BiofxError):
+    """A model whose forward cannot be turned into a graph."""
+
+
+class PipelineError(BiofxError, ValueError):
+    """A list of passes that cannot be run: unknown names or options, or passes that exclude each other."""
+
+
+class VerificationError(BiofxError):
+    """A transformed model that breaks an invariant.
+
+    Attributes:
+        violations: one line for each broken invariant; names the pass, the parameter and the invariant.
+    """
+
+    def __init__(self, violations: Sequence[str]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("the transformed model is not valid:\n" + "\n".join(f"  - {v}" for v in self.violations))
+
+
+class ExportError(BiofxError):
+    """An export that failed, or a file that computes something else than the model."""

@@ -1,0 +1,77 @@
+"""Checks of a pass's options, for its `__post_init__`: wrong options fail when the pass is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from biofx.errors import ArgumentError
+
+
+def _refuse(owner: object, option: str, must: str, value: Any) -> ArgumentError:
+    return ArgumentError(f"passes.{type(owner).__name__}: {option} must be {must}, got {value!r}")
+
+
+def check_integer(owner: object, option: str, *, at_least: int) -> None:
+    """Refuse anything but an integer that is large enough."""
+    value = getattr(owner, option)
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
+        raise _refuse(owner, option, f"an integer ≥ {at_least}", value)
+
+
+def check_number(
+    owner: object,
+    option: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Refuse anything but a finite number within the bounds."""
+    value = getattr(owner, option)
+    bounds = [f"> {above:g}"] if above is not None else []
+    bounds += [f"≥ {at_least:g}"] if at_least is not None else []
+    bounds += [f"≤ {at_most:g}"] if at_most is not None else []
+    fits = (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+    )
+    if not fits:
+        raise _refuse(owner, option, f"a number {' and '.join(bounds)}".strip(), value)
+
+
+def check_choice(owner: object, option: str, choices: Collection[str]) -> None:
+    """Refuse anything but one of the choices."""
+    value = getattr(owner, option)
+    if value not in choices:
+        raise _refuse(owner, option, f"one of {', '.join(choices)}", value)
+
+
+def check_flag(owner: object, option: str) -> None:
+    """Refuse anything but True and False."""
+    value = getattr(owner, option)
+    if not isinstance(value, bool):
+        raise _refuse(owner, option, "True or False", value)
+
+
+def check_activation(owner: object, option: str) -> None:
+    """Refuse anything but None and the name of an activation function in `torch.nn.functional` or `torch`."""
+    value = getattr(owner, option)
+    if value is not None and (
+        not isinstance(value, str) or not callable(getattr(F, value, getattr(torch, value, None)))
+    ):
+        raise _refuse(owner, option, 'None or the name of a function in torch.nn.functional, such as "relu"', value)
+
+
+def activation_function(name: str) -> Callable[..., Any]:
+    """The function that an activation's name means."""
+    return getattr(F, name, None) or getattr(torch, name)  # type: ignore[no-any-return]

@@ -1,0 +1,148 @@
+"""The pipeline: passes in canonical order, each timed and verified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from biofx.editor import Editor, owners
+from biofx.errors import PipelineError, VerificationError
+from biofx.inspection import table
+from biofx.provenance import PassRun, record_of, seal
+from biofx.registry import Pass
+from biofx.verify import verify
+from biofx.weight_sites import find
+
+Printer = Callable[[str], object]
+
+
+def run(
+    bio: fx.GraphModule,
+    passes: Sequence[Pass],
+    excluded: dict[str, str],
+    seed: int,
+    *,
+    check: bool,
+    example_inputs: Any = None,
+    print_between: Printer | None = None,
+) -> None:
+    """Run passes on a captured model, from the operator inwards, whatever the order in which they are given.
+
+    A pass that changes the shape of a weight thus runs before one that draws a number for each of its entries.
+
+    Args:
+        bio: the model, changed in place.
+        passes: the passes.
+        excluded: weights that no pass may touch, each with the reason.
+        seed: seed of every random draw.
+        check: verify the model after each pass.
+        example_inputs: inputs on which passes that preserve the function are checked.
+        print_between: called with the graph's text after each pass.
+
+    Raises:
+        PipelineError: two passes exclude each other.
+        VerificationError: a pass broke an invariant.
+    """
+    ordered = sorted(passes, key=lambda p: (-p.slot, p.name))
+    _refuse_conflicts(bio, ordered, excluded)
+    for pass_ in ordered:
+        compare = check and example_inputs is not None and pass_.preserves_function
+        if compare:
+            bio.recompile()
+            before = evaluate(bio, example_inputs)
+        _run_one(bio, pass_, excluded, seed)
+        if check:
+            _verify_after(bio, pass_)
+        if compare:
+            bio.recompile()
+            _compare(pass_, before, evaluate(bio, example_inputs))
+        if print_between is not None:
+            print_between(f"after {pass_}:\n{table(bio)}")
+    seal(bio)
+    bio.meta["biofx"] = {
+        "passes": [
+            {"pass": str(run.pass_), "seed": run.seed, "seconds": run.seconds, "weights": list(run.weights)}
+            for run in record_of(bio).passes
+        ]
+    }
+
+
+def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
+    for name in find(bio)[0]:
+        if name in excluded:
+            continue
+        present = [run.pass_ for run in record_of(bio).passes if name in run.weights]
+        for new in passes:
+            for old in present:
+                if old.name == new.name:
+                    raise PipelineError(
+                        f"{new.name} is given twice for {name}: as {old} and as {new}; "
+                        "one weight takes a pass once (use exclude to give other weights other options)"
+                    )
+                if old.slot is new.slot and new.slot.exclusive:
+                    raise PipelineError(
+                        f"{old.name} and {new.name} both claim the {new.slot.label} of {name}; drop one"
+                    )
+            present.append(new)
+
+
+def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: int) -> None:
+    start = time.perf_counter()
+    places = owners(bio)
+    changed: list[str] = []
+    left: dict[str, str] = {}
+    for name, site in find(bio)[0].items():
+        if name in excluded:
+            left[name] = excluded[name]
+            continue
+        edit = Editor(bio, site.node, pass_, seed, places)
+        with torch.no_grad():
+            pass_.rewrite(site, edit)
+        if edit.changed:
+            changed.append(name)
+        else:
+            left[name] = edit.reason or f"{pass_.name} changed nothing"
+    record_of(bio).passes.append(PassRun(pass_, seed, tuple(changed), left, time.perf_counter() - start))
+
+
+def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
+    try:
+        verify(bio)
+    except VerificationError as error:
+        raise VerificationError([f"after {pass_.name}: {v}" for v in error.violations]) from None
+
+
+def evaluate(model: torch.nn.Module, example_inputs: Any) -> list[torch.Tensor]:
+    """The tensors that a model returns in evaluation mode; neither its mode nor the global RNG changes."""
+    args = example_inputs if isinstance(example_inputs, tuple | list) else ()
+    kwargs = example_inputs if isinstance(example_inputs, dict) else {}
+    if isinstance(example_inputs, torch.Tensor):
+        args = (example_inputs,)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            outputs = model.eval()(*args, **kwargs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+
+
+def _compare(pass_: Pass, before: Any, after: list[torch.Tensor]) -> None:
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        if not old.dtype.is_floating_point:
+            continue
+        tolerance = torch.finfo(old.dtype).eps ** 0.5 * max(1.0, float(old.abs().max()))
+        difference = float((old - new).abs().max())
+        if not difference <= tolerance:
+            raise VerificationError(
+                [
+                    f"{pass_.name} says that it preserves the function, but output {index} differs by {difference:.3g} "
+                    f"on the example inputs (at most {tolerance:.3g} is rounding)"
+                ]
+            )

@@ -1,0 +1,165 @@
+"""What the compiler did to a model: which pass inserted which node, for which weight, in which slot."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from biofx.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from biofx.registry import Pass
+
+RECORD = "biofx"  # name of the Record among the children of a transformed model, and the key in `node.meta`
+
+
+class Slot(enum.IntEnum):
+    """Where on the way from a stored weight to its operator a pass acts; the value is the canonical order.
+
+        raw [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → operator → output
+
+    The sign constraint and the sum are exclusive: one pass for each weight.
+    """
+
+    HOOK = 1
+    SIGN = 2
+    SUM = 3
+    OUTPUT = 4
+
+    @property
+    def label(self) -> str:
+        """The slot's name in tables."""
+        return {1: "gradient hook", 2: "sign constraint", 3: "sum over synapses", 4: "operator output"}[self.value]
+
+    @property
+    def on_chain(self) -> bool:
+        """Whether the slot lies between the stored weight and its operator."""
+        return self is not Slot.OUTPUT
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether only one pass may claim the slot of a weight."""
+        return self in (Slot.SIGN, Slot.SUM)
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """Who inserted a node: `by` is the pass's name, `parameter` the weight's name in the original model."""
+
+    by: str
+    parameter: str
+    slot: Slot
+
+
+@dataclass(frozen=True)
+class PassRun:
+    """One pass that ran.
+
+    Attributes:
+        pass_: the pass, with its options.
+        seed: what its random draws depend on, together with the weight's name.
+        weights: the weights that it changed.
+        left: the weights that it left alone, each with the reason.
+        seconds: how long it took.
+    """
+
+    pass_: Pass
+    seed: int
+    weights: tuple[str, ...]
+    left: dict[str, str]
+    seconds: float
+
+
+class Record(nn.Module):
+    """The child `biofx` of a transformed model. It has no tensors; as a child it survives deepcopy and pickling.
+
+    Attributes:
+        original: shape of every parameter of the original model, by name.
+        state: names of the buffers that passes added, and the pass that added each.
+        passes: the passes that ran, in order.
+        inserted: provenance by node name, written by `seal` for the time when the graph is traced again.
+    """
+
+    def __init__(self, original: dict[str, torch.Size]) -> None:
+        super().__init__()
+        self.original = original
+        self.state: dict[str, str] = {}
+        self.passes: list[PassRun] = []
+        self.inserted: dict[str, Inserted] = {}
+
+    def extra_repr(self) -> str:
+        """The pipeline that made the model."""
+        return ",".join(str(run.pass_) for run in self.passes)
+
+
+def record_of(bio: nn.Module) -> Record:
+    """The record of a transformed model.
+
+    Raises:
+        ArgumentError: `bio` does not come from `biofx.transform`.
+    """
+    record = bio._modules.get(RECORD) if isinstance(bio, nn.Module) else None
+    if not isinstance(record, Record):
+        raise ArgumentError(
+            f"expected a model made by biofx.transform, got {_describe(bio)}; "
+            "a graph that was traced again, or copied with copy.copy, has lost its record"
+        )
+    return record
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"an instance of {type(value).__name__}"
+
+
+def unwrap(bio: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and data-parallel wrappers."""
+    while isinstance(bio, nn.Module) and RECORD not in bio._modules:
+        inner = bio._modules.get("_orig_mod", bio._modules.get("module"))
+        if inner is None:
+            break
+        bio = inner
+    return bio
+
+
+def inserted(node: fx.Node) -> Inserted | None:
+    """Who inserted a node, or None for a node of the original model."""
+    return node.meta.get(RECORD)
+
+
+def inserted_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Inserted]]:
+    """The nodes that passes inserted, in graph order."""
+    for node in graph.nodes:
+        origin = inserted(node)
+        if origin is not None:
+            yield node, origin
+
+
+def seal(bio: fx.GraphModule) -> None:
+    """Name all nodes as re-tracing will name them, write provenance down by name, and recompile.
+
+    Pickling a GraphModule keeps its code and drops `node.meta`; unpickling traces the code again. Names in graph order
+    are the names that tracing gives, so the record finds its nodes again (`restore`).
+    """
+    renamed = fx.Graph(tracer_cls=bio.graph._tracer_cls)
+    renamed.set_codegen(bio.graph._codegen)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in bio.graph.nodes:
+        args, kwargs = (fx.map_arg(a, copies.__getitem__) for a in (node.args, node.kwargs))
+        copies[node] = renamed.create_node(node.op, node.target, args, kwargs, type_expr=node.type)
+        copies[node].meta = dict(node.meta)
+    bio.graph = renamed
+    record_of(bio).inserted = {node.name: origin for node, origin in inserted_nodes(renamed)}
+
+
+def restore(record: Record, graph: fx.Graph) -> None:
+    """Give the nodes of a re-traced graph their provenance back."""
+    for node in graph.nodes:
+        if node.name in record.inserted:
+            node.meta[RECORD] = record.inserted[node.name]

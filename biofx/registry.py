@@ -1,0 +1,231 @@
+"""Passes by name: what a pass is, how it is written in a pipeline string, and recipes."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from biofx.errors import ArgumentError, PipelineError
+from biofx.provenance import Slot
+
+if TYPE_CHECKING:
+    from biofx.editor import Editor
+    from biofx.weight_sites import WeightSite
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A mechanism: a frozen dataclass whose fields are its options.
+
+    Subclass it, name it, say which slot it fills, and write `rewrite`. `passes.register` makes it known by its name.
+
+    Attributes:
+        name: the name in pipeline strings and tables.
+        slot: where on the way from the stored weight to its operator the pass puts its nodes.
+    """
+
+    name: ClassVar[str]
+    slot: ClassVar[Slot]
+
+    @property
+    def preserves_function(self) -> bool:
+        """Whether the model computes the same after the pass as before, to rounding; checked on example inputs."""
+        return False
+
+    def rewrite(self, site: WeightSite, edit: Editor) -> None:
+        """Rewrite one weight: insert nodes with `edit`, or leave the weight alone with `edit.leave(reason)`."""
+        raise NotImplementedError(f"{type(self).__name__}.rewrite")
+
+    def violations(self, site: WeightSite) -> Iterator[str]:
+        """The invariants of this pass that a weight breaks, one sentence each; `biofx.verify` asks."""
+        yield from ()
+
+    def __str__(self) -> str:
+        """The pass as a pipeline string, with the options that are not at their default."""
+        options = [
+            f"{field.name}={_write(value)}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        ]
+        return self.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+PassClass = TypeVar("PassClass", bound=type[Pass])
+_PASSES: dict[str, type[Pass]] = {}
+_RECIPES: dict[str, str] = {}
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+def register(pass_class: PassClass) -> PassClass:
+    """Make a pass known by its name, so that pipeline strings, tables and the test suite find it.
+
+    Raises:
+        ArgumentError: not a frozen dataclass derived from `Pass`, no slot, or a name that is malformed or taken.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> @passes.register
+        ... @dataclass(frozen=True)
+        ... class SlowDown(passes.Pass):
+        ...     name = "slow-down"
+        ...     slot = passes.Slot.HOOK
+        ...     factor: float = 0.5
+        ...
+        ...     def rewrite(self, site, edit):
+        ...         edit.insert(torch.ops.biofx.scale_grad, self.factor)
+        >>> bio = biofx.transform(torch.nn.Linear(1, 1), "slow-down{factor=0.25}")
+        >>> bio(torch.ones(1)).backward()
+        >>> bio.weight.grad
+        tensor([[0.2500]])
+    """
+    where = f"passes.register: {getattr(pass_class, '__name__', pass_class)}"
+    if not (isinstance(pass_class, type) and issubclass(pass_class, Pass)):
+        raise ArgumentError(f"{where} must be a class derived from passes.Pass")
+    parameters = getattr(pass_class, "__dataclass_params__", None)
+    if "__dataclass_fields__" not in vars(pass_class) or parameters is None or not parameters.frozen:
+        raise ArgumentError(f"{where} must be decorated with @dataclass(frozen=True), below @passes.register")
+    if not isinstance(getattr(pass_class, "slot", None), Slot):
+        raise ArgumentError(f"{where} must say which slot it fills: slot = passes.Slot.HOOK, say")
+    name = getattr(pass_class, "name", None)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ArgumentError(f"{where} needs a name of lower-case words joined by hyphens, got {name!r}")
+    known = _PASSES.get(name)
+    if name in _RECIPES or (known is not None and known.__qualname__ != pass_class.__qualname__):
+        raise ArgumentError(f"{where}: the name {name!r} is taken by {known.__qualname__ if known else 'a recipe'}")
+    _PASSES[name] = pass_class
+    return pass_class
+
+
+def register_recipe(name: str, pipeline: str) -> None:
+    """Give a pipeline a name, under which `transform` and pipeline strings accept it.
+
+    Raises:
+        ArgumentError: the name is malformed or taken.
+        PipelineError: the pipeline does not parse.
+    """
+    if not _NAME.fullmatch(name) or name in _PASSES or _RECIPES.get(name, pipeline) != pipeline:
+        raise ArgumentError(f"register_recipe: the name {name!r} is taken, or is not of lower-case words and hyphens")
+    parse(pipeline)
+    _RECIPES[name] = pipeline
+
+
+def registered_passes() -> dict[str, type[Pass]]:
+    """All known passes by name."""
+    return dict(sorted(_PASSES.items()))
+
+
+def recipes() -> dict[str, str]:
+    """All known recipes: the pipeline string of each, by name."""
+    return dict(sorted(_RECIPES.items()))
+
+
+def parse(pipeline: str) -> list[Pass]:
+    """Read a pipeline string: `name`, `name{option=value,option=value}` or a recipe's name, separated by commas.
+
+    Values are Python literals; a bare word is a string.
+
+    Raises:
+        PipelineError: malformed, or an unknown pass or option; lists what exists.
+        ArgumentError: a value that the pass refuses.
+
+    Example:
+        >>> from biofx.registry import parse
+        >>> [str(p) for p in parse("split-synapses{synapses=4},fuzzy-learning-rates{distribution=gamma}")]
+        ['split-synapses{synapses=4}', 'fuzzy-learning-rates{distribution=gamma}']
+    """
+    result: list[Pass] = []
+    for element in _split(pipeline):
+        name, brace, rest = element.partition("{")
+        name = name.strip()
+        if brace and not rest.rstrip().endswith("}"):
+            raise PipelineError(f"pipeline string: no closing brace in {element!r}")
+        if name in _RECIPES and not brace:
+            result += parse(_RECIPES[name])
+        elif name in _PASSES:
+            result.append(_build(_PASSES[name], _split(rest.rstrip()[:-1]) if brace else []))
+        else:
+            known = f"the passes are {', '.join(sorted(_PASSES))}; the recipes are {', '.join(sorted(_RECIPES))}"
+            raise PipelineError(f"pipeline string: unknown pass {name!r}; {known}")
+    return result
+
+
+def _build(pass_class: type[Pass], options: list[str]) -> Pass:
+    fields = {field.name: field for field in dataclasses.fields(pass_class) if field.init}
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = (part.strip() for part in option.partition("="))
+        if not equals:
+            raise PipelineError(f"pipeline string: {pass_class.name}: {option!r} is not of the form option=value")
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise PipelineError(f"pipeline string: {pass_class.name} has no option {key!r}; its options are {known}")
+        if key in values:
+            raise PipelineError(f"pipeline string: {pass_class.name}: option {key!r} is given twice")
+        values[key] = _read(value)
+    return pass_class(**values)
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that are outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "{[(":
+            depth += 1
+        elif character in "}])":
+            depth -= 1
+        if character == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _read(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _write(value: Any) -> str:
+    return (
+        value
+        if isinstance(value, str) and _read(value) == value and not set(value) & set(",{}[]()'\"= ")
+        else repr(value)
+    )
+
+
+def as_passes(passes: Sequence[Pass] | str) -> list[Pass]:
+    """The pass objects that `transform` was given, as objects or as a pipeline string.
+
+    Raises:
+        ArgumentError: not a list of pass objects or a string, or no pass at all.
+        PipelineError: a pipeline string that does not parse.
+    """
+    if isinstance(passes, str):
+        result = parse(passes)
+    elif isinstance(passes, Pass) or (isinstance(passes, type) and issubclass(passes, Pass)):
+        given = passes.__name__ + "()" if isinstance(passes, type) else repr(passes)
+        raise ArgumentError(f"passes must be a list; write passes=[{given}]")
+    elif isinstance(passes, Sequence):
+        result = list(passes)
+    else:
+        raise ArgumentError(f"passes must be a list of passes or a pipeline string, got {type(passes).__name__}")
+    for index, item in enumerate(result):
+        if isinstance(item, type) and issubclass(item, Pass):
+            raise ArgumentError(f"passes[{index}] is the class {item.__name__}; write {item.__name__}()")
+        if not isinstance(item, Pass):
+            raise ArgumentError(f"passes[{index}] is not a pass: {item!r}; the passes are {', '.join(sorted(_PASSES))}")
+    if not result:
+        raise ArgumentError(f"no pass given; the passes are {', '.join(sorted(_PASSES))}")
+    return result

@@ -1,0 +1,168 @@
+"""`biofx.transform`: capture, then the pipeline."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from biofx import capture, pipeline
+from biofx.errors import ArgumentError, CaptureError
+from biofx.provenance import RECORD, Record
+from biofx.registry import Pass, as_passes
+from biofx.weight_sites import find
+
+FRONTENDS = ("symbolic",)
+
+
+def transform(
+    model: nn.Module,
+    passes: Sequence[Pass] | str,
+    *,
+    example_inputs: Any = None,
+    frontend: str = "symbolic",
+    exclude: str | Sequence[str] = (),
+    seed: int = 0,
+    inplace: bool = False,
+    verify: bool = True,
+    print_between: pipeline.Printer | bool | None = None,
+) -> fx.GraphModule:
+    """Compile a model into one with biological synapses.
+
+    The result is a `GraphModule` that trains in any PyTorch loop. The model is traced, each pass rewrites every weight
+    (see `biofx.weight_sites`), and the graph is verified after each pass. Mode, dtype and device stay as they are.
+
+    Args:
+        model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
+        passes: pass objects; a pipeline string such as `"split-synapses{synapses=4},fuzzy-learning-rates"`; or the name of
+            a recipe. The order does not matter: passes run from the operator inwards.
+        example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`. With
+            them, capture and every pass that preserves the function are checked to do so.
+        frontend: how the graph is captured. `"symbolic"`: symbolic tracing.
+        exclude: glob patterns over parameter names; matching weights are left alone.
+        seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes no
+            other layer's draw. The global random number generators are neither read nor moved.
+        inplace: use the parameters of `model` instead of copies. Build the optimizer afterwards: a pass may replace them.
+        verify: check all invariants after each pass (`biofx.verify`).
+        print_between: a function that gets the graph as text after each pass; `True` prints it.
+
+    Returns:
+        The transformed model. `biofx.summary` shows what became of every weight; `meta["biofx"]` says which passes ran,
+        with their options and times.
+
+    Raises:
+        ArgumentError: an argument that cannot be meant, or a model without weights.
+        CaptureError: the model cannot be traced; names the module and the line.
+        PipelineError: unknown passes or options, or passes that exclude each other.
+        VerificationError: a pass broke an invariant.
+        If it raises, `model` is as it was.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> bio = biofx.transform(model, [passes.SplitSynapses(synapses=4), passes.FuzzyLearningRates(nu=0.16)])
+        >>> x = torch.randn(5, 4)
+        >>> torch.allclose(bio(x), model(x), atol=1e-6)
+        True
+    """
+    chosen = as_passes(passes)
+    if frontend not in FRONTENDS:
+        raise ArgumentError(f"frontend must be one of {', '.join(map(repr, FRONTENDS))}, got {frontend!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ArgumentError(f"seed must be an integer, got {seed!r}")
+    again = isinstance(model, nn.Module) and isinstance(model._modules.get(RECORD), Record)
+    if not again:
+        capture.check(model)
+    with _restored_on_error(model) if inplace else nullcontext():
+        source = model if inplace else _copy(model)
+        bio = source if again else capture.capture(source)
+        assert isinstance(bio, fx.GraphModule)
+        if example_inputs is not None and not again:
+            _check_example_inputs(source, bio, example_inputs)
+        excluded = _excluded(bio, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+        _check_weights(bio, excluded)
+        printer = print if print_between is True else print_between or None
+        pipeline.run(bio, chosen, excluded, seed, check=verify, example_inputs=example_inputs, print_between=printer)
+    return bio
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied: {error}; transform it with inplace=True"
+        ) from error
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give a model that is changed in place its tensors, children and graph back if the block raises."""
+    registries = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    saved = [(m, {r: copy.copy(getattr(m, r)) for r in registries}, m.training) for m in model.modules()]
+    record, graph = model._modules.get(RECORD), None
+    if isinstance(record, Record) and isinstance(model, fx.GraphModule):
+        graph, fields = model.graph, {k: copy.copy(v) for k, v in vars(record).items()}
+        model.graph = copy.deepcopy(graph)
+    try:
+        yield
+    except BaseException:
+        for module, contents, mode in saved:
+            for registry, content in contents.items():
+                getattr(module, registry).clear()
+                getattr(module, registry).update(content)
+            module.training = mode
+        if graph is not None:
+            vars(record).update(fields)
+            model.graph = graph
+        raise
+
+
+def _check_example_inputs(model: nn.Module, bio: fx.GraphModule, example_inputs: Any) -> None:
+    try:
+        expected = pipeline.evaluate(model, example_inputs)
+    except Exception as error:
+        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+    captured = pipeline.evaluate(bio, example_inputs)
+    if len(expected) != len(captured) or not all(
+        torch.allclose(a, b, equal_nan=True) for a, b in zip(expected, captured, strict=True)
+    ):
+        raise CaptureError(
+            f"{type(model).__name__} computes something else when traced: its forward takes decisions, draws random "
+            "numbers or has side effects that a graph does not hold"
+        )
+
+
+def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
+    result: dict[str, str] = {}
+    canonical = {id(p): name for name, p in bio.named_parameters()}
+    names = {name: canonical[id(p)] for name, p in bio.named_parameters(remove_duplicate=False)}
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise ArgumentError(
+                f'exclude pattern "{pattern}" matches no weight; the model has {", ".join(find(bio)[0]) or "none"}'
+            )
+        result.update({names[match]: f'excluded by the pattern "{pattern}"' for match in matches})
+    return result
+
+
+def _check_weights(bio: fx.GraphModule, excluded: dict[str, str]) -> None:
+    sites, others = find(bio)
+    if not sites:
+        reasons = "".join(f"\n  - {name}: {reason}" for name, reason in others.items()) or " it has no parameters"
+        raise ArgumentError(f"{type(bio).__name__} has no weight that biofx can give synapses:{reasons}")
+    if not set(sites) - set(excluded):
+        raise ArgumentError(f"exclude leaves no weight; it matches all of {', '.join(sites)}")
+    for name, site in sites.items():
+        if name not in excluded and not site.raw.is_floating_point():
+            raise ArgumentError(
+                f"{name} has dtype {site.raw.dtype}; synapses are real numbers. "
+                f'Convert it, or leave it alone with exclude="{name}"'
+            )

@@ -1,0 +1,115 @@
+"""Verification: the invariants of a transformed model."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from biofx.chain import attribute, chain, parameter_nodes
+from biofx.errors import VerificationError
+from biofx.operators import NAMESPACE
+from biofx.provenance import inserted, inserted_nodes, record_of, unwrap
+from biofx.weight_sites import find
+
+
+def verify(bio: nn.Module) -> None:
+    """Check every invariant of a transformed model.
+
+    - The graph is well formed (`graph.lint`).
+    - Every weight has one chain, with its nodes in canonical order, and every inserted node is in use.
+    - Every `biofx` operator in the graph was inserted by a pass that ran.
+    - No parameter of the original model is gone.
+    - Gains are finite and not negative; what else a pass promises holds (`Pass.violations`).
+
+    Args:
+        bio: a model made by `biofx.transform`.
+
+    Raises:
+        VerificationError: lists every broken invariant, each with the pass and the parameter.
+        ArgumentError: `bio` was not made by `biofx.transform`.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(2, 2), [passes.FuzzyLearningRates()])
+        >>> biofx.verify(bio)
+        >>> bio.weight_gain[0, 0] = float("nan")
+        >>> biofx.verify(bio)
+        Traceback (most recent call last):
+        biofx.errors.VerificationError: the transformed model is not valid:
+          - fuzzy-learning-rates: weight: gain is not finite
+    """
+    bio = unwrap(bio)
+    record_of(bio)
+    assert isinstance(bio, fx.GraphModule)
+    violations = [*_graph(bio), *_chains(bio), *_parameters(bio), *_passes(bio)]
+    if violations:
+        raise VerificationError(violations)
+
+
+def _graph(bio: fx.GraphModule) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lint warns of attributes that are plain tensors, which a model may have
+            bio.graph.lint()
+    except RuntimeError as error:
+        yield f"the graph is malformed: {error}"
+
+
+def _chains(bio: fx.GraphModule) -> Iterator[str]:
+    for name, count in Counter(str(n.target) for n in bio.graph.find_nodes(op="get_attr")).items():
+        if count > 1:
+            yield f"{name}: read by {count} nodes, must be read by one"
+    on_chain: set[fx.Node] = set()
+    for start in parameter_nodes(bio).values():
+        nodes = chain(start)
+        on_chain.update(nodes)
+        slots = [origin.slot for n in nodes if (origin := inserted(n)) is not None]
+        if slots != sorted(slots):
+            yield f"{start.target}: its chain is not in canonical order: {', '.join(s.label for s in slots)}"
+    for node, origin in inserted_nodes(bio.graph):
+        where = f"{origin.by}: {origin.parameter}: {node.name}"
+        if not node.users:
+            yield f"{where} is not used by any node"
+        if origin.slot.on_chain and node.op != "get_attr" and node not in on_chain:
+            yield f"{where} is not on the one chain of the weight"
+    ran = {run.pass_.name for run in record_of(bio).passes}
+    for node in bio.graph.nodes:
+        origin = inserted(node)
+        if getattr(node.target, "namespace", _namespace(node)) == NAMESPACE and origin is None:
+            yield f"{node.name} is a biofx operator that no pass inserted"
+        if origin is not None and origin.by not in ran:
+            yield f"{origin.by}: {origin.parameter}: {node.name} was inserted by a pass that did not run"
+
+
+def _namespace(node: fx.Node) -> str:
+    return str(getattr(node.target, "_qualified_op_name", "")).partition("::")[0]
+
+
+def _parameters(bio: fx.GraphModule) -> Iterator[str]:
+    present = {name for name, _ in bio.named_parameters()}
+    for name in record_of(bio).original:
+        if name not in present:
+            yield f"{name}: a parameter of the original model is gone"
+
+
+def _passes(bio: fx.GraphModule) -> Iterator[str]:
+    record = record_of(bio)
+    for name, by in record.state.items():
+        if name.endswith("_gain"):
+            gain, weight = attribute(bio, name), name.removesuffix("_gain")
+            if not bool(torch.isfinite(gain).all()):
+                yield f"{by}: {weight}: gain is not finite"
+            elif bool((gain < 0).any()):
+                yield f"{by}: {weight}: gain is negative ({float(gain.min()):g})"
+    sites = find(bio)[0]
+    for run in record.passes:
+        for name in run.weights:
+            if name not in sites:
+                yield f"{run.pass_.name}: {name}: no operator uses the weight any more"
+                continue
+            yield from (f"{run.pass_.name}: {name}: {v}" for v in run.pass_.violations(sites[name]))

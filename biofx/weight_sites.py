@@ -1,0 +1,248 @@
+"""Weight sites: which parameters are synapses, and which of their axes are presynaptic and postsynaptic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from biofx.capture import why_kept_whole
+from biofx.chain import attribute, chain, evaluate, parameter_nodes
+from biofx.depth import depths
+from biofx.provenance import Slot, inserted, record_of, unwrap
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How a PyTorch operator consumes a weight.
+
+    Attributes:
+        name: the operator's name in tables.
+        presynaptic_axis: axis of the weight that runs over presynaptic units (within one group, if there are groups).
+        postsynaptic_axis: axis of the weight that runs over postsynaptic units.
+        channel_axis: axis of the output that runs over postsynaptic units, counted from the end.
+        groups: position of the number of groups among the arguments, if the operator has groups.
+        weight: position of the weight among the arguments; the bias follows it.
+    """
+
+    name: str
+    presynaptic_axis: int
+    postsynaptic_axis: int
+    channel_axis: int
+    groups: int | None = None
+    weight: int = 1
+
+    def argument(self, node: fx.Node, position: int | None, name: str, default: Any = None) -> Any:
+        """An argument of a call of this operator, given by position or by name."""
+        if position is not None and position < len(node.args):
+            return node.args[position]
+        return node.kwargs.get(name, default)
+
+
+OPERATORS: dict[Callable[..., Any], Operator] = {F.linear: Operator("linear", 1, 0, channel_axis=-1)}
+for _n in (1, 2, 3):
+    OPERATORS[getattr(F, f"conv{_n}d")] = Operator(f"conv{_n}d", 1, 0, channel_axis=-1 - _n, groups=6)
+    OPERATORS[getattr(F, f"conv_transpose{_n}d")] = Operator(
+        f"conv_transpose{_n}d", 0, 1, channel_axis=-1 - _n, groups=6
+    )
+
+
+NOT_A_SYNAPSE = "one value for each unit, not a synapse"
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSite:
+    """A parameter used as synaptic weights by an operator.
+
+    Attributes:
+        bio: the transformed model.
+        name: the parameter's name in the original model; the first one, if it is tied to others.
+        node: the `get_attr` node of the stored parameter.
+        operator: the operator that consumes the weight.
+        groups: number of groups into which the operator divides its units.
+        uses: the calls of the operator, several if the weight is used more than once.
+        depth: number of weights that a signal passes before this one, on the longest path, over that of the deepest weight:
+            from 0 for the first to 1 for the last; 0 if all are first.
+    """
+
+    bio: fx.GraphModule
+    name: str
+    node: fx.Node
+    operator: Operator
+    groups: int
+    uses: tuple[fx.Node, ...]
+    depth: float
+
+    @property
+    def raw(self) -> nn.Parameter:
+        """The stored parameter: shape (Γ, *shape) if the weight is split into Γ synapses, else the weight's own shape."""
+        return attribute(self.bio, self.name)  # type: ignore[no-any-return]
+
+    def effective(self) -> Tensor:
+        """The tensor that the operator receives, differentiable in `raw`."""
+        return evaluate(self.bio, self.chain)
+
+    @property
+    def gain(self) -> Tensor | None:
+        """Learning gain c of every synapse, broadcastable to `raw`; None if every synapse learns alike."""
+        return self.state("gain")
+
+    @property
+    def sign(self) -> Tensor | None:
+        """Sign +1 or −1 of the unit behind every synapse, broadcastable to `raw`; None if signs are free."""
+        return self.state("sign")
+
+    @property
+    def synapses(self) -> int:
+        """Γ, the number of synapses for each connection."""
+        return self.raw.shape[0] if self.is_split else 1
+
+    @property
+    def is_split(self) -> bool:
+        """Whether `raw` has a leading axis of synapses."""
+        return any(origin is not None and origin.slot is Slot.SUM for origin in map(inserted, self.chain))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the weight without its axis of synapses."""
+        return self.raw.shape[1:] if self.is_split else self.raw.shape
+
+    @property
+    def presynaptic_axis(self) -> int:
+        """Axis of the weight, as in the original model, that runs over presynaptic units."""
+        return self.operator.presynaptic_axis
+
+    @property
+    def postsynaptic_axis(self) -> int:
+        """Axis of the weight, as in the original model, that runs over postsynaptic units."""
+        return self.operator.postsynaptic_axis
+
+    @property
+    def chain(self) -> list[fx.Node]:
+        """The nodes from the stored parameter to the tensor that the operator receives."""
+        return chain(self.node)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Names of the passes that changed this weight."""
+        return tuple(run.pass_.name for run in record_of(self.bio).passes if self.name in run.weights)
+
+    def state_name(self, key: str) -> str:
+        """Name of the buffer that holds `key` for this weight."""
+        return f"{self.name}_{key}"
+
+    def state(self, key: str) -> Tensor | None:
+        """State that a pass keeps for this weight, or None."""
+        name = self.state_name(key)
+        return attribute(self.bio, name) if name in record_of(self.bio).state else None
+
+
+def weight_sites(bio: nn.Module) -> dict[str, WeightSite]:
+    """The weight sites of a transformed model.
+
+    Args:
+        bio: a model made by `biofx.transform`, bare or inside `torch.compile` or a data-parallel wrapper.
+
+    Returns:
+        The sites by the parameter's name in the original model, in the order of its parameters. Weights that were
+        left alone are in it if an operator is known to use them as synapses; see `summary` for the reasons.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform`.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(3, 2), [passes.SplitSynapses(synapses=4)])
+        >>> site = biofx.weight_sites(bio)["weight"]
+        >>> site.raw.shape, site.effective().shape, site.synapses
+        (torch.Size([4, 2, 3]), torch.Size([2, 3]), 4)
+    """
+    bio = unwrap(bio)
+    record_of(bio)
+    return find(bio)[0]  # type: ignore[arg-type]
+
+
+def l1(bio: nn.Module) -> Tensor:
+    r"""Sum of the magnitudes of all effective weights, a differentiable scalar to add to a loss.
+
+    $$L_1 = \sum_{\text{sites}} \sum_{ij} |w_{ij}|$$
+
+    with $w$ the tensor that the operator receives, not the synapses that it is made of. The reference package sums its
+    own learning-rate factors instead, and under `no_grad`.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform`.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(3, 2), [passes.SplitSynapses()])
+        >>> bool(torch.isclose(biofx.l1(bio), biofx.weight_sites(bio)["weight"].effective().abs().sum()))
+        True
+    """
+    return torch.stack([site.effective().abs().sum() for site in weight_sites(bio).values()]).sum()
+
+
+def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
+    """The weight sites, and for every other parameter the reason why it is none."""
+    nodes = parameter_nodes(bio)
+    uses: dict[str, list[tuple[fx.Node, Operator]]] = {}
+    for name, node in nodes.items():
+        end = chain(node)[-1]
+        uses[name] = [(user, op) for user in end.users if (op := _consumes(user, end)) is not None]
+    before = depths(bio.graph, {user for calls in uses.values() for user, _ in calls})
+    depth = {name: max(before[user] for user, _ in calls) for name, calls in uses.items() if calls}
+    deepest = max(1, *depth.values(), 0)
+    sites: dict[str, WeightSite] = {}
+    others: dict[str, str] = {}
+    for name, parameter in bio.named_parameters():
+        kinds = {(op, op.argument(user, op.groups, "groups", 1)) for user, op in uses.get(name, ())}
+        if name not in nodes:
+            others[name] = _why_not_read(bio, name)
+        elif not kinds:
+            others[name] = _why_no_weight(parameter, nodes[name])
+        elif len(kinds) > 1:
+            described = sorted(f"{op.name} with groups={groups}" for op, groups in kinds)
+            others[name] = f"shared by operators that want different axes: {', '.join(described)}"
+        else:
+            ((operator, groups),) = kinds
+            calls = tuple(user for user, _ in uses[name])
+            sites[name] = WeightSite(bio, name, nodes[name], operator, groups, calls, depth[name] / deepest)
+    return sites, others
+
+
+def _consumes(user: fx.Node, weight: fx.Node) -> Operator | None:
+    operator = OPERATORS.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
+    if operator is None or operator.argument(user, operator.weight, "weight") is not weight:
+        return None
+    return operator
+
+
+def _why_no_weight(parameter: nn.Parameter, node: fx.Node) -> str:
+    if parameter.dim() < 2:
+        return NOT_A_SYNAPSE
+    users = sorted({_target_name(user) for user in chain(node)[-1].users})
+    return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
+
+
+def _target_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _why_not_read(bio: fx.GraphModule, name: str) -> str:
+    called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")}
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        if path in called:
+            module = bio.get_submodule(path)
+            if attribute(bio, name).dim() < 2:
+                return NOT_A_SYNAPSE
+            reason = why_kept_whole(module) or "biofx has no operator for its weights"
+            return f"inside {path} ({type(module).__name__}), which is called as it is: {reason}"
+    return "not used in forward"

@@ -1,0 +1,192 @@
+r"""Synaptic diversity: every synapse learns at a rate of its own.
+
+$$g \leftarrow c \cdot g$$
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from biofx.editor import Editor
+from biofx.errors import ArgumentError
+from biofx.options import check_choice, check_integer, check_number
+from biofx.provenance import Slot
+from biofx.registry import Pass, register
+from biofx.weight_sites import WeightSite
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+@register
+@dataclass(frozen=True)
+class FuzzyLearningRates(Pass):
+    r"""Draw a gain c for every synapse, once, and scale its learning by it.
+
+    $$g \leftarrow c \cdot g, \qquad c \sim p_\nu \ \text{for each synapse, clamped to}\ [\mathrm{minimum}, \mathrm{maximum}]$$
+
+    with g the gradient of the stored weight (of each synapse, if it is split) and ν the spread: the half-width of bounded
+    distributions, the standard deviation of unbounded ones. All have mean 1 before clamping.
+
+    | distribution | gain |
+    |---|---|
+    | `baseline` | 1 |
+    | `uniform` | U(1−ν, 1+ν) |
+    | `normal` | N(1, ν²) |
+    | `lognormal` | exp N(−s²/2, s²), s² = ln(1+ν²) |
+    | `gamma` | Gamma with shape 1/ν² and scale ν²: mean 1, standard deviation ν |
+    | `beta` | 1 + (2·Beta(1/ν, 1/ν) − 1)·ν |
+    | `layer_adaptive` | U(1±ν_l), ν_l = ν·(1 − 0.5·l/(L−1)), with l the depth of the weight in the graph (longest path) and L−1 the depth of the deepest |
+    | `weight_adaptive` | U(1±ν_w), ν_w = ν·clamp(2 − \|w\|/mean\|w\|, 0.5, 1.5) |
+    | `temporal` | starts as `uniform`; decays towards 1 while training |
+    | `activity` | U(1±ν_i), ν_i = ν·(2 − a_i), with a_i the relative activity of postsynaptic unit i; a_i = 1 before any was seen |
+
+    The gain is kept in the buffer `<weight>_gain` and applied by the node `biofx.scale_grad`.
+
+    The reference package multiplies `.grad` by hand between `backward()` and `step()`. Its gamma gains have mean 2, and
+    most of them sit at the clamp; its `layer_adaptive` gains are drawn before it knows the layer, so they are uniform; its
+    lognormal takes ν as the logarithm's standard deviation.
+
+    Args:
+        nu: ν, the spread of the gains, above 0. Default 0.16, as in the reference package.
+        distribution: one of the names above.
+        minimum: lower clamp, at least 0.
+        maximum: upper clamp, at least `minimum`.
+        decay: for `temporal`: factor on c − 1 at every refresh, in [0, 1].
+        every: for `temporal`, `weight_adaptive` and `activity`: steps between two refreshes.
+        dtype: dtype in which the gains are kept, by name; None is the weight's.
+
+    Raises:
+        ArgumentError: an option out of its range.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(64, 32), [passes.FuzzyLearningRates(nu=0.16, distribution="gamma")])
+        >>> gain = biofx.weight_sites(bio)["weight"].gain
+        >>> round(float(gain.mean()), 1), round(float(gain.std()), 1)
+        (1.0, 0.2)
+
+    References:
+        Hofmann, Becker, Tetzlaff & Mäder, Concept transfer of synaptic diversity from biological to artificial neural
+        networks, Nature Communications 16, 2025, doi 10.1038/s41467-025-60078-9.
+    """
+
+    name: ClassVar[str] = "fuzzy-learning-rates"
+    slot: ClassVar[Slot] = Slot.HOOK
+
+    nu: float = 0.16
+    distribution: str = "uniform"
+    minimum: float = 0.5
+    maximum: float = 2.0
+    decay: float = 0.9995
+    every: int = 100
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_number(self, "nu", above=0)
+        check_choice(self, "distribution", DISTRIBUTIONS)
+        check_number(self, "minimum", at_least=0)
+        check_number(self, "maximum", at_least=0)
+        if self.minimum > self.maximum:
+            raise ArgumentError(
+                f"passes.FuzzyLearningRates: minimum must be ≤ maximum, got minimum={self.minimum}, maximum={self.maximum}"
+            )
+        check_number(self, "decay", at_least=0, at_most=1)
+        check_integer(self, "every", at_least=1)
+        if self.dtype is not None:
+            check_choice(self, "dtype", DTYPES)
+
+    @property
+    def preserves_function(self) -> bool:
+        """True: only gradients change."""
+        return True
+
+    def rewrite(self, site: WeightSite, edit: Editor) -> None:
+        """Draw the gains of a weight's synapses and hook them to its gradient."""
+        nu: float | Tensor = self.nu
+        if self.distribution == "layer_adaptive":
+            nu = layer_adaptive_spread(self.nu, site.depth)
+        elif self.distribution == "weight_adaptive":
+            nu = weight_adaptive_spread(self.nu, site.raw.detach().float().cpu())
+        gain = DISTRIBUTIONS[self.distribution](site.raw.shape, nu, edit.generator).clamp(self.minimum, self.maximum)
+        dtype = getattr(torch, self.dtype) if self.dtype else site.raw.dtype
+        edit.insert(torch.ops.biofx.scale_grad, edit.state("gain", gain.to(site.raw.device, dtype)))
+
+    def violations(self, site: WeightSite) -> Iterator[str]:
+        """Gains outside of [minimum, maximum]."""
+        if site.gain is None:
+            yield "its gain is gone"
+            return
+        low, high = (float(x) for x in site.gain.aminmax())
+        # A bound that the gain's dtype cannot hold is rounded to one that it can.
+        lowest, highest = (float(torch.tensor(x, dtype=site.gain.dtype)) for x in (self.minimum, self.maximum))
+        if low < lowest or high > highest:
+            yield f"gain is in [{low:g}, {high:g}], outside of [{self.minimum:g}, {self.maximum:g}]"
+
+
+Spread = float | Tensor
+Draw = Callable[[torch.Size, Spread, torch.Generator], Tensor]
+
+
+def baseline(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tensor:
+    """The neutral gain."""
+    return torch.ones(shape)
+
+
+def uniform(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tensor:
+    """U(1−ν, 1+ν); ν is a number or broadcasts against the shape."""
+    return 1 + (2 * torch.rand(shape, generator=generator) - 1) * nu
+
+
+def normal(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tensor:
+    """N(1, ν²)."""
+    return 1 + nu * torch.randn(shape, generator=generator)
+
+
+def lognormal(shape: torch.Size, nu: float, generator: torch.Generator) -> Tensor:
+    """Exp N(−s²/2, s²) with s² = ln(1+ν²): mean 1, standard deviation ν."""
+    variance = math.log1p(nu**2)
+    return torch.exp(math.sqrt(variance) * torch.randn(shape, generator=generator) - variance / 2)
+
+
+def gamma(shape: torch.Size, nu: float, generator: torch.Generator) -> Tensor:
+    """Gamma with shape parameter 1/ν² and scale ν²: mean 1, standard deviation ν."""
+    return nu**2 * torch._standard_gamma(torch.full(shape, nu**-2), generator=generator)
+
+
+def beta(shape: torch.Size, nu: float, generator: torch.Generator) -> Tensor:
+    """1 + (2·B − 1)·ν with B ~ Beta(1/ν, 1/ν), drawn as a ratio of gamma variables."""
+    pair = torch._standard_gamma(torch.full((2, *shape), 1 / nu), generator=generator)
+    return 1 + (2 * pair[0] / pair.sum(0) - 1) * nu
+
+
+def layer_adaptive_spread(nu: float, depth: float) -> float:
+    """ν_l = ν·(1 − 0.5·l/(L−1)), with depth = l/(L−1) in [0, 1]: ν at the first weight, ν/2 at the last."""
+    return nu * (1 - 0.5 * depth)
+
+
+def weight_adaptive_spread(nu: float, weight: Tensor) -> Tensor:
+    """ν_w = ν·clamp(2 − |w|/mean|w|, 0.5, 1.5), elementwise; a weight of zeros counts as average."""
+    magnitude = weight.abs()
+    mean = magnitude.mean()
+    return nu * (2 - magnitude / mean if mean > 0 else torch.ones_like(magnitude)).clamp(0.5, 1.5)
+
+
+DISTRIBUTIONS: dict[str, Draw] = {
+    "baseline": baseline,
+    "uniform": uniform,
+    "normal": normal,
+    "lognormal": lognormal,
+    "gamma": gamma,
+    "beta": beta,
+    "layer_adaptive": uniform,
+    "weight_adaptive": uniform,
+    "temporal": uniform,
+    "activity": uniform,
+}

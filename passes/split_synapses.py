@@ -1,0 +1,167 @@
+r"""Multi-synaptic connectivity: every connection is made of several synapses.
+
+$$w_{ij} = \sum_{\gamma=1}^{\Gamma} w_{ij\gamma}$$
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from biofx.editor import Editor
+from biofx.options import activation_function, check_activation, check_choice, check_flag, check_integer
+from biofx.provenance import Slot
+from biofx.registry import Pass, register
+from biofx.weight_sites import WeightSite
+
+
+@register
+@dataclass(frozen=True)
+class SplitSynapses(Pass):
+    r"""Split every connection into Γ synapses, which learn separately and act together.
+
+    $$w = \sum_{\gamma=1}^{\Gamma} w_\gamma, \qquad w_\gamma = \pi_\gamma\, w \ \text{at insertion}, \qquad
+    \pi \sim \mathrm{Dirichlet}(1, \ldots, 1) \ \text{for each connection}$$
+
+    The parameter gets a leading axis of synapses: shape (Γ, \*shape). The model computes what it did before, to rounding;
+    with Γ = 1, to the last bit.
+
+    *Learning speed.* Each synapse sees the whole gradient of its connection, so under gradient descent the connection
+    would move Γ times as fast. `compensate` multiplies the gradient by 1/Γ behind the sum, outside of the gain.
+
+    *Per-synapse activation.* With `activation=f`, synapses act on the unit through a nonlinearity of their own:
+
+    $$y = \sum_{\gamma=1}^{\Gamma} f\!\left(x\, w_\gamma^{\top} + b_\gamma\right), \qquad b_\gamma = b / \Gamma
+    \ \text{at insertion},$$
+
+    computed by one operator with Γ times as many outputs, a reshape, f, and a sum. The bias becomes (Γ, \*shape) as well.
+    This does **not** preserve the function.
+
+    The reference package has nothing of this kind: its "weight splitting" sums groups of units.
+
+    Args:
+        synapses: Γ, the number of synapses for each connection, at least 1.
+        init: `"dirichlet"` divides a connection at random, as above; `"equal"` gives every synapse w/Γ. Synapses that
+            start equal stay equal unless something else, such as `FuzzyLearningRates`, tells them apart.
+        compensate: keep the connection's learning speed independent of Γ.
+        activation: name of a function in `torch.nn.functional` or `torch`, applied to each synapse's current.
+
+    Raises:
+        ArgumentError: an option out of its range.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> model = torch.nn.Conv2d(3, 8, kernel_size=3)
+        >>> bio = biofx.transform(model, [passes.SplitSynapses(synapses=4)])
+        >>> bio.weight.shape
+        torch.Size([4, 8, 3, 3, 3])
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> torch.allclose(bio(x), model(x), atol=1e-5)
+        True
+
+    References:
+        Hofmann, Becker, Tetzlaff & Mäder, Concept transfer of synaptic diversity from biological to artificial neural
+        networks, Nature Communications 16, 2025, doi 10.1038/s41467-025-60078-9.
+    """
+
+    name: ClassVar[str] = "split-synapses"
+    slot: ClassVar[Slot] = Slot.SUM
+
+    synapses: int = 2
+    init: str = "dirichlet"
+    compensate: bool = True
+    activation: str | None = None
+
+    def __post_init__(self) -> None:
+        check_integer(self, "synapses", at_least=1)
+        check_choice(self, "init", ("dirichlet", "equal"))
+        check_flag(self, "compensate")
+        check_activation(self, "activation")
+
+    @property
+    def preserves_function(self) -> bool:
+        """True without a per-synapse activation."""
+        return self.activation is None
+
+    def rewrite(self, site: WeightSite, edit: Editor) -> None:
+        """Store Γ synapses, and sum them on the way to the operator or behind it."""
+        biases = _biases(site) if self.activation else []
+        if biases is None:
+            edit.leave("its operator's bias is computed, or shared with something else, so it cannot be split")
+            return
+        equal = torch.full_like(site.raw, 1 / self.synapses, dtype=torch.float32).expand(self.synapses, *site.raw.shape)
+        shares = equal if self.init == "equal" else dirichlet(self.synapses, site.raw.shape, edit.generator)
+        edit.replace_raw(split(site.raw, shares))
+        if self.activation is None:
+            edit.insert(torch.sum, 0)
+        self._compensate(edit)
+        if self.activation is not None:
+            _stack(edit, site.postsynaptic_axis, site.groups)
+            for bias in biases:
+                self._split_bias(edit.on(bias), site.groups)
+            for use in site.uses:
+                _sum_outputs(edit, use, site, self.synapses, activation_function(self.activation))
+
+    def _split_bias(self, edit: Editor, groups: int) -> None:
+        edit.replace_raw((edit.raw / self.synapses).expand(self.synapses, -1))
+        self._compensate(edit)
+        _stack(edit, 0, groups)
+
+    def _compensate(self, edit: Editor) -> None:
+        if self.compensate and self.synapses > 1:
+            edit.insert(torch.ops.biofx.scale_grad, 1 / self.synapses)
+
+
+def dirichlet(synapses: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    r"""Shares π of Γ synapses in every connection, uniform on the simplex: shape (Γ, \*shape), summing to 1 over Γ.
+
+    Independent exponential variables, divided by their sum, are Dirichlet(1, …, 1).
+    """
+    waiting = torch.empty(synapses, *shape).exponential_(generator=generator)
+    return waiting / waiting.sum(0)
+
+
+def split(weight: Tensor, shares: Tensor) -> Tensor:
+    r"""Synapses w_γ = π_γ·w of a weight: shape (Γ, \*shape), in the weight's dtype and on its device."""
+    return (weight * shares.to(weight.device, torch.promote_types(weight.dtype, shares.dtype))).to(weight.dtype)
+
+
+def _biases(site: WeightSite) -> list[fx.Node] | None:
+    """The nodes of the biases that go with a weight, or None if one of them cannot be split."""
+    operator = site.operator
+    biases = {bias for use in site.uses if (bias := operator.argument(use, operator.weight + 1, "bias")) is not None}
+    readers = {reader for bias in biases for reader in bias.users}
+    if len(biases) > 1 or any(bias.op != "get_attr" for bias in biases) or not readers <= set(site.uses):
+        return None
+    return list(biases)
+
+
+def _stack(edit: Editor, axis: int, groups: int) -> None:
+    """Lay the synapses side by side on the postsynaptic axis, within each group of units."""
+    if axis == 1:  # transposed convolution: this axis runs over the units of one group
+        edit.insert(torch.movedim, 0, 1)
+        edit.insert(torch.flatten, 1, 2)
+    elif groups == 1:
+        edit.insert(torch.flatten, 0, 1)
+    else:
+        edit.insert(torch.unflatten, 1, (groups, -1))
+        edit.insert(torch.movedim, 0, 1)
+        edit.insert(torch.flatten, 0, 2)
+
+
+def _sum_outputs(
+    edit: Editor, use: fx.Node, site: WeightSite, synapses: int, activation: Callable[..., Tensor]
+) -> None:
+    """Behind the wide operator: apply the activation to each synapse's current, and sum over synapses."""
+    channel = site.operator.channel_axis
+    shape = (synapses, -1) if site.groups == 1 else (site.groups, synapses, -1)
+    node = edit.after(use, torch.unflatten, channel, shape)
+    node = edit.after(node, activation)
+    node = edit.after(node, torch.sum, channel - 1)
+    if site.groups > 1:
+        edit.after(node, torch.flatten, channel - 1, channel)
