@@ -13,15 +13,16 @@ from __future__ import annotations
 import inspect
 import linecache
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from biofx.captured_module import HOOKS, CapturedModule, captured
 from biofx.errors import ArgumentError, CaptureError
-from biofx.provenance import RECORD, Record, restore
+from biofx.provenance import RECORD, Record
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PRESERVED_ATTRIBUTES = (
@@ -54,19 +55,53 @@ class ByMode(nn.Module):
         return f"train={self.values[True]!r}, eval={self.values[False]!r}"
 
 
+class MustBeNone(nn.Module):
+    """Stands for an optional argument that was None while tracing, so that forward took the path without it."""
+
+    def __init__(self, argument: str) -> None:
+        super().__init__()
+        self.argument = argument
+
+    def forward(self, value: Any) -> None:
+        """Refuse a value that the graph would ignore."""
+        if value is not None and not isinstance(value, fx.Proxy):  # a proxy: somebody traces the graph again
+            raise ArgumentError(
+                f"forward was captured without its optional argument {self.argument!r}, so it cannot take one; "
+                f"transform the model with example_inputs that contain {self.argument!r}"
+            )
+
+    def extra_repr(self) -> str:
+        """The argument."""
+        return self.argument
+
+
 class Tracer(fx.Tracer):
-    """Symbolic tracer whose graphs have weights as nodes; also the one that unpickling a transformed model uses."""
+    """Symbolic tracer whose graphs have weights as nodes; also the one that unpickling a captured model uses."""
 
     proxy_buffer_attributes = True  # a buffer is state, not a constant: it may change between two calls
 
+    def __init__(self, absent: Collection[str] = ()) -> None:
+        super().__init__()
+        self._absent = absent  # optional arguments to trace as None
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
+    ) -> tuple[Any, list[Any]]:
+        """Give forward None for an optional argument that nobody passes, and refuse it in calls of the graph."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for index, arg in enumerate(args):
+            name = arg.node.target if isinstance(arg, fx.Proxy) else None
+            if name in self._absent:
+                child = f"{name}_must_be_none"
+                self.root.add_module(child, MustBeNone(name))
+                self.create_node("call_module", child, (arg.node,), {})
+                args[index] = None
+        return function, args
+
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace `root`; if it carries a record, restore the provenance of the nodes."""
+        """Trace `root`, whose tensors become nodes under their first name."""
         self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
-        graph = super().trace(root, concrete_args)
-        record = root._modules.get(RECORD)
-        if isinstance(record, Record):
-            restore(record, graph)
-        return graph
+        return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Modules that stay one node: those of torch.nn without synapses, and those whose call runs hooks."""
@@ -132,45 +167,66 @@ def check(model: Any) -> None:
         )
 
 
-def capture(model: nn.Module) -> fx.GraphModule:
-    """Trace a model into a GraphModule that takes over its module tree.
+def capture(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
+    """Trace a model into a graph module that takes over its module tree.
 
     Args:
         model: a checked model (see `check`); its submodules become those of the result.
+        example_inputs: arguments of forward. An argument whose default is None, and which they do not contain, is None
+            for the graph: it takes the path without it, and says so to a caller who passes it.
 
     Returns:
-        A GraphModule with the tree, state, mode, attributes and hooks of the model.
+        A graph module with the tree, state, mode, attributes and hooks of the model.
 
     Raises:
         CaptureError: forward cannot be traced; names the module and the line.
     """
-    graph, constants = _trace_both_modes(model)
-    bio = fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=Tracer), class_name=type(model).__name__)
-    bio.training = model.training
-    for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS):
-        getattr(bio, registry).update(getattr(model, registry))
-    for name, constant in constants.items():
-        bio.register_buffer(name, constant, persistent=False)
-    attributes = {name: value for name, value in vars(model).items() if name not in vars(bio)}
-    vars(bio).update(attributes)
-    bio.meta[PRESERVED_ATTRIBUTES] = attributes
-    bio.add_module(RECORD, Record({name: p.shape for name, p in model.named_parameters()}).train(model.training))
-    bio.graph = graph
+    graph, constants = _trace_both_modes(model, _absent(model, example_inputs))
+    record = Record({name: p.shape for name, p in model.named_parameters()}, constants)
+    bio = captured(model, graph)
+    bio.add_module(RECORD, record.train(model.training))
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in constants:
+            node.target = f"{RECORD}.{node.target}"
+    bio.recompile()
     return bio
 
 
-def _trace_both_modes(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
+def _absent(model: nn.Module, example_inputs: Any) -> set[str]:
+    signature = inspect.signature(type(model).forward)
+    args, kwargs = split_inputs(example_inputs)
+    try:
+        given = signature.bind_partial(model, *args, **kwargs).arguments
+    except TypeError as error:
+        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+    optional = {name for name, parameter in signature.parameters.items() if parameter.default is None}
+    return {name for name in optional if given.get(name) is None}
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as arguments of a call: a tuple is positional, a dict is by keyword, anything else is the first."""
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def _trace_both_modes(model: nn.Module, absent: Collection[str]) -> tuple[fx.Graph, dict[str, Any]]:
     modes = {module: module.training for module in model.modules()}
     try:
         _set_mode(modes, True)
         with _readers_of_training() as readers:
-            graph, constants = _trace(model)
+            graph, constants = _trace(model, absent)
+        readers &= modes.keys()
         if readers:
             _set_mode(modes, False)
-            _follow_mode(model, graph, _trace(model)[0], {m for m in readers if m in modes})
+            evaluation, _ = _trace(model, absent)
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if readers:
+        _follow_mode(model, graph, evaluation, readers)
     return graph, constants
 
 
@@ -179,10 +235,10 @@ def _set_mode(modules: Iterable[nn.Module], mode: bool) -> None:
         module.training = mode
 
 
-def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
+def _trace(model: nn.Module, absent: Collection[str]) -> tuple[fx.Graph, dict[str, Any]]:
     before = set(vars(model))
     try:
-        graph = Tracer().trace(model)
+        graph = Tracer(absent).trace(model)
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
     finally:  # tracing leaves its constants behind as attributes of the model
@@ -246,7 +302,7 @@ def _by_mode(model: nn.Module, node: fx.Node, train: Any, evaluate: Any) -> fx.N
     path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
     owner = model.get_submodule(path)  # whose .train() and .eval() decide
     index = sum(isinstance(child, ByMode) for child in owner.children())
-    owner.add_module(f"by_mode_{index}", ByMode(train, evaluate))
+    owner.add_module(f"by_mode_{index}", ByMode(train, evaluate).train(owner.training))
     with node.graph.inserting_before(node):
         return node.graph.call_module(f"{path}.by_mode_{index}".lstrip("."))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from biofx.provenance import RECORD, Inserted, inserted
@@ -52,8 +51,7 @@ def evaluate(bio: fx.GraphModule, nodes: list[fx.Node]) -> Tensor:
             values[node] = value(node)
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-        target: Callable[..., Any] = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
-        values[node] = target(*args, **kwargs)
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # links are functions, see `append`
     return values[nodes[-1]]  # type: ignore[no-any-return]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from biofx.capture import split_inputs
 from biofx.errors import ArgumentError, ExportError
 from biofx.fold import fold
 
@@ -22,8 +23,8 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
     - `.onnx`: an ONNX model by PyTorch's exporter, checked against ONNX Runtime on the example inputs.
     - `.safetensors`: the folded state, with the original's names and shapes.
 
-    Dimensions are fixed to those of the example inputs, but for the first axis of an ONNX model's inputs, the batch, which
-    is dynamic where the model allows it.
+    Dimensions are fixed to those of the example inputs, but for the first axis of an ONNX model's inputs, the batch,
+    which is dynamic where the model allows it.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -51,7 +52,7 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         raise ArgumentError(f"export: there is no folder {path.parent}; create it first")
     if path.suffix != ".safetensors" and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
-    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs or ())
+    inputs, named = split_inputs(example_inputs)
     plain = fold(bio).eval()
     if path.suffix == ".safetensors":
         _safetensors(plain, path)

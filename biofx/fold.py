@@ -18,8 +18,8 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
     """A plain model that computes what the transformed one computes, at the original's cost.
 
     Every chain becomes one weight with the values that its operator received; gains, signs and hooks are gone. Names,
-    order and shapes in the state are the original's, so `original.load_state_dict(fold(bio).state_dict())` works. With a
-    per-synapse activation the operator stays the wider one that computes it, without its training-time nodes.
+    order and shapes in the state are the original's, so `original.load_state_dict(fold(bio).state_dict())` works. With
+    a per-synapse activation the operator stays the wider one that computes it, without its training-time nodes.
 
     Args:
         bio: a model made by `biofx.transform`; it stays as it is.
@@ -77,10 +77,20 @@ def _drop_state(plain: fx.GraphModule) -> None:
     for name in record_of(plain).state:
         path, _, leaf = name.rpartition(".")
         delattr(plain.get_submodule(path), leaf)
+    _keep_constants(plain)
     delattr(plain, RECORD)
     plain.meta.pop(RECORD, None)
     for node in plain.graph.nodes:
         node.meta.pop(RECORD, None)
+
+
+def _keep_constants(plain: fx.GraphModule) -> None:
+    """Constants of forward outlive the record that kept them."""
+    for node in plain.graph.find_nodes(op="get_attr"):
+        prefix, _, name = str(node.target).partition(".")
+        if prefix == RECORD:
+            plain.register_buffer(name, getattr(record_of(plain), name), persistent=False)
+            node.target = name
 
 
 def _fill(into: nn.Module, plain: nn.Module) -> nn.Module:

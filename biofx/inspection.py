@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 def summary(bio: nn.Module) -> str:
     """A table with one row for each weight: what it is and what the passes made of it.
 
-    Columns: the weight's name, its operator and its shape (without the axis of synapses), Γ synapses for each connection,
-    the range, mean and standard deviation of the learning gain, the sign constraint, and the passes that changed it.
-    Below it: every weight that some pass left alone with the reason, and the parameters that are not synapses.
+    Columns: the weight's name, its operator and its shape (without the axis of synapses), Γ synapses for each
+    connection, the range, mean and standard deviation of the learning gain, the sign constraint, and the passes that
+    changed it. Below it: every weight that some pass left alone with the reason, and the parameters that are not
+    synapses.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -142,7 +143,7 @@ def role(node: fx.Node, bio: fx.GraphModule) -> str:
     return "weight" if is_weight else "original"
 
 
-def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph:
+def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
     """The graph as a networkx multigraph: a node may use another more than once.
 
     Nodes are named as in the graph. Their attributes are all strings: `op`, `calls`, `module` (path of the module whose
@@ -169,7 +170,7 @@ def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph:
     bio = unwrap(bio)
     record_of(bio)
     assert isinstance(bio, fx.GraphModule)
-    graph = networkx.MultiDiGraph()
+    graph: networkx.MultiDiGraph[str] = networkx.MultiDiGraph()
     for node in bio.graph.nodes:
         origin = inserted(node)
         stack = node.meta.get("nn_module_stack", {})

@@ -75,9 +75,10 @@ def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
 
         def kernel(weight: Tensor, *others: Any) -> Tensor:
             if torch._C._functorch.peek_interpreter_stack() is None:
-                return Hook.apply(weight, *others)  # type: ignore[no-any-return]
-            # An autograd.Function has no kernel behind the dispatcher inside torch.func transforms. `scaled` carries the
-            # gradient, the rest is zero: the value stays the weight's to the last bit.
+                result: Tensor = Hook.apply(weight, *others)  # type: ignore[no-untyped-call]
+                return result
+            # Inside torch.func transforms an autograd.Function has no kernel behind the dispatcher. `scaled` carries
+            # the gradient and adds zero to the value, which stays the weight's to the last bit.
             scaled = rule(weight, *others)
             return weight.detach() + (scaled - scaled.detach())
 
@@ -112,7 +113,7 @@ def _check_signature(rule: GradientRule, schema: str) -> None:
     given = list(inspect.signature(rule).parameters)[1:]
     if given != expected:
         raise ArgumentError(
-            f"operators.gradient_hook: the rule takes {given} after the gradient, but the schema {schema!r} says {expected}"
+            f"operators.gradient_hook: the rule takes {given} after the gradient, its schema {schema!r} says {expected}"
         )
 
 

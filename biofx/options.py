@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def check_number(
     bounds += [f"≥ {at_least:g}"] if at_least is not None else []
     bounds += [f"≤ {at_most:g}"] if at_most is not None else []
     fits = (
-        isinstance(value, Real)
+        isinstance(value, float | int)
         and not isinstance(value, bool)
         and math.isfinite(value)
         and (above is None or value > above)

@@ -10,10 +10,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from biofx.capture import split_inputs
 from biofx.editor import Editor, owners
 from biofx.errors import PipelineError, VerificationError
 from biofx.inspection import table
-from biofx.provenance import PassRun, record_of, seal
+from biofx.provenance import PassRun, number_nodes, record_of
 from biofx.registry import Pass
 from biofx.verify import verify
 from biofx.weight_sites import find
@@ -63,7 +64,7 @@ def run(
             _compare(pass_, before, evaluate(bio, example_inputs))
         if print_between is not None:
             print_between(f"after {pass_}:\n{table(bio)}")
-    seal(bio)
+    number_nodes(bio)
     bio.meta["biofx"] = {
         "passes": [
             {"pass": str(run.pass_), "seed": run.seed, "seconds": run.seconds, "weights": list(run.weights)}
@@ -119,10 +120,7 @@ def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
 
 def evaluate(model: torch.nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     """The tensors that a model returns in evaluation mode; neither its mode nor the global RNG changes."""
-    args = example_inputs if isinstance(example_inputs, tuple | list) else ()
-    kwargs = example_inputs if isinstance(example_inputs, dict) else {}
-    if isinstance(example_inputs, torch.Tensor):
-        args = (example_inputs,)
+    args, kwargs = split_inputs(example_inputs)
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad(), torch.random.fork_rng():

@@ -76,21 +76,21 @@ class PassRun:
 
 
 class Record(nn.Module):
-    """The child `biofx` of a transformed model. It has no tensors; as a child it survives deepcopy and pickling.
+    """The child `biofx` of a transformed model: what the compiler did.
 
     Attributes:
         original: shape of every parameter of the original model, by name.
         state: names of the buffers that passes added, and the pass that added each.
         passes: the passes that ran, in order.
-        inserted: provenance by node name, written by `seal` for the time when the graph is traced again.
     """
 
-    def __init__(self, original: dict[str, torch.Size]) -> None:
+    def __init__(self, original: dict[str, torch.Size], constants: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.original = original
         self.state: dict[str, str] = {}
         self.passes: list[PassRun] = []
-        self.inserted: dict[str, Inserted] = {}
+        for name, constant in constants.items():  # tensors that forward itself makes, met while tracing
+            self.register_buffer(name, constant, persistent=False)
 
     def extra_repr(self) -> str:
         """The pipeline that made the model."""
@@ -141,25 +141,13 @@ def inserted_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Inserted]]:
             yield node, origin
 
 
-def seal(bio: fx.GraphModule) -> None:
-    """Name all nodes as re-tracing will name them, write provenance down by name, and recompile.
-
-    Pickling a GraphModule keeps its code and drops `node.meta`; unpickling traces the code again. Names in graph order
-    are the names that tracing gives, so the record finds its nodes again (`restore`).
-    """
-    renamed = fx.Graph(tracer_cls=bio.graph._tracer_cls)
-    renamed.set_codegen(bio.graph._codegen)
+def number_nodes(bio: fx.GraphModule) -> None:
+    """Name the nodes in the order of the graph, so that generated code reads in order, and recompile."""
+    numbered = fx.Graph(tracer_cls=bio.graph._tracer_cls)
+    numbered.set_codegen(bio.graph._codegen)
     copies: dict[fx.Node, fx.Node] = {}
     for node in bio.graph.nodes:
         args, kwargs = (fx.map_arg(a, copies.__getitem__) for a in (node.args, node.kwargs))
-        copies[node] = renamed.create_node(node.op, node.target, args, kwargs, type_expr=node.type)
+        copies[node] = numbered.create_node(node.op, node.target, args, kwargs, type_expr=node.type)
         copies[node].meta = dict(node.meta)
-    bio.graph = renamed
-    record_of(bio).inserted = {node.name: origin for node, origin in inserted_nodes(renamed)}
-
-
-def restore(record: Record, graph: fx.Graph) -> None:
-    """Give the nodes of a re-traced graph their provenance back."""
-    for node in graph.nodes:
-        if node.name in record.inserted:
-            node.meta[RECORD] = record.inserted[node.name]
+    bio.graph = numbered

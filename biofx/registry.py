@@ -218,7 +218,7 @@ def as_passes(passes: Sequence[Pass] | str) -> list[Pass]:
         given = passes.__name__ + "()" if isinstance(passes, type) else repr(passes)
         raise ArgumentError(f"passes must be a list; write passes=[{given}]")
     elif isinstance(passes, Sequence):
-        result = list(passes)
+        result = [*passes]
     else:
         raise ArgumentError(f"passes must be a list of passes or a pipeline string, got {type(passes).__name__}")
     for index, item in enumerate(result):

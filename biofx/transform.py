@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from biofx import capture, pipeline
+from biofx.captured_module import REGISTRIES
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
 from biofx.registry import Pass, as_passes
@@ -39,15 +40,16 @@ def transform(
 
     Args:
         model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
-        passes: pass objects; a pipeline string such as `"split-synapses{synapses=4},fuzzy-learning-rates"`; or the name of
-            a recipe. The order does not matter: passes run from the operator inwards.
-        example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`. With
-            them, capture and every pass that preserves the function are checked to do so.
+        passes: pass objects; a pipeline string such as `"split-synapses{synapses=4},fuzzy-learning-rates"`; or the
+            name of a recipe. The order does not matter: passes run from the operator inwards.
+        example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`.
+            With them, capture and every pass that preserves the function are checked to do so.
         frontend: how the graph is captured. `"symbolic"`: symbolic tracing.
         exclude: glob patterns over parameter names; matching weights are left alone.
-        seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes no
-            other layer's draw. The global random number generators are neither read nor moved.
-        inplace: use the parameters of `model` instead of copies. Build the optimizer afterwards: a pass may replace them.
+        seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
+            no other layer's draw. The global random number generators are neither read nor moved.
+        inplace: use the parameters of `model` instead of copies. Build the optimizer afterwards: a pass may replace
+            them.
         verify: check all invariants after each pass (`biofx.verify`).
         print_between: a function that gets the graph as text after each pass; `True` prints it.
 
@@ -81,7 +83,7 @@ def transform(
         capture.check(model)
     with _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
-        bio = source if again else capture.capture(source)
+        bio = source if again else capture.capture(source, example_inputs)
         assert isinstance(bio, fx.GraphModule)
         if example_inputs is not None and not again:
             _check_example_inputs(source, bio, example_inputs)
@@ -104,11 +106,12 @@ def _copy(model: nn.Module) -> nn.Module:
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Give a model that is changed in place its tensors, children and graph back if the block raises."""
-    registries = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    saved = [(m, {r: copy.copy(getattr(m, r)) for r in registries}, m.training) for m in model.modules()]
-    record, graph = model._modules.get(RECORD), None
+    saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
+    record = model._modules.get(RECORD)
+    graph: fx.Graph | None = None
     if isinstance(record, Record) and isinstance(model, fx.GraphModule):
-        graph, fields = model.graph, {k: copy.copy(v) for k, v in vars(record).items()}
+        graph = model.graph
+        fields = {k: copy.copy(v) for k, v in vars(record).items()}
         model.graph = copy.deepcopy(graph)
     try:
         yield
@@ -118,7 +121,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 getattr(module, registry).clear()
                 getattr(module, registry).update(content)
             module.training = mode
-        if graph is not None:
+        if graph is not None and isinstance(model, fx.GraphModule):
             vars(record).update(fields)
             model.graph = graph
         raise

@@ -65,8 +65,8 @@ class WeightSite:
         operator: the operator that consumes the weight.
         groups: number of groups into which the operator divides its units.
         uses: the calls of the operator, several if the weight is used more than once.
-        depth: number of weights that a signal passes before this one, on the longest path, over that of the deepest weight:
-            from 0 for the first to 1 for the last; 0 if all are first.
+        depth: number of weights that a signal passes before this one, on the longest path, over that of the deepest
+            weight: from 0 for the first to 1 for the last; 0 if all are first.
     """
 
     bio: fx.GraphModule
@@ -79,7 +79,7 @@ class WeightSite:
 
     @property
     def raw(self) -> nn.Parameter:
-        """The stored parameter: shape (Γ, *shape) if the weight is split into Γ synapses, else the weight's own shape."""
+        """The stored parameter: shape (Γ, *shape) if the weight is split into Γ synapses, else just shape."""
         return attribute(self.bio, self.name)  # type: ignore[no-any-return]
 
     def effective(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 class FuzzyLearningRates(Pass):
     r"""Draw a gain c for every synapse, once, and scale its learning by it.
 
-    $$g \leftarrow c \cdot g, \qquad c \sim p_\nu \ \text{for each synapse, clamped to}\ [\mathrm{minimum}, \mathrm{maximum}]$$
+    $$g \leftarrow c \cdot g, \qquad c \sim p_\nu \ \text{once for each synapse, clamped to}\ [c_{\min}, c_{\max}]$$
 
-    with g the gradient of the stored weight (of each synapse, if it is split) and ν the spread: the half-width of bounded
-    distributions, the standard deviation of unbounded ones. All have mean 1 before clamping.
+    with g the gradient of the stored weight (of each synapse, if it is split) and ν the spread: the half-width of
+    bounded distributions, the standard deviation of unbounded ones. All have mean 1 before clamping.
 
     | distribution | gain |
     |---|---|
@@ -41,22 +41,25 @@ class FuzzyLearningRates(Pass):
     | `lognormal` | exp N(−s²/2, s²), s² = ln(1+ν²) |
     | `gamma` | Gamma with shape 1/ν² and scale ν²: mean 1, standard deviation ν |
     | `beta` | 1 + (2·Beta(1/ν, 1/ν) − 1)·ν |
-    | `layer_adaptive` | U(1±ν_l), ν_l = ν·(1 − 0.5·l/(L−1)), with l the depth of the weight in the graph (longest path) and L−1 the depth of the deepest |
+    | `layer_adaptive` | U(1±ν_l), ν_l = ν·(1 − 0.5·l/(L−1)): ν for the first weights, ν/2 for the deepest |
     | `weight_adaptive` | U(1±ν_w), ν_w = ν·clamp(2 − \|w\|/mean\|w\|, 0.5, 1.5) |
     | `temporal` | starts as `uniform`; decays towards 1 while training |
-    | `activity` | U(1±ν_i), ν_i = ν·(2 − a_i), with a_i the relative activity of postsynaptic unit i; a_i = 1 before any was seen |
+    | `activity` | U(1±ν_i), ν_i = ν·(2 − a_i), with a_i the relative activity of postsynaptic unit i |
+
+    For `layer_adaptive`, l is the depth of the weight in the graph: how many weights a signal passes before it, on the
+    longest path; L−1 is the largest depth. For `activity`, a_i = 1 as long as no activity was seen.
 
     The gain is kept in the buffer `<weight>_gain` and applied by the node `biofx.scale_grad`.
 
     The reference package multiplies `.grad` by hand between `backward()` and `step()`. Its gamma gains have mean 2, and
-    most of them sit at the clamp; its `layer_adaptive` gains are drawn before it knows the layer, so they are uniform; its
-    lognormal takes ν as the logarithm's standard deviation.
+    most of them sit at the clamp; its `layer_adaptive` gains are drawn before it knows the layer, so they are uniform;
+    its lognormal takes ν as the logarithm's standard deviation.
 
     Args:
         nu: ν, the spread of the gains, above 0. Default 0.16, as in the reference package.
         distribution: one of the names above.
-        minimum: lower clamp, at least 0.
-        maximum: upper clamp, at least `minimum`.
+        minimum: c_min, the lower clamp, at least 0. Default 0.5, as in the reference package.
+        maximum: c_max, the upper clamp, at least `minimum`. Default 2, as in the reference package.
         decay: for `temporal`: factor on c − 1 at every refresh, in [0, 1].
         every: for `temporal`, `weight_adaptive` and `activity`: steps between two refreshes.
         dtype: dtype in which the gains are kept, by name; None is the weight's.
@@ -95,7 +98,8 @@ class FuzzyLearningRates(Pass):
         check_number(self, "maximum", at_least=0)
         if self.minimum > self.maximum:
             raise ArgumentError(
-                f"passes.FuzzyLearningRates: minimum must be ≤ maximum, got minimum={self.minimum}, maximum={self.maximum}"
+                "passes.FuzzyLearningRates: minimum must be ≤ maximum, "
+                f"got minimum={self.minimum}, maximum={self.maximum}"
             )
         check_number(self, "decay", at_least=0, at_most=1)
         check_integer(self, "every", at_least=1)
@@ -131,7 +135,7 @@ class FuzzyLearningRates(Pass):
 
 
 Spread = float | Tensor
-Draw = Callable[[torch.Size, Spread, torch.Generator], Tensor]
+Draw = Callable[[torch.Size, Any, torch.Generator], Tensor]
 
 
 def baseline(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tensor:

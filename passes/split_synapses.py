@@ -27,8 +27,8 @@ class SplitSynapses(Pass):
     $$w = \sum_{\gamma=1}^{\Gamma} w_\gamma, \qquad w_\gamma = \pi_\gamma\, w \ \text{at insertion}, \qquad
     \pi \sim \mathrm{Dirichlet}(1, \ldots, 1) \ \text{for each connection}$$
 
-    The parameter gets a leading axis of synapses: shape (Γ, \*shape). The model computes what it did before, to rounding;
-    with Γ = 1, to the last bit.
+    The parameter gets a leading axis of synapses: shape (Γ, \*shape). The model computes what it did before, to
+    rounding; with Γ = 1, to the last bit.
 
     *Learning speed.* Each synapse sees the whole gradient of its connection, so under gradient descent the connection
     would move Γ times as fast. `compensate` multiplies the gradient by 1/Γ behind the sum, outside of the gain.
@@ -38,8 +38,8 @@ class SplitSynapses(Pass):
     $$y = \sum_{\gamma=1}^{\Gamma} f\!\left(x\, w_\gamma^{\top} + b_\gamma\right), \qquad b_\gamma = b / \Gamma
     \ \text{at insertion},$$
 
-    computed by one operator with Γ times as many outputs, a reshape, f, and a sum. The bias becomes (Γ, \*shape) as well.
-    This does **not** preserve the function.
+    computed by one operator with Γ times as many outputs, a reshape, f, and a sum. The bias becomes (Γ, \*shape) as
+    well. This does **not** preserve the function.
 
     The reference package has nothing of this kind: its "weight splitting" sums groups of units.
 

@@ -1,0 +1,40 @@
+"""Fixtures and helpers that all tests share."""
+
+import pytest
+import torch
+from models.small import ZOO
+from torch import nn
+from torch.utils import _pytree as pytree
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=sorted(ZOO))
+def zoo(request):
+    """Every small network, in evaluation mode, with a batch for it."""
+    build, shape = ZOO[request.param]
+    return build().eval(), torch.randn(shape)
+
+
+def tensors(outputs):
+    """The tensors in whatever a model returns."""
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+
+
+def loss(outputs):
+    """A scalar in which every output takes part."""
+    return sum(x.double().square().sum() for x in tensors(outputs))
+
+
+def gradients(model: nn.Module, *inputs) -> dict[str, torch.Tensor]:
+    """Gradients of `loss` by parameter name; the model's `.grad` is left empty."""
+    model.zero_grad()
+    loss(model(*inputs)).backward()
+    result = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return result

@@ -1,0 +1,1 @@
+"""Architectures on which the tests run: small, and each the smallest that shows something."""

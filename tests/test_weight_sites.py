@@ -1,0 +1,156 @@
+"""Weight sites: which parameters are synapses, and along which axes."""
+
+import pytest
+import torch
+from models.small import CONVOLUTIONS, GROUPS, ConvNet, Functional, layer_and_input, mlp
+from torch import nn
+from torch.nn import functional as F
+
+import biofx
+from biofx import passes
+
+SPLIT = [passes.SplitSynapses(3)]
+
+
+def only_site(model, pipeline=SPLIT):
+    (site,) = biofx.weight_sites(biofx.transform(model, pipeline)).values()
+    return site
+
+
+def test_linear():
+    site = only_site(nn.Linear(4, 8))
+    assert (site.postsynaptic_axis, site.presynaptic_axis) == (0, 1)
+
+
+@pytest.mark.parametrize("grouping", GROUPS)
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions(kind, grouping):
+    layer, _ = layer_and_input(kind, grouping)
+    site = only_site(layer)
+    groups = GROUPS[grouping]
+    post, pre = site.postsynaptic_axis, site.presynaptic_axis
+    assert (site.operator.name, site.groups) == (kind, groups)
+    # A convolution's weight counts presynaptic units within a group; a transposed one's counts postsynaptic ones so.
+    inside, outside = (post, pre) if "transpose" in kind else (pre, post)
+    units = {pre: 4, post: 8}
+    assert site.shape[outside] == units[outside]
+    assert site.shape[inside] == units[inside] // groups
+
+
+@pytest.mark.parametrize("kind", ["linear", *CONVOLUTIONS])
+def test_the_axes_are_those_along_which_units_act(kind):
+    """Silencing a presynaptic unit = zeroing its slice of the weight; likewise the output of a postsynaptic one."""
+    layer, x = layer_and_input(kind, bias=False)
+    site = only_site(layer)
+    silenced = x.clone()
+    silenced.select(1, 2).zero_()
+    expected = layer(silenced)
+    with torch.no_grad():
+        layer.weight.select(site.presynaptic_axis, 2).zero_()
+        torch.testing.assert_close(layer(x), expected)
+        layer.weight.select(site.postsynaptic_axis, 5).zero_()
+    assert not layer(x).select(1, 5).any()
+    assert layer(x).select(1, 4).any()
+
+
+def test_parameters_used_by_functional_operators():
+    sites = biofx.weight_sites(biofx.transform(Functional(), SPLIT))
+    assert list(sites) == ["kernel", "weights.0", "weights.1"]
+    assert [site.groups for site in sites.values()] == [2, 1, 1]
+
+
+def test_attributes_of_a_split_weight():
+    model = nn.Linear(4, 8)
+    site = only_site(model, [passes.SplitSynapses(3), passes.FuzzyLearningRates()])
+    assert site.raw is site.bio.weight
+    assert site.raw.shape == site.gain.shape == (3, 8, 4)
+    assert (site.synapses, site.shape, site.sign) == (3, (8, 4), None)
+    torch.testing.assert_close(site.effective(), model.weight)
+    site.effective().sum().backward()
+    torch.testing.assert_close(site.raw.grad, site.gain / 3)
+
+
+def test_attributes_of_an_untouched_weight():
+    model = mlp(2, 3, 2)
+    site = biofx.weight_sites(biofx.transform(model, SPLIT, exclude="2.*"))["2.weight"]
+    assert (site.synapses, site.gain, site.sign, site.passes) == (1, None, None, ())
+    assert torch.equal(site.effective(), model[2].weight)
+
+
+def test_depth_is_the_longest_path():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.shortcut, self.head = (nn.Linear(2, 2) for _ in range(4))
+
+        def forward(self, x):
+            return self.head(self.shortcut(x) + self.b(self.a(x)))
+
+    sites = biofx.weight_sites(biofx.transform(Skip(), SPLIT))
+    assert {name: site.depth for name, site in sites.items()} == {
+        "a.weight": 0.0,
+        "b.weight": 0.5,
+        "shortcut.weight": 0.0,
+        "head.weight": 1.0,
+    }
+
+
+class Confused(nn.Module):
+    """A parameter that two operators read along different axes, one that none of them knows, and an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Parameter(torch.randn(4, 4, 1))
+        self.odd = nn.Parameter(torch.randn(4, 4))
+        self.fc = nn.Linear(4, 4)
+        self.rnn = nn.GRU(4, 4)
+
+    def forward(self, x):
+        y = F.conv1d(x, self.shared) + F.conv_transpose1d(x, self.shared)
+        return self.fc(self.rnn(y[..., 0])[0]) * self.odd.cumsum(0)
+
+
+def test_what_is_no_weight_site_has_a_reason():
+    bio = biofx.transform(Confused(), SPLIT)
+    assert list(biofx.weight_sites(bio)) == ["fc.weight"]
+    text = biofx.summary(bio)
+    assert "shared: shared by operators that want different axes: conv1d with groups=1, conv_transpose1d" in text
+    assert "odd: used by cumsum, which biofx does not know as an operator on weights" in text
+    assert "rnn.weight_ih_l0: inside rnn (GRU), which is called as it is: biofx has no operator" in text
+    assert "not synapses: fc.bias, rnn.bias_ih_l0, rnn.bias_hh_l0" in text
+
+
+def test_a_weight_with_other_readers_is_effective_everywhere():
+    class Regularised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.fc(x), self.fc.weight.norm()
+
+    model = Regularised()
+    bio = biofx.transform(model, SPLIT)
+    torch.testing.assert_close(bio(torch.ones(3))[1], model(torch.ones(3))[1])
+    assert bio.fc.weight.shape == (3, 3, 3)
+
+
+def test_l1_is_the_sum_of_effective_magnitudes():
+    model = ConvNet()
+    bio = biofx.transform(model, SPLIT)
+    expected = sum(w.abs().sum() for name, w in model.named_parameters() if w.dim() > 1)
+    torch.testing.assert_close(biofx.l1(bio), expected)
+    biofx.l1(bio).backward()
+    torch.testing.assert_close(bio.head.weight.grad, (model.head.weight.sign() / 3).expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("function", [biofx.weight_sites, biofx.l1, biofx.summary, biofx.verify, biofx.fold])
+def test_a_plain_model_is_refused(function):
+    with pytest.raises(biofx.ArgumentError, match="expected a model made by biofx.transform, got an instance of Linear"):
+        function(nn.Linear(2, 2))
+
+
+def test_wrappers_are_looked_through():
+    bio = biofx.transform(nn.Linear(2, 2), SPLIT)
+    assert list(biofx.weight_sites(torch.compile(bio))) == ["weight"]
+    assert biofx.summary(nn.DataParallel(bio)) == biofx.summary(bio)
