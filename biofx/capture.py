@@ -243,6 +243,8 @@ def _trace(model: nn.Module, absent: Collection[str]) -> tuple[fx.Graph, dict[st
         raise CaptureError(_explain(model, error)) from error
     finally:  # tracing leaves its constants behind as attributes of the model
         constants = {name: vars(model).pop(name) for name in set(vars(model)) - before}
+    for node in graph.nodes:
+        node.type = None  # annotations that are strings, as they are today, cannot be pickled with the code
     first: dict[str, fx.Node] = {}
     for node in graph.find_nodes(op="get_attr"):
         if first.setdefault(node.target, node) is not node:
@@ -316,17 +318,16 @@ def _names(model: nn.Module, modules: set[nn.Module]) -> str:
 def _explain(model: nn.Module, error: Exception) -> str:
     """Say which module and which line stopped the trace."""
     modules = set(model.modules())
-    owner, line = model, ""
+    owner, users_line, any_line = model, "", ""
     for frame, number in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
-        if inspect.getmodulename(code.co_filename) is None or not _is_user_code(frame.f_globals.get("__name__", "")):
+        package = frame.f_globals.get("__name__", "")
+        if package.startswith(("torch.fx", "biofx")):
             continue
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, nn.Module) and candidate in modules:
             owner = candidate
-        line = f"{code.co_filename}:{number}: {linecache.getline(code.co_filename, number).strip()}"
-    return f"{_names(model, {owner})} cannot be traced: {error}\n  at {line}".rstrip()
-
-
-def _is_user_code(module: str) -> bool:
-    return module.partition(".")[0] not in ("torch", "biofx")
+        file = frame.f_code.co_filename
+        any_line = f"{file}:{number}: {linecache.getline(file, number).strip()}"
+        if not package.startswith("torch"):
+            users_line = any_line
+    return f"{_names(model, {owner})} cannot be traced: {error}\n  at {users_line or any_line}"

@@ -28,7 +28,7 @@ def owners(bio: nn.Module) -> Owners:
 
 def replace_parameter(places: Owners, old: nn.Parameter, value: Tensor) -> None:
     """Store `value` in every place of a parameter. The old parameter is left as it is; a frozen one stays frozen."""
-    new = nn.Parameter(value.detach(), requires_grad=old.requires_grad)
+    new = nn.Parameter(value.detach().contiguous(), requires_grad=old.requires_grad)
     for module, key in places[id(old)]:
         module._parameters[key] = new
 

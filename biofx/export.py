@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from biofx.capture import split_inputs
 from biofx.errors import ArgumentError, ExportError
@@ -29,7 +31,7 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
     Args:
         bio: a model made by `biofx.transform`.
         path: the file; its folder must exist.
-        example_inputs: positional arguments of the model as a tuple, or one tensor. Needed for `.pt2` and `.onnx`.
+        example_inputs: arguments of the model, as for `transform`. Needed for `.pt2` and `.onnx`.
 
     Raises:
         ArgumentError: unknown suffix, or no example inputs where they are needed.
@@ -52,14 +54,14 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         raise ArgumentError(f"export: there is no folder {path.parent}; create it first")
     if path.suffix != ".safetensors" and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
-    inputs, named = split_inputs(example_inputs)
+    args, kwargs = split_inputs(example_inputs)
     plain = fold(bio).eval()
     if path.suffix == ".safetensors":
         _safetensors(plain, path)
     elif path.suffix == ".pt2":
-        torch.export.save(_program(plain, inputs), path)
+        torch.export.save(_program(plain, args, kwargs), path)
     else:
-        _onnx(plain, path, inputs)
+        _onnx(plain, path, args, kwargs)
 
 
 def _require(package: str) -> Any:
@@ -75,35 +77,38 @@ def _safetensors(plain: nn.Module, path: Path) -> None:
     save_file({name: value.detach().clone().contiguous() for name, value in plain.state_dict().items()}, path)
 
 
-def _program(plain: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
+def _program(plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad():
-            return torch.export.export(plain, inputs)
+            return torch.export.export(plain, args, kwargs)
     except Exception as error:
         raise ExportError(f"export: torch.export cannot export {type(plain).__name__}: {error}") from error
 
 
-def _onnx(plain: nn.Module, path: Path, inputs: tuple[Any, ...]) -> None:
+def _onnx(plain: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
-    batch = tuple(
-        {0: torch.export.Dim.AUTO} if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] > 1 else None
-        for x in inputs
-    )
+    shapes = {
+        name: {0: torch.export.Dim.AUTO} if isinstance(value, torch.Tensor) and value.shape[:1] > (1,) else None
+        for name, value in inspect.signature(plain.forward).bind(*args, **kwargs).arguments.items()
+    }
     try:
-        torch.onnx.export(plain, inputs, path, dynamo=True, dynamic_shapes=batch, verbose=False, external_data=False)
-    except Exception as error:
+        torch.onnx.export(
+            plain, args, path, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False, external_data=False
+        )
+    except Exception as error:  # noqa: BLE001 - the exporter raises whatever the model makes it raise
         raise ExportError(f"export: torch.onnx cannot export {type(plain).__name__}: {error}") from error
-    _check_onnx(plain, path, inputs)
+    _check_onnx(plain, path, args, kwargs)
 
 
-def _check_onnx(plain: nn.Module, path: Path, inputs: tuple[Any, ...]) -> None:
+def _check_onnx(plain: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     session = _require("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
-    tensors = [x for x in torch.utils._pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
-    feed = {port.name: x.detach().cpu().numpy() for port, x in zip(session.get_inputs(), tensors, strict=True)}
+    inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    feed = {port.name: x.detach().cpu().numpy() for port, x in zip(session.get_inputs(), inputs, strict=True)}
     with torch.no_grad():
-        expected = [x for x in torch.utils._pytree.tree_leaves(plain(*inputs)) if isinstance(x, torch.Tensor)]
-    for index, (ours, theirs) in enumerate(zip(expected, session.run(None, feed), strict=True)):
+        outputs = [x for x in pytree.tree_leaves(plain(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+    for index, (ours, theirs) in enumerate(zip(outputs, session.run(None, feed), strict=True)):
         reference = ours.detach().cpu()
-        if not torch.allclose(torch.from_numpy(theirs), reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max())):
+        tolerance = torch.finfo(reference.dtype).eps ** 0.5 * max(1.0, float(reference.abs().max()))
+        if not torch.allclose(torch.from_numpy(theirs), reference, rtol=0, atol=tolerance):
             raise ExportError(f"export: output {index} of {path.name} differs between ONNX Runtime and PyTorch")

@@ -63,7 +63,7 @@ def _fold_chain(plain: fx.GraphModule, nodes: list[fx.Node], places: Any) -> Non
     parameter = plain.get_parameter(str(start.target))
     # A chain of gradient hooks ends in a view of the parameter itself: same values, nothing to store.
     if weight.shape != parameter.shape or not torch.equal(weight, parameter):
-        replace_parameter(places, parameter, weight.contiguous())
+        replace_parameter(places, parameter, weight)
     links[-1].replace_all_uses_with(start)
     for node in reversed(links):
         sources = node.all_input_nodes

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def summary(bio: nn.Module) -> str:
-    """A table with one row for each weight: what it is and what the passes made of it.
+    """The passes that ran, and a table with one row for each weight.
 
-    Columns: the weight's name, its operator and its shape (without the axis of synapses), Γ synapses for each
-    connection, the range, mean and standard deviation of the learning gain, the sign constraint, and the passes that
-    changed it. Below it: every weight that some pass left alone with the reason, and the parameters that are not
-    synapses.
+    Columns: the weight's name; its operator; its shape, without the axis of synapses; Γ, the number of synapses for
+    each connection; mean, standard deviation and range of the learning gain; the sign constraint; the passes that
+    changed the weight; and, if there are any, those that left it alone, with the reason. Below come the weights that
+    no pass could see, with the reason, and the parameters that are not synapses. Every parameter of the model is named
+    once.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -36,13 +37,12 @@ def summary(bio: nn.Module) -> str:
         >>> from biofx import passes
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
         >>> print(biofx.summary(biofx.transform(model, [passes.SplitSynapses(synapses=4)], exclude="2.*")))
-        weight    operator    shape      Γ  gain    sign    passes
-        --------  ----------  -------  ---  ------  ------  --------------------------
-        0.weight  linear      8 × 4      4  1       free    split-synapses{synapses=4}
-        2.weight  linear      2 × 8      1  1       free    -
+        passes: split-synapses{synapses=4}
         <BLANKLINE>
-        left alone:
-          2.weight: split-synapses: excluded by the pattern "2.*"
+        weight    operator    shape    Γ    gain    sign    passes          left alone
+        --------  ----------  -------  ---  ------  ------  --------------  -----------------------------------------
+        0.weight  linear      8 × 4    4    1       free    split-synapses
+        2.weight  linear      2 × 8    1    1       free                    split-synapses: excluded by pattern "2.*"
         <BLANKLINE>
         not synapses: 0.bias, 1.weight, 1.bias, 2.bias
     """
@@ -50,21 +50,29 @@ def summary(bio: nn.Module) -> str:
     record = record_of(bio)
     assert isinstance(bio, fx.GraphModule)
     sites, others = find(bio)
+    headers = ["weight", "operator", "shape", "Γ", "gain", "sign", "passes", "left alone"]
     rows = [_row(site) for site in sites.values()]
-    headers = ["weight", "operator", "shape", "Γ", "gain", "sign", "passes"]
-    parts = [tabulate(rows, headers=headers, disable_numparse=[4])]
-    left = [f"{name}: {run.pass_.name}: {why}" for run in record.passes for name, why in run.left.items()]
-    left += [f"{name}: {why}" for name, why in others.items() if why != NOT_A_SYNAPSE]
-    if left:
-        parts.append("left alone:\n" + "\n".join(f"  {line}" for line in left))
-    plain = [name for name, why in others.items() if why == NOT_A_SYNAPSE]
+    if not any(row[-1] for row in rows):
+        rows, headers = [row[:-1] for row in rows], headers[:-1]
+    parts = [
+        f"passes: {','.join(str(run.pass_) for run in record.passes)}",
+        _text(rows, headers),
+    ]
+    unseen = [f"  {name}: {reason}" for name, reason in others.items() if reason != NOT_A_SYNAPSE]
+    if unseen:
+        parts.append("\n".join(["left alone:", *unseen]))
+    plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
     if plain:
         parts.append(f"not synapses: {', '.join(plain)}")
     return "\n\n".join(parts)
 
 
 def _row(site: WeightSite) -> list[Any]:
-    runs = [str(run.pass_) for run in record_of(site.bio).passes if site.name in run.weights]
+    runs = record_of(site.bio).passes
+    names = [run.pass_.name for run in runs]
+    labels = [str(run.pass_) if names.count(run.pass_.name) > 1 else run.pass_.name for run in runs]
+    changed = [label for run, label in zip(runs, labels, strict=True) if site.name in run.weights]
+    left = [f"{run.pass_.name}: {run.left[site.name]}" for run in runs if site.name in run.left]
     return [
         site.name if site.raw.requires_grad else f"{site.name} (frozen)",
         site.operator.name + (f" × {len(site.uses)}" if len(site.uses) > 1 else ""),
@@ -72,7 +80,8 @@ def _row(site: WeightSite) -> list[Any]:
         site.synapses,
         _spread(site.gain),
         _signs(site.sign),
-        ", ".join(runs) or "-",
+        ", ".join(changed),
+        "; ".join(left),
     ]
 
 
@@ -89,7 +98,7 @@ def _signs(sign: torch.Tensor | None) -> str:
 
 
 def table(bio: nn.Module, only: str = "inserted") -> str:
-    """The graph as a table with one row for each node: its name, what it calls, its inputs and where it comes from.
+    """The graph as a table with one row for each node: its name, what it calls with what, and where it comes from.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -103,7 +112,7 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
         >>> from biofx import passes
         >>> bio = biofx.transform(torch.nn.Linear(4, 2), [passes.FuzzyLearningRates()])
         >>> print(biofx.table(bio))
-        node         calls             inputs               weight    slot           pass
+        node         calls             arguments            weight    slot           pass
         -----------  ----------------  -------------------  --------  -------------  --------------------
         weight_gain  weight_gain                            weight    gradient hook  fuzzy-learning-rates
         scale_grad   biofx.scale_grad  weight, weight_gain  weight    gradient hook  fuzzy-learning-rates
@@ -118,10 +127,15 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
         origin = inserted(node)
         if origin is None and only == "inserted":
             continue
-        inputs = ", ".join(str(n) for n in node.all_input_nodes)
+        arguments = ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
         where = (origin.parameter, origin.slot.label, origin.by) if origin else ("", "", "")
-        rows.append([node.name, callee(node), inputs, *where])
-    return tabulate(rows, headers=["node", "calls", "inputs", "weight", "slot", "pass"], disable_numparse=True)
+        rows.append([node.name, callee(node), arguments, *where])
+    return _text(rows, ["node", "calls", "arguments", "weight", "slot", "pass"])
+
+
+def _text(rows: list[list[Any]], headers: list[str]) -> str:
+    lines = tabulate(rows, headers=headers, disable_numparse=True).splitlines()
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def callee(node: fx.Node) -> str:

@@ -148,6 +148,6 @@ def number_nodes(bio: fx.GraphModule) -> None:
     copies: dict[fx.Node, fx.Node] = {}
     for node in bio.graph.nodes:
         args, kwargs = (fx.map_arg(a, copies.__getitem__) for a in (node.args, node.kwargs))
-        copies[node] = numbered.create_node(node.op, node.target, args, kwargs, type_expr=node.type)
+        copies[node] = numbered.create_node(node.op, node.target, args, kwargs)
         copies[node].meta = dict(node.meta)
     bio.graph = numbered

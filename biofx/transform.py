@@ -152,7 +152,7 @@ def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
             raise ArgumentError(
                 f'exclude pattern "{pattern}" matches no weight; the model has {", ".join(find(bio)[0]) or "none"}'
             )
-        result.update({names[match]: f'excluded by the pattern "{pattern}"' for match in matches})
+        result.update({names[match]: f'excluded by pattern "{pattern}"' for match in matches})
     return result
 
 

@@ -46,7 +46,7 @@ def verify(bio: nn.Module) -> None:
     bio = unwrap(bio)
     record_of(bio)
     assert isinstance(bio, fx.GraphModule)
-    violations = [*_graph(bio), *_chains(bio), *_parameters(bio), *_passes(bio)]
+    violations = list(_graph(bio)) or [*_chains(bio), *_parameters(bio), *_passes(bio)]
     if violations:
         raise VerificationError(violations)
 

@@ -94,9 +94,8 @@ class SplitSynapses(Pass):
         if biases is None:
             edit.leave("its operator's bias is computed, or shared with something else, so it cannot be split")
             return
-        equal = torch.full_like(site.raw, 1 / self.synapses, dtype=torch.float32).expand(self.synapses, *site.raw.shape)
-        shares = equal if self.init == "equal" else dirichlet(self.synapses, site.raw.shape, edit.generator)
-        edit.replace_raw(split(site.raw, shares))
+        shares = dirichlet if self.init == "dirichlet" else equal
+        edit.replace_raw(split(site.raw, shares(self.synapses, site.raw.shape, edit.generator)))
         if self.activation is None:
             edit.insert(torch.sum, 0)
         self._compensate(edit)
@@ -122,13 +121,18 @@ def dirichlet(synapses: int, shape: torch.Size, generator: torch.Generator) -> T
 
     Independent exponential variables, divided by their sum, are Dirichlet(1, …, 1).
     """
-    waiting = torch.empty(synapses, *shape).exponential_(generator=generator)
+    waiting = torch.empty(synapses, *shape).exponential_(generator=generator).double()
     return waiting / waiting.sum(0)
+
+
+def equal(synapses: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    r"""Equal shares: shape (Γ, \*shape)."""
+    return torch.full((synapses, *shape), 1 / synapses, dtype=torch.float64)
 
 
 def split(weight: Tensor, shares: Tensor) -> Tensor:
     r"""Synapses w_γ = π_γ·w of a weight: shape (Γ, \*shape), in the weight's dtype and on its device."""
-    return (weight * shares.to(weight.device, torch.promote_types(weight.dtype, shares.dtype))).to(weight.dtype)
+    return (weight.double().cpu() * shares).to(weight.device, weight.dtype)
 
 
 def _biases(site: WeightSite) -> list[fx.Node] | None:

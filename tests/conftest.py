@@ -6,12 +6,20 @@ from models.small import ZOO
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from biofx import registry
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _passes_of_a_test_stay_in_it(monkeypatch):
+    monkeypatch.setattr(registry, "_PASSES", dict(registry._PASSES))
+    monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))
 
 
 @pytest.fixture(params=sorted(ZOO))

@@ -146,7 +146,9 @@ def test_l1_is_the_sum_of_effective_magnitudes():
 
 @pytest.mark.parametrize("function", [biofx.weight_sites, biofx.l1, biofx.summary, biofx.verify, biofx.fold])
 def test_a_plain_model_is_refused(function):
-    with pytest.raises(biofx.ArgumentError, match="expected a model made by biofx.transform, got an instance of Linear"):
+    with pytest.raises(
+        biofx.ArgumentError, match="expected a model made by biofx.transform, got an instance of Linear"
+    ):
         function(nn.Linear(2, 2))
 
 

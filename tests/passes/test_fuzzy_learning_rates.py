@@ -1,0 +1,174 @@
+"""FuzzyLearningRates: the ten distributions, and what a gain does."""
+
+import math
+
+import pytest
+import torch
+from conftest import gradients
+from models.small import CONVOLUTIONS, GROUPS, layer_and_input, mlp
+from scipy import stats
+from torch import nn
+
+import biofx
+from biofx import passes
+from biofx.passes.fuzzy_learning_rates import DISTRIBUTIONS, layer_adaptive_spread, weight_adaptive_spread
+
+WIDE = {"minimum": 0.0, "maximum": 1e9}
+NAMES = list(DISTRIBUTIONS)
+KINDS = [("linear", "dense"), *((kind, grouping) for kind in CONVOLUTIONS for grouping in GROUPS)]
+
+
+def gains(nu, distribution, shape=(400, 500), **options):
+    model = nn.Linear(shape[1], shape[0], bias=False)
+    bio = biofx.transform(model, [passes.FuzzyLearningRates(nu=nu, distribution=distribution, **options)])
+    return bio.weight_gain.double()
+
+
+def test_there_are_ten():
+    assert len(NAMES) == 10
+
+
+@pytest.mark.parametrize("nu", [0.05, 0.16, 0.4])
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_is_one(name, nu):
+    """Within five standard errors of 200 000 draws, before clamping."""
+    sample = DISTRIBUTIONS[name](torch.Size([200_000]), nu, torch.Generator().manual_seed(0)).double()
+    assert abs(sample.mean() - 1) < 5 * nu / math.sqrt(sample.numel()) + 1e-7
+
+
+@pytest.mark.parametrize("nu", [0.05, 0.16, 0.4])
+@pytest.mark.parametrize("name", ["normal", "lognormal", "gamma"])
+def test_unbounded_distributions_have_standard_deviation_nu(name, nu):
+    sample = DISTRIBUTIONS[name](torch.Size([200_000]), nu, torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(sample.std(), torch.tensor(nu).double(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("nu", [0.05, 0.16, 0.4])
+@pytest.mark.parametrize("name", ["uniform", "beta", "layer_adaptive", "temporal", "activity"])
+def test_bounded_distributions_stay_within_nu(name, nu):
+    distance = (gains(nu, name, **WIDE) - 1).abs().max()
+    assert distance <= nu * (1 + 1e-6)
+    assert distance > 0.6 * nu
+
+
+CDF = {
+    "uniform": lambda nu: stats.uniform(1 - nu, 2 * nu).cdf,
+    "temporal": lambda nu: stats.uniform(1 - nu, 2 * nu).cdf,
+    "activity": lambda nu: stats.uniform(1 - nu, 2 * nu).cdf,
+    "layer_adaptive": lambda nu: stats.uniform(1 - nu, 2 * nu).cdf,  # the only weight is the first
+    "normal": lambda nu: stats.norm(1, nu).cdf,
+    "lognormal": lambda nu: stats.lognorm(s=math.sqrt(math.log1p(nu**2)), scale=1 / math.sqrt(1 + nu**2)).cdf,
+    "gamma": lambda nu: stats.gamma(nu**-2, scale=nu**2).cdf,
+    "beta": lambda nu: stats.beta(1 / nu, 1 / nu, loc=1 - nu, scale=2 * nu).cdf,
+}
+
+
+@pytest.mark.parametrize("nu", [0.16, 0.3])
+@pytest.mark.parametrize("name", CDF)
+def test_distribution_functions(name, nu):
+    """Kolmogorov-Smirnov against scipy's; the draws are fixed, so this never flickers."""
+    sample = gains(nu, name, shape=(100, 200), minimum=0.0).flatten().numpy()
+    assert stats.kstest(sample, CDF[name](nu)).pvalue > 1e-3
+
+
+def test_baseline_is_one():
+    assert (gains(0.5, "baseline") == 1).all()
+
+
+def test_weight_adaptive_is_wide_for_small_weights():
+    model = nn.Linear(500, 400, bias=False)
+    bio = biofx.transform(model, [passes.FuzzyLearningRates(nu=0.2, distribution="weight_adaptive", **WIDE)])
+    relative = (model.weight.abs() / model.weight.abs().mean()).flatten()
+    half_width = 0.2 * (2 - relative).clamp(0.5, 1.5)
+    deviation = (bio.weight_gain - 1).abs().flatten()
+    assert (deviation <= half_width * (1 + 1e-5)).all()
+    for low, high in ((0, 0.5), (0.9, 1.1), (1.5, 10)):
+        chosen = (relative >= low) & (relative < high)
+        torch.testing.assert_close(deviation[chosen].mean(), half_width[chosen].mean() / 2, rtol=0.03, atol=0)
+
+
+def test_weight_adaptive_of_a_weight_of_zeros_is_uniform():
+    assert torch.equal(weight_adaptive_spread(0.2, torch.zeros(3)), torch.full((3,), 0.2))
+
+
+def test_layer_adaptive_narrows_to_half_with_depth():
+    assert [layer_adaptive_spread(0.2, depth) for depth in (0.0, 0.5, 1.0)] == pytest.approx([0.2, 0.15, 0.1])
+    model = mlp(100, 100, 100, 100)
+    bio = biofx.transform(model, [passes.FuzzyLearningRates(nu=0.2, distribution="layer_adaptive")])
+    widths = [float((site.gain - 1).abs().max()) for site in biofx.weight_sites(bio).values()]
+    assert widths == pytest.approx([0.2, 0.15, 0.1], rel=0.01)
+
+
+def test_layer_adaptive_goes_by_the_graph_not_by_registration():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(100, 100), nn.Linear(100, 100)
+
+        def forward(self, x):
+            return self.last(self.first(x))
+
+    bio = biofx.transform(Backwards(), [passes.FuzzyLearningRates(nu=0.2, distribution="layer_adaptive")])
+    assert (bio.first.weight_gain - 1).abs().max() > 0.19
+    assert (bio.last.weight_gain - 1).abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gains_are_clamped(name):
+    sample = gains(0.9, name, minimum=0.8, maximum=1.1)
+    expected = (1, 1) if name == "baseline" else (0.8, 1.1)
+    assert (float(sample.min()), float(sample.max())) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_gain_scales_the_gradient(name, dtype):
+    model, x = mlp(4, 6, 3).to(dtype), torch.randn(5, 4).to(dtype)
+    bio = biofx.transform(model, [passes.FuzzyLearningRates(nu=0.3, distribution=name)])
+    expected, given = gradients(model, x), gradients(bio, x)
+    for site_name, site in biofx.weight_sites(bio).items():
+        assert site.gain.dtype is dtype
+        expected[site_name] = expected[site_name] * site.gain
+    assert all(torch.equal(expected[n], given[n]) for n in expected)
+
+
+@pytest.mark.parametrize(("kind", "grouping"), KINDS)
+def test_the_gain_scales_the_gradient_of_every_operator(kind, grouping):
+    layer, x = layer_and_input(kind, grouping, dtype=torch.float64)
+    bio = biofx.transform(layer, [passes.FuzzyLearningRates(distribution="lognormal")])
+    expected, given = gradients(layer, x), gradients(bio, x)
+    assert torch.equal(given["weight"], expected["weight"] * bio.weight_gain)
+    assert torch.equal(given["bias"], expected["bias"])
+    assert torch.equal(bio(x), layer(x))
+
+
+def test_dtype_of_the_gain():
+    bio = biofx.transform(nn.Linear(3, 3), [passes.FuzzyLearningRates(dtype="bfloat16")])
+    assert bio.weight_gain.dtype is torch.bfloat16
+    biofx.verify(bio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_clamped_gains_are_valid_in_half_precision(dtype):
+    pass_ = passes.FuzzyLearningRates(nu=2.0, distribution="lognormal", minimum=0.3, maximum=1.7)
+    biofx.verify(biofx.transform(nn.Linear(30, 30).to(dtype), [pass_]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nu": 0}, "passes.FuzzyLearningRates: nu must be a number > 0, got 0"),
+        ({"nu": -0.1}, "nu must be a number > 0, got -0.1"),
+        ({"nu": math.nan}, "nu must be a number > 0, got nan"),
+        ({"nu": "wide"}, "nu must be a number > 0, got 'wide'"),
+        ({"distribution": "cauchy"}, "distribution must be one of baseline, uniform, .*, activity, got 'cauchy'"),
+        ({"minimum": 3}, "minimum must be ≤ maximum, got minimum=3, maximum=2.0"),
+        ({"minimum": -1}, "minimum must be a number ≥ 0, got -1"),
+        ({"decay": 1.5}, "decay must be a number ≥ 0 and ≤ 1, got 1.5"),
+        ({"every": 0}, "every must be an integer ≥ 1, got 0"),
+        ({"dtype": "int8"}, "dtype must be one of float64, .*, got 'int8'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(biofx.ArgumentError, match=message):
+        passes.FuzzyLearningRates(**options)

@@ -1,0 +1,112 @@
+"""Export: every format, loaded again by its own runtime."""
+
+import builtins
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from models.small import ConvNet, Residual, mlp
+from safetensors.torch import load_file
+from torch import nn
+
+import biofx
+from biofx import passes
+
+PIPELINE = [passes.SplitSynapses(2), passes.FuzzyLearningRates()]
+X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def bio():
+    return biofx.transform(ConvNet(), PIPELINE)
+
+
+def expected(bio, x=X):
+    return bio.eval()(x).detach()
+
+
+def test_pt2(bio, tmp_path):
+    biofx.export(bio, tmp_path / "model.pt2", example_inputs=(X,))
+    assert bio.training
+    program = torch.export.load(tmp_path / "model.pt2")
+    assert not [node for node in program.graph.nodes if "biofx" in str(node.target)]
+    torch.testing.assert_close(program.module()(X), expected(bio))
+
+
+def test_onnx_with_another_batch_size(bio, tmp_path):
+    biofx.export(bio, str(tmp_path / "model.onnx"), example_inputs=X)
+    onnx.checker.check_model(tmp_path / "model.onnx")
+    assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} == {""}
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for x in (X, torch.randn(7, 1, 8, 8)):
+        (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(output), expected(bio, x), rtol=1e-4, atol=1e-4)
+
+
+def test_safetensors(bio, tmp_path):
+    biofx.export(bio, tmp_path / "model.safetensors")
+    model = ConvNet().eval()
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    torch.testing.assert_close(model(X), expected(bio))
+
+
+def test_safetensors_of_tied_weights(tmp_path):
+    model = mlp(2, 2, 2)
+    model[2].weight = model[0].weight
+    biofx.export(biofx.transform(model, PIPELINE), tmp_path / "tied.safetensors")
+    assert list(load_file(tmp_path / "tied.safetensors")) == sorted(model.state_dict())
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_dicts_in_and_out(tmp_path, suffix):
+    bio = biofx.transform(Residual(), PIPELINE)
+    x = torch.randn(3, 4)
+    path = tmp_path / f"model.{suffix}"
+    biofx.export(bio, path, example_inputs={"x": x})
+    if suffix == "pt2":
+        outputs = list(torch.export.load(path).module()(x=x).values())
+    else:
+        session = onnxruntime.InferenceSession(path)
+        outputs = [torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()})]
+    for given, wanted in zip(outputs, bio(x).values(), strict=True):
+        torch.testing.assert_close(given, wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "message"),
+    [
+        ("model.h5", None, r"unknown suffix '.h5' of model.h5; known are .pt2, .onnx, .safetensors"),
+        ("missing/model.pt2", X, "there is no folder .*missing; create it first"),
+        ("model.pt2", None, r".pt2 needs example_inputs, such as example_inputs=\(x,\)"),
+        ("model.onnx", None, ".onnx needs example_inputs"),
+    ],
+)
+def test_bad_arguments(bio, tmp_path, name, inputs, message):
+    with pytest.raises(biofx.ArgumentError, match=message):
+        biofx.export(bio, tmp_path / name, example_inputs=inputs)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_an_exporter_that_refuses(bio, tmp_path, suffix):
+    with pytest.raises(biofx.ExportError, match="cannot export ConvNet"):
+        biofx.export(bio, tmp_path / f"model.{suffix}", example_inputs=torch.randn(2, 3))
+
+
+def test_a_missing_package_says_what_to_install(bio, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("safetensors"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr("importlib.import_module", without)
+    with pytest.raises(biofx.ExportError, match=r"safetensors.torch is not installed; pip install 'biofx\[export\]'"):
+        biofx.export(bio, tmp_path / "model.safetensors")
+
+
+def test_a_plain_model_is_refused(tmp_path):
+    with pytest.raises(biofx.ArgumentError, match="expected a model made by biofx.transform"):
+        biofx.export(nn.Linear(2, 2), tmp_path / "model.safetensors")

@@ -1,0 +1,155 @@
+"""Fold: the plain model that a transformed one computes."""
+
+import copy
+import io
+
+import pytest
+import torch
+from conftest import loss, tensors
+from models.small import ConvNet, Functional, layer_and_input, mlp
+from torch import nn
+
+import biofx
+from biofx import passes
+
+PIPELINES = {
+    "split": [passes.SplitSynapses(3)],
+    "fuzzy": [passes.FuzzyLearningRates()],
+    "both": [passes.SplitSynapses(3), passes.FuzzyLearningRates(distribution="gamma")],
+}
+
+
+def trained(bio, x, steps=3):
+    """A few steps, so that nothing is at its initial value."""
+    optimizer = torch.optim.SGD(bio.parameters(), lr=1e-2)
+    bio.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(bio(x)).backward()
+        optimizer.step()
+    return bio.eval()
+
+
+def assert_close(a, b):
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_folded_model_is_the_plain_model(zoo, pipeline):
+    model, x = zoo
+    bio = trained(biofx.transform(model, PIPELINES[pipeline]), x)
+    plain = biofx.fold(bio)
+    expected = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
+    assert {k: (v.shape, v.dtype) for k, v in plain.state_dict().items()} == expected
+    assert list(plain.state_dict()) == list(model.state_dict())
+    assert_close(plain(x), bio(x))
+    model.load_state_dict(plain.state_dict(), strict=True)
+    assert_close(model(x), bio(x))
+    assert "biofx" not in plain.code
+    assert not any("gain" in name for name, _ in plain.named_buffers())
+
+
+def test_the_transformed_model_stays_and_shares_nothing():
+    bio = biofx.transform(ConvNet(), PIPELINES["both"])
+    before, code = copy.deepcopy(bio.state_dict()), bio.code
+    plain = biofx.fold(bio)
+    assert bio.code == code
+    assert all(torch.equal(v, before[k]) for k, v in bio.state_dict().items())
+    pointers = [{t.data_ptr() for t in [*m.parameters(), *m.buffers()]} for m in (bio, plain)]
+    assert not pointers[0] & pointers[1]
+    biofx.verify(bio)
+
+
+def test_mode_and_requires_grad_are_kept():
+    model = mlp(2, 3, 2).eval()
+    model[0].weight.requires_grad_(False)
+    plain = biofx.fold(biofx.transform(model, PIPELINES["both"]))
+    assert not plain.training
+    assert [p.requires_grad for p in plain.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_a_folded_model_has_as_many_nodes_as_the_captured_one():
+    bio = biofx.transform(ConvNet(), PIPELINES["both"])
+    captured = biofx.capture.capture(ConvNet())
+    assert biofx.fold(bio).code == captured.code
+
+
+def test_a_folded_model_trains_pickles_and_transforms_again():
+    model, x = ConvNet(), torch.randn(4, 1, 8, 8)
+    plain = biofx.fold(biofx.transform(model, PIPELINES["both"]))
+    file = io.BytesIO()
+    torch.save(plain, file)
+    file.seek(0)
+    assert_close(torch.load(file, weights_only=False).eval()(x), plain.eval()(x))
+    again = biofx.transform(plain, PIPELINES["split"])
+    assert_close(trained(again, x)(x), biofx.fold(again)(x))
+
+
+class RootBuffers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_buffer("mask", torch.ones(3), persistent=False)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        return self.fc(x) * self.mask + torch.arange(3) + self.count
+
+
+def test_which_buffers_are_persistent_is_kept():
+    model = RootBuffers()
+    bio = biofx.transform(model, PIPELINES["both"])
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    x = torch.randn(2, 3)
+    for other in (bio, copy.deepcopy(bio), copy.copy(bio), torch.load(file, weights_only=False)):
+        plain = biofx.fold(other)
+        assert list(plain.state_dict()) == list(model.state_dict())
+        assert list(copy.deepcopy(plain).state_dict()) == list(model.state_dict())
+        assert_close(plain(x), model(x))
+
+
+def test_fold_into_an_instance():
+    bio = trained(biofx.transform(Functional(), PIPELINES["both"]), torch.randn(5, 4, 7))
+    target = Functional().eval()
+    assert biofx.fold(bio, into=target) is target
+    x = torch.randn(5, 4, 7)
+    assert_close(target(x), bio(x))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (lambda: mlp(2, 4, 2), r"0.weight is \(3, 2\) in the folded model and \(4, 2\) in it"),
+        (lambda: mlp(2, 3, 2, 2), r"4.weight is missing in the folded model and \(2, 2\) in it"),
+    ],
+)
+def test_fold_into_another_architecture_names_the_first_difference(target, message):
+    model = target()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(biofx.ArgumentError, match="is not the model that was transformed: " + message):
+        biofx.fold(biofx.transform(mlp(2, 3, 2), PIPELINES["both"]), into=model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_per_synapse_activation_keeps_its_graph_without_training_nodes():
+    layer, x = layer_and_input("conv2d", "grouped")
+    pipeline = [passes.SplitSynapses(3, activation="tanh"), passes.FuzzyLearningRates()]
+    bio = trained(biofx.transform(layer, pipeline), x)
+    plain = biofx.fold(bio)
+    assert_close(plain(x), bio(x))
+    assert "tanh" in plain.code
+    assert "biofx" not in plain.code
+    assert plain.weight.shape == (3 * 8, 2, 3, 3)
+    with pytest.raises(biofx.ArgumentError, match="is not the model that was transformed: weight is"):
+        biofx.fold(bio, into=layer)
+
+
+def test_tied_weights_stay_tied():
+    model = mlp(2, 2, 2)
+    model[2].weight = model[0].weight
+    plain = biofx.fold(biofx.transform(model, PIPELINES["split"]))
+    assert plain.get_parameter("0.weight") is plain.get_parameter("2.weight")
+    assert list(plain.state_dict()) == list(model.state_dict())

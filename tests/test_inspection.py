@@ -1,0 +1,117 @@
+"""Looking: tables and graphs."""
+
+import io
+import json
+
+import networkx
+import pytest
+import torch
+from models.small import ConvNet, Reused, mlp
+from torch import nn
+
+import biofx
+from biofx import passes
+
+GOLDEN = """\
+node          calls             arguments            weight    slot               pass
+------------  ----------------  -------------------  --------  -----------------  --------------------
+weight_gain   weight_gain                            weight    gradient hook      fuzzy-learning-rates
+scale_grad    biofx.scale_grad  weight, weight_gain  weight    gradient hook      fuzzy-learning-rates
+sum_1         sum               scale_grad, 0        weight    sum over synapses  split-synapses
+scale_grad_1  biofx.scale_grad  sum_1, 0.5           weight    sum over synapses  split-synapses"""
+
+
+@pytest.fixture
+def bio():
+    return biofx.transform(nn.Linear(4, 2), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
+
+
+def test_the_inserted_nodes_of_a_linear_layer(bio):
+    assert biofx.table(bio) == GOLDEN
+
+
+def test_all_nodes(bio):
+    rows = biofx.table(bio, only="all").splitlines()[2:]
+    assert [row.split()[0] for row in rows] == [node.name for node in bio.graph.nodes]
+
+
+def test_table_refuses_other_selections(bio):
+    with pytest.raises(biofx.ArgumentError, match='only must be "inserted" or "all", got \'new\''):
+        biofx.table(bio, only="new")
+
+
+def test_the_summary_lists_every_parameter_exactly_once(zoo):
+    model, _ = zoo
+    text = biofx.summary(biofx.transform(model, [passes.SplitSynapses(2)]))
+    words = text.replace(",", " ").replace(":", " ").split()
+    assert {name: words.count(name) for name, _ in model.named_parameters()} == {
+        name: 1 for name, _ in model.named_parameters()
+    }
+
+
+def test_the_summary_counts_uses():
+    assert "linear × 3" in biofx.summary(biofx.transform(Reused(), [passes.SplitSynapses(2)]))
+
+
+def test_provenance_survives_pickling_and_deepcopy(bio):
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert biofx.table(loaded, only="all") == biofx.table(bio, only="all")
+    assert biofx.summary(loaded) == biofx.summary(bio)
+    assert loaded.meta == bio.meta
+    biofx.verify(loaded)
+
+
+def test_the_networkx_graph_is_the_graph(bio):
+    graph = biofx.to_networkx(bio)
+    assert list(graph) == [node.name for node in bio.graph.nodes]
+    for node in bio.graph.nodes:
+        assert set(graph.predecessors(node.name)) == {source.name for source in node.all_input_nodes}
+    assert graph.nodes["scale_grad"] == {
+        "op": "call_function",
+        "calls": "biofx.scale_grad",
+        "module": "",
+        "role": "gradient hook",
+        "weight": "weight",
+        "pass": "fuzzy-learning-rates",
+    }
+    roles = networkx.get_node_attributes(graph, "role")
+    assert [roles[n] for n in ("weight", "sum_1", "linear", "input_1")] == [
+        "weight",
+        "sum over synapses",
+        "original",
+        "original",
+    ]
+
+
+def test_a_node_that_uses_another_twice_has_two_edges():
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x):
+            y = self.fc(x)
+            return y * y
+
+    graph = biofx.to_networkx(biofx.transform(Square(), [passes.SplitSynapses(2)]))
+    assert sorted(key for _, _, key in graph.in_edges("mul", keys=True)) == [0, 1]
+
+
+def test_graphml_and_json_round_trip():
+    graph = biofx.to_networkx(biofx.transform(ConvNet(), [passes.SplitSynapses(2)]))
+    file = io.BytesIO()
+    networkx.write_graphml(graph, file)
+    file.seek(0)
+    again = networkx.read_graphml(file, force_multigraph=True, edge_key_type=int)
+    data = json.loads(json.dumps(networkx.node_link_data(graph)))
+    for other in (again, networkx.node_link_graph(data)):
+        assert dict(other.nodes(data=True)) == dict(graph.nodes(data=True))
+        assert set(other.edges(keys=True)) == set(graph.edges(keys=True))
+
+
+def test_modules_of_nodes():
+    graph = biofx.to_networkx(biofx.transform(nn.Sequential(mlp(2, 2, 2), nn.ReLU()), [passes.SplitSynapses(2)]))
+    assert graph.nodes["linear"]["module"] == "0.0"

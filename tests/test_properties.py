@@ -1,0 +1,128 @@
+"""Every registered pass × every property: a new pass joins by being registered."""
+
+import copy
+import io
+
+import pytest
+import torch
+from conftest import gradients, loss, tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models.small import ZOO, ConvNet, mlp
+
+import biofx
+from biofx import registry
+
+PASSES = [pass_class() for pass_class in registry.registered_passes().values()]
+X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=PASSES, ids=str)
+def pass_(request):
+    return request.param
+
+
+@pytest.fixture
+def bio(pass_):
+    return biofx.transform(ConvNet().eval(), [pass_])
+
+
+def reload(bio):
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_preserves_the_function_if_it_says_so(pass_, bio):
+    torch.manual_seed(0)
+    plain = ConvNet().eval()
+    if pass_.preserves_function:
+        torch.testing.assert_close(biofx.transform(plain, [pass_])(X), plain(X))
+
+
+def test_is_linear_in_the_gradient(bio):
+    once = gradients(bio, X)
+    loss(bio(X)).mul(2).backward()
+    for name, p in bio.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * once[name])
+
+
+def test_gradients_of_micro_batches_add_up(bio):
+    """What gradient accumulation and the all-reduce of data parallelism rely on."""
+    whole = gradients(bio, X)
+    for half in X.chunk(2):
+        loss(bio(half)).backward()
+    for name, p in bio.named_parameters():
+        torch.testing.assert_close(p.grad, whole[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_keeps_the_dtype(pass_, dtype):
+    bio = biofx.transform(ConvNet().to(dtype).eval(), [pass_])
+    assert bio(X.to(dtype)).dtype is dtype
+    assert {p.dtype for p in bio.parameters()} == {dtype}
+    assert {g.dtype for g in gradients(bio, X.to(dtype)).values()} == {dtype}
+
+
+def test_deepcopy_and_pickling_keep_everything(bio):
+    expected = gradients(bio, X)
+    for other in (copy.deepcopy(bio), reload(bio)):
+        assert torch.equal(other(X), bio(X))
+        assert same(gradients(other, X), expected)
+        assert same(other.state_dict(), bio.state_dict())
+        biofx.verify(other)
+
+
+def test_a_checkpoint_restores_everything(pass_, bio):
+    other = biofx.transform(ConvNet().eval(), [pass_], seed=99)
+    other.load_state_dict(bio.state_dict(), strict=True)
+    assert torch.equal(other(X), bio(X))
+    assert same(gradients(other, X), gradients(bio, X))
+
+
+def test_folds(bio):
+    plain = biofx.fold(bio)
+    torch.testing.assert_close(plain(X), bio(X))
+    assert "biofx" not in plain.code
+
+
+def test_changes_something_and_shows_it(pass_, bio):
+    assert pass_.name in biofx.table(bio)
+    assert all(pass_.name in site.passes for site in biofx.weight_sites(bio).values())
+
+
+def test_compiles_without_graph_breaks(bio):
+    compiled = torch.compile(bio, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X), bio(X))
+    for (_, a), (_, b) in zip(gradients(compiled, X).items(), gradients(bio, X).items(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_adding_a_layer_changes_no_other_draw(pass_):
+    short, long = mlp(3, 4, 4), mlp(3, 4, 4, 4)
+    long.load_state_dict(short.state_dict(), strict=False)
+    a, b = (biofx.transform(model, [pass_]).state_dict() for model in (short, long))
+    assert same(a, {name: b[name] for name in a})
+
+
+@given(st.permutations(PASSES), st.integers(1, len(PASSES)), st.sampled_from(sorted(ZOO)))
+@settings(deadline=None, max_examples=25)
+def test_any_passes_in_any_order_give_a_valid_model_that_trains_and_folds(order, count, name):
+    build, shape = ZOO[name]
+    model, x = build().eval(), torch.randn(shape)
+    bio = biofx.transform(model, order[:count], example_inputs=(x,))
+    biofx.verify(bio)
+    if all(p.preserves_function for p in order[:count]):
+        for a, b in zip(tensors(bio(x)), tensors(model(x)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    loss(bio(x)).backward()
+    torch.optim.SGD(bio.parameters(), lr=1e-3).step()
+    biofx.verify(bio)
+    model.load_state_dict(biofx.fold(bio).state_dict(), strict=True)
+    for a, b in zip(tensors(bio(x)), tensors(model(x)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,253 @@
+"""`biofx.transform`: its promises, apart from what single passes do."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from models.small import ConvNet, mlp
+from torch import fx, nn
+
+import biofx
+from biofx import passes
+from biofx.provenance import Slot
+
+BOTH = [passes.SplitSynapses(3), passes.FuzzyLearningRates()]
+
+
+def storages(model):
+    return {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()] if t.numel()}
+
+
+def snapshot(model):
+    return (
+        copy.deepcopy(model.state_dict()),
+        [type(m) for m in model.modules()],
+        [sorted(vars(m)) for m in model.modules()],
+    )
+
+
+def assert_untouched(model, before):
+    state, types, attributes = snapshot(model)
+    assert list(state) == list(before[0])
+    assert all(torch.equal(state[k], before[0][k]) for k in state)
+    assert (types, attributes) == before[1:]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_untouched_and_shares_no_tensor(zoo, training):
+    model, x = zoo
+    model.train(training)
+    before = snapshot(model)
+    bio = biofx.transform(model, BOTH, example_inputs=(x,))
+    assert isinstance(bio, fx.GraphModule)
+    assert_untouched(model, before)
+    assert not storages(model) & storages(bio)
+
+
+def test_mode_dtype_and_device_are_kept():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        model = ConvNet().to(dtype)
+        model.norm.eval()
+        bio = biofx.transform(model, BOTH)
+        assert bio.training
+        assert not bio.norm.training
+        assert {t.dtype for t in [*bio.parameters(), *biofx.weight_sites(bio)["head.weight"].gain]} == {dtype}
+
+
+def test_requires_grad_is_kept():
+    model = mlp(3, 4, 2)
+    model[0].weight.requires_grad_(False)
+    bio = biofx.transform(model, BOTH)
+    assert {n: p.requires_grad for n, p in bio.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    assert "0.weight (frozen)" in biofx.summary(bio)
+
+
+def test_the_global_rng_is_not_moved():
+    state = torch.get_rng_state()
+    biofx.transform(ConvNet().eval(), "split-synapses,fuzzy-learning-rates{distribution=beta}")
+    fresh = torch.get_rng_state()
+    torch.set_rng_state(state)
+    ConvNet()
+    assert torch.equal(torch.get_rng_state(), fresh)
+
+
+def test_the_seed_decides_and_a_new_layer_changes_no_other_draw():
+    small, large = mlp(3, 4, 2), mlp(3, 4, 2, 2)
+    large.load_state_dict(small.state_dict(), strict=False)
+
+    def draws(model, seed):
+        bio = biofx.transform(model, BOTH, seed=seed)
+        return [bio.get_parameter("0.weight").data, bio.get_buffer("2.weight_gain")]
+
+    def equal(a, b):
+        return [torch.equal(x, y) for x, y in zip(a, b, strict=True)]
+
+    assert equal(draws(small, 1), draws(small, 1)) == [True, True]
+    assert equal(draws(small, 1), draws(large, 1)) == [True, True]
+    assert equal(draws(small, 1), draws(small, 2)) == [False, False]
+
+
+def test_exclude():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    model = nn.Sequential(*model.values())
+    bio = biofx.transform(model, BOTH, exclude="0.*")
+    assert torch.equal(bio.get_parameter("0.weight"), model[0].weight)
+    assert bio.get_parameter("1.weight").dim() == 3
+    assert 'split-synapses: excluded by pattern "0.*"' in biofx.summary(bio)
+
+
+def test_exclude_by_any_name_of_a_tied_weight():
+    model = mlp(2, 2, 2)
+    model[2].weight = model[0].weight
+    with pytest.raises(biofx.ArgumentError, match="exclude leaves no weight"):
+        biofx.transform(model, BOTH, exclude=["2.weight"])
+
+
+def test_excluded_weights_take_other_options_in_a_second_transform():
+    model = mlp(2, 3, 2)
+    bio = biofx.transform(model, [passes.SplitSynapses(2)], exclude="2.*")
+    bio = biofx.transform(bio, [passes.SplitSynapses(5)], exclude="0.*")
+    assert [site.synapses for site in biofx.weight_sites(bio).values()] == [2, 5]
+    x = torch.randn(4, 2)
+    torch.testing.assert_close(bio(x), model(x))
+
+
+def test_passes_in_two_transforms_are_passes_in_one():
+    model, x = mlp(2, 3, 2), torch.randn(4, 2)
+    once = biofx.transform(model, BOTH)
+    twice = biofx.transform(biofx.transform(model, [BOTH[0]]), [BOTH[1]])
+    assert twice.code == once.code
+    assert all(torch.equal(a, b) for a, b in zip(once.state_dict().values(), twice.state_dict().values(), strict=True))
+    assert torch.equal(once(x), twice(x))
+
+
+def test_inplace_uses_the_given_tensors():
+    model = mlp(2, 3, 2)
+    bias = model[0].bias
+    bio = biofx.transform(model, [passes.FuzzyLearningRates()], inplace=True)
+    assert bio.get_parameter("0.bias") is bias
+    assert bio.get_parameter("0.weight") is model[0].weight
+
+
+class Failing(passes.Pass):
+    """Fails at the second weight, after it has changed the first."""
+
+    name = "failing"
+    slot = Slot.SUM
+
+    def rewrite(self, site, edit):
+        if site.name == "2.weight":
+            raise RuntimeError("on purpose")
+        edit.replace_raw(site.raw * 2)
+        edit.state("marker", torch.zeros(1))
+        edit.insert(torch.mul, 0.5)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("again", [True, False])
+def test_a_failed_transform_leaves_the_model_as_it_was(inplace, again):
+    model, x = mlp(2, 3, 2), torch.randn(4, 2)
+    if again:
+        model = biofx.transform(model, [passes.FuzzyLearningRates()])
+        before, code, record = snapshot(model), model.code, str(model.biofx)
+    else:
+        before = snapshot(model)
+    parameters, expected = list(model.parameters()), model(x)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        biofx.transform(model, [Failing()], inplace=inplace)
+    assert_untouched(model, before)
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    assert torch.equal(model(x), expected)
+    if again:
+        assert (model.code, str(model.biofx)) == (code, record)
+        biofx.verify(model)
+
+
+def test_print_between_gets_the_graph_after_each_pass(capsys):
+    texts = []
+    biofx.transform(nn.Linear(2, 2), BOTH, print_between=texts.append)
+    assert [t.partition(":")[0] for t in texts] == ["after split-synapses{synapses=3}", "after fuzzy-learning-rates"]
+    assert "biofx.scale_grad" not in texts[0].partition("weight_gain")[2]
+    assert "weight_gain" in texts[1]
+    assert capsys.readouterr().out == ""
+    biofx.transform(nn.Linear(2, 2), BOTH, print_between=True)
+    assert "after fuzzy-learning-rates:" in capsys.readouterr().out
+
+
+def test_meta_says_what_ran():
+    bio = biofx.transform(mlp(2, 3, 2), BOTH, seed=7, exclude="0.*")
+    first, second = bio.meta["biofx"]["passes"]
+    assert (first["pass"], second["pass"]) == ("split-synapses{synapses=3}", "fuzzy-learning-rates")
+    assert first["seed"] == 7
+    assert first["weights"] == ["2.weight"]
+    assert 0 < first["seconds"] < 60
+    assert copy.deepcopy(bio).meta == bio.meta
+
+
+def test_importing_biofx_does_not_import_the_heavy_optional_packages():
+    code = (
+        "import sys, biofx; print([m for m in ('networkx', 'onnx', 'safetensors', 'matplotlib') if m in sys.modules])"
+    )
+    before = (
+        "import sys, torch; print([m for m in ('networkx', 'onnx', 'safetensors', 'matplotlib') if m in sys.modules])"
+    )
+    outputs = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout for c in (code, before)]
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"passes": []}, "no pass given; the passes are fuzzy-learning-rates, split-synapses"),
+        ({"passes": None}, "passes must be a list of passes or a pipeline string, got NoneType"),
+        ({"passes": passes.SplitSynapses()}, r"passes must be a list; write passes=\[SplitSynapses\("),
+        ({"passes": [passes.SplitSynapses]}, r"passes\[0\] is the class SplitSynapses; write SplitSynapses\(\)"),
+        ({"passes": [3]}, r"passes\[0\] is not a pass: 3"),
+        ({"frontend": "magic"}, "frontend must be one of 'symbolic', got 'magic'"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"exclude": "fc9"}, 'exclude pattern "fc9" matches no weight; the model has 0.weight, 2.weight'),
+        ({"exclude": "*"}, "exclude leaves no weight; it matches all of 0.weight, 2.weight"),
+        ({"example_inputs": torch.randn(3, 5)}, "example_inputs do not fit Sequential.forward"),
+        ({"example_inputs": (1, 2)}, "example_inputs do not fit Sequential.forward"),
+    ],
+)
+def test_bad_arguments(options, message):
+    model = mlp(2, 3, 2)
+    before = snapshot(model)
+    with pytest.raises(biofx.ArgumentError, match=message):
+        biofx.transform(model, **{"passes": BOTH, **options})
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.GRU(2, 2))])
+def test_a_model_without_weights_is_refused(model):
+    with pytest.raises(biofx.ArgumentError, match="has no weight that biofx can give synapses"):
+        biofx.transform(model, BOTH)
+
+
+def test_complex_and_integer_weights_are_refused():
+    model = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(biofx.ArgumentError, match=r'weight has dtype torch.complex64.*exclude="weight"'):
+        biofx.transform(model, BOTH)
+    model = mlp(2, 2, 2)
+    model[0].weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(biofx.ArgumentError, match=r"0.weight has dtype torch.int64"):
+        biofx.transform(model, BOTH)
+
+
+def test_a_model_that_computes_something_else_when_traced_is_refused():
+    class Impure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.calls = nn.Linear(2, 2), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.fc(x) * self.calls
+
+    with pytest.raises(biofx.CaptureError, match="Impure computes something else when traced"):
+        biofx.transform(Impure(), BOTH, example_inputs=(torch.randn(1, 2),))
