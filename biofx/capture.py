@@ -24,10 +24,6 @@ from biofx.captured_module import HOOKS, CapturedModule, captured
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PRESERVED_ATTRIBUTES = (
-    "_user_preserved_attributes"  # the key of GraphModule.meta that deepcopy gives back as attributes
-)
 WEIGHT_MODULES: tuple[type[nn.Module], ...] = (
     nn.Linear,
     nn.Conv1d,
@@ -90,8 +86,8 @@ class Tracer(fx.Tracer):
         """Give forward None for an optional argument that nobody passes, and refuse it in calls of the graph."""
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         for index, arg in enumerate(args):
-            name = arg.node.target if isinstance(arg, fx.Proxy) else None
-            if name in self._absent:
+            name = str(arg.node.target) if isinstance(arg, fx.Proxy) else None
+            if name is not None and name in self._absent:
                 child = f"{name}_must_be_none"
                 self.root.add_module(child, MustBeNone(name))
                 self.create_node("call_module", child, (arg.node,), {})
@@ -182,13 +178,12 @@ def capture(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
         CaptureError: forward cannot be traced; names the module and the line.
     """
     graph, constants = _trace_both_modes(model, _absent(model, example_inputs))
-    record = Record({name: p.shape for name, p in model.named_parameters()}, constants)
-    bio = captured(model, graph)
-    bio.add_module(RECORD, record.train(model.training))
     for node in graph.find_nodes(op="get_attr"):
         if node.target in constants:
             node.target = f"{RECORD}.{node.target}"
-    bio.recompile()
+    bio = captured(model, graph)
+    record = Record({name: p.shape for name, p in model.named_parameters()}, constants)
+    bio.add_module(RECORD, record.train(model.training))
     return bio
 
 
@@ -204,7 +199,7 @@ def _absent(model: nn.Module, example_inputs: Any) -> set[str]:
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as arguments of a call: a tuple is positional, a dict is by keyword, anything else is the first."""
+    """Example inputs as arguments of a call: a tuple is positional, a dict by keyword, anything else is the first."""
     if example_inputs is None:
         return (), {}
     if isinstance(example_inputs, dict):

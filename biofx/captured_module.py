@@ -63,7 +63,9 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
 
 def _unpickle(class_name: str, attributes: dict[str, Any], imports: str, origins: list[Any]) -> CapturedModule:
     # Code is pickled, not the graph; tracing it again yields the same nodes in the same order, without their meta.
-    graph = reduce_graph_module(dict(attributes), imports).graph
+    traced = reduce_graph_module(dict(attributes), imports)
+    assert isinstance(traced, fx.GraphModule)
+    graph = traced.graph
     for node, origin in zip(graph.nodes, origins, strict=True):
         if origin is not None:
             node.meta[RECORD] = origin

@@ -96,7 +96,7 @@ def _onnx(plain: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str,
         torch.onnx.export(
             plain, args, path, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False, external_data=False
         )
-    except Exception as error:  # noqa: BLE001 - the exporter raises whatever the model makes it raise
+    except Exception as error:
         raise ExportError(f"export: torch.onnx cannot export {type(plain).__name__}: {error}") from error
     _check_onnx(plain, path, args, kwargs)
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models.small import ZOO
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from biofx import registry
+from models.small import ZOO
 
 torch.set_num_threads(1)
 

@@ -7,14 +7,14 @@ import math
 
 import pytest
 import torch
-from conftest import tensors
-from models.small import CONVOLUTIONS, GROUPS, ConvNet, Reused, layer_and_input
 from torch import nn
 from torch.nn import functional as F
 
 import biofx
 from biofx import passes
 from biofx.capture import capture
+from conftest import tensors
+from models.small import CONVOLUTIONS, GROUPS, ConvNet, Reused, layer_and_input
 
 NEUTRAL = [passes.FuzzyLearningRates(distribution="baseline")]
 

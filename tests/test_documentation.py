@@ -3,8 +3,11 @@
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
 import biofx
 import biofx.passes
@@ -21,3 +24,35 @@ MODULES = [
 def test_docstring_examples_run(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
     assert result.failed == 0
+
+
+def readme_blocks(language):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_code_runs(capsys):
+    namespace = {}
+    for block in readme_blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    bio = namespace["bio"]
+    assert [site.passes for site in biofx.weight_sites(bio).values()] == [("split-synapses", "aging")] * 2
+    x = torch.randn(3, 64)
+    plain = biofx.transform(namespace["model"], "split-synapses")
+    for model in (plain, bio):
+        model(x).sum().backward()
+    name = "0.weight"
+    age = bio.get_buffer("0.weight_age")
+    torch.testing.assert_close(bio.get_parameter(name).grad, plain.get_parameter(name).grad * torch.exp(-2 * age))
+
+
+def test_readme_shows_what_is_printed(capsys):
+    code, *_ = readme_blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() in "\n".join(readme_blocks(""))
+
+
+def test_readme_has_the_two_commands_first():
+    install_and_run, install_and_test, *_ = readme_blocks("sh")
+    assert install_and_run.splitlines()[-1] == "python examples/digits.py"
+    assert install_and_test.splitlines()[-1] == "python -m pytest"

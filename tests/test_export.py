@@ -6,12 +6,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from models.small import ConvNet, Residual, mlp
 from safetensors.torch import load_file
 from torch import nn
 
 import biofx
 from biofx import passes
+from models.small import ConvNet, Residual, mlp
 
 PIPELINE = [passes.SplitSynapses(2), passes.FuzzyLearningRates()]
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))

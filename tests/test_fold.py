@@ -5,12 +5,12 @@ import io
 
 import pytest
 import torch
-from conftest import loss, tensors
-from models.small import ConvNet, Functional, layer_and_input, mlp
 from torch import nn
 
 import biofx
 from biofx import passes
+from conftest import loss, tensors
+from models.small import ConvNet, Functional, layer_and_input, mlp
 
 PIPELINES = {
     "split": [passes.SplitSynapses(3)],

@@ -6,11 +6,11 @@ import json
 import networkx
 import pytest
 import torch
-from models.small import ConvNet, Reused, mlp
 from torch import nn
 
 import biofx
 from biofx import passes
+from models.small import ConvNet, Reused, mlp
 
 GOLDEN = """\
 node          calls             arguments            weight    slot               pass

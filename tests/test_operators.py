@@ -5,14 +5,14 @@ import io
 
 import pytest
 import torch
-from conftest import gradients, loss
-from models.small import ConvNet, mlp
 from torch import fx, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
 import biofx
 from biofx import operators, passes
+from conftest import gradients, loss
+from models.small import ConvNet, mlp
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 PIPELINE = [passes.FuzzyLearningRates(nu=0.4)]

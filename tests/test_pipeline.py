@@ -5,11 +5,11 @@ from itertools import permutations
 
 import pytest
 import torch
-from models.small import ConvNet, mlp
 from torch import nn
 
 import biofx
 from biofx import passes
+from models.small import ConvNet, mlp
 
 
 @dataclass(frozen=True)

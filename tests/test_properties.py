@@ -5,13 +5,13 @@ import io
 
 import pytest
 import torch
-from conftest import gradients, loss, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.small import ZOO, ConvNet, mlp
 
 import biofx
 from biofx import registry
+from conftest import gradients, loss, tensors
+from models.small import ZOO, ConvNet, mlp
 
 PASSES = [pass_class() for pass_class in registry.registered_passes().values()]
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(3))

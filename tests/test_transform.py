@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from models.small import ConvNet, mlp
 from torch import fx, nn
 
 import biofx
 from biofx import passes
 from biofx.provenance import Slot
+from models.small import ConvNet, mlp
 
 BOTH = [passes.SplitSynapses(3), passes.FuzzyLearningRates()]
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models.small import ConvNet, mlp
 from torch import fx, nn
 
 import biofx
 from biofx import passes
 from biofx.provenance import RECORD
+from models.small import ConvNet, mlp
 
 X = torch.randn(3, 4)
 

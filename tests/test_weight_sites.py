@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models.small import CONVOLUTIONS, GROUPS, ConvNet, Functional, layer_and_input, mlp
 from torch import nn
 from torch.nn import functional as F
 
 import biofx
 from biofx import passes
+from models.small import CONVOLUTIONS, GROUPS, ConvNet, Functional, layer_and_input, mlp
 
 SPLIT = [passes.SplitSynapses(3)]
 

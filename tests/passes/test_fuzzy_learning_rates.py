@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from conftest import gradients
-from models.small import CONVOLUTIONS, GROUPS, layer_and_input, mlp
 from scipy import stats
 from torch import nn
 
 import biofx
 from biofx import passes
 from biofx.passes.fuzzy_learning_rates import DISTRIBUTIONS, layer_adaptive_spread, weight_adaptive_spread
+from conftest import gradients
+from models.small import CONVOLUTIONS, GROUPS, layer_and_input, mlp
 
 WIDE = {"minimum": 0.0, "maximum": 1e9}
 NAMES = list(DISTRIBUTIONS)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from conftest import gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.small import CONVOLUTIONS, GROUPS, layer_and_input, mlp
 from torch import nn
 
 import biofx
 from biofx import passes
 from biofx.passes.split_synapses import dirichlet, split
+from conftest import gradients
+from models.small import CONVOLUTIONS, GROUPS, layer_and_input, mlp
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 KINDS = [("linear", "dense"), *((kind, grouping) for kind in CONVOLUTIONS for grouping in GROUPS)]
