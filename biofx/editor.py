@@ -10,8 +10,7 @@ from torch import Tensor, fx, nn
 
 from biofx import chain, randomness
 from biofx.errors import PipelineError
-from biofx.provenance import RECORD, Inserted, Slot, record_of
-from biofx.registry import Pass
+from biofx.provenance import RECORD, Inserted, RunnablePass, Slot, record_of
 
 Owners = Mapping[int, Sequence[tuple[nn.Module, str]]]
 
@@ -43,7 +42,7 @@ class Editor:
         reason: why the pass left the parameter alone, if it did.
     """
 
-    def __init__(self, bio: fx.GraphModule, start: fx.Node, by: Pass, seed: int, places: Owners) -> None:
+    def __init__(self, bio: fx.GraphModule, start: fx.Node, by: RunnablePass, seed: int, places: Owners) -> None:
         self.name = str(start.target)
         self.generator: torch.Generator = randomness.generator(seed, by.name, self.name)
         self.changed = False

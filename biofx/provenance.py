@@ -5,15 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
 from biofx.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from biofx.registry import Pass
 
 RECORD = "biofx"  # name of the Record among the children of a transformed model, and the key in `node.meta`
 
@@ -56,6 +53,18 @@ class Inserted:
     slot: Slot
 
 
+class RunnablePass(Protocol):
+    """What the record needs to know of a pass; `biofx.registry.Pass` is one."""
+
+    @property
+    def name(self) -> str:
+        """The pass's name."""
+
+    @property
+    def slot(self) -> Slot:
+        """The slot that it fills."""
+
+
 @dataclass(frozen=True)
 class PassRun:
     """One pass that ran.
@@ -68,7 +77,7 @@ class PassRun:
         seconds: how long it took.
     """
 
-    pass_: Pass
+    pass_: RunnablePass
     seed: int
     weights: tuple[str, ...]
     left: dict[str, str]

@@ -7,14 +7,12 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from biofx.editor import Editor
 from biofx.errors import ArgumentError, PipelineError
 from biofx.provenance import Slot
-
-if TYPE_CHECKING:
-    from biofx.editor import Editor
-    from biofx.weight_sites import WeightSite
+from biofx.weight_sites import WeightSite
 
 
 @dataclass(frozen=True)

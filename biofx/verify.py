@@ -13,6 +13,7 @@ from biofx.chain import attribute, chain, parameter_nodes
 from biofx.errors import VerificationError
 from biofx.operators import NAMESPACE
 from biofx.provenance import inserted, inserted_nodes, record_of, unwrap
+from biofx.registry import Pass
 from biofx.weight_sites import find
 
 
@@ -112,4 +113,5 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
             if name not in sites:
                 yield f"{run.pass_.name}: {name}: no operator uses the weight any more"
                 continue
+            assert isinstance(run.pass_, Pass)
             yield from (f"{run.pass_.name}: {name}: {v}" for v in run.pass_.violations(sites[name]))

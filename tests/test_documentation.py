@@ -28,7 +28,8 @@ def test_docstring_examples_run(name):
 
 def readme_blocks(language):
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [content for its_language, content in blocks if its_language == language]
 
 
 def test_readme_code_runs(capsys):
