@@ -3,10 +3,19 @@
 from importlib.metadata import version
 
 from biofx import passes
-from biofx.errors import ArgumentError, BiofxError, CaptureError, ExportError, PipelineError, VerificationError
+from biofx.errors import (
+    ArgumentError,
+    BiofxError,
+    CaptureError,
+    ExportError,
+    LifecycleError,
+    PipelineError,
+    VerificationError,
+)
 from biofx.export import export
 from biofx.fold import fold
 from biofx.inspection import summary, table, to_networkx
+from biofx.lifecycle import Attachment, attach
 from biofx.transform import transform
 from biofx.verify import verify
 from biofx.weight_sites import WeightSite, l1, weight_sites
@@ -15,12 +24,15 @@ __version__ = version("biofx")
 
 __all__ = [
     "ArgumentError",
+    "Attachment",
     "BiofxError",
     "CaptureError",
     "ExportError",
+    "LifecycleError",
     "PipelineError",
     "VerificationError",
     "WeightSite",
+    "attach",
     "export",
     "fold",
     "l1",

@@ -1,4 +1,4 @@
-"""Depth: how many weights a signal passes before it reaches a node, on the longest path through the graph."""
+"""Depth: which weights a signal passes before and after a node."""
 
 from __future__ import annotations
 
@@ -19,4 +19,13 @@ def depths(graph: fx.Graph, operators: Collection[fx.Node]) -> dict[fx.Node, int
     result: dict[fx.Node, int] = {}
     for node in graph.nodes:
         result[node] = max((result[source] + (source in operators) for source in node.all_input_nodes), default=0)
+    return result
+
+
+def reaching(graph: fx.Graph, operators: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes from which a path leads to one of the operators, other than the operator itself."""
+    result: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if any(user in operators or user in result for user in node.users):
+            result.add(node)
     return result

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from biofx import chain, randomness
+from biofx.capture import ByMode
+from biofx.chain import attribute
 from biofx.errors import PipelineError
-from biofx.provenance import RECORD, Inserted, RunnablePass, Slot, record_of
+from biofx.options import activation_function
+from biofx.provenance import RECORD, Inserted, RunnablePass, Slot, inserted, record_of
 
 Owners = Mapping[int, Sequence[tuple[nn.Module, str]]]
 
@@ -73,7 +77,16 @@ class Editor:
         return chain.append(self._start, self._origin(self._by.slot), target, args)
 
     def state(self, key: str, value: Tensor) -> fx.Node:
-        """Keep a tensor for this parameter in a buffer named `<parameter>_<key>`, and return the node that reads it.
+        """Keep a tensor for this parameter (see `keep`), and return the node that reads it."""
+        self.keep(key, value)
+        return self.read(key)
+
+    def read(self, key: str) -> fx.Node:
+        """The node that reads a tensor that was kept for this parameter."""
+        return chain.read(self._start, self._origin(self._by.slot), f"{self.name}_{key}")
+
+    def keep(self, key: str, value: Tensor) -> None:
+        """Keep a tensor for this parameter in a buffer named `<parameter>_<key>`, on the parameter's device.
 
         Raises:
             PipelineError: the model already has an attribute of that name.
@@ -85,9 +98,42 @@ class Editor:
             raise PipelineError(
                 f"{self._by.name} keeps its {key} in {name}, but the model has an attribute of that name"
             )
-        owner.register_buffer(leaf, value)
+        owner.register_buffer(leaf, value.to(self.raw.device))
         record_of(self._bio).state[name] = self._by.name
-        return chain.read(self._start, self._origin(self._by.slot), name)
+
+    def gain(self, value: Tensor | None = None) -> None:
+        """Let the weight have a gain c for every synapse, and multiply it by `value`.
+
+        All rules share one gain, in the buffer `<parameter>_gain`, and one node `biofx.scale_grad` that applies it.
+
+        Args:
+            value: factors, of the shape of `raw`; None asks for a gain, neutral if there is none yet.
+        """
+        present = self._shared("gain")
+        if present is None:
+            neutral = torch.ones_like(self.raw.detach(), memory_format=torch.contiguous_format)
+            self.insert(torch.ops.biofx.scale_grad, self.state("gain", neutral if value is None else value))
+        elif value is not None:
+            present.mul_(value.to(present.dtype))
+
+    def count_steps(self) -> None:
+        """Let `biofx.attach` count the steps that the weight's optimizer takes, in the buffer `<parameter>_steps`."""
+        if self._shared("steps") is None:
+            self.keep("steps", torch.zeros((), dtype=torch.int64))
+
+    def _shared(self, key: str) -> Tensor | None:
+        """State that several passes use: note that this pass does, too."""
+        name, state = f"{self.name}_{key}", record_of(self._bio).state
+        if name not in state:
+            return None
+        self.changed = True
+        state[name] = ", ".join([*state[name].split(", "), self._by.name])
+        for node in self._start.graph.find_nodes(op="get_attr", target=name):
+            for sharing in (node, *node.users):
+                origin = inserted(sharing)
+                if origin is not None and origin.parameter == self.name:
+                    sharing.meta[RECORD] = replace(origin, by=state[name])
+        return attribute(self._bio, name)  # type: ignore[no-any-return]
 
     def replace_raw(self, value: Tensor) -> None:
         """Store another tensor as the parameter, under all names that it is tied to."""
@@ -106,14 +152,56 @@ class Editor:
             target: a function whose first argument is what the node computes.
             args: its other arguments.
         """
-        self.changed = True
-        readers = list(node.users)
         with node.graph.inserting_after(node):
-            new = node.graph.call_function(target, (node, *args))
+            return self._put_behind(node, node.graph.call_function(target, (node, *args)))
+
+    def activate(self, node: fx.Node, activation: Any) -> fx.Node:
+        """Insert an activation behind a node; all readers of the node read the activation's value.
+
+        Args:
+            node: a node of the graph.
+            activation: a function's name (see `options.check_activation`), a function or a module.
+        """
+        if isinstance(activation, str):
+            activation = activation_function(activation)
+        if not isinstance(activation, nn.Module):
+            return self.after(node, activation)
+        child = f"{self._by.name.replace('-', '_')}_activation"
+        if not hasattr(self._bio, child):
+            self._bio.add_module(child, activation)
+        with node.graph.inserting_after(node):
+            return self._put_behind(node, node.graph.call_module(child, (node,)))
+
+    def _put_behind(self, node: fx.Node, new: fx.Node) -> fx.Node:
+        self.changed = True
         new.meta[RECORD] = self._origin(Slot.OUTPUT)
-        for reader in readers:
-            reader.replace_input_with(node, new)
+        for reader in list(node.users):
+            origin = inserted(reader)
+            if reader is not new and (origin is None or origin.slot is not Slot.OBSERVER):
+                reader.replace_input_with(node, new)
         return new
+
+    def observe(self, operator: Callable[..., Any], uses: Sequence[fx.Node], unit_axis: int, state: fx.Node) -> None:
+        """Let an observer look at what every use of the weight returns.
+
+        Args:
+            operator: an observer, `torch.ops.biofx.<name>` (see `biofx.operators.observer`).
+            uses: the site's uses.
+            unit_axis: axis of their output that runs over units.
+            state: the node of the buffer that it adds to.
+        """
+        self.changed = True
+        record = record_of(self._bio)
+        if "is_training" not in record._modules:
+            record.add_module("is_training", ByMode(True, False).train(self._bio.training))
+        origin = self._origin(Slot.OBSERVER)
+        for use in uses:
+            after = max(use, state)
+            with use.graph.inserting_after(after):
+                mode = use.graph.call_module(f"{RECORD}.is_training")
+            with use.graph.inserting_after(mode):
+                node = use.graph.call_function(operator, (use, state, unit_axis, mode))
+            mode.meta[RECORD] = node.meta[RECORD] = origin
 
     def _origin(self, slot: Slot) -> Inserted:
         return Inserted(self._by.name, self.name, slot)

@@ -35,3 +35,7 @@ class VerificationError(BiofxError):
 
 class ExportError(BiofxError):
     """An export that failed, or a file that computes something else than the model."""
+
+
+class LifecycleError(BiofxError):
+    """A step of an optimizer around which rules cannot act; nothing has happened."""

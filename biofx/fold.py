@@ -11,7 +11,7 @@ from torch import fx, nn
 from biofx.chain import chain, evaluate, parameter_nodes
 from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
-from biofx.provenance import RECORD, inserted, record_of, unwrap
+from biofx.provenance import RECORD, Slot, inserted, inserted_nodes, record_of, unwrap
 
 
 def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
@@ -47,6 +47,7 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
     plain = copy.deepcopy(bio)
     assert isinstance(plain, fx.GraphModule)
     places = owners(plain)
+    _drop_observers(plain.graph)
     for start in parameter_nodes(plain).values():
         _fold_chain(plain, chain(start), places)
     _drop_state(plain)
@@ -71,6 +72,15 @@ def _fold_chain(plain: fx.GraphModule, nodes: list[fx.Node], places: Any) -> Non
         for source in sources:
             if source.op == "get_attr" and inserted(source) is not None and not source.users:
                 plain.graph.erase_node(source)
+
+
+def _drop_observers(graph: fx.Graph) -> None:
+    for node, origin in reversed(list(inserted_nodes(graph))):
+        if origin.slot is Slot.OBSERVER:
+            graph.erase_node(node)
+    for node, _ in list(inserted_nodes(graph)):
+        if node.op == "get_attr" and not node.users:  # the observers' state
+            graph.erase_node(node)
 
 
 def _drop_state(plain: fx.GraphModule) -> None:

@@ -1,8 +1,9 @@
-"""Dispatcher operators `torch.ops.biofx.*`: what a pass puts into a graph in order to change a gradient.
+"""Dispatcher operators `torch.ops.biofx.*`: what a pass puts into a graph.
 
 An inserted node calls an operator of the dispatcher, not a Python function: it survives pickling and re-tracing,
-`torch.compile(fullgraph=True)` fuses it, a training `torch.export` keeps it together with its gradient, and an
-inference export decomposes it to nothing. Every one is a view of the weight in the forward pass.
+`torch.compile(fullgraph=True)` takes it, a training `torch.export` keeps it together with its gradient, and an
+inference export decomposes hooks to nothing. There are two kinds: a *gradient hook* is a view of a weight in the
+forward pass and changes the weight's gradient; an *observer* looks at an activation and changes a buffer.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ NAMESPACE = "biofx"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 GradientRule = Callable[..., Tensor]
+_RULES: dict[str, GradientRule] = {}  # by the operator's name without its overload
 
 
 def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
-    r"""Define `torch.ops.biofx.<name>`: the identity on a weight, and a rule for the weight's gradient.
+    r"""Define `torch.ops.biofx.<name>_grad`: the identity on a weight, and a rule for the weight's gradient.
 
     The operator computes $y = w$, without a copy, and in the backward pass
 
@@ -32,13 +34,20 @@ def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
     The rule has to be linear in the gradient, with coefficients that do not depend on it: then it commutes with
     gradient accumulation, with loss scaling and with the all-reduce of data parallelism.
 
+    Each hook has a twin, `torch.ops.biofx.<name>_update`, which does nothing at all. It marks a weight whose optimizer
+    normalises gradients, so that a gain on them would cancel: there `biofx.attach` applies the rule to the update.
+
     Args:
         schema: the operator's signature in the dispatcher's language. The first argument is the weight and is
-            aliased by the result: `"name(Tensor(a) weight, Tensor gain) -> Tensor(a)"`.
+            aliased by the result: `"name_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)"`.
 
     Returns:
-        A decorator for the rule, `rule(gradient, *others)`, with the arguments of the schema that follow the weight.
-        The rule itself is returned unchanged, so it stays callable as the pure function that it is.
+        A decorator for the rule, `rule(gradient, *others)`, with the arguments of the schema that follow the weight; if
+        its second parameter is called `weight`, it gets the weight there. The rule itself is returned unchanged, so it
+        stays callable as the pure function that it is.
+
+    Raises:
+        ArgumentError: the name does not end in `_grad`, or the rule does not take the arguments of the schema.
 
     Example:
         >>> import torch
@@ -51,9 +60,12 @@ def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
         >>> w.grad
         tensor([-1., -1.])
     """
-    name = schema.partition("(")[0]
+    name, _, signature = schema.partition("(")
+    packet, dot, overload = name.partition(".")
 
     def define(rule: GradientRule) -> GradientRule:
+        takes_weight = _check_rule(rule, schema)
+
         class Hook(torch.autograd.Function):
             @staticmethod
             def forward(weight: Tensor, *others: Any) -> Tensor:
@@ -61,60 +73,112 @@ def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
 
             @staticmethod
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+                used = inputs if takes_weight else inputs[1:]
                 ctx.arity = len(inputs)
-                ctx.save_for_backward(*(x for x in inputs[1:] if isinstance(x, Tensor)))
-                ctx.others = [None if isinstance(x, Tensor) else x for x in inputs[1:]]
+                ctx.save_for_backward(*(x for x in used if isinstance(x, Tensor)))
+                ctx.constants = [None if isinstance(x, Tensor) else x for x in used]
 
             @staticmethod
             def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
                 tensors = iter(ctx.saved_tensors)
-                others = [next(tensors) if x is None else x for x in ctx.others]
+                others = [next(tensors) if x is None else x for x in ctx.constants]
                 return (rule(gradient, *others).to(gradient.dtype), *[None] * (ctx.arity - 1))
 
         Hook.__name__ = Hook.__qualname__ = name.replace(".", "_")
 
-        def kernel(weight: Tensor, *others: Any) -> Tensor:
+        def hook(weight: Tensor, *others: Any) -> Tensor:
             if torch._C._functorch.peek_interpreter_stack() is None:
                 result: Tensor = Hook.apply(weight, *others)  # type: ignore[no-untyped-call]
                 return result
             # Inside torch.func transforms an autograd.Function has no kernel behind the dispatcher. `scaled` carries
             # the gradient and adds zero to the value, which stays the weight's to the last bit.
-            scaled = rule(weight, *others)
+            scaled = rule(weight, weight.detach(), *others) if takes_weight else rule(weight, *others)
             return weight.detach() + (scaled - scaled.detach())
 
-        def vmap(info: Any, in_dims: tuple[int | None, ...], weight: Tensor, *others: Any) -> tuple[Tensor, int]:
-            weight_dim, *other_dims = in_dims
-            if weight_dim is None:
-                weight = weight.unsqueeze(0).expand(info.batch_size, *weight.shape)
-            else:
-                weight = weight.movedim(weight_dim, 0)
-            batched = []
-            for other, dim in zip(others, other_dims, strict=True):
-                if dim is not None:  # keep the other axes aligned with the weight's last ones
-                    other = other.movedim(dim, 0)
-                    padding = [1] * (weight.dim() - other.dim())
-                    other = other.reshape(other.shape[0], *padding, *other.shape[1:])
-                batched.append(other)
-            return operator(weight, *batched), 0
+        def marker(weight: Tensor, *others: Any) -> Tensor:
+            return weight.view_as(weight)
 
-        _check_signature(rule, schema)
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
-        torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap)
-        packet, _, overload = name.partition(".")
-        operator = getattr(getattr(torch.ops.biofx, packet), overload or "default")
+        _RULES[packet] = rule
+        _define(name, "(" + signature, hook)
+        _define(_twin(packet) + dot + overload, "(" + signature, marker)
         return rule
 
     return define
 
 
-def _check_signature(rule: GradientRule, schema: str) -> None:
-    expected = [argument.name for argument in torch._C.parse_schema(schema).arguments][1:]
-    given = list(inspect.signature(rule).parameters)[1:]
+def apply_rule(target: Any, gradient: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    """What the rule of a gradient hook, or of a marker, makes of a gradient or of an update."""
+    rule = _RULES[_name(target) if is_hook(target) else _twin(_name(target))]
+    return rule(gradient, weight, *others) if _takes_weight(rule) else rule(gradient, *others)
+
+
+def is_hook(target: Any) -> bool:
+    """Whether a node with this target is a gradient hook that acts in the backward pass."""
+    return _name(target) in _RULES
+
+
+def is_marker(target: Any) -> bool:
+    """Whether a node with this target marks a weight whose updates are changed instead of its gradients."""
+    return _twin(_name(target)) in _RULES and not is_hook(target)
+
+
+def twin(target: Any) -> Any:
+    """The marker of a gradient hook, or the gradient hook of a marker."""
+    return getattr(torch.ops.biofx, _twin(_name(target)))
+
+
+def _name(target: Any) -> str:
+    namespace, _, name = str(getattr(target, "_qualified_op_name", "")).partition("::")
+    return name if namespace == NAMESPACE else ""
+
+
+def _twin(packet: str) -> str:
+    if packet.endswith("_grad"):
+        return packet.removesuffix("_grad") + "_update"
+    return packet.removesuffix("_update") + "_grad"
+
+
+def _takes_weight(rule: GradientRule) -> bool:
+    return list(inspect.signature(rule).parameters)[1:2] == ["weight"]
+
+
+def _check_rule(rule: GradientRule, schema: str) -> bool:
+    parsed = torch._C.parse_schema(schema)
+    if not parsed.name.endswith("_grad"):
+        raise ArgumentError(f"operators.gradient_hook: the name of a hook ends in _grad, got {parsed.name!r}")
+    takes_weight = _takes_weight(rule)
+    expected = [argument.name for argument in parsed.arguments][1:]
+    given = list(inspect.signature(rule).parameters)[2 if takes_weight else 1 :]
     if given != expected:
         raise ArgumentError(
             f"operators.gradient_hook: the rule takes {given} after the gradient, its schema {schema!r} says {expected}"
         )
+    return takes_weight
+
+
+def _define(name: str, signature: str, kernel: Callable[..., Tensor]) -> None:
+    """Register an operator on a weight, with a batching rule that keeps the axes of its arguments aligned."""
+    packet, _, overload = name.partition(".")
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], weight: Tensor, *others: Any) -> tuple[Tensor, int]:
+        weight_dim, *other_dims = in_dims
+        if weight_dim is None:
+            weight = weight.unsqueeze(0).expand(info.batch_size, *weight.shape)
+        else:
+            weight = weight.movedim(weight_dim, 0)
+        batched = []
+        for other, dim in zip(others, other_dims, strict=True):
+            if dim is not None:
+                other = other.movedim(dim, 0)
+                padding = [1] * (weight.dim() - other.dim())
+                other = other.reshape(other.shape[0], *padding, *other.shape[1:])
+            batched.append(other)
+        result: Tensor = getattr(getattr(torch.ops.biofx, packet), overload or "default")(weight, *batched)
+        return result, 0
+
+    _LIBRARY.define(name + signature)
+    _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap)
 
 
 @gradient_hook("scale_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)")
@@ -127,3 +191,40 @@ def scale_grad(gradient: Tensor, gain: Tensor) -> Tensor:
 def scale_grad_scalar(gradient: Tensor, gain: float) -> Tensor:
     """One gain for all synapses of a weight: g ← c·g, with a number c."""
     return gradient * gain
+
+
+Observation = Callable[[Tensor, Tensor], None]
+
+
+def observer(name: str) -> Callable[[Observation], Observation]:
+    """Define `torch.ops.biofx.<name>(activity, state, unit_axis, training)`, which adds what it sees to a buffer.
+
+    It sees nothing in evaluation mode, and nothing while a backward pass runs: activation checkpointing computes an
+    activation again there, and must not count it twice.
+
+    Args:
+        name: the operator's name.
+
+    Returns:
+        A decorator for `observe(activity, state)`, which gets the activity with shape (positions, units), detached,
+        where positions are all elements of batch, time and space, and changes `state` in place.
+    """
+
+    def define(observe: Observation) -> Observation:
+        def kernel(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
+            if training and torch._C._current_graph_task_id() == -1:
+                units = activity.detach().movedim(unit_axis, -1)
+                observe(units.reshape(-1, units.shape[-1]), state)
+
+        operator = torch.library.custom_op(f"{NAMESPACE}::{name}", kernel, mutates_args=("state",))
+
+        @operator.register_vmap
+        def vmap(info: Any, in_dims: Any, activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> Any:
+            if in_dims[0] is not None:
+                activity = activity.movedim(in_dims[0], 0)
+            operator(activity, state, unit_axis, training)
+            return None, None
+
+        return observe
+
+    return define

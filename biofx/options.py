@@ -31,12 +31,14 @@ def check_number(
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
 ) -> None:
     """Refuse anything but a finite number within the bounds."""
     value = getattr(owner, option)
     bounds = [f"> {above:g}"] if above is not None else []
     bounds += [f"≥ {at_least:g}"] if at_least is not None else []
     bounds += [f"≤ {at_most:g}"] if at_most is not None else []
+    bounds += [f"< {below:g}"] if below is not None else []
     fits = (
         isinstance(value, float | int)
         and not isinstance(value, bool)
@@ -44,6 +46,7 @@ def check_number(
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)
+        and (below is None or value < below)
     )
     if not fits:
         raise _refuse(owner, option, f"a number {' and '.join(bounds)}".strip(), value)
@@ -64,14 +67,19 @@ def check_flag(owner: object, option: str) -> None:
 
 
 def check_activation(owner: object, option: str) -> None:
-    """Refuse anything but None and the name of an activation function in `torch.nn.functional` or `torch`."""
+    """Refuse anything but None, a function or module, or the name of a function in `torch.nn.functional` or `torch`."""
     value = getattr(owner, option)
-    if value is not None and (
-        not isinstance(value, str) or not callable(getattr(F, value, getattr(torch, value, None)))
-    ):
-        raise _refuse(owner, option, 'None or the name of a function in torch.nn.functional, such as "relu"', value)
+    if not (value is None or callable(value) or (isinstance(value, str) and _find_function(value) is not None)):
+        raise _refuse(owner, option, 'None, a function, or a name in torch.nn.functional such as "relu"', value)
 
 
 def activation_function(name: str) -> Callable[..., Any]:
     """The function that an activation's name means."""
-    return getattr(F, name, None) or getattr(torch, name)  # type: ignore[no-any-return]
+    function = _find_function(name)
+    assert function is not None
+    return function
+
+
+def _find_function(name: str) -> Callable[..., Any] | None:
+    found = getattr(F, name, None) or getattr(torch, name, None)
+    return found if callable(found) else None

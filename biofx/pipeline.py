@@ -104,10 +104,10 @@ def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: i
         edit = Editor(bio, site.node, pass_, seed, places)
         with torch.no_grad():
             pass_.rewrite(site, edit)
-        if edit.changed:
+        if edit.reason is None and (edit.changed or pass_.moment is not None):
             changed.append(name)
         else:
-            left[name] = edit.reason or f"{pass_.name} changed nothing"
+            left[name] = edit.reason or "it changed nothing"
     record_of(bio).passes.append(PassRun(pass_, seed, tuple(changed), left, time.perf_counter() - start))
 
 

@@ -20,23 +20,31 @@ class Slot(enum.IntEnum):
 
         raw [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → operator → output
 
-    The sign constraint and the sum are exclusive: one pass for each weight.
+    The sign constraint and the sum are exclusive: one pass for each weight. Observers look at what the operator
+    returns.
     """
 
     HOOK = 1
     SIGN = 2
     SUM = 3
     OUTPUT = 4
+    OBSERVER = 5
 
     @property
     def label(self) -> str:
         """The slot's name in tables."""
-        return {1: "gradient hook", 2: "sign constraint", 3: "sum over synapses", 4: "operator output"}[self.value]
+        return {
+            Slot.HOOK: "gradient hook",
+            Slot.SIGN: "sign constraint",
+            Slot.SUM: "sum over synapses",
+            Slot.OUTPUT: "operator output",
+            Slot.OBSERVER: "observer",
+        }[self]
 
     @property
     def on_chain(self) -> bool:
         """Whether the slot lies between the stored weight and its operator."""
-        return self is not Slot.OUTPUT
+        return self in (Slot.HOOK, Slot.SIGN, Slot.SUM)
 
     @property
     def exclusive(self) -> bool:
@@ -46,7 +54,13 @@ class Slot(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Inserted:
-    """Who inserted a node: `by` is the pass's name, `parameter` the weight's name in the original model."""
+    """Who inserted a node.
+
+    Attributes:
+        by: the pass's name; the names of all, joined by ", ", if several passes share the node.
+        parameter: the weight's name in the original model.
+        slot: where the node stands.
+    """
 
     by: str
     parameter: str
@@ -63,6 +77,10 @@ class RunnablePass(Protocol):
     @property
     def slot(self) -> Slot:
         """The slot that it fills."""
+
+    @property
+    def moment(self) -> Any:
+        """When it acts around a step, or None."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +107,9 @@ class Record(nn.Module):
 
     Attributes:
         original: shape of every parameter of the original model, by name.
-        state: names of the buffers that passes added, and the pass that added each.
+        state: names of the buffers that passes added, and the passes that use each, joined by ", ".
         passes: the passes that ran, in order.
+        attached: the weights whose optimizer `biofx.attach` has connected; a copy of the model starts with none.
     """
 
     def __init__(self, original: dict[str, torch.Size], constants: dict[str, torch.Tensor]) -> None:
@@ -98,8 +117,12 @@ class Record(nn.Module):
         self.original = original
         self.state: dict[str, str] = {}
         self.passes: list[PassRun] = []
+        self.attached: set[str] = set()
         for name, constant in constants.items():  # tensors that forward itself makes, met while tracing
             self.register_buffer(name, constant, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"attached": set()}
 
     def extra_repr(self) -> str:
         """The pipeline that made the model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import enum
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,25 @@ from typing import Any, ClassVar, TypeVar
 
 from biofx.editor import Editor
 from biofx.errors import ArgumentError, PipelineError
+from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.weight_sites import WeightSite
+
+
+class Moment(enum.IntEnum):
+    """When in `optimizer.step()` a rule acts; the value is the order."""
+
+    GRADIENT = 1
+    GAIN = 2
+    TURNOVER = 3
+    SCALING = 4
+    REFRESH = 5
+    PROJECTION = 6
+
+    @property
+    def before_step(self) -> bool:
+        """Whether the rule acts before the optimizer changes the weights."""
+        return self in (Moment.GRADIENT, Moment.GAIN)
 
 
 @dataclass(frozen=True)
@@ -24,10 +42,12 @@ class Pass:
     Attributes:
         name: the name in pipeline strings and tables.
         slot: where on the way from the stored weight to its operator the pass puts its nodes.
+        moment: when the pass acts around `optimizer.step()`, if it does (see `biofx.attach`).
     """
 
     name: ClassVar[str]
     slot: ClassVar[Slot]
+    moment: ClassVar[Moment | None] = None
 
     @property
     def preserves_function(self) -> bool:
@@ -37,6 +57,10 @@ class Pass:
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Rewrite one weight: insert nodes with `edit`, or leave the weight alone with `edit.leave(reason)`."""
         raise NotImplementedError(f"{type(self).__name__}.rewrite")
+
+    def at_step(self, weights: Sequence[PlasticWeight]) -> None:
+        """Act on all weights that have a gradient, at this pass's moment of every step of their optimizer."""
+        raise NotImplementedError(f"{type(self).__name__}.at_step")
 
     def violations(self, site: WeightSite) -> Iterator[str]:
         """The invariants of this pass that a weight breaks, one sentence each; `biofx.verify` asks."""

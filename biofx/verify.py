@@ -12,7 +12,7 @@ from torch import fx, nn
 from biofx.chain import attribute, chain, parameter_nodes
 from biofx.errors import VerificationError
 from biofx.operators import NAMESPACE
-from biofx.provenance import inserted, inserted_nodes, record_of, unwrap
+from biofx.provenance import Slot, inserted, inserted_nodes, record_of, unwrap
 from biofx.registry import Pass
 from biofx.weight_sites import find
 
@@ -74,7 +74,7 @@ def _chains(bio: fx.GraphModule) -> Iterator[str]:
             yield f"{start.target}: its chain is not in canonical order: {', '.join(s.label for s in slots)}"
     for node, origin in inserted_nodes(bio.graph):
         where = f"{origin.by}: {origin.parameter}: {node.name}"
-        if not node.users:
+        if not node.users and origin.slot is not Slot.OBSERVER:
             yield f"{where} is not used by any node"
         if origin.slot.on_chain and node.op != "get_attr" and node not in on_chain:
             yield f"{where} is not on the one chain of the weight"
@@ -83,7 +83,7 @@ def _chains(bio: fx.GraphModule) -> Iterator[str]:
         origin = inserted(node)
         if getattr(node.target, "namespace", _namespace(node)) == NAMESPACE and origin is None:
             yield f"{node.name} is a biofx operator that no pass inserted"
-        if origin is not None and origin.by not in ran:
+        if origin is not None and not ran.issuperset(origin.by.split(", ")):
             yield f"{origin.by}: {origin.parameter}: {node.name} was inserted by a pass that did not run"
 
 

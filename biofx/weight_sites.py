@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from biofx.capture import why_kept_whole
 from biofx.chain import attribute, chain, evaluate, parameter_nodes
-from biofx.depth import depths
+from biofx.depth import depths, reaching
 from biofx.provenance import Slot, inserted, record_of, unwrap
 
 
@@ -67,6 +67,7 @@ class WeightSite:
         uses: the calls of the operator, several if the weight is used more than once.
         depth: number of weights that a signal passes before this one, on the longest path, over that of the deepest
             weight: from 0 for the first to 1 for the last; 0 if all are first.
+        is_output: whether no signal passes another weight after this one.
     """
 
     bio: fx.GraphModule
@@ -76,6 +77,7 @@ class WeightSite:
     groups: int
     uses: tuple[fx.Node, ...]
     depth: float
+    is_output: bool
 
     @property
     def raw(self) -> nn.Parameter:
@@ -120,6 +122,24 @@ class WeightSite:
     def postsynaptic_axis(self) -> int:
         """Axis of the weight, as in the original model, that runs over postsynaptic units."""
         return self.operator.postsynaptic_axis
+
+    @property
+    def units(self) -> int:
+        """Number of postsynaptic units."""
+        # A transposed convolution's weight has its presynaptic units first, and the postsynaptic ones of one group.
+        return self.shape[self.postsynaptic_axis] * (self.groups if self.presynaptic_axis == 0 else 1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the postsynaptic units, shape (units,), on the axes of the weight, to be broadcast against it."""
+        if self.presynaptic_axis == 0:
+            grouped = values.view(self.groups, 1, -1).expand(-1, self.shape[0] // self.groups, -1)
+            values = grouped.reshape(self.shape[0], -1)
+        return values.reshape(*values.shape, *[1] * (len(self.shape) - values.dim()))
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """What the uses return to the model: they themselves, or the last of the nodes that passes put behind them."""
+        return tuple(_last_output(use) for use in self.uses)
 
     @property
     def chain(self) -> list[fx.Node]:
@@ -198,6 +218,7 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     before = depths(bio.graph, {user for calls in uses.values() for user, _ in calls})
     depth = {name: max(before[user] for user, _ in calls) for name, calls in uses.items() if calls}
     deepest = max(1, *depth.values(), 0)
+    followed = reaching(bio.graph, {user for calls in uses.values() for user, _ in calls})
     sites: dict[str, WeightSite] = {}
     others: dict[str, str] = {}
     for name, parameter in bio.named_parameters():
@@ -212,8 +233,17 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
         else:
             ((operator, groups),) = kinds
             calls = tuple(user for user, _ in uses[name])
-            sites[name] = WeightSite(bio, name, nodes[name], operator, groups, calls, depth[name] / deepest)
+            is_output = not any(call in followed for call in calls)
+            sites[name] = WeightSite(bio, name, nodes[name], operator, groups, calls, depth[name] / deepest, is_output)
     return sites, others
+
+
+def _last_output(node: fx.Node) -> fx.Node:
+    while True:
+        behind = [n for n in node.users if (origin := inserted(n)) is not None and origin.slot is Slot.OUTPUT]
+        if len(behind) != 1:
+            return node
+        node = behind[0]
 
 
 def _consumes(user: fx.Node, weight: fx.Node) -> Operator | None:

@@ -1,18 +1,33 @@
 """The mechanisms, one file each."""
 
 from biofx.editor import Editor
+from biofx.passes.crystallize import Crystallize
 from biofx.passes.fuzzy_learning_rates import FuzzyLearningRates
+from biofx.passes.group_units import GroupUnits
+from biofx.passes.l1_regularization import L1Regularization
+from biofx.passes.rejuvenate import Rejuvenate
 from biofx.passes.split_synapses import SplitSynapses
+from biofx.passes.synaptic_scaling import SynapticScaling
+from biofx.passes.volume_dependent_learning_rates import VolumeDependentLearningRates
+from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
-from biofx.registry import Pass, recipes, register, register_recipe, registered_passes
+from biofx.registry import Moment, Pass, recipes, register, register_recipe, registered_passes
 from biofx.weight_sites import WeightSite
 
 __all__ = [
+    "Crystallize",
     "Editor",
     "FuzzyLearningRates",
+    "GroupUnits",
+    "L1Regularization",
+    "Moment",
     "Pass",
+    "PlasticWeight",
+    "Rejuvenate",
     "Slot",
     "SplitSynapses",
+    "SynapticScaling",
+    "VolumeDependentLearningRates",
     "WeightSite",
     "recipes",
     "register",

@@ -6,7 +6,7 @@ $$g \leftarrow c \cdot g$$
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from biofx.editor import Editor
 from biofx.errors import ArgumentError
+from biofx.operators import observer
 from biofx.options import check_choice, check_integer, check_number
-from biofx.provenance import Slot
-from biofx.registry import Pass, register
+from biofx.plastic_weight import PlasticWeight
+from biofx.provenance import Slot, record_of
+from biofx.registry import Moment, Pass, register
 from biofx.weight_sites import WeightSite
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -43,11 +45,14 @@ class FuzzyLearningRates(Pass):
     | `beta` | 1 + (2·Beta(1/ν, 1/ν) − 1)·ν |
     | `layer_adaptive` | U(1±ν_l), ν_l = ν·(1 − 0.5·l/(L−1)): ν for the first weights, ν/2 for the deepest |
     | `weight_adaptive` | U(1±ν_w), ν_w = ν·clamp(2 − \|w\|/mean\|w\|, 0.5, 1.5) |
-    | `temporal` | starts as `uniform`; decays towards 1 while training |
+    | `temporal` | starts as `uniform`; c ← 1 + (c−1)·decay at a refresh, and every tenth time + 0.1·U(±ν) |
     | `activity` | U(1±ν_i), ν_i = ν·(2 − a_i), with a_i the relative activity of postsynaptic unit i |
 
     For `layer_adaptive`, l is the depth of the weight in the graph: how many weights a signal passes before it, on the
-    longest path; L−1 is the largest depth. For `activity`, a_i = 1 as long as no activity was seen.
+    longest path; L−1 is the largest depth. For `activity`, a_i = clamp(1 + 0.1·(n_i/mean n − 1), 0.8, 1.2), where n_i
+    counts how often an observer saw |z_i| > 0.01 in training mode, for the output z of the operator; before it has
+    seen anything, a_i = 1. The gains of `weight_adaptive`, `temporal` and `activity` are refreshed after every `every`
+    steps (`biofx.attach`); a gain that `Crystallize` has dampened below `minimum` is not.
 
     The gain is kept in the buffer `<weight>_gain` and applied by the node `biofx.scale_grad`.
 
@@ -82,6 +87,7 @@ class FuzzyLearningRates(Pass):
 
     name: ClassVar[str] = "fuzzy-learning-rates"
     slot: ClassVar[Slot] = Slot.HOOK
+    moment: ClassVar[Moment] = Moment.REFRESH
 
     nu: float = 0.16
     distribution: str = "uniform"
@@ -120,7 +126,35 @@ class FuzzyLearningRates(Pass):
             nu = weight_adaptive_spread(self.nu, site.raw.detach().float().cpu())
         gain = DISTRIBUTIONS[self.distribution](site.raw.shape, nu, edit.generator).clamp(self.minimum, self.maximum)
         dtype = getattr(torch, self.dtype) if self.dtype else site.raw.dtype
-        edit.insert(torch.ops.biofx.scale_grad, edit.state("gain", gain.to(site.raw.device, dtype)))
+        edit.gain(gain.to(site.raw.device, dtype))
+        if self.distribution in DYNAMIC:
+            edit.count_steps()
+        if self.distribution == "activity":
+            counts = edit.state("active", torch.zeros(site.units, device=site.raw.device, dtype=torch.int64))
+            edit.observe(torch.ops.biofx.count_active, site.outputs, site.operator.channel_axis, counts)
+
+    def at_step(self, weights: Sequence[PlasticWeight]) -> None:
+        """Refresh dynamic gains, every so many steps; gains that are dampened below `minimum` stay."""
+        if self.distribution not in DYNAMIC:
+            return
+        for weight in weights:
+            if weight.step % self.every == 0:
+                gain = weight.state("gain")
+                fresh = self._refreshed(weight, gain).clamp(self.minimum, self.maximum).to(gain.dtype)
+                gain.copy_(torch.where(gain >= torch.as_tensor(self.minimum).to(gain), fresh, gain))
+
+    def _refreshed(self, weight: PlasticWeight, gain: Tensor) -> Tensor:
+        generator, shape, device = weight.generator(), gain.shape, gain.device
+        if self.distribution == "temporal":
+            fresh = temporal_decay(gain, self.decay)
+            if weight.step % (10 * self.every) == 0:
+                fresh = fresh + 0.1 * (uniform(shape, self.nu, generator) - 1).to(device)
+            return fresh
+        if self.distribution == "weight_adaptive":
+            spread = weight_adaptive_spread(self.nu, weight.raw.float().cpu())
+        else:
+            spread = weight.site.spread(activity_spread(self.nu, weight.state("active").cpu()))
+        return uniform(shape, spread, generator).to(device)
 
     def violations(self, site: WeightSite) -> Iterator[str]:
         """Gains outside of [minimum, maximum]."""
@@ -130,6 +164,8 @@ class FuzzyLearningRates(Pass):
         low, high = (float(x) for x in site.gain.aminmax())
         # A bound that the gain's dtype cannot hold is rounded to one that it can.
         lowest, highest = (float(torch.tensor(x, dtype=site.gain.dtype)) for x in (self.minimum, self.maximum))
+        if len(record_of(site.bio).state[site.state_name("gain")].split(", ")) > 1:
+            lowest = 0.0  # another rule dampens the same gain
         if low < lowest or high > highest:
             yield f"gain is in [{low:g}, {high:g}], outside of [{self.minimum:g}, {self.maximum:g}]"
 
@@ -175,12 +211,33 @@ def layer_adaptive_spread(nu: float, depth: float) -> float:
     return nu * (1 - 0.5 * depth)
 
 
+def temporal_decay(gain: Tensor, decay: float) -> Tensor:
+    """The gains after one refresh: 1 + (c−1)·decay."""
+    return 1 + (gain - 1) * decay
+
+
+def activity_spread(nu: float, active: Tensor) -> Tensor:
+    """ν_i = ν·(2 − a_i), a_i = clamp(1 + 0.1·(n_i/mean n − 1), 0.8, 1.2), for counts n of shape (units,)."""
+    counts = active.double()
+    mean = counts.mean()
+    relative = counts / mean if mean > 0 else torch.ones_like(counts)
+    return (nu * (2 - (1 + 0.1 * (relative - 1)).clamp(0.8, 1.2))).float()
+
+
+@observer("count_active")
+def count_active(activity: Tensor, counts: Tensor) -> None:
+    """Count how often the magnitude of every unit is above 0.01."""
+    counts += (activity.abs() > 0.01).sum(0)
+
+
 def weight_adaptive_spread(nu: float, weight: Tensor) -> Tensor:
     """ν_w = ν·clamp(2 − |w|/mean|w|, 0.5, 1.5), elementwise; a weight of zeros counts as average."""
     magnitude = weight.abs()
     mean = magnitude.mean()
     return nu * (2 - magnitude / mean if mean > 0 else torch.ones_like(magnitude)).clamp(0.5, 1.5)
 
+
+DYNAMIC = ("weight_adaptive", "temporal", "activity")
 
 DISTRIBUTIONS: dict[str, Draw] = {
     "baseline": baseline,

@@ -5,15 +5,14 @@ $$w_{ij} = \sum_{\gamma=1}^{\Gamma} w_{ij\gamma}$$
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from biofx.editor import Editor
-from biofx.options import activation_function, check_activation, check_choice, check_flag, check_integer
+from biofx.options import check_activation, check_choice, check_flag, check_integer
 from biofx.provenance import Slot
 from biofx.registry import Pass, register
 from biofx.weight_sites import WeightSite
@@ -48,7 +47,7 @@ class SplitSynapses(Pass):
         init: `"dirichlet"` divides a connection at random, as above; `"equal"` gives every synapse w/Γ. Synapses that
             start equal stay equal unless something else, such as `FuzzyLearningRates`, tells them apart.
         compensate: keep the connection's learning speed independent of Γ.
-        activation: name of a function in `torch.nn.functional` or `torch`, applied to each synapse's current.
+        activation: f, by its name in `torch.nn.functional` or `torch`, or a module or function; None is the plain sum.
 
     Raises:
         ArgumentError: an option out of its range.
@@ -75,7 +74,7 @@ class SplitSynapses(Pass):
     synapses: int = 2
     init: str = "dirichlet"
     compensate: bool = True
-    activation: str | None = None
+    activation: Any = None
 
     def __post_init__(self) -> None:
         check_integer(self, "synapses", at_least=1)
@@ -90,7 +89,7 @@ class SplitSynapses(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Store Γ synapses, and sum them on the way to the operator or behind it."""
-        biases = _biases(site) if self.activation else []
+        biases = _biases(site) if self.activation is not None else []
         if biases is None:
             edit.leave("its operator's bias is computed, or shared with something else, so it cannot be split")
             return
@@ -104,7 +103,7 @@ class SplitSynapses(Pass):
             for bias in biases:
                 self._split_bias(edit.on(bias), site.groups)
             for use in site.uses:
-                _sum_outputs(edit, use, site, self.synapses, activation_function(self.activation))
+                _sum_outputs(edit, use, site, self.synapses, self.activation)
 
     def _split_bias(self, edit: Editor, groups: int) -> None:
         edit.replace_raw((edit.raw / self.synapses).expand(self.synapses, -1))
@@ -158,14 +157,12 @@ def _stack(edit: Editor, axis: int, groups: int) -> None:
         edit.insert(torch.flatten, 0, 2)
 
 
-def _sum_outputs(
-    edit: Editor, use: fx.Node, site: WeightSite, synapses: int, activation: Callable[..., Tensor]
-) -> None:
+def _sum_outputs(edit: Editor, use: fx.Node, site: WeightSite, synapses: int, activation: Any) -> None:
     """Behind the wide operator: apply the activation to each synapse's current, and sum over synapses."""
     channel = site.operator.channel_axis
     shape = (synapses, -1) if site.groups == 1 else (site.groups, synapses, -1)
     node = edit.after(use, torch.unflatten, channel, shape)
-    node = edit.after(node, activation)
+    node = edit.activate(node, activation)
     node = edit.after(node, torch.sum, channel - 1)
     if site.groups > 1:
         edit.after(node, torch.flatten, channel - 1, channel)

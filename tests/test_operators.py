@@ -187,18 +187,18 @@ def test_a_frozen_weight_gets_no_gradient():
 def test_one_hook_for_all_uses_fires_once():
     fired = []
 
-    @operators.gradient_hook("count_for_test(Tensor(a) weight) -> Tensor(a)")
+    @operators.gradient_hook("count_for_test_grad(Tensor(a) weight) -> Tensor(a)")
     def count(gradient):
         fired.append(gradient.clone())
         return gradient
 
     weight = nn.Parameter(torch.ones(2))
-    hooked = torch.ops.biofx.count_for_test(weight)
+    hooked = torch.ops.biofx.count_for_test_grad(weight)
     (hooked.sum() + (2 * hooked).sum()).backward()
     assert [g.tolist() for g in fired] == [[3.0, 3.0]]
 
 
 def test_a_rule_must_take_the_arguments_of_its_schema():
     with pytest.raises(biofx.ArgumentError, match=r"the rule takes \['rate'\] after the gradient.*gain"):
-        operators.gradient_hook("wrong_for_test(Tensor(a) weight, Tensor gain) -> Tensor(a)")(lambda g, rate: g)
-    assert not hasattr(torch.ops.biofx, "wrong_for_test")
+        operators.gradient_hook("wrong_for_test_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)")(lambda g, rate: g)
+    assert not hasattr(torch.ops.biofx, "wrong_for_test_grad")

@@ -157,8 +157,8 @@ def test_a_bias_that_cannot_be_split_leaves_the_weight_alone():
         ({"synapses": True}, "synapses must be an integer ≥ 1, got True"),
         ({"init": "uniform"}, "init must be one of dirichlet, equal, got 'uniform'"),
         ({"compensate": 1}, "compensate must be True or False, got 1"),
-        ({"activation": "reluu"}, "activation must be None or the name of a function in torch.nn.functional.*'reluu'"),
-        ({"activation": torch.relu}, "activation must be None or the name of a function"),
+        ({"activation": "reluu"}, "activation must be None, a function, or a name in torch.nn.functional .*'reluu'"),
+        ({"activation": 3}, "activation must be None, a function, or a name in torch.nn.functional"),
     ],
 )
 def test_bad_options(options, message):

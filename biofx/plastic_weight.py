@@ -1,0 +1,96 @@
+"""A weight as a rule sees it at `optimizer.step()`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from biofx import randomness
+from biofx.chain import attribute
+from biofx.operators import apply_rule, is_hook, is_marker
+from biofx.weight_sites import WeightSite
+
+
+@dataclass(eq=False)
+class PlasticWeight:
+    """A weight at one step of its optimizer.
+
+    Attributes:
+        site: the weight site.
+        raw: the stored parameter.
+        gradient: its gradient as the optimizer sees it; a rule that acts before the step may change it in place.
+        optimizer: the optimizer that holds it.
+        step: number of this step, counted from 1.
+        gains_on_update: whether gains act on the optimizer's update instead of on the gradient.
+        seed: seed of the pass that looks at the weight.
+        by: name of that pass.
+    """
+
+    site: WeightSite
+    raw: nn.Parameter
+    gradient: Tensor
+    optimizer: torch.optim.Optimizer
+    step: int
+    gains_on_update: bool
+    seed: int = 0
+    by: str = ""
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the original model."""
+        return self.site.name
+
+    def state(self, key: str) -> Tensor:
+        """A tensor that the pass keeps for the weight."""
+        value = self.site.state(key)
+        assert value is not None, f"{self.by} keeps no {key} for {self.name}"
+        return value
+
+    def generator(self) -> torch.Generator:
+        """Random numbers that depend on the seed, the pass, the weight's name and the step only."""
+        return randomness.generator(self.seed, self.by, self.name, self.step)
+
+    def as_gradient(self, change: Tensor) -> Tensor:
+        """What would have arrived in `gradient`, had the backward pass computed `change` behind the weight's hooks."""
+        return change if self.gains_on_update else scale_learning(self.site, change, self.raw)
+
+    def replace(self, mask: Tensor, values: Tensor) -> None:
+        """Put new values where the mask says, and clear what the optimizer remembers of the old ones.
+
+        Args:
+            mask: bool, of the shape of `raw`.
+            values: one for each entry that the mask selects, in order.
+        """
+        self.raw[mask] = values.to(self.raw.device, self.raw.dtype)
+        for key, memory in self.optimizer.state.get(self.raw, {}).items():
+            if isinstance(memory, Tensor) and memory.shape == self.raw.shape:
+                memory[mask] = self._initial(key)
+
+    def _initial(self, key: str) -> float:
+        """What the optimizer's memory starts from."""
+        if key != "sum":
+            return 0.0
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return next(
+            float(group.get("initial_accumulator_value", 0.0))
+            for group in groups
+            if any(p is self.raw for p in group["params"])
+        )
+
+
+def scale_learning(site: WeightSite, change: Tensor, weight: Tensor) -> Tensor:
+    """What the rules on a weight's chain make of a gradient, or of an update: every hook's or marker's rule, in turn.
+
+    Args:
+        site: the weight site.
+        change: a gradient of, or a change to, the stored weight.
+        weight: the stored weight that it belongs to.
+    """
+    for node in reversed(site.chain):
+        if is_hook(node.target) or is_marker(node.target):
+            others = fx.map_arg(node.args[1:], lambda n: attribute(site.bio, str(n.target)))
+            change = apply_rule(node.target, change, weight, *others)
+    return change

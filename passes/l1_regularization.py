@@ -1,0 +1,72 @@
+r"""Sparsity: a constant pull of every synapse towards zero.
+
+$$g \leftarrow g + \lambda \operatorname{sign}(w)$$
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from biofx.editor import Editor
+from biofx.options import check_number
+from biofx.plastic_weight import PlasticWeight
+from biofx.provenance import Slot
+from biofx.registry import Moment, Pass, register
+from biofx.weight_sites import WeightSite
+
+
+@register
+@dataclass(frozen=True)
+class L1Regularization(Pass):
+    r"""Add the gradient of λ·Σ|w| to that of every synapse, before the optimizer's step.
+
+    $$g \leftarrow g + \lambda \operatorname{sign}(w)$$
+
+    with w the stored weight. It is added once for each step (`biofx.attach`), not in the backward pass: there it would
+    be added once for each micro-batch, and divided by the loss scale. Gains act on it as on the rest of the gradient.
+
+    `biofx.l1(bio)` is the differentiable sum over effective weights, for a loss. The reference package's `l1_reg` sums
+    its own learning-rate factors, under `no_grad`.
+
+    Args:
+        strength: λ, at least 0.
+
+    Raises:
+        ArgumentError: an option out of its range.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(1, 1, bias=False), [passes.L1Regularization(strength=0.5)])
+        >>> optimizer = torch.optim.SGD(bio.parameters(), lr=1.0)
+        >>> attachment = biofx.attach(bio, optimizer)
+        >>> before = bio.weight.detach().clone()
+        >>> (0 * bio(torch.ones(1))).sum().backward()
+        >>> optimizer.step()
+        >>> (bio.weight - before).item() == -0.5 * before.sign().item()
+        True
+    """
+
+    name: ClassVar[str] = "l1-regularization"
+    slot: ClassVar[Slot] = Slot.HOOK
+    moment: ClassVar[Moment] = Moment.GRADIENT
+
+    strength: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_number(self, "strength", at_least=0)
+
+    @property
+    def preserves_function(self) -> bool:
+        """True: only gradients change."""
+        return True
+
+    def rewrite(self, site: WeightSite, edit: Editor) -> None:
+        """Nothing to insert: the rule acts at the step."""
+
+    def at_step(self, weights: Sequence[PlasticWeight]) -> None:
+        """Add the pull to the gradients."""
+        for weight in weights:
+            weight.gradient.add_(weight.as_gradient(self.strength * weight.raw.sign()))

@@ -1,0 +1,118 @@
+r"""Volume-dependent plasticity: large synapses are stable, small ones are plastic.
+
+$$g \leftarrow g \cdot |n|, \qquad n \sim \mathcal{N}\!\left(m, (v\,m)^2\right), \qquad
+m = \eta\, e^{-s\,|w| / (|w| + 1)}$$
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from biofx import randomness
+from biofx.editor import Editor
+from biofx.operators import gradient_hook
+from biofx.options import check_number
+from biofx.provenance import Slot
+from biofx.registry import Pass, register
+from biofx.weight_sites import WeightSite
+
+
+@register
+@dataclass(frozen=True)
+class VolumeDependentLearningRates(Pass):
+    r"""Scale the learning of every synapse by a noisy factor that falls with its size.
+
+    $$g \leftarrow g \cdot |n|, \qquad n \sim \mathcal{N}\!\left(m, (v\,m)^2\right), \qquad
+    m = \eta\, e^{-s\,|w| / (|w| + 1)}$$
+
+    with g the gradient of the stored weight w, whose magnitude stands for the volume of the spine, η `base_lr`, s
+    `stability`, and v `variability`. The factor is in (0, η] but for the noise: with the defaults, learning is slower
+    by ten and more.
+
+    The noise n is drawn anew at every step of the optimizer (`biofx.attach` counts them in `<weight>_steps`) and is the
+    same for all micro-batches of a step, so it commutes with gradient accumulation, and it is the same on every rank.
+    The node is `biofx.volume_grad`. Nothing is stored: the noise follows from seed, step and the weight's name.
+
+    The reference package has the same formula, and applies it to `.grad` by hand.
+
+    Args:
+        base_lr: η, the factor of a synapse of size 0, above 0. Default as in the reference package.
+        stability: s, how fast the factor falls with size, above 0. Default as in the reference package.
+        variability: v, relative standard deviation of the noise, at least 0. Default as in the reference package.
+
+    Raises:
+        ArgumentError: an option out of its range.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(2, 1), [passes.VolumeDependentLearningRates(variability=0.0)])
+        >>> with torch.no_grad():
+        ...     _ = bio.weight.copy_(torch.tensor([[0.0, 3.0]]))
+        >>> bio(torch.ones(2)).backward()
+        >>> bio.weight.grad  # 0.1 · exp(−2 · 0) and 0.1 · exp(−2 · 3/4)
+        tensor([[0.1000, 0.0223]])
+
+    References:
+        Hofmann, Becker, Tetzlaff & Mäder, Concept transfer of synaptic diversity from biological to artificial neural
+        networks, Nature Communications 16, 2025, doi 10.1038/s41467-025-60078-9.
+    """
+
+    name: ClassVar[str] = "volume-dependent-learning-rates"
+    slot: ClassVar[Slot] = Slot.HOOK
+
+    base_lr: float = 0.1
+    stability: float = 2.0
+    variability: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_number(self, "base_lr", above=0)
+        check_number(self, "stability", above=0)
+        check_number(self, "variability", at_least=0)
+
+    @property
+    def preserves_function(self) -> bool:
+        """True: only gradients change."""
+        return True
+
+    def rewrite(self, site: WeightSite, edit: Editor) -> None:
+        """Hook the factor to the gradient."""
+        stream = int(torch.randint(2**62, (), generator=edit.generator))
+        options = (self.base_lr, self.stability, self.variability)
+        edit.count_steps()
+        edit.insert(torch.ops.biofx.volume_grad, edit.read("steps"), stream, *options)
+
+
+def volume_factor(weight: Tensor, noise: Tensor, base_lr: float, stability: float, variability: float) -> Tensor:
+    """|n| with n = m·(1 + v·noise), for standard normal noise."""
+    volume = weight.abs()
+    mean = base_lr * torch.exp(-stability * (volume / (volume + 1)))
+    return (mean * (1 + variability * noise)).abs()
+
+
+@torch.library.custom_op("biofx::standard_normal", mutates_args=())
+def standard_normal(like: Tensor, steps: Tensor, stream: int) -> Tensor:
+    """Noise of the shape, dtype and device of `like`, which follows from the stream and the number of steps."""
+    drawn = torch.randn(like.shape, generator=randomness.generator(stream, int(steps)))
+    return drawn.to(like.device, like.dtype)
+
+
+@standard_normal.register_fake
+def _(like: Tensor, steps: Tensor, stream: int) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@gradient_hook(
+    "volume_grad(Tensor(a) weight, Tensor steps, int stream, float base_lr, float stability, float variability)"
+    " -> Tensor(a)"
+)
+def volume_grad(
+    gradient: Tensor, weight: Tensor, steps: Tensor, stream: int, base_lr: float, stability: float, variability: float
+) -> Tensor:
+    """Volume-dependent factor on every synapse: g ← g·|n|."""
+    noise = standard_normal(weight.detach(), steps, stream)
+    return gradient * volume_factor(weight.detach(), noise, base_lr, stability, variability)
