@@ -78,3 +78,13 @@ def read(start: fx.Node, origin: Inserted, target: str) -> fx.Node:
         node = start.graph.get_attr(target)
     node.meta[RECORD] = origin
     return node
+
+
+def callee(node: fx.Node) -> str:
+    """What a node calls or reads, as a short name."""
+    if isinstance(node.target, str):
+        return node.target
+    name = getattr(node.target, "_qualified_op_name", None)  # of a dispatcher operator
+    if name is not None:
+        return str(name).replace("::", ".")
+    return str(getattr(node.target, "__name__", node.target))

@@ -117,9 +117,13 @@ class Editor:
             present.mul_(value.to(present.dtype))
 
     def count_steps(self) -> None:
-        """Let `biofx.attach` count the steps that the weight's optimizer takes, in the buffer `<parameter>_steps`."""
+        """Let `biofx.attach` count the steps that the weight's optimizer takes, in the buffer `<parameter>_steps`.
+
+        With the seed, in `<parameter>_seed`, that is the position of all random numbers that rules draw at steps.
+        """
         if self._shared("steps") is None:
             self.keep("steps", torch.zeros((), dtype=torch.int64))
+            self.keep("seed", torch.tensor(self._seed, dtype=torch.int64))
 
     def _shared(self, key: str) -> Tensor | None:
         """State that several passes use: note that this pass does, too."""

@@ -8,9 +8,9 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
-from biofx.chain import attribute
+from biofx.chain import attribute, callee
 from biofx.errors import ArgumentError
-from biofx.provenance import inserted, record_of, unwrap
+from biofx.provenance import inserted, record_of, transformed
 from biofx.weight_sites import NOT_A_SYNAPSE, WeightSite, find
 
 if TYPE_CHECKING:
@@ -46,9 +46,8 @@ def summary(bio: nn.Module) -> str:
         <BLANKLINE>
         not synapses: 0.bias, 1.weight, 1.bias, 2.bias
     """
-    bio = unwrap(bio)
+    bio = transformed(bio)
     record = record_of(bio)
-    assert isinstance(bio, fx.GraphModule)
     sites, others = find(bio)
     headers = ["weight", "operator", "shape", "Γ", "gain", "sign", "passes", "left alone"]
     rows = [_row(site) for site in sites.values()]
@@ -119,9 +118,7 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
     """
     if only not in ("inserted", "all"):
         raise ArgumentError(f'table: only must be "inserted" or "all", got {only!r}')
-    bio = unwrap(bio)
-    record_of(bio)
-    assert isinstance(bio, fx.GraphModule)
+    bio = transformed(bio)
     rows = []
     for node in bio.graph.nodes:
         origin = inserted(node)
@@ -136,16 +133,6 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
 def _text(rows: list[list[Any]], headers: list[str]) -> str:
     lines = tabulate(rows, headers=headers, disable_numparse=True).splitlines()
     return "\n".join(line.rstrip() for line in lines)
-
-
-def callee(node: fx.Node) -> str:
-    """What a node calls or reads, as a short name."""
-    if isinstance(node.target, str):
-        return node.target
-    name = getattr(node.target, "_qualified_op_name", None)  # of a dispatcher operator
-    if name is not None:
-        return str(name).replace("::", ".")
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def role(node: fx.Node, bio: fx.GraphModule) -> str:
@@ -181,9 +168,7 @@ def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
     """
     import networkx
 
-    bio = unwrap(bio)
-    record_of(bio)
-    assert isinstance(bio, fx.GraphModule)
+    bio = transformed(bio)
     graph: networkx.MultiDiGraph[str] = networkx.MultiDiGraph()
     for node in bio.graph.nodes:
         origin = inserted(node)

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
 from biofx.errors import ArgumentError, LifecycleError
 from biofx.operators import is_hook, is_marker, twin
 from biofx.plastic_weight import PlasticWeight, scale_learning
-from biofx.provenance import number_nodes, record_of, unwrap
+from biofx.provenance import number_nodes, record_of, transformed
 from biofx.registry import Pass
 from biofx.weight_sites import WeightSite, find
 
@@ -66,9 +66,8 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
         >>> int(bio.weight_steps)
         1
     """
-    bio = unwrap(bio)
+    bio = transformed(bio)
     record = record_of(bio)
-    assert isinstance(bio, fx.GraphModule)
     if not isinstance(optimizer, Optimizer):
         raise ArgumentError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, LBFGS | SparseAdam):
@@ -189,7 +188,7 @@ class Attachment:
             assert isinstance(run.pass_, Pass)
             assert run.pass_.moment is not None
             if run.pass_.moment.before_step is before_step:
-                chosen = [replace(w, seed=run.seed, by=run.pass_.name) for w in weights if w.name in run.weights]
+                chosen = [replace(w, by=run.pass_.name) for w in weights if w.name in run.weights]
                 if chosen:
                     run.pass_.at_step(chosen)
 

@@ -93,6 +93,7 @@ def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
             # Inside torch.func transforms an autograd.Function has no kernel behind the dispatcher. `scaled` carries
             # the gradient and adds zero to the value, which stays the weight's to the last bit.
             scaled = rule(weight, weight.detach(), *others) if takes_weight else rule(weight, *others)
+            scaled = scaled.to(weight.dtype)
             return weight.detach() + (scaled - scaled.detach())
 
         def marker(weight: Tensor, *others: Any) -> Tensor:

@@ -25,8 +25,7 @@ class PlasticWeight:
         optimizer: the optimizer that holds it.
         step: number of this step, counted from 1.
         gains_on_update: whether gains act on the optimizer's update instead of on the gradient.
-        seed: seed of the pass that looks at the weight.
-        by: name of that pass.
+        by: name of the pass that looks at the weight.
     """
 
     site: WeightSite
@@ -35,7 +34,6 @@ class PlasticWeight:
     optimizer: torch.optim.Optimizer
     step: int
     gains_on_update: bool
-    seed: int = 0
     by: str = ""
 
     @property
@@ -51,7 +49,7 @@ class PlasticWeight:
 
     def generator(self) -> torch.Generator:
         """Random numbers that depend on the seed, the pass, the weight's name and the step only."""
-        return randomness.generator(self.seed, self.by, self.name, self.step)
+        return randomness.generator(int(self.state("seed")), self.by, self.name, self.step)
 
     def as_gradient(self, change: Tensor) -> Tensor:
         """What would have arrived in `gradient`, had the backward pass computed `change` behind the weight's hooks."""

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from biofx.errors import ArgumentError
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 RECORD = "biofx"  # name of the Record among the children of a transformed model, and the key in `node.meta`
 
 
@@ -129,6 +130,27 @@ class Record(nn.Module):
         return ",".join(str(run.pass_) for run in self.passes)
 
 
+def transformed(model: nn.Module) -> fx.GraphModule:
+    """The transformed model that was given, bare or inside `torch.compile` or a data-parallel wrapper.
+
+    Raises:
+        ArgumentError: it does not come from `biofx.transform`.
+    """
+    bio = model
+    while isinstance(bio, nn.Module) and RECORD not in bio._modules:
+        wrapped = "_orig_mod" if "_orig_mod" in bio._modules else "module" if isinstance(bio, WRAPPERS) else None
+        if wrapped is None:
+            break
+        bio = bio.get_submodule(wrapped)
+    record_of(bio)
+    assert isinstance(bio, fx.GraphModule)
+    return bio
+
+
+def unwrap(model: nn.Module) -> fx.GraphModule:
+    return transformed(model)
+
+
 def record_of(bio: nn.Module) -> Record:
     """The record of a transformed model.
 
@@ -137,27 +159,11 @@ def record_of(bio: nn.Module) -> Record:
     """
     record = bio._modules.get(RECORD) if isinstance(bio, nn.Module) else None
     if not isinstance(record, Record):
+        given = f"the class {bio.__name__}" if isinstance(bio, type) else f"an instance of {type(bio).__name__}"
         raise ArgumentError(
-            f"expected a model made by biofx.transform, got {_describe(bio)}; "
-            "a graph that was traced again, or copied with copy.copy, has lost its record"
+            f"expected a model made by biofx.transform, got {given}; a graph that was traced again has lost its record"
         )
     return record
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    return f"an instance of {type(value).__name__}"
-
-
-def unwrap(bio: nn.Module) -> nn.Module:
-    """The model inside `torch.compile` and data-parallel wrappers."""
-    while isinstance(bio, nn.Module) and RECORD not in bio._modules:
-        inner = bio._modules.get("_orig_mod", bio._modules.get("module"))
-        if inner is None:
-            break
-        bio = inner
-    return bio
 
 
 def inserted(node: fx.Node) -> Inserted | None:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from biofx.chain import attribute, chain, parameter_nodes
 from biofx.errors import VerificationError
 from biofx.operators import NAMESPACE
-from biofx.provenance import Slot, inserted, inserted_nodes, record_of, unwrap
+from biofx.provenance import Slot, inserted, inserted_nodes, record_of, transformed
 from biofx.registry import Pass
 from biofx.weight_sites import find
 
@@ -44,9 +44,7 @@ def verify(bio: nn.Module) -> None:
         biofx.errors.VerificationError: the transformed model is not valid:
           - fuzzy-learning-rates: weight: gain is not finite
     """
-    bio = unwrap(bio)
-    record_of(bio)
-    assert isinstance(bio, fx.GraphModule)
+    bio = transformed(bio)
     violations = list(_graph(bio)) or [*_chains(bio), *_parameters(bio), *_passes(bio)]
     if violations:
         raise VerificationError(violations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from biofx.capture import why_kept_whole
-from biofx.chain import attribute, chain, evaluate, parameter_nodes
+from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
 from biofx.depth import depths, reaching
-from biofx.provenance import Slot, inserted, record_of, unwrap
+from biofx.provenance import Slot, inserted, record_of, transformed
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class WeightSite:
         is_output: whether no signal passes another weight after this one.
     """
 
-    bio: fx.GraphModule
+    bio: fx.GraphModule = field(repr=False)
     name: str
     node: fx.Node
     operator: Operator
@@ -182,9 +182,7 @@ def weight_sites(bio: nn.Module) -> dict[str, WeightSite]:
         >>> site.raw.shape, site.effective().shape, site.synapses
         (torch.Size([4, 2, 3]), torch.Size([2, 3]), 4)
     """
-    bio = unwrap(bio)
-    record_of(bio)
-    return find(bio)[0]  # type: ignore[arg-type]
+    return find(transformed(bio))[0]
 
 
 def l1(bio: nn.Module) -> Tensor:
@@ -211,31 +209,75 @@ def l1(bio: nn.Module) -> Tensor:
 def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     """The weight sites, and for every other parameter the reason why it is none."""
     nodes = parameter_nodes(bio)
-    uses: dict[str, list[tuple[fx.Node, Operator]]] = {}
-    for name, node in nodes.items():
-        end = chain(node)[-1]
-        uses[name] = [(user, op) for user in end.users if (op := _consumes(user, end)) is not None]
-    before = depths(bio.graph, {user for calls in uses.values() for user, _ in calls})
+    ends = {name: chain(node)[-1] for name, node in nodes.items()}
+    uses = {name: _uses(end) for name, end in ends.items()}
+    operators = {user for calls in uses.values() for user, _ in calls}
+    before, followed = depths(bio.graph, operators), reaching(bio.graph, operators)
     depth = {name: max(before[user] for user, _ in calls) for name, calls in uses.items() if calls}
     deepest = max(1, *depth.values(), 0)
-    followed = reaching(bio.graph, {user for calls in uses.values() for user, _ in calls})
+    inside = _inside_called_modules(bio)
     sites: dict[str, WeightSite] = {}
     others: dict[str, str] = {}
     for name, parameter in bio.named_parameters():
-        kinds = {(op, op.argument(user, op.groups, "groups", 1)) for user, op in uses.get(name, ())}
-        if name not in nodes:
-            others[name] = _why_not_read(bio, name)
-        elif not kinds:
-            others[name] = _why_no_weight(parameter, nodes[name])
-        elif len(kinds) > 1:
-            described = sorted(f"{op.name} with groups={groups}" for op, groups in kinds)
-            others[name] = f"shared by operators that want different axes: {', '.join(described)}"
-        else:
-            ((operator, groups),) = kinds
-            calls = tuple(user for user, _ in uses[name])
-            is_output = not any(call in followed for call in calls)
-            sites[name] = WeightSite(bio, name, nodes[name], operator, groups, calls, depth[name] / deepest, is_output)
+        reason = _why_no_site(parameter, ends.get(name), uses.get(name, []), inside.get(id(parameter)))
+        if reason is not None:
+            others[name] = reason
+            continue
+        calls = tuple(user for user, _ in uses[name])
+        operator, groups = _kind(*uses[name][0])
+        is_output = not any(call in followed for call in calls)
+        sites[name] = WeightSite(bio, name, nodes[name], operator, groups, calls, depth[name] / deepest, is_output)
     return sites, others
+
+
+def _uses(weight: fx.Node) -> list[tuple[fx.Node, Operator]]:
+    """The calls of known operators that consume a node as their weight."""
+    result = []
+    for user in weight.users:
+        operator = OPERATORS.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
+        if operator is not None and operator.argument(user, operator.weight, "weight") is weight:
+            result.append((user, operator))
+    return result
+
+
+def _kind(use: fx.Node, operator: Operator) -> tuple[Operator, int]:
+    return operator, operator.argument(use, operator.groups, "groups", 1)
+
+
+def _inside_called_modules(bio: fx.GraphModule) -> dict[int, str]:
+    """For every parameter of a module that the graph calls as it is, by id: which module that is, and why."""
+    result: dict[int, str] = {}
+    for path in dict.fromkeys(str(node.target) for node in bio.graph.find_nodes(op="call_module")):
+        module = bio.get_submodule(path)
+        reason = why_kept_whole(module) or "biofx has no operator for its weights"
+        for parameter in module.parameters():
+            result[id(parameter)] = f"inside {path} ({type(module).__name__}), which is called as it is: {reason}"
+    return result
+
+
+def _why_no_site(
+    parameter: nn.Parameter, end: fx.Node | None, uses: list[tuple[fx.Node, Operator]], inside: str | None
+) -> str | None:
+    """Why a parameter is no weight site, or None if it is one."""
+    if parameter.dim() < 2 and not uses:
+        return NOT_A_SYNAPSE
+    if inside is not None:
+        return inside
+    if end is None:
+        return "not used in forward"
+    for user in end.users:
+        if user.op == "call_method" and str(user.target).endswith("_") and not str(user.target).endswith("__"):
+            return f"forward changes it in place, by {user.target}"
+        if user.target is getattr and user.args[1:] == ("data",):
+            return "forward takes its .data, which no graph can follow"
+    kinds = {_kind(*use) for use in uses}
+    if not kinds:
+        users = sorted({callee(user) for user in end.users})
+        return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
+    if len(kinds) > 1:
+        described = sorted(f"{operator.name} with groups={groups}" for operator, groups in kinds)
+        return f"shared by operators that want different axes: {', '.join(described)}"
+    return None
 
 
 def _last_output(node: fx.Node) -> fx.Node:
@@ -244,35 +286,3 @@ def _last_output(node: fx.Node) -> fx.Node:
         if len(behind) != 1:
             return node
         node = behind[0]
-
-
-def _consumes(user: fx.Node, weight: fx.Node) -> Operator | None:
-    operator = OPERATORS.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
-    if operator is None or operator.argument(user, operator.weight, "weight") is not weight:
-        return None
-    return operator
-
-
-def _why_no_weight(parameter: nn.Parameter, node: fx.Node) -> str:
-    if parameter.dim() < 2:
-        return NOT_A_SYNAPSE
-    users = sorted({_target_name(user) for user in chain(node)[-1].users})
-    return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
-
-
-def _target_name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-def _why_not_read(bio: fx.GraphModule, name: str) -> str:
-    called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")}
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        if path in called:
-            module = bio.get_submodule(path)
-            if attribute(bio, name).dim() < 2:
-                return NOT_A_SYNAPSE
-            reason = why_kept_whole(module) or "biofx has no operator for its weights"
-            return f"inside {path} ({type(module).__name__}), which is called as it is: {reason}"
-    return "not used in forward"

@@ -93,6 +93,9 @@ class SplitSynapses(Pass):
         if biases is None:
             edit.leave("its operator's bias is computed, or shared with something else, so it cannot be split")
             return
+        if self.activation is not None and set(site.chain[-1].users) != set(site.uses):
+            edit.leave("something else than its operator reads the weight, so it has no place for an activation")
+            return
         shares = dirichlet if self.init == "dirichlet" else equal
         edit.replace_raw(split(site.raw, shares(self.synapses, site.raw.shape, edit.generator)))
         if self.activation is None:

@@ -21,6 +21,7 @@ from biofx.registry import Moment, Pass, register
 from biofx.weight_sites import WeightSite
 
 STRENGTH = {"gradient": 0.5, "weight": 0.01}
+UNSEEN = -1.0  # the running mean of a unit before the first step
 
 
 @register
@@ -55,8 +56,9 @@ class SynapticScaling(Pass):
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
-        >>> bio = biofx.transform(torch.nn.Linear(1, 2), [passes.SynapticScaling(target=1.0, strength=0.1,
-        on="weight")]) >>> with torch.no_grad():
+        >>> scaling = passes.SynapticScaling(target=1.0, strength=0.1, on="weight")
+        >>> bio = biofx.transform(torch.nn.Linear(1, 2), [scaling])
+        >>> with torch.no_grad():
         ...     _ = bio.weight.copy_(torch.tensor([[3.0], [0.5]])), bio.bias.zero_()
         >>> optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
         >>> attachment = biofx.attach(bio, optimizer)
@@ -98,7 +100,7 @@ class SynapticScaling(Pass):
         device = site.raw.device
         seen = edit.state("seen", torch.zeros(site.units + 1, device=device, dtype=torch.float64))
         edit.observe(torch.ops.biofx.sum_activity, site.outputs, site.operator.channel_axis, seen)
-        edit.keep("activity", torch.full((site.units,), torch.nan, device=device, dtype=torch.float64))
+        edit.keep("activity", torch.full((site.units,), UNSEEN, device=device, dtype=torch.float64))
         if self.on == "gradient":
             neutral = site.spread(torch.ones(site.units, device=device, dtype=site.raw.dtype))
             edit.insert(torch.ops.biofx.scale_grad, edit.state("homeostasis", neutral))
@@ -110,9 +112,9 @@ class SynapticScaling(Pass):
             seen, activity = weight.state("seen"), weight.state("activity")
             if seen[-1] > 0:
                 mean = seen[:-1] / seen[-1]
-                activity.copy_(torch.where(activity.isnan(), mean, self.memory * activity + (1 - self.memory) * mean))
+                activity.copy_(torch.where(activity == UNSEEN, mean, self.memory * activity + (1 - self.memory) * mean))
                 seen.zero_()
-            if activity.isnan().any():  # nothing was seen yet: the forward passes were in evaluation mode
+            if (activity == UNSEEN).any():  # nothing was seen yet: the forward passes were in evaluation mode
                 continue
             target = activity.mean() if self.target is None else torch.as_tensor(self.target).to(activity)
             if self.on == "weight":

@@ -81,10 +81,9 @@ class VolumeDependentLearningRates(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Hook the factor to the gradient."""
-        stream = int(torch.randint(2**62, (), generator=edit.generator))
-        options = (self.base_lr, self.stability, self.variability)
         edit.count_steps()
-        edit.insert(torch.ops.biofx.volume_grad, edit.read("steps"), stream, *options)
+        position = (edit.read("seed"), edit.read("steps"), site.name)
+        edit.insert(torch.ops.biofx.volume_grad, *position, self.base_lr, self.stability, self.variability)
 
 
 def volume_factor(weight: Tensor, noise: Tensor, base_lr: float, stability: float, variability: float) -> Tensor:
@@ -95,24 +94,32 @@ def volume_factor(weight: Tensor, noise: Tensor, base_lr: float, stability: floa
 
 
 @torch.library.custom_op("biofx::standard_normal", mutates_args=())
-def standard_normal(like: Tensor, steps: Tensor, stream: int) -> Tensor:
-    """Noise of the shape, dtype and device of `like`, which follows from the stream and the number of steps."""
-    drawn = torch.randn(like.shape, generator=randomness.generator(stream, int(steps)))
+def standard_normal(like: Tensor, seed: Tensor, steps: Tensor, site: str) -> Tensor:
+    """Noise of the shape, dtype and device of `like`, which follows from seed, number of steps and site."""
+    generator = randomness.generator(int(seed), VolumeDependentLearningRates.name, site, int(steps))
+    drawn = torch.randn(like.shape, generator=generator)
     return drawn.to(like.device, like.dtype)
 
 
 @standard_normal.register_fake
-def _(like: Tensor, steps: Tensor, stream: int) -> Tensor:
+def _(like: Tensor, seed: Tensor, steps: Tensor, site: str) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 @gradient_hook(
-    "volume_grad(Tensor(a) weight, Tensor steps, int stream, float base_lr, float stability, float variability)"
-    " -> Tensor(a)"
+    "volume_grad(Tensor(a) weight, Tensor seed, Tensor steps, str site,"
+    " float base_lr, float stability, float variability) -> Tensor(a)"
 )
 def volume_grad(
-    gradient: Tensor, weight: Tensor, steps: Tensor, stream: int, base_lr: float, stability: float, variability: float
+    gradient: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    steps: Tensor,
+    site: str,
+    base_lr: float,
+    stability: float,
+    variability: float,
 ) -> Tensor:
     """Volume-dependent factor on every synapse: g ← g·|n|."""
-    noise = standard_normal(weight.detach(), steps, stream)
+    noise = standard_normal(weight.detach(), seed, steps, site)
     return gradient * volume_factor(weight.detach(), noise, base_lr, stability, variability)

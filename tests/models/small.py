@@ -59,8 +59,8 @@ class Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.kernel = nn.Parameter(torch.randn(6, 2, 3) * 0.3)
-        self.weights = nn.ParameterList([nn.Parameter(torch.randn(5, 6) * 0.3), nn.Parameter(torch.randn(3, 5) * 0.3)])
-        self.bias = nn.Parameter(torch.zeros(5))
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(8, 6) * 0.3), nn.Parameter(torch.randn(3, 8) * 0.3)])
+        self.bias = nn.Parameter(torch.zeros(8))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.conv1d(x, self.kernel, padding="same", groups=2).relu().mean(-1)
