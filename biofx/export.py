@@ -5,28 +5,35 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from biofx.capture import split_inputs
+from biofx.compare import difference, run_in_eval_mode
 from biofx.errors import ArgumentError, ExportError
 from biofx.fold import fold
 
-SUFFIXES = (".pt2", ".onnx", ".safetensors")
+TRACED = (".pt2", ".onnx")  # suffixes of the formats that hold a program, and so need example inputs
+SUFFIXES = (*TRACED, ".safetensors")
 
 
 def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None:
     """Write the folded model to a file whose suffix says how. It holds no `biofx` operator.
+
+    The file appears when it is complete and checked; an export that fails leaves what was there before.
 
     - `.pt2`: a program of `torch.export`, to be loaded with `torch.export.load`.
     - `.onnx`: an ONNX model by PyTorch's exporter, checked against ONNX Runtime on the example inputs.
     - `.safetensors`: the folded state, with the original's names and shapes.
 
     Dimensions are fixed to those of the example inputs, but for the first axis of an ONNX model's inputs, the batch,
-    which is dynamic where the model allows it.
+    which is dynamic where the model allows it. A `.pt2` program is called as the example inputs say: by position or by
+    keyword.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -34,8 +41,8 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         example_inputs: arguments of the model, as for `transform`. Needed for `.pt2` and `.onnx`.
 
     Raises:
-        ArgumentError: unknown suffix, or no example inputs where they are needed.
-        ExportError: a package is missing, the exporter refuses the model, or ONNX Runtime disagrees with it.
+        ArgumentError: a path that cannot be meant, or example inputs that are missing or do not fit.
+        ExportError: a package is missing, the format cannot hold the model, or ONNX Runtime disagrees with it.
 
     Example:
         >>> import biofx, pathlib, tempfile, torch
@@ -52,16 +59,22 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         raise ArgumentError(f"export: unknown suffix {path.suffix!r} of {path.name}; known are {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise ArgumentError(f"export: there is no folder {path.parent}; create it first")
-    if path.suffix != ".safetensors" and example_inputs is None:
+    if path.is_dir():
+        raise ArgumentError(f"export: {path} is a folder; give the path of a file")
+    if path.suffix in TRACED and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
-    args, kwargs = split_inputs(example_inputs)
     plain = fold(bio).eval()
-    if path.suffix == ".safetensors":
-        _safetensors(plain, path)
-    elif path.suffix == ".pt2":
-        torch.export.save(_program(plain, args, kwargs), path)
-    else:
-        _onnx(plain, path, args, kwargs)
+    assert isinstance(plain, fx.GraphModule)
+    with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
+        unchecked = Path(folder) / path.name
+        if path.suffix == ".safetensors":
+            _safetensors(plain, unchecked)
+        elif path.suffix == ".pt2":
+            args, kwargs = _in_order(plain, example_inputs)
+            torch.export.save(_program(plain, args, kwargs), unchecked)
+        else:
+            _onnx(plain, unchecked, example_inputs)
+        unchecked.replace(path)
 
 
 def _require(package: str) -> Any:
@@ -73,42 +86,78 @@ def _require(package: str) -> Any:
 
 def _safetensors(plain: nn.Module, path: Path) -> None:
     save_file = _require("safetensors.torch").save_file
-    # The format refuses tensors that share memory, so a tied weight is written under each of its names.
-    save_file({name: value.detach().clone().contiguous() for name, value in plain.state_dict().items()}, path)
+    state = plain.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ExportError(
+                f"export: safetensors holds tensors only, and {name} is an instance of {type(value).__name__}; "
+                "use torch.save(biofx.fold(bio).state_dict(), path)"
+            )
+    try:
+        # The format refuses tensors that share memory, so a tied weight is written under each of its names.
+        save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, path)
+    except Exception as error:
+        raise ExportError(f"export: safetensors cannot hold {type(plain).__name__}: {error}") from error
 
 
-def _program(plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+def _in_order(plain: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs that fit, with keyword arguments in the order of the signature."""
+    args, kwargs = split_inputs(example_inputs)
+    signature = inspect.signature(plain.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(
+            f"export: example_inputs do not fit {type(plain).__name__}.forward{signature}: {error}"
+        ) from error
+    return args, {name: kwargs[name] for name in signature.parameters if name in kwargs}
+
+
+def _program(
+    plain: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any = None
+) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad():
-            return torch.export.export(plain, args, kwargs)
+            return torch.export.export(_as_module(plain), args, kwargs, dynamic_shapes=dynamic)
     except Exception as error:
         raise ExportError(f"export: torch.export cannot export {type(plain).__name__}: {error}") from error
 
 
-def _onnx(plain: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _as_module(plain: fx.GraphModule) -> nn.Module:
+    """The folded model with its code, but not its graph, for a forward.
+
+    torch.export interprets the graph of a `GraphModule`: keyword arguments by position, and without hooks.
+    """
+    module: nn.Module = type(type(plain).__name__, (nn.Module,), {"forward": type(plain).forward})()
+    vars(module).update(vars(plain))
+    return module
+
+
+def _onnx(plain: fx.GraphModule, path: Path, example_inputs: Any) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
-    shapes = {
-        name: {0: torch.export.Dim.AUTO} if isinstance(value, torch.Tensor) and value.shape[:1] > (1,) else None
-        for name, value in inspect.signature(plain.forward).bind(*args, **kwargs).arguments.items()
-    }
+    args, kwargs = _in_order(plain, example_inputs)
+    bound = inspect.signature(plain.forward).bind(*args, **kwargs)
+    program = _program(plain, args, kwargs, pytree.tree_map(_dynamic_batch, dict(bound.arguments)))
     try:
-        torch.onnx.export(
-            plain, args, path, kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False, external_data=False
-        )
+        torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
     except Exception as error:
         raise ExportError(f"export: torch.onnx cannot export {type(plain).__name__}: {error}") from error
-    _check_onnx(plain, path, args, kwargs)
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    inputs = dict(zip(names, pytree.tree_leaves((args, kwargs)), strict=True))
+    found = difference(run_in_eval_mode(plain, example_inputs), _run_onnx(path, inputs))
+    if found is not None:
+        raise ExportError(f"export: ONNX Runtime disagrees with PyTorch on {path.name}: {found}")
 
 
-def _check_onnx(plain: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    session = _require("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
-    inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    feed = {port.name: x.detach().cpu().numpy() for port, x in zip(session.get_inputs(), inputs, strict=True)}
-    with torch.no_grad():
-        outputs = [x for x in pytree.tree_leaves(plain(*args, **kwargs)) if isinstance(x, torch.Tensor)]
-    for index, (ours, theirs) in enumerate(zip(outputs, session.run(None, feed), strict=True)):
-        reference = ours.detach().cpu()
-        tolerance = torch.finfo(reference.dtype).eps ** 0.5 * max(1.0, float(reference.abs().max()))
-        if not torch.allclose(torch.from_numpy(theirs), reference, rtol=0, atol=tolerance):
-            raise ExportError(f"export: output {index} of {path.name} differs between ONNX Runtime and PyTorch")
+def _dynamic_batch(value: Any) -> dict[int, Any] | None:
+    return {0: torch.export.Dim.AUTO} if isinstance(value, torch.Tensor) and value.shape[:1] > (1,) else None
+
+
+def _run_onnx(path: Path, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    try:
+        session = _require("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+        feed = {port.name: inputs[port.name].detach().cpu().numpy() for port in session.get_inputs()}
+        return [torch.from_numpy(output) for output in session.run(None, feed)]
+    except Exception as error:
+        raise ExportError(f"export: ONNX Runtime cannot run {path.name}: {error}") from error

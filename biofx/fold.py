@@ -11,7 +11,7 @@ from torch import fx, nn
 from biofx.chain import chain, evaluate, parameter_nodes
 from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
-from biofx.provenance import RECORD, Slot, inserted, inserted_nodes, record_of, unwrap
+from biofx.provenance import RECORD, Slot, inserted, inserted_nodes, record_of, transformed
 
 
 def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
@@ -23,13 +23,14 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
 
     Args:
         bio: a model made by `biofx.transform`; it stays as it is.
-        into: an instance of the original model to fill with the folded state, instead of building a new one.
+        into: an instance of the original model to fill with the folded parameters and buffers, instead of building a
+            new one.
 
     Returns:
         `into`, or a new `GraphModule` that shares no tensor with `bio`, in the same mode.
 
     Raises:
-        ArgumentError: `bio` was not made by `biofx.transform`, or its state does not fit `into`.
+        ArgumentError: `bio` was not made by `biofx.transform` or cannot be copied, or its state does not fit `into`.
 
     Example:
         >>> import biofx, torch
@@ -42,17 +43,27 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         >>> biofx.fold(bio, into=model) is model
         True
     """
-    bio = unwrap(bio)
-    record_of(bio)
-    plain = copy.deepcopy(bio)
-    assert isinstance(plain, fx.GraphModule)
-    places = owners(plain)
-    _drop_observers(plain.graph)
-    for start in parameter_nodes(plain).values():
-        _fold_chain(plain, chain(start), places)
-    _drop_state(plain)
-    plain.recompile()
-    return plain if into is None else _fill(into, plain)
+    bio = transformed(bio)
+    if into is not None and not isinstance(into, nn.Module):
+        raise ArgumentError(f"fold: into must be an instance of the original model, got {into!r}")
+    with torch.inference_mode(False):  # so that the result can be trained
+        plain = _copy(bio)
+        places = owners(plain)
+        _drop_observers(plain.graph)
+        for start in parameter_nodes(plain).values():
+            _fold_chain(plain, chain(start), places)
+        _drop_state(plain)
+        plain.recompile()
+        return plain if into is None else _fill(into, plain)
+
+
+def _copy(bio: fx.GraphModule) -> fx.GraphModule:
+    try:
+        return copy.deepcopy(bio)
+    except Exception as error:
+        raise ArgumentError(
+            f"fold: {type(bio).__name__} cannot be copied: {error}; remove from it what copy.deepcopy refuses"
+        ) from error
 
 
 def _fold_chain(plain: fx.GraphModule, nodes: list[fx.Node], places: Any) -> None:
@@ -104,13 +115,22 @@ def _keep_constants(plain: fx.GraphModule) -> None:
 
 
 def _fill(into: nn.Module, plain: nn.Module) -> nn.Module:
-    state, target = plain.state_dict(), into.state_dict()
-    for name in [*state, *target]:
-        shapes = [f"{tuple(s[name].shape)}" if name in s else "missing" for s in (state, target)]
-        if shapes[0] != shapes[1]:
+    ours, theirs = _tensors(plain), _tensors(into)
+    persistent = plain.state_dict().keys() | into.state_dict().keys()
+    for name in dict.fromkeys([*ours, *theirs]):
+        shapes = [f"{tuple(tensors[name].shape)}" if name in tensors else "missing" for tensors in (ours, theirs)]
+        if shapes[0] != shapes[1] and (name in persistent or "missing" not in shapes):
             raise ArgumentError(
                 f"fold: {type(into).__name__} is not the model that was transformed: "
                 f"{name} is {shapes[0]} in the folded model and {shapes[1]} in it"
             )
-    into.load_state_dict(state)
+    into.load_state_dict(plain.state_dict(), strict=False)  # every tensor fits; extra state need not be in both
+    with torch.no_grad():
+        for name in ours.keys() & theirs.keys() - persistent:
+            theirs[name].copy_(ours[name])
     return into
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under all their names, whether `state_dict` holds them or not."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}

@@ -23,8 +23,7 @@ def summary(bio: nn.Module) -> str:
     Columns: the weight's name; its operator; its shape, without the axis of synapses; Γ, the number of synapses for
     each connection; mean, standard deviation and range of the learning gain; the sign constraint; the passes that
     changed the weight; and, if there are any, those that left it alone, with the reason. Below come the weights that
-    no pass could see, with the reason, and the parameters that are not synapses. Every parameter of the model is named
-    once.
+    no pass could see, with the reason; those that wait for `biofx.attach`; and the parameters that are not synapses.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -60,6 +59,10 @@ def summary(bio: nn.Module) -> str:
     unseen = [f"  {name}: {reason}" for name, reason in others.items() if reason != NOT_A_SYNAPSE]
     if unseen:
         parts.append("\n".join(["left alone:", *unseen]))
+    acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
+    idle = [name for name in sites if name in acting - record.attached]
+    if idle:
+        parts.append(f"no optimizer is attached, so nothing happens at its steps (biofx.attach): {', '.join(idle)}")
     plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
     if plain:
         parts.append(f"not synapses: {', '.join(plain)}")

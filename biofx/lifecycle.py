@@ -37,7 +37,8 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
     $$w \leftarrow w_\mathrm{old} + c \cdot (w_\mathrm{new} - w_\mathrm{old})$$
 
     and the graph shows `biofx.scale_update` instead of `biofx.scale_grad`: nothing happens in the backward pass. So for
-    every optimizer, one step moves a synapse by its gain times the distance that it would have moved without.
+    every optimizer, one step moves a synapse by its gain times the distance that it would have moved without, decoupled
+    weight decay included.
 
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached.
 
@@ -105,10 +106,9 @@ class Attachment:
         self._swapped = _swap(bio, sites, is_hook if self._on_update else is_marker)
         self._sites = {name: site for name, site in find(bio)[0].items() if name in sites}
         self._shapes = {name: site.raw.shape for name, site in self._sites.items()}
-        self._runs = [
-            run for run in record_of(bio).passes if isinstance(run.pass_, Pass) and run.pass_.moment is not None
-        ]
-        self._runs.sort(key=lambda run: run.pass_.moment)
+        runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
+        acting = [(pass_, weights) for pass_, weights in runs if pass_.acts_at_step and pass_.moment is not None]
+        self._rules = sorted(acting, key=lambda rule: rule[0].moment or 0)
         self._running: _Running | None = None
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         record_of(bio).attached |= set(sites)
@@ -122,6 +122,10 @@ class Attachment:
             _swap(self._bio, sites, is_marker if self._on_update else is_hook)
         record_of(self._bio).attached -= set(self.weights)
         self._hooks = []
+
+    def __repr__(self) -> str:
+        mode = "update" if self._on_update else "gradient"
+        return f"<{type(self.optimizer).__name__} on {', '.join(self.weights)}; gains act on the {mode}>"
 
     def __enter__(self) -> Attachment:
         return self
@@ -184,13 +188,11 @@ class Attachment:
             torch._foreach_add_(counters, 1)
 
     def _act(self, weights: Sequence[PlasticWeight], *, before_step: bool) -> None:
-        for run in self._runs:
-            assert isinstance(run.pass_, Pass)
-            assert run.pass_.moment is not None
-            if run.pass_.moment.before_step is before_step:
-                chosen = [replace(w, by=run.pass_.name) for w in weights if w.name in run.weights]
+        for pass_, names in self._rules:
+            if pass_.moment is not None and pass_.moment.before_step is before_step:
+                chosen = [replace(w, by=pass_.name) for w in weights if w.name in names]
                 if chosen:
-                    run.pass_.at_step(chosen)
+                    pass_.at_step(chosen)
 
     def _check_shapes(self) -> None:
         for name, site in self._sites.items():

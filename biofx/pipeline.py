@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
-from biofx.capture import split_inputs
+from biofx.compare import difference, run_in_eval_mode
 from biofx.editor import Editor, owners
 from biofx.errors import PipelineError, VerificationError
 from biofx.inspection import table
 from biofx.provenance import PassRun, number_nodes, record_of
+from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
 from biofx.verify import verify
 from biofx.weight_sites import find
@@ -52,16 +52,14 @@ def run(
     ordered = sorted(passes, key=lambda p: (-p.slot, p.name))
     _refuse_conflicts(bio, ordered, excluded)
     for pass_ in ordered:
-        compare = check and example_inputs is not None and pass_.preserves_function
-        if compare:
-            bio.recompile()
-            before = evaluate(bio, example_inputs)
-        _run_one(bio, pass_, excluded, seed)
-        if check:
-            _verify_after(bio, pass_)
-        if compare:
-            bio.recompile()
-            _compare(pass_, before, evaluate(bio, example_inputs))
+        compared = check and example_inputs is not None and pass_.preserves_function
+        before = _outputs(bio, example_inputs) if compared else []
+        with fixed_defaults():
+            _run_one(bio, pass_, excluded, seed)
+            if check:
+                _verify_after(bio, pass_)
+        if compared:
+            _refuse_difference(pass_, before, _outputs(bio, example_inputs))
         if print_between is not None:
             print_between(f"after {pass_}:\n{table(bio)}")
     number_nodes(bio)
@@ -74,10 +72,11 @@ def run(
 
 
 def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
+    earlier = [(run.pass_, set(run.weights)) for run in record_of(bio).passes]
     for name in find(bio)[0]:
         if name in excluded:
             continue
-        present = [run.pass_ for run in record_of(bio).passes if name in run.weights]
+        present = [pass_ for pass_, weights in earlier if name in weights]
         for new in passes:
             for old in present:
                 if old.name == new.name:
@@ -104,7 +103,7 @@ def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: i
         edit = Editor(bio, site.node, pass_, seed, places)
         with torch.no_grad():
             pass_.rewrite(site, edit)
-        if edit.reason is None and (edit.changed or pass_.moment is not None):
+        if edit.reason is None and (edit.changed or pass_.acts_at_step):
             changed.append(name)
         else:
             left[name] = edit.reason or "it changed nothing"
@@ -118,29 +117,14 @@ def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
         raise VerificationError([f"after {pass_.name}: {v}" for v in error.violations]) from None
 
 
-def evaluate(model: torch.nn.Module, example_inputs: Any) -> list[torch.Tensor]:
-    """The tensors that a model returns in evaluation mode; neither its mode nor the global RNG changes."""
-    args, kwargs = split_inputs(example_inputs)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            outputs = model.eval()(*args, **kwargs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+def _outputs(bio: fx.GraphModule, example_inputs: Any) -> list[Tensor]:
+    bio.recompile()
+    return run_in_eval_mode(bio, example_inputs)
 
 
-def _compare(pass_: Pass, before: Any, after: list[torch.Tensor]) -> None:
-    for index, (old, new) in enumerate(zip(before, after, strict=True)):
-        if not old.dtype.is_floating_point:
-            continue
-        tolerance = torch.finfo(old.dtype).eps ** 0.5 * max(1.0, float(old.abs().max()))
-        difference = float((old - new).abs().max())
-        if not difference <= tolerance:
-            raise VerificationError(
-                [
-                    f"{pass_.name} says that it preserves the function, but output {index} differs by {difference:.3g} "
-                    f"on the example inputs (at most {tolerance:.3g} is rounding)"
-                ]
-            )
+def _refuse_difference(pass_: Pass, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    found = difference(before, after)
+    if found is not None:
+        raise VerificationError(
+            [f"{pass_.name} says that it preserves the function, but on the example inputs {found}"]
+        )

@@ -80,8 +80,8 @@ class RunnablePass(Protocol):
         """The slot that it fills."""
 
     @property
-    def moment(self) -> Any:
-        """When it acts around a step, or None."""
+    def acts_at_step(self) -> bool:
+        """Whether it does something around `optimizer.step()`."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,4 +27,19 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
         False
     """
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+@contextmanager
+def fixed_defaults() -> Iterator[None]:
+    """Let new tensors be of float32 and on the CPU while the block runs, whatever the caller's defaults are.
+
+    A draw of another dtype, or on another device, would give other numbers.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

@@ -54,6 +54,11 @@ class Pass:
         """Whether the model computes the same after the pass as before, to rounding; checked on example inputs."""
         return False
 
+    @property
+    def acts_at_step(self) -> bool:
+        """Whether the pass does something around `optimizer.step()`."""
+        return self.moment is not None
+
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Rewrite one weight: insert nodes with `edit`, or leave the weight alone with `edit.leave(reason)`."""
         raise NotImplementedError(f"{type(self).__name__}.rewrite")

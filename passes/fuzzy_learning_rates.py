@@ -117,6 +117,11 @@ class FuzzyLearningRates(Pass):
         """True: only gradients change."""
         return True
 
+    @property
+    def acts_at_step(self) -> bool:
+        """True for distributions that change over time."""
+        return self.distribution in DYNAMIC
+
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Draw the gains of a weight's synapses and hook them to its gradient."""
         nu: float | Tensor = self.nu
@@ -127,7 +132,7 @@ class FuzzyLearningRates(Pass):
         gain = DISTRIBUTIONS[self.distribution](site.raw.shape, nu, edit.generator).clamp(self.minimum, self.maximum)
         dtype = getattr(torch, self.dtype) if self.dtype else site.raw.dtype
         edit.gain(gain.to(site.raw.device, dtype))
-        if self.distribution in DYNAMIC:
+        if self.acts_at_step:
             edit.count_steps()
         if self.distribution == "activity":
             counts = edit.state("active", torch.zeros(site.units, device=site.raw.device, dtype=torch.int64))
@@ -135,8 +140,6 @@ class FuzzyLearningRates(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Refresh dynamic gains, every so many steps; gains that are dampened below `minimum` stay."""
-        if self.distribution not in DYNAMIC:
-            return
         for weight in weights:
             if weight.step % self.every == 0:
                 gain = weight.state("gain")

@@ -1,0 +1,495 @@
+"""Lifecycle: rules around `optimizer.step()`, with any optimizer, exactly once."""
+
+import copy
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import biofx
+from biofx import passes
+from conftest import gradients
+from models.small import ConvNet, mlp
+
+GAINS = [passes.FuzzyLearningRates(nu=0.4, distribution="lognormal")]
+EVERYTHING = [
+    passes.SplitSynapses(2),
+    passes.FuzzyLearningRates(distribution="temporal", every=2),
+    passes.VolumeDependentLearningRates(base_lr=0.9),
+    passes.Crystallize(),
+    passes.Rejuvenate(dre=6.0),
+    passes.SynapticScaling(on="weight"),
+    passes.L1Regularization(1e-4),
+]
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True),
+    "sgd-decay": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.01),
+    "sgd-foreach": lambda p: torch.optim.SGD(p, lr=0.05, foreach=True),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.05, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.003),
+    "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=0.003, amsgrad=True),
+    "adam-foreach": lambda p: torch.optim.Adam(p, lr=0.003, foreach=True),
+    "adam-fused": lambda p: torch.optim.Adam(p, lr=0.003, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.003),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.003, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.001),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "adagrad-fused": lambda p: torch.optim.Adagrad(p, lr=0.01, fused=True),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.003),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.003),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.05),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.001),
+    "muon": lambda p: torch.optim.Muon([x for x in p if x.dim() == 2], lr=0.02),
+}
+LINEAR = {"sgd", "momentum", "nesterov", "sgd-foreach", "sgd-fused"}
+
+
+def digits(dtype=torch.float64):
+    data = load_digits()
+    return torch.tensor(data.data / 16, dtype=dtype), torch.tensor(data.target)
+
+
+IMAGES, LABELS = digits()
+
+
+def network():
+    torch.manual_seed(1)
+    return mlp(64, 32, 10).double()
+
+
+def train(model, optimizer, steps, batch=64, start=0):
+    for step in range(start, start + steps):
+        rows = torch.arange(step * batch, (step + 1) * batch) % len(LABELS)
+        optimizer.zero_grad()
+        F.cross_entropy(model(IMAGES[rows]), LABELS[rows]).backward()
+        optimizer.step()
+
+
+def displacements(optimizer_of, steps, pipeline=GAINS):
+    """Displacement of every weight in the plain and in the transformed model, and the gain."""
+    plain = network()
+    bio = biofx.transform(plain, pipeline)
+    plain_optimizer, optimizer = optimizer_of(plain.parameters()), optimizer_of(bio.parameters())
+    biofx.attach(bio, optimizer)
+    before = copy.deepcopy(plain)
+    train(plain, plain_optimizer, steps)
+    train(bio, optimizer, steps)
+    for name, site in biofx.weight_sites(bio).items():
+        start = before.get_parameter(name).detach()
+        yield plain.get_parameter(name).detach() - start, site.raw.detach() - start, site.gain
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_step_moves_a_weight_by_gain_times_the_plain_step(name):
+    for plain, given, gain in displacements(OPTIMIZERS[name], 1):
+        assert plain.abs().max() > 1e-6
+        torch.testing.assert_close(given, gain * plain, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_over_fifty_steps_displacement_follows_gain(name):
+    """Correlation of the displacement with gain × the plain displacement, over all weights."""
+    sites = zip(*displacements(OPTIMIZERS[name], 50), strict=True)
+    plain, given, gain = (torch.cat([x.flatten() for x in xs]) for xs in sites)
+    correlation = torch.corrcoef(torch.stack([given, gain * plain]))[0, 1]
+    assert correlation > 0.75
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "adagrad"])
+def test_without_attach_an_adaptive_optimizer_cancels_gains(name):
+    """What attach is for: without it, a gain that is larger by 1 moves a weight by less than 5% more."""
+    plain = network()
+    bio = biofx.transform(plain, GAINS)
+    for model in (plain, bio):
+        train(model, OPTIMIZERS[name](model.parameters()), 1)
+    start, site = network()[0].weight.detach(), biofx.weight_sites(bio)["0.weight"]
+    plain_step, step = plain[0].weight.detach() - start, site.raw.detach() - start
+    moved = plain_step.abs() > 1e-4
+    covariance = torch.cov(torch.stack([step[moved] / plain_step[moved], site.gain[moved]]))
+    assert abs(covariance[0, 1] / covariance[1, 1]) < 0.05
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_graph_shows_where_gains_act(name):
+    bio = biofx.transform(network(), GAINS)
+    code = bio.code
+    attachment = biofx.attach(bio, OPTIMIZERS[name](bio.parameters()))
+    assert ("scale_update" in bio.code) is (name not in LINEAR)
+    assert ("scale_grad" in bio.code) is (name in LINEAR)
+    biofx.verify(bio)
+    attachment.detach()
+    assert bio.code == code
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "rmsprop"])
+def test_compensation_of_split_synapses_holds_for_every_optimizer(name):
+    """One step moves a connection as far as it moves the plain weight, whatever Γ is."""
+    plain = network()
+    bio = biofx.transform(plain, [passes.SplitSynapses(4)])
+    optimizers = [OPTIMIZERS[name](m.parameters()) for m in (plain, bio)]
+    biofx.attach(bio, optimizers[1])
+    before = copy.deepcopy(plain)
+    for model, optimizer in zip((plain, bio), optimizers, strict=True):
+        train(model, optimizer, 1)
+    for weight_name, site in biofx.weight_sites(bio).items():
+        start = before.get_parameter(weight_name)
+        torch.testing.assert_close(
+            site.effective() - start, plain.get_parameter(weight_name) - start, rtol=1e-4, atol=1e-7
+        )
+
+
+def test_a_fixed_gain_of_one_changes_nothing():
+    for name in ("momentum", "adam"):
+        neutral = [passes.FuzzyLearningRates(distribution="baseline")]
+        for plain, given, _ in displacements(OPTIMIZERS[name], 10, neutral):
+            torch.testing.assert_close(given, plain, rtol=1e-9, atol=1e-12)
+
+
+def states(bio, optimizer):
+    tensors = {f"model.{k}": v for k, v in bio.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def start(pipeline=EVERYTHING, name="adamw", model=None):
+    bio = biofx.transform(network() if model is None else model, pipeline)
+    optimizer = OPTIMIZERS[name](bio.parameters())
+    return bio, optimizer, biofx.attach(bio, optimizer)
+
+
+def assert_same_states(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_accumulation_over_micro_batches_equals_one_batch(name):
+    results = []
+    for parts in (1, 4):
+        bio, optimizer, _ = start(name=name)
+        for step in range(5):
+            rows = torch.arange(step * 64, (step + 1) * 64)
+            optimizer.zero_grad()
+            for part in rows.chunk(parts):
+                (F.cross_entropy(bio(IMAGES[part]), LABELS[part]) / parts).backward()
+            optimizer.step()
+        results.append(states(bio, optimizer))
+    assert_same_states(*results, rtol=1e-7, atol=1e-9)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, bio, reentrant):
+        super().__init__()
+        self.bio, self.reentrant = bio, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.bio, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("pipeline", [EVERYTHING, [passes.FuzzyLearningRates(distribution="activity", every=2)]])
+def test_activation_checkpointing_changes_nothing(pipeline, reentrant):
+    results = []
+    for wrap in (lambda bio: bio, lambda bio: Checkpointed(bio, reentrant)):
+        bio, optimizer, _ = start(pipeline)
+        train(wrap(bio), optimizer, 4)
+        results.append(states(bio, optimizer))
+    assert_same_states(*results)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_compiling_changes_nothing(name):
+    results = []
+    for wrap in (lambda bio: bio, lambda bio: torch.compile(bio, fullgraph=True)):
+        bio, optimizer, _ = start(name=name)
+        train(wrap(bio), optimizer, 4)
+        results.append(states(bio, optimizer))
+    assert_same_states(*results, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "sgd-fused", "adam-fused"])
+def test_a_step_that_the_scaler_skips_changes_nothing(name):
+    bio = biofx.transform(network().float(), EVERYTHING)
+    optimizer = OPTIMIZERS[name](bio.parameters())
+    biofx.attach(bio, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    images = IMAGES.float()
+    before = None
+    for step, factor in enumerate((1.0, float("inf"), 1.0)):
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(bio(images[:64]), LABELS[:64]) * factor).backward()
+        kept = {k: v.clone() for k, v in bio.state_dict().items() if not k.endswith("_seen")}
+        scaler.step(optimizer)
+        scaler.update()
+        after = bio.state_dict()
+        unchanged = all(torch.equal(v, after[k]) for k, v in kept.items())
+        assert unchanged is (step == 1)
+        before = after
+    assert int(before["0.weight_steps"]) == 2
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "sgd-fused", "adam-fused"])
+def test_rules_see_unscaled_gradients(name):
+    """With and without a loss scale, a step does the same."""
+    results = []
+    for scale in (1.0, 2.0**12):
+        pipeline = [*GAINS, passes.Crystallize(), passes.L1Regularization(0.01)]
+        bio = biofx.transform(network().float(), pipeline)
+        optimizer = OPTIMIZERS[name](bio.parameters())
+        biofx.attach(bio, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(bio(IMAGES.float()[:64]), LABELS[:64])).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append({k: v.clone() for k, v in bio.state_dict().items()})
+    assert_same_states(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_a_closure_is_evaluated_before_the_rules():
+    results = []
+    for with_closure in (True, False):
+        bio, optimizer, _ = start(name="momentum")
+
+        def closure(bio=bio, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(bio(IMAGES[:64]), LABELS[:64])
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if with_closure:
+                assert optimizer.step(closure) > 0
+            else:
+                closure()
+                optimizer.step()
+        results.append(states(bio, optimizer))
+    assert_same_states(*results)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.used, self.unused = nn.Linear(64, 16), nn.Linear(16, 10), nn.Linear(16, 10)
+
+    def forward(self, x):
+        h = torch.relu(self.trunk(x))
+        return self.used(h), self.unused(h)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_weights_without_a_gradient_take_no_part(to_none):
+    bio, optimizer, _ = start(model=TwoHeads().double())
+    before = {k: v.clone() for k, v in bio.state_dict().items()}
+    bio.trunk.weight.requires_grad_(False)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=to_none)
+        F.cross_entropy(bio(IMAGES[:32])[0], LABELS[:32]).backward()
+        optimizer.step()
+    after = bio.state_dict()
+    changed = {k.split("_")[0] for k, v in after.items() if not torch.equal(v, before[k]) and not k.endswith("_seen")}
+    assert changed == {"used.weight", "used.bias", "trunk.bias"}
+    bio.trunk.weight.requires_grad_(True)
+    F.cross_entropy(bio(IMAGES[:32])[0], LABELS[:32]).backward()
+    optimizer.step()
+    assert int(bio.trunk.weight_steps) == 1
+    assert not torch.equal(bio.trunk.weight, before["trunk.weight"])
+
+
+def test_several_optimizers_over_parts_of_the_model():
+    bio = biofx.transform(network(), EVERYTHING)
+    first = torch.optim.SGD(bio.get_submodule("0").parameters(), lr=0.1)
+    second = torch.optim.AdamW(bio.get_submodule("2").parameters())
+    assert "nothing happens at its steps (biofx.attach): 0.weight, 2.weight" in biofx.summary(bio)
+    a = biofx.attach(bio, first)
+    assert "nothing happens at its steps (biofx.attach): 2.weight" in biofx.summary(bio)
+    b = biofx.attach(bio, second)
+    assert "nothing happens" not in biofx.summary(bio)
+    assert (a.weights, b.weights) == (("0.weight",), ("2.weight",))
+    for _ in range(3):
+        bio.zero_grad()
+        F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+        first.step()
+        first.step()
+        second.step()
+    assert (int(bio.get_buffer("0.weight_steps")), int(bio.get_buffer("2.weight_steps"))) == (6, 3)
+    biofx.verify(bio)
+    a.detach()
+    b.detach()
+    assert "scale_update" not in bio.code
+
+
+def test_detach_leaves_optimizer_and_model_as_before():
+    bio, optimizer, attachment = start()
+    attachment.detach()
+    attachment.detach()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert bio.code == biofx.transform(network(), EVERYTHING).code
+    before = int(bio.get_buffer("0.weight_replaced"))
+    train(bio, optimizer, 3)
+    assert int(bio.get_buffer("0.weight_replaced")) == before
+    with biofx.attach(bio, optimizer):
+        train(bio, optimizer, 1)
+    assert int(bio.get_buffer("0.weight_steps")) == 1
+
+
+def test_a_copy_of_an_attached_model_is_not_attached():
+    bio, optimizer, _ = start()
+    other = copy.deepcopy(bio)
+    assert "nothing happens at its steps" in biofx.summary(other)
+    biofx.attach(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    assert "scale_grad" in other.code
+    assert "scale_update" in bio.code
+    train(bio, optimizer, 1)
+
+
+RESUME = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import test_lifecycle as t
+bio, optimizer, _ = t.start(t.{pipeline}, {name!r})
+saved = torch.load({path!r})
+bio.load_state_dict(saved["model"])
+optimizer.load_state_dict(saved["optimizer"])
+t.train(bio, optimizer, 5, start=7)
+torch.save(t.states(bio, optimizer), {path!r} + ".after")
+"""
+ACTIVITY = [
+    passes.FuzzyLearningRates(distribution="activity", every=2),
+    passes.SynapticScaling(),
+    passes.Rejuvenate(rule="threshold"),
+]
+
+
+@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+@pytest.mark.parametrize("pipeline", ["EVERYTHING", "ACTIVITY"])
+def test_a_fresh_process_resumes_bit_for_bit(tmp_path, pipeline, name):
+    bio, optimizer, _ = start(globals()[pipeline], name)
+    train(bio, optimizer, 7)
+    path = str(tmp_path / "checkpoint.pt")
+    torch.save({"model": bio.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    train(bio, optimizer, 5, start=7)
+    script = RESUME.format(tests=str(Path(__file__).parent), path=path, pipeline=pipeline, name=name)
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert_same_states(torch.load(path + ".after"), states(bio, optimizer))
+
+
+def test_observers_are_invisible_and_count_nothing_in_evaluation_mode():
+    plain = ConvNet().eval()
+    bio = biofx.transform(plain, ACTIVITY)
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(bio(x), plain(x))
+    assert not bio.stem.weight_active.any()
+    bio.train()
+    plain.train()
+    torch.manual_seed(0)
+    expected = gradients(plain, x)
+    torch.manual_seed(0)
+    given = gradients(bio, x)
+    torch.testing.assert_close(given["norm.weight"], expected["norm.weight"])
+    assert bio.stem.weight_active.sum() > 0
+    bio(x)
+    seen = bio.stem.weight_seen.clone()
+    bio.eval()(x)
+    assert torch.equal(bio.stem.weight_seen, seen)
+
+
+def test_a_model_with_observers_pickles_compiles_and_exports():
+    bio = biofx.transform(mlp(4, 6, 2), ACTIVITY)
+    x = torch.randn(5, 4)
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    compiled = torch.compile(copy.deepcopy(bio), fullgraph=True)
+    program = torch.export.export(copy.deepcopy(bio), (x,)).module()
+    bio(x)
+    for other in (loaded, compiled, program):
+        other(x)
+        seen = {name.removeprefix("_orig_mod."): b for name, b in other.named_buffers() if name.endswith("_active")}
+        assert len(seen) == 2
+        assert all(torch.equal(b, bio.get_buffer(name)) for name, b in seen.items())
+
+
+def test_an_unlearned_step_is_refused():
+    bio, optimizer, _ = start()
+    with pytest.raises(
+        biofx.LifecycleError, match=r"without backward\(\): none of the 2 weights has a gradient"
+    ):
+        optimizer.step()
+    assert int(bio.get_buffer("0.weight_steps")) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["gradient", "weight"])
+def test_what_is_not_finite_is_refused_and_nothing_changes(what, value):
+    bio, optimizer, _ = start()
+    train(bio, optimizer, 1)
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    raw = bio.get_parameter("2.weight")
+    with torch.no_grad():
+        (raw.grad if what == "gradient" else raw)[0, 0, 0] = value
+    before = states(bio, optimizer)
+    with pytest.raises(biofx.LifecycleError, match=f"2.weight: its {what} is not finite"):
+        optimizer.step()
+    after = states(bio, optimizer)
+    assert all(torch.equal(v, after[k]) or torch.isnan(v).any() for k, v in before.items())
+
+
+def test_a_parameter_whose_shape_changed_is_refused():
+    bio, optimizer, _ = start()
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    bio.get_submodule("0").weight = nn.Parameter(torch.zeros(2, 32, 65))
+    with pytest.raises(
+        biofx.LifecycleError, match=r"0.weight was \(2, 32, 64\) when .* and is \(2, 32, 65\)"
+    ):
+        optimizer.step()
+
+
+def test_a_sparse_gradient_is_refused():
+    bio, optimizer, _ = start(GAINS, "sgd")
+    raw = bio.get_parameter("0.weight")
+    raw.grad = torch.zeros_like(raw).to_sparse()
+    with pytest.raises(biofx.LifecycleError, match="0.weight: its gradient is sparse"):
+        optimizer.step()
+
+
+def test_what_cannot_be_attached():
+    bio = biofx.transform(network(), GAINS)
+    with pytest.raises(biofx.LifecycleError, match="LBFGS evaluates the loss several times in a step"):
+        biofx.attach(bio, torch.optim.LBFGS(bio.parameters()))
+    with pytest.raises(biofx.LifecycleError, match="SparseAdam needs sparse gradients"):
+        biofx.attach(bio, torch.optim.SparseAdam(list(bio.parameters())))
+    with pytest.raises(
+        biofx.ArgumentError, match="SGD holds no weight of this model that a pass changed"
+    ):
+        biofx.attach(bio, torch.optim.SGD(network().parameters(), lr=0.1))
+    with pytest.raises(biofx.ArgumentError, match="optimizer must be a torch.optim.Optimizer, got float"):
+        biofx.attach(bio, 0.1)
+    with pytest.raises(biofx.ArgumentError, match="expected a model made by biofx.transform"):
+        biofx.attach(network(), torch.optim.SGD(bio.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    with pytest.raises(biofx.ArgumentError, match=r"0.weight is attached already; call detach\(\)"):
+        biofx.attach(bio, optimizer)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
