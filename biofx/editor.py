@@ -98,7 +98,7 @@ class Editor:
             raise PipelineError(
                 f"{self._by.name} keeps its {key} in {name}, but the model has an attribute of that name"
             )
-        owner.register_buffer(leaf, value.to(self.raw.device))
+        owner.register_buffer(leaf, value.to(self.raw.device).contiguous())
         record_of(self._bio).state[name] = self._by.name
 
     def gain(self, value: Tensor | None = None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,8 +72,7 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         if path.suffix == ".safetensors":
             _safetensors(plain, unchecked)
         elif path.suffix == ".pt2":
-            args, kwargs = _in_order(plain, example_inputs)
-            torch.export.save(_program(plain, args, kwargs), unchecked)
+            _pt2(plain, unchecked, example_inputs)
         else:
             _onnx(plain, unchecked, example_inputs)
         unchecked.replace(path)
@@ -84,6 +85,14 @@ def _require(package: str) -> Any:
         raise ExportError(f"export: {package} is not installed; pip install 'biofx[export]'") from error
 
 
+@contextmanager
+def _refusal(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"export: {what}: {error}") from error
+
+
 def _safetensors(plain: nn.Module, path: Path) -> None:
     save_file = _require("safetensors.torch").save_file
     state = plain.state_dict()
@@ -93,11 +102,15 @@ def _safetensors(plain: nn.Module, path: Path) -> None:
                 f"export: safetensors holds tensors only, and {name} is an instance of {type(value).__name__}; "
                 "use torch.save(biofx.fold(bio).state_dict(), path)"
             )
-    try:
+    with _refusal(f"safetensors cannot hold {type(plain).__name__}"):
         # The format refuses tensors that share memory, so a tied weight is written under each of its names.
         save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, path)
-    except Exception as error:
-        raise ExportError(f"export: safetensors cannot hold {type(plain).__name__}: {error}") from error
+
+
+def _pt2(plain: fx.GraphModule, path: Path, example_inputs: Any) -> None:
+    program = _program(plain, *_in_order(plain, example_inputs))
+    with _refusal(f"torch.export cannot save {type(plain).__name__}"):
+        torch.export.save(program, path)
 
 
 def _in_order(plain: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,11 +129,8 @@ def _in_order(plain: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ..
 def _program(
     plain: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any = None
 ) -> torch.export.ExportedProgram:
-    try:
-        with torch.no_grad():
-            return torch.export.export(_as_module(plain), args, kwargs, dynamic_shapes=dynamic)
-    except Exception as error:
-        raise ExportError(f"export: torch.export cannot export {type(plain).__name__}: {error}") from error
+    with _refusal(f"torch.export cannot export {type(plain).__name__}"), torch.no_grad():
+        return torch.export.export(_as_module(plain), args, kwargs, dynamic_shapes=dynamic)
 
 
 def _as_module(plain: fx.GraphModule) -> nn.Module:
@@ -139,10 +149,8 @@ def _onnx(plain: fx.GraphModule, path: Path, example_inputs: Any) -> None:
     args, kwargs = _in_order(plain, example_inputs)
     bound = inspect.signature(plain.forward).bind(*args, **kwargs)
     program = _program(plain, args, kwargs, pytree.tree_map(_dynamic_batch, dict(bound.arguments)))
-    try:
+    with _refusal(f"torch.onnx cannot export {type(plain).__name__}"):
         torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
-    except Exception as error:
-        raise ExportError(f"export: torch.onnx cannot export {type(plain).__name__}: {error}") from error
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     inputs = dict(zip(names, pytree.tree_leaves((args, kwargs)), strict=True))
     found = difference(run_in_eval_mode(plain, example_inputs), _run_onnx(path, inputs))
@@ -155,9 +163,7 @@ def _dynamic_batch(value: Any) -> dict[int, Any] | None:
 
 
 def _run_onnx(path: Path, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    try:
+    with _refusal(f"ONNX Runtime cannot run {path.name}"):
         session = _require("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {port.name: inputs[port.name].detach().cpu().numpy() for port in session.get_inputs()}
         return [torch.from_numpy(output) for output in session.run(None, feed)]
-    except Exception as error:
-        raise ExportError(f"export: ONNX Runtime cannot run {path.name}: {error}") from error

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from biofx import capture, pipeline
 from biofx.captured_module import REGISTRIES
+from biofx.compare import difference, run_in_eval_mode
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
 from biofx.registry import Pass, as_passes
@@ -27,7 +29,7 @@ def transform(
     *,
     example_inputs: Any = None,
     frontend: str = "symbolic",
-    exclude: str | Sequence[str] = (),
+    exclude: str | Collection[str] = (),
     seed: int = 0,
     inplace: bool = False,
     verify: bool = True,
@@ -48,8 +50,8 @@ def transform(
         exclude: glob patterns over parameter names; matching weights are left alone.
         seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
             no other layer's draw. The global random number generators are neither read nor moved.
-        inplace: use the parameters of `model` instead of copies. Build the optimizer afterwards: a pass may replace
-            them.
+        inplace: use the parameters and submodules of `model` instead of copies. They belong to the result, so `model`
+            must not be used afterwards. Build the optimizer afterwards: a pass may replace parameters.
         verify: check all invariants after each pass (`biofx.verify`).
         print_between: a function that gets the graph as text after each pass; `True` prints it.
 
@@ -76,22 +78,52 @@ def transform(
     chosen = as_passes(passes)
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend must be one of {', '.join(map(repr, FRONTENDS))}, got {frontend!r}")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ArgumentError(f"seed must be an integer, got {seed!r}")
+    seed, patterns, printer = _seed(seed), _patterns(exclude), _printer(print_between)
     again = isinstance(model, nn.Module) and isinstance(model._modules.get(RECORD), Record)
     if not again:
         capture.check(model)
-    with _restored_on_error(model) if inplace else nullcontext():
+    _refuse_transformed_children(model)
+    with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
+        expected = None if example_inputs is None else _outputs(source, example_inputs)
         bio = source if again else capture.capture(source, example_inputs)
         assert isinstance(bio, fx.GraphModule)
-        if example_inputs is not None and not again:
-            _check_example_inputs(source, bio, example_inputs)
-        excluded = _excluded(bio, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+        if expected is not None:
+            _refuse_difference(bio, expected, run_in_eval_mode(bio, example_inputs))
+        excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
-        printer = print if print_between is True else print_between or None
         pipeline.run(bio, chosen, excluded, seed, check=verify, example_inputs=example_inputs, print_between=printer)
     return bio
+
+
+def _seed(seed: Any) -> int:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ArgumentError(f"seed must be an integer of at most 64 bits, got {seed!r}")
+    return int(seed)
+
+
+def _patterns(exclude: Any) -> tuple[str, ...]:
+    patterns = (exclude,) if isinstance(exclude, str) else exclude
+    if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ArgumentError(f"exclude must be a glob pattern or a list of them, got {exclude!r}")
+    return tuple(patterns)
+
+
+def _printer(print_between: Any) -> pipeline.Printer | None:
+    if print_between is None or isinstance(print_between, bool):
+        return print if print_between else None
+    if not callable(print_between):
+        raise ArgumentError(f"print_between must be True or a function of one string, got {print_between!r}")
+    return print_between  # type: ignore[no-any-return]
+
+
+def _refuse_transformed_children(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module is not model and isinstance(module._modules.get(RECORD), Record):
+            raise ArgumentError(
+                f"{name} was transformed before, as a model of its own; "
+                f"transform the whole model at once, or fold {name} first"
+            )
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -127,18 +159,19 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _check_example_inputs(model: nn.Module, bio: fx.GraphModule, example_inputs: Any) -> None:
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     try:
-        expected = pipeline.evaluate(model, example_inputs)
+        return run_in_eval_mode(model, example_inputs)
     except Exception as error:
         raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
-    captured = pipeline.evaluate(bio, example_inputs)
-    if len(expected) != len(captured) or not all(
-        torch.allclose(a, b, equal_nan=True) for a, b in zip(expected, captured, strict=True)
-    ):
+
+
+def _refuse_difference(bio: fx.GraphModule, expected: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
+    found = difference(expected, captured)
+    if found is not None:
         raise CaptureError(
-            f"{type(model).__name__} computes something else when traced: its forward takes decisions, draws random "
-            "numbers or has side effects that a graph does not hold"
+            f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
+            "random numbers or has side effects that a graph does not hold"
         )
 
 

@@ -1,6 +1,7 @@
 """FuzzyLearningRates: the ten distributions, and what a gain does."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -172,3 +173,72 @@ def test_clamped_gains_are_valid_in_half_precision(dtype):
 def test_bad_options(options, message):
     with pytest.raises(biofx.ArgumentError, match=message):
         passes.FuzzyLearningRates(**options)
+
+
+def trained(distribution, steps, every=2, **options):
+    """A layer of 100 × 80 after some steps, with the gains after each."""
+    layer = nn.Linear(80, 100)
+    bio = biofx.transform(layer, [passes.FuzzyLearningRates(distribution=distribution, every=every, **options)])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+    biofx.attach(bio, optimizer)
+    gains = [bio.weight_gain.clone()]
+    for step in range(steps):
+        optimizer.zero_grad()
+        bio(torch.randn(4, 80, generator=torch.Generator().manual_seed(step))).sum().backward()
+        optimizer.step()
+        gains.append(bio.weight_gain.clone())
+    return bio, gains
+
+
+@pytest.mark.parametrize("name", ["baseline", "uniform", "gamma", "layer_adaptive"])
+def test_static_gains_stay(name):
+    _, gains_by_step = trained(name, 3, every=1)
+    assert all(torch.equal(g, gains_by_step[0]) for g in gains_by_step)
+
+
+def test_temporal_gains_decay_and_are_stirred_every_tenth_time():
+    _, g = trained("temporal", 20, every=2, nu=0.3, decay=0.9)
+    for step in range(1, 20):
+        expected = 1 + (g[step - 1] - 1) * 0.9 if step % 2 == 0 else g[step - 1]
+        torch.testing.assert_close(g[step], expected)
+    noise = g[20] - (1 + (g[19] - 1) * 0.9)
+    assert noise.abs().max() <= 0.1 * 0.3 * (1 + 1e-5)
+    assert noise.std() == pytest.approx(0.03 / math.sqrt(3), rel=0.05)
+
+
+def test_weight_adaptive_gains_are_redrawn_for_the_present_weights():
+    bio, g = trained("weight_adaptive", 4, every=2, nu=0.2)
+    assert [torch.equal(a, b) for a, b in pairwise(g)] == [True, False, True, False]
+    half_width = weight_adaptive_spread(0.2, bio.weight.detach())
+    assert ((g[-1] - 1).abs() <= half_width * (1 + 1e-5)).all()
+
+
+def test_activity_gains_are_wide_for_silent_units():
+    layer = nn.Linear(80, 100)
+    with torch.no_grad():
+        layer.weight[:50].zero_()
+        layer.bias[:50].zero_()
+    pass_ = passes.FuzzyLearningRates(distribution="activity", every=2, nu=0.2)
+    bio = biofx.transform(layer, [pass_])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+    biofx.attach(bio, optimizer)
+    x = torch.randn(16, 80)
+    for _ in range(2):
+        bio(x).sum().backward()
+        optimizer.step()
+    output = layer(x)
+    assert torch.equal(bio.weight_active, 2 * (output.abs() > 0.01).sum(0))
+    counts = bio.weight_active.double()
+    a = (1 + 0.1 * (counts / counts.mean() - 1)).clamp(0.8, 1.2)
+    half_width = (0.2 * (2 - a))[:, None]
+    deviation = (bio.weight_gain - 1).abs()
+    assert (deviation <= half_width * (1 + 1e-5)).all()
+    assert deviation[:50].max() > 0.2 > deviation[50:].max()
+    torch.testing.assert_close(deviation[:50].mean(), half_width[:50].mean().float() / 2, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", ["temporal", "weight_adaptive", "activity"])
+def test_refreshed_gains_stay_within_bounds(name):
+    bio, gains_by_step = trained(name, 20, every=1, nu=0.9, minimum=0.8, maximum=1.1)
+    assert all(g.min() >= 0.8 - 1e-6 and g.max() <= 1.1 + 1e-6 for g in gains_by_step)
+    biofx.verify(bio)
