@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from biofx import passes
+from biofx.converter import BioConfig, BioConverter
 from biofx.errors import (
     ArgumentError,
     BiofxError,
@@ -25,6 +26,8 @@ __version__ = version("biofx")
 __all__ = [
     "ArgumentError",
     "Attachment",
+    "BioConfig",
+    "BioConverter",
     "BiofxError",
     "CaptureError",
     "ExportError",

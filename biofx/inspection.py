@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def summary(bio: nn.Module) -> str:
     """The passes that ran, and a table with one row for each weight.
 
-    Columns: the weight's name; its operator; its shape, without the axis of synapses; Γ, the number of synapses for
-    each connection; mean, standard deviation and range of the learning gain; the sign constraint; the passes that
-    changed the weight; and, if there are any, those that left it alone, with the reason. Below come the weights that
-    no pass could see, with the reason; those that wait for `biofx.attach`; and the parameters that are not synapses.
+    Columns: the weight's name; its operator; its shape, without the axis of synapses; Γ, the number of synapses for each
+    connection; mean, standard deviation and range of the learning gain; the sign constraint; and, if there are any, the
+    passes that left the weight alone, with the reason. Below come the weights that no pass could see, with the reason;
+    those that wait for `biofx.attach`; and the parameters that are not synapses.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -38,17 +38,17 @@ def summary(bio: nn.Module) -> str:
         >>> print(biofx.summary(biofx.transform(model, [passes.SplitSynapses(synapses=4)], exclude="2.*")))
         passes: split-synapses{synapses=4}
         <BLANKLINE>
-        weight    operator    shape    Γ    gain    sign    passes          left alone
-        --------  ----------  -------  ---  ------  ------  --------------  -----------------------------------------
-        0.weight  linear      8 × 4    4    1       free    split-synapses
-        2.weight  linear      2 × 8    1    1       free                    split-synapses: excluded by pattern "2.*"
+        weight    operator    shape    Γ    gain    sign    left alone
+        --------  ----------  -------  ---  ------  ------  -----------------------------------------
+        0.weight  linear      8 × 4    4    1       free
+        2.weight  linear      2 × 8    1    1       free    split-synapses: excluded by pattern "2.*"
         <BLANKLINE>
         not synapses: 0.bias, 1.weight, 1.bias, 2.bias
     """
     bio = transformed(bio)
     record = record_of(bio)
     sites, others = find(bio)
-    headers = ["weight", "operator", "shape", "Γ", "gain", "sign", "passes", "left alone"]
+    headers = ["weight", "operator", "shape", "Γ", "gain", "sign", "left alone"]
     rows = [_row(site) for site in sites.values()]
     if not any(row[-1] for row in rows):
         rows, headers = [row[:-1] for row in rows], headers[:-1]
@@ -71,9 +71,6 @@ def summary(bio: nn.Module) -> str:
 
 def _row(site: WeightSite) -> list[Any]:
     runs = record_of(site.bio).passes
-    names = [run.pass_.name for run in runs]
-    labels = [str(run.pass_) if names.count(run.pass_.name) > 1 else run.pass_.name for run in runs]
-    changed = [label for run, label in zip(runs, labels, strict=True) if site.name in run.weights]
     left = [f"{run.pass_.name}: {run.left[site.name]}" for run in runs if site.name in run.left]
     return [
         site.name if site.raw.requires_grad else f"{site.name} (frozen)",
@@ -82,7 +79,6 @@ def _row(site: WeightSite) -> list[Any]:
         site.synapses,
         _spread(site.gain),
         _signs(site.sign),
-        ", ".join(changed),
         "; ".join(left),
     ]
 

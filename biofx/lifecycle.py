@@ -203,6 +203,12 @@ class Attachment:
                 )
 
 
+def use_markers(bio: nn.Module) -> None:
+    """Let no gradient hook act in the backward pass, for those who call the rules themselves."""
+    bio = transformed(bio)
+    _swap(bio, find(bio)[0], is_hook)
+
+
 def _swap(bio: fx.GraphModule, sites: dict[str, WeightSite], which: Callable[[Any], bool]) -> bool:
     """Exchange hooks for markers, or back, in the chains of weights; say whether there was any."""
     nodes = [node for site in sites.values() for node in site.chain if which(node.target)]

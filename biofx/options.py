@@ -8,9 +8,11 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from biofx.errors import ArgumentError
+from biofx.randomness import fixed_defaults
 
 
 def _refuse(owner: object, option: str, must: str, value: Any) -> ArgumentError:
@@ -67,9 +69,12 @@ def check_flag(owner: object, option: str) -> None:
 
 
 def check_activation(owner: object, option: str) -> None:
-    """Refuse anything but None, a function or module, or the name of a function in `torch.nn.functional` or `torch`."""
+    """Refuse anything but None, a function or module, or the name of an activation in `torch.nn.functional` or `torch`.
+
+    A name is tried out: its function has to make of one tensor another of its shape and dtype, and always the same one.
+    """
     value = getattr(owner, option)
-    if not (value is None or callable(value) or (isinstance(value, str) and _find_function(value) is not None)):
+    if not (value is None or callable(value) or (isinstance(value, str) and _is_activation(_find_function(value)))):
         raise _refuse(owner, option, 'None, a function, or a name in torch.nn.functional such as "relu"', value)
 
 
@@ -82,4 +87,17 @@ def activation_function(name: str) -> Callable[..., Any]:
 
 def _find_function(name: str) -> Callable[..., Any] | None:
     found = getattr(F, name, None) or getattr(torch, name, None)
-    return found if callable(found) else None
+    return found if callable(found) and not isinstance(found, type) else None
+
+
+def _is_activation(function: Callable[..., Any] | None) -> bool:
+    if function is None:
+        return False
+    with fixed_defaults(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        x = torch.linspace(-2, 2, 96).view(32, 3)  # large enough that a random function does not repeat itself
+        try:
+            once, again = function(x.clone()), function(x.clone())
+        except Exception:  # noqa: BLE001 - whatever a function says to an argument that it was not made for
+            return False
+        fits = isinstance(once, Tensor) and (once.shape, once.dtype) == (x.shape, x.dtype)
+        return fits and torch.allclose(once, again, rtol=0, atol=0, equal_nan=True)

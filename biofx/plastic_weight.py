@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, fx, nn
 
 from biofx import randomness
 from biofx.chain import attribute
 from biofx.operators import apply_rule, is_hook, is_marker
+from biofx.provenance import inserted
 from biofx.weight_sites import WeightSite
 
 
@@ -22,7 +21,7 @@ class PlasticWeight:
         site: the weight site.
         raw: the stored parameter.
         gradient: its gradient as the optimizer sees it; a rule that acts before the step may change it in place.
-        optimizer: the optimizer that holds it.
+        optimizer: the optimizer that holds it; None if rules are called by hand.
         step: number of this step, counted from 1.
         gains_on_update: whether gains act on the optimizer's update instead of on the gradient.
         by: name of the pass that looks at the weight.
@@ -31,7 +30,7 @@ class PlasticWeight:
     site: WeightSite
     raw: nn.Parameter
     gradient: Tensor
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     step: int
     gains_on_update: bool
     by: str = ""
@@ -63,32 +62,28 @@ class PlasticWeight:
             values: one for each entry that the mask selects, in order.
         """
         self.raw[mask] = values.to(self.raw.device, self.raw.dtype)
+        if self.optimizer is None:
+            return
+        group = next(g for g in self.optimizer.param_groups if any(p is self.raw for p in g["params"]))
+        initial = {"sum": group.get("initial_accumulator_value", 0.0)}  # Adagrad's; all other memories start from 0
         for key, memory in self.optimizer.state.get(self.raw, {}).items():
             if isinstance(memory, Tensor) and memory.shape == self.raw.shape:
-                memory[mask] = self._initial(key)
-
-    def _initial(self, key: str) -> float:
-        """What the optimizer's memory starts from."""
-        if key != "sum":
-            return 0.0
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
-        return next(
-            float(group.get("initial_accumulator_value", 0.0))
-            for group in groups
-            if any(p is self.raw for p in group["params"])
-        )
+                memory[mask] = initial.get(key, 0.0)
 
 
-def scale_learning(site: WeightSite, change: Tensor, weight: Tensor) -> Tensor:
+def scale_learning(site: WeightSite, change: Tensor, weight: Tensor, by: str | None = None) -> Tensor:
     """What the rules on a weight's chain make of a gradient, or of an update: every hook's or marker's rule, in turn.
 
     Args:
         site: the weight site.
         change: a gradient of, or a change to, the stored weight.
         weight: the stored weight that it belongs to.
+        by: apply only the rules of the pass of this name.
     """
     for node in reversed(site.chain):
-        if is_hook(node.target) or is_marker(node.target):
+        origin = inserted(node)
+        chosen = by is None or (origin is not None and by in origin.by.split(", "))
+        if chosen and (is_hook(node.target) or is_marker(node.target)):
             others = fx.map_arg(node.args[1:], lambda n: attribute(site.bio, str(n.target)))
             change = apply_rule(node.target, change, weight, *others)
     return change

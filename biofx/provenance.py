@@ -108,6 +108,7 @@ class Record(nn.Module):
 
     Attributes:
         original: shape of every parameter of the original model, by name.
+        kept_whole: modules that are called as they are, by path, each with the reason.
         state: names of the buffers that passes added, and the passes that use each, joined by ", ".
         passes: the passes that ran, in order.
         attached: the weights whose optimizer `biofx.attach` has connected; a copy of the model starts with none.
@@ -116,6 +117,7 @@ class Record(nn.Module):
     def __init__(self, original: dict[str, torch.Size], constants: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.original = original
+        self.kept_whole: dict[str, str] = {}
         self.state: dict[str, str] = {}
         self.passes: list[PassRun] = []
         self.attached: set[str] = set()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import enum
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
 from biofx.editor import Editor
@@ -85,6 +87,10 @@ PassClass = TypeVar("PassClass", bound=type[Pass])
 _PASSES: dict[str, type[Pass]] = {}
 _RECIPES: dict[str, str] = {}
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_WORD = re.compile(r"[\w.+-]+")
+_TOKEN = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*"|.""", re.DOTALL)  # a string, or else one character
+_CLOSES = {"}": "{", "]": "[", ")": "("}
+_OPENS = (*_CLOSES.values(), "'", '"')  # a quote that is a token of its own begins a string that does not end
 
 
 def register(pass_class: PassClass) -> PassClass:
@@ -117,16 +123,25 @@ def register(pass_class: PassClass) -> PassClass:
     parameters = getattr(pass_class, "__dataclass_params__", None)
     if "__dataclass_fields__" not in vars(pass_class) or parameters is None or not parameters.frozen:
         raise ArgumentError(f"{where} must be decorated with @dataclass(frozen=True), below @passes.register")
+    _check_complete(pass_class, where)
+    name, known = pass_class.name, _PASSES.get(pass_class.name)
+    if name in _RECIPES or (known is not None and _origin(known) != _origin(pass_class)):
+        raise ArgumentError(f"{where}: the name {name!r} is taken by {'.'.join(_origin(known)) if known else 'a recipe'}")
+    _PASSES[name] = pass_class
+    return pass_class
+
+
+def _check_complete(pass_class: type[Pass], where: str) -> None:
     if not isinstance(getattr(pass_class, "slot", None), Slot):
         raise ArgumentError(f"{where} must say which slot it fills: slot = passes.Slot.HOOK, say")
     name = getattr(pass_class, "name", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ArgumentError(f"{where} needs a name of lower-case words joined by hyphens, got {name!r}")
-    known = _PASSES.get(name)
-    if name in _RECIPES or (known is not None and known.__qualname__ != pass_class.__qualname__):
-        raise ArgumentError(f"{where}: the name {name!r} is taken by {known.__qualname__ if known else 'a recipe'}")
-    _PASSES[name] = pass_class
-    return pass_class
+
+
+def _origin(pass_class: type[Pass]) -> tuple[str, str]:
+    """Where a class was written: a cell or a module that runs again may register it again."""
+    return pass_class.__module__, pass_class.__qualname__
 
 
 def register_recipe(name: str, pipeline: str) -> None:
@@ -168,18 +183,37 @@ def parse(pipeline: str) -> list[Pass]:
     """
     result: list[Pass] = []
     for element in _split(pipeline):
-        name, brace, rest = element.partition("{")
-        name = name.strip()
-        if brace and not rest.rstrip().endswith("}"):
-            raise PipelineError(f"pipeline string: no closing brace in {element!r}")
-        if name in _RECIPES and not brace:
-            result += parse(_RECIPES[name])
-        elif name in _PASSES:
-            result.append(_build(_PASSES[name], _split(rest.rstrip()[:-1]) if brace else []))
+        name, options = _name_and_options(element)
+        if name in _PASSES:
+            result.append(_build(_PASSES[name], options or []))
+        elif name not in _RECIPES:
+            raise PipelineError(f"pipeline string: unknown pass {name!r}{_suggest(name)}; {_known()}")
+        elif options is not None:
+            raise PipelineError(f"pipeline string: {name} is a recipe and takes no options")
         else:
-            known = f"the passes are {', '.join(sorted(_PASSES))}; the recipes are {', '.join(sorted(_RECIPES))}"
-            raise PipelineError(f"pipeline string: unknown pass {name!r}; {known}")
+            result += parse(_RECIPES[name])
     return result
+
+
+def _name_and_options(element: str) -> tuple[str, list[str] | None]:
+    braces = [i for i in _outside(element) if element[i] in "{}"]
+    if not braces:
+        return element, None
+    start, end, *_ = braces
+    if rest := element[end + 1 :].lstrip():
+        raise _misplaced(element, len(element) - len(rest), "stands behind the options; a comma separates passes")
+    return element[:start].strip(), _split(element[start + 1 : end])
+
+
+def _suggest(name: str) -> str:
+    hyphenated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).replace("_", "-").lower()
+    close = difflib.get_close_matches(hyphenated, [*_PASSES, *_RECIPES], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _known() -> str:
+    kinds = {"passes": _PASSES, "recipes": _RECIPES}
+    return "; ".join(f"the {kind} are {', '.join(sorted(names))}" for kind, names in kinds.items() if names)
 
 
 def _build(pass_class: type[Pass], options: list[str]) -> Pass:
@@ -200,21 +234,34 @@ def _build(pass_class: type[Pass], options: list[str]) -> Pass:
 
 def _split(text: str) -> list[str]:
     """Split at the commas that are outside of brackets and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "{[(":
-            depth += 1
-        elif character in "}])":
-            depth -= 1
-        if character == "," and depth == 0 and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
+    commas = [i for i in _outside(text) if text[i] == ","]
+    parts = [text[i + 1 : j].strip() for i, j in pairwise([-1, *commas, len(text)])]
+    return [part for part in parts if part]
+
+
+def _outside(text: str) -> list[int]:
+    """The positions outside of brackets and quotes; the outermost brackets themselves are outside."""
+    opened: list[int] = []
+    result: list[int] = []
+    for token in _TOKEN.finditer(text):
+        place, character = token.start(), token[0]
+        if character in _CLOSES:
+            if not opened:
+                raise _misplaced(text, place, "closes nothing")
+            if text[opened[-1]] != _CLOSES[character]:
+                break
+            opened.pop()
+        if not opened:
+            result.append(place)
+        if character in _OPENS:
+            opened.append(place)
+    if opened:
+        raise _misplaced(text, opened[-1], "is not closed")
+    return result
+
+
+def _misplaced(text: str, place: int, what: str) -> PipelineError:
+    return PipelineError(f"pipeline string: {text[place]!r} at character {place + 1} of {text!r} {what}")
 
 
 def _read(text: str) -> Any:
@@ -225,11 +272,7 @@ def _read(text: str) -> Any:
 
 
 def _write(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str) and _read(value) == value and not set(value) & set(",{}[]()'\"= ")
-        else repr(value)
-    )
+    return value if isinstance(value, str) and _WORD.fullmatch(value) and _read(value) == value else repr(value)
 
 
 def as_passes(passes: Sequence[Pass] | str) -> list[Pass]:
@@ -252,7 +295,8 @@ def as_passes(passes: Sequence[Pass] | str) -> list[Pass]:
         if isinstance(item, type) and issubclass(item, Pass):
             raise ArgumentError(f"passes[{index}] is the class {item.__name__}; write {item.__name__}()")
         if not isinstance(item, Pass):
-            raise ArgumentError(f"passes[{index}] is not a pass: {item!r}; the passes are {', '.join(sorted(_PASSES))}")
+            raise ArgumentError(f"passes[{index}] is not a pass: {item!r}; {_known()}")
+        _check_complete(type(item), f"passes[{index}]: {type(item).__name__}")
     if not result:
-        raise ArgumentError(f"no pass given; the passes are {', '.join(sorted(_PASSES))}")
+        raise ArgumentError(f"no pass given; {_known()}")
     return result

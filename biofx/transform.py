@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from biofx import capture, pipeline
 from biofx.captured_module import REGISTRIES
@@ -85,11 +85,10 @@ def transform(
     _refuse_transformed_children(model)
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
-        expected = None if example_inputs is None else _outputs(source, example_inputs)
         bio = source if again else capture.capture(source, example_inputs)
         assert isinstance(bio, fx.GraphModule)
-        if expected is not None:
-            _refuse_difference(bio, expected, run_in_eval_mode(bio, example_inputs))
+        if example_inputs is not None:
+            _check_example_inputs(source, bio, example_inputs)
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
         pipeline.run(bio, chosen, excluded, seed, check=verify, example_inputs=example_inputs, print_between=printer)
@@ -98,7 +97,7 @@ def transform(
 
 def _seed(seed: Any) -> int:
     if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-        raise ArgumentError(f"seed must be an integer of at most 64 bits, got {seed!r}")
+        raise ArgumentError(f"seed must be a 64-bit integer, got {seed!r}")
     return int(seed)
 
 
@@ -159,18 +158,15 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+def _check_example_inputs(source: nn.Module, bio: fx.GraphModule, example_inputs: Any) -> None:
     try:
-        return run_in_eval_mode(model, example_inputs)
+        expected = run_in_eval_mode(source, example_inputs)
     except Exception as error:
-        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
-
-
-def _refuse_difference(bio: fx.GraphModule, expected: Sequence[Tensor], captured: Sequence[Tensor]) -> None:
-    found = difference(expected, captured)
+        raise ArgumentError(f"example_inputs do not fit {type(source).__name__}.forward: {error}") from error
+    found = None if bio is source else difference(expected, run_in_eval_mode(bio, example_inputs))
     if found is not None:
         raise CaptureError(
-            f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
+            f"{type(source).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
             "random numbers or has side effects that a graph does not hold"
         )
 

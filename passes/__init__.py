@@ -1,4 +1,4 @@
-"""The mechanisms, one file each."""
+"""The mechanisms, one file each; and recipes, which put them together."""
 
 from biofx.editor import Editor
 from biofx.passes.crystallize import Crystallize
@@ -9,6 +9,7 @@ from biofx.passes.rejuvenate import Rejuvenate
 from biofx.passes.split_synapses import SplitSynapses
 from biofx.passes.synaptic_scaling import SynapticScaling
 from biofx.passes.volume_dependent_learning_rates import VolumeDependentLearningRates
+from biofx.passes import recipes as _recipes  # noqa: F401, I001 - registers them, after the passes that they name
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, recipes, register, register_recipe, registered_passes

@@ -1,5 +1,6 @@
 """The pipeline: canonical order, conflicts, checks between passes."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -104,10 +105,45 @@ def test_conflicts_name_both(pipeline, message):
 
 def test_a_pass_that_lies_about_preserving_the_function_is_caught():
     with pytest.raises(
-        biofx.VerificationError, match="negate says that it preserves the function, but output 0 differs by"
+        biofx.VerificationError, match="negate says that it preserves the function, but on the example inputs output 0 differs"
     ):
         biofx.transform(nn.Linear(2, 2), [Negate()], example_inputs=torch.ones(1, 2))
     biofx.transform(nn.Linear(2, 2), [Negate()], example_inputs=torch.ones(1, 2), verify=False)
+
+
+@dataclass(frozen=True)
+class Draw(Halve):
+    """Replaces weights by what the random number generator gives."""
+
+    name = "draw"
+
+    def rewrite(self, site, edit):
+        edit.replace_raw(torch.randn(site.raw.shape, generator=edit.generator))
+        edit.state("ones", torch.ones(3))
+
+
+def test_a_pass_need_not_care_about_defaults_of_the_caller():
+    model = nn.Linear(2, 3)
+    expected = biofx.transform(model, [Draw()]).state_dict()
+    for default in (torch.float64, torch.bfloat16, torch.device("meta")):
+        with defaults(default):
+            given = biofx.transform(model, [Draw()]).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in given.items())
+        assert {value.dtype for value in given.values()} == {torch.float32}
+
+
+@contextmanager
+def defaults(default):
+    if isinstance(default, torch.device):
+        with default:
+            yield
+        return
+    torch.set_default_dtype(default)
+    try:
+        yield
+        assert torch.get_default_dtype() is default
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_nothing_is_skipped_silently():

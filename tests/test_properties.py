@@ -111,20 +111,28 @@ def test_adding_a_layer_changes_no_other_draw(pass_):
     assert same(a, {name: b[name] for name in a})
 
 
-@given(st.permutations(PASSES), st.integers(1, len(PASSES)), st.sampled_from(sorted(ZOO)))
-@settings(deadline=None, max_examples=25)
-def test_any_passes_in_any_order_give_a_valid_model_that_trains_and_folds(order, count, name):
+@given(
+    st.permutations(PASSES), st.integers(1, len(PASSES)), st.sampled_from(sorted(ZOO)), st.sampled_from(["SGD", "Adam"])
+)
+@settings(deadline=None, max_examples=40)
+def test_any_passes_in_any_order_give_a_valid_model_that_trains_and_folds(order, count, name, optimizer_name):
     build, shape = ZOO[name]
     model, x = build().eval(), torch.randn(shape)
     bio = biofx.transform(model, order[:count], example_inputs=(x,))
+    assert bio.code == biofx.transform(model, order[:count][::-1]).code
     biofx.verify(bio)
     if all(p.preserves_function for p in order[:count]):
         for a, b in zip(tensors(bio(x)), tensors(model(x)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    loss(bio(x)).backward()
-    torch.optim.SGD(bio.parameters(), lr=1e-3).step()
+    optimizer = getattr(torch.optim, optimizer_name)(bio.parameters(), lr=1e-3)
+    biofx.attach(bio, optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(bio.train()(x)).backward()
+        optimizer.step()
     biofx.verify(bio)
-    plain = biofx.fold(bio)
+    assert all(torch.isfinite(p).all() for p in bio.parameters())
+    plain = biofx.fold(bio.eval())
     model.load_state_dict(plain.state_dict(), strict=True)
     for a, b in zip(tensors(bio(x)), tensors(plain(x)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,9 +1,11 @@
 """`biofx.transform`: its promises, apart from what single passes do."""
 
 import copy
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import fx, nn
@@ -91,6 +93,21 @@ def test_the_seed_decides_and_a_new_layer_changes_no_other_draw():
     assert equal(draws(small, 1), draws(small, 2)) == [False, False]
 
 
+def test_a_seed_may_be_any_integer():
+    model = mlp(2, 2)
+    a, b = (biofx.transform(model, BOTH, seed=seed) for seed in (np.int64(3), 3))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert json.dumps(a.meta["biofx"]["passes"][0]["seed"]) == "3"
+
+
+def test_a_model_that_is_transformed_in_inference_mode_trains():
+    model = mlp(2, 3, 2)
+    with torch.inference_mode():
+        bio = biofx.transform(model, BOTH, example_inputs=torch.randn(1, 2))
+    assert not any(t.is_inference() for t in [*bio.parameters(), *bio.buffers()])
+    bio(torch.randn(1, 2)).sum().backward()
+
+
 def test_exclude():
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model = nn.Sequential(*model.values())
@@ -131,6 +148,32 @@ def test_inplace_uses_the_given_tensors():
     bio = biofx.transform(model, [passes.FuzzyLearningRates()], inplace=True)
     assert bio.get_parameter("0.bias") is bias
     assert bio.get_parameter("0.weight") is model[0].weight
+
+
+class Counting(nn.Module):
+    """Changes its buffers and its input in forward: in place, by another tensor, and by a new one."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        x.add_(1)
+        self.calls.add_(1)
+        self.mean = self.mean + x.mean(0)
+        self.last = x
+        return self.fc(x) + self.mean + self.calls
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_example_inputs_leave_no_trace(inplace):
+    x = torch.zeros(1, 2)
+    bio = biofx.transform(Counting(), [passes.SplitSynapses()], inplace=inplace, example_inputs=x)
+    assert torch.equal(x, torch.zeros(1, 2))
+    assert (bio.calls, bio.mean.tolist(), bio.last) == (0, [0, 0], None)
 
 
 class Failing(passes.Pass):
@@ -202,13 +245,20 @@ def test_importing_biofx_does_not_import_the_heavy_optional_packages():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"passes": []}, "no pass given; the passes are fuzzy-learning-rates, split-synapses"),
+        ({"passes": []}, "no pass given; the passes are .*fuzzy-learning-rates, .*split-synapses"),
         ({"passes": None}, "passes must be a list of passes or a pipeline string, got NoneType"),
         ({"passes": passes.SplitSynapses()}, r"passes must be a list; write passes=\[SplitSynapses\("),
         ({"passes": [passes.SplitSynapses]}, r"passes\[0\] is the class SplitSynapses; write SplitSynapses\(\)"),
         ({"passes": [3]}, r"passes\[0\] is not a pass: 3"),
         ({"frontend": "magic"}, "frontend must be one of 'symbolic', got 'magic'"),
-        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"passes": [passes.Pass()]}, r"passes\[0\]: Pass must say which slot it fills"),
+        ({"seed": 1.5}, "seed must be a 64-bit integer, got 1.5"),
+        ({"seed": True}, "seed must be a 64-bit integer, got True"),
+        ({"seed": 2**63}, "seed must be a 64-bit integer, got 9223372036854775808"),
+        ({"exclude": None}, "exclude must be a glob pattern or a list of them, got None"),
+        ({"exclude": 3}, "exclude must be a glob pattern or a list of them, got 3"),
+        ({"exclude": [1]}, r"exclude must be a glob pattern or a list of them, got \[1\]"),
+        ({"print_between": 3}, "print_between must be True or a function of one string, got 3"),
         ({"exclude": "fc9"}, 'exclude pattern "fc9" matches no weight; the model has 0.weight, 2.weight'),
         ({"exclude": "*"}, "exclude leaves no weight; it matches all of 0.weight, 2.weight"),
         ({"example_inputs": torch.randn(3, 5)}, "example_inputs do not fit Sequential.forward"),
@@ -217,10 +267,21 @@ def test_importing_biofx_does_not_import_the_heavy_optional_packages():
 )
 def test_bad_arguments(options, message):
     model = mlp(2, 3, 2)
-    before = snapshot(model)
-    with pytest.raises(biofx.ArgumentError, match=message):
-        biofx.transform(model, **{"passes": BOTH, **options})
-    assert_untouched(model, before)
+    for given in (model, biofx.transform(model, [passes.Crystallize()])):
+        before = snapshot(given)
+        with pytest.raises(biofx.ArgumentError, match=message):
+            biofx.transform(given, **{"passes": BOTH, **options})
+        assert_untouched(given, before)
+
+
+@pytest.mark.parametrize("example_inputs", [None, torch.ones(1, 2)])
+def test_a_model_with_a_transformed_child_is_refused(example_inputs):
+    bio = biofx.transform(mlp(2, 3, 3), BOTH)
+    with pytest.raises(
+        biofx.ArgumentError, match="0 was transformed before.*; transform the whole model at once, or fold 0 first"
+    ):
+        biofx.transform(nn.Sequential(bio, nn.Linear(3, 3)), BOTH, example_inputs=example_inputs)
+    biofx.transform(nn.Sequential(biofx.fold(bio), nn.Linear(3, 3)), BOTH, example_inputs=example_inputs)
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.GRU(2, 2))])
