@@ -397,11 +397,13 @@ def _trace_what_can_be(model: nn.Module, absent: Collection[str]) -> _Trace:
         try:
             return _trace_modes(model, absent, whole)
         except KeepWhole as error:
-            if not error.path:
+            path = error.path
+            while path in whole:  # something outside of it made it do that
+                path = path.rpartition(".")[0]
+            if not path:
                 raise CaptureError(_explain(model, error)) from error
-            inside = f"{error.path}."
-            whole = {path: reason for path, reason in whole.items() if not path.startswith(inside)}
-            whole[error.path] = error.reason
+            whole = {inner: reason for inner, reason in whole.items() if not inner.startswith(f"{path}.")}
+            whole[path] = error.reason
 
 
 def _trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str]) -> _Trace:
@@ -429,17 +431,27 @@ def _trace(
     with _LOCK, _unchanged(model), _watched_by(tracer):
         for module in model.modules():
             module.training = module not in in_evaluation
-        before = set(vars(model))
+        before = {path: dict(vars(module)) for path, module in model.named_modules()}
         try:
             graph = tracer.trace(model)
+            _check_attributes(model, before)
         except KeepWhole:
             raise
         except Exception as error:
             raise CaptureError(_explain(model, error)) from error
-        made = vars(model).keys() - before
+        made = vars(model).keys() - before[""].keys()
         read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
         constants = {name: vars(model)[name] for name in read if name in made}
     return _Trace(graph, constants, tracer)
+
+
+def _check_attributes(model: nn.Module, before: dict[str, dict[str, Any]]) -> None:
+    """Find a counter or a flag that forward changes: the next call would read another value."""
+    for path, module in model.named_modules():
+        for name, value in before.get(path, {}).items():
+            now = vars(module).get(name)
+            if isinstance(value, int | float | str) and isinstance(now, int | float | str) and now != value:
+                raise KeepWhole(path, f"its forward changes the attribute {name}, which a graph does not do")
 
 
 @contextmanager
@@ -532,7 +544,7 @@ def _skeleton(value: Any, positions: dict[fx.Node, int]) -> Any:
     parts = [_skeleton(part, positions) for part in _parts(value)]
     if not any(part is not None for part in parts):
         return None
-    return type(value), list(value) if isinstance(value, dict) else None, parts
+    return _shape(value), parts
 
 
 def _parts(value: Any) -> list[Any]:
@@ -543,8 +555,8 @@ def _parts(value: Any) -> list[Any]:
     return list(value) if isinstance(value, tuple | list) else []
 
 
-def _holds_nodes(value: Any) -> bool:
-    return isinstance(value, fx.Node) or any(map(_holds_nodes, _parts(value)))
+def _shape(value: Any) -> tuple[Any, ...]:
+    return type(value), len(_parts(value)), *(value if isinstance(value, dict) else ())
 
 
 def _rebuilt(value: Any, parts: list[Any]) -> Any:
@@ -569,7 +581,7 @@ def _follow_modes(model: nn.Module, traces: list[_Trace], ranks: dict[str, int])
     def merged(node: fx.Node, values: tuple[Any, ...]) -> Any:
         if isinstance(values[0], fx.Node):
             return values[0]
-        if _holds_nodes(values[0]):
+        if len({_shape(value) for value in values}) == 1 and _parts(values[0]):
             parts = zip(*map(_parts, values), strict=True)
             return _rebuilt(values[0], [merged(node, part) for part in parts])
         return values[0] if _equal(values[0], values[1]) else by_mode(node, values)
@@ -614,10 +626,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
         any_line = f"\n  at {file}:{number}: {linecache.getline(file, number).strip()}"
         if not package.startswith("torch"):
             users_line = any_line
-    whole = isinstance(error, KeepWhole)
-    if whole or not names[owner]:
-        described = type(model).__name__
-    else:
-        described = f'"{names[owner]}" ({type(owner).__name__})'
-    advice = MAKE_SUBMODULE if whole else TRACE_WITHOUT_VALUES
-    return f"{described} cannot be traced: {error}{users_line or any_line}\n  {advice}"
+    line = users_line or any_line
+    if isinstance(error, KeepWhole):
+        return f"{type(model).__name__} computes something else when traced: {error}{line}\n  {MAKE_SUBMODULE}"
+    described = f'"{names[owner]}" ({type(owner).__name__})' if names[owner] else type(model).__name__
+    return f"{described} cannot be traced: {error}{line}\n  {TRACE_WITHOUT_VALUES}"

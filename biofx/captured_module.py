@@ -1,4 +1,4 @@
-"""A GraphModule that is the whole model: class, tree, attributes, hooks and provenance stay through copies and pickling."""
+"""A GraphModule that is the whole model: its class, tree, attributes, hooks and provenance stay through all copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.modules.module import _WrappedHook
 from biofx.errors import CaptureError
 from biofx.provenance import RECORD
 
-REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Their methods go through all children, and a captured model has more of them: the record, constants of each mode.
@@ -76,9 +76,8 @@ def captured(model: nn.Module, graph: fx.Graph) -> CapturedModule:
     module = _empty(type(model).__name__, _model_class(model), graph._tracer_cls)
     kept = {name: value for name, value in vars(model).items() if name not in _OF_GRAPH_MODULES}
     _fill(module, {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}, graph)
-    for name in _OF_MODULES:
-        if name.endswith("_hooks"):
-            registry = getattr(module, name)
+    for owner in module.modules():
+        for registry in (getattr(owner, name) for name in REGISTRIES if name.endswith("_hooks")):
             registry.update({key: _bound_to(module, model, hook) for key, hook in registry.items()})
     return module
 
@@ -94,8 +93,9 @@ def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
 
 def _model_class(model: nn.Module) -> type[nn.Module]:
     """The class whose methods a captured model has."""
-    classes = type(model).__mro__
-    cls = classes[classes.index(fx.GraphModule) + 1] if isinstance(model, fx.GraphModule) else classes[0]
+    cls = type(model)
+    if isinstance(model, fx.GraphModule):
+        cls = cls.__mro__[cls.__mro__.index(fx.GraphModule) + 1]
     if not issubclass(cls, _CONTAINERS):
         return cls
     lost = [name for name in _OVERRIDES if getattr(cls, name) is not getattr(nn.Module, name)]
@@ -109,7 +109,7 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
     try:
-        cls = type(name, (CapturedModule, model_class), {})
+        cls: type[CapturedModule] = type(name, (CapturedModule, model_class), {})
     except TypeError as error:
         raise CaptureError(
             f"{model_class.__name__} does not allow subclasses, and a captured model is one: {error}; "

@@ -75,7 +75,7 @@ def _difference(old: Tensor, new: Tensor) -> str | None:
         return None
     wide = torch.promote_types(old.dtype, torch.float64)
     a, b = old.to(wide), new.to(wide)
-    gap = float((a - b)[unequal].abs().nan_to_num(nan=torch.inf).max())
+    gap = float((a - b)[unequal].abs().nan_to_num(torch.inf, torch.inf).max())
     if not (old.is_floating_point() or old.is_complex()):
         return f"differs by {gap:.3g}"
     largest = float(torch.where(a.isfinite(), a.abs(), 0).max())

@@ -46,7 +46,7 @@ class BioConfig(NamedTuple):
     dampening_factor: float = 0.6  # Crystallize: dampening
     crystal_thresh: float = 4.5e-05  # Crystallize: threshold
     rejuvenation_parameter_dre: float = 8.0  # Rejuvenate: dre
-    weight_splitting_Gamma: int = 0  # GroupUnits: size; no groups below 2
+    weight_splitting_Gamma: int = 0  # noqa: N815 - the reference's name; GroupUnits: size, no groups below 2
     apply_dales_principle: bool = False  # DalesPrinciple
     base_lr: float = 0.1  # VolumeDependentLearningRates: base_lr
     stability_factor: float = 2.0  # VolumeDependentLearningRates: stability
@@ -118,8 +118,8 @@ class BioConverter:
         """Convert a module, or a class of modules.
 
         Args:
-            module_class_or_instance: a module, of which a converted copy is returned; or a class, of which a subclass is
-                returned whose calls build converted modules.
+            module_class_or_instance: a module, of which a converted copy is returned; or a class, of which a subclass
+                is returned whose calls build converted modules.
 
         Raises:
             ArgumentError: neither of the two, or an option out of its range.
@@ -155,9 +155,12 @@ class BioConverter:
         return converted
 
     def _passes(self) -> list[Pass | None]:
-        known, c = registered_passes(), self.config
+        known: Mapping[str, Any] = registered_passes()
+        c = self.config
         if c.apply_dales_principle and "dales-principle" not in known:
-            raise ArgumentError("BioConverter: apply_dales_principle needs the pass dales-principle, which is not there yet")
+            raise ArgumentError(
+                "BioConverter: apply_dales_principle needs the pass dales-principle, which is not registered"
+            )
         identity = isinstance(c.weight_splitting_activation_function, nn.Identity)
         return [
             known["fuzzy-learning-rates"](
@@ -187,9 +190,10 @@ class BioConverter:
 class Converted(CapturedModule):
     """A model that `BioConverter` made: a transformed model whose rules are called by hand.
 
-    Between `backward()` and `optimizer.step()`: `volume_dependent_lr`, `fuzzy_learning_rates`, `scale_grad`, `crystallize`.
-    At any time: `rejuvenate_weights`, `update_fuzzy_learning_rates`, `enforce_dales_principle`, `l1_reg`. The formulas are
-    those of the passes. Weights without a gradient are passed over; a method that finds no gradient at all says so.
+    Between `backward()` and `optimizer.step()`: `volume_dependent_lr`, `fuzzy_learning_rates`, `scale_grad`,
+    `crystallize`. At any time: `rejuvenate_weights`, `update_fuzzy_learning_rates`, `enforce_dales_principle`,
+    `l1_reg`. The formulas are those of the passes. Weights without a gradient are passed over; a method that finds no
+    gradient at all says so.
     """
 
     calls: Counter[str]
@@ -219,7 +223,7 @@ class Converted(CapturedModule):
         self._at_step("rejuvenate")
 
     def update_fuzzy_learning_rates(self, x: Tensor | None = None) -> None:
-        """Refresh dynamic gains as `FuzzyLearningRates` does; the model has observed its activity itself, without `x`."""
+        """Refresh dynamic gains as `FuzzyLearningRates` does; the model observes its activity itself, without `x`."""
         if self.dynamic:
             self._at_step("fuzzy-learning-rates")
 
@@ -291,5 +295,7 @@ def _build(build: Callable[..., CapturedModule], arguments: tuple[Any, ...]) -> 
 def _replace(config: BioConfig, options: Mapping[str, Any]) -> BioConfig:
     unknown = sorted(set(options) - set(BioConfig._fields))
     if unknown:
-        raise ArgumentError(f"BioConverter: unknown option {unknown[0]!r}; the options are {', '.join(BioConfig._fields)}")
+        raise ArgumentError(
+            f"BioConverter: unknown option {unknown[0]!r}; the options are {', '.join(BioConfig._fields)}"
+        )
     return config._replace(**options)

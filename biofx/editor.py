@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,12 @@ from biofx.errors import PipelineError
 from biofx.options import activation_function
 from biofx.provenance import RECORD, Inserted, RunnablePass, Slot, inserted, record_of
 
-Owners = Mapping[int, Sequence[tuple[nn.Module, str]]]
+Owners = dict[int, list[tuple[nn.Module, str]]]
 
 
 def owners(bio: nn.Module) -> Owners:
     """All places in the module tree where a parameter is registered, by the parameter's id; several if it is tied."""
-    result: dict[int, list[tuple[nn.Module, str]]] = {}
+    result: Owners = {}
     for module in bio.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -32,7 +32,8 @@ def owners(bio: nn.Module) -> Owners:
 def replace_parameter(places: Owners, old: nn.Parameter, value: Tensor) -> None:
     """Store `value` in every place of a parameter. The old parameter is left as it is; a frozen one stays frozen."""
     new = nn.Parameter(value.detach().contiguous(), requires_grad=old.requires_grad)
-    for module, key in places[id(old)]:
+    places[id(new)] = places.pop(id(old))
+    for module, key in places[id(new)]:
         module._parameters[key] = new
 
 

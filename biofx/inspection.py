@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def summary(bio: nn.Module) -> str:
     """The passes that ran, and a table with one row for each weight.
 
-    Columns: the weight's name; its operator; its shape, without the axis of synapses; Γ, the number of synapses for each
-    connection; mean, standard deviation and range of the learning gain; the sign constraint; and, if there are any, the
-    passes that left the weight alone, with the reason. Below come the weights that no pass could see, with the reason;
-    those that wait for `biofx.attach`; and the parameters that are not synapses.
+    Columns: the weight's name; its operator; its shape, without the axis of synapses; Γ, the number of synapses for
+    each connection; mean, standard deviation and range of the learning gain; the sign constraint; and, if there are
+    any, the passes that left the weight alone, with the reason. Below come the weights that no pass could see, with
+    the reason; those that wait for `biofx.attach`; and the parameters that are not synapses.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -84,7 +84,7 @@ def _row(site: WeightSite) -> list[Any]:
 
 
 def _spread(gain: torch.Tensor | None) -> str:
-    if gain is None:
+    if gain is None or gain.numel() == 0:
         return "1"
     values = gain.detach().double()
     deviation = float(values.std(correction=0))

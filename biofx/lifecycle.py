@@ -15,6 +15,7 @@ from biofx.errors import ArgumentError, LifecycleError
 from biofx.operators import is_hook, is_marker, twin
 from biofx.plastic_weight import PlasticWeight, scale_learning
 from biofx.provenance import number_nodes, record_of, transformed
+from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
 from biofx.weight_sites import WeightSite, find
 
@@ -192,7 +193,8 @@ class Attachment:
             if pass_.moment is not None and pass_.moment.before_step is before_step:
                 chosen = [replace(w, by=pass_.name) for w in weights if w.name in names]
                 if chosen:
-                    pass_.at_step(chosen)
+                    with fixed_defaults():
+                        pass_.at_step(chosen)
 
     def _check_shapes(self) -> None:
         for name, site in self._sites.items():

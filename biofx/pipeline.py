@@ -65,18 +65,17 @@ def run(
     number_nodes(bio)
     bio.meta["biofx"] = {
         "passes": [
-            {"pass": str(run.pass_), "seed": run.seed, "seconds": run.seconds, "weights": list(run.weights)}
+            {"pass": str(run.pass_), "seed": run.seed, "seconds": run.seconds, "weights": sorted(run.weights)}
             for run in record_of(bio).passes
         ]
     }
 
 
 def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
-    earlier = [(run.pass_, set(run.weights)) for run in record_of(bio).passes]
     for name in find(bio)[0]:
         if name in excluded:
             continue
-        present = [pass_ for pass_, weights in earlier if name in weights]
+        present = [run.pass_ for run in record_of(bio).passes if name in run.weights]
         for new in passes:
             for old in present:
                 if old.name == new.name:
@@ -107,7 +106,7 @@ def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: i
             changed.append(name)
         else:
             left[name] = edit.reason or "it changed nothing"
-    record_of(bio).passes.append(PassRun(pass_, seed, tuple(changed), left, time.perf_counter() - start))
+    record_of(bio).passes.append(PassRun(pass_, seed, frozenset(changed), left, time.perf_counter() - start))
 
 
 def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:

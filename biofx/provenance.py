@@ -98,7 +98,7 @@ class PassRun:
 
     pass_: RunnablePass
     seed: int
-    weights: tuple[str, ...]
+    weights: frozenset[str]
     left: dict[str, str]
     seconds: float
 
@@ -147,10 +147,6 @@ def transformed(model: nn.Module) -> fx.GraphModule:
     record_of(bio)
     assert isinstance(bio, fx.GraphModule)
     return bio
-
-
-def unwrap(model: nn.Module) -> fx.GraphModule:
-    return transformed(model)
 
 
 def record_of(bio: nn.Module) -> Record:

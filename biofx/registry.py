@@ -126,7 +126,8 @@ def register(pass_class: PassClass) -> PassClass:
     _check_complete(pass_class, where)
     name, known = pass_class.name, _PASSES.get(pass_class.name)
     if name in _RECIPES or (known is not None and _origin(known) != _origin(pass_class)):
-        raise ArgumentError(f"{where}: the name {name!r} is taken by {'.'.join(_origin(known)) if known else 'a recipe'}")
+        holder = ".".join(_origin(known)) if known else "a recipe"
+        raise ArgumentError(f"{where}: the name {name!r} is taken by {holder}")
     _PASSES[name] = pass_class
     return pass_class
 
@@ -212,8 +213,8 @@ def _suggest(name: str) -> str:
 
 
 def _known() -> str:
-    kinds = {"passes": _PASSES, "recipes": _RECIPES}
-    return "; ".join(f"the {kind} are {', '.join(sorted(names))}" for kind, names in kinds.items() if names)
+    kinds = {"passes": sorted(_PASSES), "recipes": sorted(_RECIPES)}
+    return "; ".join(f"the {kind} are {', '.join(names)}" for kind, names in kinds.items() if names)
 
 
 def _build(pass_class: type[Pass], options: list[str]) -> Pass:

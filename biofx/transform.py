@@ -96,7 +96,7 @@ def transform(
 
 
 def _seed(seed: Any) -> int:
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
         raise ArgumentError(f"seed must be a 64-bit integer, got {seed!r}")
     return int(seed)
 

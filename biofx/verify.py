@@ -107,7 +107,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
                 yield f"{by}: {weight}: gain is negative ({float(gain.min()):g})"
     sites = find(bio)[0]
     for run in record.passes:
-        for name in run.weights:
+        for name in sorted(run.weights):
             if name not in sites:
                 yield f"{run.pass_.name}: {name}: no operator uses the weight any more"
                 continue

@@ -5,15 +5,18 @@ from biofx.passes.crystallize import Crystallize
 from biofx.passes.fuzzy_learning_rates import FuzzyLearningRates
 from biofx.passes.group_units import GroupUnits
 from biofx.passes.l1_regularization import L1Regularization
+from biofx.passes.recipes import CORTEX, HOFMANN2025
 from biofx.passes.rejuvenate import Rejuvenate
 from biofx.passes.split_synapses import SplitSynapses
 from biofx.passes.synaptic_scaling import SynapticScaling
 from biofx.passes.volume_dependent_learning_rates import VolumeDependentLearningRates
-from biofx.passes import recipes as _recipes  # noqa: F401, I001 - registers them, after the passes that they name
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, recipes, register, register_recipe, registered_passes
 from biofx.weight_sites import WeightSite
+
+register_recipe("hofmann2025", HOFMANN2025)
+register_recipe("cortex", CORTEX)
 
 __all__ = [
     "Crystallize",

@@ -164,6 +164,8 @@ class FuzzyLearningRates(Pass):
         if site.gain is None:
             yield "its gain is gone"
             return
+        if site.gain.numel() == 0:
+            return
         low, high = (float(x) for x in site.gain.aminmax())
         # A bound that the gain's dtype cannot hold is rounded to one that it can.
         lowest, highest = (float(torch.tensor(x, dtype=site.gain.dtype)) for x in (self.minimum, self.maximum))

@@ -1,15 +1,12 @@
 """Recipes: pipelines that have a name."""
 
-from biofx.registry import register_recipe
-
 # The paper's: units grouped by two, uniform diversity with ν = 0.09, threshold turnover with dre = 14 at every step.
-register_recipe("hofmann2025", "group-units{size=2},fuzzy-learning-rates{nu=0.09},rejuvenate{dre=14.0,rule=threshold}")
+HOFMANN2025 = "group-units{size=2},fuzzy-learning-rates{nu=0.09},rejuvenate{dre=14.0,rule=threshold}"
 
-# Everything together, with options that train well on digits: learning is not slowed down by a factor of ten, and turnover
-# is rare enough for a new synapse to be learned before the next.
-register_recipe(
-    "cortex",
+# Everything together, with options that train well on digits: learning is not slowed down by a factor of ten, and
+# turnover is rare enough for a new synapse to be learned before the next.
+CORTEX = (
     "split-synapses{synapses=4},fuzzy-learning-rates{distribution=lognormal},"
     "volume-dependent-learning-rates{base_lr=1.0,stability=1.0},crystallize{threshold=1e-6,dampening=0.9,floor=0.1},"
-    "rejuvenate{dre=16.0,every=50},synaptic-scaling,l1-regularization{strength=1e-5}",
+    "rejuvenate{dre=16.0,every=50},synaptic-scaling,l1-regularization{strength=1e-5}"
 )

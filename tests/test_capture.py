@@ -4,6 +4,8 @@ import copy
 import functools
 import io
 import math
+import random
+import threading
 
 import pytest
 import torch
@@ -99,10 +101,259 @@ class TwoPaths(nn.Module):
         return self.fc(x) + self.auxiliary(x) if self.training else self.fc(x)
 
 
-def test_a_path_that_only_training_takes_is_refused():
-    with pytest.raises(biofx.CaptureError, match=r'"1" \(TwoPaths\) takes another path in training'):
-        biofx.transform(nn.Sequential(nn.Linear(4, 4), TwoPaths()), NEUTRAL)
+class StochasticDepth(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * torch.bernoulli(torch.full_like(x, 0.5))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.drop = nn.Linear(4, 4), StochasticDepth()
+
+    def forward(self, x):
+        return F.dropout(x + self.drop(self.fc(x)), 0.5, self.training)
+
+
+def assert_same_in_both_modes(bio, model, x):
+    for mode in (True, False):
+        model.train(mode)
+        bio.train(mode)
+        torch.manual_seed(3)
+        expected = model(x)
+        torch.manual_seed(3)
+        assert same(bio(x), expected)
+
+
+def kept_whole(bio):
+    return bio.biofx.kept_whole
+
+
+def test_the_smallest_module_that_takes_another_path_in_training_is_called_as_it_is():
+    model, x = nn.Sequential(Residual(), TwoPaths(), nn.Linear(4, 4)), torch.randn(8, 4)
+    bio = biofx.transform(model, NEUTRAL)
+    reason = "its forward takes another path in training than in evaluation mode"
+    assert kept_whole(bio) == {"0.drop": reason, "1": reason}
+    assert list(biofx.weight_sites(bio)) == ["0.fc.weight", "2.weight"]
+    assert_same_in_both_modes(bio, model, x)
+    assert_same_in_both_modes(biofx.transform(biofx.fold(bio), NEUTRAL), model, x)
     assert "training" not in vars(nn.Module)
+
+
+def test_a_module_that_returns_another_value_in_training_is_called_as_it_is():
+    class Either(nn.Module):
+        def forward(self, x, y):
+            return x if self.training else y
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.either = nn.Linear(4, 4), nn.Linear(4, 4), Either()
+
+        def forward(self, x):
+            return self.either(self.a(x), self.b(x))
+
+    bio = biofx.transform(Model(), NEUTRAL)
+    assert list(kept_whole(bio)) == ["either"]
+    assert list(biofx.weight_sites(bio)) == ["a.weight", "b.weight"]
+
+
+def test_a_model_that_takes_another_path_in_training_is_refused():
+    with pytest.raises(biofx.CaptureError, match="TwoPaths computes something else.*another path in training") as error:
+        biofx.transform(TwoPaths(), NEUTRAL)
+    assert "Move that part of forward into a submodule of its own" in str(error.value)
+
+
+class Parent(nn.Module):
+    """Passes its own mode to a child, which follows its own mode, too."""
+
+    class Child(nn.Module):
+        def forward(self, x, training):
+            return F.dropout(x, 0.5, training), F.dropout(x, 0.5, self.training)
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.child = nn.Linear(64, 64), Parent.Child()
+
+    def forward(self, x):
+        return self.child(self.fc(x), self.training)
+
+
+def test_a_constant_follows_the_module_whose_mode_was_read():
+    bio, x = biofx.transform(nn.Sequential(Parent()), NEUTRAL), torch.randn(2, 64)
+    for other in (bio, biofx.transform(biofx.fold(bio), NEUTRAL)):
+        for parent in (True, False):
+            other.train()
+            other.get_submodule("0").train(parent)
+            other.get_submodule("0.child").train(not parent)
+            dropped = [bool((y == 0).any()) for y in other(x)]
+            assert dropped == [parent, not parent]
+
+
+def test_a_constant_follows_a_child_whose_mode_is_read():
+    class Outside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.switch = nn.Linear(64, 64), nn.Identity()
+
+        def forward(self, x):
+            return F.dropout(self.fc(x), 0.5, self.switch.training)
+
+    bio = biofx.transform(Outside(), NEUTRAL).train()
+    bio.switch.eval()
+    assert not (bio(torch.randn(2, 64)) == 0).any()
+
+
+def test_a_slice_and_a_tensor_that_depend_on_the_mode_follow_it():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.fc(x)
+            noise = torch.full((4,), 2.0) if self.training else torch.zeros(4)
+            return x[:, x.size(1) // 2 : (3 if self.training else 4)] * 1, x + noise
+
+    model = Cut()
+    bio = biofx.transform(model, NEUTRAL)
+    assert_same_in_both_modes(bio, model, torch.randn(2, 4))
+    assert_same_in_both_modes(biofx.transform(biofx.fold(bio), NEUTRAL), model, torch.randn(2, 4))
+    assert list(bio.double().by_mode_1.state_dict()) == []
+
+
+class Frozen(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.fc, self.block = nn.Linear(3, 3), block
+
+    def forward(self, x):
+        with self.block():
+            return self.fc(x)
+
+
+class Decorated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.fc(x)
+
+
+class Switched(nn.Module):
+    def forward(self, x):
+        torch.set_grad_enabled(False)
+        x = x + 1
+        torch.set_grad_enabled(True)
+        return x
+
+
+BLOCKS = {
+    "no_grad": lambda: Frozen(torch.no_grad),
+    "enable_grad": lambda: Frozen(torch.enable_grad),
+    "inference_mode": lambda: Frozen(torch.inference_mode),
+    "autocast": lambda: Frozen(functools.partial(torch.autocast, "cpu", enabled=False)),
+    "decorator": Decorated,
+    "switch": Switched,
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_module_that_switches_gradients_or_precision_is_called_as_it_is(kind):
+    model = nn.Sequential(nn.Linear(3, 3), BLOCKS[kind]())
+    enter = torch.no_grad.__enter__
+    bio = biofx.transform(model, NEUTRAL)
+    assert torch.no_grad.__enter__ is enter
+    assert list(kept_whole(bio)) == ["1"]
+    assert "which a graph does not hold" in kept_whole(bio)["1"]
+    x = torch.randn(2, 3, requires_grad=True)
+    assert bio(x).requires_grad == model(x).requires_grad
+
+
+def test_a_model_that_switches_gradients_is_refused_with_the_line():
+    with pytest.raises(biofx.CaptureError, match="Frozen computes.*uses torch.no_grad, which a graph") as error:
+        biofx.transform(Frozen(torch.no_grad), NEUTRAL)
+    assert "return self.fc(x)" in str(error.value)
+    with torch.no_grad():
+        assert not kept_whole(biofx.transform(nn.Sequential(nn.Linear(3, 3)), NEUTRAL))
+
+
+class Noise(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        return x + self.draw()
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.randn(3), random.random])
+def test_a_module_that_draws_random_numbers_is_called_as_it_is(draw):
+    model = nn.Sequential(nn.Linear(3, 3), Noise(draw))
+    states = torch.get_rng_state(), random.getstate()
+    bio = biofx.transform(model, NEUTRAL)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert kept_whole(bio) == {"1": "its forward draws random numbers that do not depend on its input"}
+    x = torch.randn(2, 3)
+    assert not same(bio(x), bio(x))
+
+
+def test_a_model_that_draws_random_numbers_is_refused_with_the_line():
+    with pytest.raises(biofx.CaptureError, match="draws random numbers that do not depend on its input") as error:
+        biofx.transform(Noise(lambda: torch.randn(3)), NEUTRAL)
+    assert "return x + self.draw()" in str(error.value)
+
+
+def test_a_module_that_counts_is_called_as_it_is():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.calls
+
+    model, x = nn.Sequential(nn.Linear(3, 3), Counter()), torch.ones(1, 3)
+    bio = biofx.transform(model, NEUTRAL)
+    assert kept_whole(bio) == {"1": "its forward changes the attribute calls, which a graph does not do"}
+    assert all(same(bio(x), model(x)) for _ in range(3))
+
+
+def test_a_forward_that_changes_the_mode_of_a_child_is_called_as_it_is():
+    class Freezing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            self.norm.eval()
+            return self.norm(x)
+
+    assert list(kept_whole(biofx.transform(nn.Sequential(nn.Linear(3, 3), Freezing()), NEUTRAL))) == ["1"]
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_a_transposed_convolution_with_an_output_size_is_called_as_it_is(by_keyword):
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv1d(1, 2, 3, stride=2), nn.ConvTranspose1d(2, 1, 3, stride=2)
+
+        def forward(self, x):
+            down = self.down(x)
+            return self.up(down, output_size=x.size()[-1:]) if by_keyword else self.up(down, x.size()[-1:])
+
+    model, x = Up(), torch.randn(2, 1, 8)
+    bio = biofx.transform(model, NEUTRAL)
+    assert same(bio(x), model(x))
+    assert list(biofx.weight_sites(bio)) == ["down.weight"]
+    assert "output_size" in kept_whole(bio)["up"]
 
 
 def test_a_reused_module_and_a_tied_weight_are_one_weight_each():
@@ -241,7 +492,34 @@ def test_a_model_that_cannot_be_traced_names_module_and_line():
     assert '"1.0" (Branch) cannot be traced' in str(error.value)
     assert "test_capture.py" in str(error.value)
     assert "if x.sum() > 0 else x" in str(error.value)
+    assert "torch.fx.wrap" in str(error.value)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@torch.fx.wrap
+def decide(x):
+    return x if x.sum() > 0 else -x
+
+
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return decide(self.fc(x))
+
+
+def test_a_decision_in_a_wrapped_function_is_kept():
+    model = Deciding()
+    bio = biofx.transform(model, NEUTRAL)
+    assert all(same(bio(x), model(x)) for x in torch.randn(8, 2, 3))
+
+
+def named(name):
+    model = nn.Module()
+    model.add_module(name, nn.Linear(2, 2))
+    return model
 
 
 @pytest.mark.parametrize(
@@ -252,6 +530,10 @@ def test_a_model_that_cannot_be_traced_names_module_and_line():
         (nn.LazyLinear(3), "weight is lazy and has no shape yet; call the model once"),
         (nn.Linear(2, 2, device="meta"), r"weight is on the meta device.*to_empty"),
         (nn.DataParallel(nn.Linear(2, 2)), "DataParallel; transform model.module"),
+        (named("graph"), 'an attribute "graph", a name that the torch.fx.GraphModule that the result is needs; rename'),
+        (named("meta"), 'an attribute "meta"'),
+        (named("recompile"), 'an attribute "recompile"'),
+        (named("biofx"), 'an attribute "biofx", a name that the record of biofx needs; rename it'),
     ],
 )
 def test_what_cannot_be_captured_is_refused(model, message):
@@ -308,3 +590,107 @@ def test_an_optional_argument_of_the_example_inputs_is_an_input():
     assert same(bio(x, 3 * mask), model(x, 3 * mask))
     with pytest.raises(biofx.ArgumentError, match="without its optional argument 'scale'"):
         bio(x, mask, scale=2.0)
+
+
+class Named(nn.Module):
+    """Has the names that capture would give its own children."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.mask_must_be_none, self.by_mode = nn.Linear(3, 3), 2.0, 3.0
+
+    def forward(self, x, mask=None):
+        x = F.dropout(self.fc(x), 0.5, self.training) * self.mask_must_be_none * self.by_mode
+        return x if mask is None else x * mask
+
+
+@pytest.mark.parametrize("kind", [Optional, Named])
+def test_a_folded_model_with_optional_arguments_transforms_again(kind):
+    model, x = kind(), torch.randn(2, 3)
+    bio = biofx.transform(model, NEUTRAL)
+    again = biofx.transform(biofx.fold(bio), NEUTRAL)
+    assert len(list(again.modules())) == len(list(bio.modules()))
+    for other in (bio, again):
+        assert_same_in_both_modes(other, model, x)
+        with pytest.raises(biofx.ArgumentError, match="without its optional argument 'mask'"):
+            other(x, mask=torch.ones(3))
+
+
+class KeywordOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x, y=1.0, *, z):
+        return self.fc(x) * y + z
+
+
+def test_keyword_only_arguments_stay_so():
+    model, x = KeywordOnly(), torch.randn(2, 3)
+    bio = biofx.transform(model, NEUTRAL)
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    others = [copy.deepcopy(bio), torch.load(file, weights_only=False), biofx.transform(biofx.fold(bio), NEUTRAL)]
+    for other in (bio, *others):
+        assert same(other(x, z=3.0), model(x, z=3.0))
+        assert same(other(x, 2.0, z=3.0), model(x, 2.0, z=3.0))
+        with pytest.raises(TypeError):
+            other(x, 2.0, 3.0)
+
+
+def test_keyword_only_arguments_stand_behind_variadic_ones():
+    class Variadic(nn.Module):
+        def forward(self, x, y=1.0, *more, z, scale=2.0, **others):
+            return x * y + z * scale
+
+    assert "def forward(self, x, y = 1.0, *more, z, scale = 2.0, **others):" in capture(Variadic()).code
+
+
+class Remembering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.seen, self.offset = nn.Linear(3, 3), [], torch.ones(3)
+
+    def forward(self, x):
+        self.last = self.fc(x)
+        self.seen.append(self.last)
+        return self.last + self.offset * self.offset
+
+
+def test_what_forward_stores_while_it_is_traced_is_undone():
+    model = Remembering()
+    bio = biofx.transform(model, NEUTRAL)
+    assert not hasattr(bio, "last")
+    assert bio.seen == []
+    with pytest.raises(biofx.BiofxError):
+        biofx.transform(model, NEUTRAL, inplace=True, exclude="fc.weight")
+    assert not hasattr(model, "last")
+    assert model.seen == []
+    assert same(bio(torch.ones(1, 3)), model(torch.ones(1, 3)))
+
+
+def test_a_plain_tensor_that_is_read_twice_survives_pickling():
+    bio, x = biofx.transform(Remembering(), NEUTRAL), torch.randn(2, 3)
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert same(loaded(x), bio(x))
+    assert biofx.summary(loaded) == biofx.summary(bio)
+
+
+def test_models_can_be_transformed_in_threads():
+    models = [nn.Sequential(Residual(), nn.Linear(4, 4)) for _ in range(6)]
+    x, done = torch.randn(2, 4), []
+
+    def work(model):
+        for _ in range(5):
+            done.append(same(biofx.transform(model.eval(), NEUTRAL, example_inputs=x)(x), model(x)))
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == [True] * 30

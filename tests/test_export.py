@@ -44,6 +44,51 @@ def test_onnx_with_another_batch_size(bio, tmp_path):
         torch.testing.assert_close(torch.from_numpy(output), expected(bio, x), rtol=1e-4, atol=1e-4)
 
 
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, a, more, *, unused=None, scale=1.0):
+        return self.fc(a) - scale * self.fc(more["b"]), a > 0, a.argmax(-1), (a * 0).log()
+
+
+@pytest.mark.parametrize("order", [("a", "more", "unused"), ("unused", "more", "a")])
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_inputs_are_known_by_name(tmp_path, suffix, order):
+    a, b, unused = torch.randn(4, 3), torch.randn(4, 3), torch.randn(4, 1)
+    inputs = {"a": a, "more": {"b": b}, "unused": unused}
+    inputs = {name: inputs[name] for name in order}
+    bio = biofx.transform(TwoInputs(), PIPELINE, example_inputs=inputs)
+    path = tmp_path / f"model.{suffix}"
+    biofx.export(bio, path, example_inputs=inputs)
+    if suffix == "pt2":
+        outputs = torch.export.load(path).module()(**inputs)
+    else:
+        ports = {"a": a, "more_b": b, "unused": unused}
+        outputs = onnxruntime.InferenceSession(path).run(None, {name: x.numpy() for name, x in ports.items()})
+        outputs = [torch.from_numpy(y) for y in outputs]
+    for given, wanted in zip(outputs, bio(**inputs), strict=True):
+        torch.testing.assert_close(given, wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_hooks_of_the_model_are_exported(tmp_path, suffix):
+    model = mlp(3, 2)
+    model.register_forward_hook(lambda module, args, output: output + 100)
+    bio = biofx.transform(model, PIPELINE)
+    x = torch.zeros(4, 3)
+    assert bio(x).min() > 50
+    path = tmp_path / f"model.{suffix}"
+    biofx.export(bio, path, example_inputs=x)
+    if suffix == "pt2":
+        output = torch.export.load(path).module()(x)
+    else:
+        session = onnxruntime.InferenceSession(path)
+        output = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(output, bio(x).detach())
+
+
 def test_safetensors(bio, tmp_path):
     biofx.export(bio, tmp_path / "model.safetensors")
     model = ConvNet().eval()
@@ -80,12 +125,59 @@ def test_dicts_in_and_out(tmp_path, suffix):
         ("missing/model.pt2", X, "there is no folder .*missing; create it first"),
         ("model.pt2", None, r".pt2 needs example_inputs, such as example_inputs=\(x,\)"),
         ("model.onnx", None, ".onnx needs example_inputs"),
+        ("folder.pt2", X, "folder.pt2 is a folder; give the path of a file"),
+        ("folder.safetensors", None, "folder.safetensors is a folder; give the path of a file"),
+        ("model.pt2", (X, X), r"example_inputs do not fit ConvNet.forward\(.*\): too many positional arguments"),
+        ("model.onnx", (X, X), r"example_inputs do not fit ConvNet.forward\(.*\): too many positional arguments"),
+        ("model.onnx", {"y": X}, r"example_inputs do not fit ConvNet.forward\(.*\): missing a required argument: 'x'"),
     ],
 )
 def test_bad_arguments(bio, tmp_path, name, inputs, message):
+    folders = [tmp_path / "folder.pt2", tmp_path / "folder.safetensors"]
+    for folder in folders:
+        folder.mkdir()
     with pytest.raises(biofx.ArgumentError, match=message):
         biofx.export(bio, tmp_path / name, example_inputs=inputs)
+    assert sorted(tmp_path.iterdir()) == folders
+
+
+def test_a_file_that_computes_something_else_is_not_left_behind(bio, tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_text("before")
+    export = torch.onnx.export
+
+    def wrong(program, *args, **kwargs):
+        program.state_dict["head.bias"] = nn.Parameter(program.state_dict["head.bias"] + 1)
+        return export(program, *args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    with pytest.raises(
+        biofx.ExportError, match=r"ONNX Runtime disagrees with PyTorch on model.onnx: output 0 differs by 1 \(at most"
+    ):
+        biofx.export(bio, path, example_inputs=X)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_safetensors_holds_tensors_only(tmp_path):
+    bio = biofx.transform(nn.Sequential(WithExtraState(2, 2)), PIPELINE)
+    with pytest.raises(biofx.ExportError, match=r"tensors only, and 0._extra_state is an instance of dict; use torch"):
+        biofx.export(bio, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", biofx.export.__globals__["SUFFIXES"])
+def test_a_weight_without_elements(tmp_path, suffix):
+    bio = biofx.transform(nn.Linear(0, 3), [passes.SplitSynapses()], example_inputs=torch.randn(2, 0))
+    biofx.export(bio, tmp_path / f"model{suffix}", example_inputs=torch.randn(2, 0))
 
 
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 
 import pytest
 import torch
@@ -109,6 +110,64 @@ def test_which_buffers_are_persistent_is_kept():
         assert list(plain.state_dict()) == list(model.state_dict())
         assert list(copy.deepcopy(plain).state_dict()) == list(model.state_dict())
         assert_close(plain(x), model(x))
+
+
+def test_fold_into_an_instance_copies_every_buffer():
+    model = RootBuffers()
+    model.mask.fill_(7)
+    target = biofx.fold(biofx.transform(model, PIPELINES["both"]), into=RootBuffers())
+    assert torch.equal(target.mask, model.mask)
+    x = torch.randn(2, 3)
+    assert_close(target(x), model(x))
+    other = RootBuffers()
+    other.mask = torch.ones(4)
+    with pytest.raises(biofx.ArgumentError, match=r"mask is \(3,\) in the folded model and \(4,\) in it"):
+        biofx.fold(biofx.transform(model, PIPELINES["both"]), into=other)
+
+
+class Versioned(nn.Linear):
+    """A layer with state that is no tensor."""
+
+    version = 1
+
+    def get_extra_state(self):
+        return {"version": self.version}
+
+    def set_extra_state(self, state):
+        self.version = state["version"]
+
+
+def test_extra_state_goes_along():
+    model = nn.Sequential(Versioned(2, 2))
+    model[0].version = 5
+    bio = biofx.transform(model, PIPELINES["both"])
+    assert biofx.fold(bio).get_submodule("0").version == 5
+    assert biofx.fold(bio, into=nn.Sequential(Versioned(2, 2)))[0].version == 5
+
+
+def test_fold_into_something_else_than_a_model():
+    with pytest.raises(biofx.ArgumentError, match="into must be an instance of the original model, got 3"):
+        biofx.fold(biofx.transform(mlp(2, 2), PIPELINES["both"]), into=3)
+
+
+def test_a_model_that_cannot_be_copied():
+    model = mlp(2, 2)
+    model.lock = threading.Lock()
+    bio = biofx.transform(model, PIPELINES["both"], inplace=True)
+    with pytest.raises(biofx.ArgumentError, match="Sequential cannot be copied: .*lock.*; remove from it what"):
+        biofx.fold(bio)
+
+
+def test_a_model_that_is_folded_in_inference_mode_trains():
+    bio = biofx.transform(mlp(2, 2), PIPELINES["both"])
+    with torch.inference_mode():
+        plain = biofx.fold(bio)
+    loss(plain(torch.randn(1, 2))).backward()
+
+
+def test_a_weight_without_elements():
+    bio = biofx.transform(nn.Linear(0, 3), PIPELINES["split"])
+    assert biofx.fold(bio).weight.shape == biofx.fold(bio, into=nn.Linear(0, 3)).weight.shape == (3, 0)
 
 
 def test_fold_into_an_instance():

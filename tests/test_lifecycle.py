@@ -433,9 +433,7 @@ def test_a_model_with_observers_pickles_compiles_and_exports():
 
 def test_an_unlearned_step_is_refused():
     bio, optimizer, _ = start()
-    with pytest.raises(
-        biofx.LifecycleError, match=r"without backward\(\): none of the 2 weights has a gradient"
-    ):
+    with pytest.raises(biofx.LifecycleError, match=r"without backward\(\): none of the 2 weights has a gradient"):
         optimizer.step()
     assert int(bio.get_buffer("0.weight_steps")) == 0
 
@@ -460,9 +458,7 @@ def test_a_parameter_whose_shape_changed_is_refused():
     bio, optimizer, _ = start()
     F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
     bio.get_submodule("0").weight = nn.Parameter(torch.zeros(2, 32, 65))
-    with pytest.raises(
-        biofx.LifecycleError, match=r"0.weight was \(2, 32, 64\) when .* and is \(2, 32, 65\)"
-    ):
+    with pytest.raises(biofx.LifecycleError, match=r"0.weight was \(2, 32, 64\) when .* and is \(2, 32, 65\)"):
         optimizer.step()
 
 
@@ -480,9 +476,7 @@ def test_what_cannot_be_attached():
         biofx.attach(bio, torch.optim.LBFGS(bio.parameters()))
     with pytest.raises(biofx.LifecycleError, match="SparseAdam needs sparse gradients"):
         biofx.attach(bio, torch.optim.SparseAdam(list(bio.parameters())))
-    with pytest.raises(
-        biofx.ArgumentError, match="SGD holds no weight of this model that a pass changed"
-    ):
+    with pytest.raises(biofx.ArgumentError, match="SGD holds no weight of this model that a pass changed"):
         biofx.attach(bio, torch.optim.SGD(network().parameters(), lr=0.1))
     with pytest.raises(biofx.ArgumentError, match="optimizer must be a torch.optim.Optimizer, got float"):
         biofx.attach(bio, 0.1)

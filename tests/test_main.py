@@ -33,12 +33,41 @@ def test_export(capsys, tmp_path):
     assert str(path) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_export_of_a_program_needs_a_shape(capsys, tmp_path, suffix):
+    path = tmp_path / f"model.{suffix}"
+    command = ["export", "models.small:ConvNet", str(path), "--passes", "split-synapses"]
+    assert main(command) == 1
+    assert "needs the shape of the model's input, such as --example-shape 1x3x32x32" in capsys.readouterr().err
+    assert main([*command, "--example-shape", "2x1x8"]) == 1
+    assert "example_inputs do not fit ConvNet.forward" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--example-shape", "2 by 3"])
+    assert "must be sizes joined by x, such as 1x3x32x32, got '2 by 3'" in capsys.readouterr().err
+    assert not path.exists()
+    assert main([*command, "--example-shape", "2x1x8x8"]) == 0
+    assert path.exists()
+
+
+def needs_arguments(width):
+    """A factory that cannot be called without arguments."""
+
+
+def fails():
+    raise RuntimeError("no\nweights")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["models.small", "--passes", "split-synapses"], "must be given as module:factory, got 'models.small'"),
-        (["models.small:Nothing", "--passes", "split-synapses"], "cannot find the model 'models.small:Nothing'"),
-        (["models.small:mlp", "--passes", "nope"], "unknown pass 'nope'; the passes are"),
+        (["models.small:Nothing", "--passes", "split-synapses"], "cannot make the model 'models.small:Nothing': Att"),
+        (["models.nothing:x", "--passes", "split-synapses"], "cannot make the model 'models.nothing:x': Module"),
+        ([":net", "--passes", "split-synapses"], "must be given as module:factory, got ':net'"),
+        (["models:", "--passes", "split-synapses"], "must be given as module:factory, got 'models:'"),
+        (["test_main:needs_arguments", "--passes", "split-synapses"], "TypeError: needs_arguments() missing 1"),
+        (["test_main:fails", "--passes", "split-synapses"], "'test_main:fails': RuntimeError: no weights"),
+        (["models.small:ConvNet", "--passes", "nope"], "unknown pass 'nope'; the passes are"),
         (["math:pi", "--passes", "split-synapses"], "an instance of float, not a torch.nn.Module"),
     ],
 )
@@ -47,3 +76,4 @@ def test_errors_are_one_line_and_status_one(capsys, arguments, message):
     err = capsys.readouterr().err
     assert message in err
     assert err.startswith("error: ")
+    assert err.count("\n") == 1

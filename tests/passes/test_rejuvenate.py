@@ -167,3 +167,26 @@ def test_equal_weights_are_left_as_they_are():
 def test_bad_options(options, message):
     with pytest.raises(biofx.ArgumentError, match=message):
         passes.Rejuvenate(**options)
+
+
+class Signed(passes.Pass):
+    """Gives every presynaptic unit a sign, as Dale's principle does, and the weights with it."""
+
+    name = "signed"
+    slot = passes.Slot.SIGN
+
+    def rewrite(self, site, edit):
+        sign = torch.where(torch.arange(60) % 3 == 0, -1.0, 1.0).expand(site.shape)
+        edit.replace_raw(site.raw.abs() * sign)
+        edit.insert(torch.Tensor.copysign, edit.state("sign", sign))
+
+
+@pytest.mark.parametrize("rule", ["exponential", "threshold"])
+def test_new_synapses_keep_the_sign_of_their_unit(rule):
+    bio, optimizer = attached([passes.Rejuvenate(rule=rule, dre=3.0), Signed()], torch.optim.SGD, lr=0.0)
+    before = bio.weight.detach().clone()
+    sign = bio.weight_sign
+    for _ in range(3):
+        step(bio, optimizer)
+    assert (bio.weight != before).sum() > 100
+    assert (bio.weight * sign > 0).all()

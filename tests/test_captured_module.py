@@ -1,0 +1,181 @@
+"""A captured model is the model: an instance of its class, with its methods, hooks and state, through all copies."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import biofx
+from biofx import passes
+
+NEUTRAL = [passes.FuzzyLearningRates(distribution="baseline")]
+
+
+class Model(nn.Module):
+    """Overrides what a module may override."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.hits = 0
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def get_extra_state(self):
+        return {"hits": self.hits}
+
+    def set_extra_state(self, state):
+        self.hits = state["hits"]
+
+    @property
+    def device(self):
+        return self.fc.weight.device
+
+    def loss(self, x):
+        return self(x).square().sum()
+
+    def count(self, *_):
+        self.hits += 1
+
+    def forward(self, x):
+        return self.norm(self.fc(x))
+
+
+def reloaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def forms(bio):
+    """A captured model after everything that people do to it."""
+    return [
+        bio,
+        copy.deepcopy(bio),
+        copy.copy(bio),
+        reloaded(bio),
+        reloaded(copy.deepcopy(bio)),
+        biofx.fold(bio),
+        biofx.transform(biofx.fold(bio), NEUTRAL),
+    ]
+
+
+def test_methods_properties_and_overrides_stay():
+    model, x = Model(), torch.randn(4, 3)
+    for other in forms(biofx.transform(model, NEUTRAL)):
+        assert isinstance(other, Model)
+        assert isinstance(other, torch.fx.GraphModule)
+        assert type(other).__name__ == "Model"
+        assert not other.train().norm.training
+        assert other.training
+        assert torch.equal(other.loss(x), model.train().loss(x))
+        assert other.device == model.device
+
+
+def test_extra_state_stays():
+    model = Model()
+    model.hits = 5
+    for other in forms(biofx.transform(model, NEUTRAL)):
+        state = other.state_dict()
+        assert state["_extra_state"] == {"hits": 5}
+        state["_extra_state"] = {"hits": 7}
+        other.load_state_dict(state)
+        assert other.hits == 7
+
+
+def test_a_captured_model_compiles_and_exports():
+    model, x = Model().eval(), torch.randn(4, 3)
+    bio = biofx.transform(model, NEUTRAL)
+    assert torch.equal(torch.compile(bio, fullgraph=True, backend="eager")(x), model(x))
+    assert torch.equal(torch.export.export(bio, (x,)).module()(x), model(x))
+
+
+def test_a_captured_layer_is_no_leaf():
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    bio = biofx.transform(layer, NEUTRAL)
+    assert isinstance(bio, nn.Linear)
+    assert bio.in_features == 3
+    assert torch.equal(torch.compile(bio, fullgraph=True, backend="eager")(x), layer(x))
+    assert "scale_grad" in bio.code
+
+
+def test_a_captured_container_is_none_any_more():
+    bio = biofx.transform(nn.Sequential(nn.Linear(3, 3)), NEUTRAL)
+    assert type(bio).__name__ == "Sequential"
+    assert not isinstance(bio, nn.Sequential)
+
+
+def test_a_container_whose_overrides_would_be_lost_is_refused():
+    class Layers(nn.Sequential):
+        def train(self, mode=True):
+            return super().train(False)
+
+    with pytest.raises(biofx.CaptureError, match="Layers is a container with a train of its own.*attribute of a"):
+        biofx.transform(Layers(nn.Linear(3, 3)), NEUTRAL)
+
+
+def test_a_class_that_allows_no_subclass_is_refused():
+    class Closed(Model):
+        def __init_subclass__(cls):
+            raise TypeError("closed")
+
+    with pytest.raises(biofx.CaptureError, match="Closed does not allow subclasses.*closed"):
+        biofx.transform(Closed(), NEUTRAL)
+
+
+def events_of(model, x, events):
+    events.clear()
+    model(x).sum().backward()
+    model.load_state_dict(model.state_dict())
+    with pytest.raises((TypeError, AttributeError)):
+        model(None)
+    return list(events)
+
+
+def test_hooks_of_the_root_run_as_on_the_original():
+    model, x, events = Model(), torch.randn(4, 3, requires_grad=True), []
+
+    def log(event):
+        return lambda *_, **__: events.append(event)
+
+    model.register_forward_pre_hook(log("pre"), with_kwargs=True)
+    model.register_forward_hook(log("forward"), with_kwargs=True)
+    model.register_forward_hook(log("always"), always_call=True)
+    model.register_full_backward_hook(log("backward"))
+    model.register_full_backward_pre_hook(log("backward pre"))
+    model.register_state_dict_pre_hook(log("state_dict pre"))
+    model.register_state_dict_post_hook(log("state_dict"))
+    model.register_load_state_dict_pre_hook(log("load pre"))
+    model.register_load_state_dict_post_hook(log("load"))
+    expected = events_of(model, x, events)
+    assert len(expected) == 11
+    bio = biofx.transform(model, NEUTRAL)
+    assert events_of(bio, x, events) == expected
+    assert events_of(copy.deepcopy(bio), x, events) == expected
+
+
+def test_a_hook_that_is_a_method_of_the_model_acts_on_the_captured_one():
+    model, x = Model(), torch.randn(4, 3)
+    model.register_forward_hook(model.count)
+    model.norm.register_forward_pre_hook(model.count)
+    bio = biofx.transform(model, NEUTRAL)
+    for other in (bio, copy.deepcopy(bio), reloaded(bio), biofx.fold(bio)):
+        before = other.hits
+        other(x)
+        assert other.hits == before + 2
+    assert model.hits == 0
+
+
+def test_a_transform_in_place_that_fails_leaves_the_hooks():
+    model, x = Model(), torch.randn(4, 3)
+    model.norm.register_forward_pre_hook(model.count)
+    with pytest.raises(biofx.ArgumentError):
+        biofx.transform(model, NEUTRAL, inplace=True, exclude="fc.weight")
+    model(x)
+    assert model.hits == 1
