@@ -48,7 +48,7 @@ BLOCKS: tuple[type, ...] = (
 MAKE_SUBMODULE = "Move that part of forward into a submodule of its own, which is then called as it is."
 TRACE_WITHOUT_VALUES = (
     "Forward is traced once, without values: move what needs them into a function that is registered with "
-    "torch.fx.wrap, which the graph calls as it is; an argument that is no tensor, such as a flag, belongs into a "
+    "torch.fx.wrap, which the graph calls as it is; an argument that is no tensor, such as a flag, belongs in a "
     "wrapper module that passes it."
 )
 

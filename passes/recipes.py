@@ -7,6 +7,6 @@ HOFMANN2025 = "group-units{size=2},fuzzy-learning-rates{nu=0.09},rejuvenate{dre=
 # turnover is rare enough for a new synapse to be learned before the next.
 CORTEX = (
     "split-synapses{synapses=4},fuzzy-learning-rates{distribution=lognormal},"
-    "volume-dependent-learning-rates{base_lr=1.0,stability=1.0},crystallize{threshold=1e-6,dampening=0.9,floor=0.1},"
-    "rejuvenate{dre=16.0,every=50},synaptic-scaling,l1-regularization{strength=1e-5}"
+    "volume-dependent-learning-rates{base_lr=1.0,stability=1.0},crystallize{threshold=1e-3,dampening=0.995,floor=0.1},"
+    "rejuvenate{dre=100.0,every=10},synaptic-scaling,l1-regularization{strength=1e-5}"
 )
