@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
-from torch.nn.modules.module import _WrappedHook
+from torch.nn.modules.module import _IncompatibleKeys, _WrappedHook
 
-from biofx.errors import CaptureError
-from biofx.provenance import RECORD
+from biofx.errors import ArgumentError, CaptureError
+from biofx.provenance import RECORD, Record
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -50,6 +51,19 @@ class CapturedModule(fx.GraphModule):
         _fill(copied, shared, copy.deepcopy(self.graph))
         return copied
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load a checkpoint of this model.
+
+        Raises:
+            ArgumentError: `strict`, and the checkpoint is of a model that other passes made; names the first difference.
+        """
+        record = self._modules.get(RECORD)
+        if strict and isinstance(record, Record):
+            _check_pipeline(record, {name: x.shape for name, x in self.state_dict().items()}, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def __reduce__(self) -> tuple[Any, ...]:
         _, (_, imports) = super().__reduce__()
         return _empty, (type(self).__name__, _model_class(self)), (_attributes(self), imports, *_origins(self.graph))
@@ -65,6 +79,21 @@ class CapturedModule(fx.GraphModule):
             if origin is not None:
                 node.meta[RECORD] = origin
         _fill(self, attributes, traced.graph)
+
+
+def _check_pipeline(record: Record, shapes: dict[str, Any], state_dict: Mapping[str, Any]) -> None:
+    def refuse(difference: str) -> ArgumentError:
+        return ArgumentError(f"the checkpoint is of another pipeline than {record.extra_repr()}: {difference}")
+
+    for name, by in record.state.items():
+        if name not in state_dict:
+            raise refuse(f"it has no {name}, which {by} keeps here")
+    for name in record.original:
+        if name in state_dict and state_dict[name].shape != shapes[name]:
+            raise refuse(f"{name} is {tuple(state_dict[name].shape)} in it and {tuple(shapes[name])} here")
+    for name in state_dict:
+        if name not in shapes and any(name.startswith(f"{parameter}_") for parameter in record.original):
+            raise refuse(f"it has {name}, which no pass keeps here")
 
 
 def captured(model: nn.Module, graph: fx.Graph) -> CapturedModule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,16 +107,16 @@ class Record(nn.Module):
     """The child `biofx` of a transformed model: what the compiler did.
 
     Attributes:
-        original: shape of every parameter of the original model, by name.
+        original: names of the parameters of the original model.
         kept_whole: modules that are called as they are, by path, each with the reason.
         state: names of the buffers that passes added, and the passes that use each, joined by ", ".
         passes: the passes that ran, in order.
         attached: the weights whose optimizer `biofx.attach` has connected; a copy of the model starts with none.
     """
 
-    def __init__(self, original: dict[str, torch.Size], constants: dict[str, torch.Tensor]) -> None:
+    def __init__(self, original: Sequence[str], constants: dict[str, torch.Tensor]) -> None:
         super().__init__()
-        self.original = original
+        self.original = tuple(original)
         self.kept_whole: dict[str, str] = {}
         self.state: dict[str, str] = {}
         self.passes: list[PassRun] = []

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from biofx.capture import why_kept_whole
 from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
 from biofx.depth import depths, reaching
 from biofx.provenance import Slot, inserted, record_of, transformed
@@ -246,10 +245,11 @@ def _kind(use: fx.Node, operator: Operator) -> tuple[Operator, int]:
 
 def _inside_called_modules(bio: fx.GraphModule) -> dict[int, str]:
     """For every parameter of a module that the graph calls as it is, by id: which module that is, and why."""
+    kept_whole = record_of(bio).kept_whole
     result: dict[int, str] = {}
     for path in dict.fromkeys(str(node.target) for node in bio.graph.find_nodes(op="call_module")):
         module = bio.get_submodule(path)
-        reason = why_kept_whole(module) or "biofx has no operator for its weights"
+        reason = kept_whole.get(path, "biofx has no operator for its weights")
         for parameter in module.parameters():
             result[id(parameter)] = f"inside {path} ({type(module).__name__}), which is called as it is: {reason}"
     return result

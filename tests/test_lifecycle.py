@@ -487,3 +487,20 @@ def test_what_cannot_be_attached():
     with pytest.raises(biofx.ArgumentError, match=r"0.weight is attached already; call detach\(\)"):
         biofx.attach(bio, optimizer)
     assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        ([passes.L1Regularization()], "it has 0.weight_gain, which no pass keeps here"),
+        ([*GAINS, passes.Rejuvenate()], "it has no 0.weight_steps, which rejuvenate keeps here"),
+        ([*GAINS, passes.SplitSynapses(2)], r"0.weight is \(32, 64\) in it and \(2, 32, 64\) here"),
+    ],
+)
+def test_a_checkpoint_of_another_pipeline_is_refused_before_anything_is_loaded(pipeline, message):
+    checkpoint = biofx.transform(network(), GAINS).state_dict()
+    other = biofx.transform(network(), pipeline, seed=5)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(biofx.ArgumentError, match=f"the checkpoint is of another pipeline than .*: {message}"):
+        other.load_state_dict(checkpoint)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())

@@ -1,0 +1,362 @@
+"""The tracer: symbolic tracing that keeps weights as nodes, and notices what a graph does not hold."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import random
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+
+from biofx.captured_module import HOOKS
+from biofx.errors import ArgumentError
+
+TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+BLOCKS: tuple[type, ...] = (
+    torch.no_grad,
+    torch.enable_grad,
+    torch.set_grad_enabled,
+    torch.inference_mode,
+    torch.autocast,
+)
+
+_LOCK = threading.RLock()  # tracing patches torch.nn.Module itself
+
+
+class StandIn(nn.Module):
+    """A module that capture itself puts into a graph; it is always one node."""
+
+
+class MustBeNone(StandIn):
+    """Stands for an optional argument that was None while tracing, so that forward took the path without it."""
+
+    def __init__(self, argument: str) -> None:
+        super().__init__()
+        self.argument = argument
+
+    def forward(self, value: Any) -> None:
+        """Refuse a value that the graph would ignore."""
+        if value is not None and not isinstance(value, fx.Proxy):  # a proxy: torch.fx.symbolic_trace of the graph
+            raise ArgumentError(
+                f"forward was captured without its optional argument {self.argument!r}, so it cannot take one; "
+                f"transform the model with example_inputs that contain {self.argument!r}"
+            )
+
+    def extra_repr(self) -> str:
+        """The argument."""
+        return self.argument
+
+
+class KeepWhole(Exception):  # noqa: N818 - a finding, on which capture acts
+    """A module does what a graph does not hold, so that it has to be called as it is.
+
+    Attributes:
+        path: the module whose forward does it; empty for the model itself.
+        reason: what it does, a sentence about "it".
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
+        self.reason = reason
+
+
+class KeywordOnly(CodeGen):
+    """Generates a signature with keyword-only arguments; that of `torch.fx` has them among the positional ones."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def gen_fn_def(self, free_vars: list[str], *args: Any, **kwargs: Any) -> str:
+        """The line `def forward(...)`."""
+        by_name = {re.split(r"[^\w*]", variable)[0]: variable for variable in free_vars}
+        keyword = [variable for name, variable in by_name.items() if name in self.names]
+        rest = [variable for name, variable in by_name.items() if name.startswith("*")]
+        star = [variable for variable in rest if not variable.startswith("**")] or ["*"]
+        positional = [variable for variable in free_vars if variable not in (*keyword, *rest)]
+        double_star = [variable for variable in rest if variable.startswith("**")]
+        return super().gen_fn_def([*positional, *star, *keyword, *double_star], *args, **kwargs)
+
+
+class Tracer(fx.Tracer):
+    """Symbolic tracer whose graphs have weights as nodes; also the one that unpickling a captured model uses.
+
+    Attributes:
+        whole: the modules that are called as they are although their class could be traced, each with the reason.
+        refusals: what refuses the optional arguments that were traced as None, by the name of the child to be.
+        steps: what happened in order, as (path of the module whose forward runs, kind, what).
+        reads: the modules whose `training` was read, by the path of the module whose forward did.
+    """
+
+    proxy_buffer_attributes = True  # a buffer is state, not a constant: it may change between two calls
+
+    def __init__(self, absent: Collection[str] = (), whole: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self._absent = absent  # optional arguments to trace as None
+        self.whole = {} if whole is None else whole
+        self.refusals: dict[str, MustBeNone] = {}
+        self.steps: list[tuple[str, str, Any]] = []
+        self.reads: dict[str, list[str]] = {}
+        self._running = [""]  # paths of the modules whose forward runs now
+        self._blocks: list[tuple[str, str]] = []  # `with` blocks that are open now, by the module that opened them
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace `root`, whose tensors become nodes under their first name."""
+        with _LOCK:
+            self._thread = threading.get_ident()
+            self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
+            self._gradients, self._random = _gradient_mode(), _random_state()
+            graph = super().trace(root, concrete_args)
+            self._check_random()
+        for node in graph.nodes:
+            node.type = None  # annotations that are strings, as they are today, cannot be pickled with the code
+        _merge_reads(graph)
+        return graph
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
+    ) -> tuple[Any, list[Any]]:
+        """Give forward None for an optional argument that nobody passes, and refuse it in calls of the graph."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        parameters = inspect.signature(root_fn).parameters.values()
+        keyword_only = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        if keyword_only:
+            self.graph.set_codegen(KeywordOnly(keyword_only))
+        for index, arg in enumerate(args):
+            name = str(arg.node.target) if isinstance(arg, fx.Proxy) else None
+            if name is not None and name in self._absent:
+                child = unused_name(self.root, f"{name}_must_be_none")
+                self.refusals[child] = MustBeNone(name)
+                self.create_node("call_module", child, (arg.node,), {})
+                args[index] = None
+        return function, args
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Modules that stay one node: those of torch.nn without synapses, and those that have to be kept whole."""
+        reason = why_kept_whole(m)
+        if reason is not None:
+            self.whole[module_qualified_name] = reason
+        if module_qualified_name in self.whole or isinstance(m, StandIn):
+            return True
+        return super().is_leaf_module(m, module_qualified_name) and not _is_weight_module(m)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Note which module runs, so that what a graph does not hold is found in the smallest module."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        if isinstance(m, TRANSPOSED) and any(size is not None for size in (*args[1:], kwargs.get("output_size"))):
+            raise KeepWhole(path, "it is given an output_size, which depends on the shape of its input")
+        self._check_random()
+        self.steps.append((self._running[-1], "enter", path))
+        self._running.append(path)
+        result = super().call_module(m, forward, args, kwargs)
+        self._check_random()
+        self.steps.append((path, "exit", fx.node.map_aggregate(result, _node_of)))
+        self._running.pop()
+        return result
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Note the node, after a look at the state that the graph does not hold."""
+        if self._blocks:
+            path, block = self._blocks[0]
+            raise KeepWhole(path, f"its forward uses torch.{block}, which a graph does not hold")
+        if _gradient_mode() != self._gradients:
+            raise KeepWhole(self._running[-1], "its forward switches gradients on or off, which a graph does not hold")
+        node = super().create_node(*args, **kwargs)
+        self.steps.append((self._running[-1], "node", node))
+        return node
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """One `get_attr` node for every tensor, whichever alias reads it, found in constant time."""
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if name is None or threading.get_ident() != self._thread:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """Take constants that live in the module tree from there, not as copies."""
+        if isinstance(a, torch.Tensor):
+            if id(a) in self._names:
+                return self.create_node("get_attr", self._names[id(a)], (), {})
+            self._check_random()
+        return super().create_arg(a)
+
+    def note_read(self, module: nn.Module) -> None:
+        """The forward that runs now has read `module.training`."""
+        path = (self.submodule_paths or {}).get(module)
+        if path is not None and threading.get_ident() == self._thread:
+            self.reads.setdefault(self._running[-1], []).append(path)
+
+    def enter_block(self, block: Any) -> None:
+        """The forward that runs now has entered one of `BLOCKS`."""
+        if threading.get_ident() == self._thread:
+            self._blocks.append((self._running[-1], type(block).__name__))
+
+    def exit_block(self, block: Any) -> None:
+        """It has left the block."""
+        if threading.get_ident() == self._thread:
+            self._blocks.pop()
+
+    def _check_random(self) -> None:
+        if _random_state() != self._random:
+            raise KeepWhole(self._running[-1], "its forward draws random numbers that do not depend on its input")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run of forward: its graph, the constants that it made, and what the tracer noted."""
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    tracer: Tracer
+
+
+def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], evaluating: Collection[nn.Module]) -> Trace:
+    """Run forward once, with some modules in evaluation mode and the others in training mode.
+
+    Args:
+        model: the model; nothing in it changes.
+        absent: optional arguments that are None.
+        whole: modules to call as they are, each with the reason.
+        evaluating: the modules in evaluation mode.
+
+    Raises:
+        KeepWhole: a module does what a graph does not hold.
+    """
+    tracer, in_evaluation = Tracer(absent, whole), set(evaluating)
+    with _LOCK, _unchanged(model), _watched_by(tracer):
+        for module in model.modules():
+            module.training = module not in in_evaluation
+        before = {path: dict(vars(module)) for path, module in model.named_modules()}
+        graph = tracer.trace(model)
+        _check_attributes(model, before)
+        made = vars(model).keys() - before[""].keys()
+        read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
+        constants = {name: vars(model)[name] for name in read if name in made}
+    return Trace(graph, constants, tracer)
+
+
+def _check_attributes(model: nn.Module, before: dict[str, dict[str, Any]]) -> None:
+    """Find a counter or a flag that forward changes: the next call would read another value."""
+    for path, module in model.named_modules():
+        for name, value in before.get(path, {}).items():
+            now = vars(module).get(name)
+            if isinstance(value, int | float | str) and isinstance(now, int | float | str) and now != value:
+                raise KeepWhole(path, f"its forward changes the attribute {name}, which a graph does not do")
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what tracing stores in the modules, and its random draws: proxies mean nothing afterwards."""
+    saved = [(vars(m), dict(vars(m)), _contents(vars(m))) for m in model.modules()]
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            for attributes, values, contents in saved:
+                attributes.clear()
+                attributes.update(values)
+                for name, content in contents.items():
+                    attributes[name].clear()
+                    (attributes[name].extend if isinstance(content, list) else attributes[name].update)(content)
+
+
+def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the containers among attributes: registries of the module, and those in which forward may collect."""
+    return {k: copy.copy(v) for k, v in attributes.items() if type(v) in (dict, OrderedDict, list, set)}
+
+
+@contextmanager
+def _watched_by(tracer: Tracer) -> Iterator[None]:
+    """Tell a tracer when forward reads `training` or enters and leaves a block that a graph does not hold."""
+
+    def read(module: nn.Module) -> bool:
+        tracer.note_read(module)
+        return bool(vars(module)["training"])
+
+    def write(module: nn.Module, mode: bool) -> None:
+        vars(module)["training"] = mode
+
+    def noted(note: Callable[[Any], None], method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(block: Any, *args: Any) -> Any:
+            note(block)
+            return method(block, *args)
+
+        return call
+
+    # A property of the class goes before the attribute of the instance.
+    patches: dict[tuple[type, str], Any] = {(nn.Module, "training"): property(read, write)}
+    for block in BLOCKS:
+        patches[block, "__enter__"] = noted(tracer.enter_block, vars(block)["__enter__"])
+        patches[block, "__exit__"] = noted(tracer.exit_block, vars(block)["__exit__"])
+    originals = {(cls, name): vars(cls).get(name) for cls, name in patches}
+    try:
+        for (cls, name), value in patches.items():
+            type.__setattr__(cls, name, value)
+        yield
+    finally:
+        for (cls, name), value in originals.items():
+            if value is None:
+                type.__delattr__(cls, name)
+            else:
+                type.__setattr__(cls, name, value)
+
+
+def _node_of(value: Any) -> Any:
+    return value.node if isinstance(value, fx.Proxy) else value
+
+
+def _gradient_mode() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def _random_state() -> tuple[Any, Any]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+
+
+def _merge_reads(graph: fx.Graph) -> None:
+    first: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        if first.setdefault(node.target, node) is not node:
+            node.replace_all_uses_with(first[node.target])
+            graph.erase_node(node)
+
+
+def unused_name(module: nn.Module, name: str) -> str:
+    """A name for a new child: `name`, or `name` with a number if the module has one."""
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+    return next(name for name in names if not hasattr(module, name))
+
+
+def _is_weight_module(module: nn.Module) -> bool:
+    return isinstance(module, WEIGHT_MODULES) and isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def why_kept_whole(module: nn.Module) -> str | None:
+    """Why a module has to be called as it is, or None if its forward may be traced through."""
+    if any(getattr(module, registry) for registry in HOOKS):
+        return "it has hooks, which only run when the module itself is called"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return None
