@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
-from torch.nn.modules.module import _IncompatibleKeys, _WrappedHook
+from torch.nn.modules.module import _WrappedHook
 
 from biofx.errors import ArgumentError, CaptureError
-from biofx.provenance import RECORD, Record
+from biofx.provenance import RECORD, Record, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -51,17 +51,14 @@ class CapturedModule(fx.GraphModule):
         _fill(copied, shared, copy.deepcopy(self.graph))
         return copied
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> _IncompatibleKeys:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint of this model.
 
         Raises:
             ArgumentError: `strict`, and the checkpoint is of a model that other passes made; names the first difference.
         """
-        record = self._modules.get(RECORD)
-        if strict and isinstance(record, Record):
-            _check_pipeline(record, {name: x.shape for name, x in self.state_dict().items()}, state_dict)
+        if strict and isinstance(self._modules.get(RECORD), Record):
+            _check_pipeline(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -81,7 +78,10 @@ class CapturedModule(fx.GraphModule):
         _fill(self, attributes, traced.graph)
 
 
-def _check_pipeline(record: Record, shapes: dict[str, Any], state_dict: Mapping[str, Any]) -> None:
+def _check_pipeline(bio: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    record = record_of(bio)
+    own = dict([*bio.named_parameters(remove_duplicate=False), *bio.named_buffers(remove_duplicate=False)])
+
     def refuse(difference: str) -> ArgumentError:
         return ArgumentError(f"the checkpoint is of another pipeline than {record.extra_repr()}: {difference}")
 
@@ -89,10 +89,10 @@ def _check_pipeline(record: Record, shapes: dict[str, Any], state_dict: Mapping[
         if name not in state_dict:
             raise refuse(f"it has no {name}, which {by} keeps here")
     for name in record.original:
-        if name in state_dict and state_dict[name].shape != shapes[name]:
-            raise refuse(f"{name} is {tuple(state_dict[name].shape)} in it and {tuple(shapes[name])} here")
+        if name in state_dict and state_dict[name].shape != own[name].shape:
+            raise refuse(f"{name} is {tuple(state_dict[name].shape)} in it and {tuple(own[name].shape)} here")
     for name in state_dict:
-        if name not in shapes and any(name.startswith(f"{parameter}_") for parameter in record.original):
+        if name not in own and any(name.startswith(f"{parameter}_") for parameter in record.original):
             raise refuse(f"it has {name}, which no pass keeps here")
 
 
