@@ -55,7 +55,7 @@ class CapturedModule(fx.GraphModule):
         """Load a checkpoint of this model.
 
         Raises:
-            ArgumentError: `strict`, and the checkpoint is of a model that other passes made; names the first difference.
+            ArgumentError: `strict`, and other passes made the model of the checkpoint; names the first difference.
         """
         if strict and isinstance(self._modules.get(RECORD), Record):
             _check_pipeline(self, state_dict)
