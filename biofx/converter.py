@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from biofx.captured_module import CapturedModule
+from biofx.capture.captured_module import CapturedModule
 from biofx.errors import ArgumentError, LifecycleError
 from biofx.lifecycle import use_markers
 from biofx.plastic_weight import PlasticWeight, scale_learning

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx import chain, randomness
+from biofx.capture.modes import ByMode
 from biofx.chain import attribute
 from biofx.errors import PipelineError
-from biofx.modes import ByMode
 from biofx.options import activation_function
 from biofx.provenance import RECORD, Inserted, RunnablePass, Slot, inserted, record_of
 

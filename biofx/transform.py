@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from biofx import capture, pipeline
-from biofx.captured_module import REGISTRIES
+from biofx.capture.captured_module import REGISTRIES
 from biofx.compare import difference, run_in_eval_mode
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
 
-from biofx.captured_module import HOOKS
+from biofx.capture.captured_module import HOOKS
 from biofx.errors import ArgumentError
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

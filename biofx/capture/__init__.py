@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from biofx.captured_module import RESERVED, CapturedModule, captured
+from biofx.capture.captured_module import RESERVED, CapturedModule, captured
+from biofx.capture.modes import trace_modes
+from biofx.capture.tracer import KeepWhole, MustBeNone, Trace
 from biofx.errors import ArgumentError, CaptureError
-from biofx.modes import trace_modes
 from biofx.provenance import RECORD, Record
-from biofx.tracer import KeepWhole, MustBeNone, Trace
 
 MAKE_SUBMODULE = "Move that part of forward into a submodule of its own, which is then called as it is."
 TRACE_WITHOUT_VALUES = (

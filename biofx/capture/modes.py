@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from biofx.tracer import KeepWhole, StandIn, Trace, trace, unused_name
+from biofx.capture.tracer import KeepWhole, StandIn, Trace, trace, unused_name
 
 
 class ByMode(StandIn):
