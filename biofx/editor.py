@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -173,7 +174,7 @@ class Editor:
             return self.after(node, activation)
         child = f"{self._by.name.replace('-', '_')}_activation"
         if not hasattr(self._bio, child):
-            self._bio.add_module(child, activation)
+            self._bio.add_module(child, copy.deepcopy(activation))
         with node.graph.inserting_after(node):
             return self._put_behind(node, node.graph.call_module(child, (node,)))
 
