@@ -53,7 +53,7 @@ def summary(bio: nn.Module) -> str:
     if not any(row[-1] for row in rows):
         rows, headers = [row[:-1] for row in rows], headers[:-1]
     parts = [
-        f"passes: {','.join(str(run.pass_) for run in record.passes)}",
+        "passes: " + ",\n        ".join(str(run.pass_) for run in record.passes),
         _text(rows, headers),
     ]
     unseen = [f"  {name}: {reason}" for name, reason in others.items() if reason != NOT_A_SYNAPSE]

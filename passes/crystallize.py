@@ -33,7 +33,8 @@ class Crystallize(Pass):
     over the site, θ `threshold` and d `dampening`. It acts before the optimizer's step (`biofx.attach`), so already on
     that step. The gain is the one of `FuzzyLearningRates`, or a neutral one if there is none.
 
-    A gain that another rule has set below the floor stays where it is.
+    A gain that another rule has set below the floor stays where it is. With `L1Regularization`, even a silent synapse
+    has a gradient of its strength λ, so the first criterion needs θ·|w| > λ.
 
     The reference package compares |g|/|w| and so divides 0 by 0 for a silent synapse, and has no floor: its gains go
     to 0 for ever.

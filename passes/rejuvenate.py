@@ -32,9 +32,10 @@ class Rejuvenate(Pass):
     | `"threshold"` (the paper) | where \|N(0, M/dre)\| > \|w\| | U(−M, M), M = max\|w\| |
 
     with w the stored weight (each synapse of its own), and σ(w) its standard deviation over the site. The sign of a new
-    synapse is its unit's under Dale's principle, and random otherwise. Only replaced entries change, and the optimizer
-    forgets what it remembers of them (momentum, Adam's moments), since that was about another synapse. A site whose
-    weights are all equal is left as it is. `<weight>_replaced` counts all replacements.
+    synapse is its unit's under Dale's principle, and random otherwise; its gain is that of the place. Only replaced
+    entries change, and the optimizer forgets what it remembers of them (momentum, Adam's moments), since that was
+    about another synapse. A site whose weights are all equal is left as it is. `<weight>_replaced` counts all
+    replacements.
 
     In the reference package new weights are always positive, and about 1e-15 when the mean weight is not; every weight
     is clamped to [−1, 1]; NaN is replaced by new weights; the optimizer's state is kept.
