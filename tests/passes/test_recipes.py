@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models.small import mlp
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 import biofx
 from biofx import passes
+from models.small import mlp
 
 
 def test_the_papers_recipe():
