@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 import biofx
 from biofx import passes
+from command_line import headline, plot_path, positive
 
 SYNAPSES = 4
 PASSES = [passes.SplitSynapses(synapses=SYNAPSES), passes.FuzzyLearningRates(nu=0.16, distribution="lognormal")]
@@ -228,27 +228,6 @@ def plot(runs: dict[str, list[Run]], gain: Tensor, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
-
-
-def headline(text: str) -> None:
-    print(f"\n{text}\n{'=' * len(text)}\n")
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def plot_path(text: str) -> Path:
-    """A place to write to, checked before training rather than after."""
-    path = Path(text)
-    if path.suffix[1:].lower() not in FigureCanvasAgg.get_supported_filetypes():
-        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or another format of matplotlib, got {text}")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path.parent} is not a folder")
-    return path
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -43,6 +42,7 @@ from tqdm import tqdm
 
 import biofx
 from biofx import passes
+from command_line import headline, plot_path, positive
 
 PLAIN, PAPER, CORTEX = "plain", "hofmann2025", "cortex"
 BATCH_SIZE = 34  # 40 steps in an epoch: of the turnovers of cortex, at every tenth step, each epoch has four
@@ -271,27 +271,6 @@ def plot(runs: list[Run], epochs: int, path: Path) -> None:
         color="dimgray",
     )
     figure.savefig(path, dpi=150)
-
-
-def headline(text: str) -> None:
-    print(f"\n{text}\n{'=' * len(text)}\n")
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def plot_path(text: str) -> Path:
-    """A place to write to, checked before training rather than after."""
-    path = Path(text)
-    if path.suffix[1:].lower() not in FigureCanvasAgg.get_supported_filetypes():
-        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or another format of matplotlib, got {text}")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path.parent} is not a folder")
-    return path
 
 
 def parse_arguments() -> argparse.Namespace:

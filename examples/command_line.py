@@ -1,0 +1,29 @@
+"""What the examples share: headlines, and options that are checked before the training rather than after."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+
+def headline(text: str) -> None:
+    print(f"\n{text}\n{'=' * len(text)}\n")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def plot_path(text: str) -> Path:
+    """A place to write to, checked before training rather than after."""
+    path = Path(text)
+    if path.suffix[1:].lower() not in FigureCanvasAgg.get_supported_filetypes():
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or another format of matplotlib, got {text}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is not a folder")
+    return path
