@@ -165,7 +165,7 @@ class BioConverter:
         return [
             known["fuzzy-learning-rates"](
                 nu=c.fuzzy_learning_rate_factor_nu,
-                distribution=Distribution(c.fuzzy_lr_distribution).value,
+                distribution=getattr(c.fuzzy_lr_distribution, "value", c.fuzzy_lr_distribution),
                 minimum=c.fuzzy_lr_min,
                 maximum=c.fuzzy_lr_max,
                 decay=c.fuzzy_lr_decay,
@@ -194,6 +194,9 @@ class Converted(CapturedModule):
     `crystallize`. At any time: `rejuvenate_weights`, `update_fuzzy_learning_rates`, `enforce_dales_principle`,
     `l1_reg`. The formulas are those of the passes. Weights without a gradient are passed over; a method that finds no
     gradient at all says so.
+
+    Called by hand, rules do not look for values that are not finite, and know no optimizer whose memory of replaced
+    synapses they could clear; how often they were called is not in `state_dict`. `biofx.attach` has all of this.
     """
 
     calls: Counter[str]
@@ -271,7 +274,7 @@ class Converted(CapturedModule):
     @torch.no_grad()
     def _scale_gradients(self, by: str) -> None:
         for weight in self._with_gradients(by):
-            weight.gradient.copy_(scale_learning(weight.site, weight.gradient, weight.raw, by=by))
+            weight.gradient.copy_(scale_learning(self, weight.site.chain, weight.gradient, weight.raw, by=by))
 
     @torch.no_grad()
     def _at_step(self, by: str, *, needs_gradients: bool = False) -> None:

@@ -58,6 +58,7 @@ class Editor:
         self._by = by
         self._seed = seed
         self._places = places
+        self._activation: str | None = None  # name of the child that is this weight's activation
 
     @property
     def raw(self) -> nn.Parameter:
@@ -116,13 +117,16 @@ class Editor:
             neutral = torch.ones_like(self.raw.detach(), memory_format=torch.contiguous_format)
             self.insert(torch.ops.biofx.scale_grad, self.state("gain", neutral if value is None else value))
         elif value is not None:
-            present.mul_(value.to(present.dtype))
+            path, _, leaf = f"{self.name}_gain".rpartition(".")
+            setattr(self._bio.get_submodule(path), leaf, present.to(value) * value)
 
     def count_steps(self) -> None:
         """Let `biofx.attach` count the steps that the weight's optimizer takes, in the buffer `<parameter>_steps`.
 
-        With the seed, in `<parameter>_seed`, that is the position of all random numbers that rules draw at steps.
+        With the seed, in `<parameter>_seed`, that is the position of all random numbers that rules draw at steps. The
+        seed is that of the first transform in which a pass needs it.
         """
+        self.changed = True
         if self._shared("steps") is None:
             self.keep("steps", torch.zeros((), dtype=torch.int64))
             self.keep("seed", torch.tensor(self._seed, dtype=torch.int64))
@@ -133,11 +137,12 @@ class Editor:
         if name not in state:
             return None
         self.changed = True
-        state[name] = ", ".join([*state[name].split(", "), self._by.name])
+        state[name] = ", ".join(dict.fromkeys([*state[name].split(", "), self._by.name]))
         for node in self._start.graph.find_nodes(op="get_attr", target=name):
-            for sharing in (node, *node.users):
+            # The node that applies the gain is shared like the gain; others that read shared state are one pass's own.
+            for sharing in (node, *(node.users if key == "gain" else ())):
                 origin = inserted(sharing)
-                if origin is not None and origin.parameter == self.name:
+                if origin is not None:
                     sharing.meta[RECORD] = replace(origin, by=state[name])
         return attribute(self._bio, name)  # type: ignore[no-any-return]
 
@@ -172,9 +177,14 @@ class Editor:
             activation = activation_function(activation)
         if not isinstance(activation, nn.Module):
             return self.after(node, activation)
-        child = f"{self._by.name.replace('-', '_')}_activation"
-        if not hasattr(self._bio, child):
-            self._bio.add_module(child, copy.deepcopy(activation))
+        if self._activation is None:
+            self._activation = f"{self.name.replace('.', '_')}_activation"
+            if hasattr(self._bio, self._activation):
+                raise PipelineError(
+                    f"{self._by.name} keeps its activation in {self._activation}, but the model has that attribute"
+                )
+            self._bio.add_module(self._activation, copy.deepcopy(activation).to(self.raw.device, self.raw.dtype))
+        child = self._activation
         with node.graph.inserting_after(node):
             return self._put_behind(node, node.graph.call_module(child, (node,)))
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from biofx.chain import attribute, callee
 from biofx.errors import ArgumentError
+from biofx.operators import is_marker
 from biofx.provenance import inserted, record_of, transformed
 from biofx.weight_sites import NOT_A_SYNAPSE, WeightSite, find
 
@@ -60,7 +61,8 @@ def summary(bio: nn.Module) -> str:
     if unseen:
         parts.append("\n".join(["left alone:", *unseen]))
     acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
-    idle = [name for name in sites if name in acting - record.attached]
+    acting |= {name for name, site in sites.items() if any(is_marker(node.target) for node in site.chain)}
+    idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
     if idle:
         parts.append(f"no optimizer is attached, so nothing happens at its steps (biofx.attach): {', '.join(idle)}")
     plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
 
+from biofx.chain import chain, parameter_nodes
 from biofx.errors import ArgumentError, LifecycleError
 from biofx.operators import is_hook, is_marker, twin
 from biofx.plastic_weight import PlasticWeight, scale_learning
@@ -75,7 +76,9 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
     if isinstance(optimizer, LBFGS | SparseAdam):
         why = "evaluates the loss several times in a step" if isinstance(optimizer, LBFGS) else "needs sparse gradients"
         raise LifecycleError(f"attach: {type(optimizer).__name__} {why}, so there is no one update for rules to act on")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if record.by_hand:
+        raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
+    held = _held(optimizer)
     sites = {name: site for name, site in find(bio)[0].items() if id(site.raw) in held and site.passes}
     if not sites:
         raise ArgumentError(
@@ -89,11 +92,16 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
 
 
 @dataclass(eq=False)
-class _Running:
-    """A step under way: the weights that take part in it, and what they were before, if gains act on the update."""
+class _Step:
+    """A step under way.
 
-    weights: list[PlasticWeight]
-    old: list[Tensor]
+    Attributes:
+        old: the parameters with gains, before the optimizer changed them; empty if gains act on the gradient.
+        weights: the weights that take part, once their gradients are there.
+    """
+
+    old: dict[str, Tensor]
+    weights: list[PlasticWeight] | None = None
 
 
 class Attachment:
@@ -103,26 +111,27 @@ class Attachment:
         self.optimizer = optimizer
         self.weights = tuple(sites)
         self._bio = bio
+        self._held = _held(optimizer)
         self._on_update = not _is_linear(optimizer)
-        self._swapped = _swap(bio, sites, is_hook if self._on_update else is_marker)
+        _swap(bio, self._held, is_hook if self._on_update else is_marker)
         self._sites = {name: site for name, site in find(bio)[0].items() if name in sites}
+        self._chains = _chains(bio, self._held)
         self._shapes = {name: site.raw.shape for name, site in self._sites.items()}
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
-        acting = [(pass_, weights) for pass_, weights in runs if pass_.acts_at_step and pass_.moment is not None]
-        self._rules = sorted(acting, key=lambda rule: rule[0].moment or 0)
-        self._running: _Running | None = None
+        self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
+        self._step: _Step | None = None
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         record_of(bio).attached |= set(sites)
 
     def detach(self) -> None:
         """Leave the model and the optimizer as they were before `attach`; their values stay. Idempotent."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
-        if self._hooks and self._swapped:
-            sites = {name: site for name, site in find(self._bio)[0].items() if name in self._sites}
-            _swap(self._bio, sites, is_marker if self._on_update else is_hook)
-        record_of(self._bio).attached -= set(self.weights)
         self._hooks = []
+        _swap(self._bio, self._held, is_marker)
+        record_of(self._bio).attached -= set(self.weights)
 
     def __repr__(self) -> str:
         mode = "update" if self._on_update else "gradient"
@@ -135,6 +144,13 @@ class Attachment:
         self.detach()
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._step = None
+        if _is_skipped(optimizer):
+            return None
+        self._check_unchanged()
+        # Before the optimizer does anything: one that takes a closure may move the weights before it calls it.
+        parameters = {name: self._bio.get_parameter(name) for name in self._chains} if self._on_update else {}
+        self._step = _Step({name: p.detach().clone() for name, p in parameters.items()})
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._prepare()
@@ -149,77 +165,113 @@ class Attachment:
 
     @torch.no_grad()
     def _prepare(self) -> None:
-        self._running = None
-        if _is_skipped(self.optimizer):
-            return
-        self._check_shapes()
-        scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer unscales gradients itself
-        weights = []
-        for site in self._sites.values():
-            raw = site.raw
-            if raw.grad is not None:
-                if raw.grad.layout is not torch.strided:
-                    raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
-                gradient = raw.grad if scale is None else raw.grad / scale
-                steps = site.state("steps")
-                step = 1 if steps is None else int(steps) + 1
-                weights.append(PlasticWeight(site, raw, gradient, self.optimizer, step, self._on_update))
-        if not weights:
+        """Act on the gradients, which are there now."""
+        assert self._step is not None
+        if self._step.weights is not None:
+            name = type(self.optimizer).__name__
+            raise LifecycleError(f"{name} evaluates its closure twice in a step, so there is no one gradient to act on")
+        weights = [w for site in self._sites.values() if (w := self._weight(site)) is not None]
+        if not weights and all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
+            self._step = None
             raise LifecycleError(
                 f"optimizer.step() without backward(): none of the {len(self._sites)} weights has a gradient"
             )
         if self._rules or self._on_update:
             _check_finite(weights)
-        self._act(weights, before_step=True)
-        if scale is not None:
+        acted = self._act(weights, before_step=True)
+        scale = _gradient_scale(self.optimizer)
+        if acted and scale is not None:
             for weight in weights:
                 weight.raw.grad.copy_(weight.gradient * scale)  # type: ignore[union-attr]
-        old = [weight.raw.detach().clone() for weight in weights] if self._on_update else []
-        self._running = _Running(weights, old)
+        self._step.weights = weights
+
+    def _weight(self, site: WeightSite) -> PlasticWeight | None:
+        """A weight that takes part in this step, or None if it has no gradient."""
+        raw, scale = site.raw, _gradient_scale(self.optimizer)
+        if raw.grad is None or raw.numel() == 0:
+            return None
+        if raw.grad.layout is not torch.strided:
+            raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
+        gradient = raw.grad if scale is None else raw.grad.float() / scale
+        steps = site.state("steps")
+        step = 1 if steps is None else int(steps) + 1
+        return PlasticWeight(site, raw, gradient, self.optimizer, step, self._on_update)
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        running, self._running = self._running, None
-        if running is None:
+        step, self._step = self._step, None
+        if step is None or step.weights is None:
             return
-        for weight, old in zip(running.weights, running.old, strict=False):
-            weight.raw.copy_(old + scale_learning(weight.site, weight.raw - old, old))
-        self._act(running.weights, before_step=False)
-        counters = [steps for w in running.weights if (steps := w.site.state("steps")) is not None]
-        if counters:
-            torch._foreach_add_(counters, 1)
+        for name, old in step.old.items():
+            parameter = self._bio.get_parameter(name)
+            if parameter.grad is not None:
+                change = scale_learning(self._bio, self._chains[name], parameter - old, old)
+                parameter.copy_(old + change)
+        counters = [steps for w in step.weights if (steps := w.site.state("steps")) is not None]
+        try:
+            self._act(step.weights, before_step=False)
+        finally:
+            if counters:
+                torch._foreach_add_(counters, 1)
 
-    def _act(self, weights: Sequence[PlasticWeight], *, before_step: bool) -> None:
+    def _act(self, weights: Sequence[PlasticWeight], *, before_step: bool) -> bool:
+        acted = False
         for pass_, names in self._rules:
-            if pass_.moment is not None and pass_.moment.before_step is before_step:
-                chosen = [replace(w, by=pass_.name) for w in weights if w.name in names]
-                if chosen:
-                    with fixed_defaults():
-                        pass_.at_step(chosen)
+            chosen = [replace(w, by=pass_.name) for w in weights if w.name in names]
+            if chosen and pass_.moment is not None and pass_.moment.before_step is before_step:
+                acted = True
+                with fixed_defaults():
+                    pass_.at_step(chosen)
+        return acted
 
-    def _check_shapes(self) -> None:
+    def _check_unchanged(self) -> None:
+        """Refuse a step for which the attachment was not made."""
         for name, site in self._sites.items():
             if site.raw.shape != self._shapes[name]:
                 raise LifecycleError(
                     f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(site.raw.shape)}; "
                     "detach, build the optimizer again, and attach"
                 )
+        if _held(self.optimizer) != self._held:
+            raise LifecycleError(
+                "the optimizer holds other parameters than when it was attached; detach and attach again"
+            )
+        if _is_linear(self.optimizer) is self._on_update:
+            raise LifecycleError(
+                "the optimizer's weight_decay was switched on or off since attach; detach and attach again"
+            )
+
+
+def use_hooks(bio: nn.Module) -> None:
+    """Let all gains act in the backward pass, as they do while no optimizer is attached."""
+    bio = transformed(bio)
+    _swap(bio, {id(p) for p in bio.parameters()}, is_marker)
 
 
 def use_markers(bio: nn.Module) -> None:
     """Let no gradient hook act in the backward pass, for those who call the rules themselves."""
     bio = transformed(bio)
-    _swap(bio, find(bio)[0], is_hook)
+    record_of(bio).by_hand = True
+    _swap(bio, {id(p) for p in bio.parameters()}, is_hook)
 
 
-def _swap(bio: fx.GraphModule, sites: dict[str, WeightSite], which: Callable[[Any], bool]) -> bool:
-    """Exchange hooks for markers, or back, in the chains of weights; say whether there was any."""
-    nodes = [node for site in sites.values() for node in site.chain if which(node.target)]
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _chains(bio: fx.GraphModule, held: set[int]) -> dict[str, list[fx.Node]]:
+    """The chains with gains, of weights and of biases that were split with them, by the parameter's name."""
+    chains = {name: chain(node) for name, node in parameter_nodes(bio).items() if id(bio.get_parameter(name)) in held}
+    return {name: c for name, c in chains.items() if any(is_hook(n.target) or is_marker(n.target) for n in c)}
+
+
+def _swap(bio: fx.GraphModule, held: set[int], which: Callable[[Any], bool]) -> None:
+    """Exchange hooks for markers, or back, in the chains of parameters."""
+    nodes = [node for nodes in _chains(bio, held).values() for node in nodes if which(node.target)]
     for node in nodes:
         node.target = twin(node.target)
     if nodes:
         number_nodes(bio)
-    return bool(nodes)
 
 
 def _is_linear(optimizer: Optimizer) -> bool:
@@ -230,6 +282,11 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer is about to skip its step, as `GradScaler` found gradients that are not finite."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def _gradient_scale(optimizer: Optimizer) -> Tensor | None:
+    """The loss scale that a fused optimizer takes out of the gradients itself."""
+    return getattr(optimizer, "grad_scale", None)
 
 
 def _check_finite(weights: Sequence[PlasticWeight]) -> None:

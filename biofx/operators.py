@@ -215,7 +215,7 @@ def observer(name: str) -> Callable[[Observation], Observation]:
         def kernel(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
             if training and torch._C._current_graph_task_id() == -1:
                 units = activity.detach().movedim(unit_axis, -1)
-                observe(units.reshape(-1, units.shape[-1]), state)
+                observe(units.flatten(0, -2) if units.dim() > 1 else units[None], state)
 
         operator = torch.library.custom_op(f"{NAMESPACE}::{name}", kernel, mutates_args=("state",))
 

@@ -13,7 +13,7 @@ from biofx.compare import difference, run_in_eval_mode
 from biofx.editor import Editor, owners
 from biofx.errors import PipelineError, VerificationError
 from biofx.inspection import table
-from biofx.provenance import PassRun, number_nodes, record_of
+from biofx.provenance import PassRun, Slot, number_nodes, record_of
 from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
 from biofx.verify import verify
@@ -75,13 +75,19 @@ def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dic
     for name in find(bio)[0]:
         if name in excluded:
             continue
-        present = [run.pass_ for run in record_of(bio).passes if name in run.weights]
+        earlier = [run.pass_ for run in record_of(bio).passes if name in run.weights]
+        present = list(earlier)
         for new in passes:
             for old in present:
                 if old.name == new.name:
                     raise PipelineError(
                         f"{new.name} is given twice for {name}: as {old} and as {new}; "
                         "one weight takes a pass once (use exclude to give other weights other options)"
+                    )
+                if old in earlier and old.slot < new.slot and new.slot in (Slot.SUM, Slot.OUTPUT):
+                    raise PipelineError(
+                        f"{new.name} changes the shape of {name}, or of what it returns, and {old.name} is set up for "
+                        "the present one; transform the original model with both"
                     )
                 if old.slot is new.slot and new.slot.exclusive:
                     raise PipelineError(
@@ -102,7 +108,9 @@ def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: i
         edit = Editor(bio, site.node, pass_, seed, places)
         with torch.no_grad():
             pass_.rewrite(site, edit)
-        if edit.reason is None and (edit.changed or pass_.acts_at_step):
+            if edit.reason is None and pass_.acts_at_step:
+                edit.count_steps()
+        if edit.reason is None and edit.changed:
             changed.append(name)
         else:
             left[name] = edit.reason or "it changed nothing"

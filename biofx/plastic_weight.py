@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -51,40 +53,54 @@ class PlasticWeight:
         """Random numbers that depend on the seed, the pass, the weight's name and the step only."""
         return randomness.generator(int(self.state("seed")), self.by, self.name, self.step)
 
+    @property
+    def group(self) -> dict[str, Any]:
+        """The optimizer's options for the weight; none if rules are called by hand."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return next((group for group in groups if any(p is self.raw for p in group["params"])), {})
+
     def as_gradient(self, change: Tensor) -> Tensor:
         """What would have arrived in `gradient`, had the backward pass computed `change` behind the weight's hooks."""
-        return change if self.gains_on_update else scale_learning(self.site, change, self.raw)
+        return change if self.gains_on_update else scale_learning(self.site.bio, self.site.chain, change, self.raw)
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
-        """Put new values where the mask says, and clear what the optimizer remembers of the old ones.
+        """Put new values where the mask says, and let the optimizer remember of them what it does of a new weight.
 
         Args:
             mask: bool, of the shape of `raw`.
             values: one for each entry that the mask selects, in order.
         """
-        self.raw[mask] = values.to(self.raw.device, self.raw.dtype)
+        values = values.to(self.raw.device, self.raw.dtype)
+        self.raw[mask] = values
         if self.optimizer is None:
             return
-        group = next(g for g in self.optimizer.param_groups if any(p is self.raw for p in g["params"]))
-        initial = {"sum": group.get("initial_accumulator_value", 0.0)}  # Adagrad's; all other memories start from 0
+        # What is not listed starts from 0: momentum and moments.
+        initial = {
+            "sum": self.group.get("initial_accumulator_value", 0.0),  # Adagrad
+            "step_size": self.group.get("lr", 0.0),  # Rprop
+            "ax": values,  # ASGD: average of the weight
+        }
         for key, memory in self.optimizer.state.get(self.raw, {}).items():
             if isinstance(memory, Tensor) and memory.shape == self.raw.shape:
                 memory[mask] = initial.get(key, 0.0)
 
 
-def scale_learning(site: WeightSite, change: Tensor, weight: Tensor, by: str | None = None) -> Tensor:
-    """What the rules on a weight's chain make of a gradient, or of an update: every hook's or marker's rule, in turn.
+def scale_learning(
+    bio: nn.Module, nodes: Sequence[fx.Node], change: Tensor, weight: Tensor, by: str | None = None
+) -> Tensor:
+    """What the rules on a chain make of a gradient, or of an update: every hook's or marker's rule, in turn.
 
     Args:
-        site: the weight site.
-        change: a gradient of, or a change to, the stored weight.
-        weight: the stored weight that it belongs to.
+        bio: the transformed model.
+        nodes: the chain.
+        change: a gradient of, or a change to, the stored parameter.
+        weight: the stored parameter that it belongs to.
         by: apply only the rules of the pass of this name.
     """
-    for node in reversed(site.chain):
+    for node in reversed(nodes):
         origin = inserted(node)
         chosen = by is None or (origin is not None and by in origin.by.split(", "))
         if chosen and (is_hook(node.target) or is_marker(node.target)):
-            others = fx.map_arg(node.args[1:], lambda n: attribute(site.bio, str(n.target)))
+            others = fx.map_arg(node.args[1:], lambda n: attribute(bio, str(n.target)))
             change = apply_rule(node.target, change, weight, *others)
     return change

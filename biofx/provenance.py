@@ -112,6 +112,7 @@ class Record(nn.Module):
         state: names of the buffers that passes added, and the passes that use each, joined by ", ".
         passes: the passes that ran, in order.
         attached: the weights whose optimizer `biofx.attach` has connected; a copy of the model starts with none.
+        by_hand: whether rules are called by hand (`BioConverter`) instead of by an optimizer.
     """
 
     def __init__(self, original: Sequence[str], constants: dict[str, torch.Tensor]) -> None:
@@ -121,6 +122,7 @@ class Record(nn.Module):
         self.state: dict[str, str] = {}
         self.passes: list[PassRun] = []
         self.attached: set[str] = set()
+        self.by_hand = False
         for name, constant in constants.items():  # tensors that forward itself makes, met while tracing
             self.register_buffer(name, constant, persistent=False)
 

@@ -16,7 +16,8 @@ from biofx import capture, pipeline
 from biofx.capture.captured_module import REGISTRIES
 from biofx.compare import difference, run_in_eval_mode
 from biofx.errors import ArgumentError, CaptureError
-from biofx.provenance import RECORD, Record
+from biofx.lifecycle import use_hooks
+from biofx.provenance import RECORD, Record, record_of
 from biofx.registry import Pass, as_passes
 from biofx.weight_sites import find
 
@@ -82,11 +83,15 @@ def transform(
     again = isinstance(model, nn.Module) and isinstance(model._modules.get(RECORD), Record)
     if not again:
         capture.check(model)
+    elif inplace and record_of(model).attached:
+        raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     _refuse_transformed_children(model)
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
         bio = source if again else capture.capture(source, example_inputs)
         assert isinstance(bio, fx.GraphModule)
+        if not record_of(bio).by_hand:
+            use_hooks(bio)  # a copy of an attached model has no optimizer
         if example_inputs is not None:
             _check_example_inputs(source, bio, example_inputs)
         excluded = _excluded(bio, patterns)

@@ -98,9 +98,10 @@ def _parameters(bio: fx.GraphModule) -> Iterator[str]:
 
 def _passes(bio: fx.GraphModule) -> Iterator[str]:
     record = record_of(bio)
-    for name, by in record.state.items():
-        if name.endswith("_gain"):
-            gain, weight = attribute(bio, name), name.removesuffix("_gain")
+    for weight in record.original:
+        name = f"{weight}_gain"
+        if name in record.state:
+            gain, by = attribute(bio, name), record.state[name]
             if not bool(torch.isfinite(gain).all()):
                 yield f"{by}: {weight}: gain is not finite"
             elif bool((gain < 0).any()):

@@ -259,7 +259,7 @@ def _why_no_site(
     parameter: nn.Parameter, end: fx.Node | None, uses: list[tuple[fx.Node, Operator]], inside: str | None
 ) -> str | None:
     """Why a parameter is no weight site, or None if it is one."""
-    if parameter.dim() < 2 and not uses:
+    if not uses and (parameter.dim() < 2 or (end is not None and _is_bias(end))):
         return NOT_A_SYNAPSE
     if inside is not None:
         return inside
@@ -278,6 +278,12 @@ def _why_no_site(
         described = sorted(f"{operator.name} with groups={groups}" for operator, groups in kinds)
         return f"shared by operators that want different axes: {', '.join(described)}"
     return None
+
+
+def _is_bias(end: fx.Node) -> bool:
+    """Whether operators take a parameter as their bias; one that was split has two axes."""
+    operators = [(user, OPERATORS.get(user.target)) for user in end.users]  # type: ignore[arg-type]
+    return any(op is not None and op.argument(user, op.weight + 1, "bias") is end for user, op in operators)
 
 
 def _last_output(node: fx.Node) -> fx.Node:

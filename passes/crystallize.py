@@ -88,7 +88,6 @@ class Crystallize(Pass):
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Give the weight a gain."""
         edit.gain()
-        edit.count_steps()
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Dampen gains, every so many steps."""

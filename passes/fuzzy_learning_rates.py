@@ -132,8 +132,6 @@ class FuzzyLearningRates(Pass):
         gain = DISTRIBUTIONS[self.distribution](site.raw.shape, nu, edit.generator).clamp(self.minimum, self.maximum)
         dtype = getattr(torch, self.dtype) if self.dtype else site.raw.dtype
         edit.gain(gain.to(site.raw.device, dtype))
-        if self.acts_at_step:
-            edit.count_steps()
         if self.distribution == "activity":
             counts = edit.state("active", torch.zeros(site.units, device=site.raw.device, dtype=torch.int64))
             edit.observe(torch.ops.biofx.count_active, site.outputs, site.operator.channel_axis, counts)

@@ -69,4 +69,5 @@ class L1Regularization(Pass):
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Add the pull to the gradients."""
         for weight in weights:
-            weight.gradient.add_(weight.as_gradient(self.strength * weight.raw.sign()))
+            towards_zero = -1 if weight.group.get("maximize") else 1
+            weight.gradient.add_(weight.as_gradient(towards_zero * self.strength * weight.raw.sign()))

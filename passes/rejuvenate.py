@@ -34,8 +34,12 @@ class Rejuvenate(Pass):
     with w the stored weight (each synapse of its own), and σ(w) its standard deviation over the site. The sign of a new
     synapse is its unit's under Dale's principle, and random otherwise; its gain is that of the place. Only replaced
     entries change, and the optimizer forgets what it remembers of them (momentum, Adam's moments), since that was
-    about another synapse. A site whose weights are all equal is left as it is. `<weight>_replaced` counts all
+    about another synapse. Under the
+    exponential rule, a site whose weights are all equal is left as it is. `<weight>_replaced` counts all
     replacements.
+
+    Adam corrects its moments for the steps of the weight as a whole, so a new synapse moves by several learning rates
+    at first.
 
     In the reference package new weights are always positive, and about 1e-15 when the mean weight is not; every weight
     is clamped to [−1, 1]; NaN is replaced by new weights; the optimizer's state is kept.
@@ -85,8 +89,7 @@ class Rejuvenate(Pass):
         return True
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
-        """Count steps and replacements; the weight itself changes at the steps."""
-        edit.count_steps()
+        """Count replacements; the weight itself changes at the steps."""
         edit.keep("replaced", torch.zeros((), dtype=torch.int64))
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:

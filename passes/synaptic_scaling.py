@@ -32,12 +32,12 @@ class SynapticScaling(Pass):
     | on | rule |
     |---|---|
     | `"gradient"` | incoming gradient of unit i times clip((t/a_i)^ε, 0.5, 2) |
-    | `"weight"` | w_i· ← w_i·(1 + ε·(t − a_i)) after every step |
+    | `"weight"` | w_i· ← w_i·clip(1 + ε·(t − a_i), 0.5, 2) after every step |
 
     with a_i the running mean activity of unit i, t the `target`, and ε the `strength`. Activity is the mean of
     \|z_i\|, the magnitude of what the operator returns for the unit, over batch, time and space; an observer node adds
-    it up in training mode, over all micro-batches of a step. At every step of the optimizer (`biofx.attach`) the
-    running mean moves by a fraction 1 − `memory` towards it; the first step sets it.
+    it up in training mode, over all micro-batches since the last step. At every step of the optimizer (`biofx.attach`)
+    the running mean moves by a fraction 1 − `memory` towards it; the first step sets it.
 
     The factor on gradients is one number for each unit and starts neutral. A unit whose activity is 0 takes the bound,
     2.
@@ -110,10 +110,10 @@ class SynapticScaling(Pass):
         strength = STRENGTH[self.on] if self.strength is None else self.strength
         for weight in weights:
             seen, activity = weight.state("seen"), weight.state("activity")
-            if seen[-1] > 0:
+            if seen[-1] > 0 and torch.isfinite(seen).all():  # what overflowed is no activity
                 mean = seen[:-1] / seen[-1]
                 activity.copy_(torch.where(activity == UNSEEN, mean, self.memory * activity + (1 - self.memory) * mean))
-                seen.zero_()
+            seen.zero_()
             if (activity == UNSEEN).any():  # nothing was seen yet: the forward passes were in evaluation mode
                 continue
             target = activity.mean() if self.target is None else torch.as_tensor(self.target).to(activity)
@@ -131,8 +131,8 @@ def gradient_factor(activity: Tensor, target: Tensor, strength: float) -> Tensor
 
 
 def weight_factor(activity: Tensor, target: Tensor, strength: float) -> Tensor:
-    """1 + ε·(t − a) for every unit, and never below 0: a weight keeps its sign."""
-    return (1 + strength * (target - activity)).clamp(min=0)
+    """clip(1 + ε·(t − a), 0.5, 2) for every unit: a weight keeps its sign, and no unit is silenced for ever."""
+    return (1 + strength * (target - activity)).clamp(0.5, 2)
 
 
 @observer("sum_activity")

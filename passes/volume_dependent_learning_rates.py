@@ -79,6 +79,11 @@ class VolumeDependentLearningRates(Pass):
         """True: only gradients change."""
         return True
 
+    @property
+    def acts_at_step(self) -> bool:
+        """True: every step has its own noise."""
+        return True
+
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Hook the factor to the gradient."""
         edit.count_steps()

@@ -492,8 +492,8 @@ def test_what_cannot_be_attached():
 @pytest.mark.parametrize(
     ("pipeline", "message"),
     [
-        ([passes.L1Regularization()], "it has 0.weight_gain, which no pass keeps here"),
-        ([*GAINS, passes.Rejuvenate()], "it has no 0.weight_steps, which rejuvenate keeps here"),
+        ([passes.GroupUnits(1)], "it has 0.weight_gain, which no pass keeps here"),
+        ([*GAINS, passes.Rejuvenate()], "it has no 0.weight_replaced, which rejuvenate keeps here"),
         ([*GAINS, passes.SplitSynapses(2)], r"0.weight is \(32, 64\) in it and \(2, 32, 64\) here"),
     ],
 )
@@ -504,3 +504,187 @@ def test_a_checkpoint_of_another_pipeline_is_refused_before_anything_is_loaded(p
     with pytest.raises(biofx.ArgumentError, match=f"the checkpoint is of another pipeline than .*: {message}"):
         other.load_state_dict(checkpoint)
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_an_overflow_that_the_scaler_skips_leaves_no_trace_in_the_activity():
+    bio = biofx.transform(network().float(), [passes.SynapticScaling(on="weight")])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.01)
+    biofx.attach(bio, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for value in (1.0, float("inf"), 1.0, 1.0):
+        images = IMAGES.float()[:32].clone()
+        images[0, 0] = value
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(bio(images), LABELS[:32])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.isfinite(x).all() for x in bio.state_dict().values())
+    assert int(bio.get_buffer("0.weight_steps")) == 3
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_a_bias_that_was_split_learns_as_fast_as_its_weight(name):
+    moved = []
+    for synapses in (1, 4):
+        pipeline = [passes.SplitSynapses(synapses, activation="tanh", init="equal")]
+        bio = biofx.transform(nn.Linear(64, 10, bias=True).double(), pipeline)
+        with torch.no_grad():
+            bio.weight.zero_()
+            bio.bias.zero_()
+        optimizer = OPTIMIZERS[name](bio.parameters())
+        biofx.attach(bio, optimizer)
+        train(bio, optimizer, 1)
+        moved.append(bio.bias.detach().sum(0))
+    torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-9)
+
+
+def test_a_split_bias_is_no_synapse_in_the_summary():
+    text = biofx.summary(biofx.transform(nn.Linear(4, 2), [passes.SplitSynapses(2, activation="tanh")]))
+    assert "not synapses: bias" in text
+    assert "left alone" not in text
+
+
+def test_weight_decay_that_is_switched_on_later_is_refused():
+    bio, optimizer, _ = start(GAINS, "sgd")
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(biofx.LifecycleError, match="weight_decay was switched on or off since attach"):
+        train(bio, optimizer, 1)
+
+
+def test_parameters_that_are_added_later_are_refused_until_attached_again():
+    bio = biofx.transform(network(), GAINS)
+    optimizer = torch.optim.Adam(bio.get_submodule("2").parameters())
+    attachment = biofx.attach(bio, optimizer)
+    optimizer.add_param_group({"params": [bio.get_parameter("0.weight")]})
+    with pytest.raises(
+        biofx.LifecycleError, match="holds other parameters than when it was attached; detach and attach"
+    ):
+        train(bio, optimizer, 1)
+    attachment.detach()
+    assert biofx.attach(bio, optimizer).weights == ("0.weight", "2.weight")
+    train(bio, optimizer, 1)
+
+
+def test_regularization_pulls_towards_zero_also_when_the_optimizer_maximizes():
+    for optimizer_class in (torch.optim.SGD, torch.optim.Adam):
+        bio = biofx.transform(network(), [passes.L1Regularization(0.1)])
+        optimizer = optimizer_class(bio.parameters(), lr=0.001, maximize=True)
+        biofx.attach(bio, optimizer)
+        before = float(biofx.l1(bio))
+        for _ in range(5):
+            optimizer.zero_grad()
+            (0 * bio(IMAGES[:8])).sum().backward()
+            optimizer.step()
+        assert float(biofx.l1(bio)) < before
+
+
+def test_half_precision_gradients_survive_a_fused_optimizer_with_a_scaler():
+    steps = []
+    for attached in (True, False):
+        torch.manual_seed(0)
+        bio = biofx.transform(nn.Linear(4, 4).half(), [passes.FuzzyLearningRates(distribution="baseline")])
+        optimizer = torch.optim.Adam(bio.parameters(), lr=0.01, fused=True, eps=1e-12)
+        if attached:
+            biofx.attach(bio, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        before = bio.weight.detach().clone()
+        scaler.scale((bio(torch.ones(2, 4).half()).float() * 1e-9).sum()).backward()
+        scaler.step(optimizer)
+        steps.append(bio.weight.detach() - before)
+    assert steps[1].abs().max() > 0
+    torch.testing.assert_close(*steps)
+
+
+def test_detaching_twice_leaves_a_later_attachment_alone():
+    bio, optimizer, first = start(GAINS)
+    first.detach()
+    biofx.attach(bio, optimizer)
+    first.detach()
+    with pytest.raises(biofx.ArgumentError, match="0.weight is attached already"):
+        biofx.attach(bio, optimizer)
+
+
+class Perturbing(torch.optim.SGD):
+    """Moves the weights before it calls the closure, and back, as sharpness-aware minimisation does."""
+
+    def step(self, closure):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(0.01)
+        with torch.enable_grad():
+            loss = closure()
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.sub_(0.01)
+        super().step()
+        return loss
+
+
+def test_gains_act_on_the_whole_step_of_an_optimizer_that_perturbs_weights():
+    plain = network()
+    bio = biofx.transform(plain, GAINS)
+    optimizers = [Perturbing(m.parameters(), lr=0.1) for m in (plain, bio)]
+    biofx.attach(bio, optimizers[1])
+    before = copy.deepcopy(plain)
+    for model, optimizer in zip((plain, bio), optimizers, strict=True):
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(IMAGES[:64]), LABELS[:64])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    for name, site in biofx.weight_sites(bio).items():
+        start_, end = before.get_parameter(name), plain.get_parameter(name)
+        torch.testing.assert_close(site.raw - start_, site.gain * (end - start_), rtol=1e-6, atol=1e-12)
+
+
+def test_one_optimizer_over_two_models_steps_for_one_of_them():
+    a, b = (biofx.transform(network(), [*GAINS, passes.L1Regularization(0.1)]) for _ in range(2))
+    optimizer = torch.optim.Adam([*a.parameters(), *b.parameters()])
+    for bio in (a, b):
+        biofx.attach(bio, optimizer)
+    before = b.get_parameter("0.weight").detach().clone()
+    train(a, optimizer, 2)
+    assert (int(a.get_buffer("0.weight_steps")), int(b.get_buffer("0.weight_steps"))) == (2, 0)
+    assert torch.equal(b.get_parameter("0.weight"), before)
+
+
+def test_frozen_weights_with_biases_that_train():
+    bio, optimizer, _ = start()
+    for site in biofx.weight_sites(bio).values():
+        site.raw.requires_grad_(False)
+    train(bio, optimizer, 1)
+    assert int(bio.get_buffer("0.weight_steps")) == 0
+
+
+def test_a_second_transform_that_would_not_fit_is_refused():
+    first = biofx.transform(network(), [passes.Crystallize()])
+    with pytest.raises(biofx.PipelineError, match="split-synapses changes the shape of 0.weight, .* with both"):
+        biofx.transform(first, [passes.SplitSynapses(3)])
+    with pytest.raises(biofx.PipelineError, match="group-units changes the shape of 0.weight, or of what it returns"):
+        biofx.transform(biofx.transform(network(), [passes.SynapticScaling()]), [passes.GroupUnits()])
+
+
+def test_an_attached_model_is_transformed_as_a_copy_only():
+    bio, optimizer, _ = start([passes.FuzzyLearningRates()])
+    with pytest.raises(biofx.ArgumentError, match=r"model is attached to an optimizer; detach\(\) it before"):
+        biofx.transform(bio, [passes.VolumeDependentLearningRates()], inplace=True)
+    other = biofx.transform(bio, [passes.VolumeDependentLearningRates()])
+    assert "scale_grad" in other.code
+    assert "_update" not in other.code
+    assert "_update" in bio.code
+    train(bio, optimizer, 1)
+
+
+def test_weights_without_elements():
+    model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4), nn.Linear(4, 2))
+    pipeline = [*EVERYTHING[1:], passes.GroupUnits(1)]
+    pipeline[3] = passes.Rejuvenate(rule="threshold")
+    bio = biofx.transform(model, pipeline)
+    optimizer = torch.optim.Adam(bio.parameters())
+    biofx.attach(bio, optimizer)
+    bio(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    biofx.verify(bio)

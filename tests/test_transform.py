@@ -174,7 +174,7 @@ class Failing(passes.Pass):
     """Fails at the second weight, after it has changed the first."""
 
     name = "failing"
-    slot = Slot.SUM
+    slot = Slot.HOOK
 
     def rewrite(self, site, edit):
         if site.name == "2.weight":

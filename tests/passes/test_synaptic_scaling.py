@@ -18,7 +18,7 @@ KINDS = [("linear", "dense"), *((kind, grouping) for kind in CONVOLUTIONS for gr
 def test_the_factors():
     activity, target = torch.tensor([0.0, 0.25, 1.0, 4.0, 1e6]).double(), torch.tensor(1.0).double()
     torch.testing.assert_close(gradient_factor(activity, target, 0.5), torch.tensor([2.0, 2.0, 1.0, 0.5, 0.5]).double())
-    torch.testing.assert_close(weight_factor(activity, target, 0.1), torch.tensor([1.1, 1.075, 1.0, 0.7, 0.0]).double())
+    torch.testing.assert_close(weight_factor(activity, target, 0.1), torch.tensor([1.1, 1.075, 1.0, 0.7, 0.5]).double())
     assert gradient_factor(torch.zeros(1), torch.tensor(0.0), 0.5) == 1
 
 
