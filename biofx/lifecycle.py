@@ -54,9 +54,10 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, the optimizer holds none of its weights, or a weight is
             attached already.
-        LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients. At a step: a
-            gradient or weight that is not finite, if a rule acts on it; a sparse gradient; a step without `backward()`; a
-            weight whose shape, an optimizer whose parameters or use of weight decay changed. Nothing has happened then.
+        LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients. At a step:
+            a gradient or weight that is not finite, if a rule acts on it; a sparse gradient; no `backward()` before; a
+            weight whose shape, or an optimizer whose parameters or use of weight decay, changed since. Nothing has
+            happened then.
 
     Example:
         >>> import biofx, torch
