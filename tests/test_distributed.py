@@ -1,0 +1,60 @@
+"""Two processes over gloo: rules do the same on every rank, and the same as one process with the whole batch."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import biofx
+from biofx import passes
+from models.small import mlp
+
+PIPELINE = [
+    passes.SplitSynapses(2),
+    passes.FuzzyLearningRates(distribution="temporal", every=2),
+    passes.VolumeDependentLearningRates(base_lr=0.9),
+    passes.Crystallize(),
+    passes.Rejuvenate(dre=6.0),
+    passes.L1Regularization(1e-4),
+]
+
+
+def train(rank: int, ranks: int, optimizer_name: str) -> dict[str, torch.Tensor]:
+    """Four steps, each rank on its share of the batch."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    bio = biofx.transform(mlp(6, 8, 4).double(), PIPELINE)
+    model = DistributedDataParallel(bio) if ranks > 1 else bio
+    optimizer = getattr(torch.optim, optimizer_name)(bio.parameters(), lr=0.01)
+    biofx.attach(model, optimizer)
+    images, labels = torch.randn(4, 16, 6, dtype=torch.float64), torch.arange(16) % 4
+    for batch in images:
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch.chunk(ranks)[rank]), labels.chunk(ranks)[rank]).backward()
+        optimizer.step()
+    return bio.state_dict()
+
+
+def work(rank: int, ranks: int, port: int, optimizer_name: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    torch.save(train(rank, ranks, optimizer_name), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("optimizer_name", ["SGD", "AdamW"])
+def test_data_parallel_ranks_agree_with_each_other_and_with_one_process(tmp_path, optimizer_name):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, args=(2, port, optimizer_name, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone = train(0, 1, optimizer_name)
+    assert first.keys() == second.keys() == alone.keys()
+    for name in alone:
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-7, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+    assert sum(int(v) for n, v in alone.items() if n.endswith("_replaced")) > 0
