@@ -101,7 +101,9 @@ def crystallize(
     gain: Tensor, weight: Tensor, gradient: Tensor, threshold: float, dampening: float, floor: float
 ) -> Tensor:
     """The gains after one crystallization; all tensors have the stored weight's shape."""
+    # In place, since a new tensor of this size costs more than the arithmetic.
     magnitude, slope = weight.abs(), gradient.abs()
-    settled = (slope < threshold * magnitude) | (slope > magnitude.mean())
-    dampened = torch.minimum(gain, (gain * dampening).clamp(min=floor))
-    return torch.where(settled, dampened, gain)
+    settled = slope > magnitude.mean()
+    settled |= slope < magnitude.mul_(threshold)
+    dampened = (gain * dampening).clamp_(min=floor)
+    return torch.where(settled, torch.minimum(gain, dampened, out=dampened), gain)

@@ -111,7 +111,8 @@ class Rejuvenate(Pass):
 def turnover_probability(weight: Tensor, dre: float) -> Tensor:
     """P = exp(−dre·|w|/σ(w)), elementwise; 0 if all weights are equal."""
     spread = weight.std(correction=0)
-    return torch.where(spread > 0, torch.exp(-dre * weight.abs() / spread), torch.zeros_like(weight))
+    probability = weight.abs().mul_(-dre).div_(spread).exp_()
+    return probability if spread > 0 else torch.zeros_like(weight)
 
 
 def choose_exponentially(weight: Tensor, dre: float, generator: torch.Generator) -> Tensor:

@@ -93,9 +93,9 @@ class VolumeDependentLearningRates(Pass):
 
 def volume_factor(weight: Tensor, noise: Tensor, base_lr: float, stability: float, variability: float) -> Tensor:
     """|n| with n = m·(1 + v·noise), for standard normal noise."""
-    volume = weight.abs()
-    mean = base_lr * torch.exp(-stability * (volume / (volume + 1)))
-    return (mean * (1 + variability * noise)).abs()
+    # In place, since a new tensor of this size costs more than the arithmetic; v/(v+1) = 1 − 1/(v+1).
+    mean = weight.abs().add_(1).reciprocal_().sub_(1).mul_(stability).exp_().mul_(base_lr)
+    return mean.mul_(noise.mul(variability).add_(1)).abs_()
 
 
 @torch.library.custom_op("biofx::standard_normal", mutates_args=())
