@@ -97,7 +97,8 @@ def _passes(options: argparse.Namespace) -> str:
         rows.append([name, (inspect.getdoc(pass_class) or "").partition("\n")[0], fields])
     parts = [tabulate(rows, headers=["pass", "what it does", "options"], maxcolwidths=[None, 44, 56])]
     if registry.recipes():
-        parts.append(tabulate(registry.recipes().items(), headers=["recipe", "passes"], maxcolwidths=[None, 100]))
+        recipes = [(name, ",\n".join(map(str, registry.parse(text)))) for name, text in registry.recipes().items()]
+        parts.append(tabulate(recipes, headers=["recipe", "passes"]))
     return "\n\n".join(parts)
 
 
