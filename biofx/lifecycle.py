@@ -25,8 +25,8 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
     r"""Let the rules of a transformed model act around every `optimizer.step()`. No line of the training loop changes.
 
     The optimizer's own step hooks are used, so this works with gradient accumulation (once for each step, on the
-    accumulated gradient), with `GradScaler` (gradients are unscaled, and a step that it skips changes nothing), after
-    the all-reduce of data parallelism, and with trainers that own the loop. The order at every step:
+    accumulated gradient), with `GradScaler` (gradients are unscaled, and a step that it skips changes nothing), and
+    after the all-reduce of data parallelism. The order at every step:
 
     1. before it: `L1Regularization`, then `Crystallize`;
     2. the optimizer's step, with gains on the update where the optimizer is adaptive (below);

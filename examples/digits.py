@@ -21,8 +21,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +29,7 @@ from tqdm import tqdm
 import biofx
 from biofx import passes
 from command_line import headline, plot_path, positive
+from handwritten_digits import Digits, load
 
 SYNAPSES = 4
 PASSES = [passes.SplitSynapses(synapses=SYNAPSES), passes.FuzzyLearningRates(nu=0.16, distribution="lognormal")]
@@ -73,16 +72,6 @@ class DigitsNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Digits:
-    """Images and labels, split for training and testing."""
-
-    train_images: Tensor
-    test_images: Tensor
-    train_labels: Tensor
-    test_labels: Tensor
-
-
-@dataclass(frozen=True)
 class Run:
     """What is kept of one training.
 
@@ -93,13 +82,6 @@ class Run:
 
     accuracy: Tensor
     shown: Tensor
-
-
-def load() -> Digits:
-    digits = load_digits()
-    images = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
-    labels = torch.tensor(digits.target)
-    return Digits(*train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0))
 
 
 def build_pair(seed: int) -> dict[str, nn.Module]:

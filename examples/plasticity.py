@@ -33,8 +33,6 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +41,7 @@ from tqdm import tqdm
 import biofx
 from biofx import passes
 from command_line import headline, plot_path, positive
+from handwritten_digits import Digits, load
 
 PLAIN, PAPER, CORTEX = "plain", "hofmann2025", "cortex"
 BATCH_SIZE = 34  # 40 steps in an epoch: of the turnovers of cortex, at every tenth step, each epoch has four
@@ -62,18 +61,8 @@ class DigitsMLP(nn.Module):
         self.readout = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, 64) to logits (batch, 10)."""
-        return self.readout(F.relu(self.hidden2(F.relu(self.hidden1(images)))))
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Images and labels, split for training and testing."""
-
-    train_images: Tensor
-    test_images: Tensor
-    train_labels: Tensor
-    test_labels: Tensor
+        """Map images (batch, 1, 8, 8) to logits (batch, 10)."""
+        return self.readout(F.relu(self.hidden2(F.relu(self.hidden1(images.flatten(1))))))
 
 
 @dataclass(frozen=True)
@@ -101,13 +90,6 @@ class Run:
         """Replacements so far for each synapse, at the start and after each epoch."""
         names = weights or tuple(self.gains)
         return torch.stack([self.replaced[n] for n in names]).sum(0) / sum(self.gains[n].shape[1] for n in names)
-
-
-def load() -> Digits:
-    digits = load_digits()
-    images = torch.tensor(digits.data / 16, dtype=torch.float32)
-    labels = torch.tensor(digits.target)
-    return Digits(*train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0))
 
 
 def train(recipe: str, digits: Digits, epochs: int, seed: int, bar: tqdm) -> Run:

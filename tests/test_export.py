@@ -178,6 +178,7 @@ def test_safetensors_holds_tensors_only(tmp_path):
 def test_a_weight_without_elements(tmp_path, suffix):
     bio = biofx.transform(nn.Linear(0, 3), [passes.SplitSynapses()], example_inputs=torch.randn(2, 0))
     biofx.export(bio, tmp_path / f"model{suffix}", example_inputs=torch.randn(2, 0))
+    assert (tmp_path / f"model{suffix}").stat().st_size > 0
 
 
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])

@@ -163,6 +163,7 @@ def test_a_model_that_is_folded_in_inference_mode_trains():
     with torch.inference_mode():
         plain = biofx.fold(bio)
     loss(plain(torch.randn(1, 2))).backward()
+    assert all(p.grad is not None for p in plain.parameters())
 
 
 def test_a_weight_without_elements():

@@ -21,7 +21,7 @@ class Owner:
 
 @pytest.mark.parametrize("activation", [None, "relu", "tanh", "softplus", "silu", "log", torch.tanh, nn.Sigmoid()])
 def test_activations(activation):
-    Owner(activation)
+    assert Owner(activation).activation is activation
 
 
 @pytest.mark.parametrize(
