@@ -18,6 +18,7 @@ from biofx.fold import fold
 from biofx.inspection import summary, table, to_networkx
 from biofx.lifecycle import Attachment, attach
 from biofx.transform import transform
+from biofx.units import Units, units
 from biofx.verify import verify
 from biofx.weight_sites import WeightSite, l1, weight_sites
 
@@ -33,6 +34,7 @@ __all__ = [
     "ExportError",
     "LifecycleError",
     "PipelineError",
+    "Units",
     "VerificationError",
     "WeightSite",
     "attach",
@@ -44,6 +46,7 @@ __all__ = [
     "table",
     "to_networkx",
     "transform",
+    "units",
     "verify",
     "weight_sites",
 ]

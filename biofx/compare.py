@@ -23,7 +23,7 @@ def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         example_inputs: arguments of the model, as for `transform`.
     """
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with _unchanged(model), torch.no_grad(), torch.random.fork_rng():
+    with undisturbed(model), torch.no_grad():
         return _tensors(model.eval()(*args, **kwargs))
 
 
@@ -32,14 +32,15 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Let a model compute on copies of its buffers while the block runs, and restore its mode."""
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let a model compute on copies of its buffers while the block runs; restore its mode, and the random numbers."""
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
     copies = {id(buffer): buffer.clone() for buffer in model.buffers()}
     for module, buffers, _ in saved:
         module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if b is not None})
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
         for module, buffers, mode in saved:
             module._buffers.clear()

@@ -46,6 +46,7 @@ class Editor:
         generator: random numbers that depend on the seed, the pass and the parameter's name only. A CPU generator.
         changed: whether the pass changed the chain or the parameter.
         reason: why the pass left the parameter alone, if it did.
+        remarks: what else the user should know of the parameter.
     """
 
     def __init__(self, bio: fx.GraphModule, start: fx.Node, by: RunnablePass, seed: int, places: Owners) -> None:
@@ -53,6 +54,7 @@ class Editor:
         self.generator: torch.Generator = randomness.generator(seed, by.name, self.name)
         self.changed = False
         self.reason: str | None = None
+        self.remarks: list[str] = []
         self._bio = bio
         self._start = start
         self._by = by
@@ -154,6 +156,10 @@ class Editor:
     def leave(self, reason: str) -> None:
         """Leave the parameter alone; `summary` shows the reason."""
         self.reason = reason
+
+    def remark(self, text: str) -> None:
+        """Tell the user something about the parameter; `summary` shows it."""
+        self.remarks.append(text)
 
     def after(self, node: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
         """Insert `target(node, *args)` behind a node; all readers of the node read the new one.

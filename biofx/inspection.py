@@ -23,8 +23,9 @@ def summary(bio: nn.Module) -> str:
 
     Columns: the weight's name; its operator; its shape, without the axis of synapses; Γ, the number of synapses for
     each connection; mean, standard deviation and range of the learning gain; the sign constraint; and, if there are
-    any, the passes that left the weight alone, with the reason. Below come the weights that no pass could see, with
-    the reason; those that wait for `biofx.attach`; and the parameters that are not synapses.
+    any, the passes that left the weight alone, with the reason, and what passes remarked about it. Below come the
+    weights that no pass could see, with the reason; those that wait for `biofx.attach`; and the parameters that are
+    not synapses.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -49,10 +50,10 @@ def summary(bio: nn.Module) -> str:
     bio = transformed(bio)
     record = record_of(bio)
     sites, others = find(bio)
-    headers = ["weight", "operator", "shape", "Γ", "gain", "sign", "left alone"]
+    headers = ["weight", "operator", "shape", "Γ", "gain", "sign", "left alone", "remark"]
     rows = [_row(site) for site in sites.values()]
-    if not any(row[-1] for row in rows):
-        rows, headers = [row[:-1] for row in rows], headers[:-1]
+    shown = [i for i, header in enumerate(headers) if header not in OPTIONAL or any(row[i] for row in rows)]
+    headers, rows = [headers[i] for i in shown], [[row[i] for i in shown] for row in rows]
     parts = [
         "passes: " + ",\n        ".join(str(run.pass_) for run in record.passes),
         _text(rows, headers),
@@ -65,6 +66,8 @@ def summary(bio: nn.Module) -> str:
     idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
     if idle:
         parts.append(f"no optimizer is attached, so nothing happens at its steps (biofx.attach): {', '.join(idle)}")
+    if record.nonnegative:
+        parts.append(f"kept from being negative, as they multiply units: {', '.join(record.nonnegative)}")
     plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
     if plain:
         parts.append(f"not synapses: {', '.join(plain)}")
@@ -73,6 +76,7 @@ def summary(bio: nn.Module) -> str:
 
 def _row(site: WeightSite) -> list[Any]:
     runs = record_of(site.bio).passes
+    remarks = [f"{run.pass_.name}: {run.remarks[site.name]}" for run in runs if site.name in run.remarks]
     left = [f"{run.pass_.name}: {run.left[site.name]}" for run in runs if site.name in run.left]
     return [
         site.name if site.raw.requires_grad else f"{site.name} (frozen)",
@@ -81,8 +85,12 @@ def _row(site: WeightSite) -> list[Any]:
         site.synapses,
         _spread(site.gain),
         _signs(site.sign),
-        "; ".join(left),
+        ";\n".join(left),
+        ";\n".join(remarks),
     ]
+
+
+OPTIONAL = ("left alone", "remark")  # columns that only show if there is something in them
 
 
 def _spread(gain: torch.Tensor | None) -> str:
@@ -94,7 +102,10 @@ def _spread(gain: torch.Tensor | None) -> str:
 
 
 def _signs(sign: torch.Tensor | None) -> str:
-    return "free" if sign is None else f"{float((sign > 0).double().mean()):.0%} excitatory"
+    if sign is None:
+        return "free"
+    excitatory, free = float((sign > 0).double().mean()), float((sign == 0).double().mean())
+    return f"{excitatory:.0%} excitatory" + (f", {free:.0%} free" if free else "")
 
 
 def table(bio: nn.Module, only: str = "inserted") -> str:

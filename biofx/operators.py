@@ -100,8 +100,8 @@ def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
             return weight.view_as(weight)
 
         _RULES[packet] = rule
-        _define(name, "(" + signature, hook)
-        _define(_twin(packet) + dot + overload, "(" + signature, marker)
+        define_operator(name, "(" + signature, hook)
+        define_operator(_twin(packet) + dot + overload, "(" + signature, marker)
         return rule
 
     return define
@@ -157,8 +157,14 @@ def _check_rule(rule: GradientRule, schema: str) -> bool:
     return takes_weight
 
 
-def _define(name: str, signature: str, kernel: Callable[..., Tensor]) -> None:
-    """Register an operator on a weight, with a batching rule that keeps the axes of its arguments aligned."""
+def define_operator(name: str, signature: str, kernel: Callable[..., Tensor]) -> None:
+    """Register `torch.ops.biofx.<name>`, an operator on a weight whose other arguments are broadcast against it.
+
+    Args:
+        name: the operator's name, with its overload behind a dot, if it has one.
+        signature: its arguments and result in the dispatcher's language, in parentheses: `"(Tensor weight) -> Tensor"`.
+        kernel: what it computes, in operators that autograd knows.
+    """
     packet, _, overload = name.partition(".")
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], weight: Tensor, *others: Any) -> tuple[Tensor, int]:

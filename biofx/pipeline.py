@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from biofx.compare import difference, run_in_eval_mode
-from biofx.editor import Editor, owners
 from biofx.errors import PipelineError, VerificationError
 from biofx.inspection import table
+from biofx.model_editor import ModelEditor
 from biofx.provenance import PassRun, Slot, number_nodes, record_of
 from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
@@ -34,7 +34,8 @@ def run(
 ) -> None:
     """Run passes on a captured model, from the operator inwards, whatever the order in which they are given.
 
-    A pass that changes the shape of a weight thus runs before one that draws a number for each of its entries.
+    A pass that changes the shape of a weight thus runs before one that draws a number for each of its entries; one that
+    changes which units there are runs first of all.
 
     Args:
         bio: the model, changed in place.
@@ -49,13 +50,13 @@ def run(
         PipelineError: two passes exclude each other.
         VerificationError: a pass broke an invariant.
     """
-    ordered = sorted(passes, key=lambda p: (-p.slot, p.name))
+    ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))
     _refuse_conflicts(bio, ordered, excluded)
     for pass_ in ordered:
         compared = check and example_inputs is not None and pass_.preserves_function
         before = _outputs(bio, example_inputs) if compared else []
         with fixed_defaults():
-            _run_one(bio, pass_, excluded, seed)
+            _run_one(bio, pass_, excluded, seed, example_inputs)
             if check:
                 _verify_after(bio, pass_)
         if compared:
@@ -84,7 +85,8 @@ def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dic
                         f"{new.name} is given twice for {name}: as {old} and as {new}; "
                         "one weight takes a pass once (use exclude to give other weights other options)"
                     )
-                if old in earlier and old.slot < new.slot and new.slot in (Slot.SUM, Slot.OUTPUT):
+                reshapes = new.slot in (Slot.SUM, Slot.OUTPUT) and old.slot < new.slot
+                if old in earlier and (reshapes or new.changes_units):
                     raise PipelineError(
                         f"{new.name} changes the shape of {name}, or of what it returns, and {old.name} is set up for "
                         "the present one; transform the original model with both"
@@ -96,25 +98,20 @@ def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dic
             present.append(new)
 
 
-def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: int) -> None:
+def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: int, example_inputs: Any) -> None:
     start = time.perf_counter()
-    places = owners(bio)
-    changed: list[str] = []
-    left: dict[str, str] = {}
-    for name, site in find(bio)[0].items():
-        if name in excluded:
-            left[name] = excluded[name]
-            continue
-        edit = Editor(bio, site.node, pass_, seed, places)
-        with torch.no_grad():
-            pass_.rewrite(site, edit)
+    model = ModelEditor(bio, pass_, seed, excluded, example_inputs)
+    left = {name: reason for name, reason in excluded.items() if name in find(bio)[0]}
+    with torch.no_grad():
+        pass_.rewrite_model(model)
+        for edit in model.edits.values():
             if edit.reason is None and pass_.acts_at_step:
                 edit.count_steps()
-        if edit.reason is None and edit.changed:
-            changed.append(name)
-        else:
-            left[name] = edit.reason or "it changed nothing"
-    record_of(bio).passes.append(PassRun(pass_, seed, frozenset(changed), left, time.perf_counter() - start))
+    changed = {name for name, edit in model.edits.items() if edit.reason is None and edit.changed}
+    left |= {name: e.reason or "it changed nothing" for name, e in model.edits.items() if name not in changed}
+    remarks = {name: "; ".join(edit.remarks) for name, edit in model.edits.items() if edit.remarks}
+    seconds = time.perf_counter() - start
+    record_of(bio).passes.append(PassRun(pass_, seed, frozenset(changed), left, remarks, seconds))
 
 
 def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:

@@ -13,6 +13,7 @@ from biofx import randomness
 from biofx.chain import attribute
 from biofx.operators import apply_rule, is_hook, is_marker
 from biofx.provenance import inserted
+from biofx.sign_constraints import constraint_of
 from biofx.weight_sites import WeightSite
 
 
@@ -49,6 +50,23 @@ class PlasticWeight:
         assert value is not None, f"{self.by} keeps no {key} for {self.name}"
         return value
 
+    @property
+    def value(self) -> Tensor:
+        """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint."""
+        raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.site.sign
+        return raw if constraint is None or sign is None else constraint.operator(raw, sign)
+
+    @property
+    def slope(self) -> Tensor:
+        """Derivative of every synapse's magnitude with respect to what is stored for it."""
+        raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.site.sign
+        return raw.sign() if constraint is None or sign is None else constraint.slope(raw, sign)
+
+    def assign(self, value: Tensor) -> None:
+        """Store weights, one for every synapse; what has another sign than its unit becomes zero."""
+        constraint, sign = constraint_of(self.site), self.site.sign
+        self.raw.copy_(value if constraint is None or sign is None else constraint.store(value, sign))
+
     def generator(self) -> torch.Generator:
         """Random numbers that depend on the seed, the pass, the weight's name and the step only."""
         return randomness.generator(int(self.state("seed")), self.by, self.name, self.step)
@@ -71,6 +89,9 @@ class PlasticWeight:
             values: one for each entry that the mask selects, in order.
         """
         values = values.to(self.raw.device, self.raw.dtype)
+        constraint, sign = constraint_of(self.site), self.site.sign
+        if constraint is not None and sign is not None:
+            values = constraint.store(values, sign.expand_as(self.raw)[mask])
         self.raw[mask] = values
         if self.optimizer is None:
             return

@@ -93,6 +93,7 @@ class PassRun:
         seed: what its random draws depend on, together with the weight's name.
         weights: the weights that it changed.
         left: the weights that it left alone, each with the reason.
+        remarks: what it has to say about weights that it changed.
         seconds: how long it took.
     """
 
@@ -100,6 +101,7 @@ class PassRun:
     seed: int
     weights: frozenset[str]
     left: dict[str, str]
+    remarks: dict[str, str]
     seconds: float
 
 
@@ -110,6 +112,7 @@ class Record(nn.Module):
         original: names of the parameters of the original model.
         kept_whole: modules that are called as they are, by path, each with the reason.
         state: names of the buffers that passes added, and the passes that use each, joined by ", ".
+        nonnegative: the parameters that may not become negative, each with the pass that asks for it.
         passes: the passes that ran, in order.
         attached: the weights whose optimizer `biofx.attach` has connected; a copy of the model starts with none.
         by_hand: whether rules are called by hand (`BioConverter`) instead of by an optimizer.
@@ -120,6 +123,7 @@ class Record(nn.Module):
         self.original = tuple(original)
         self.kept_whole: dict[str, str] = {}
         self.state: dict[str, str] = {}
+        self.nonnegative: dict[str, str] = {}
         self.passes: list[PassRun] = []
         self.attached: set[str] = set()
         self.by_hand = False

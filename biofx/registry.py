@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from biofx.editor import Editor
 from biofx.errors import ArgumentError, PipelineError
+from biofx.model_editor import ModelEditor
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.weight_sites import WeightSite
@@ -45,11 +46,13 @@ class Pass:
         name: the name in pipeline strings and tables.
         slot: where on the way from the stored weight to its operator the pass puts its nodes.
         moment: when the pass acts around `optimizer.step()`, if it does (see `biofx.attach`).
+        changes_units: whether the pass changes which units there are. Such a pass runs before all others.
     """
 
     name: ClassVar[str]
     slot: ClassVar[Slot]
     moment: ClassVar[Moment | None] = None
+    changes_units: ClassVar[bool] = False
 
     @property
     def preserves_function(self) -> bool:
@@ -60,6 +63,11 @@ class Pass:
     def acts_at_step(self) -> bool:
         """Whether the pass does something around `optimizer.step()`."""
         return self.moment is not None
+
+    def rewrite_model(self, model: ModelEditor) -> None:
+        """Rewrite a model, one weight after the other; a pass for which weights belong together overrides this."""
+        for name, site in model.sites.items():
+            self.rewrite(site, model.edits[name])
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Rewrite one weight: insert nodes with `edit`, or leave the weight alone with `edit.leave(reason)`."""

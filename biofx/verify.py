@@ -14,6 +14,7 @@ from biofx.errors import VerificationError
 from biofx.operators import NAMESPACE
 from biofx.provenance import Slot, inserted, inserted_nodes, record_of, transformed
 from biofx.registry import Pass
+from biofx.sign_constraints import mixed_units
 from biofx.weight_sites import find
 
 
@@ -24,6 +25,8 @@ def verify(bio: nn.Module) -> None:
     - Every weight has one chain, with its nodes in canonical order, and every inserted node is in use.
     - Every `biofx` operator in the graph was inserted by a pass that ran.
     - No parameter of the original model is gone.
+    - All outgoing effective weights of a unit that has a sign, in all weights that read it, have one sign. What
+      multiplies units and is held to be not negative is so.
     - Gains are finite and not negative; what else a pass promises holds (`Pass.violations`).
 
     Args:
@@ -106,7 +109,11 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
                 yield f"{by}: {weight}: gain is not finite"
             elif bool((gain < 0).any()):
                 yield f"{by}: {weight}: gain is negative ({float(gain.min()):g})"
+    for name, by in record.nonnegative.items():
+        if bool((attribute(bio, name) < 0).any()):
+            yield f"{by}: {name}: it multiplies units, and is negative ({float(attribute(bio, name).min()):g})"
     sites = find(bio)[0]
+    yield from mixed_units(sites)
     for run in record.passes:
         for name in sorted(run.weights):
             if name not in sites:

@@ -83,6 +83,11 @@ class WeightSite:
         """The stored parameter: shape (Γ, *shape) if the weight is split into Γ synapses, else just shape."""
         return attribute(self.bio, self.name)  # type: ignore[no-any-return]
 
+    def synaptic(self) -> Tensor:
+        """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, differentiable."""
+        nodes = [n for n in self.chain if (origin := inserted(n)) is None or origin.slot <= Slot.SIGN]
+        return evaluate(self.bio, nodes)
+
     def effective(self) -> Tensor:
         """The tensor that the operator receives, differentiable in `raw`."""
         return evaluate(self.bio, self.chain)
@@ -94,7 +99,7 @@ class WeightSite:
 
     @property
     def sign(self) -> Tensor | None:
-        """Sign +1 or −1 of the unit behind every synapse, broadcastable to `raw`; None if signs are free."""
+        """Sign +1 or −1 of the unit behind every synapse, 0 if it is free, broadcastable to `raw`; None if all are."""
         return self.state("sign")
 
     @property
@@ -127,6 +132,38 @@ class WeightSite:
         """Number of postsynaptic units."""
         # A transposed convolution's weight has its presynaptic units first, and the postsynaptic ones of one group.
         return self.shape[self.postsynaptic_axis] * (self.groups if self.presynaptic_axis == 0 else 1)
+
+    @property
+    def presynaptic_units(self) -> int:
+        """Number of presynaptic units."""
+        return self.shape[self.presynaptic_axis] * (self.groups if self.presynaptic_axis == 1 else 1)
+
+    def spread_presynaptic(self, values: Tensor) -> Tensor:
+        """Values of the presynaptic units, shape (presynaptic_units,), on the axes of the weight, to be broadcast."""
+        if self.presynaptic_axis == 1:
+            grouped = values.view(self.groups, 1, -1)
+            if self.groups > 1:
+                grouped = grouped.expand(-1, self.shape[0] // self.groups, -1)
+            values = grouped.flatten(0, 1)
+        return values.reshape(*values.shape, *[1] * (len(self.shape) - values.dim()))
+
+    def outgoing(self, values: Tensor) -> Tensor:
+        """Values on the weight, by the presynaptic unit: shape (presynaptic_units, outgoing connections of each)."""
+        if self.presynaptic_axis == 1:
+            values = values.reshape(self.groups, -1, self.shape[1], self.shape[2:].numel()).movedim(2, 1)
+        return values.reshape(self.presynaptic_units, -1)
+
+    def incoming(self, values: Tensor) -> Tensor:
+        """Values on the weight, by the postsynaptic unit: shape (units, incoming connections of each)."""
+        if self.presynaptic_axis == 0:
+            values = values.reshape(self.groups, -1, self.shape[1], self.shape[2:].numel()).movedim(2, 1)
+        return values.reshape(self.units, -1)
+
+    def from_incoming(self, rows: Tensor) -> Tensor:
+        """Values on the weight, from those of `incoming`."""
+        if self.presynaptic_axis == 0:
+            rows = rows.view(self.groups, self.shape[1], -1, self.shape[2:].numel()).movedim(1, 2)
+        return rows.reshape(self.shape)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the postsynaptic units, shape (units,), on the axes of the weight, to be broadcast against it."""

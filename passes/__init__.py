@@ -2,6 +2,7 @@
 
 from biofx.editor import Editor
 from biofx.passes.crystallize import Crystallize
+from biofx.passes.dales_principle import DalesPrinciple
 from biofx.passes.fuzzy_learning_rates import FuzzyLearningRates
 from biofx.passes.group_units import GroupUnits
 from biofx.passes.l1_regularization import L1Regularization
@@ -20,6 +21,7 @@ register_recipe("cortex", CORTEX)
 
 __all__ = [
     "Crystallize",
+    "DalesPrinciple",
     "Editor",
     "FuzzyLearningRates",
     "GroupUnits",

@@ -94,13 +94,13 @@ class Crystallize(Pass):
         for weight in weights:
             if weight.step % self.every == 0:
                 gain = weight.state("gain")
-                gain.copy_(crystallize(gain, weight.raw, weight.gradient, self.threshold, self.dampening, self.floor))
+                gain.copy_(crystallize(gain, weight.value, weight.gradient, self.threshold, self.dampening, self.floor))
 
 
 def crystallize(
     gain: Tensor, weight: Tensor, gradient: Tensor, threshold: float, dampening: float, floor: float
 ) -> Tensor:
-    """The gains after one crystallization; all tensors have the stored weight's shape."""
+    """The gains after one crystallization; all tensors have the shape of the stored weight."""
     # In place, since a new tensor of this size costs more than the arithmetic.
     magnitude, slope = weight.abs(), gradient.abs()
     settled = slope > magnitude.mean()

@@ -128,7 +128,7 @@ class FuzzyLearningRates(Pass):
         if self.distribution == "layer_adaptive":
             nu = layer_adaptive_spread(self.nu, site.depth)
         elif self.distribution == "weight_adaptive":
-            nu = weight_adaptive_spread(self.nu, site.raw.detach().float().cpu())
+            nu = weight_adaptive_spread(self.nu, site.synaptic().detach().float().cpu())
         gain = DISTRIBUTIONS[self.distribution](site.raw.shape, nu, edit.generator).clamp(self.minimum, self.maximum)
         dtype = getattr(torch, self.dtype) if self.dtype else site.raw.dtype
         edit.gain(gain.to(site.raw.device, dtype))
@@ -152,7 +152,7 @@ class FuzzyLearningRates(Pass):
                 fresh = fresh + 0.1 * (uniform(shape, self.nu, generator) - 1).to(device)
             return fresh
         if self.distribution == "weight_adaptive":
-            spread = weight_adaptive_spread(self.nu, weight.raw.float().cpu())
+            spread = weight_adaptive_spread(self.nu, weight.value.float().cpu())
         else:
             spread = weight.site.spread(activity_spread(self.nu, weight.state("active").cpu()))
         return uniform(shape, spread, generator).to(device)

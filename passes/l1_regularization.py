@@ -70,4 +70,4 @@ class L1Regularization(Pass):
         """Add the pull to the gradients."""
         for weight in weights:
             towards_zero = -1 if weight.group.get("maximize") else 1
-            weight.gradient.add_(weight.as_gradient(towards_zero * self.strength * weight.raw.sign()))
+            weight.gradient.add_(weight.as_gradient(towards_zero * self.strength * weight.slope))

@@ -31,12 +31,12 @@ class Rejuvenate(Pass):
     | `"exponential"` | with probability P = exp(−dre·\|w\|/σ(w)) | ± lognormal, mean and deviation of \|w\| |
     | `"threshold"` (the paper) | where \|N(0, M/dre)\| > \|w\| | U(−M, M), M = max\|w\| |
 
-    with w the stored weight (each synapse of its own), and σ(w) its standard deviation over the site. The sign of a new
-    synapse is its unit's under Dale's principle, and random otherwise; its gain is that of the place. Only replaced
-    entries change, and the optimizer forgets what it remembers of them (momentum, Adam's moments), since that was
-    about another synapse. Under the
-    exponential rule, a site whose weights are all equal is left as it is. `<weight>_replaced` counts all
-    replacements.
+    with w the weight of a synapse (each of several on its own), and σ(w) its standard deviation over the site. The
+    sign of a new synapse is its unit's under Dale's principle, and random otherwise; its gain is that of the place.
+    Only replaced entries change, and the optimizer forgets what it remembers of them (momentum, Adam's moments), since
+    that was about another synapse. Under Dale's principle a weight of 0 is the absence of a synapse, so there is
+    nothing to replace. Under the exponential rule, a site whose weights are all equal is left as it is.
+    `<weight>_replaced` counts all replacements.
 
     Adam corrects its moments for the steps of the weight as a whole, so a new synapse moves by several learning rates
     at first.
@@ -99,11 +99,14 @@ class Rejuvenate(Pass):
             if weight.step % self.every:
                 continue
             generator = weight.generator()
-            mask = choose(weight.raw, self.dre, generator)
-            new = draw(weight.raw, int(mask.sum()), generator)
-            sign = weight.site.sign
+            value, sign = weight.value, weight.site.sign
+            mask = choose(value, self.dre, generator)
             if sign is not None:
-                new = new.abs() * sign.expand_as(weight.raw)[mask].to(new.device, new.dtype)
+                mask &= value != 0
+            new = draw(value, int(mask.sum()), generator).to(value.device, value.dtype)
+            if sign is not None:
+                signs = sign.expand_as(value)[mask]
+                new = torch.where(signs == 0, new, new.abs() * signs)
             weight.replace(mask, new)
             weight.state("replaced").add_(len(new))
 

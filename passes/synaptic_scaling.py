@@ -118,7 +118,8 @@ class SynapticScaling(Pass):
                 continue
             target = activity.mean() if self.target is None else torch.as_tensor(self.target).to(activity)
             if self.on == "weight":
-                weight.raw.mul_(weight.site.spread(weight_factor(activity, target, strength)).to(weight.raw.dtype))
+                factor = weight.site.spread(weight_factor(activity, target, strength))
+                weight.assign(weight.value * factor.to(weight.raw.dtype))
             else:
                 factor = weight.state("homeostasis")
                 factor.copy_(weight.site.spread(gradient_factor(activity, target, strength)).view_as(factor))

@@ -1,0 +1,157 @@
+r"""Sign constraints: how a stored weight is kept to the sign of its presynaptic unit.
+
+$$w = s \cdot f(r), \qquad f \ge 0$$
+
+with r the stored weight, and s the sign of the unit, +1 or −1. A sign of 0 stands for a free weight, w = r.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from biofx.editor import Editor
+from biofx.operators import define_operator
+from biofx.provenance import Slot, inserted
+from biofx.weight_sites import WeightSite
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SignConstraint:
+    """One way to keep a weight to its sign.
+
+    Attributes:
+        operator: what stands in the graph, `operator(stored, sign)`.
+        store: the stored weight that gives a weight, `store(weight, sign)`; what has the other sign becomes zero.
+        slope: the derivative of the weight's magnitude with respect to the stored weight, `slope(stored, sign)`.
+    """
+
+    operator: Any
+    store: Function
+    slope: Function
+
+
+def rectify(weight: Tensor, sign: Tensor) -> Tensor:
+    """relu(w·s)·s, and w where s = 0."""
+    low = torch.where(sign > 0, 0.0, -torch.inf).to(weight.dtype)
+    high = torch.where(sign < 0, 0.0, torch.inf).to(weight.dtype)
+    return torch.clamp(weight, low, high)
+
+
+class _Rectify(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, sign: Tensor) -> Tensor:
+        return rectify(weight, sign)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _project(weight: Tensor, sign: Tensor) -> Tensor:
+    """relu(w·s)·s with the gradient of the identity: a synapse at zero still feels where it should go."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return _Rectify.apply(weight, sign)  # type: ignore[no-any-return, no-untyped-call]
+    return rectify(weight, sign).detach() + (weight - weight.detach())
+
+
+def _absolute(weight: Tensor, sign: Tensor) -> Tensor:
+    """|w|·s. The slope of |w| at 0 is 1, so that a silent synapse can grow."""
+    own = torch.where(weight < 0, -1.0, 1.0).to(weight.dtype)
+    return weight * torch.where(sign == 0, torch.ones_like(own), own * sign.to(weight.dtype))
+
+
+def _softplus(weight: Tensor, sign: Tensor) -> Tensor:
+    """ln(1 + eʷ)·s."""
+    return torch.where(sign == 0, weight, F.softplus(weight) * sign.to(weight.dtype))
+
+
+def _inverse_softplus(weight: Tensor, sign: Tensor) -> Tensor:
+    """ln(eᵐ − 1) of the magnitude m, which is kept large enough to have a logarithm."""
+    magnitude = rectify(weight, sign).abs().clamp(min=torch.finfo(weight.dtype).tiny)
+    return torch.where(sign == 0, weight, magnitude + torch.log(-torch.expm1(-magnitude)))
+
+
+def _sign(stored: Tensor, sign: Tensor) -> Tensor:
+    return stored.sign()
+
+
+def _logistic(stored: Tensor, sign: Tensor) -> Tensor:
+    return torch.where(sign == 0, stored.sign(), torch.sigmoid(stored))
+
+
+_SIGNATURE = "(Tensor weight, Tensor sign) -> Tensor"
+define_operator("project_sign", _SIGNATURE, _project)
+define_operator("abs_sign", _SIGNATURE, _absolute)
+define_operator("softplus_sign", _SIGNATURE, _softplus)
+
+CONSTRAINTS = {
+    "project": SignConstraint(torch.ops.biofx.project_sign, rectify, _sign),
+    "abs": SignConstraint(torch.ops.biofx.abs_sign, rectify, _sign),
+    "softplus": SignConstraint(torch.ops.biofx.softplus_sign, _inverse_softplus, _logistic),
+}
+
+
+def constrain(edit: Editor, site: WeightSite, sign: Tensor, units: Tensor, constraint: str) -> None:
+    """Keep a weight to the signs of its presynaptic units.
+
+    Args:
+        edit: the weight's editor.
+        site: the weight; what it stores stays as it is.
+        sign: sign of each presynaptic unit, +1, −1, or 0 if it is free, shape (presynaptic_units,).
+        units: number of the unit at each presynaptic position, int64, shape (presynaptic_units,): positions of one
+            unit, in whichever weight, have one number.
+        constraint: one of `CONSTRAINTS`.
+    """
+    spread = site.spread_presynaptic(sign).to(site.raw.device, site.raw.dtype)
+    edit.insert(CONSTRAINTS[constraint].operator, edit.state("sign", spread))
+    edit.keep("units", units)
+
+
+def wrong_signs(site: WeightSite) -> int:
+    """Number of synapses whose weight has another sign than their unit."""
+    sign = site.sign
+    return 0 if sign is None else int((site.synaptic().detach() * sign < 0).sum())
+
+
+def constraint_of(site: WeightSite) -> SignConstraint | None:
+    """The constraint on a weight's signs, if there is one."""
+    for node in site.chain:
+        origin = inserted(node)
+        if origin is not None and origin.slot is Slot.SIGN:
+            return next((c for c in CONSTRAINTS.values() if c.operator is node.target), None)
+    return None
+
+
+def mixed_units(sites: dict[str, WeightSite]) -> Iterator[str]:
+    """The units with outgoing weights of both signs, over all weights that read them, one sentence for each weight.
+
+    A weight's units are those of the buffer `<weight>_units`; free ones are left out.
+    """
+    signs: dict[int, set[float]] = {}
+    readers: dict[int, list[str]] = {}
+    for site in sites.values():
+        units, sign = site.state("units"), site.sign
+        if units is None or sign is None:
+            continue
+        constrained = site.outgoing(sign.expand(site.shape))[:, 0] != 0
+        weight = site.outgoing(site.effective().detach())
+        for has, value in ((weight > 0, 1.0), (weight < 0, -1.0)):
+            for unit in units[has.any(1) & constrained].tolist():
+                signs.setdefault(unit, set()).add(value)
+                readers.setdefault(unit, []).append(site.name)
+    mixed = Counter(name for unit, found in signs.items() if len(found) > 1 for name in dict.fromkeys(readers[unit]))
+    for name, count in mixed.items():
+        yield f"{name}: {count} of its presynaptic units are excitatory and inhibitory at once"

@@ -1,0 +1,265 @@
+r"""Dale's principle: a unit is excitatory, or inhibitory, for all its targets.
+
+$$w_{ij} = s_j\,\lvert w_{ij} \rvert, \qquad s_j \in \{+1, -1\}$$
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from biofx.balance import balance
+from biofx.errors import ArgumentError, PipelineError
+from biofx.model_editor import ModelEditor
+from biofx.options import check_choice, check_number
+from biofx.plastic_weight import PlasticWeight
+from biofx.provenance import Slot
+from biofx.registry import Moment, Pass, register
+from biofx.scales import hold_scales, project_scales
+from biofx.sign_constraints import CONSTRAINTS, constrain, wrong_signs
+from biofx.units import Reading
+from biofx.weight_sites import WeightSite
+
+INPUTS = ("free", "excitatory", "mixed")
+ASSIGNMENTS = ("random", "closest")
+
+
+@register
+@dataclass(frozen=True)
+class DalesPrinciple(Pass):
+    r"""Give every unit a sign, and keep all its outgoing weights, in whichever layers, to it.
+
+    $$w_{ij} = s_j\, f(r_{ij}), \qquad s_j \in \{+1, -1\}, \quad f \ge 0$$
+
+    with $r_{ij}$ the stored weight from presynaptic unit j to postsynaptic unit i. Which weights leave one unit is a
+    question about the graph: all weights that read a tensor share its units; so do the positions of a feature map that
+    was flattened, and the parts of a concatenation. `biofx.units` answers it, and shows the answer. A split weight has
+    its unit's sign in each of its synapses. Signs are in the buffer `<weight>_sign`, and the folded model obeys the
+    principle as well.
+
+    | constraint | weight | stored |
+    |---|---|---|
+    | `"project"` | relu(r·s)·s | projected after every step; feels the weight's gradient at 0 too: no synapse dies |
+    | `"abs"` | \|r\|·s | r of either sign |
+    | `"softplus"` | ln(1 + eʳ)·s | a weight never reaches 0, and small ones change slowly |
+
+    *Signs.* `"random"` draws them for each population: exactly the fraction `excitatory` of its units, rounded, but at
+    least one of each kind. `"closest"` is for a trained network: a unit gets the sign of the larger part of the energy
+    of its outgoing weights, $\sum_i w_{ij}^2$, and the rest of them becomes 0; `summary` tells how much was kept.
+    Signs that are given, by the name of the population that `biofx.units` shows, hold; others are drawn.
+
+    *Balance.* A network whose weights just get signs does not train if it is deep: all units read the rest through the
+    same signs, so one common mode grows with every layer. With `balance`, rows are sparse: of each sign they keep the
+    fraction `density` of their synapses, and the others start at 0 and may grow. What is kept is scaled, the excitatory
+    and the inhibitory part of each row by a number each, so that the net input of every unit has the mean and the
+    variance that it had without signs, for normal inputs to the network; what is left of the mean goes into the bias
+    (`biofx/balance.py`). In networks of 20 layers activity then is within a factor of 3 of what it was at every depth,
+    and 8 layers learn as they did.
+
+    *What can turn a sign over.* A parameter that multiplies units on their way, such as γ of a batch norm, is kept
+    from being negative. Where a unit's activity can be negative (tanh, no activation), its *effect* changes sign
+    although its weights do not; `summary` says so. A weight that is used on different units would need two signs: its
+    positions get signs of their own.
+
+    The reference package gives signs to the rows of a linear weight, which are postsynaptic, and to single kernels of a
+    convolution, so no unit ends up excitatory or inhibitory, and its rejuvenation overwrites them.
+
+    Args:
+        excitatory: fraction of excitatory units, in [0, 1]. Default: about that of cortex.
+        assign: `"random"`, `"closest"`, or signs by population: `{"fc1.weight": [1, 1, -1, …]}`.
+        constraint: `"project"`, `"abs"` or `"softplus"`.
+        balance: draw the magnitudes for balance. None: unless the signs are `"closest"`. False keeps them.
+        density: fraction of the synapses that a balanced weight starts with, in (0, 1]; the others start at 0.
+        inputs: what the model's inputs are: `"free"` (no units, so no constraint), `"excitatory"`, or `"mixed"`, with
+            signs like all units.
+        sites: glob patterns over names of weights; others are left alone.
+
+    Raises:
+        ArgumentError: an option out of its range.
+        PipelineError: at transform, if a population has only one unit and cannot hold a fraction, if given signs do not
+            fit, or if no weight matches `sites`.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 10), torch.nn.ReLU(), torch.nn.Linear(10, 3))
+        >>> bio = biofx.transform(model, [passes.DalesPrinciple(excitatory=0.8)])
+        >>> bool((bio.get_parameter("2.weight").sign() * bio.get_buffer("2.weight_sign") >= 0).all())
+        True
+        >>> int((biofx.weight_sites(bio)["2.weight"].sign > 0).sum())
+        8
+
+    References:
+        Song, Yang & Wang, Training excitatory-inhibitory recurrent neural networks for cognitive tasks, PLOS
+        Computational Biology 12, 2016. Cornford et al., Learning to live with Dale's principle, ICLR 2021. Li et al.,
+        Learning better with Dale's Law: a spectral perspective, NeurIPS 2023.
+    """
+
+    name: ClassVar[str] = "dales-principle"
+    slot: ClassVar[Slot] = Slot.SIGN
+    moment: ClassVar[Moment] = Moment.PROJECTION
+
+    excitatory: float = 0.8
+    assign: str | Mapping[str, Sequence[int]] = "random"
+    constraint: str = "project"
+    balance: bool | None = None
+    density: float = 0.1
+    inputs: str = "free"
+    sites: str | Sequence[str] = "*"
+
+    def __post_init__(self) -> None:
+        check_number(self, "excitatory", at_least=0, at_most=1)
+        check_choice(self, "constraint", CONSTRAINTS)
+        check_choice(self, "inputs", INPUTS)
+        check_number(self, "density", above=0, at_most=1)
+        if self.balance not in (None, True, False):
+            raise ArgumentError(f"passes.DalesPrinciple: balance must be True, False or None, got {self.balance!r}")
+        if isinstance(self.assign, Mapping):
+            object.__setattr__(self, "assign", {name: _signs(name, given) for name, given in self.assign.items()})
+        else:
+            check_choice(self, "assign", ASSIGNMENTS)
+        if self.assign == "closest" and self.balance:
+            raise ArgumentError(
+                'passes.DalesPrinciple: assign="closest" keeps the weights of a trained network, and balance=True '
+                "draws others; drop one"
+            )
+        patterns = (self.sites,) if isinstance(self.sites, str) else self.sites
+        if not isinstance(patterns, Collection) or not patterns or not all(isinstance(p, str) for p in patterns):
+            raise ArgumentError(f"passes.DalesPrinciple: sites must be glob patterns, got {self.sites!r}")
+
+    def rewrite_model(self, model: ModelEditor) -> None:
+        """Assign signs to units, and weights to signs."""
+        units = model.units
+        hold_scales(model)
+        chosen = self._chosen(model)
+        signs = self._assign(model, {name: units.readings[name] for name in chosen})
+        constrained: dict[str, Tensor] = {}
+        for name in chosen:
+            reading, edit = units.readings[name], model.edits[name]
+            sign = signs[reading.numbers]
+            if not bool(sign.any()):
+                edit.leave("it reads the model's inputs, which are free")
+                continue
+            constrained[name] = sign
+            if reading.remark:
+                edit.remark(f"{reading.remark}, so its positions have signs of their own")
+            if reading.signed_by:
+                edit.remark(f"the activity of its units can be negative ({reading.signed_by})")
+        self._set_weights(model, constrained)
+        for name, sign in constrained.items():
+            site, edit = chosen[name], model.edits[name]
+            spread = site.spread_presynaptic(sign).to(site.raw.device, site.raw.dtype)
+            edit.replace_raw(CONSTRAINTS[self.constraint].store(site.raw.detach(), spread))
+            constrain(edit, site, sign, units.readings[name].numbers, self.constraint)
+
+    def at_step(self, weights: Sequence[PlasticWeight]) -> None:
+        """Project stored weights on their signs, and scales on what is not negative."""
+        for weight in weights:
+            if self.constraint == "project":
+                weight.assign(weight.value)
+        project_scales(weights[0].site.bio, self.name)
+
+    def violations(self, site: WeightSite) -> Iterator[str]:
+        """Synapses whose weight has another sign than their unit."""
+        wrong = wrong_signs(site)
+        if wrong:
+            yield f"{wrong} synapses have another sign than their unit"
+
+    def _chosen(self, model: ModelEditor) -> dict[str, WeightSite]:
+        patterns = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+        for pattern in patterns:
+            if not fnmatch.filter(model.sites, pattern):
+                raise PipelineError(
+                    f'{self.name}: no weight matches sites="{pattern}"; there are {", ".join(model.sites)}'
+                )
+        chosen = {n: site for n, site in model.sites.items() if any(fnmatch.fnmatch(n, p) for p in patterns)}
+        for name in model.sites.keys() - chosen.keys():
+            model.edits[name].leave("it is not among the sites that were asked for")
+        return chosen
+
+    def _assign(self, model: ModelEditor, readings: Mapping[str, Reading]) -> Tensor:
+        """Sign of every unit by its number: +1, −1, or 0 if it is free."""
+        units = model.units
+        signs = torch.zeros(len(units.owner))
+        read = torch.cat([reading.numbers for reading in readings.values()]).unique()
+        energies = _energies(model, readings) if self.assign == "closest" else None
+        given = dict(self.assign) if isinstance(self.assign, Mapping) else {}
+        for index, population in enumerate(units.populations):
+            numbers = read[units.owner[read] == index]
+            if population.name in given:
+                members = units.members(index)
+                signs[members] = _fitting(population.name, given.pop(population.name), len(members))
+            elif not len(numbers):
+                continue
+            elif population.origin in ("input", "constant") and self.inputs != "mixed":
+                signs[numbers] = float(self.inputs == "excitatory")
+            elif energies is not None:
+                signs[numbers] = torch.where(energies[numbers, 0] >= energies[numbers, 1], 1.0, -1.0)
+            else:
+                signs[numbers] = self._draw(population.name, len(numbers), model.generator(population.name))
+        if given:
+            known = ", ".join(population.name for population in units.populations[1:])
+            raise PipelineError(f"{self.name}: assign names {next(iter(given))!r}, but the populations are {known}")
+        return signs
+
+    def _draw(self, name: str, count: int, generator: torch.Generator) -> Tensor:
+        if count == 1 and 0 < self.excitatory < 1:
+            raise PipelineError(
+                f"{self.name}: {name} is a population of one unit, which cannot be {self.excitatory:.0%} excitatory; "
+                f'give it a sign with assign={{"{name}": [1]}}, or leave the weights that read it alone with sites or '
+                "exclude"
+            )
+        excitatory = round(self.excitatory * count)
+        if 0 < self.excitatory < 1:
+            excitatory = min(max(excitatory, 1), count - 1)
+        signs = torch.full((count,), -1.0)
+        signs[torch.randperm(count, generator=generator)[:excitatory]] = 1.0
+        return signs
+
+    def _set_weights(self, model: ModelEditor, signs: Mapping[str, Tensor]) -> None:
+        """Give the weights magnitudes, with the signs of their units."""
+        sites = {name: model.sites[name] for name in signs}
+        if self.assign == "closest":
+            for name, site in sites.items():
+                raw = site.raw.detach()
+                sign = site.spread_presynaptic(signs[name]).to(raw)
+                kept = raw.square().where(raw * sign >= 0, 0).sum() / raw.square().sum()
+                model.edits[name].remark(f"{float(kept):.0%} of its energy was kept")
+        elif self.balance is False:
+            for name, site in sites.items():
+                sign = site.spread_presynaptic(signs[name]).to(site.raw)
+                site.raw.copy_(torch.where(sign == 0, site.raw, site.raw.abs() * sign))
+        else:
+            balance(model, signs, self.density, floor=FLOOR if self.constraint == "softplus" else 0.0)
+
+
+FLOOR = 0.01  # of the mean magnitude: where a softplus weight starts instead of at 0, which it never reaches
+
+
+def _signs(name: str, given: Any) -> tuple[int, ...]:
+    values = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(values, Collection) or isinstance(values, str) or not all(v in (1, -1) for v in values):
+        raise ArgumentError(f"passes.DalesPrinciple: assign[{name!r}] must be signs, +1 or −1, got {given!r}")
+    return tuple(int(v) for v in values)
+
+
+def _fitting(name: str, signs: Sequence[int], count: int) -> Tensor:
+    if len(signs) != count:
+        raise PipelineError(f"dales-principle: assign[{name!r}] has {len(signs)} signs for {count} units")
+    return torch.tensor(signs, dtype=torch.float32)
+
+
+def _energies(model: ModelEditor, readings: Mapping[str, Reading]) -> Tensor:
+    """Energy of the positive and of the negative outgoing weights of every unit, shape (units, 2)."""
+    result = torch.zeros(len(model.units.owner), 2, dtype=torch.float64)
+    for name, reading in readings.items():
+        site = model.sites[name]
+        weight = site.outgoing(site.effective().detach().double().cpu())
+        for column, part in enumerate((weight.clamp(min=0), weight.clamp(max=0))):
+            result[:, column].index_add_(0, reading.numbers, part.square().sum(1))
+    return result
