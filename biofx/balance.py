@@ -21,14 +21,14 @@ from torch import Tensor, fx
 
 from biofx.chain import attribute
 from biofx.compare import undisturbed
-from biofx.dry_run import Guesser
+from biofx.dry_run import UNKNOWN, Guesser
 from biofx.model_editor import ModelEditor
 from biofx.weight_sites import WeightSite, find
 
 LEAST = 8  # synapses of each kind that a row keeps, if it has them: fewer cannot be balanced
-SAMPLES = 256  # in the batch on which net inputs are measured,
-ENTRIES = 2**21  # of which each input has at most so many entries, but
-FEWEST = 16  # samples at least: below this, no variance over a batch means anything
+SAMPLES = 256  # in the batch on which net inputs are measured, at most, and
+POSITIONS = 4096  # as many as have so many positions in time and space, which are samples of a kind, but
+FEWEST = 32  # at least
 SLACK = 0.9  # how much of the largest mean that a row can have for its variance it gets at most
 LARGEST = 4.0  # factor by which measuring may change the size of a row
 RECTIFIED = 1 / (torch.pi - 1)  # mean² / variance of a rectified normal variable
@@ -51,7 +51,6 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     bio = copy.deepcopy(model.bio).double()  # deep networks tell samples apart in the eighth digit
     found = find(bio)[0]
     sites = {name: found[name] for name in signs}
-    inputs = _normal_inputs(model, bio)
     original = {name: _connections(site).clone() for name, site in sites.items()}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -64,12 +63,12 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
         if site.name in targets:
             _refit(site, use, activity, signs[site.name], *targets[site.name])
 
-    _run(bio, found, sites, inputs, measure)
+    _run(model, bio, found, sites, measure)
     for name, site in sites.items():
         sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
         rows = balanced(site.incoming(original[name]), sign, density, floor, generator=model.generator(name))
         _store(site, site.from_incoming(rows))
-    _run(bio, found, sites, inputs, refit)
+    _run(model, bio, found, sites, refit)
     for name, site in sites.items():
         model.sites[name].raw.copy_(site.raw)
         bias = _bias(site, site.uses[0])
@@ -80,8 +79,9 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
 def balanced(weight: Tensor, sign: Tensor, density: float, floor: float, *, generator: torch.Generator) -> Tensor:
     """Sparse weights with given signs, whose rows have the sum and the sum of squares that they had.
 
-    For inputs of one mean and one variance that is (*). A row whose inputs have all one sign stays dense, and is scaled
-    to the mean square of its net input for rectified normal inputs.
+    For inputs of one mean and one variance that is (*). A row whose inputs have all one sign cannot cancel them; it
+    stays dense, and is scaled to the mean square net input that weights of random signs have, for rectified normal
+    inputs.
 
     Args:
         weight: weights, shape (rows, synapses).
@@ -165,20 +165,21 @@ See = Callable[[WeightSite, fx.Node, Tensor], None]
 
 
 def _run(
+    model: ModelEditor,
     bio: fx.GraphModule,
     all_sites: dict[str, WeightSite],
     sites: Mapping[str, WeightSite],
-    inputs: dict[str, Any],
     see: See,
 ) -> None:
-    """Run the network, and show what arrives at the first use of each weight."""
+    """Run a copy of the network on normal inputs, and show what arrives at the first use of each weight."""
+    generator, first = model.generator("inputs"), {site.uses[0]: site for site in sites.values()}
     with undisturbed(bio), torch.no_grad():
         bio.eval()
-        _Watched(bio, all_sites, inputs, {site.uses[0]: site for site in sites.values()}, see).run()
+        _Watched(bio, all_sites, _normal_inputs(model, bio, generator), first, see, generator).run()
 
 
 class _Watched(Guesser):
-    """Runs a graph on given inputs, as far as it can."""
+    """Runs a graph on given inputs, as far as it can; what is not known is normal, behind a weight rectified."""
 
     def __init__(
         self,
@@ -187,10 +188,19 @@ class _Watched(Guesser):
         inputs: dict[str, Any],
         first: dict[fx.Node, WeightSite],
         see: See,
+        generator: torch.Generator,
     ) -> None:
+        self._generator = generator
         super().__init__(bio, all_sites, inputs)
         self._first = first
         self._see = see
+
+    def input_of(self, site: WeightSite) -> Tensor:
+        """Standard normal activity; behind a weight, rectified."""
+        shape = super().input_of(site).shape
+        shape = torch.Size([_samples(shape), *shape[1:]])
+        draw = torch.randn(shape, generator=self._generator, dtype=torch.float64).to(site.raw.device)
+        return draw.relu() if site.depth > 0 else draw
 
     def before(self, node: fx.Node) -> None:
         """Look at the activity that arrives, if it is that of enough samples."""
@@ -204,20 +214,26 @@ class _Watched(Guesser):
             self.env[site.chain[-1]] = site.effective()
 
 
-def _normal_inputs(model: ModelEditor, bio: fx.GraphModule) -> dict[str, Any]:
+def _normal_inputs(model: ModelEditor, bio: fx.GraphModule, generator: torch.Generator) -> dict[str, Any]:
     """Standard normal inputs for a batch of the shapes that the model takes; what else it takes is left out."""
-    generator, device = model.generator("inputs"), next(bio.parameters()).device
+    device = next(bio.parameters()).device
     result: dict[str, Any] = {}
     for node in model.bio.graph.find_nodes(op="placeholder"):
         value = model.values[node]
+        if value is UNKNOWN:
+            continue
         if isinstance(value, Tensor):
             if value.dim() < 2 or not value.is_floating_point():
                 continue
-            samples = max(FEWEST, min(SAMPLES, ENTRIES // max(1, value.shape[1:].numel())))
-            shape = (samples, *value.shape[1:])
+            shape = (_samples(value.shape), *value.shape[1:])
             value = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
         result[str(node.target).lstrip("*")] = value
     return result
+
+
+def _samples(shape: torch.Size) -> int:
+    """Number of samples of a shape, whose first axis runs over samples and second over units, that tell enough."""
+    return max(FEWEST, min(SAMPLES, POSITIONS // max(1, shape[2:].numel())))
 
 
 def _net_input(site: WeightSite, use: fx.Node, activity: Tensor, weight: Tensor) -> Tensor:

@@ -157,10 +157,6 @@ class BioConverter:
     def _passes(self) -> list[Pass | None]:
         known: Mapping[str, Any] = registered_passes()
         c = self.config
-        if c.apply_dales_principle and "dales-principle" not in known:
-            raise ArgumentError(
-                "BioConverter: apply_dales_principle needs the pass dales-principle, which is not registered"
-            )
         identity = isinstance(c.weight_splitting_activation_function, nn.Identity)
         return [
             known["fuzzy-learning-rates"](

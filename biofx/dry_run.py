@@ -75,14 +75,35 @@ def _bind(bio: fx.GraphModule, example_inputs: Any) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
+def compute(bio: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a call, or the output, makes of arguments."""
+    if node.op == "call_module":
+        return bio.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 class Runner:
+    """Runs a graph on given inputs.
+
+    Attributes:
+        values: what the nodes computed.
+        env: the tensors themselves, as long as some node will read them.
+    """
+
     def __init__(self, bio: fx.GraphModule, given: dict[str, Any]) -> None:
         self.values: Values = {}
+        self.env: dict[fx.Node, Any] = {}
         self._bio = bio
         self._given = given
-        self.env: dict[fx.Node, Any] = {}
 
     def run(self) -> Values:
+        """Compute all nodes.
+
+        Raises:
+            ArgumentError: one of them fails.
+        """
         waiting = Counter(source for node in self._bio.graph.nodes for source in node.all_input_nodes)
         for node in self._bio.graph.nodes:
             self.env[node] = self._value(node)
@@ -107,11 +128,7 @@ class Runner:
 
     def _call(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
-        if node.op == "call_module":
-            return self._bio.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+        return compute(self._bio, node, args, kwargs)
 
 
 class Guesser(Runner):
@@ -140,7 +157,7 @@ class Guesser(Runner):
     def _value(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             return attribute(self._bio, str(node.target))
-        value = UNKNOWN
+        value: Any = UNKNOWN
         if node.op == "placeholder":
             value = self._given.get(str(node.target).lstrip("*"), node.args[0] if node.args else UNKNOWN)
         elif not any(self.env[source] is UNKNOWN for source in node.all_input_nodes):
@@ -163,9 +180,10 @@ class Guesser(Runner):
         value, axis = self.env[source], site.operator.channel_axis
         if not isinstance(value, Tensor) or value.dim() < -axis or value.shape[axis] != site.presynaptic_units:
             self.failures += 1
-            self.env[source] = self._input_of(site)
+            self.env[source] = self.input_of(site)
 
-    def _input_of(self, site: WeightSite) -> Tensor:
+    def input_of(self, site: WeightSite) -> Tensor:
+        """An input that a weight's operator takes."""
         space = -1 - site.operator.channel_axis
         times = () if space else self._times
         shape = (2, *times, site.presynaptic_units, *[self._side] * space)
@@ -177,13 +195,17 @@ class Guesser(Runner):
         for node in reversed(self._bio.graph.nodes):
             if node in self._uses:
                 site = self._uses[node]
-                asked[site.operator.argument(node, 0, "input")] = self._input_of(site)
+                asked[site.operator.argument(node, 0, "input")] = self.input_of(site)
             elif self._looks_up(node):
                 asked[node.all_input_nodes[0]] = torch.zeros(2, SEQUENCE, dtype=torch.int64, device=self._device)
-            elif node in asked and node.op.startswith("call_"):
-                if operation(node, self._bio).kind in (Kind.KEEP, Kind.NORM, Kind.MERGE):
-                    asked.update(dict.fromkeys(node.all_input_nodes, asked[node]))
+            elif node in asked and node.op.startswith("call_") and self._keeps_shape(node):
+                asked.update(dict.fromkeys(node.all_input_nodes, asked[node]))
         return asked
+
+    def _keeps_shape(self, node: fx.Node) -> bool:
+        """Whether a node may return what it is given, as flattening does what is flat."""
+        call = operation(node, self._bio)
+        return call.kind in (Kind.KEEP, Kind.NORM, Kind.MERGE) or call.key in ("flatten", "view", "reshape")
 
     def _looks_up(self, node: fx.Node) -> bool:
         """Whether a node is an embedding, whose input are integers."""

@@ -21,7 +21,7 @@ def hold_scales(model: ModelEditor) -> None:
     for name in sorted(model.units.scales):
         parameter = attribute(model.bio, name)
         if bool((parameter < 0).any()):
-            _turn_over(model, name)
+            turn_over(model, name)
             parameter.clamp_(min=0)
         model.keep_nonnegative(name)
 
@@ -33,7 +33,7 @@ def project_scales(bio: fx.GraphModule, by: str) -> None:
             attribute(bio, name).clamp_(min=0)
 
 
-def _turn_over(model: ModelEditor, scale: str) -> None:
+def turn_over(model: ModelEditor, scale: str) -> None:
     """Move the sign of γ into the weights before the batch norm: γ·(w·x + b − μ) = |γ|·(±w·x ± b ∓ μ)."""
     path = scale.rpartition(".")[0]
     norm = model.bio.get_submodule(path)

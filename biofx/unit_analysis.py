@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from biofx.dry_run import Values
-from biofx.unit_numbers import NOBODY, UnitNumbers, is_one
+from biofx.dry_run import Values, compute
+from biofx.unit_numbers import NOBODY, Population, UnitNumbers, is_one
 from biofx.unit_operators import Kind, Operation, argument, held_parameter, operation
 from biofx.unit_signs import has_activation, input_name, is_activation, signed_by
 from biofx.weight_sites import WeightSite
@@ -57,32 +58,29 @@ class UnitAnalysis:
         self._uses = {use: site for site in sites.values() for use in site.uses}
         calls = [n for n in bio.graph.nodes if n.op.startswith("call_") and n not in self._uses]
         self._operations = {node: operation(node, bio) for node in calls}
-        self._varying = self._depending_on_inputs()
+        self._varying = self._depending_on_units()
         self._signed = signed_by(bio, {use: s.operator for use, s in self._uses.items()}, self._operations, values)
-        wanted = self._leading_to({_source(use, site) for use, site in self._uses.items()})
-        while True:
-            before = self.numbers.unifications
-            for node in bio.graph.nodes:
-                if node in wanted:
-                    self._follow(node)
-            columns = {name: self._columns(site) for name, site in sites.items()}
-            for found in columns.values():
-                self.numbers.unify(torch.cat(found, 1))
-            if self.numbers.unifications == before:
-                break
-        self.readings = {name: self._reading(site, columns[name]) for name, site in sites.items()}
-        self.scales = frozenset(name for node in wanted for name in self._scaling(node))
+        self._wanted = self._leading_to({site.operator.argument(use, 0, "input") for use, site in self._uses.items()})
+        while (columns := self._columns_of_uses()) is None:
+            self.numbers.start_again()
+        self.readings = {name: self._reading(site, [columns[use] for use in site.uses]) for name, site in sites.items()}
+        self.scales = frozenset(name for node in self._wanted for name in self._scaling(node))
+
+    def populations(self) -> tuple[tuple[Population, ...], Tensor]:
+        """All populations whose units reach a weight, and the index of its population for each number."""
+        tensors = [x for x in pytree.tree_leaves(self.activations) if isinstance(x, Tensor)]
+        carried = [_once_along_expanded(numbers)[0] for numbers in tensors]
+        return self.numbers.summary([*carried, *(reading.numbers for reading in self.readings.values())])
 
     # --- the graph ---------------------------------------------------------------------------------------------
 
-    def _depending_on_inputs(self) -> set[fx.Node]:
-        """The nodes whose value depends on the values, and not just the shapes, of the model's inputs."""
+    def _depending_on_units(self) -> set[fx.Node]:
+        """The nodes whose value depends on the values, and not just the shapes, of inputs or of what weights return."""
         result: set[fx.Node] = set()
         for node in self._bio.graph.nodes:
             call = self._operations.get(node)
-            if call is not None and call.kind is Kind.CONSTANT:
-                continue
-            if node.op == "placeholder" or not result.isdisjoint(node.all_input_nodes):
+            is_source = node.op == "placeholder" or node in self._uses
+            if is_source or (not result.isdisjoint(node.all_input_nodes) and not (call and call.kind is Kind.CONSTANT)):
                 result.add(node)
                 if call is not None and call.changes is not None:
                     result.add(call.changes)
@@ -129,11 +127,24 @@ class UnitAnalysis:
 
     # --- following units through nodes -------------------------------------------------------------------------
 
-    def _follow(self, node: fx.Node) -> None:
-        self.activations[node] = self._after(node)
-        call = self._operations.get(node)
-        if call is not None and call.changes is not None:
-            self.activations[call.changes] = self.activations[node]
+    def _columns_of_uses(self) -> dict[fx.Node, Tensor] | None:
+        """Follow units through the graph: what every use of a weight reads, or None if numbers turned out to be one."""
+        columns: dict[fx.Node, Tensor] = {}
+        before = self.numbers.unifications
+        for node in self._bio.graph.nodes:
+            if node in self._uses:
+                columns[node] = self._columns(node, self._uses[node])
+                self.numbers.unify(columns[node])
+            if node in self._wanted:
+                self.activations[node] = self._after(node)
+                call = self._operations.get(node)
+                if call is not None and call.changes is not None:
+                    self.activations[call.changes] = self.activations[node]
+            if self.numbers.unifications > before:
+                return None
+        for site in self._sites.values():
+            self.numbers.unify(torch.cat([columns[use] for use in site.uses], 1))
+        return columns if self.numbers.unifications == before else None
 
     def _after(self, node: fx.Node) -> Any:
         """The unit numbers of a node's value."""
@@ -160,13 +171,23 @@ class UnitAnalysis:
         return numbers.view(-1, *[1] * (-1 - channel)).expand(shape)
 
     def _entries(self, node: fx.Node, name: str, origin: str) -> Any:
-        """For every tensor in a value a population with a unit for each entry."""
-        leaves, spec = pytree.tree_flatten(self._values[node])
+        """For every tensor in a value that is read a population with a unit for each entry."""
+        value = self._values[node]
+        leaves, spec = pytree.tree_flatten(value)
         found: list[Tensor | None] = [None] * len(leaves)
-        for index, leaf in enumerate(leaves):
-            if is_activation(leaf):
-                found[index] = self.numbers.once((node, index), name, origin, leaf.numel()).view(leaf.shape)
+        for index in self._leaves_that_are_read(node, value):
+            if is_activation(leaves[index]):
+                numbers = self.numbers.once((node, index), name, origin, leaves[index].numel())
+                found[index] = _compressed(numbers.view(leaves[index].shape))
         return pytree.tree_unflatten(found, spec)
+
+    def _leaves_that_are_read(self, node: fx.Node, value: Any) -> list[int]:
+        readers = [reader for reader in node.users if reader in self._wanted or reader in self._uses]
+        if isinstance(value, tuple | list) and all(r.target is getitem and isinstance(r.args[1], int) for r in readers):
+            parts = [index for index, part in enumerate(value) for _ in pytree.tree_leaves(part)]
+            taken = {range(len(value))[reader.args[1]] for reader in readers}  # type: ignore[index]
+            return [leaf for leaf, part in enumerate(parts) if part in taken]
+        return list(range(len(pytree.tree_leaves(value))))
 
     def _operands(self, node: fx.Node, call: Operation) -> list[Tensor]:
         """The unit numbers of all tensors that an operator takes up."""
@@ -176,17 +197,13 @@ class UnitAnalysis:
     def _layout(self, node: fx.Node, call: Operation) -> Any:
         if any(self._chooses(source) for source in node.all_input_nodes[1:]):
             return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._numbers_or_value)
+        args, kwargs = self._numbers_or_values((node.args, node.kwargs))
         if call.key in ("pad", "constantpad") and self._argument(node, 2, "mode", default="constant") == "constant":
             found = F.pad(args[0], self._argument(node, 1, "pad", "padding"))  # with nobody, whatever the value
-        elif node.op == "call_module":
-            found = self._bio.get_submodule(str(node.target))(*args, **kwargs)
         elif call.key == "view":  # unit numbers are not laid out in memory as the values are
             found = args[0].reshape(*args[1:], *kwargs.values())
-        elif node.op == "call_method":
-            found = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            found = node.target(*args, **kwargs)  # type: ignore[operator]
+            found = compute(self._bio, node, args, kwargs)
         return pytree.tree_map_only(Tensor, _compressed, found)
 
     def _argument(self, node: fx.Node, position: int, *names: str, default: Any = None) -> Any:
@@ -198,17 +215,24 @@ class UnitAnalysis:
             isinstance(x, Tensor) and not is_activation(x) for x in pytree.tree_leaves(self._values[index])
         )
 
-    def _numbers_or_value(self, node: fx.Node) -> Any:
-        return pytree.tree_map(
-            lambda value, numbers: value if numbers is None else numbers, self._values[node], self.activations[node]
-        )
+    def _numbers_or_values(self, arguments: Any) -> Any:
+        """Arguments with unit numbers in place of activity."""
+
+        def look_up(node: fx.Node) -> Any:
+            value, numbers = self._values[node], self.activations[node]
+            return pytree.tree_map(lambda v, n: v if n is None else n, value, numbers)
+
+        return fx.map_arg(arguments, look_up)
 
     def _concatenate(self, node: fx.Node, call: Operation) -> Tensor:
-        """A parameter beside units, such as a class token beside other tokens, is their activity at another position."""
-        numbers: Tensor = self._layout(node, call)
+        """A parameter beside units, as a class token beside other tokens, is their activity at another position."""
+        tensors: Any = fx.map_arg(argument(node, self._bio, 0, "tensors"), self.activations.__getitem__)
         axis = self._argument(node, 1, "dim", "axis", default=0)
+        if call.key == "stack":
+            tensors = [tensor.unsqueeze(axis) for tensor in tensors]
+        numbers = torch.cat(_once_along_expanded(*tensors, keep=axis % tensors[0].dim()), axis)
         low, high = _extremes(numbers, (axis,))
-        return torch.where((numbers == NOBODY) & (low == high), low, numbers)
+        return torch.where((numbers == NOBODY) & (low == high), low, numbers).expand(self._values[node].shape)
 
     def _keep(self, node: fx.Node, call: Operation) -> Tensor:
         return self._operands(node, call)[0]
@@ -260,11 +284,9 @@ class UnitAnalysis:
 
     # --- reading -----------------------------------------------------------------------------------------------
 
-    def _columns(self, site: WeightSite) -> list[Tensor]:
-        """For every use of a weight the units that each of its columns multiplies, shape (presynaptic_units, …)."""
-        return [self._columns_of(_source(use, site), site) for use in site.uses]
-
-    def _columns_of(self, source: fx.Node, site: WeightSite) -> Tensor:
+    def _columns(self, use: fx.Node, site: WeightSite) -> Tensor:
+        """The units that a use of a weight multiplies by each of its columns, shape (presynaptic_units, …)."""
+        source = site.operator.argument(use, 0, "input")
         channels, axis = site.presynaptic_units, site.operator.channel_axis
         numbers = self.activations[source]
         if isinstance(numbers, Tensor) and numbers.dim() >= -axis:
@@ -281,7 +303,7 @@ class UnitAnalysis:
 
     def _reading(self, site: WeightSite, columns: Sequence[Tensor]) -> Reading:
         found = torch.cat(list(columns), 1)
-        sources = found.unique()
+        sources = found[found != NOBODY].unique()
         numbers, remark = found.amax(1), ""
         if not bool(is_one(found).all()):
             remark = "reads different units by the same synapses"
@@ -294,8 +316,8 @@ class UnitAnalysis:
             name = f"constants read by {site.name}"
             own = self.numbers.once((site.name, "constant"), name, "constant", len(numbers)).long()
             numbers = torch.where(numbers == NOBODY, own, numbers)
-        signed = next((self._signed[s] for use in site.uses if self._signed[s := _source(use, site)]), "")
-        return Reading(numbers, signed, remark, sources[sources != NOBODY])
+        signed = next((self._signed[use] for use in site.uses if self._signed[use]), "")
+        return Reading(numbers, signed, remark, sources)
 
 
 _RULES: dict[Kind, Callable[[UnitAnalysis, fx.Node, Operation], Any]] = {
@@ -312,11 +334,6 @@ _RULES: dict[Kind, Callable[[UnitAnalysis, fx.Node, Operation], Any]] = {
 }
 
 
-def _source(use: fx.Node, site: WeightSite) -> fx.Node:
-    """What an operator on a weight reads."""
-    return site.operator.argument(use, 0, "input")  # type: ignore[no-any-return]
-
-
 def _like(value: Any, numbers: Callable[[Tensor], Tensor]) -> Any:
     return pytree.tree_map(lambda x: numbers(x) if is_activation(x) else None, value)
 
@@ -331,10 +348,10 @@ def _fits(numbers: Any, value: Any) -> bool:
     return found == [x.shape for x in pytree.tree_leaves(value) if is_activation(x)]
 
 
-def _once_along_expanded(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one shape, with a length of 1 along the axes on which all are expanded."""
+def _once_along_expanded(*tensors: Tensor, keep: int | None = None) -> list[Tensor]:
+    """Tensors of one shape, with a length of 1 along the axes on which all are expanded, other than `keep`."""
     for axis in range(tensors[0].dim()):
-        if all(tensor.stride(axis) == 0 for tensor in tensors):
+        if axis != keep and all(tensor.stride(axis) == 0 for tensor in tensors):
             tensors = tuple(tensor.narrow(axis, 0, min(1, tensor.shape[axis])) for tensor in tensors)
     return list(tensors)
 

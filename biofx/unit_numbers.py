@@ -20,9 +20,9 @@ class Population:
     Attributes:
         name: where it comes from: the weight whose postsynaptic units they are, `input x`, or the operator that made or
             merged them, with the path of the module that calls it.
-        origin: `"weight"`, `"input"` (also what merges inputs, or is shared by inputs, only), `"merged"`, `"unknown"` (an
-            operator that cannot be followed), `"constant"` (a parameter or constant that a weight reads) or `"shared"`
-            (the positions of a weight that is used on different units).
+        origin: `"weight"`, `"input"` (also what merges inputs, or is shared by inputs, only), `"merged"`, `"unknown"`
+            (an operator that cannot be followed), `"constant"` (a parameter or constant that a weight reads) or
+            `"shared"` (the positions of a weight that is used on different units).
         size: how many units it has.
     """
 
@@ -73,7 +73,8 @@ class UnitNumbers:
             return merged
         a, b = torch.broadcast_tensors(a, b)
         keys, inverse = torch.unique(a[two].long() << 32 | b[two].long(), return_inverse=True)
-        new = keys[~torch.isin(keys, self._pairs[0])]
+        known = self._pairs[0][torch.searchsorted(self._pairs[0], keys).clamp(max=self._pairs.shape[1] - 1)]
+        new = keys[known != keys]
         if len(new):
             parts = torch.stack([new >> 32, new & 0xFFFFFFFF], 1)
             origin = "input" if self.are_inputs(parts) else "merged"
@@ -87,15 +88,29 @@ class UnitNumbers:
     def unify(self, rows: Tensor) -> None:
         """Make one unit of the numbers in each row, if they are elastic, or merge what may be one in turn."""
         rows = self.standing(rows)
-        rows = rows[self._may_be_one(rows) & ~is_one(rows)]
+        rows = rows[~is_one(rows)]
+        rows = rows[self._may_be_one(rows)]
         if not len(rows):
             return
         self.unifications += 1
         elastic = self._is_elastic(rows)
         self._stand_together(rows[elastic])
-        parts = self._parts[rows[~elastic]]
-        for part in parts.unbind(-1) if len(parts) else ():
-            self.unify(part)
+        if not bool(elastic.all()):
+            for part in self._parts[rows[~elastic]].unbind(-1):
+                self.unify(part)
+
+    def start_again(self) -> None:
+        """Forget the numbers of what turned out to be another unit, and all pairs: they are as if never given."""
+        made = {maker: self.standing(numbers) for maker, numbers in self._made.items()}
+        is_kept = torch.zeros(len(self._standing), dtype=torch.bool)
+        for numbers in (torch.tensor([NOBODY]), *made.values()):
+            is_kept[numbers] = True
+        new = is_kept.cumsum(0) - 1
+        self._made = {maker: new[numbers] for maker, numbers in made.items()}
+        self._owner = self._owner[is_kept]
+        self._standing = torch.arange(len(self._owner))
+        self._parts = torch.zeros(len(self._owner), 2, dtype=torch.int64)
+        self._pairs = torch.zeros(2, 1, dtype=torch.int64)
 
     def summary(self, carried: Iterable[Tensor]) -> tuple[tuple[Population, ...], Tensor]:
         """The populations of the numbers in some tensors, and by number the index of its population.

@@ -62,7 +62,7 @@ class Operation:
         return self.key in _PRODUCTS
 
     @property
-    def sums_signed_numbers(self) -> bool:
+    def takes_values(self) -> bool:
         """Whether numbers among its arguments take part as values, so that negative ones show in the result."""
         return self.key in _TAKES_VALUES
 
@@ -72,9 +72,9 @@ def _names(text: str) -> frozenset[str]:
 
 
 _LAYOUT = _names(
-    "flatten ravel view viewas reshape reshapeas unflatten permute transpose t mt h mh swapaxes swapdims movedim "
-    "moveaxis unsqueeze squeeze atleast hstack vstack dstack columnstack chunk split splitwithsizes tensorsplit "
-    "unsafechunk unsafesplit unbind narrow select slice getitem indexselect gather takealongdim expand expandas "
+    "getitem values flatten ravel view viewas reshape reshapeas unflatten permute transpose t mt h mh swapaxes "
+    "swapdims movedim moveaxis unsqueeze squeeze atleast hstack vstack dstack columnstack chunk split splitwithsizes "
+    "tensorsplit unsafechunk unsafesplit unbind narrow select slice indexselect gather takealongdim expand expandas "
     "broadcastto repeat repeatinterleave tile roll flip fliplr flipud rot90 pixelshuffle pixelunshuffle channelshuffle "
     "nativechannelshuffle pad zeropad constantpad reflectionpad replicationpad circularpad unfold diagonal tril triu"
 )
@@ -99,16 +99,17 @@ _WINDOWS = _names(
 )
 _AVERAGES = _names("mean sum nanmean nansum amax amin max min median prod")
 _DEVIATIONS = _names("var std norm")
-_SUMS = _names("add iadd")
-_PRODUCTS = _names("mul imul multiply div truediv itruediv divide floordiv floordivide")
-_DIFFERENCES = _names("sub isub rsub subtract lerp addcmul addcdiv logaddexp")
-_EXTREMA = _names("maximum minimum fmax fmin where glu pow ipow floatpower")
-_MIXES = _names("matmul imatmul bmm mm scaleddotproductattention")
+_SUMS = _names("add")
+_PRODUCTS = _names("mul multiply div truediv divide floordiv floordivide")
+_DIFFERENCES = _names("sub rsub subtract lerp addcmul addcdiv logaddexp")
+_EXTREMA = _names("maximum minimum fmax fmin where glu pow floatpower")
+_MIXES = _names("matmul bmm mm scaleddotproductattention")
 _CONSTANTS = _names(
     "zeros ones full empty newzeros newones newfull newempty zeroslike oneslike fulllike emptylike arange linspace eye "
     "shape size dim ndim ndimension numel nelement len device dtype getdevice isfloatingpoint"
 )
-_TAKES_VALUES = _SUMS | _PRODUCTS | _names("maskedfill where nantonum clampmax pad full newfull fulllike")
+_TAKES_VALUES = _SUMS | _PRODUCTS | _names("maskedfill where nantonum clampmax pad")
+_TAKES_VALUES |= _names("full newfull fulllike arange linspace")
 
 _KINDS = {
     **dict.fromkeys(_LAYOUT, Kind.LAYOUT),
@@ -124,8 +125,7 @@ _KINDS = {
 _SIGNS = {
     **dict.fromkeys(_LAYOUT | _CONCATENATIONS | _CASTS | _DROPOUT | _CLAMPS | _SIGN_KEEPING, Sign.PASSED),
     **dict.fromkeys(_WINDOWS | _AVERAGES | _SUMS | _PRODUCTS | _EXTREMA | _MIXES, Sign.PASSED),
-    **dict.fromkeys(_NEVER_NEGATIVE | _DEVIATIONS | {"hypot"}, Sign.NEVER),
-    **dict.fromkeys(_CONSTANTS, Sign.PASSED),
+    **dict.fromkeys(_NEVER_NEGATIVE | _DEVIATIONS | _CONSTANTS | {"hypot"}, Sign.NEVER),
     **dict.fromkeys(_ODD, Sign.ODD),
 }
 _PACKAGES = ("torch", "_operator", "math", "builtins")
@@ -164,7 +164,7 @@ def held_parameter(node: Any, bio: nn.Module, operations: dict[fx.Node, Operatio
 
 
 def _key(name: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(.+?)(?:([123])d)?", name.lower().replace("_", ""))
+    match = re.fullmatch(r"(.+?)(?:([123])d)?(?:withindices)?", name.lower().replace("_", ""))
     return (match[1], int(match[2] or 0)) if match else (name, 0)
 
 
@@ -177,14 +177,9 @@ def _is_of_pytorch(node: fx.Node, bio: nn.Module) -> bool:
 
 
 def _changed(node: fx.Node, bio: nn.Module) -> fx.Node | None:
-    if node.op == "call_method" or node.op == "call_function":
-        name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-        is_assignment = getattr(node.target, "__module__", None) == "_operator" and name in _ASSIGNMENTS
-        in_place = node.kwargs.get("inplace") is True or is_assignment
-        in_place = in_place or (name.endswith("_") and not name.endswith("__"))
-    else:
+    if node.op == "call_module":
         in_place = bool(getattr(bio.get_submodule(str(node.target)), "inplace", False))
+    else:
+        name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+        in_place = node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
     return node.all_input_nodes[0] if in_place and node.all_input_nodes else None
-
-
-_ASSIGNMENTS = _names("iadd isub imul itruediv ifloordiv ipow imatmul")

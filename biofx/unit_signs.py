@@ -16,7 +16,7 @@ from biofx.weight_sites import Operator
 def signed_by(
     bio: fx.GraphModule, uses: dict[fx.Node, Operator], operations: dict[fx.Node, Operation], values: Values
 ) -> dict[fx.Node, str]:
-    """The operator by which the value of each node can be negative, or an empty string if it cannot.
+    """The operator by which what each use of a weight reads can be negative, or an empty string if it cannot.
 
     Parameters that multiply units are taken to be positive; `Units.scales` lists them.
 
@@ -27,11 +27,14 @@ def signed_by(
         values: what the nodes compute.
     """
     signs = _Signs(bio, uses, operations, values)
+    result: dict[fx.Node, str] = {}
     for node in bio.graph.nodes:
+        if node in uses:
+            result[node] = signs.found[uses[node].argument(node, 0, "input")]
         signs.found[node] = signs.of(node)
         if node in operations and operations[node].changes is not None:
             signs.found[operations[node].changes] = signs.found[node]
-    return signs.found
+    return result
 
 
 class _Signs:
@@ -55,10 +58,10 @@ class _Signs:
         if node.op == "output":
             return ""
         operation = self._operations[node]
-        if operation.sign is Sign.NEVER or self._is_even_power(node) or self._is_clamped(node):
-            return ""
         if operation.sign is Sign.ANY or self._has_negative_number(node) or self._overshoots(node):
             return operation.name
+        if operation.sign is Sign.NEVER or self._is_even_power(node) or self._is_clamped(node):
+            return ""
         source = next((self.found[n] for n in self._sources(node) if self.found[n]), "")
         return operation.name if source and operation.sign is Sign.ODD else source
 
@@ -74,7 +77,7 @@ class _Signs:
 
     def _is_even_power(self, node: fx.Node) -> bool:
         exponent = argument(node, self._bio, 1, "exponent")
-        is_power = self._operations[node].key in ("pow", "ipow", "floatpower")
+        is_power = self._operations[node].key in ("pow", "floatpower")
         return is_power and isinstance(exponent, int | float) and exponent % 2 == 0
 
     def _is_clamped(self, node: fx.Node) -> bool:
@@ -82,10 +85,11 @@ class _Signs:
         return self._operations[node].key in ("clamp", "clip", "clampmin") and _is_number(low) and low >= 0
 
     def _has_negative_number(self, node: fx.Node) -> bool:
-        if not self._operations[node].sums_signed_numbers:
+        if not self._operations[node].takes_values:
             return False
-        arguments = [self._values[a] if isinstance(a, fx.Node) else a for a in (*node.args, *node.kwargs.values())]
-        return any(_is_number(a) and a < 0 for a in arguments)
+        arguments: list[Any] = [*node.args, *node.kwargs.values()]
+        values = [self._values[a] if isinstance(a, fx.Node) else a for a in arguments]
+        return any(_is_number(value) and value < 0 for value in values)
 
     def _overshoots(self, node: fx.Node) -> bool:
         operation = self._operations[node]

@@ -14,7 +14,6 @@ from typing import Any
 
 from tabulate import tabulate
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from biofx.capture import capture, check
 from biofx.dry_run import dry_run
@@ -86,8 +85,8 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     by which operator; and a remark where the weight has to have units of its own, because it is used on different ones.
 
     Units are followed through activations, dropout, normalisation, pooling, interpolation, every operator on layout,
-    and mixtures such as attention, whose values keep their units. Where values merge (`a + b`), each pair of units makes
-    a new one. An operator that cannot be followed starts a new population, which all its readers share.
+    and mixtures such as attention, whose values keep their units. Where values merge (`a + b`), each pair of units
+    makes a new one. An operator that cannot be followed starts a new population, which all its readers share.
 
     Args:
         model: a model made by `biofx.transform`, or any other that can be captured.
@@ -104,7 +103,7 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10))
         >>> print(biofx.units(model, example_inputs=torch.randn(1, 1, 8, 8)))
         weight    operator    positions    presynaptic units    activity
-        --------  ----------  -----------  -------------------  -----------------------
+        --------  ----------  -----------  -------------------  ----------------------
         0.weight  conv2d      1            1: input input       any sign (input input)
         4.weight  linear      36           4 × 9: 0.weight      ≥ 0
     """
@@ -136,6 +135,5 @@ def analyse(bio: fx.GraphModule, sites: dict[str, WeightSite], example_inputs: A
         ArgumentError: the example inputs do not fit the model.
     """
     analysis = UnitAnalysis(bio, sites, dry_run(bio, sites, example_inputs))
-    leaves = pytree.tree_leaves(([reading.numbers for reading in analysis.readings.values()], analysis.activations))
-    populations, owner = analysis.numbers.summary(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    populations, owner = analysis.populations()
     return Units(populations, owner, analysis.readings, analysis.scales, analysis.activations, sites)

@@ -6,6 +6,7 @@ from biofx.passes.dales_principle import DalesPrinciple
 from biofx.passes.fuzzy_learning_rates import FuzzyLearningRates
 from biofx.passes.group_units import GroupUnits
 from biofx.passes.l1_regularization import L1Regularization
+from biofx.passes.mirror_units import MirrorUnits
 from biofx.passes.recipes import CORTEX, HOFMANN2025
 from biofx.passes.rejuvenate import Rejuvenate
 from biofx.passes.split_synapses import SplitSynapses
@@ -26,6 +27,7 @@ __all__ = [
     "FuzzyLearningRates",
     "GroupUnits",
     "L1Regularization",
+    "MirrorUnits",
     "Moment",
     "Pass",
     "PlasticWeight",

@@ -174,6 +174,21 @@ def test_methods_survive_deepcopy_and_pickling():
     assert torch.equal(results[0], results[2])
 
 
+def test_dales_principle():
+    """Turnover keeps to the units' signs by itself; what the optimizer did, the method undoes."""
+    bio = BioConverter(apply_dales_principle=True)(Net())
+    signed = [site for site in biofx.weight_sites(bio).values() if site.sign is not None]
+    assert signed
+    with torch.no_grad():
+        for site in signed:
+            site.raw.add_(torch.randn_like(site.raw))
+    bio.enforce_dales_principle()
+    assert all((site.raw * site.sign >= 0).all() for site in signed)
+    bio.rejuvenate_weights()
+    biofx.verify(bio)
+    assert all((site.raw * site.sign >= 0).all() for site in signed)
+
+
 def test_bad_calls():
     bio = BioConverter()(Net())
     for method in (bio.fuzzy_learning_rates, bio.volume_dependent_lr, bio.crystallize):

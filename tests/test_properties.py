@@ -106,10 +106,17 @@ def test_compiles_without_graph_breaks(bio):
 
 
 def test_adding_a_layer_changes_no_other_draw(pass_):
+    if pass_.changes_units:
+        pytest.skip("the last layer becomes a hidden one, whose units such a pass changes")
     short, long = mlp(3, 4, 4), mlp(3, 4, 4, 4)
     long.load_state_dict(short.state_dict(), strict=False)
     a, b = (biofx.transform(model, [pass_]).state_dict() for model in (short, long))
     assert same(a, {name: b[name] for name in a})
+
+
+def one_for_each_exclusive_slot(chosen):
+    first = {p.slot: p for p in reversed(chosen)}
+    return [p for p in chosen if not p.slot.exclusive or first[p.slot] is p]
 
 
 @given(
@@ -119,10 +126,11 @@ def test_adding_a_layer_changes_no_other_draw(pass_):
 def test_any_passes_in_any_order_give_a_valid_model_that_trains_and_folds(order, count, name, optimizer_name):
     build, shape = ZOO[name]
     model, x = build().eval(), torch.randn(shape)
-    bio = biofx.transform(model, order[:count], example_inputs=(x,))
-    assert bio.code == biofx.transform(model, order[:count][::-1]).code
+    chosen = one_for_each_exclusive_slot(order[:count])
+    bio = biofx.transform(model, chosen, example_inputs=(x,))
+    assert bio.code == biofx.transform(model, chosen[::-1], example_inputs=(x,)).code
     biofx.verify(bio)
-    if all(p.preserves_function for p in order[:count]):
+    if all(p.preserves_function for p in chosen):
         for a, b in zip(tensors(bio(x)), tensors(model(x)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     optimizer = getattr(torch.optim, optimizer_name)(bio.parameters(), lr=1e-3)
@@ -134,6 +142,7 @@ def test_any_passes_in_any_order_give_a_valid_model_that_trains_and_folds(order,
     biofx.verify(bio)
     assert all(torch.isfinite(p).all() for p in bio.parameters())
     plain = biofx.fold(bio.eval())
-    model.load_state_dict(plain.state_dict(), strict=True)
+    if not any(p.changes_units for p in chosen):
+        model.load_state_dict(plain.state_dict(), strict=True)
     for a, b in zip(tensors(bio(x)), tensors(plain(x)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

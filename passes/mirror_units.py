@@ -1,0 +1,159 @@
+r"""Dale's principle without a change of the function: every unit becomes an excitatory and an inhibitory one.
+
+$$W \to [\,W^+,\ -W^-\,], \qquad W = W^+ - W^-, \qquad W^+, W^- \ge 0$$
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from biofx.model_editor import ModelEditor
+from biofx.plastic_weight import PlasticWeight
+from biofx.provenance import Slot
+from biofx.registry import Moment, Pass, register
+from biofx.scales import project_scales, turn_over
+from biofx.sign_constraints import constrain, rectify, wrong_signs
+from biofx.twins import Twins
+from biofx.units import analyse
+from biofx.weight_sites import WeightSite, find
+from biofx.widening import Widening, find_widening
+
+
+@register
+@dataclass(frozen=True)
+class MirrorUnits(Pass):
+    r"""Double every unit into an excitatory and an inhibitory twin, so that the network obeys Dale's principle.
+
+    The twins of a unit have its incoming weights, its bias and its normalisation, so they compute what it computed. Its
+    outgoing weights W are divided between them:
+
+    $$W\,h = W^+ h - W^- h, \qquad W^+ = \max(W, 0), \quad W^- = \max(-W, 0)$$
+
+    with h the unit's activity: $W^+$ leaves the excitatory twin, and $-W^-$ the inhibitory one. So a network, new or
+    trained, computes what it did, to rounding; half of the units of every doubled population are excitatory; and every
+    unit has one sign for all its targets, in whichever weights, which it keeps: the weight that is used is relu(r·s)·s,
+    with r the stored weight and s the sign, in the buffer `<weight>_sign`. Its gradient reaches r as it is, so synapses
+    at 0 learn as well, and r is projected on its sign after every step of the optimizer. Twins start out equal and part
+    as they learn. As both parts of a weight move, it learns up to twice as fast under gradient descent.
+
+    *Shapes.* Parameters change their shape: a weight between doubled populations has four times as many entries, and
+    the axes of biases and normalisations are twice as long. Twins are adjacent (x₀, x₀', x₁, x₁', …), so groups of
+    convolutions and of norms stay what they are. The folded model has these shapes, too: what the twins learned is not
+    to be had with fewer units.
+
+    *What is doubled.* The outputs of linear layers and convolutions, on all ways on which they come to another weight:
+    activations, norms, pooling, flattening, concatenations, residual additions, gates. A trial before anything is
+    changed finds out what goes along; sizes that are written in the model's forward are adapted. Inputs and outputs of
+    the model keep their shape. What cannot be doubled stays as it is, with weights that are free, and `summary` tells
+    why: units that are added to an input or to the output of an embedding, or queries and keys, whose products would be
+    twice as large. Dropout draws for each twin by itself.
+
+    *What can turn a sign over.* A parameter that multiplies twins on their way, such as γ of a batch norm, is kept from
+    being negative. Where γ is negative behind a weight, the weight's rows change their sign instead; elsewhere it stays
+    negative, and `summary` says so. A unit whose activity can be negative (tanh, no activation) has an effect of either
+    sign although its weights have one.
+
+    The reference package has nothing of this kind. Signs that are imposed on a network, as by its Dale's principle or
+    by `DalesPrinciple`, change what it computes.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
+        >>> with torch.no_grad():
+        ...     _ = model[2].weight.copy_(torch.tensor([[0.5, -3.0]]))
+        >>> bio = biofx.transform(model, [passes.MirrorUnits()])
+        >>> bio.get_parameter("2.weight").data
+        tensor([[ 0.5000,  0.0000,  0.0000, -3.0000]])
+        >>> x = torch.randn(5, 2)
+        >>> torch.allclose(bio(x), model(x), atol=1e-6)
+        True
+
+    References:
+        Cornford et al., Learning to live with Dale's principle: ANNs with separate excitatory and inhibitory units,
+        ICLR 2021.
+    """
+
+    name: ClassVar[str] = "mirror-units"
+    slot: ClassVar[Slot] = Slot.SIGN
+    moment: ClassVar[Moment] = Moment.PROJECTION
+    changes_units: ClassVar[bool] = True
+
+    @property
+    def preserves_function(self) -> bool:
+        """True: twins compute the same, and together have the effect of the unit that they were."""
+        return True
+
+    def rewrite_model(self, model: ModelEditor) -> None:
+        """Double all units that can be, and divide their outgoing weights between the twins."""
+        widening = find_widening(model.bio, model.all_sites, list(model.sites), model.values)
+        _hold_scales(model, widening)
+        for name, site in model.sites.items():
+            edit, twins, is_doubled = model.edits[name], widening.columns.get(name), name in widening.doubled
+            if twins is None and not is_doubled:
+                edit.leave(widening.left[name])
+                continue
+            edit.replace_raw(mirrored(site, twins, doubled=is_doubled))
+            _set_sizes(model, site)
+            if not is_doubled:
+                edit.remark(widening.left[name])
+        widening.apply(model.bio, model.places)
+        readings = analyse(model.bio, find(model.bio)[0], model.example_inputs).readings
+        for name, twins in widening.columns.items():
+            constrain(model.edits[name], model.sites[name], twins.sign, readings[name].numbers, "project")
+
+    def at_step(self, weights: Sequence[PlasticWeight]) -> None:
+        """Project stored weights on their signs, and scales on what is not negative."""
+        for weight in weights:
+            if weight.site.sign is not None:
+                weight.assign(weight.value)
+        project_scales(weights[0].site.bio, self.name)
+
+    def violations(self, site: WeightSite) -> Iterator[str]:
+        """Synapses whose weight has another sign than their unit."""
+        wrong = wrong_signs(site)
+        if wrong:
+            yield f"{wrong} synapses have another sign than their unit"
+
+
+def mirrored(site: WeightSite, twins: Twins | None, *, doubled: bool) -> Tensor:
+    """A weight whose presynaptic units became twins, [W⁺, −W⁻], and whose postsynaptic units are doubled if asked."""
+    weight = site.raw.detach()
+    if twins is not None:
+        connections = site.outgoing(weight)[twins.source.to(weight.device)]
+        weight = _from_outgoing(site, rectify(connections, twins.sign[:, None].to(connections)))
+    return weight.repeat_interleave(2, site.postsynaptic_axis) if doubled else weight
+
+
+def _from_outgoing(site: WeightSite, connections: Tensor) -> Tensor:
+    """The weight with these outgoing connections, of more presynaptic units than the present one has."""
+    shape = list(site.shape)
+    if site.presynaptic_axis == 1:
+        per_group = (site.groups, -1, shape[0] // site.groups, site.shape[2:].numel())
+        connections = connections.view(per_group).movedim(1, 2)
+    shape[site.presynaptic_axis] = -1
+    return connections.reshape(shape)
+
+
+def _set_sizes(model: ModelEditor, site: WeightSite) -> None:
+    """Let the modules that hold a weight say how many units it has now."""
+    sizes = dict.fromkeys(("in_features", "in_channels"), site.presynaptic_units)
+    sizes |= dict.fromkeys(("out_features", "out_channels"), site.units)
+    for module, _ in model.places[id(site.raw)]:
+        vars(module).update({name: size for name, size in sizes.items() if name in vars(module)})
+
+
+def _hold_scales(model: ModelEditor, widening: Widening) -> None:
+    """Let the parameters that multiply twins not be negative, where that changes nothing."""
+    for name in sorted(model.units.scales & widening.tensors.keys()):
+        if bool((model.value(name) < 0).any()):
+            turn_over(model, name)
+        if not bool((model.value(name) < 0).any()):
+            model.keep_nonnegative(name)
+            continue
+        for weight in sorted(widening.met[name]):
+            model.edits[weight].remark(f"{name} is negative for some of its units, and turns their signs over")

@@ -1,0 +1,567 @@
+"""MirrorUnits: Dale's principle without a change of the function."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import biofx
+from biofx import passes
+from conftest import gradients, loss, tensors
+from models.architectures import ARCHITECTURES
+from models.convolutional import DenseNet, ResNet, channel_shuffle
+from models.small import CONVOLUTIONS, GROUPS, ConvNet, Residual, Reused, mlp
+
+DOUBLED = {  # whose units are doubled, of how many weights
+    "vgg": (6, 7),
+    "resnet": (10, 11),
+    "resnext": (15, 16),
+    "densenet": (14, 15),
+    "mobilenet": (10, 11),
+    "efficientnet": (16, 17),
+    "shufflenet": (14, 18),
+    "convnext": (14, 15),
+    "unet": (12, 13),
+    "autoencoder": (2, 6),
+    "generator": (2, 3),
+    "vit": (2, 10),
+    "swin": (4, 19),
+    "mlp_mixer": (5, 10),
+    "gpt": (2, 8),
+    "llama": (6, 15),
+    "lstm": (0, 1),
+    "mixture_of_experts": (4, 9),
+    "siamese": (3, 4),
+    "graph_convolution": (0, 1),
+}
+
+
+def mirror(model, *x, **options):
+    """The transformed model, with the check that it computes what it did."""
+    bio = biofx.transform(model, [passes.MirrorUnits()], example_inputs=x or None, **options)
+    for a, b in zip(tensors(bio(*x)), tensors(model(*x)), strict=True) if x else ():
+        torch.testing.assert_close(a, b)
+    return bio
+
+
+def doubled(bio, model):
+    """The weights whose units are doubled."""
+    sites, original = biofx.weight_sites(bio), dict(model.named_parameters())
+    axes = {name: site.postsynaptic_axis for name, site in sites.items()}
+    return {n for n, site in sites.items() if site.raw.shape[axes[n]] == 2 * original[n].shape[axes[n]]}
+
+
+def left(bio, weight):
+    """Why the units of a weight are not doubled."""
+    run = bio.biofx.passes[0]
+    return run.left.get(weight) or run.remarks[weight]
+
+
+def assert_one_sign(bio, *x):
+    """Every unit has outgoing weights of one sign, by an analysis of the folded model, which knows of no signs."""
+    units = biofx.units(biofx.fold(bio), x)
+    signs = {}
+    for name, site in biofx.weight_sites(bio).items():
+        if site.sign is None:
+            continue
+        constrained = site.outgoing(site.sign.expand(site.shape))[:, 0] != 0
+        outgoing = site.outgoing(units.sites[name].effective().detach())
+        for unit, weights in zip(
+            units.readings[name].numbers[constrained].tolist(), outgoing[constrained], strict=True
+        ):
+            signs.setdefault(unit, set()).update(weights.sign().unique().tolist())
+    assert signs
+    assert all({1.0, -1.0} - found for found in signs.values())
+
+
+def double(build):
+    """A model in evaluation mode with inputs, in float64, with norms that have seen something."""
+    make, inputs = ARCHITECTURES[build]
+    model, x = make().double(), inputs()
+    x = pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, x)
+    for module in model.modules():
+        if getattr(module, "running_var", None) is not None:
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -1, 1)
+    return model.eval(), x
+
+
+# --- what it does ----------------------------------------------------------------------------------------------------
+
+
+def test_twins_by_hand():
+    model = mlp(2, 2, 3)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        model[0].bias.copy_(torch.tensor([5.0, -6.0]))
+        model[2].weight.copy_(torch.tensor([[1.0, -2.0], [-3.0, 4.0], [5.0, 0.0]]))
+    bio = mirror(model, torch.randn(5, 2))
+    assert bio.get_parameter("0.weight").tolist() == [[1, -2], [1, -2], [3, 4], [3, 4]]
+    assert bio.get_parameter("0.bias").tolist() == [5, 5, -6, -6]
+    # from:                                         x0 x0' x1 x1'
+    assert bio.get_parameter("2.weight").tolist() == [[1, 0, 0, -2], [0, -3, 4, 0], [5, 0, 0, 0]]
+    assert bio.get_buffer("2.weight_sign").tolist() == [[1, -1, 1, -1]]
+    assert torch.equal(bio.get_parameter("2.bias"), model[2].bias)
+    assert (bio.get_submodule("0").out_features, bio.get_submodule("2").in_features) == (4, 4)
+
+
+@pytest.mark.parametrize("examples", [True, False], ids=["examples", "no examples"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_computes_what_it_did(name, examples):
+    model, x = double(name)
+    bio = biofx.transform(model, [passes.MirrorUnits()], example_inputs=x if examples else None)
+    for a, b in zip(tensors(bio(*x)), tensors(model(*x)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert (len(doubled(bio, model)), len(biofx.weight_sites(bio))) == DOUBLED[name]
+    if doubled(bio, model):
+        assert_one_sign(bio, *x)
+    biofx.verify(bio)
+    for a, b in zip(tensors(biofx.fold(bio)(*x)), tensors(bio(*x)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("network", [ResNet, DenseNet])
+def test_batch_norm_computes_what_it_did_in_training_as_well(network):
+    """Twins have the same statistics, so dropout is all that could differ; there is none."""
+    model, x = network().double().train(), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for module in model.modules():
+        if hasattr(module, "drop"):
+            module.drop = 0.0
+    bio = biofx.transform(model, [passes.MirrorUnits()])
+    torch.testing.assert_close(bio(x), model(x))
+    for name, buffer in model.named_buffers():
+        mine = bio.get_buffer(name)
+        torch.testing.assert_close(mine, buffer.repeat_interleave(2) if buffer.dim() else buffer)
+
+
+@pytest.mark.parametrize("grouping", GROUPS)
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions_of_every_kind(kind, grouping):
+    cls, _ = CONVOLUTIONS[kind]
+    axes = int(kind[-2])
+    groups = GROUPS[grouping]
+    layers = [cls(2, 4, 3), nn.ReLU(), cls(4, 8, 3, groups=groups), nn.ReLU(), cls(8, 4, 3, groups=groups)]
+    model, x = nn.Sequential(*layers).double(), torch.randn(2, 2, *[9] * axes, dtype=torch.float64)
+    bio = mirror(model, x)
+    assert doubled(bio, model) == {"0.weight", "2.weight"}
+    assert bio.get_submodule("2").groups == groups
+    assert_one_sign(bio, x)
+
+
+def test_half_of_the_units_of_a_population_are_excitatory():
+    model, x = double("resnet")
+    bio = mirror(model, *x)
+    for name in doubled(bio, model) & {n for n, s in biofx.weight_sites(bio).items() if s.sign is not None}:
+        assert float(biofx.weight_sites(bio)[name].sign.sum()) == 0
+
+
+def test_inputs_and_outputs_of_the_model_keep_their_shape():
+    bio = mirror(ConvNet().eval(), torch.randn(2, 1, 8, 8))
+    assert bio.stem.weight.shape == (8, 1, 3, 3)
+    assert bio.depthwise.weight.shape == (8, 2, 3, 3)
+    assert bio.head.weight.shape == (10, 128)
+    assert biofx.weight_sites(bio)["stem.weight"].sign is None
+    assert left(bio, "head.weight") == "its units are the model's output"
+
+
+def test_flattened_positions_of_a_unit_have_its_sign():
+    sites = biofx.weight_sites(mirror(ConvNet().eval()))  # without examples: the flattened size is that of the head
+    sign = sites["head.weight"].sign.view(4, 2, 16)
+    assert torch.equal(sign, torch.tensor([1.0, -1.0]).view(2, 1).expand(4, 2, 16))
+    units = sites["head.weight"].state("units").view(8, 16)
+    assert torch.equal(units, units[:, :1].expand(8, 16))
+    assert len(units.unique()) == 8
+
+
+# --- what goes along -------------------------------------------------------------------------------------------------
+
+
+class LeNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.fc = nn.Linear(4 * 3 * 3, 6)
+        self.scale, self.shift = nn.Parameter(torch.rand(6) + 1), nn.Parameter(torch.randn(6))
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = F.max_pool2d(torch.relu(self.conv(x)), 2).view(-1, 4 * 3 * 3)
+        x = F.layer_norm(self.fc(x), (6,), self.scale, self.shift)
+        first, second = x.split(3, dim=1)
+        return self.out(torch.cat([second, first], 1) + x[:, [0] * 6].mean() * 0)
+
+
+def test_sizes_in_forward_are_adapted():
+    model, x = LeNet(), torch.randn(2, 1, 8, 8)
+    bio = mirror(model, x)
+    assert doubled(bio, model) == {"conv.weight", "fc.weight"}
+    assert "view(-1, 72)" in bio.code
+    assert "layer_norm(linear, (12,)" in bio.code
+    assert bio.scale.tolist() == model.scale.repeat_interleave(2).tolist()
+
+
+class Biases(nn.Module):
+    """Biases that are computed: from a parameter, and from the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = F.linear(x, self.first.weight, 2 * self.first.bias)
+        return self.third(hidden * F.linear(x, self.second.weight, hidden[0]).sigmoid())
+
+
+def test_biases_that_are_computed():
+    model, x = Biases(), torch.randn(5, 3)
+    bio = mirror(model, x)
+    assert doubled(bio, model) == {"first.weight", "second.weight"}
+    assert bio.first.bias.shape == (8,)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 6)
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 5, 6))
+        self.norm, self.gamma = nn.LayerNorm(6), nn.Parameter(torch.rand(6))
+        self.fc = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
+        x = x + self.gamma * self.fc(self.norm(x))
+        return self.out(x[:, 0])
+
+
+def test_parameters_that_meet_units_are_doubled():
+    model, x = Tokens(), torch.randn(2, 4, 3)
+    bio = mirror(model, x)
+    assert doubled(bio, model) == {"embed.weight", "fc.weight"}
+    for name in ("token", "position", "gamma", "norm.weight", "norm.bias"):
+        assert torch.equal(bio.get_parameter(name), model.get_parameter(name).repeat_interleave(2, -1))
+    assert bio.norm.normalized_shape == (12,)
+    assert_one_sign(bio, x)
+
+
+class Rearranged(nn.Module):
+    """Two readers, one of which reads the units in another order."""
+
+    def __init__(self, rearrange):
+        super().__init__()
+        self.rearrange = rearrange
+        self.hidden = nn.Conv1d(2, 6, 1)
+        self.first, self.second = nn.Conv1d(6, 2, 1), nn.Conv1d(6, 2, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.hidden(x))
+        return self.first(x) + self.second(self.rearrange(x))
+
+
+REARRANGEMENTS = {
+    "flip": lambda x: x.flip(1),
+    "roll": lambda x: x.roll(1, 1),
+    "chunk": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "shuffle": lambda x: channel_shuffle(x[..., None], 2)[..., 0],
+    "shuffle twice": lambda x: channel_shuffle(channel_shuffle(x[..., None], 2), 3)[..., 0],
+    "group norm": lambda x: F.group_norm(x, 3),
+    "permute": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "residual": lambda x: x + torch.tanh(x),
+    "gate": lambda x: x * x.mean(1, keepdim=True).sigmoid(),
+    "neighbours": lambda x: x + x.roll(2, 1),
+    "padding": lambda x: x + F.pad(x[:, 1:-1], (0, 0, 1, 1)),
+    "maximum": lambda x: x - x.max(1, keepdim=True)[0],
+    "zeros": lambda x: x + torch.cat([x[:, :3], x.new_zeros(1).expand(x.size(0), x.size(1) // 2, x.size(2))], 1),
+}
+
+
+@pytest.mark.parametrize("name", REARRANGEMENTS)
+def test_twins_are_followed_wherever_they_go(name):
+    model, x = Rearranged(REARRANGEMENTS[name]).double(), torch.randn(3, 2, 5, dtype=torch.float64)
+    bio = mirror(model, x)
+    assert doubled(bio, model) == {"hidden.weight"}
+    assert_one_sign(bio, x)
+
+
+def test_a_norm_in_the_middle_keeps_its_groups_and_its_statistics():
+    norms = (nn.GroupNorm(2, 8), nn.LayerNorm([8, 6]), nn.InstanceNorm1d(8, affine=True), nn.PReLU(8), nn.RMSNorm(6))
+    model = nn.Sequential(nn.Conv1d(2, 8, 1), *norms, nn.Conv1d(8, 2, 1))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    bio = mirror(model, torch.randn(3, 2, 6))
+    assert doubled(bio, model) == {"0.weight"}
+    assert (bio.get_submodule("1").num_groups, bio.get_submodule("1").num_channels) == (2, 16)
+    assert bio.get_submodule("2").normalized_shape == (16, 6)
+    assert bio.get_submodule("5").normalized_shape == (6,)
+
+
+def test_a_module_that_is_used_twice():
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 5))
+
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = encoder, nn.Linear(5, 1)
+
+        def forward(self, a, b):
+            return self.head((self.encoder(a) - self.encoder(b)).abs())
+
+    model, x = Siamese().eval(), (torch.randn(6, 3), torch.randn(6, 3))
+    assert len(doubled(mirror(model, *x), model)) == 2
+
+
+# --- what does not ---------------------------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """Something between two layers; the second reads as many units as it gives."""
+
+    def __init__(self, between, units=6):
+        super().__init__()
+        self.between = between
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(units, 2)
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+OTHERS = {
+    "sum": (lambda x: x + x.sum(-1, keepdim=True), "sum, which computes something else of doubled ones"),
+    "softmax": (lambda x: x.softmax(-1), "softmax, which computes"),
+    "normalize": (lambda x: F.normalize(x, dim=-1), "normalize, which computes"),
+    "deviation": (lambda x: x / x.std(-1, keepdim=True), "std, which computes"),
+    "products": (lambda x: x @ (x.mT @ x), "matmul, which computes"),
+    "cumsum": (lambda x: x.cumsum(-1), "cumsum, which computes"),
+    "random": (lambda x: x + torch.randn_like(x), "randn_like, which computes"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*random")
+@pytest.mark.parametrize("name", OTHERS)
+def test_units_whose_number_matters_are_left_alone(name):
+    between, reason = OTHERS[name]
+    model = Between(between)
+    bio = biofx.transform(model, [passes.MirrorUnits()])
+    assert not doubled(bio, model)
+    assert reason in left(bio, "first.weight")
+
+
+def test_units_that_are_added_to_an_input():
+    bio = mirror(Residual().eval(), torch.randn(5, 4))
+    assert left(bio, "inner.weight") == "add joins its units with input x, not doubled"
+    assert left(bio, "outer.weight") == "its units are the model's output"
+
+
+def test_a_weight_that_reads_different_units():
+    bio = mirror(Reused().eval(), torch.randn(5, 4))
+    assert left(bio, "step.weight") == "its units are read by step.weight, which reads others as well"
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.rnn, self.hidden = nn.Linear(3, 4), nn.LSTM(4, 4), nn.Linear(4, 5)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.hidden(self.rnn(self.fc(x))[0])))
+
+
+def test_a_module_that_cannot_be_wider():
+    bio = mirror(Recurrent(), torch.randn(2, 5, 3))
+    assert "its units reach LSTM in rnn, which computes something else" in left(bio, "fc.weight")
+    assert "its units reach LSTM in rnn" in biofx.summary(bio)
+    assert bio.hidden.weight.shape == (10, 4)
+    assert bio.head.weight.shape == (2, 10)
+
+
+def test_excluded_weights_stay_as_they_are():
+    bio = mirror(mlp(3, 4, 5, 6, 2), torch.randn(2, 3), exclude="4.weight")
+    assert bio.get_parameter("4.weight").shape == (6, 5)
+    assert left(bio, "2.weight") == "its units are read by 4.weight, and it may not change"
+    assert bio.get_parameter("0.weight").shape == (8, 3)
+    assert bio.get_parameter("2.weight").shape == (5, 8)
+
+
+def test_queries_and_keys_stay_and_values_are_doubled():
+    model, x = double("llama")
+    names = doubled(mirror(model, *x), model)
+    assert {n for n in names if "attention" in n} == {f"layers.{i}.attention.v_proj.weight" for i in (0, 1)}
+
+
+def test_a_shuffle_in_front_of_a_depthwise_convolution():
+    """The twins of a channel are not neighbours there, and a depthwise convolution reads neighbours."""
+    model, x = double("shufflenet")
+    assert "whose groups are not doubled alike" in left(mirror(model, *x), "stage2.1.branch2.2.0.weight")
+
+
+def test_a_weight_that_nobody_reads():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.fc = nn.Linear(3, 4), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(x * self.gate(x).mean(-1, keepdim=True))
+
+    bio = mirror(Dead(), torch.randn(2, 3))
+    assert left(bio, "gate.weight") == "no weight reads its units"
+
+
+# --- scales ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_negative_scale_behind_a_weight_is_turned_over():
+    model, x = ConvNet().double().eval(), torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([1.0, -2.0, 0.5, -0.25]))
+        model.norm.running_mean.copy_(torch.randn(4))
+    bio = mirror(model, x)
+    assert bio.norm.weight.tolist() == [1, 1, 2, 2, 0.5, 0.5, 0.25, 0.25]
+    assert torch.equal(bio.stem.weight[2:4], -model.stem.weight[[1, 1]])
+    assert bio.biofx.nonnegative == {"norm.weight": "mirror-units"}
+
+
+def test_another_negative_scale_stays_and_is_named():
+    model, x = Tokens(), torch.randn(2, 4, 3)
+    with torch.no_grad():
+        model.gamma[2] = -1
+    bio = mirror(model, x)
+    assert "gamma is negative for some of its units, and turns their signs over" in biofx.summary(bio)
+    assert set(bio.biofx.nonnegative) == {"norm.weight"}
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+TOGETHER = {
+    "alone": [],
+    "split": [passes.SplitSynapses(3), passes.FuzzyLearningRates(nu=0.3)],
+    "turnover": [passes.Rejuvenate(dre=4.0)],
+    "homeostasis": [passes.SynapticScaling(on="weight", strength=0.1)],
+    "all": [passes.SplitSynapses(2), passes.FuzzyLearningRates(), passes.Rejuvenate(), passes.SynapticScaling()],
+}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("others", TOGETHER)
+def test_the_principle_holds_while_it_learns(others, optimizer):
+    model, x = ConvNet().eval(), torch.randn(8, 1, 8, 8)
+    bio = biofx.transform(model, [*TOGETHER[others], passes.MirrorUnits()], example_inputs=x)
+    torch.testing.assert_close(bio(x), model(x), rtol=1e-4, atol=1e-5)
+    optimizer = optimizer(bio.parameters(), lr=0.05)
+    with biofx.attach(bio, optimizer):
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss(bio.train()(x)).mul(1e-3).backward()
+            optimizer.step()
+            biofx.verify(bio)
+    bio.eval()
+    assert_one_sign(bio, x)
+    for site in biofx.weight_sites(bio).values():
+        if site.sign is not None:
+            assert (site.raw * site.sign >= 0).all()  # stored as well
+    assert not torch.allclose(bio.stem.weight[..., 0::2, :, :, :], bio.stem.weight[..., 1::2, :, :, :])  # twins part
+    torch.testing.assert_close(biofx.fold(bio)(x), bio(x))
+
+
+def test_a_mirrored_network_learns_as_well_as_the_plain_one():
+    x = torch.randn(256, 8)
+    y = torch.sin(x[:, :1] * 2) * x[:, 1:2]
+    losses = []
+    model = mlp(8, 32, 32, 32, 1)
+    for candidate in (model, biofx.transform(model, [passes.MirrorUnits()])):
+        optimizer = torch.optim.AdamW(candidate.parameters(), lr=3e-3)
+        if candidate is not model:
+            biofx.attach(candidate, optimizer)
+        for _ in range(200):
+            optimizer.zero_grad()
+            result = F.mse_loss(candidate(x), y)
+            result.backward()
+            optimizer.step()
+        losses.append(float(result))
+    assert losses[1] < max(2 * losses[0], 0.02) < float(y.var()) / 4
+
+
+def test_the_gradient_of_both_twins_is_that_of_the_unit():
+    """The incoming weights of the twins feel what the unit felt, one its excitatory and one its inhibitory part."""
+    model, x = mlp(3, 5, 4).double(), torch.randn(6, 3, dtype=torch.float64)
+    bio = mirror(model, x)
+    expected, given = gradients(model, x)["0.weight"], gradients(bio, x)["0.weight"]
+    torch.testing.assert_close(given.view(5, 2, 3).sum(1), expected)
+
+
+# --- around it -------------------------------------------------------------------------------------------------------
+
+
+def test_copies_and_checkpoints():
+    model, x = double("shufflenet")
+    bio = mirror(model, *x)
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    other = mirror(model, *x)
+    other.load_state_dict(bio.state_dict(), strict=True)
+    for again in (copy.deepcopy(bio), torch.load(file, weights_only=False), other):
+        biofx.verify(again)
+        assert torch.equal(again(*x), bio(*x))
+
+
+def test_it_draws_nothing_and_disturbs_nothing():
+    model = double("efficientnet")[0].train()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    results = [biofx.transform(model, [passes.MirrorUnits()], seed=seed).state_dict() for seed in (0, 1)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(torch.equal(results[0][n], v) for n, v in results[1].items() if not n.endswith("_seed"))
+    assert model.training
+
+
+def test_a_network_with_zeros_in_it_is_doubled_like_any_other():
+    """What goes along must not depend on values, such as γ = 0 behind the last weight of a residual branch."""
+    model, x = double("resnet")
+    expected = doubled(mirror(model, *x), model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert doubled(mirror(model, *x), model) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, x = Tokens().to(dtype), torch.randn(2, 4, 3, dtype=dtype)
+    assert doubled(biofx.transform(model, [passes.MirrorUnits()], example_inputs=x), model) == {
+        "embed.weight",
+        "fc.weight",
+    }
+
+
+def test_the_folded_model_has_other_shapes_than_the_original():
+    model = mlp(3, 4, 2)
+    bio = mirror(model)
+    assert {n: tuple(p.shape) for n, p in biofx.fold(bio).named_parameters()} == {
+        "0.weight": (8, 3),
+        "0.bias": (8,),
+        "2.weight": (2, 8),
+        "2.bias": (2,),
+    }
+    with pytest.raises(biofx.ArgumentError, match=r"0.weight is \(8, 3\) in the folded model and \(4, 3\) in it"):
+        biofx.fold(bio, into=model)
+
+
+def test_two_passes_that_give_signs():
+    with pytest.raises(biofx.PipelineError, match="sign constraint"):
+        biofx.transform(mlp(3, 4, 2), "mirror-units,dales-principle")
+
+
+def test_a_unit_with_both_signs_is_found():
+    bio = mirror(mlp(3, 4, 2))
+    bio.get_buffer("2.weight_units").zero_()
+    with pytest.raises(biofx.VerificationError, match="1 of its presynaptic units are excitatory and inhibitory"):
+        biofx.verify(bio)
