@@ -23,6 +23,7 @@ from biofx.chain import attribute
 from biofx.compare import undisturbed
 from biofx.dry_run import Guesser
 from biofx.model_editor import ModelEditor
+from biofx.weight_paths import Use, Values, call
 from biofx.weight_sites import WeightSite, find
 
 LEAST = 8  # synapses of each kind that a row keeps, if it has them: fewer cannot be balanced
@@ -55,12 +56,12 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     original = {name: _connections(site).clone() for name, site in sites.items()}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def measure(site: WeightSite, use: fx.Node, activity: Tensor) -> None:
+    def measure(site: WeightSite, use: Use, activity: Tensor) -> None:
         sign = site.spread_presynaptic(signs[site.name])
         net = _net_input(site, use, activity, original[site.name] * (sign != 0))
         targets[site.name] = net.mean((0, 2)), net.var(0, correction=0).mean(1)
 
-    def refit(site: WeightSite, use: fx.Node, activity: Tensor) -> None:
+    def refit(site: WeightSite, use: Use, activity: Tensor) -> None:
         if site.name in targets:
             _refit(site, use, activity, signs[site.name], *targets[site.name])
 
@@ -72,7 +73,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     _run(bio, found, sites, inputs, refit)
     for name, site in sites.items():
         model.sites[name].raw.copy_(site.raw)
-        bias = _bias(site, site.uses[0])
+        bias = _bias(site, site.calls[0])
         if bias is not None:
             model.value(bias).copy_(attribute(bio, bias))
 
@@ -137,7 +138,7 @@ def scales(
     return (b + mean).clamp(min=0) / x, b / y
 
 
-def _refit(site: WeightSite, use: fx.Node, activity: Tensor, signs: Tensor, mean: Tensor, variance: Tensor) -> None:
+def _refit(site: WeightSite, use: Use, activity: Tensor, signs: Tensor, mean: Tensor, variance: Tensor) -> None:
     """Solve (*) for the net input that is measured."""
     weight = _connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
@@ -161,7 +162,7 @@ def _refit(site: WeightSite, use: fx.Node, activity: Tensor, signs: Tensor, mean
         attribute(site.bio, bias).add_(mean - gain * (a * mx - b * my))
 
 
-See = Callable[[WeightSite, fx.Node, Tensor], None]
+See = Callable[[WeightSite, Use, Tensor], None]
 
 
 def _run(
@@ -174,7 +175,7 @@ def _run(
     """Run the network, and show what arrives at the first use of each weight."""
     with undisturbed(bio), torch.no_grad():
         bio.eval()
-        _Watched(bio, all_sites, inputs, {site.uses[0]: site for site in sites.values()}, see).run()
+        _Watched(bio, all_sites, inputs, {site.uses[0]: site for site in sites.values() if site.calls[0].call.units == site.units}, see).run()
 
 
 class _Watched(Guesser):
@@ -198,10 +199,15 @@ class _Watched(Guesser):
         if node not in self._first:
             return
         site = self._first[node]
-        activity = self.env[site.operator.argument(node, 0, "input")]
-        if activity.shape[0] >= FEWEST and activity.dim() > -site.operator.channel_axis:
-            self._see(site, node, activity)
-            self.env[site.chain[-1]] = site.effective()
+        use = site.calls[0]
+        source = use.call.source
+        if source is None:
+            return
+        activity = self.env[source.node]
+        has_samples = all(0 < axis % activity.dim() for axis in source.axes)
+        if activity.shape[0] >= FEWEST and has_samples:
+            self._see(site, use, activity)
+            self.env[use.call.weight] = _as_read(site, use, site.effective())
 
 
 def _normal_inputs(model: ModelEditor, bio: fx.GraphModule) -> dict[str, Any]:
@@ -220,15 +226,23 @@ def _normal_inputs(model: ModelEditor, bio: fx.GraphModule) -> dict[str, Any]:
     return result
 
 
-def _net_input(site: WeightSite, use: fx.Node, activity: Tensor, weight: Tensor) -> Tensor:
+def _net_input(site: WeightSite, use: Use, activity: Tensor, weight: Tensor) -> Tensor:
     """Net input of the postsynaptic units without their bias, shape (samples, units, positions)."""
-    operator = site.operator
-    by_position = {0: activity, operator.weight: weight, operator.weight + 1: None}
-    by_name = {"input": activity, "weight": weight, "bias": None}
-    args = [by_position.get(i, arg) for i, arg in enumerate(use.args)]
-    kwargs = {name: by_name.get(name, value) for name, value in use.kwargs.items()}
-    net = use.target(*args, **kwargs).movedim(operator.channel_axis, 1)  # type: ignore[operator]
-    return net.flatten(2) if net.dim() > 2 else net[..., None]  # type: ignore[no-any-return]
+    operator, source = use.call, use.call.source
+    assert source is not None, f"{use.node} reads several activations"
+    arguments = {source.node: activity, operator.weight: _as_read(site, use, weight)}
+    if isinstance(operator.bias, fx.Node):
+        arguments[operator.bias] = weight.new_zeros(1) if "add" in operator.name else None
+    known = Values(site.bio, arguments)
+    net: Tensor = call(use.node, *fx.map_arg((use.node.args, use.node.kwargs), known))
+    axes = operator.output_axes
+    net = net.movedim(axes, list(range(1, 1 + len(axes)))) if axes else net[:, None]
+    return net.flatten(1, max(1, len(axes))).unsqueeze(-1).flatten(2)
+
+
+def _as_read(site: WeightSite, use: Use, weight: Tensor) -> Tensor:
+    """A weight as the operator reads it, at the end of its path."""
+    return weight if use.is_direct else Values(site.bio, {site.chain[-1]: weight})(use.call.weight)  # type: ignore[no-any-return]
 
 
 def _connections(site: WeightSite) -> Tensor:
@@ -248,9 +262,9 @@ def _store(site: WeightSite, weight: Tensor) -> None:
     raw.copy_(torch.where(whole > 0, size / whole, 1 / len(raw)) * weight)
 
 
-def _bias(site: WeightSite, use: fx.Node) -> str | None:
+def _bias(site: WeightSite, use: Use) -> str | None:
     """Name of the bias of the postsynaptic units, if it is theirs alone."""
-    bias = site.operator.argument(use, site.operator.weight + 1, "bias")
+    bias = use.call.bias
     if not isinstance(bias, fx.Node) or bias.op != "get_attr" or len(bias.users) > 1:
         return None
     name = str(bias.target)

@@ -17,6 +17,7 @@ from biofx.chain import attribute
 from biofx.compare import undisturbed
 from biofx.errors import ArgumentError
 from biofx.unit_operators import Kind, argument, operation
+from biofx.weight_operators import BATCH, LENGTH, SIDE, TIMES, Source
 from biofx.weight_sites import WeightSite
 
 SEQUENCE = 8  # length of a sequence, if there are no example inputs
@@ -131,9 +132,10 @@ class Guesser(Runner):
     ) -> None:
         super().__init__(bio, given)
         self.failures = 0
-        self._uses = {use: site for site in sites.values() for use in site.uses}
+        self._uses = {use.node: use for site in sites.values() for use in site.calls}
         self._times = times
         self._side = side
+        self._dtypes = {use.node: site.raw.dtype for site in sites.values() for use in site.calls}
         self._device = next((parameter.device for parameter in bio.parameters()), None)
         self._asked = self._all_asked()
 
@@ -156,28 +158,28 @@ class Guesser(Runner):
 
     def before(self, node: fx.Node) -> None:
         """Make what arrives at an operator on weights fit; called before every node that can be computed."""
-        site = self._uses.get(node)
-        if site is None:
-            return
-        source = site.operator.argument(node, 0, "input")
-        value, axis = self.env[source], site.operator.channel_axis
-        if not isinstance(value, Tensor) or value.dim() < -axis or value.shape[axis] != site.presynaptic_units:
-            self.failures += 1
-            self.env[source] = self._input_of(site)
+        for source in self._read_by(node):
+            if not _fits(self.env[source.node], source):
+                self.failures += 1
+                self.env[source.node] = self._input_for(source, node)
 
-    def _input_of(self, site: WeightSite) -> Tensor:
-        space = -1 - site.operator.channel_axis
-        times = () if space else self._times
-        shape = (2, *times, site.presynaptic_units, *[self._side] * space)
-        return torch.zeros(shape, dtype=site.raw.dtype, device=site.raw.device)
+    def _read_by(self, node: fx.Node) -> list[Source]:
+        """The activations that an operator on weights reads."""
+        sources = self._uses[node].call.sources if node in self._uses else ()
+        return [source for source in sources if isinstance(source.node, fx.Node)]
+
+    def _input_for(self, source: Source, use: fx.Node) -> Tensor:
+        free = {BATCH: (2,), TIMES: self._times, SIDE: (self._side,), LENGTH: (SEQUENCE,)}
+        shape = itertools.chain.from_iterable((n,) if isinstance(n, int) else free[n] for n in source.like)
+        dtype = torch.int64 if source.is_tokens else self._dtypes[use]
+        return torch.zeros(tuple(shape), dtype=dtype, device=self._device)
 
     def _all_asked(self) -> dict[fx.Node, Tensor]:
         """What the first reader of each node asks for, through operators that act on each value by itself."""
         asked: dict[fx.Node, Tensor] = {}
         for node in reversed(self._bio.graph.nodes):
             if node in self._uses:
-                site = self._uses[node]
-                asked[site.operator.argument(node, 0, "input")] = self._input_of(site)
+                asked.update({source.node: self._input_for(source, node) for source in self._read_by(node)})
             elif self._looks_up(node):
                 asked[node.all_input_nodes[0]] = torch.zeros(2, SEQUENCE, dtype=torch.int64, device=self._device)
             elif node in asked and node.op.startswith("call_"):
@@ -190,6 +192,20 @@ class Guesser(Runner):
         if node.op == "call_module":
             return isinstance(self._bio.get_submodule(str(node.target)), nn.Embedding | nn.EmbeddingBag)
         return node.target is F.embedding and isinstance(argument(node, self._bio, 0, "input"), fx.Node)
+
+
+def _fits(value: Any, source: Source) -> bool:
+    """Whether a value can be what an operator on a weight reads."""
+    if not isinstance(value, Tensor) or value.is_floating_point() is source.is_tokens:
+        return False
+    for axis in source.axes:
+        length = source.like[axis]
+        has_axis = -value.dim() <= axis < value.dim()
+        stretches = len(source.axes) > 1 and (not has_axis or value.shape[axis] == 1)
+        is_vector = value.dim() == 1 and axis == -2 and value.shape[0] == length
+        if not stretches and not is_vector and not (has_axis and value.shape[axis] == length):
+            return False
+    return True
 
 
 def _without_values(tensor: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from torch.utils import _pytree as pytree
 from biofx.chain import attribute
 from biofx.dry_run import UNKNOWN, Values
 from biofx.unit_operators import Kind, Operation, Sign, argument, held_parameter
-from biofx.weight_sites import Operator
+from biofx.weight_paths import Use
 
 
 def signed_by(
-    bio: fx.GraphModule, uses: dict[fx.Node, Operator], operations: dict[fx.Node, Operation], values: Values
+    bio: fx.GraphModule, uses: dict[fx.Node, Use], operations: dict[fx.Node, Operation], values: Values
 ) -> dict[fx.Node, str]:
     """The operator by which the value of each node can be negative, or an empty string if it cannot.
 
@@ -36,7 +36,7 @@ def signed_by(
 
 class _Signs:
     def __init__(
-        self, bio: fx.GraphModule, uses: dict[fx.Node, Operator], operations: dict[fx.Node, Operation], values: Values
+        self, bio: fx.GraphModule, uses: dict[fx.Node, Use], operations: dict[fx.Node, Operation], values: Values
     ) -> None:
         self.found: dict[Any, str] = {}
         self._bio = bio
@@ -51,7 +51,7 @@ class _Signs:
         if node.op == "get_attr":
             return _sign_of_tensor(attribute(self._bio, str(node.target)))
         if node in self._uses:
-            return f"{self._uses[node].name} without activation"
+            return f"{self._uses[node].call.name} without activation"
         if node.op == "output":
             return ""
         operation = self._operations[node]

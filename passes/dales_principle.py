@@ -180,6 +180,10 @@ class DalesPrinciple(Pass):
         chosen = {n: site for n, site in model.sites.items() if any(fnmatch.fnmatch(n, p) for p in patterns)}
         for name in model.sites.keys() - chosen.keys():
             model.edits[name].leave("it is not among the sites that were asked for")
+        for name, site in list(chosen.items()):
+            if site.why_no_source is not None:
+                model.edits[name].leave(site.why_no_source)
+                del chosen[name]
         return chosen
 
     def _assign(self, model: ModelEditor, readings: Mapping[str, Reading]) -> Tensor:

@@ -2,7 +2,7 @@
 
 Symbolic tracing with four differences from `torch.fx.symbolic_trace`:
 
-- `Linear` and convolutions are traced through, so that the weight becomes a `get_attr` node that feeds a functional
+- `Linear`, convolutions, `Bilinear` and embeddings are traced through, so that the weight becomes a `get_attr` node that feeds a functional
   operator. Their own forward runs, so padding modes, groups and missing biases come out as PyTorch means them.
 - A constant that depends on `training` keeps following `.train()` and `.eval()` of the module that it is read from
   (`ByMode`).
@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
 from biofx.capture.modes import trace_modes
+from biofx.capture.reparametrized import detach_computed_attributes
 from biofx.capture.tracer import KeepWhole, MustBeNone, Trace
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
@@ -90,6 +91,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
     for node in trace.graph.find_nodes(op="get_attr"):
         if node.target in trace.constants:
             node.target = f"{RECORD}.{node.target}"
+    detach_computed_attributes(model)
     bio = captured(model, trace.graph)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))

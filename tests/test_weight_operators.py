@@ -1,0 +1,437 @@
+"""Weight operators and weight paths: what becomes of a weight, whichever operator reads it and however it gets there."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import biofx
+from biofx import passes
+from conftest import gradients, tensors
+from models.composite import GraphConvolution, normalised_adjacency
+from models.weights import KINDS, MODELS, PATHS, FusedAttention, Layer, LoRA, Network, TiedLanguageModel, Words
+
+ALL = {**KINDS, **PATHS}
+DIVERSE = [passes.SplitSynapses(3), passes.FuzzyLearningRates()]
+
+
+@pytest.fixture(params=ALL)
+def kind(request):
+    return ALL[request.param]
+
+
+@pytest.fixture
+def layer(kind):
+    return Layer(kind.shape, kind.function).double()
+
+
+@pytest.fixture
+def x(kind):
+    return torch.randn(kind.inputs, dtype=torch.float64)
+
+
+@pytest.fixture(params=MODELS)
+def model_and_inputs(request):
+    build, inputs, weights = MODELS[request.param]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the older weight norm
+        model = build().double().eval()
+    doubled = tuple(t.double() if t.is_floating_point() else t for t in inputs())
+    return model, doubled, weights
+
+
+def only(bio):
+    (site,) = biofx.weight_sites(bio).values()
+    return site
+
+
+# --- one operator ----------------------------------------------------------------------------------------------------
+
+
+def test_axes(kind, layer):
+    site = only(biofx.transform(layer, DIVERSE))
+    assert (site.operator, site.presynaptic_axis, site.postsynaptic_axis) == (kind.name, kind.pre, kind.post)
+    assert (site.presynaptic_units, site.units) == (4, 8)
+
+
+def test_the_axes_are_those_along_which_units_act(kind, layer, x):
+    """Silencing a presynaptic unit = zeroing its slice of the weight; likewise the output of a postsynaptic one."""
+    site = only(biofx.transform(layer, DIVERSE))
+    silenced = x.clone()
+    silenced.select(kind.source, 2).zero_()
+    if kind is PATHS["normalize"]:
+        return  # the other entries of a row change with it
+    expected = layer(silenced)
+    with torch.no_grad():
+        layer.weight.select(site.presynaptic_axis, 2).zero_()
+        torch.testing.assert_close(layer(x), expected)
+        bias = layer(torch.zeros_like(x)).select(kind.output, 5)
+        layer.weight.select(site.postsynaptic_axis, 5).zero_()
+        torch.testing.assert_close(layer(x).select(kind.output, 5), bias)
+
+
+def test_splitting_preserves_the_function_and_scales_gradients_exactly(layer, x):
+    bio = biofx.transform(layer, DIVERSE, example_inputs=(x,))
+    torch.testing.assert_close(bio(x), layer(x))
+    plain, site = gradients(layer, x)["weight"], only(bio)
+    torch.testing.assert_close(gradients(bio, x)["weight"], site.gain * plain / 3)
+
+
+def test_folds_to_the_plain_weight(layer, x):
+    bio = biofx.transform(layer, DIVERSE)
+    with torch.no_grad():
+        bio.weight.add_(torch.randn_like(bio.weight) * 0.1)
+    plain = biofx.fold(bio)
+    assert torch.equal(plain(x), bio(x))
+    layer.load_state_dict(plain.state_dict(), strict=True)
+    torch.testing.assert_close(layer(x), bio(x))
+
+
+@pytest.mark.parametrize("constraint", ["project", "abs", "softplus"])
+def test_a_unit_acts_with_one_sign(kind, layer, x, constraint):
+    dale = passes.DalesPrinciple(inputs="mixed", excitatory=0.5, constraint=constraint)
+    bio = biofx.transform(layer, [dale, passes.SplitSynapses(2)], example_inputs=(x,))
+    assert only(bio).sign is not None
+    jacobian = torch.autograd.functional.jacobian(bio, x).movedim(kind.source, 0)  # negative axes count from the end
+    effects = jacobian.flatten(1)
+    excites, inhibits = (effects > 1e-12).any(1), (effects < -1e-12).any(1)
+    assert not (excites & inhibits).any()
+    assert excites.sum() == inhibits.sum() == 2
+
+
+def test_units_that_feed_a_weight_are_those_of_the_one_before(kind, x):
+    """Linear → ReLU → operator: it reads the units of the linear layer."""
+
+    class Fed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before = nn.Linear(4, 4)
+            self.layer = Layer(kind.shape, kind.function)
+
+        def forward(self, x):
+            return self.layer(F.relu(self.before(x.movedim(kind.source, -1))).movedim(-1, kind.source))
+
+    found = biofx.units(Fed(), example_inputs=(x.float(),))
+    reading = found.readings["layer.weight"]
+    assert found.populations[found.owner[reading.numbers[0]]].name == "before.weight"
+    assert reading.numbers.tolist() == found.members(int(found.owner[reading.numbers[0]])).tolist()
+
+
+def test_units_that_a_weight_returns_are_on_the_output_s_axis(kind, x):
+    network = Network(Layer(kind.shape, kind.function), kind.output, 8)
+    found = biofx.units(network, example_inputs=(x.float(),))
+    numbers = found.readings["head.weight"].numbers
+    assert found.describe(numbers) == "8: layer.weight"
+
+
+@pytest.mark.parametrize("activation", [None, "tanh"])
+def test_grouping_sums_adjacent_units(kind, x, activation):
+    network = Network(Layer(kind.shape, kind.function), kind.output, 8).double()
+    bio = biofx.transform(network, [passes.GroupUnits(4, activation)])
+    z = network.layer(x).movedim(kind.output, -1)
+    z = torch.tanh(z) if activation else z
+    grouped = z.unflatten(-1, (2, 4)).sum(-1).repeat_interleave(4, -1)
+    torch.testing.assert_close(bio(x), network.head(grouped))
+
+
+def test_observers_see_every_unit(kind, x):
+    network = Network(Layer(kind.shape, kind.function), kind.output, 8).double()
+    bio = biofx.transform(network, [passes.SynapticScaling(), passes.FuzzyLearningRates(distribution="activity")]).train()
+    bio(x)
+    activity = network.layer(x).movedim(kind.output, -1).reshape(-1, 8).abs()
+    torch.testing.assert_close(bio.layer.weight_seen[:-1], activity.sum(0))
+    assert torch.equal(bio.layer.weight_active, (activity > 0.01).sum(0))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_synapse_can_have_an_activation(name):
+    kind = KINDS[name]
+    layer, x = Layer(kind.shape, kind.function).double(), torch.randn(kind.inputs, dtype=torch.float64)
+    bio = biofx.transform(layer, [passes.SplitSynapses(3, activation="tanh"), passes.FuzzyLearningRates()])
+    if "add" in kind.name:  # their bias is a constant of eight values
+        assert "its operator's bias is computed" in biofx.summary(bio)
+        return
+    expected = sum(torch.tanh(kind.function(x, synapse)) for synapse in bio.weight)
+    torch.testing.assert_close(bio(x), expected)
+    torch.testing.assert_close(biofx.fold(bio)(x), expected)
+    biofx.verify(bio)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_behind_a_path_there_is_no_place_for_an_activation(name):
+    kind = PATHS[name]
+    bio = biofx.transform(Layer(kind.shape, kind.function), [passes.SplitSynapses(3, activation="tanh")])
+    assert "something else than its operator reads the weight" in biofx.summary(bio)
+
+
+def test_without_example_inputs(kind, x):
+    """The dry run finds inputs that fit, so the analysis says the same."""
+    layer = Network(Layer(kind.shape, kind.function), kind.output, 8)
+    if kind.name == "mv":
+        return  # one axis too few for a batch
+    found = biofx.units(layer)
+    assert found.describe(found.readings["head.weight"].numbers) == "8: layer.weight"
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_which_parameters_are_synapses(model_and_inputs):
+    model, inputs, weights = model_and_inputs
+    bio = biofx.transform(model, DIVERSE)
+    assert set(biofx.weight_sites(bio)) >= weights
+    assert {name for name, site in biofx.weight_sites(bio).items() if site.passes} >= weights
+
+
+def test_the_summary_lists_every_parameter_once(model_and_inputs):
+    model, inputs, _ = model_and_inputs
+    summary = biofx.summary(biofx.transform(model, DIVERSE))
+    for name, _ in model.named_parameters():
+        words = summary.replace(",", " ").replace(":", " ").split()
+        assert words.count(name) == 1, name
+
+
+def test_function_gradients_and_fold_are_exact(model_and_inputs):
+    model, inputs, _ = model_and_inputs
+    bio = biofx.transform(model, DIVERSE, example_inputs=inputs).eval()
+    for a, b in zip(tensors(bio(*inputs)), tensors(model(*inputs)), strict=True):
+        torch.testing.assert_close(a, b)
+    plain, hooked, sites = gradients(model, *inputs), gradients(bio, *inputs), biofx.weight_sites(bio)
+    assert plain.keys() == hooked.keys()
+    for name, gradient in plain.items():
+        expected = sites[name].gain * gradient / 3 if name in sites else gradient
+        torch.testing.assert_close(hooked[name], expected)
+    with torch.no_grad():
+        for site in sites.values():
+            site.raw.add_(torch.randn_like(site.raw) * 0.05)
+    folded = biofx.fold(bio)
+    for a, b in zip(tensors(folded(*inputs)), tensors(bio(*inputs)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert list(folded.state_dict()) == list(model.state_dict())
+    model.load_state_dict(folded.state_dict(), strict=True)
+    for a, b in zip(tensors(model(*inputs)), tensors(bio(*inputs)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+EVERYTHING = [
+    passes.SplitSynapses(2),
+    passes.DalesPrinciple(excitatory=0.5, balance=False),
+    passes.FuzzyLearningRates(distribution="activity"),
+    passes.VolumeDependentLearningRates(),
+    passes.Crystallize(),
+    passes.Rejuvenate(),
+    passes.SynapticScaling(on="weight"),
+    passes.L1Regularization(1e-3),
+]
+
+
+@pytest.mark.parametrize("optimizer_name", ["SGD", "Adam"])
+@pytest.mark.parametrize("balance", [False, True])
+def test_everything_trains_copies_and_folds(model_and_inputs, optimizer_name, balance):
+    model, inputs, _ = model_and_inputs
+    everything = [*EVERYTHING, passes.DalesPrinciple(excitatory=0.5, balance=balance)]
+    del everything[1]
+    bio = biofx.transform(model, everything, example_inputs=inputs).train()
+    optimizer = getattr(torch.optim, optimizer_name)([p for p in bio.parameters() if p.requires_grad], lr=1e-3)
+    biofx.attach(bio, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(t.square().sum() for t in tensors(bio(*inputs))).backward()
+        optimizer.step()
+    biofx.verify(bio.eval())
+    copied = copy.deepcopy(bio)
+    folded = biofx.fold(bio)
+    for a, b, c in zip(*(tensors(m(*inputs)) for m in (bio, copied, folded)), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+    model.load_state_dict(folded.state_dict(), strict=True)
+
+
+def test_grouped_experts_have_axes_of_their_own():
+    build, inputs, _ = MODELS["experts"]
+    sites = biofx.weight_sites(biofx.transform(build(), DIVERSE))
+    assert [(s.presynaptic_axis, s.postsynaptic_axis, s.presynaptic_units, s.units) for s in sites.values()] == [
+        (1, 2, 3 * 4, 3 * 6),
+        (1, 2, 3 * 6, 3 * 4),
+    ]
+    (x,) = inputs()
+    found = biofx.units(build(), example_inputs=(x,))
+    assert found.describe(found.readings["w2"].numbers) == "18: w1"
+    shared = biofx.units(build(), example_inputs=(x[:1],))  # all experts read the same units
+    assert shared.describe(shared.readings["w1"].numbers) == "4 × 3: input x"
+
+
+def test_several_axes_can_run_over_units():
+    build, inputs, _ = MODELS["heads"]
+    model = build()
+    bio = biofx.transform(model, DIVERSE)
+    q, o = biofx.weight_sites(bio).values()
+    assert (q.axes.presynaptic, q.axes.postsynaptic, q.postsynaptic_axis) == ((0,), (1, 2), None)
+    assert (o.axes.presynaptic, o.axes.postsynaptic, o.presynaptic_axis) == ((0, 1), (2,), None)
+    found = biofx.units(model, example_inputs=inputs())
+    assert found.describe(found.readings["o"].numbers) == "6: q"
+    assert found.readings["o"].numbers.tolist() == sorted(found.readings["o"].numbers.tolist())
+
+
+def test_a_graph_convolution_reads_units_along_its_features():
+    inputs = torch.randn(2, 5, 6), normalised_adjacency(2, 5)
+    found = biofx.units(GraphConvolution().eval(), example_inputs=inputs)
+    described = {name: found.describe(reading.numbers) for name, reading in found.readings.items()}
+    assert described == {
+        "gc1.weight": "6: input features",
+        "gc2.weight": "16: gc1.weight",
+        "head.weight": "16: gc2.weight",
+    }
+
+
+def test_gpt_2_s_layers_read_units_through_their_views():
+    build, inputs, _ = MODELS["gpt-2 feed-forward"]
+    for example_inputs in (None, inputs()):
+        found = biofx.units(build(), example_inputs=example_inputs)
+        assert found.describe(found.readings["c_proj.weight"].numbers) == "16: c_fc.weight"
+
+
+def test_a_tied_weight_has_no_axes_but_synapses():
+    bio = biofx.transform(TiedLanguageModel(), [*EVERYTHING, passes.GroupUnits(2)])
+    site = biofx.weight_sites(bio)["embedding.weight"]
+    assert (site.axes, site.presynaptic_axis, site.postsynaptic_axis) == (None, None, None)
+    axis_free = ["crystallize", "l1-regularization", "rejuvenate", "split-synapses", "volume-dependent-learning-rates"]
+    assert sorted(site.passes) == axis_free
+    assert (
+        "dales-principle: shared by operators that want different axes: embedding (presynaptic axis 0, postsynaptic "
+        "axis 1), linear (presynaptic axis 1, postsynaptic axis 0)"
+    ) in biofx.summary(bio)
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_parts_of_a_weight_read_and_return_parts_of_its_units(crossed):
+    inputs = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    model = FusedAttention(crossed=crossed)
+    found = biofx.units(model, example_inputs=inputs)
+    values = found.readings["out.weight"].numbers
+    assert found.describe(values) == "4 of 12: qkv"
+    assert values.tolist() == found.members(int(found.owner[values[0]])).tolist()[8:]
+    reading = found.readings["qkv"]
+    assert bool(reading.remark) is crossed  # queries and the rest read two populations by one axis
+    bio = biofx.transform(model, EVERYTHING)
+    assert "synaptic-scaling: each of its uses has a part of its units" in biofx.summary(bio)
+
+
+def test_a_sum_of_weights_has_no_sign():
+    bio = biofx.transform(LoRA(merged=True), [passes.DalesPrinciple(inputs="mixed"), passes.SplitSynapses(2)])
+    summary = biofx.summary(bio)
+    assert "dales-principle: its operator reads the sum of it and something else" in summary
+    assert "a: matmul multiplies it with what depends on parameters only, not with an activation" in summary
+
+
+def test_a_row_for_padding_is_no_synapse():
+    bio = biofx.transform(Words(padding_idx=0), [passes.Rejuvenate(dre=0.1)])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    bio(torch.randint(9, (4, 3))).sum().backward()
+    optimizer.step()
+    assert not bio.words.weight[0].any()
+    assert int(bio.words.weight_replaced) > 0
+
+
+# --- what is left alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_norm": 1.0}, "embedding changes it in forward, as max_norm is set"),
+        ({"sparse": True}, "embedding gives it a sparse gradient, and rules act on every entry"),
+        ({"scale_grad_by_freq": True}, "embedding divides its gradient by the frequency of tokens"),
+    ],
+)
+def test_embeddings_with_rules_of_their_own_are_left_alone(options, reason):
+    model, tokens = Words(**options), torch.randint(9, (4, 3))
+    expected = copy.deepcopy(model)(tokens)
+    bio = biofx.transform(model, DIVERSE)
+    assert f"words.weight: {reason}" in biofx.summary(bio)
+    assert list(biofx.weight_sites(bio)) == ["head.weight"]
+    torch.testing.assert_close(bio(tokens), expected)
+
+
+def shaped(function, *shape):
+    return lambda: Layer(shape, function)
+
+
+LEFT = {
+    "diagonal": (shaped(lambda x, w: torch.einsum("bi,ii->bi", x, w), 4, 4), "takes diagonals or scalars"),
+    "open axes": (shaped(lambda x, w: torch.einsum("bi,i...->b...", x, w), 4, 4), "leaves its axes open"),
+    "only parameters": (
+        shaped(lambda x, w: x + (w @ w.t()).sum(), 4, 4),
+        "matmul multiplies it with what depends on parameters only",
+    ),
+    "negative alpha": (
+        shaped(lambda x, w: torch.addmm(x, x, w, alpha=-1), 4, 4),
+        "addmm multiplies it with -1, not with a number above 0",
+    ),
+    "gathered": (shaped(lambda x, w: F.linear(x, w[[1, 0, 3, 2]]), 4, 4), "used by getitem"),
+    "concatenated": (shaped(lambda x, w: F.linear(x, torch.cat([w, w])), 4, 4), "used by cat"),
+    "modulated": (shaped(lambda x, w: x @ (w * x.mean()), 4, 4), "used by mul"),
+    "in place, on a view": (
+        shaped(lambda x, w: F.linear(x, w.t().mul_(1.0)), 4, 4),
+        "forward changes it in place, by mul_",
+    ),
+    "integers": (lambda: _with(Layer((4, 4), lambda x, w: F.linear(x, w.float())), torch.ones(4, 4).int()), "torch.int32"),
+    "complex": (
+        lambda: _with(Layer((4, 4), lambda x, w: F.linear(x.cfloat(), w).real), torch.ones(4, 4).cfloat()),
+        "its dtype is torch.complex64, and synapses are real numbers",
+    ),
+    "sparse": (
+        lambda: _with(Layer((4, 4), lambda x, w: w @ x.t()), torch.eye(4).to_sparse()),
+        "its layout is torch.sparse_coo, and synapses need a dense one",
+    ),
+}
+
+
+def _with(layer, value):
+    layer.weight = nn.Parameter(value, requires_grad=value.is_floating_point())
+    return layer
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_is_left_alone_has_a_reason_and_computes_the_same(case):
+    build, reason = LEFT[case]
+
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.odd, self.plain = build(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.odd(self.plain(x))
+
+    model, x = Beside(), torch.randn(3, 4)
+    if "in place" in case:
+        model.odd.weight.requires_grad_(False)
+    bio = biofx.transform(model, DIVERSE)
+    assert list(biofx.weight_sites(bio)) == ["plain.weight"]
+    assert reason in biofx.summary(bio)
+    torch.testing.assert_close(bio(x), model(x))
+
+
+def test_axes_that_are_lost_leave_synapses():
+    """A reshape that copies mixes the axes of a weight."""
+    layer = Layer((8, 4), lambda x, w: F.linear(x, w.t().unflatten(0, (2, 2)).movedim(0, -1).reshape(4, 8).t()))
+    x = torch.randn(3, 4)
+    bio = biofx.transform(layer, DIVERSE) if False else None
+    with pytest.raises(biofx.ArgumentError, match="weight: used by reshape"):
+        bio = biofx.transform(layer, DIVERSE)
+    assert bio is None
+    assert layer(x).shape == (3, 8)
+
+
+def test_a_tensor_subclass_is_left_alone():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].weight = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
+    bio = biofx.transform(model, DIVERSE, inplace=True)
+    assert "0.weight: it is a TwoTensor, and biofx rewrites plain tensors only" in biofx.summary(bio)
