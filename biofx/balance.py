@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,14 +57,14 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     original = {name: _connections(site).clone() for name, site in sites.items()}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def measure(site: WeightSite, use: Use, activity: Tensor) -> None:
+    def measure(site: WeightSite, net_input: NetInput) -> None:
         sign = site.spread_presynaptic(signs[site.name])
-        net = _net_input(site, use, activity, original[site.name] * (sign != 0))
+        net = net_input(original[site.name] * (sign != 0))
         targets[site.name] = net.mean((0, 2)), net.var(0, correction=0).mean(1)
 
-    def refit(site: WeightSite, use: Use, activity: Tensor) -> None:
+    def refit(site: WeightSite, net_input: NetInput) -> None:
         if site.name in targets:
-            _refit(site, use, activity, signs[site.name], *targets[site.name])
+            _refit(site, net_input, signs[site.name], *targets[site.name])
 
     _run(bio, found, sites, inputs, measure)
     for name, site in sites.items():
@@ -138,11 +139,11 @@ def scales(
     return (b + mean).clamp(min=0) / x, b / y
 
 
-def _refit(site: WeightSite, use: Use, activity: Tensor, signs: Tensor, mean: Tensor, variance: Tensor) -> None:
+def _refit(site: WeightSite, net_input: NetInput, signs: Tensor, mean: Tensor, variance: Tensor) -> None:
     """Solve (*) for the net input that is measured."""
     weight = _connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
-    x, y = (_net_input(site, use, activity, part) for part in (weight * (sign > 0), -weight * (sign < 0)))
+    x, y = net_input(weight * (sign > 0)), net_input(-weight * (sign < 0))
     mx, my = x.mean(0, keepdim=True), y.mean(0, keepdim=True)
     xx, yy, xy = (v.mean((0, 2)) for v in ((x - mx).square(), (y - my).square(), (x - mx) * (y - my)))
     mx, my = mx.mean((0, 2)), my.mean((0, 2))
@@ -157,12 +158,15 @@ def _refit(site: WeightSite, use: Use, activity: Tensor, signs: Tensor, mean: Te
     gain = torch.minimum(gain, LARGEST * rows.norm(dim=1) / (scaled.norm(dim=1) + TINY))
     new = torch.where(row_sign == 0, rows, scaled * gain[:, None])
     _store(site, site.from_incoming(new))
-    bias = _bias(site, use)
+    bias = _bias(site, site.calls[0])
     if bias is not None:
         attribute(site.bio, bias).add_(mean - gain * (a * mx - b * my))
 
 
-See = Callable[[WeightSite, Use, Tensor], None]
+NetInput = Callable[[Tensor], Tensor]
+"""Net input of the postsynaptic units through a weight, without their bias, shape (samples, units, positions)."""
+
+See = Callable[[WeightSite, NetInput], None]
 
 
 def _run(
@@ -192,6 +196,7 @@ class _Watched(Guesser):
         super().__init__(bio, all_sites, inputs)
         self._first = first
         self._see = see
+        self.kept = {source for site in first.values() for source in _read_beside(site)}
 
     def before(self, node: fx.Node) -> None:
         """Look at the activity that arrives, if it is that of enough samples."""
@@ -199,15 +204,24 @@ class _Watched(Guesser):
         if node not in self._first:
             return
         site = self._first[node]
-        use = site.calls[0]
-        source = use.call.source
+        source = site.calls[0].call.source
         if source is None:
             return
         activity = self.env[source.node]
         has_samples = all(0 < axis % activity.dim() for axis in source.axes)
-        if activity.shape[0] >= FEWEST and has_samples:
-            self._see(site, use, activity)
-            self.env[use.call.weight] = _as_read(site, use, site.effective())
+        if activity.shape[0] < FEWEST or not has_samples:
+            return
+        beside = {source: self.env[source] for source in _read_beside(site)}
+        self._see(site, partial(_net_input, site, beside))
+        self.env[site.calls[0].call.weight] = _as_read(site, beside, site.effective())
+
+
+def _read_beside(site: WeightSite) -> list[fx.Node]:
+    """What the first use of a weight reads beside the weight: its activation, and what its path depends on."""
+    use = site.calls[0]
+    nodes = [use.node, *(step.node for step in use.path)]
+    own = {*nodes, site.chain[-1], use.call.bias}
+    return [source for node in nodes for source in node.all_input_nodes if source not in own]
 
 
 def _normal_inputs(model: ModelEditor, bio: fx.GraphModule) -> dict[str, Any]:
@@ -226,23 +240,22 @@ def _normal_inputs(model: ModelEditor, bio: fx.GraphModule) -> dict[str, Any]:
     return result
 
 
-def _net_input(site: WeightSite, use: Use, activity: Tensor, weight: Tensor) -> Tensor:
-    """Net input of the postsynaptic units without their bias, shape (samples, units, positions)."""
-    operator, source = use.call, use.call.source
-    assert source is not None, f"{use.node} reads several activations"
-    arguments = {source.node: activity, operator.weight: _as_read(site, use, weight)}
+def _net_input(site: WeightSite, beside: Mapping[fx.Node, Any], weight: Tensor) -> Tensor:
+    operator = site.calls[0].call
+    known: dict[fx.Node, Any] = {**beside, operator.weight: _as_read(site, beside, weight)}
     if isinstance(operator.bias, fx.Node):
-        arguments[operator.bias] = weight.new_zeros(1) if "add" in operator.name else None
-    known = Values(site.bio, arguments)
-    net: Tensor = call(use.node, *fx.map_arg((use.node.args, use.node.kwargs), known))
+        known[operator.bias] = weight.new_zeros(1) if "add" in operator.name else None
+    arguments = fx.map_arg((operator.node.args, operator.node.kwargs), known.__getitem__)
+    net: Tensor = call(operator.node, *arguments)
     axes = operator.output_axes
     net = net.movedim(axes, list(range(1, 1 + len(axes)))) if axes else net[:, None]
     return net.flatten(1, max(1, len(axes))).unsqueeze(-1).flatten(2)
 
 
-def _as_read(site: WeightSite, use: Use, weight: Tensor) -> Tensor:
-    """A weight as the operator reads it, at the end of its path."""
-    return weight if use.is_direct else Values(site.bio, {site.chain[-1]: weight})(use.call.weight)  # type: ignore[no-any-return]
+def _as_read(site: WeightSite, beside: Mapping[fx.Node, Any], weight: Tensor) -> Tensor:
+    """A weight as its first use reads it, at the end of its path."""
+    end = site.calls[0].call.weight
+    return Values(site.bio, {**beside, site.chain[-1]: weight})(end)  # type: ignore[no-any-return]
 
 
 def _connections(site: WeightSite) -> Tensor:

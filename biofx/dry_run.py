@@ -82,6 +82,7 @@ class Runner:
         self._bio = bio
         self._given = given
         self.env: dict[fx.Node, Any] = {}
+        self.kept: set[fx.Node] = set()  # nodes whose values stay in `env`
 
     def run(self) -> Values:
         waiting = Counter(source for node in self._bio.graph.nodes for source in node.all_input_nodes)
@@ -90,7 +91,7 @@ class Runner:
             self.values[node] = pytree.tree_map_only(Tensor, _without_values, self.env[node])
             for source in node.all_input_nodes:
                 waiting[source] -= 1
-                if not waiting[source]:
+                if not waiting[source] and source not in self.kept:
                     del self.env[source]  # free the memory
         return self.values
 
@@ -183,8 +184,11 @@ class Guesser(Runner):
             elif self._looks_up(node):
                 asked[node.all_input_nodes[0]] = torch.zeros(2, SEQUENCE, dtype=torch.int64, device=self._device)
             elif node in asked and node.op.startswith("call_"):
-                if operation(node, self._bio).kind in (Kind.KEEP, Kind.NORM, Kind.MERGE):
+                found = operation(node, self._bio)
+                if found.kind in (Kind.KEEP, Kind.NORM, Kind.MERGE):
                     asked.update(dict.fromkeys(node.all_input_nodes, asked[node]))
+                elif found.key in ("view", "reshape") and len(node.args) == 3 and node.args[1] == -1:
+                    asked[node.all_input_nodes[0]] = asked[node]  # rows of the last axis stay rows
         return asked
 
     def _looks_up(self, node: fx.Node) -> bool:

@@ -134,9 +134,11 @@ class DalesPrinciple(Pass):
 
     def rewrite_model(self, model: ModelEditor) -> None:
         """Assign signs to units, and weights to signs."""
+        chosen = self._chosen(model)
+        if not chosen:
+            return
         units = model.units
         hold_scales(model)
-        chosen = self._chosen(model)
         signs = self._assign(model, {name: units.readings[name] for name in chosen})
         constrained: dict[str, Tensor] = {}
         for name in chosen:

@@ -128,7 +128,7 @@ PATHS = {
     "view": _kind("linear", (8, 4, 1, 1), lambda x, w: F.linear(x, w.view(8, 4)), (3, 4), (1, 0)),
     "reshape": _kind("conv1d", (8, 4), lambda x, w: F.conv1d(x, w.reshape(8, 4, 1)), (2, 4, 7), (1, 0), -2, -2),
     "unsqueeze": _kind("conv1d", (8, 4), lambda x, w: F.conv1d(x, w.unsqueeze(-1)), (2, 4, 7), (1, 0), -2, -2),
-    "squeeze": _kind("linear", (8, 1, 4), lambda x, w: F.linear(x, w.squeeze(1)), (3, 4), (1, 0)),
+    "squeeze": _kind("linear", (8, 1, 4), lambda x, w: F.linear(x, w.squeeze(1)), (3, 4), (2, 0)),
     "expand": _kind(
         "bmm", (4, 8), lambda x, w: torch.bmm(x, w.unsqueeze(0).expand(x.size(0), -1, -1)), (3, 5, 4), (0, 1)
     ),
