@@ -214,4 +214,3 @@ def _factors(axis: int, length: int, pieces: list[tuple[int, int, Role]]) -> lis
 def axes_of(shape: Sequence[int], factors: Iterable[tuple[int, int, Role]]) -> Axes:
     """Axes from the (axis, size, role) of each factor."""
     return Axes(tuple(shape), tuple(Factor(axis, size, *role) for axis, size, role in factors))
-

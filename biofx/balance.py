@@ -179,7 +179,8 @@ def _run(
     """Run the network, and show what arrives at the first use of each weight."""
     with undisturbed(bio), torch.no_grad():
         bio.eval()
-        _Watched(bio, all_sites, inputs, {site.uses[0]: site for site in sites.values() if site.calls[0].call.units == site.units}, see).run()
+        first = {site.uses[0]: site for site in sites.values() if site.calls[0].call.units == site.units}
+        _Watched(bio, all_sites, inputs, first, see).run()
 
 
 class _Watched(Guesser):
@@ -208,7 +209,7 @@ class _Watched(Guesser):
         if source is None:
             return
         activity = self.env[source.node]
-        has_samples = all(0 < axis % activity.dim() for axis in source.axes)
+        has_samples = all(axis % activity.dim() > 0 for axis in source.axes)
         if activity.shape[0] < FEWEST or not has_samples:
             return
         beside = {source: self.env[source] for source in _read_beside(site)}

@@ -295,7 +295,8 @@ class UnitAnalysis:
         sizes = [call.lengths[index] for index in call.presynaptic]
         channels = math.prod(sizes)
         if source.is_tokens:
-            return self.numbers.once((source.node, channels), f"tokens of {site.name}", "input", channels).long()[:, None]
+            name = f"tokens of {site.name}"
+            return self.numbers.once((source.node, channels), name, "input", channels).long()[:, None]
         numbers = self.activations[source.node]
         if isinstance(numbers, Tensor) and numbers.dim() >= len(source.axes):
             if len(source.axes) > 1:  # an activation that has no axis for groups, or one of length 1, feeds all of them

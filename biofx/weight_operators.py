@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,7 +132,7 @@ class _Asked:
     node: fx.Node
     weight: fx.Node
     shape: tuple[int, ...]
-    varying: Collection[fx.Node]
+    is_learned: Callable[[Any], bool]
     names: tuple[str, ...]
 
     def __call__(self, names: str, default: Any = None) -> Any:
@@ -164,14 +164,21 @@ class _Asked:
 Reader = Callable[[_Asked], Call | Refusal | None]
 
 
-def read(node: fx.Node, weight: fx.Node, shape: Sequence[int], varying: Collection[fx.Node]) -> Call | Refusal | None:
+def is_operator(node: fx.Node) -> bool:
+    """Whether a node calls an operator of the table."""
+    return node.target in (_METHODS if node.op == "call_method" else _TABLE)
+
+
+def read(
+    node: fx.Node, weight: fx.Node, shape: Sequence[int], is_learned: Callable[[Any], bool]
+) -> Call | Refusal | None:
     """How a node consumes another as its weight, or None if it does not.
 
     Args:
         node: a node of the graph.
         weight: one of its inputs.
         shape: the weight's shape, as in the original model.
-        varying: the nodes that depend on the model's inputs.
+        is_learned: whether a node depends on parameters, and not on the model's inputs, so that it is no activation.
     """
     entry = _METHODS.get(str(node.target)) if node.op == "call_method" else None
     if node.op == "call_function":
@@ -179,7 +186,7 @@ def read(node: fx.Node, weight: fx.Node, shape: Sequence[int], varying: Collecti
     if entry is None:
         return None
     reader, names = entry
-    return reader(_Asked(node, weight, tuple(shape), varying, names))
+    return reader(_Asked(node, weight, tuple(shape), is_learned, names))
 
 
 def _linear(asked: _Asked) -> Call | None:
@@ -220,7 +227,7 @@ def _product(asked: _Asked, left: str = "input", right: str = "other|mat2|vec") 
     is_right = operands[1] is asked.weight
     activation = operands[0 if is_right else 1]
     name = callee(asked.node).rpartition(".")[2]
-    if activation not in asked.varying:
+    if asked.is_learned(activation):
         return Refusal(f"{name} multiplies it with what depends on parameters only, not with an activation", False)
     batch, n_in = asked.shape[:-2], asked.shape[-2 if is_right and len(asked.shape) > 1 else -1]
     # A batch axis of length 1 is stretched, so that it tells no units apart.
@@ -245,7 +252,7 @@ def _operand_of_product(name: str, is_left: bool, batch: Sequence[int], n_in: in
 
 
 def _sum_of_product(asked: _Asked) -> Call | Refusal | None:
-    """addmm and baddbmm: a bias, and a product."""
+    """The product in addmm and baddbmm, and their bias."""
     found = _product(asked, "mat1|batch1", "mat2|batch2")
     if not isinstance(found, Call):
         return found
@@ -268,18 +275,19 @@ def _einsum(asked: _Asked) -> Call | Refusal | None:
     others = [(n, labels) for n, labels in zip(operands, inputs, strict=True) if n is not asked.weight]
     if _REST in mine or len(mine) != len(asked.shape):
         return Refusal(f"einsum with {equation!r} leaves its axes open", False)
-    if not others or not all(node in asked.varying for node, _ in others):
+    if not others or any(asked.is_learned(node) for node, _ in others):
         return Refusal("einsum multiplies it with what depends on parameters only, not with an activation", False)
     read = {label for _, labels in others for label in labels}
     roles = [(label in read, label in output) for label in mine]
     pre = [label for label in mine if label in read]
     lengths = dict(zip(mine, asked.shape, strict=True))
     free = iter([BATCH, *[LENGTH] * len(equation)])
-    like: dict[str, int | str] = {_REST: TIMES, **{label: lengths.get(label) or next(free) for label in sorted(read - {_REST})}}
-    sources = [
-        Source(node, tuple(_position(labels, label) for label in pre if label in labels), tuple(like[label] for label in labels))
-        for node, labels in others
-    ]
+    like = {label: lengths[label] if label in lengths else next(free) for label in sorted(read - {_REST})}
+    like[_REST] = TIMES
+    sources = []
+    for node, labels in others:
+        axes = tuple(_position(labels, label) for label in pre if label in labels)
+        sources.append(Source(node, axes, tuple(like[label] for label in labels)))
     return asked.call("einsum", roles, sources, [_position(output, label) for label in mine if label in output])
 
 

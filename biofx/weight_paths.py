@@ -8,8 +8,9 @@ a mask). Layouts are *executed on a tensor without memory*, whose strides then t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,21 +18,24 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from biofx.axes import GROUP, Axes, axes_of, axes_of_view
-from biofx.chain import attribute
+from biofx.chain import attribute, callee
 from biofx.provenance import inserted
 from biofx.unit_operators import Operation, operation
-from biofx.weight_operators import Call, Refusal, read
+from biofx.weight_operators import Call, Refusal, is_operator, read
 
-_LAYOUTS = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_LAYOUTS = _names(
     "flatten view viewas reshape unflatten permute transpose t mt h mh numpyt swapaxes swapdims movedim moveaxis "
-    "unsqueeze squeeze chunk split splitwithsizes tensorsplit unbind narrow select slice getitem expand".split()
+    "unsqueeze squeeze chunk split splitwithsizes tensorsplit unbind narrow select slice getitem expand"
 )
-_COPIES = frozenset(
-    "contiguous clone alias identity to tocopy type typeas float double half bfloat16 cuda cpu".split()
-)
-_QUOTIENTS = frozenset("div truediv divide".split())
-_ENTRYWISE = _QUOTIENTS | frozenset("mul multiply add sub subtract weightnorm normalize".split())
-_SUMS = frozenset("add sub subtract".split())
+_COPIES = _names("contiguous clone alias identity to tocopy type typeas float double half bfloat16 cuda cpu")
+_QUOTIENTS = _names("div truediv divide")
+_SUMS = _names("add sub subtract")
+_ENTRYWISE = _QUOTIENTS | _SUMS | _names("mul multiply weightnorm normalize")
 
 
 @dataclass(frozen=True)
@@ -117,14 +121,14 @@ class Uses:
     on_path: list[fx.Node]
 
 
-def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], varying: Collection[fx.Node]) -> Uses:
+def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dependence) -> Uses:
     """Follow a weight from the end of its chain to the operators that consume it.
 
     Args:
         bio: the model.
         end: the last node of the chain.
         shape: shape of the weight without the axis of its synapses.
-        varying: the nodes that depend on the model's inputs.
+        depends: what the nodes of the graph depend on.
     """
     found = Uses([], [], [], [])
     base = torch.empty(tuple(shape), device="meta")
@@ -132,18 +136,21 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], varying: Col
     while waiting:
         node, value, path = waiting.pop()
         for user in node.users:
-            answer = read(user, node, value.shape, varying) if isinstance(value, Tensor) else None
+            answer = read(user, node, value.shape, depends.on_parameters) if isinstance(value, Tensor) else None
             if isinstance(answer, Refusal):
                 found.refusals.append(answer)
             elif answer is not None:
                 found.uses.append(_use(answer, path, base, value))
-            elif inserted(user) is None and (step := _step(bio, user, node, value, varying)) is not None:
+            elif (
+                not is_operator(user)
+                and inserted(user) is None
+                and (step := _step(bio, user, node, value, depends)) is not None
+            ):
                 found.on_path.append(user)
                 waiting.append((user, apply(user, value) if step.is_layout else value, (*path, step)))
             else:
                 found.readers.append(user)
-    order = {node: index for index, node in enumerate(bio.graph.nodes)} if len(found.uses) > 1 else {}
-    found.uses.sort(key=lambda use: order.get(use.node, 0))
+    found.uses.sort(key=lambda use: use.node)  # nodes compare by their place in the graph
     return found
 
 
@@ -160,9 +167,7 @@ def _use(call: Call, path: tuple[Step, ...], base: Tensor, value: Tensor) -> Use
     return Use(call, path, axes_of_view(base.shape, view, call.roles) if base.numel() else None)
 
 
-def _step(
-    bio: fx.GraphModule, node: fx.Node, operand: fx.Node, value: Any, varying: Collection[fx.Node]
-) -> Step | None:
+def _step(bio: fx.GraphModule, node: fx.Node, operand: fx.Node, value: Any, depends: Dependence) -> Step | None:
     """What a node does to a weight, or None if it is no part of a path."""
     if not node.op.startswith("call_") or _first(node) is None:
         return None
@@ -179,7 +184,7 @@ def _step(
     if call.key in _COPIES and _first(node) is operand:
         return Step(node, False)
     if call.key in _ENTRYWISE:
-        return _entrywise(bio, node, operand, call, value, varying)
+        return _entrywise(bio, node, operand, call, value, depends)
     return None
 
 
@@ -195,13 +200,14 @@ def _layout(node: fx.Node, value: Tensor) -> Step | None:
 
 
 def _entrywise(
-    bio: fx.GraphModule, node: fx.Node, operand: fx.Node, call: Operation, value: Tensor, varying: Collection[fx.Node]
+    bio: fx.GraphModule, node: fx.Node, operand: fx.Node, call: Operation, value: Tensor, depends: Dependence
 ) -> Step | None:
     """A step that multiplies each entry with a number of its own, or adds one."""
-    if node in varying:
+    if depends.on_inputs(node):
         return None
     if call.key in ("normalize", "weightnorm"):
-        remark = f"it is stored as a direction, which {node.args[1]} scales" if call.key == "weightnorm" else ""
+        remark = "it is stored as a direction, and its length, which may become negative, apart"
+        remark = remark if call.key == "weightnorm" else ""
         return Step(node, False, remark) if _first(node) is operand else None
     operands = [*node.args, *node.kwargs.values()][:2]
     if operands.count(operand) != 1 or len(operands) < 2:
@@ -214,7 +220,11 @@ def _entrywise(
         return Step(node, False, "its operator reads the sum of it and something else")
     if (isinstance(other, int | float) and other > 0) or _is_nonnegative(bio, other):
         return Step(node, False)
-    return Step(node, False, f"its operator reads it times {other}, which may be negative")
+    return Step(node, False, f"its operator reads it times {_named(other)}, which may be negative")
+
+
+def _named(value: Any) -> str:
+    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else str(value)
 
 
 def _fits(bio: fx.GraphModule, other: Any, value: Tensor) -> bool:
@@ -302,16 +312,34 @@ class Values:
         return call(node, args, kwargs)
 
 
-def depending_on_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on the values, not just on the shape or dtype, of the model's inputs."""
-    result: set[fx.Node] = set()
-    for node in graph.nodes:
-        name = node.args[1] if node.target is getattr else str(node.target)
-        sources = node.all_input_nodes[:1] if name in _CASTS_BY_VALUE else node.all_input_nodes
-        if node.op == "placeholder" or (name not in _ABOUT_TENSORS and not result.isdisjoint(sources)):
-            result.add(node)
-    return result
+class Dependence:
+    """What the nodes of a graph depend on; found out when it is first asked for."""
+
+    def __init__(self, bio: fx.GraphModule) -> None:
+        self._bio = bio
+
+    def on_inputs(self, node: Any) -> bool:
+        """Whether a node depends on the values, not just on the shape or dtype, of the model's inputs."""
+        return node in self._found[0]
+
+    def on_parameters(self, node: Any) -> bool:
+        """Whether a node depends on parameters, and not on the model's inputs."""
+        return node in self._found[1]
+
+    @cached_property
+    def _found(self) -> tuple[set[fx.Node], set[fx.Node]]:
+        on_inputs: set[fx.Node] = set()
+        on_parameters: set[fx.Node] = set()
+        for node in self._bio.graph.nodes:
+            name = node.args[1] if node.target is getattr else callee(node)
+            sources = () if name in _ABOUT_TENSORS else node.all_input_nodes[: 1 if name in _LIKE_OTHERS else None]
+            is_parameter = node.op == "get_attr" and isinstance(attribute(self._bio, str(node.target)), nn.Parameter)
+            if node.op == "placeholder" or not on_inputs.isdisjoint(sources):
+                on_inputs.add(node)
+            elif is_parameter or not on_parameters.isdisjoint(sources):
+                on_parameters.add(node)
+        return on_inputs, on_parameters
 
 
-_CASTS_BY_VALUE = ("to", "type_as", "expand", "expand_as")
-_ABOUT_TENSORS = ("shape", "size", "dtype", "device", "dim", "ndim", "numel", "aten.sym_size.int")
+_LIKE_OTHERS = ("to", "type_as", "expand", "expand_as")  # take no more than shape or dtype from their other operands
+_ABOUT_TENSORS = ("shape", "size", "dtype", "device", "dim", "ndim", "numel", "sym_size")

@@ -12,8 +12,7 @@ from biofx.axes import Axes
 from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
 from biofx.depth import depths, reaching
 from biofx.provenance import Slot, inserted, record_of, transformed
-from biofx.weight_paths import Use, Uses, depending_on_inputs, follow
-
+from biofx.weight_paths import Dependence, Use, Uses, follow
 
 NOT_A_SYNAPSE = "one value for each unit, not a synapse"
 
@@ -90,7 +89,7 @@ class WeightSite:
     @property
     def is_split(self) -> bool:
         """Whether `raw` has a leading axis of synapses."""
-        return _is_split(self.node)
+        return _is_split(self.chain)
 
     @property
     def shape(self) -> torch.Size:
@@ -266,9 +265,13 @@ def l1(bio: nn.Module) -> Tensor:
 def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     """The weight sites, and for every other parameter the reason why it is none."""
     nodes = parameter_nodes(bio)
-    ends = {name: chain(node)[-1] for name, node in nodes.items()}
-    varying = depending_on_inputs(bio.graph)
-    found = {name: follow(bio, end, _shape(bio, name, nodes[name]), varying) for name, end in ends.items()}
+    chains = {name: chain(node) for name, node in nodes.items()}
+    depends, unfit = Dependence(bio), {name: why for name, p in bio.named_parameters() if (why := _why_unfit(p))}
+    found = {
+        name: follow(bio, links[-1], _shape(bio.get_parameter(name), links), depends)
+        for name, links in chains.items()
+        if name not in unfit
+    }
     uses = {name: f.uses for name, f in found.items() if f.uses}
     operators = {use.node for calls in uses.values() for use in calls}
     before, followed = depths(bio.graph, operators), reaching(bio.graph, operators)
@@ -279,8 +282,9 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     sites: dict[str, WeightSite] = {}
     others: dict[str, str] = {}
     for name, parameter in bio.named_parameters():
-        is_bias = name in ends and id(ends[name]) in biases
-        reason = _why_no_site(bio, parameter, found.get(name), inside.get(id(parameter)), is_bias)
+        is_bias = name in chains and id(chains[name][-1]) in biases
+        unable = inside.get(id(parameter)) or unfit.get(name)
+        reason = _why_no_site(bio, parameter, found.get(name), unable, is_bias)
         if reason is not None:
             others[name] = reason
             continue
@@ -290,14 +294,13 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     return sites, others
 
 
-def _shape(bio: fx.GraphModule, name: str, node: fx.Node) -> torch.Size:
+def _shape(parameter: nn.Parameter, links: list[fx.Node]) -> torch.Size:
     """Shape of a parameter without its axis of synapses."""
-    shape: torch.Size = attribute(bio, name).shape
-    return shape[1:] if _is_split(node) else shape
+    return parameter.shape[1:] if _is_split(links) else parameter.shape
 
 
-def _is_split(node: fx.Node) -> bool:
-    return any(origin is not None and origin.slot is Slot.SUM for origin in map(inserted, chain(node)))
+def _is_split(links: list[fx.Node]) -> bool:
+    return any(origin is not None and origin.slot is Slot.SUM for origin in map(inserted, links))
 
 
 def _inside_called_modules(bio: fx.GraphModule) -> dict[int, str]:
@@ -313,17 +316,14 @@ def _inside_called_modules(bio: fx.GraphModule) -> dict[int, str]:
 
 
 def _why_no_site(
-    bio: fx.GraphModule, parameter: nn.Parameter, found: Uses | None, inside: str | None, is_bias: bool
+    bio: fx.GraphModule, parameter: nn.Parameter, found: Uses | None, unable: str | None, is_bias: bool
 ) -> str | None:
     """Why a parameter is no weight site, or None if it is one."""
     has_uses = found is not None and bool(found.uses)
     if not has_uses and (parameter.dim() < 2 or is_bias):
         return NOT_A_SYNAPSE
-    if inside is not None:
-        return inside
-    unfit = _why_unfit(parameter)
-    if unfit is not None:
-        return unfit
+    if unable is not None:
+        return unable
     if found is None:
         return "not used in forward"
     for user in found.readers:

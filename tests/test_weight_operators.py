@@ -1,4 +1,4 @@
-"""Weight operators and weight paths: what becomes of a weight, whichever operator reads it and however it gets there."""
+"""Weight operators and weight paths: whichever operator reads a weight, and however it gets there."""
 
 import copy
 import re
@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 import biofx
 from biofx import passes
@@ -140,7 +142,9 @@ def test_grouping_sums_adjacent_units(kind, x, activation):
 
 def test_observers_see_every_unit(kind, x):
     network = Network(Layer(kind.shape, kind.function), kind.output, 8).double()
-    bio = biofx.transform(network, [passes.SynapticScaling(), passes.FuzzyLearningRates(distribution="activity")]).train()
+    bio = biofx.transform(
+        network, [passes.SynapticScaling(), passes.FuzzyLearningRates(distribution="activity")]
+    ).train()
     bio(x)
     activity = network.layer(x).movedim(kind.output, -1).reshape(-1, 8).abs()
     torch.testing.assert_close(bio.layer.weight_seen[:-1], activity.sum(0))
@@ -181,14 +185,14 @@ def test_without_example_inputs(kind, x):
 
 
 def test_which_parameters_are_synapses(model_and_inputs):
-    model, inputs, weights = model_and_inputs
+    model, _, weights = model_and_inputs
     bio = biofx.transform(model, DIVERSE)
     assert set(biofx.weight_sites(bio)) >= weights
     assert {name for name, site in biofx.weight_sites(bio).items() if site.passes} >= weights
 
 
 def test_the_summary_lists_every_parameter_once(model_and_inputs):
-    model, inputs, _ = model_and_inputs
+    model, _, _ = model_and_inputs
     summary = biofx.summary(biofx.transform(model, DIVERSE))
     *tables, plain = summary.split("not synapses: ") if "not synapses" in summary else (summary, "")
     heads = [re.split(r"  |:", line.strip())[0].removesuffix(" (frozen)") for line in tables[0].splitlines()[5:]]
@@ -383,7 +387,10 @@ LEFT = {
         shaped(lambda x, w: F.linear(x, w.t().mul_(1.0)), 4, 4),
         "forward changes it in place, by mul_",
     ),
-    "integers": (lambda: _with(Layer((4, 4), lambda x, w: F.linear(x, w.float())), torch.ones(4, 4).int()), "torch.int32"),
+    "integers": (
+        lambda: _with(Layer((4, 4), lambda x, w: F.linear(x, w.float())), torch.ones(4, 4).int()),
+        "torch.int32",
+    ),
     "complex": (
         lambda: _with(Layer((4, 4), lambda x, w: F.linear(x.cfloat(), w).real), torch.ones(4, 4).cfloat()),
         "its dtype is torch.complex64, and synapses are real numbers",
@@ -422,20 +429,115 @@ def test_what_is_left_alone_has_a_reason_and_computes_the_same(case):
     torch.testing.assert_close(bio(x), expected)
 
 
-def test_axes_that_are_lost_leave_synapses():
-    """A reshape that copies mixes the axes of a weight."""
-    layer = Layer((8, 4), lambda x, w: F.linear(x, w.t().unflatten(0, (2, 2)).movedim(0, -1).reshape(4, 8).t()))
-    x = torch.randn(3, 4)
-    bio = biofx.transform(layer, DIVERSE) if False else None
-    with pytest.raises(biofx.ArgumentError, match="weight: used by reshape"):
-        bio = biofx.transform(layer, DIVERSE)
-    assert bio is None
-    assert layer(x).shape == (3, 8)
+def test_axes_that_are_lost_leave_what_needs_no_axes():
+    """One weight for all outputs of a unit: the axis of postsynaptic units is not that of a weight."""
+    model = nn.Sequential(Layer((1, 4), lambda x, w: F.linear(x, w.expand(8, 4))), nn.ReLU(), nn.Linear(8, 2))
+    bio = biofx.transform(model, [*DIVERSE, passes.DalesPrinciple(), passes.GroupUnits(2)])
+    assert biofx.weight_sites(bio)["0.weight"].passes == ("split-synapses", "fuzzy-learning-rates")
+    reason = "which of its axes run over units is lost on the way to linear (by expand)"
+    assert f"dales-principle: {reason}" in biofx.summary(bio)
+    assert f"group-units: {reason}" in biofx.summary(bio)
+
+
+def test_a_layout_that_copies_is_no_path():
+    mixed = shaped(lambda x, w: F.linear(x, w.t().reshape(2, 16).t().reshape(8, 4)), 8, 4)()
+    with pytest.raises(biofx.ArgumentError, match="weight: used by reshape, which biofx does not know"):
+        biofx.transform(mixed, DIVERSE)
+
+
+def test_nested_and_quantized_parameters_are_left_alone():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = nn.Linear(4, 4)
+            self.nested = nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+            quantized = torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.qint8)
+            self.quantized = nn.Parameter(quantized, requires_grad=False)
+
+        def forward(self, x):
+            return F.linear(self.plain(x), self.quantized.dequantize()) + self.nested.to_padded_tensor(0.0).sum()
+
+    bio = biofx.transform(Odd(), DIVERSE)
+    assert list(biofx.weight_sites(bio)) == ["plain.weight"]
+    assert "nested: its layout is nested, and synapses need a dense one" in biofx.summary(bio)
+    assert "quantized: its dtype is torch.qint8, and synapses are real numbers" in biofx.summary(bio)
+
+
+def test_a_weight_without_elements():
+    layer = Layer((0, 3), lambda x, w: x @ w)
+    bio = biofx.transform(layer, [passes.SplitSynapses(2), passes.FuzzyLearningRates(), passes.Rejuvenate()])
+    assert torch.equal(bio(torch.ones(2, 0)), torch.zeros(2, 3))
+    assert biofx.fold(bio).weight.shape == (0, 3)
+
+
+# --- weights that are computed from what is learned ------------------------------------------------------------------
+
+ROOTS = {
+    "pruned": lambda: prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
+    "old weight norm": lambda: nn.utils.weight_norm(nn.Linear(4, 3)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ROOTS)
+def test_the_root_itself_can_be_reparametrized(name, inplace):
+    model, x = ROOTS[name]().eval(), torch.randn(2, 4)
+    expected = model(x)
+    bio = biofx.transform(model, DIVERSE, inplace=inplace)
+    torch.testing.assert_close(bio(x), expected)
+    bio(x).sum().backward()
+    with torch.no_grad():
+        for p in bio.parameters():
+            p.sub_(p.grad if p.grad is not None else 0)
+    assert not torch.allclose(bio(x), expected)  # it reads what is learned, not what once was computed
+    torch.testing.assert_close(biofx.fold(bio)(x), bio(x))
+
+
+def test_masks_stay_and_signs_are_those_behind_them():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), prune.l1_unstructured(nn.Linear(8, 3), "weight", 0.5))
+    bio = biofx.transform(model, [passes.DalesPrinciple(excitatory=0.5), *DIVERSE])
+    site = biofx.weight_sites(bio)["2.weight_orig"]
+    assert (site.presynaptic_axis, site.postsynaptic_axis) == (1, 0)
+    assert site.sign is not None
+    mask = model[2].weight_mask
+    x = torch.randn(5, 8).abs()
+    effect = torch.autograd.functional.jacobian(lambda h: F.linear(h, site.effective() * mask), x[0])
+    assert ((effect > 0).any(0) & (effect < 0).any(0)).sum() == 0
+    assert torch.equal((effect == 0) | (mask == 1), torch.ones_like(mask, dtype=torch.bool))
+    assert torch.equal(biofx.fold(bio).get_submodule("2").weight_mask, mask)
+
+
+def test_what_an_orthogonal_weight_is_computed_from_is_no_synapse():
+    bio = biofx.transform(nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 3)), DIVERSE)
+    assert (
+        "0.parametrizations.weight.original: used by 0.parametrizations.weight.0 (_Orthogonal), "
+        "which biofx does not know as an operator on weights"
+    ) in biofx.summary(bio)
+
+
+def test_parametrizations_of_one_s_own_are_traced():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    class Symmetric(nn.Module):
+        def forward(self, weight):
+            return weight.triu() + weight.triu(1).mT
+
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    parametrize.register_parametrization(model[1], "weight", Symmetric())
+    bio = biofx.transform(model, DIVERSE, example_inputs=(x,))
+    assert list(biofx.weight_sites(bio)) == ["0.parametrizations.weight.original"]
+    assert "1.parametrizations.weight.original: used by triu" in biofx.summary(bio)
+    model.load_state_dict(biofx.fold(bio).state_dict(), strict=True)
+    torch.testing.assert_close(model(x), bio(x))
 
 
 def test_a_tensor_subclass_is_left_alone():
-    from torch.testing._internal.two_tensor import TwoTensor
-
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].weight = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
     bio = biofx.transform(model, DIVERSE, inplace=True)

@@ -1,7 +1,8 @@
 """Reparametrized weights: those that a hook or a parametrization computes from what is learned.
 
-`torch.nn.utils.prune` and the older `torch.nn.utils.weight_norm` compute a weight in a hook of its module, before forward;
-`torch.nn.utils.parametrize` in a property. Both are traced, so that what is learned becomes a node of the graph.
+`torch.nn.utils.prune` and the older `torch.nn.utils.weight_norm` compute a weight in a hook of its module, before
+forward; `torch.nn.utils.parametrize` in a property. Both are traced, so that what is learned becomes a node of the
+graph.
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ def with_computing_hooks(root: nn.Module, forward: Callable[..., Any]) -> Callab
         return forward(module, *args)
 
     return run
+
+
+def drop_computing_hooks(root: nn.Module) -> None:
+    """Take the hooks that compute a weight from a root module, whose graph computes it."""
+    hooks = root._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, COMPUTING_HOOKS)]:
+        del hooks[key]
 
 
 def detach_computed_attributes(model: nn.Module) -> None:

@@ -62,7 +62,9 @@ class Kind:
     name: str
 
 
-def _kind(name: str, shape: Any, function: Function, inputs: Any, axes: Any, source: int = -1, output: int = -1) -> Kind:
+def _kind(
+    name: str, shape: Any, function: Function, inputs: Any, axes: Any, source: int = -1, output: int = -1
+) -> Kind:
     return Kind(shape, function, inputs, *axes, source, output, name)
 
 
@@ -88,9 +90,7 @@ KINDS = {
     "aten.mm": _kind("mm", (4, 8), aten.mm.default, (3, 4), (0, 1)),
     "aten.matmul": _kind("matmul", (4, 8), aten.matmul.default, (3, 5, 4), (0, 1)),
     "aten.addmm": _kind("addmm", (4, 8), lambda x, w: aten.addmm.default(BIAS.to(x), x, w), (3, 4), (0, 1)),
-    "aten.einsum": _kind(
-        "einsum", (4, 8), lambda x, w: aten.einsum.default("bi,io->bo", [x, w]), (3, 4), (0, 1)
-    ),
+    "aten.einsum": _kind("einsum", (4, 8), lambda x, w: aten.einsum.default("bi,io->bo", [x, w]), (3, 4), (0, 1)),
     "aten.conv2d": _kind("conv2d", (8, 4, 3, 3), aten.conv2d.default, (2, 4, 7, 7), (1, 0), -3, -3),
     "aten.conv1d.padding": _kind(
         "conv1d", (8, 4, 3), lambda x, w: aten.conv1d.padding(x, w, None, [1], "same"), (2, 4, 7), (1, 0), -2, -2
@@ -124,7 +124,9 @@ PATHS = {
     "permute": _kind(
         "conv2d", (3, 3, 4, 8), lambda x, w: F.conv2d(x, w.permute(3, 2, 0, 1)), (2, 4, 7, 7), (2, 3), -3, -3
     ),
-    "transpose, contiguous": _kind("linear", (4, 8), lambda x, w: F.linear(x, w.transpose(0, 1).contiguous()), (3, 4), (0, 1)),
+    "transpose, contiguous": _kind(
+        "linear", (4, 8), lambda x, w: F.linear(x, w.transpose(0, 1).contiguous()), (3, 4), (0, 1)
+    ),
     "view": _kind("linear", (8, 4, 1, 1), lambda x, w: F.linear(x, w.view(8, 4)), (3, 4), (1, 0)),
     "reshape": _kind("conv1d", (8, 4), lambda x, w: F.conv1d(x, w.reshape(8, 4, 1)), (2, 4, 7), (1, 0), -2, -2),
     "unsqueeze": _kind("conv1d", (8, 4), lambda x, w: F.conv1d(x, w.unsqueeze(-1)), (2, 4, 7), (1, 0), -2, -2),
@@ -154,7 +156,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        size = x.size()[:-1] + (self.n_out,)
+        size = x.size()[:-1] + (self.n_out,)  # noqa: RUF005 - as it is written there
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
 
 
