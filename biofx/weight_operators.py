@@ -182,7 +182,7 @@ def read(
     """
     entry = _METHODS.get(str(node.target)) if node.op == "call_method" else None
     if node.op == "call_function":
-        entry = _TABLE.get(node.target)  # type: ignore[arg-type]
+        entry = _TABLE.get(node.target)
     if entry is None:
         return None
     reader, names = entry

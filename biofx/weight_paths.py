@@ -113,12 +113,14 @@ class Uses:
         refusals: why other calls cannot be uses.
         readers: the other nodes that read it.
         on_path: the nodes of all paths.
+        changes: what changes it in place.
     """
 
     uses: list[Use]
     refusals: list[Refusal]
     readers: list[fx.Node]
     on_path: list[fx.Node]
+    changes: list[fx.Node]
 
 
 def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dependence) -> Uses:
@@ -130,7 +132,7 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
         shape: shape of the weight without the axis of its synapses.
         depends: what the nodes of the graph depend on.
     """
-    found = Uses([], [], [], [])
+    found = Uses([], [], [], [], [])
     base = torch.empty(tuple(shape), device="meta")
     waiting: list[tuple[fx.Node, Any, tuple[Step, ...]]] = [(end, base, ())]
     while waiting:
@@ -150,6 +152,8 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
                 waiting.append((user, apply(user, value) if step.is_layout else value, (*path, step)))
             else:
                 found.readers.append(user)
+                if inserted(user) is None and user.op.startswith("call_") and operation(user, bio).changes is node:
+                    found.changes.append(user)
     found.uses.sort(key=lambda use: use.node)  # nodes compare by their place in the graph
     return found
 
@@ -235,7 +239,7 @@ def _fits(bio: fx.GraphModule, other: Any, value: Tensor) -> bool:
         return False
     try:
         shape = Values(bio, on_meta=True)(other).shape
-        return torch.broadcast_shapes(shape, value.shape) == value.shape
+        return tuple(torch.broadcast_shapes(shape, value.shape)) == value.shape
     except Exception:  # noqa: BLE001 - whatever a node says to a tensor without values
         return False
 
@@ -267,6 +271,7 @@ def apply(node: fx.Node, value: Any) -> Any:
             return 2
         raise ValueError(f"{source} is not known")
 
+    args: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), argument)
     if key in ("view", "reshape"):  # the tensor may be laid out in memory in another way
         return args[0].reshape(*args[1:], *kwargs.values())

@@ -326,11 +326,10 @@ def _why_no_site(
         return unable
     if found is None:
         return "not used in forward"
-    for user in found.readers:
-        if user.op == "call_method" and str(user.target).endswith("_") and not str(user.target).endswith("__"):
-            return f"forward changes it in place, by {user.target}"
-        if user.target is getattr and user.args[1:] == ("data",):
-            return "forward takes its .data, which no graph can follow"
+    for user in found.changes:
+        return f"forward changes it in place, by {_described(bio, user)}"
+    if any(user.target is getattr and user.args[1:] == ("data",) for user in found.readers):
+        return "forward takes its .data, which no graph can follow"
     final = next((refusal.reason for refusal in found.refusals if refusal.is_final or not has_uses), None)
     if final is not None:
         return final

@@ -103,8 +103,7 @@ class Rejuvenate(Pass):
             mask = choose(value, self.dre, generator)
             if sign is not None:
                 mask &= value != 0
-            if weight.site.padding is not None:  # it stands for no token, so there are no synapses
-                mask[..., weight.site.padding, :] = False
+            mask = weight.without_padding(mask)
             new = draw(value, int(mask.sum()), generator).to(value.device, value.dtype)
             if sign is not None:
                 signs = sign.expand_as(value)[mask]

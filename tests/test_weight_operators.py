@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -13,6 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import biofx
 from biofx import passes
+from biofx.capture import capture
+from biofx.weight_sites import find
 from conftest import gradients, tensors
 from models.composite import GraphConvolution, normalised_adjacency
 from models.weights import KINDS, MODELS, PATHS, FusedAttention, Layer, LoRA, Network, TiedLanguageModel, Words
@@ -336,12 +340,14 @@ def test_a_sum_of_weights_has_no_sign():
 
 
 def test_a_row_for_padding_is_no_synapse():
-    bio = biofx.transform(Words(padding_idx=0), [passes.Rejuvenate(dre=0.1)])
+    model = Words(padding_idx=0)
+    nn.init.ones_(model.words.weight)
+    bio = biofx.transform(model, [passes.Rejuvenate(dre=0.1, rule="threshold"), passes.L1Regularization(0.1)])
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
     biofx.attach(bio, optimizer)
     bio(torch.randint(9, (4, 3))).sum().backward()
     optimizer.step()
-    assert not bio.words.weight[0].any()
+    assert bio.words.weight[0].eq(1).all()
     assert int(bio.words.weight_replaced) > 0
 
 
@@ -386,6 +392,10 @@ LEFT = {
     "in place, on a view": (
         shaped(lambda x, w: F.linear(x, w.t().mul_(1.0)), 4, 4),
         "forward changes it in place, by mul_",
+    ),
+    "in place, by a function": (
+        shaped(lambda x, w: F.linear(x, torch.relu_(w)), 4, 4),
+        "forward changes it in place, by relu_",
     ),
     "integers": (
         lambda: _with(Layer((4, 4), lambda x, w: F.linear(x, w.float())), torch.ones(4, 4).int()),
@@ -437,6 +447,57 @@ def test_axes_that_are_lost_leave_what_needs_no_axes():
     reason = "which of its axes run over units is lost on the way to linear (by expand)"
     assert f"dales-principle: {reason}" in biofx.summary(bio)
     assert f"group-units: {reason}" in biofx.summary(bio)
+
+
+@st.composite
+def layouts(draw):
+    """A shape, and a layout of it as a matrix: permutations, views and parts, in any order."""
+    shape = draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=2, max_size=4))
+    steps, value = [], torch.empty(shape, device="meta")
+    for _ in range(draw(st.integers(0, 4))):
+        kind = draw(st.sampled_from(["permute", "unflatten", "flatten", "narrow", "unsqueeze"]))
+        axis = draw(st.integers(0, value.dim() - 1))
+        if kind == "permute":
+            args = (draw(st.permutations(range(value.dim()))),)
+        elif kind == "unflatten":
+            args = (axis, (draw(st.sampled_from([n for n in (1, 2, 3, 4) if value.shape[axis] % n == 0])), -1))
+        elif kind == "flatten":
+            args = (axis, min(axis + 1, value.dim() - 1))
+        else:
+            args = (axis, 0, draw(st.integers(1, value.shape[axis]))) if kind == "narrow" else (axis,)
+        steps.append((kind, args))
+        value = getattr(value, kind)(*args)
+    cut = draw(st.integers(1, value.dim() - 1)) if value.dim() > 1 else 0
+    steps += [("flatten", (cut, -1)), ("flatten", (0, cut - 1))] if cut else [("unsqueeze", (0,))]
+    return tuple(shape), steps
+
+
+@given(layouts())
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.filter_too_much])
+def test_whatever_the_layout_each_unit_has_its_entries(drawn):
+    """The entries of a presynaptic unit are those that the operator reads in the unit's columns; likewise rows."""
+    shape, steps = drawn
+
+    def as_read(w):
+        for kind, args in steps:
+            w = getattr(w, kind)(*args)
+        return w
+
+    layer = Layer(shape, lambda x, w: F.linear(x, as_read(w)))
+    bio = capture(layer)
+    site = find(bio)[0].get("weight")
+    if site is None or site.axes is None:  # a layout copies, or mixes units
+        return
+    (use,) = site.calls
+    rows, columns = as_read(torch.zeros(shape)).shape
+    pre, post = use.presynaptic_positions(), use.postsynaptic_positions()
+    pre = torch.arange(columns) if pre is None else pre
+    post = torch.arange(rows) if post is None else post
+    units, presynaptic = torch.arange(site.units), torch.arange(site.presynaptic_units)
+    assert torch.equal(as_read(site.spread(units).expand(shape)), post[:, None].expand(rows, columns))
+    assert torch.equal(as_read(site.spread_presynaptic(presynaptic).expand(shape)), pre.expand(rows, columns))
+    weight = torch.randn(shape)
+    assert torch.equal(site.from_incoming(site.incoming(weight)), weight)
 
 
 def test_a_layout_that_copies_is_no_path():
