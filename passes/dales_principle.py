@@ -64,7 +64,8 @@ class DalesPrinciple(Pass):
     *What can turn a sign over.* A parameter that multiplies units on their way, such as γ of a batch norm, is kept
     from being negative. Where a unit's activity can be negative (tanh, no activation), its *effect* changes sign
     although its weights do not; `summary` says so. A weight that is used on different units would need two signs: its
-    positions get signs of their own.
+    positions get signs of their own. A weight that is not alone between two populations (a sum of two parameters, a
+    product with two activations, an embedding that is tied to an output layer) is left alone.
 
     The reference package gives signs to the rows of a linear weight, which are postsynaptic, and to single kernels of a
     convolution, so no unit ends up excitatory or inhibitory, and its rejuvenation overwrites them.
