@@ -80,7 +80,7 @@ def _row(site: WeightSite) -> list[Any]:
     left = [f"{run.pass_.name}: {run.left[site.name]}" for run in runs if site.name in run.left]
     return [
         site.name if site.raw.requires_grad else f"{site.name} (frozen)",
-        site.operator.name + (f" × {len(site.uses)}" if len(site.uses) > 1 else ""),
+        site.operator + (f" × {len(site.uses)}" if len(site.uses) > 1 else ""),
         " × ".join(map(str, site.shape)),
         site.synapses,
         _spread(site.gain),

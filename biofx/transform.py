@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from biofx import capture, pipeline
 from biofx.capture.captured_module import REGISTRIES
+from biofx.capture.reparametrized import computed_attributes
 from biofx.compare import difference, run_in_eval_mode
 from biofx.errors import ArgumentError, CaptureError
 from biofx.lifecycle import use_hooks
@@ -132,7 +133,7 @@ def _refuse_transformed_children(model: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict(computed_attributes(model)))
     except (RuntimeError, TypeError) as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}; transform it with inplace=True"
@@ -197,9 +198,3 @@ def _check_weights(bio: fx.GraphModule, excluded: dict[str, str]) -> None:
         raise ArgumentError(f"{type(bio).__name__} has no weight that biofx can give synapses:{reasons}")
     if not set(sites) - set(excluded):
         raise ArgumentError(f"exclude leaves no weight; it matches all of {', '.join(sites)}")
-    for name, site in sites.items():
-        if name not in excluded and not site.raw.is_floating_point():
-            raise ArgumentError(
-                f"{name} has dtype {site.raw.dtype}; synapses are real numbers. "
-                f'Convert it, or leave it alone with exclude="{name}"'
-            )

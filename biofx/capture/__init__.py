@@ -2,8 +2,9 @@
 
 Symbolic tracing with four differences from `torch.fx.symbolic_trace`:
 
-- `Linear` and convolutions are traced through, so that the weight becomes a `get_attr` node that feeds a functional
-  operator. Their own forward runs, so padding modes, groups and missing biases come out as PyTorch means them.
+- `Linear`, convolutions, `Bilinear` and embeddings are traced through, so that the weight becomes a `get_attr` node
+  that feeds a functional operator. Their own forward runs, so padding modes, groups and missing biases come out as
+  PyTorch means them. So are weights that `torch.nn.utils.prune` and the like compute (`reparametrized.py`).
 - A constant that depends on `training` keeps following `.train()` and `.eval()` of the module that it is read from
   (`ByMode`).
 - A module whose forward does what a graph does not hold is called as it is (`KeepWhole`): another path in training than
@@ -24,6 +25,7 @@ from torch import fx, nn
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
 from biofx.capture.modes import trace_modes
+from biofx.capture.reparametrized import detach_computed_attributes, drop_computing_hooks
 from biofx.capture.tracer import KeepWhole, MustBeNone, Trace
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
@@ -90,7 +92,9 @@ def capture(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
     for node in trace.graph.find_nodes(op="get_attr"):
         if node.target in trace.constants:
             node.target = f"{RECORD}.{node.target}"
+    detach_computed_attributes(model)
     bio = captured(model, trace.graph)
+    drop_computing_hooks(bio)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
     record = Record([name for name, _ in model.named_parameters()], trace.constants)

@@ -19,10 +19,18 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 
 from biofx.capture.captured_module import HOOKS
+from biofx.capture.reparametrized import (
+    TRACED_THROUGH,
+    has_other_hooks,
+    is_learned,
+    original_class,
+    with_computing_hooks,
+)
 from biofx.errors import ArgumentError
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 BLOCKS: tuple[type, ...] = (
     torch.no_grad,
     torch.enable_grad,
@@ -134,6 +142,8 @@ class Tracer(fx.Tracer):
         keyword_only = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         if keyword_only:
             self.graph.set_codegen(KeywordOnly(keyword_only))
+        if is_module:
+            function = with_computing_hooks(self.root, function)
         for index, arg in enumerate(args):
             name = str(arg.node.target) if isinstance(arg, fx.Proxy) else None
             if name is not None and name in self._absent:
@@ -150,7 +160,10 @@ class Tracer(fx.Tracer):
             self.whole[module_qualified_name] = reason
         if module_qualified_name in self.whole or isinstance(m, StandIn):
             return True
-        return super().is_leaf_module(m, module_qualified_name) and not _is_weight_module(m)
+        if _is_weight_module(m) or isinstance(m, TRACED_THROUGH):
+            return False
+        of_torch = original_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        return of_torch and not isinstance(m, nn.Sequential)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -350,12 +363,12 @@ def unused_name(module: nn.Module, name: str) -> str:
 
 
 def _is_weight_module(module: nn.Module) -> bool:
-    return isinstance(module, WEIGHT_MODULES) and isinstance(module._parameters.get("weight"), nn.Parameter)
+    return isinstance(module, WEIGHT_MODULES) and is_learned(module, "weight")
 
 
 def why_kept_whole(module: nn.Module) -> str | None:
     """Why a module has to be called as it is, or None if its forward may be traced through."""
-    if any(getattr(module, registry) for registry in HOOKS):
+    if has_other_hooks(module, HOOKS):
         return "it has hooks, which only run when the module itself is called"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
