@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from biofx import capture, pipeline
+from biofx.capture import exported
 from biofx.capture.captured_module import REGISTRIES
 from biofx.compare import difference, run_in_eval_mode
 from biofx.errors import ArgumentError, CaptureError
@@ -21,7 +22,10 @@ from biofx.provenance import RECORD, Record, record_of
 from biofx.registry import Pass, as_passes
 from biofx.weight_sites import find
 
-FRONTENDS = ("symbolic",)
+FRONTENDS: dict[str, Callable[[nn.Module, Any], fx.GraphModule]] = {
+    "symbolic": capture.capture,
+    "export": exported.capture,
+}
 
 
 def transform(
@@ -88,7 +92,7 @@ def transform(
     _refuse_transformed_children(model)
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
-        bio = source if again else capture.capture(source, example_inputs)
+        bio = source if again else FRONTENDS[frontend](source, example_inputs)
         assert isinstance(bio, fx.GraphModule)
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer

@@ -49,6 +49,15 @@ for _n in (1, 2, 3):
         f"conv_transpose{_n}d", 0, 1, channel_axis=-1 - _n, groups=6
     )
 
+# What torch.export calls: the same operators in the dispatcher, the overload `padding` for a padding that has a name.
+_ATEN = torch.ops.aten
+OPERATORS |= {
+    _ATEN.linear.default: OPERATORS[F.linear],
+    **{getattr(_ATEN, f"conv{n}d").default: OPERATORS[getattr(F, f"conv{n}d")] for n in (1, 2, 3)},
+    **{getattr(_ATEN, f"conv{n}d").padding: OPERATORS[getattr(F, f"conv{n}d")] for n in (1, 2, 3)},
+    _ATEN.conv_transpose1d.default: OPERATORS[F.conv_transpose1d],
+    **{getattr(_ATEN, f"conv_transpose{n}d").input: OPERATORS[getattr(F, f"conv_transpose{n}d")] for n in (2, 3)},
+}
 
 NOT_A_SYNAPSE = "one value for each unit, not a synapse"
 
