@@ -92,12 +92,13 @@ def transform(
     _refuse_transformed_children(model)
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
+        expected = None if example_inputs is None else _outputs(source, example_inputs)
         bio = source if again else FRONTENDS[frontend](source, example_inputs)
         assert isinstance(bio, fx.GraphModule)
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer
-        if example_inputs is not None:
-            _check_example_inputs(source, bio, example_inputs)
+        if expected is not None and bio is not source:
+            _check_outputs(bio, example_inputs, expected)
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
         pipeline.run(bio, chosen, excluded, seed, check=verify, example_inputs=example_inputs, print_between=printer)
@@ -167,15 +168,18 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _check_example_inputs(source: nn.Module, bio: fx.GraphModule, example_inputs: Any) -> None:
+def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     try:
-        expected = run_in_eval_mode(source, example_inputs)
+        return run_in_eval_mode(model, example_inputs)
     except Exception as error:
-        raise ArgumentError(f"example_inputs do not fit {type(source).__name__}.forward: {error}") from error
-    found = None if bio is source else difference(expected, run_in_eval_mode(bio, example_inputs))
+        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+
+
+def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
+    found = difference(expected, run_in_eval_mode(bio, example_inputs))
     if found is not None:
         raise CaptureError(
-            f"{type(source).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
+            f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
             "random numbers or has side effects that a graph does not hold"
         )
 

@@ -20,6 +20,7 @@ from biofx.capture.program import Program
 from biofx.capture.tracer import StandIn, Tracer, unused_name
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their children are not all theirs to call
+_CONTIGUOUS = torch.ops.aten.contiguous.default
 
 
 class Path(StandIn):
@@ -141,10 +142,20 @@ class _Merger:
 
     def either(self, x: Any, y: Any, stack: Sequence[str]) -> fx.Node:
         """One of two values."""
+        for a, b in ((x, y), (y, x)):
+            if isinstance(a, fx.Node) and a.target is _CONTIGUOUS and a.args == (b,):
+                return a
         return self.graph.call_module(self._add(Either(), "either", stack), (x, y))
 
     def _part(self, ts: list[fx.Node], es: list[fx.Node]) -> None:
         """Nodes of the two graphs that have no counterpart in the other."""
+        if len(ts) + len(es) == 1 and (*ts, *es)[0].target is _CONTIGUOUS:
+            # It is in one graph only because its operand is contiguous in the other, and then it returns the operand.
+            mode, node = (0, ts[0]) if ts else (1, es[0])
+            operand = self._value(mode, node.args[0])
+            self._new[mode][node] = self.graph.call_function(_CONTIGUOUS, (operand,))
+            self._new[mode][node].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+            return
         sources: dict[fx.Node, None] = {}
         for mode, nodes in ((0, ts), (1, es)):
             outer = (source for node in nodes for source in node.all_input_nodes if source not in nodes)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 import linecache
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -22,6 +24,7 @@ from biofx.capture.conditions import INSTEAD, CheckInputs
 from biofx.capture.program import Program, export
 from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
+from biofx.compare import difference, run_from_seed
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
 
@@ -51,6 +54,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     inputs = describe((given.args, given.kwargs), leaves)
     given.apply_defaults()
     arguments = {name: describe(value, []) for name, value in given.arguments.items()}
+    before = _behaviours(model, example_inputs)
     training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
     graph, constants = _assembled(model, arguments, leaves, training, evaluation)
     for node in graph.find_nodes(op="get_attr"):
@@ -59,7 +63,58 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     bio = captured(model, graph)
     record = Record([name for name, _ in model.named_parameters()], constants)
     bio.add_module(RECORD, record.train(model.training))
+    _check_behaviours(bio, example_inputs, before)
     return bio
+
+
+@dataclass(frozen=True)
+class _Behaviour:
+    """What the model computes on the example inputs in a mode: its outputs and then its buffers, or None if it fails."""
+
+    mode: str
+    buffers: list[str]
+    tensors: list[Tensor] | None
+
+
+def _behaviours(model: nn.Module, example_inputs: Any) -> list[_Behaviour]:
+    """What it computes in the mode that it is in, which may be another one in each module, and in training mode."""
+    buffers = [name for name, _ in model.named_buffers()]
+
+    def behaviour(mode: str) -> _Behaviour:
+        try:
+            return _Behaviour(mode, buffers, run_from_seed(model, example_inputs, buffers))
+        except Exception:  # noqa: BLE001 - such as a batch norm in training, on one example
+            return _Behaviour(mode, buffers, None)
+
+    present = behaviour("its present")
+    with _all_training(model):
+        return [present, behaviour("training")]
+
+
+def _check_behaviours(bio: CapturedModule, example_inputs: Any, before: list[_Behaviour]) -> None:
+    for behaviour in before:
+        if behaviour.tensors is None:
+            continue
+        with _all_training(bio) if behaviour.mode == "training" else nullcontext():
+            found = difference(behaviour.tensors, run_from_seed(bio, example_inputs, behaviour.buffers))
+        if found is not None:
+            raise CaptureError(
+                f"{type(bio).__name__} computes something else when exported, in {behaviour.mode} mode: {found} (buffers "
+                "count as outputs). Its forward takes decisions, draws random numbers or has side effects that a graph "
+                f"does not hold; {INSTEAD}"
+            )
+
+
+@contextmanager
+def _all_training(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = True
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _refuse_hooks(model: nn.Module) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.fx.graph import CodeGen
-from torch.utils import _pytree as pytree
 
 from biofx.capture.captured_module import HOOKS
 from biofx.errors import ArgumentError
@@ -120,7 +119,7 @@ class Tracer(fx.Tracer):
             self._thread = threading.get_ident()
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
-            with _operators_on_proxies():
+            with _recorded_operators(self):
                 graph = super().trace(root, concrete_args)
             self._check_random()
         for node in graph.nodes:
@@ -355,15 +354,18 @@ def _watched_by(watcher: Watcher) -> Iterator[None]:
 
 
 @contextmanager
-def _operators_on_proxies() -> Iterator[None]:
-    """Let dispatcher operators take proxies in any place; on their own they look for tensors only, not for sizes."""
+def _recorded_operators(tracer: Tracer) -> Iterator[None]:
+    """Let every call of a dispatcher operator become a node, also one without a tensor: a graph of `torch.export`.
+
+    On their own, operators notice a proxy in the place of a tensor, but not in that of a size.
+    """
     original = OpOverload.__call__
+    thread = threading.get_ident()
 
     def call(operator: OpOverload, /, *args: Any, **kwargs: Any) -> Any:
-        proxies = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, fx.Proxy)]
-        if not proxies:
+        if threading.get_ident() != thread:
             return original(operator, *args, **kwargs)
-        return proxies[0].tracer.create_proxy("call_function", operator, args, kwargs)
+        return tracer.create_proxy("call_function", operator, args, kwargs)
 
     OpOverload.__call__ = call  # type: ignore[method-assign]
     try:
