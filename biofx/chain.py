@@ -84,7 +84,8 @@ def callee(node: fx.Node) -> str:
     """What a node calls or reads, as a short name."""
     if isinstance(node.target, str):
         return node.target
-    name = getattr(node.target, "_qualified_op_name", None)  # of a dispatcher operator
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(packet, "_qualified_op_name", None)  # of a dispatcher operator
     if name is not None:
-        return str(name).replace("::", ".")
+        return str(name).replace("::", ".").removeprefix("aten.")
     return str(getattr(node.target, "__name__", node.target))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from biofx.capture.modes import ByMode
 from biofx.capture.program import Program
@@ -106,7 +107,7 @@ class _Merger:
     def _key(self, node: fx.Node, program: Program) -> Any:
         """What nodes of the two graphs have in common that are taken for the same."""
         target = program.blocks[str(node.target)].fingerprint if node.op == "call_module" else node.target
-        return node.op, target, tuple(_stack(node)), _skeleton((node.args, node.kwargs))
+        return node.op, target, tuple(_stack(node)), _skeleton(_completed(node))
 
     # --- the graph -----------------------------------------------------------------------------------------------
 
@@ -122,9 +123,9 @@ class _Merger:
         return self._attributes[name]
 
     def _both(self, t: fx.Node, e: fx.Node) -> None:
-        args, kwargs = (self._merge(a, b, t) for a, b in ((t.args, e.args), (t.kwargs, e.kwargs)))
+        args, kwargs = (self._merge(a, b, t) for a, b in zip(_completed(t), _completed(e), strict=True))
         target = self._add_block(0, t) if t.op == "call_module" else t.target
-        node = self.graph.create_node(t.op, target, args, kwargs)
+        node = self.graph.create_node(t.op, target, *_without_defaults(t, args, kwargs))
         node.meta["nn_module_stack"] = t.meta.get("nn_module_stack", {})
         self._new[0][t] = self._new[1][e] = node
 
@@ -164,7 +165,7 @@ class _Merger:
         ways = [self._way(mode, nodes, results[mode], list(sources)) for mode, nodes in ((0, ts), (1, es))]
         path = Path(ways[0], ways[1], (len(results[0]), len(results[1])))
         stack = _common([_stack(node) for node in (*ts, *es)])
-        call = self.graph.call_module(self._add(path, "path", stack), tuple(sources))
+        call = self.graph.call_module(self._add(path, "by_mode_path", stack), tuple(sources))
         for index, (mode, node) in enumerate((mode, node) for mode in (0, 1) for node in results[mode]):
             self._new[mode][node] = self.graph.call_function(operator.getitem, (call, index))
         for node in self.graph.nodes:
@@ -240,6 +241,36 @@ def _runs(ts: list[fx.Node], es: list[fx.Node]) -> Iterator[tuple[list[fx.Node],
             run = []
         run.append(node)
     yield (run, []) if ts else ([], run)
+
+
+def _completed(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with the defaults of an operator in place of those that are not given."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    if isinstance(node.target, OpOverload):
+        for argument in node.target._schema.arguments[len(args) :]:
+            if argument.name in kwargs or not argument.has_default_value():
+                continue
+            if argument.kwarg_only:
+                kwargs[argument.name] = argument.default_value
+            elif len(args) == node.target._schema.arguments.index(argument):
+                args.append(argument.default_value)
+    return tuple(args), dict(sorted(kwargs.items()))
+
+
+def _without_defaults(node: fx.Node, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, without the defaults of an operator."""
+    if not isinstance(node.target, OpOverload):
+        return args, kwargs
+    arguments = node.target._schema.arguments
+
+    def is_default(argument: Any, value: Any) -> bool:
+        default = argument.default_value
+        return argument.has_default_value() and type(value) is type(default) and bool(value == default)
+
+    while args and is_default(arguments[len(args) - 1], args[-1]):
+        args = args[:-1]
+    by_name = {argument.name: argument for argument in arguments}
+    return args, {name: value for name, value in kwargs.items() if not is_default(by_name[name], value)}
 
 
 def _skeleton(value: Any) -> Any:

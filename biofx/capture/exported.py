@@ -21,7 +21,7 @@ from biofx.capture import split_inputs
 from biofx.capture.both_modes import Either, merged
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.conditions import INSTEAD, CheckInputs
-from biofx.capture.program import Program, export
+from biofx.capture.program import Program, export, read
 from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
 from biofx.compare import difference, run_from_seed
@@ -140,11 +140,10 @@ def _bind(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
 
 def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training: bool) -> Program:
     try:
-        return export(model, inputs, leaves, training)
-    except CaptureError:
-        raise
+        exported = export(model, inputs, leaves, training)
     except Exception as error:
         raise CaptureError(_explain(model, error, "training" if training else "evaluation")) from error
+    return read(model, exported)
 
 
 def _explain(model: nn.Module, error: Exception, mode: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,6 @@ class _OnTensors(nn.Module):
     def __init__(self, model: nn.Module, inputs: Structure, watcher: _Watcher) -> None:
         super().__init__()
         self.model = model
-        self.training = model.training
         vars(self).update(inputs=inputs, watcher=watcher)
 
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
@@ -93,8 +93,14 @@ class _OnTensors(nn.Module):
         attributes = {path: dict(vars(module)) for path, module in self.model.named_modules()}
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
+        drawn = random.getstate()
         watcher.outputs = describe(self.model(*args, **kwargs), results)
-        watcher.changed = changed_attribute(self.model, attributes)
+        changed = changed_attribute(self.model, attributes)
+        if changed is not None:
+            path, name = changed
+            watcher.side_effect = path, f"its forward changes the attribute {name}, which a graph does not do"
+        if random.getstate() != drawn:
+            watcher.side_effect = "", "its forward draws random numbers from Python's random, which a graph does not do"
         after = dict(self.model.named_buffers())
         watcher.assigned = [name for name in before if after.get(name) is not before[name]]
         return *results, *(after[name] for name in watcher.assigned)
@@ -106,14 +112,14 @@ class _Watcher:
     Attributes:
         reads: the modules whose `training` was read, by the path of the module whose forward did.
         outputs: how the result is put together from tensors.
-        changed: the path of a module and its attribute that forward changed, if it did.
+        side_effect: the path of a module whose forward does what a graph does not do, and what that is.
         assigned: the buffers to which forward assigns a new tensor.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.reads: dict[str, list[str]] = {}
         self.outputs: Structure
-        self.changed: tuple[str, str] | None = None
+        self.side_effect: tuple[str, str] | None = None
         self.assigned: list[str] = []
         self._paths = {module: path for path, module in model.named_modules()}
         self._running: list[nn.Module] = []
@@ -151,7 +157,15 @@ class _Watcher:
                 handle.remove()
 
 
-def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], training: bool) -> Program:
+@dataclass(frozen=True)
+class Export:
+    """What torch.export made of a model, and what it does not say."""
+
+    program: torch.export.ExportedProgram
+    watcher: _Watcher
+
+
+def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], training: bool) -> Export:
     """Export a model in one mode.
 
     The first axis of every input, the batch, may have any length in the result, and the second axis of integers, as in
@@ -165,22 +179,21 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
 
     Raises:
         KeepWhole: forward does what a graph does not do.
-        CaptureError: an assumption of the graph that cannot be checked.
         Exception: whatever torch.export says to a forward that it cannot export.
     """
     watcher = _Watcher(model)
+    module = _OnTensors(model, inputs, watcher)
     with watched(model, watcher), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for hooks in (model._forward_hooks, model._forward_pre_hooks):
             hooks.clear()  # they stay on the result, which is called with them
-        for module in model.modules():
-            module.training = training
+        for child in module.modules():
+            child.training = training
         with watcher.following():
-            program = _exported(_OnTensors(model, inputs, watcher), tuple(leaves))
-    if watcher.changed is not None:
-        path, name = watcher.changed
-        raise KeepWhole(path, f"its forward changes the attribute {name}, which a graph does not do")
-    return _read(model, program, watcher)
+            program = _exported(module, tuple(leaves))
+    if watcher.side_effect is not None:
+        raise KeepWhole(*watcher.side_effect)
+    return Export(program, watcher)
 
 
 def _exported(module: nn.Module, leaves: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
@@ -198,8 +211,13 @@ def _dynamic_axes(leaf: Tensor) -> range:
     return range(min(leaf.dim(), 2 if is_sequence else 1))
 
 
-def _read(model: nn.Module, program: torch.export.ExportedProgram, watcher: _Watcher) -> Program:
-    """Take a graph over from torch.export: names of the model, only what biofx reads of `meta`."""
+def read(model: nn.Module, export: Export) -> Program:
+    """Take a graph over from torch.export, with the names of the model, and of `meta` only what biofx reads.
+
+    Raises:
+        CaptureError: the graph assumes or does something that biofx does not know.
+    """
+    program, watcher = export.program, export.watcher
     first = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
     graph, constants = fx.Graph(tracer_cls=Tracer), dict[str, Tensor]()
     nodes: dict[fx.Node, fx.Node] = {}
