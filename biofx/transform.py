@@ -51,7 +51,10 @@ def transform(
             name of a recipe. The order does not matter: passes run from the operator inwards.
         example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`.
             With them, capture and every pass that preserves the function are checked to do so.
-        frontend: how the graph is captured. `"symbolic"`: symbolic tracing.
+        frontend: how the graph is captured. `"symbolic"`: symbolic tracing, without running the model. `"export"`:
+            `torch.export` on the example inputs, which follows any Python whose decisions do not depend on values. The
+            graph consists of dispatcher operators; it takes any size of batch, and checks what else it assumes of its
+            arguments. Arguments that are not tensors, dtypes and devices are those of the example inputs.
         exclude: glob patterns over parameter names; matching weights are left alone.
         seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
             no other layer's draw. The global random number generators are neither read nor moved.
@@ -66,7 +69,7 @@ def transform(
 
     Raises:
         ArgumentError: an argument that cannot be meant, or a model without weights.
-        CaptureError: the model cannot be traced; names the module and the line.
+        CaptureError: the model cannot be captured; names the module or the line, and what else to try.
         PipelineError: unknown passes or options, or passes that exclude each other.
         VerificationError: a pass broke an invariant.
         If it raises, `model` is as it was.

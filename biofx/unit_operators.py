@@ -182,7 +182,9 @@ def _is_of_pytorch(node: fx.Node, bio: nn.Module) -> bool:
 
 
 def _function_name(function: Any) -> str:
-    return str(getattr(getattr(function, "overloadpacket", function), "__name__", ""))  # of an operator, not an overload
+    return str(
+        getattr(getattr(function, "overloadpacket", function), "__name__", "")
+    )  # of an operator, not an overload
 
 
 def _changed(node: fx.Node, bio: nn.Module) -> fx.Node | None:

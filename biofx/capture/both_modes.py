@@ -86,8 +86,8 @@ class _Merger:
             for new, old in zip(self._new, pair, strict=True):
                 new[old] = node
         calls = [[n for n in p.graph.nodes if n.op.startswith("call_")] for p in self._programs]
-        keys = [[self._key(node, program) for node in nodes] for nodes, program in zip(calls, self._programs, strict=True)]
-        for tag, a, b, c, d in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+        keys = [[self._key(n, p) for n in nodes] for nodes, p in zip(calls, self._programs, strict=True)]
+        for tag, a, b, c, d in SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes():
             if tag == "equal":
                 for t, e in zip(calls[0][a:b], calls[1][c:d], strict=True):
                     self._both(t, e)
@@ -166,10 +166,9 @@ class _Merger:
         path = Path(ways[0], ways[1], (len(results[0]), len(results[1])))
         stack = _common([_stack(node) for node in (*ts, *es)])
         call = self.graph.call_module(self._add(path, "by_mode_path", stack), tuple(sources))
-        for index, (mode, node) in enumerate((mode, node) for mode in (0, 1) for node in results[mode]):
+        found = [(mode, node) for mode, nodes in enumerate(results) for node in nodes]
+        for index, (mode, node) in enumerate(found):
             self._new[mode][node] = self.graph.call_function(operator.getitem, (call, index))
-        for node in self.graph.nodes:
-            node.meta.setdefault("nn_module_stack", {path: (path, None) for path in stack} if node is call else {})
 
     def _way(self, mode: int, nodes: list[fx.Node], results: list[fx.Node], sources: list[fx.Node]) -> fx.GraphModule:
         graph = fx.Graph(tracer_cls=Tracer)

@@ -115,7 +115,10 @@ def parsed(guard: str, inputs: str) -> Condition:
         match node:
             case ast.Subscript(
                 ast.Call(
-                    ast.Attribute(ast.Subscript(ast.Subscript(ast.Name("L"), ast.Constant(name)), ast.Constant(leaf)), "size"), []
+                    ast.Attribute(
+                        ast.Subscript(ast.Subscript(ast.Name("L"), ast.Constant(name)), ast.Constant(leaf)), "size"
+                    ),
+                    [],
                 ),
                 ast.Constant(axis),
             ) if name == inputs:
@@ -146,7 +149,9 @@ def parsed(guard: str, inputs: str) -> Condition:
     condition = expression(tree)
     text = ast.unparse(tree)
     for found in sizes:
-        text = text.replace(f"L['{inputs}'][{found.leaf}].size()[{found.axis}]", f"{{{found.leaf}}}.shape[{found.axis}]")
+        text = text.replace(
+            f"L['{inputs}'][{found.leaf}].size()[{found.axis}]", f"{{{found.leaf}}}.shape[{found.axis}]"
+        )
     return Condition(text, condition)
 
 

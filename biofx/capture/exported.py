@@ -57,11 +57,12 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     before = _behaviours(model, example_inputs)
     training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
     graph, constants = _assembled(model, arguments, leaves, training, evaluation)
+    names = {name: unused_name(model, name) for name in constants}  # free in the model, too: `fold` moves them there
     for node in graph.find_nodes(op="get_attr"):
-        if node.target in constants:
-            node.target = f"{RECORD}.{node.target}"
+        if node.target in names:
+            node.target = f"{RECORD}.{names[node.target]}"
     bio = captured(model, graph)
-    record = Record([name for name, _ in model.named_parameters()], constants)
+    record = Record([name for name, _ in model.named_parameters()], {names[k]: v for k, v in constants.items()})
     bio.add_module(RECORD, record.train(model.training))
     _check_behaviours(bio, example_inputs, before)
     return bio
@@ -69,7 +70,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
 
 @dataclass(frozen=True)
 class _Behaviour:
-    """What the model computes on the example inputs in a mode: its outputs and then its buffers, or None if it fails."""
+    """What the model computes on the example inputs in a mode: outputs and buffers, or None if it fails."""
 
     mode: str
     buffers: list[str]
@@ -99,9 +100,9 @@ def _check_behaviours(bio: CapturedModule, example_inputs: Any, before: list[_Be
             found = difference(behaviour.tensors, run_from_seed(bio, example_inputs, behaviour.buffers))
         if found is not None:
             raise CaptureError(
-                f"{type(bio).__name__} computes something else when exported, in {behaviour.mode} mode: {found} (buffers "
-                "count as outputs). Its forward takes decisions, draws random numbers or has side effects that a graph "
-                f"does not hold; {INSTEAD}"
+                f"{type(bio).__name__} computes something else when exported, in {behaviour.mode} mode: {found} "
+                "(buffers count as outputs). Its forward takes decisions, draws random numbers or has side effects "
+                f"that a graph does not hold; {INSTEAD}"
             )
 
 
@@ -175,12 +176,12 @@ def _assembled(
         return name
 
     placeholders = _placeholders(graph, model.forward, arguments)
-    sources: list[fx.Node] = []
-    for name, placeholder in placeholders.items():
-        sources += unpacked(graph, arguments[name], placeholder, add_module)
     names = [leaf for name, structure in arguments.items() for leaf in leaf_names(structure, name)]
     check = CheckInputs(arguments, names, [leaf.dim() for leaf in leaves], training.conditions, evaluation.conditions)
     graph.call_module(add_module("check_inputs", check), tuple(placeholders.values()))
+    sources: list[fx.Node] = []
+    for name, placeholder in placeholders.items():
+        sources += unpacked(graph, arguments[name], placeholder, add_module)
     copies = dict(zip(body.find_nodes(op="placeholder"), sources, strict=True))
     graph.graph_copy(body, copies)
     returned = [fx.map_arg(tuple(values), copies.__getitem__) for values in results]
@@ -192,7 +193,7 @@ def _assembled(
             packed(graph, program.outputs, iter(found), add_module)
             for program, found in zip((training, evaluation), returned, strict=True)
         ]
-        graph.output(_either(graph, *values, add_module))
+        graph.output(_either(graph, values[0], values[1], add_module))
     return graph, constants
 
 
@@ -202,14 +203,13 @@ def _either(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, StandIn]
     return graph.call_module(add_module("either", Either()), (t, e))
 
 
-def _placeholders(
-    graph: fx.Graph, forward: Callable[..., Any], arguments: dict[str, Structure]
-) -> dict[str, fx.Node]:
+def _placeholders(graph: fx.Graph, forward: Callable[..., Any], arguments: dict[str, Structure]) -> dict[str, fx.Node]:
     """The arguments of forward, with their defaults."""
     result = {}
     keyword_only = []
     for name, parameter in inspect.signature(forward).parameters.items():
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else stars
         if parameter.kind is parameter.KEYWORD_ONLY:
             keyword_only.append(name)
         default = () if parameter.default is parameter.empty else (parameter.default,)

@@ -97,12 +97,14 @@ class _OnTensors(nn.Module):
         watcher.outputs = describe(self.model(*args, **kwargs), results)
         changed = changed_attribute(self.model, attributes)
         if changed is not None:
-            path, name = changed
-            watcher.side_effect = path, f"its forward changes the attribute {name}, which a graph does not do"
+            watcher.note_side_effect(changed[0], f"changes the attribute {changed[1]}")
         if random.getstate() != drawn:
-            watcher.side_effect = "", "its forward draws random numbers from Python's random, which a graph does not do"
+            watcher.note_side_effect("", "draws random numbers from Python's random")
         after = dict(self.model.named_buffers())
         watcher.assigned = [name for name in before if after.get(name) is not before[name]]
+        for name in watcher.assigned:
+            if name not in after or after[name].shape != before[name].shape:
+                watcher.note_side_effect(name.rpartition(".")[0], f"gives the buffer {name} another shape")
         return *results, *(after[name] for name in watcher.assigned)
 
 
@@ -127,6 +129,9 @@ class _Watcher:
     def note_read(self, module: nn.Module) -> None:
         if module in self._paths and self._running:
             self.reads.setdefault(self._paths[self._running[-1]], []).append(self._paths[module])
+
+    def note_side_effect(self, path: str, what: str) -> None:
+        self.side_effect = path, f"its forward {what}, which a graph does not do"
 
     def enter_block(self, block: Any) -> None:
         pass
@@ -197,10 +202,10 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
 
 
 def _exported(module: nn.Module, leaves: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    dynamic = tuple({axis: torch.export.Dim.AUTO for axis in _dynamic_axes(leaf)} for leaf in leaves)
+    dynamic = tuple(dict.fromkeys(_dynamic_axes(leaf), torch.export.Dim.AUTO) for leaf in leaves)
     try:
         # No length is special, so that a batch of one is like any other, unless forward itself says otherwise.
-        with shape_config.patch(backed_size_oblivious=True):
+        with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             return torch.export.export(module, leaves, dynamic_shapes=(dynamic,), strict=False)
     except Exception:  # noqa: BLE001 - whatever fails there may not fail if all shapes are known
         return torch.export.export(module, leaves, strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,25 +91,33 @@ def read(structure: Structure, value: Any, name: str) -> list[Any]:
         return []
     parts = _parts(value) if type(value) is structure.kind else None
     if parts is None or set(parts[1]) != set(structure.names):
-        raise _mismatch(name, value, f"a {structure.kind.__name__} of {', '.join(structure.names) or 'nothing'}")
+        raise _mismatch(name, value, _described(structure.kind, structure.names))
     found = [read(item, parts[1][key], name + key) for key, item in zip(structure.names, structure.items, strict=True)]
     return [leaf for leaves in found for leaf in leaves]
 
 
 def _mismatch(name: str, value: Any, expected: str) -> ArgumentError:
     parts = _parts(value)
-    found = repr(value) if isinstance(value, CONSTANTS) else f"a {type(value).__name__}"
-    if parts is not None:
-        found += f" of {', '.join(parts[1]) or 'nothing'}"
+    found = repr(value) if isinstance(value, CONSTANTS) else _described(type(value), parts[1] if parts else ())
     return ArgumentError(
         f"{name} is {found}, and forward was captured for {expected}; "
         f"transform the model with example_inputs that contain this {name}"
     )
 
 
+def _described(kind: type, names: Iterable[str]) -> str:
+    if not issubclass(kind, LITERALS):
+        return f"a {kind.__name__}"
+    return f"a {kind.__name__} of {', '.join(names)}" if names else f"an empty {kind.__name__}"
+
+
 def _parts(value: Any) -> tuple[Any, dict[str, Any]] | None:
     """What builds a container from its items, and the items by name; None if the value is no container."""
-    if not isinstance(value, LITERALS) and dataclasses.is_dataclass(value) and type(value) not in pytree.SUPPORTED_NODES:
+    if (
+        not isinstance(value, LITERALS)
+        and dataclasses.is_dataclass(value)
+        and type(value) not in pytree.SUPPORTED_NODES
+    ):
         fields = tuple(field.name for field in dataclasses.fields(value))
         return fields, {f".{name}": getattr(value, name) for name in fields}
     items, spec = pytree.tree_flatten(value, is_leaf=lambda item: item is not value)
