@@ -157,7 +157,7 @@ def _explain(model: nn.Module, error: Exception, mode: str) -> str:
     lines = [f"{type(model).__name__} cannot be exported in {mode} mode: {name}{' '.join(reason)[:500]}"]
     for frame, number in traceback.walk_tb(error.__traceback__):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package not in _OUR_SIDE and isinstance(frame.f_locals.get("self"), nn.Module):
+        if package not in _OUR_SIDE:
             file = frame.f_code.co_filename
             lines[1:] = [f"  at {file}:{number}: {linecache.getline(file, number).strip()}"]
     return "\n".join([*lines, f"  {INSTEAD[0].upper()}{INSTEAD[1:]}."])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -188,8 +190,7 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
     """
     watcher = _Watcher(model)
     module = _OnTensors(model, inputs, watcher)
-    with watched(model, watcher), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with watched(model, watcher), torch.enable_grad(), _silence():
         for hooks in (model._forward_hooks, model._forward_pre_hooks):
             hooks.clear()  # they stay on the result, which is called with them
         for child in module.modules():
@@ -199,6 +200,19 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
     if watcher.side_effect is not None:
         raise KeepWhole(*watcher.side_effect)
     return Export(program, watcher)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings, and no print of the graph so far if the export fails; that is an error anyway."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _exported(module: nn.Module, leaves: tuple[Tensor, ...]) -> torch.export.ExportedProgram:

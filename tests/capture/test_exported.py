@@ -449,6 +449,12 @@ class DrawsInPython(nn.Linear):
         return super().forward(value) * random.random()
 
 
+class Chooses(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        return torch.cond(y.sum() > 0, torch.sin, torch.cos, (y,))
+
+
 class Opaque:
     pass
 
@@ -471,15 +477,17 @@ class Hooked(nn.Sequential):
         (Counts(4, 4), "Counts cannot be exported: its forward changes the attribute calls, which a graph does not do"),
         (DrawsInPython(4, 4), "its forward draws random numbers from Python's random"),
         (ReturnsAnything(4, 4), "forward returns a Opaque, which torch.export cannot take apart"),
+        (Chooses(4, 4), "forward uses cond, whose branches biofx cannot follow"),
         (Hooked(), r"0 \(Linear\) has hooks, which only run when the module itself is called"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_what_a_graph_does_not_do_is_refused_with_the_reason_and_another_way(model, message):
+def test_what_a_graph_does_not_do_is_refused_with_the_reason_and_another_way(model, message, capsys):
     with pytest.raises(biofx.CaptureError, match=r"(?s)" + message) as error:
         export(model, x())
     assert 'frontend="module"' in str(error.value)
     assert len(str(error.value).splitlines()) < 6
+    assert not any(capsys.readouterr())
 
 
 def test_example_inputs_are_needed_and_have_to_fit():
