@@ -27,6 +27,23 @@ def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         return _tensors(model.eval()(*args, **kwargs))
 
 
+def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str]) -> list[Tensor]:
+    """The tensors that a model returns in the mode that it is in, with random numbers from one seed, and some buffers.
+
+    Neither the model's buffers, nor the inputs, nor the global random number generators change.
+
+    Args:
+        model: any module.
+        example_inputs: arguments of the model, as for `transform`.
+        buffers: the buffers whose values afterwards are returned as well, by name.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
+    with undisturbed(model), torch.no_grad():
+        torch.manual_seed(0)
+        outputs = _tensors(model(*args, **kwargs))
+        return [*outputs, *(model.get_buffer(name) for name in buffers)]
+
+
 def _tensors(outputs: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from biofx import capture, pipeline
+from biofx.capture import exported
 from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.reparametrized import computed_attributes
 from biofx.compare import difference, run_in_eval_mode
@@ -22,7 +23,10 @@ from biofx.provenance import RECORD, Record, record_of
 from biofx.registry import Pass, as_passes
 from biofx.weight_sites import find
 
-FRONTENDS = ("symbolic",)
+FRONTENDS: dict[str, Callable[[nn.Module, Any], fx.GraphModule]] = {
+    "symbolic": capture.capture,
+    "export": exported.capture,
+}
 
 
 def transform(
@@ -48,7 +52,10 @@ def transform(
             name of a recipe. The order does not matter: passes run from the operator inwards.
         example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`.
             With them, capture and every pass that preserves the function are checked to do so.
-        frontend: how the graph is captured. `"symbolic"`: symbolic tracing.
+        frontend: how the graph is captured. `"symbolic"`: symbolic tracing, without running the model. `"export"`:
+            `torch.export` on the example inputs, which follows any Python whose decisions do not depend on values. The
+            graph consists of dispatcher operators; it takes any size of batch, and checks what else it assumes of its
+            arguments. Arguments that are not tensors, dtypes and devices are those of the example inputs.
         exclude: glob patterns over parameter names; matching weights are left alone.
         seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
             no other layer's draw. The global random number generators are neither read nor moved.
@@ -63,7 +70,7 @@ def transform(
 
     Raises:
         ArgumentError: an argument that cannot be meant, or a model without weights.
-        CaptureError: the model cannot be traced; names the module and the line.
+        CaptureError: the model cannot be captured; names the module or the line, and what else to try.
         PipelineError: unknown passes or options, or passes that exclude each other.
         VerificationError: a pass broke an invariant.
         If it raises, `model` is as it was.
@@ -89,12 +96,13 @@ def transform(
     _refuse_transformed_children(model)
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
-        bio = source if again else capture.capture(source, example_inputs)
+        expected = None if example_inputs is None else _outputs(source, example_inputs)
+        bio = source if again else FRONTENDS[frontend](source, example_inputs)
         assert isinstance(bio, fx.GraphModule)
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer
-        if example_inputs is not None:
-            _check_example_inputs(source, bio, example_inputs)
+        if expected is not None and bio is not source:
+            _check_outputs(bio, example_inputs, expected)
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
         pipeline.run(bio, chosen, excluded, seed, check=verify, example_inputs=example_inputs, print_between=printer)
@@ -164,15 +172,18 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _check_example_inputs(source: nn.Module, bio: fx.GraphModule, example_inputs: Any) -> None:
+def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     try:
-        expected = run_in_eval_mode(source, example_inputs)
+        return run_in_eval_mode(model, example_inputs)
     except Exception as error:
-        raise ArgumentError(f"example_inputs do not fit {type(source).__name__}.forward: {error}") from error
-    found = None if bio is source else difference(expected, run_in_eval_mode(bio, example_inputs))
+        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+
+
+def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
+    found = difference(expected, run_in_eval_mode(bio, example_inputs))
     if found is not None:
         raise CaptureError(
-            f"{type(source).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
+            f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
             "random numbers or has side effects that a graph does not hold"
         )
 

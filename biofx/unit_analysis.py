@@ -123,7 +123,8 @@ class UnitAnalysis:
         if call is None or node not in self._varying:
             return []
         if call.kind is Kind.NORM:
-            position = 3 if call.key in ("batchnorm", "instancenorm") else 2
+            in_dispatcher = hasattr(node.target, "overloadpacket")
+            position = (1 if in_dispatcher else 3) if call.key in ("batchnorm", "instancenorm") else 2
             found = argument(node, self._bio, position, "weight")
             if isinstance(found, nn.Parameter):
                 return [f"{node.target}.weight"]
@@ -221,7 +222,7 @@ class UnitAnalysis:
         args, kwargs = self._numbers_or_values((node.args, node.kwargs))
         if call.key in ("pad", "constantpad") and self._argument(node, 2, "mode", default="constant") == "constant":
             found = F.pad(args[0], self._argument(node, 1, "pad", "padding"))  # with nobody, whatever the value
-        elif call.key == "view":  # unit numbers are not laid out in memory as the values are
+        elif call.key in ("view", "unsafeview"):  # unit numbers are not laid out in memory as the values are
             found = args[0].reshape(*args[1:], *kwargs.values())
         else:
             found = compute(self._bio, node, args, kwargs)

@@ -82,8 +82,9 @@ class _Signs:
         return is_power and isinstance(exponent, int | float) and exponent % 2 == 0
 
     def _is_clamped(self, node: fx.Node) -> bool:
-        low = argument(node, self._bio, 1, "min")
-        return self._operations[node].key in ("clamp", "clip", "clampmin") and _is_number(low) and low >= 0
+        low = argument(node, self._bio, 1, "min", "min_val")
+        clamps = self._operations[node].key in ("clamp", "clip", "clampmin", "hardtanh")
+        return clamps and _is_number(low) and low >= 0
 
     def _has_negative_number(self, node: fx.Node) -> bool:
         if not self._operations[node].takes_values:

@@ -244,7 +244,7 @@ def test_importing_biofx_does_not_import_the_heavy_optional_packages():
         ({"passes": passes.SplitSynapses()}, r"passes must be a list; write passes=\[SplitSynapses\("),
         ({"passes": [passes.SplitSynapses]}, r"passes\[0\] is the class SplitSynapses; write SplitSynapses\(\)"),
         ({"passes": [3]}, r"passes\[0\] is not a pass: 3"),
-        ({"frontend": "magic"}, "frontend must be one of 'symbolic', got 'magic'"),
+        ({"frontend": "magic"}, "frontend must be one of 'symbolic', 'export', got 'magic'"),
         ({"passes": [passes.Pass()]}, r"passes\[0\]: Pass must say which slot it fills"),
         ({"seed": 1.5}, "seed must be a 64-bit integer, got 1.5"),
         ({"seed": True}, "seed must be a 64-bit integer, got True"),

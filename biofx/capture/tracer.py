@@ -12,10 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.fx.graph import CodeGen
 
 from biofx.capture.captured_module import HOOKS
@@ -126,7 +127,8 @@ class Tracer(fx.Tracer):
             self._thread = threading.get_ident()
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
-            graph = super().trace(root, concrete_args)
+            with _recorded_operators(self):
+                graph = super().trace(root, concrete_args)
             self._check_random()
         for node in graph.nodes:
             node.type = None  # annotations that are strings, as they are today, cannot be pickled with the code
@@ -256,25 +258,53 @@ def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], eval
         KeepWhole: a module does what a graph does not hold.
     """
     tracer, in_evaluation = Tracer(absent, whole), set(evaluating)
-    with _LOCK, _unchanged(model), _watched_by(tracer):
+    with watched(model, tracer):
         for module in model.modules():
             module.training = module not in in_evaluation
         before = {path: dict(vars(module)) for path, module in model.named_modules()}
         graph = tracer.trace(model)
-        _check_attributes(model, before)
+        changed = changed_attribute(model, before)
+        if changed is not None:
+            raise KeepWhole(changed[0], f"its forward changes the attribute {changed[1]}, which a graph does not do")
         made = vars(model).keys() - before[""].keys()
         read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
         constants = {name: vars(model)[name] for name in read if name in made}
     return Trace(graph, constants, tracer)
 
 
-def _check_attributes(model: nn.Module, before: dict[str, dict[str, Any]]) -> None:
-    """Find a counter or a flag that forward changes: the next call would read another value."""
+class Watcher(Protocol):
+    """What is told what forward does while it is traced."""
+
+    def note_read(self, module: nn.Module) -> None:
+        """It has read `module.training`."""
+
+    def enter_block(self, block: Any) -> None:
+        """It has entered one of `BLOCKS`."""
+
+    def exit_block(self, block: Any) -> None:
+        """It has left the block."""
+
+
+@contextmanager
+def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Trace a model inside of the block: it stays as it is, and the watcher is told what its forward does."""
+    with _LOCK, _unchanged(model), _watched_by(watcher):
+        yield
+
+
+def changed_attribute(model: nn.Module, before: dict[str, dict[str, Any]]) -> tuple[str, str] | None:
+    """A counter or a flag that forward has changed, so that the next call would read another value: its module, name.
+
+    Args:
+        model: the model.
+        before: the attributes of its modules before forward, by their paths.
+    """
     for path, module in model.named_modules():
         for name, value in before.get(path, {}).items():
             now = vars(module).get(name)
             if isinstance(value, int | float | str) and isinstance(now, int | float | str) and now != value:
-                raise KeepWhole(path, f"its forward changes the attribute {name}, which a graph does not do")
+                return path, name
+    return None
 
 
 @contextmanager
@@ -301,11 +331,11 @@ def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _watched_by(tracer: Tracer) -> Iterator[None]:
-    """Tell a tracer when forward reads `training` or enters and leaves a block that a graph does not hold."""
+def _watched_by(watcher: Watcher) -> Iterator[None]:
+    """Tell a watcher when forward reads `training` or enters and leaves a block that a graph does not hold."""
 
     def read(module: nn.Module) -> bool:
-        tracer.note_read(module)
+        watcher.note_read(module)
         return bool(vars(module)["training"])
 
     def write(module: nn.Module, mode: bool) -> None:
@@ -321,8 +351,8 @@ def _watched_by(tracer: Tracer) -> Iterator[None]:
     # A property of the class goes before the attribute of the instance.
     patches: dict[tuple[type, str], Any] = {(nn.Module, "training"): property(read, write)}
     for block in BLOCKS:
-        patches[block, "__enter__"] = noted(tracer.enter_block, vars(block)["__enter__"])
-        patches[block, "__exit__"] = noted(tracer.exit_block, vars(block)["__exit__"])
+        patches[block, "__enter__"] = noted(watcher.enter_block, vars(block)["__enter__"])
+        patches[block, "__exit__"] = noted(watcher.exit_block, vars(block)["__exit__"])
     originals = {(cls, name): vars(cls).get(name) for cls, name in patches}
     try:
         for (cls, name), value in patches.items():
@@ -334,6 +364,27 @@ def _watched_by(tracer: Tracer) -> Iterator[None]:
                 type.__delattr__(cls, name)
             else:
                 type.__setattr__(cls, name, value)
+
+
+@contextmanager
+def _recorded_operators(tracer: Tracer) -> Iterator[None]:
+    """Let every call of a dispatcher operator become a node, also one without a tensor: a graph of `torch.export`.
+
+    On their own, operators notice a proxy in the place of a tensor, but not in that of a size.
+    """
+    original = OpOverload.__call__
+    thread = threading.get_ident()
+
+    def call(operator: OpOverload, /, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(operator, *args, **kwargs)
+        return tracer.create_proxy("call_function", operator, args, kwargs)
+
+    OpOverload.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        OpOverload.__call__ = original  # type: ignore[method-assign]
 
 
 def _node_of(value: Any) -> Any:
