@@ -72,7 +72,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     _run(bio, found, sites, inputs, refit)
     for name, site in sites.items():
         model.sites[name].raw.copy_(site.raw)
-        bias = _bias(site, site.uses[0])
+        bias = _bias(site, site.calls[0]) if site.calls else None
         if bias is not None:
             model.value(bias).copy_(attribute(bio, bias))
 
@@ -174,7 +174,7 @@ def _run(
     """Run the network, and show what arrives at the first use of each weight."""
     with undisturbed(bio), torch.no_grad():
         bio.eval()
-        _Watched(bio, all_sites, inputs, {site.uses[0]: site for site in sites.values()}, see).run()
+        _Watched(bio, all_sites, inputs, {site.calls[0]: site for site in sites.values() if site.calls}, see).run()
 
 
 class _Watched(Guesser):

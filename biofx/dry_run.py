@@ -68,7 +68,8 @@ def _bind(bio: fx.GraphModule, example_inputs: Any) -> dict[str, Any]:
     """Example inputs by the name of the placeholder."""
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
     try:
-        bound = inspect.signature(bio.forward).bind(*args, **kwargs)
+        signature = inspect.signature(bio.forward, follow_wrapped=False)  # that of the graph
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
     bound.apply_defaults()
@@ -131,7 +132,7 @@ class Guesser(Runner):
     ) -> None:
         super().__init__(bio, given)
         self.failures = 0
-        self._uses = {use: site for site in sites.values() for use in site.uses}
+        self._uses = {use: site for site in sites.values() for use in site.calls}
         self._times = times
         self._side = side
         self._device = next((parameter.device for parameter in bio.parameters()), None)

@@ -21,7 +21,7 @@ from biofx.provenance import RECORD, Record, record_of
 from biofx.registry import Pass, as_passes
 from biofx.weight_sites import find
 
-FRONTENDS = ("symbolic",)
+FRONTENDS = capture.FRONTENDS
 
 
 def transform(
@@ -88,7 +88,7 @@ def transform(
     _refuse_transformed_children(model)
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
-        bio = source if again else capture.capture(source, example_inputs)
+        bio = source if again else capture.capture(source, example_inputs, frontend)
         assert isinstance(bio, fx.GraphModule)
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer

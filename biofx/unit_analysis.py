@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from biofx.capture.islands import described
 from biofx.dry_run import Values
 from biofx.unit_numbers import NOBODY, UnitNumbers, is_one
 from biofx.unit_operators import Kind, Operation, argument, held_parameter, operation
@@ -54,7 +55,7 @@ class UnitAnalysis:
         self._bio = bio
         self._sites = sites
         self._values = values
-        self._uses = {use: site for site in sites.values() for use in site.uses}
+        self._uses = {use: site for site in sites.values() for use in site.calls}
         calls = [n for n in bio.graph.nodes if n.op.startswith("call_") and n not in self._uses]
         self._operations = {node: operation(node, bio) for node in calls}
         self._varying = self._depending_on_inputs()
@@ -67,7 +68,8 @@ class UnitAnalysis:
                     self._follow(node)
             columns = {name: self._columns(site) for name, site in sites.items()}
             for found in columns.values():
-                self.numbers.unify(torch.cat(found, 1))
+                if found:
+                    self.numbers.unify(torch.cat(found, 1))
             if self.numbers.unifications == before:
                 break
         self.readings = {name: self._reading(site, columns[name]) for name, site in sites.items()}
@@ -262,7 +264,7 @@ class UnitAnalysis:
 
     def _columns(self, site: WeightSite) -> list[Tensor]:
         """For every use of a weight the units that each of its columns multiplies, shape (presynaptic_units, …)."""
-        return [self._columns_of(_source(use, site), site) for use in site.uses]
+        return [self._columns_of(_source(use, site), site) for use in site.calls]
 
     def _columns_of(self, source: fx.Node, site: WeightSite) -> Tensor:
         channels, axis = site.presynaptic_units, site.operator.channel_axis
@@ -280,6 +282,8 @@ class UnitAnalysis:
         return self.numbers.once((source, channels), name, "unknown", channels).long()[:, None]
 
     def _reading(self, site: WeightSite, columns: Sequence[Tensor]) -> Reading:
+        if site.island is not None:
+            return self._reading_inside(site, described(site.island), columns)
         found = torch.cat(list(columns), 1)
         sources = found.unique()
         numbers, remark = found.amax(1), ""
@@ -294,8 +298,16 @@ class UnitAnalysis:
             name = f"constants read by {site.name}"
             own = self.numbers.once((site.name, "constant"), name, "constant", len(numbers)).long()
             numbers = torch.where(numbers == NOBODY, own, numbers)
-        signed = next((self._signed[s] for use in site.uses if self._signed[s := _source(use, site)]), "")
+        signed = next((self._signed[s] for use in site.calls if self._signed[s := _source(use, site)]), "")
         return Reading(numbers, signed, remark, sources[sources != NOBODY])
+
+
+    def _reading_inside(self, site: WeightSite, island: str, columns: Sequence[Tensor]) -> Reading:
+        """Nobody knows what arrives at a weight inside an island, so its positions are units of their own."""
+        name = f"positions of {site.name}"
+        numbers = self.numbers.once((site.name, "island"), name, "shared", site.presynaptic_units).long()
+        sources = torch.cat([numbers[:, None], *columns], 1).unique()
+        return Reading(numbers, island, f"is in {island}, where units cannot be followed", sources[sources != NOBODY])
 
 
 _RULES: dict[Kind, Callable[[UnitAnalysis, fx.Node, Operation], Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from biofx.capture.islands import is_island, island_names, island_path
 from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
 from biofx.depth import depths, reaching
+from biofx.island_weights import Role, role
 from biofx.provenance import Slot, inserted, record_of, transformed
 
 
@@ -63,7 +66,8 @@ class WeightSite:
         node: the `get_attr` node of the stored parameter.
         operator: the operator that consumes the weight.
         groups: number of groups into which the operator divides its units.
-        uses: the calls of the operator, several if the weight is used more than once.
+        uses: the calls of the operator, several if the weight is used more than once; and the calls of islands (modules
+            whose Python forward is called as it is), inside of which it is used.
         depth: number of weights that a signal passes before this one, on the longest path, over that of the deepest
             weight: from 0 for the first to 1 for the last; 0 if all are first.
         is_output: whether no signal passes another weight after this one.
@@ -77,6 +81,19 @@ class WeightSite:
     uses: tuple[fx.Node, ...]
     depth: float
     is_output: bool
+
+    @property
+    def calls(self) -> tuple[fx.Node, ...]:
+        """The uses that are calls of the operator in the graph."""
+        return tuple(use for use in self.uses if not is_island(use))
+
+    @property
+    def island(self) -> str | None:
+        """Path of the first island inside of which the weight is used, empty for the model itself; None if there is none.
+
+        Operators inside an island, their inputs, outputs and biases are not in the graph.
+        """
+        return next((island_path(use) for use in self.uses if is_island(use)), None)
 
     @property
     def raw(self) -> nn.Parameter:
@@ -174,8 +191,8 @@ class WeightSite:
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """What the uses return to the model: they themselves, or the last of the nodes that passes put behind them."""
-        return tuple(_last_output(use) for use in self.uses)
+        """What the calls return to the model: they themselves, or the last of the nodes that passes put behind them."""
+        return tuple(_last_output(use) for use in self.calls)
 
     @property
     def chain(self) -> list[fx.Node]:
@@ -246,10 +263,16 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     """The weight sites, and for every other parameter the reason why it is none."""
     nodes = parameter_nodes(bio)
     ends = {name: chain(node)[-1] for name, node in nodes.items()}
-    uses = {name: _uses(end) for name, end in ends.items()}
-    operators = {user for calls in uses.values() for user, _ in calls}
+    uses = {name: _uses(bio, end) for name, end in ends.items()}
+    counts = Counter(use.node for found in uses.values() for use in found if is_island(use.node))
+    operators = {use.node: counts.get(use.node, 1) for found in uses.values() for use in found}
     before, followed = depths(bio.graph, operators), reaching(bio.graph, operators)
-    depth = {name: max(before[user] for user, _ in calls) for name, calls in uses.items() if calls}
+    place: Counter[fx.Node] = Counter()  # weights of an island stand in the order of its parameters
+    depth: dict[str, int] = {}
+    for name, found in uses.items():
+        for use in found:
+            depth[name] = max(depth.get(name, 0), before[use.node] + place[use.node])
+        place.update(use.node for use in found if is_island(use.node))
     deepest = max(1, *depth.values(), 0)
     inside = _inside_called_modules(bio)
     sites: dict[str, WeightSite] = {}
@@ -259,42 +282,78 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
         if reason is not None:
             others[name] = reason
             continue
-        calls = tuple(user for user, _ in uses[name])
-        operator, groups = _kind(*uses[name][0])
+        first = min(uses[name], key=lambda use: is_island(use.node))
+        calls = tuple(dict.fromkeys(use.node for use in uses[name]))
         is_output = not any(call in followed for call in calls)
-        sites[name] = WeightSite(bio, name, nodes[name], operator, groups, calls, depth[name] / deepest, is_output)
+        sites[name] = WeightSite(
+            bio, name, nodes[name], first.operator, first.groups, calls, depth[name] / deepest, is_output
+        )
     return sites, others
 
 
-def _uses(weight: fx.Node) -> list[tuple[fx.Node, Operator]]:
-    """The calls of known operators that consume a node as their weight."""
+@dataclass(frozen=True)
+class Use:
+    """A call that consumes a weight.
+
+    Attributes:
+        node: the call, of an operator or of an island.
+        operator: the operator that consumes the weight.
+        groups: number of groups into which the operator divides its units.
+    """
+
+    node: fx.Node
+    operator: Operator
+    groups: int
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        """What all uses of a weight have to agree on."""
+        return self.operator.presynaptic_axis, self.operator.postsynaptic_axis, self.groups
+
+
+def _uses(bio: fx.GraphModule, weight: fx.Node) -> list[Use]:
+    """The calls that consume a node as their weight."""
     result = []
     for user in weight.users:
         operator = OPERATORS.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
         if operator is not None and operator.argument(user, operator.weight, "weight") is weight:
-            result.append((user, operator))
+            result.append(Use(user, operator, operator.argument(user, operator.groups, "groups", 1)))
+        elif is_island(user):
+            result += _uses_inside(bio, user, weight)
     return result
 
 
-def _kind(use: fx.Node, operator: Operator) -> tuple[Operator, int]:
-    return operator, operator.argument(use, operator.groups, "groups", 1)
+def _uses_inside(bio: fx.GraphModule, island: fx.Node, weight: fx.Node) -> list[Use]:
+    """The uses of a weight inside an island: one for each module that owns it."""
+    result = []
+    for name in island_names(island, weight):
+        path, _, key = f"{island_path(island)}.{name}".lstrip(".").rpartition(".")
+        found = role(bio.get_submodule(path), key)
+        if isinstance(found, Role):
+            operator = Operator(found.operator, found.presynaptic_axis, found.postsynaptic_axis, found.channel_axis)
+            result.append(Use(island, operator, found.groups))
+    return result
 
 
 def _inside_called_modules(bio: fx.GraphModule) -> dict[int, str]:
-    """For every parameter of a module that the graph calls as it is, by id: which module that is, and why."""
-    kept_whole = record_of(bio).kept_whole
+    """For every parameter of a module that the graph calls as it is, by id: which module that is, and why no site."""
     result: dict[int, str] = {}
+    for path in record_of(bio).islands:
+        island = bio.get_submodule(path)
+        for owner in island.modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is not None and isinstance(why := role(owner, key), str):
+                    where = f"{path} ({type(island).__name__})" if path else "the model"
+                    result.setdefault(id(parameter), f"inside {where}, an island: {why}")
     for path in dict.fromkeys(str(node.target) for node in bio.graph.find_nodes(op="call_module")):
         module = bio.get_submodule(path)
-        reason = kept_whole.get(path, "biofx has no operator for its weights")
         for parameter in module.parameters():
-            result[id(parameter)] = f"inside {path} ({type(module).__name__}), which is called as it is: {reason}"
+            called = f"inside {path} ({type(module).__name__}), which is called as it is"
+            result.setdefault(id(parameter), f"{called}: biofx has no operator for its weights")
     return result
 
 
-def _why_no_site(
-    parameter: nn.Parameter, end: fx.Node | None, uses: list[tuple[fx.Node, Operator]], inside: str | None
-) -> str | None:
+def _why_no_site(parameter: nn.Parameter, end: fx.Node | None, uses: list[Use], inside: str | None) -> str | None:
     """Why a parameter is no weight site, or None if it is one."""
     if not uses and (parameter.dim() < 2 or (end is not None and _is_bias(end))):
         return NOT_A_SYNAPSE
@@ -307,12 +366,11 @@ def _why_no_site(
             return f"forward changes it in place, by {user.target}"
         if user.target is getattr and user.args[1:] == ("data",):
             return "forward takes its .data, which no graph can follow"
-    kinds = {_kind(*use) for use in uses}
-    if not kinds:
+    if not uses:
         users = sorted({callee(user) for user in end.users})
         return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
-    if len(kinds) > 1:
-        described = sorted(f"{operator.name} with groups={groups}" for operator, groups in kinds)
+    if len({use.axes for use in uses}) > 1:
+        described = sorted({f"{use.operator.name} with groups={use.groups}" for use in uses})
         return f"shared by operators that want different axes: {', '.join(described)}"
     return None
 

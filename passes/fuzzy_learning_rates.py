@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from biofx.capture.islands import described
 from biofx.editor import Editor
 from biofx.errors import ArgumentError
 from biofx.operators import observer
@@ -124,6 +125,9 @@ class FuzzyLearningRates(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Draw the gains of a weight's synapses and hook them to its gradient."""
+        if self.distribution == "activity" and site.island is not None:
+            edit.leave(f"it is in {described(site.island)}, so the activity of its units is out of reach")
+            return
         nu: float | Tensor = self.nu
         if self.distribution == "layer_adaptive":
             nu = layer_adaptive_spread(self.nu, site.depth)

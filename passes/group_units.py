@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from biofx.capture.islands import described
 from biofx.editor import Editor
 from biofx.errors import PipelineError
 from biofx.options import check_activation, check_integer
@@ -69,6 +70,9 @@ class GroupUnits(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Group what every use of the weight returns."""
+        if site.island is not None:
+            edit.leave(f"it is in {described(site.island)}, so what its operator returns is out of reach")
+            return
         if site.is_output:
             edit.leave("it is an output layer")
             return

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from biofx.capture.islands import described
 from biofx.editor import Editor
 from biofx.options import check_activation, check_choice, check_flag, check_integer
 from biofx.provenance import Slot
@@ -89,6 +90,9 @@ class SplitSynapses(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Store Γ synapses, and sum them on the way to the operator or behind it."""
+        if self.activation is not None and site.island is not None:
+            edit.leave(f"it is in {described(site.island)}, so it has no place for an activation")
+            return
         biases = _biases(site) if self.activation is not None else []
         if biases is None:
             edit.leave("its operator's bias is computed, or shared with something else, so it cannot be split")

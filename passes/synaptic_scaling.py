@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from biofx.capture.islands import described
 from biofx.editor import Editor
 from biofx.operators import observer
 from biofx.options import check_choice, check_number
@@ -97,6 +98,9 @@ class SynapticScaling(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Observe the units' activity, and hook their factor to the gradient."""
+        if site.island is not None:
+            edit.leave(f"it is in {described(site.island)}, so the activity of its units is out of reach")
+            return
         device = site.raw.device
         seen = edit.state("seen", torch.zeros(site.units + 1, device=device, dtype=torch.float64))
         edit.observe(torch.ops.biofx.sum_activity, site.outputs, site.operator.channel_axis, seen)

@@ -14,8 +14,6 @@ Symbolic tracing with four differences from `torch.fx.symbolic_trace`:
 from __future__ import annotations
 
 import inspect
-import linecache
-import traceback
 from collections.abc import Collection
 from typing import Any
 
@@ -24,16 +22,12 @@ from torch import fx, nn
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
 from biofx.capture.modes import trace_modes
-from biofx.capture.tracer import KeepWhole, MustBeNone, Trace
+from biofx.capture.tracer import KeepWhole, MustBeNone, Trace, trace_whole
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
 
-MAKE_SUBMODULE = "Move that part of forward into a submodule of its own, which is then called as it is."
-TRACE_WITHOUT_VALUES = (
-    "Forward is traced once, without values: move what needs them into a function that is registered with "
-    "torch.fx.wrap, which the graph calls as it is; an argument that is no tensor, such as a flag, belongs in a "
-    "wrapper module that passes it."
-)
+FRONTENDS = ("symbolic", "module")
+AS_ASKED = 'with frontend="module", the model keeps its Python forward'
 
 
 def check(model: Any) -> None:
@@ -72,29 +66,32 @@ def _check_names(model: nn.Module) -> None:
         raise ArgumentError(f'model has an attribute "{name}", a name that {user} needs; rename it')
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
+def capture(model: nn.Module, example_inputs: Any = None, frontend: str = "symbolic") -> CapturedModule:
     """Trace a model into a graph module that takes over its module tree.
 
     Args:
         model: a checked model (see `check`); its submodules become those of the result.
         example_inputs: arguments of forward. An argument whose default is None, and which they do not contain, is None
             for the graph: it takes the path without it, and says so to a caller who passes it.
+        frontend: one of `FRONTENDS`: `"symbolic"` traces what can be traced; with `"module"`, the whole model is one
+            island.
 
     Returns:
         A graph module with the class, tree, state, mode, attributes and hooks of the model.
 
     Raises:
-        CaptureError: forward cannot be traced; names the module and the line.
+        CaptureError: the class of the model does something that the result cannot inherit.
     """
-    trace = _trace_what_can_be(model, _absent(model, example_inputs))
+    absent = _absent(model, example_inputs)
+    trace = trace_whole(model, AS_ASKED) if frontend == "module" else _trace_what_can_be(model, absent)
     for node in trace.graph.find_nodes(op="get_attr"):
         if node.target in trace.constants:
             node.target = f"{RECORD}.{node.target}"
-    bio = captured(model, trace.graph)
+    bio = captured(model, trace.graph, is_whole="" in trace.tracer.whole)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
     record = Record([name for name, _ in model.named_parameters()], trace.constants)
-    record.kept_whole = trace.tracer.whole
+    record.islands = trace.tracer.whole
     bio.add_module(RECORD, record.train(model.training))
     return bio
 
@@ -121,40 +118,16 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _trace_what_can_be(model: nn.Module, absent: Collection[str]) -> Trace:
-    """Trace with the modules kept whole that turn out not to fit into a graph, one more with each attempt."""
+    """Trace with the modules as islands that turn out not to fit into a graph; the model itself, if it comes to that."""
     whole: dict[str, str] = {}
     while True:
         try:
             return trace_modes(model, absent, whole)
         except KeepWhole as error:
-            path = error.path
-            while path in whole:  # something outside of it made it do that
-                path = path.rpartition(".")[0]
-            if not path:
-                raise CaptureError(_explain(model, error)) from error
-            whole = {inner: reason for inner, reason in whole.items() if not inner.startswith(f"{path}.")}
-            whole[path] = error.reason
-        except Exception as error:
-            raise CaptureError(_explain(model, error)) from error
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    """Say which module and which line stopped the trace, and what to do."""
-    names = {module: name for name, module in model.named_modules()}
-    owner, users_line, any_line = model, "", ""
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        package = frame.f_globals.get("__name__", "")
-        if package.startswith(("torch.fx", "biofx")):
-            continue
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, nn.Module) and candidate in names:
-            owner = candidate
-        file = frame.f_code.co_filename
-        any_line = f"\n  at {file}:{number}: {linecache.getline(file, number).strip()}"
-        if not package.startswith("torch"):
-            users_line = any_line
-    line = users_line or any_line
-    if isinstance(error, KeepWhole):
-        return f"{type(model).__name__} computes something else when traced: {error}{line}\n  {MAKE_SUBMODULE}"
-    described = f'"{names[owner]}" ({type(owner).__name__})' if names[owner] else type(model).__name__
-    return f"{described} cannot be traced: {error}{line}\n  {TRACE_WITHOUT_VALUES}"
+            for path, reason in error.reasons.items():
+                while path in whole:  # something outside of it made it do that
+                    path = path.rpartition(".")[0]
+                if not path:
+                    return trace_whole(model, reason)
+                whole = {inner: why for inner, why in whole.items() if not inner.startswith(f"{path}.")}
+                whole[path] = reason

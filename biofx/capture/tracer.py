@@ -5,21 +5,27 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import linecache
 import random
 import re
+import textwrap
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
 
+from biofx.capture import islands
 from biofx.capture.captured_module import HOOKS
 from biofx.errors import ArgumentError
+from biofx.island_weights import weights
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -30,6 +36,9 @@ BLOCKS: tuple[type, ...] = (
     torch.inference_mode,
     torch.autocast,
 )
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+ONE_PIECE = "it is called in one piece, as modules of torch.nn are"
 
 _LOCK = threading.RLock()  # tracing patches torch.nn.Module itself
 
@@ -58,18 +67,16 @@ class MustBeNone(StandIn):
         return self.argument
 
 
-class KeepWhole(Exception):  # noqa: N818 - a finding, on which capture acts
-    """A module does what a graph does not hold, so that it has to be called as it is.
+class KeepWhole(BaseException):  # a finding, on which capture acts; no `except Exception` in a forward may catch it
+    """Modules do what a graph does not hold, so that they have to be called as they are.
 
     Attributes:
-        path: the module whose forward does it; empty for the model itself.
-        reason: what it does, a sentence about "it".
+        reasons: what each does, a sentence about "it", by the path of the module; empty for the model itself.
     """
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(reason)
-        self.path = path
-        self.reason = reason
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__("; ".join(reasons.values()))
+        self.reasons = reasons
 
 
 class KeywordOnly(CodeGen):
@@ -95,6 +102,7 @@ class Tracer(fx.Tracer):
 
     Attributes:
         whole: the modules that are called as they are although their class could be traced, each with the reason.
+        found: those that turned out not to fit into a graph in this trace, which is of no use then.
         refusals: what refuses the optional arguments that were traced as None, by the name of the child to be.
         steps: what happened in order, as (path of the module whose forward runs, kind, what).
         reads: the modules whose `training` was read, by the path of the module whose forward did.
@@ -105,7 +113,8 @@ class Tracer(fx.Tracer):
     def __init__(self, absent: Collection[str] = (), whole: dict[str, str] | None = None) -> None:
         super().__init__()
         self._absent = absent  # optional arguments to trace as None
-        self.whole = {} if whole is None else whole
+        self.whole = dict(whole or {})
+        self.found: dict[str, str] = {}
         self.refusals: dict[str, MustBeNone] = {}
         self.steps: list[tuple[str, str, Any]] = []
         self.reads: dict[str, list[str]] = {}
@@ -118,6 +127,7 @@ class Tracer(fx.Tracer):
             self._thread = threading.get_ident()
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
+            self._states = torch.get_rng_state(), random.getstate()
             graph = super().trace(root, concrete_args)
             self._check_random()
         for node in graph.nodes:
@@ -147,10 +157,13 @@ class Tracer(fx.Tracer):
         """Modules that stay one node: those of torch.nn without synapses, and those that have to be kept whole."""
         reason = why_kept_whole(m)
         if reason is not None:
-            self.whole[module_qualified_name] = reason
+            self.whole.setdefault(module_qualified_name, reason)
         if module_qualified_name in self.whole or isinstance(m, StandIn):
             return True
-        return super().is_leaf_module(m, module_qualified_name) and not _is_weight_module(m)
+        is_leaf = super().is_leaf_module(m, module_qualified_name) and not _is_weight_module(m)
+        if is_leaf and not isinstance(m, EMBEDDINGS) and weights(m):
+            self.whole[module_qualified_name] = ONE_PIECE
+        return is_leaf
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -161,24 +174,54 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        if isinstance(m, TRANSPOSED) and any(size is not None for size in (*args[1:], kwargs.get("output_size"))):
-            raise KeepWhole(path, "it is given an output_size, which depends on the shape of its input")
         self._check_random()
         self.steps.append((self._running[-1], "enter", path))
         self._running.append(path)
-        result = super().call_module(m, forward, args, kwargs)
-        self._check_random()
+        stack = dict(self.module_stack)
+        try:
+            if isinstance(m, TRANSPOSED) and any(size is not None for size in (*args[1:], kwargs.get("output_size"))):
+                raise KeepWhole({path: "it is given an output_size, which depends on the shape of its input"})
+            result = super().call_module(m, forward, args, kwargs)
+            self._check_random()
+        except (Exception, KeepWhole) as error:
+            if isinstance(error, KeepWhole) and path not in error.reasons:
+                raise
+            # This trace is lost; it goes on, to find the others at once.
+            self._note(path, error)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self._running.pop()
         self.steps.append((path, "exit", fx.node.map_aggregate(result, _node_of)))
-        self._running.pop()
         return result
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **others: Any) -> Any:
+        """A call of a module, which is one of an island if there are weights inside."""
+        if kind == "call_module" and target in self.whole:
+            module = self.root.get_submodule(target)
+            inside: dict[str, Any] = dict(weights(module))
+            if inside:
+                kind, target, args, kwargs = "call_function", islands.call_island, (module, inside, args, kwargs), {}
+        return super().create_proxy(kind, target, args, kwargs, *more, **others)
+
+    def _note(self, path: str, error: BaseException) -> None:
+        """Note that a module does not fit into a graph, and undo what its forward did to the state of the process."""
+        self.whole[path] = error.reasons[path] if isinstance(error, KeepWhole) else describe(error)
+        if not any(inner.startswith(f"{path}.") for inner in self.found):  # else it may have failed because of those
+            self.found[path] = self.whole[path]
+        torch._C._set_grad_enabled(self._gradients[0])
+        torch.set_rng_state(self._states[0])
+        random.setstate(self._states[1])
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Note the node, after a look at the state that the graph does not hold."""
         if self._blocks:
             path, block = self._blocks[0]
-            raise KeepWhole(path, f"its forward uses torch.{block}, which a graph does not hold")
+            raise KeepWhole({path: f"its forward uses torch.{block}, which a graph does not hold"})
         if _gradient_mode() != self._gradients:
-            raise KeepWhole(self._running[-1], "its forward switches gradients on or off, which a graph does not hold")
+            reason = "its forward switches gradients on or off, which a graph does not hold"
+            raise KeepWhole({self._running[-1]: reason})
         node = super().create_node(*args, **kwargs)
         self.steps.append((self._running[-1], "node", node))
         return node
@@ -193,7 +236,9 @@ class Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
-        """Take constants that live in the module tree from there, not as copies."""
+        """Take constants and modules that live in the module tree from there, not as copies."""
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
         if isinstance(a, torch.Tensor):
             if id(a) in self._names:
                 return self.create_node("get_attr", self._names[id(a)], (), {})
@@ -218,7 +263,7 @@ class Tracer(fx.Tracer):
 
     def _check_random(self) -> None:
         if _random_state() != self._random:
-            raise KeepWhole(self._running[-1], "its forward draws random numbers that do not depend on its input")
+            raise KeepWhole({self._running[-1]: "its forward draws random numbers that do not depend on its input"})
 
 
 @dataclass(frozen=True)
@@ -243,16 +288,36 @@ def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], eval
         KeepWhole: a module does what a graph does not hold.
     """
     tracer, in_evaluation = Tracer(absent, whole), set(evaluating)
-    with _LOCK, _unchanged(model), _watched_by(tracer):
+    with _LOCK, torch.set_grad_enabled(torch.is_grad_enabled()), _unchanged(model), _watched_by(tracer):
         for module in model.modules():
             module.training = module not in in_evaluation
         before = {path: dict(vars(module)) for path, module in model.named_modules()}
-        graph = tracer.trace(model)
+        try:
+            graph = tracer.trace(model)
+        except (Exception, KeepWhole) as error:
+            reasons = error.reasons if isinstance(error, KeepWhole) else {"": describe(error)}
+            raise KeepWhole(tracer.found or reasons) from error
+        if tracer.found:
+            raise KeepWhole(tracer.found)
         _check_attributes(model, before)
         made = vars(model).keys() - before[""].keys()
         read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
         constants = {name: vars(model)[name] for name in read if name in made}
     return Trace(graph, constants, tracer)
+
+
+def trace_whole(model: nn.Module, reason: str) -> Trace:
+    """A graph in which the model is one island: it runs no forward, and takes all arguments as they come."""
+    tracer = Tracer(whole={"": reason})
+    graph = fx.Graph(tracer_cls=Tracer)
+    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    inside = weights(model)
+    stored = {name: graph.get_attr(name) for name in dict.fromkeys(names[id(p)] for p in inside.values())}
+    ends = {name: stored[names[id(parameter)]] for name, parameter in inside.items()}
+    module = graph.get_attr(islands.WHOLE)
+    graph.output(graph.call_function(islands.call_island, (module, ends, args, kwargs)))
+    return Trace(graph, {}, tracer)
 
 
 def _check_attributes(model: nn.Module, before: dict[str, dict[str, Any]]) -> None:
@@ -261,7 +326,7 @@ def _check_attributes(model: nn.Module, before: dict[str, dict[str, Any]]) -> No
         for name, value in before.get(path, {}).items():
             now = vars(module).get(name)
             if isinstance(value, int | float | str) and isinstance(now, int | float | str) and now != value:
-                raise KeepWhole(path, f"its forward changes the attribute {name}, which a graph does not do")
+                raise KeepWhole({path: f"its forward changes the attribute {name}, which a graph does not do"})
 
 
 @contextmanager
@@ -321,6 +386,21 @@ def _watched_by(tracer: Tracer) -> Iterator[None]:
                 type.__delattr__(cls, name)
             else:
                 type.__setattr__(cls, name, value)
+
+
+def describe(error: BaseException) -> str:
+    """Why a forward cannot be traced, with the line that stopped it: the user's, if there is one."""
+    users_line = any_line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        package = frame.f_globals.get("__name__", "")
+        if package.startswith(("torch.fx", "biofx")):
+            continue
+        file = frame.f_code.co_filename
+        any_line = f" at {Path(file).name}:{number}, {linecache.getline(file, number).strip()!r}"
+        if not package.startswith("torch"):
+            users_line = any_line
+    message = " ".join(str(error).split()) or type(error).__name__
+    return f"its forward cannot be traced{users_line or any_line}: {textwrap.shorten(message, 120)}"
 
 
 def _node_of(value: Any) -> Any:
