@@ -172,7 +172,7 @@ def _check_example_inputs(source: nn.Module, bio: fx.GraphModule, example_inputs
     if found is not None:
         raise CaptureError(
             f"{type(source).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
-            "random numbers or has side effects that a graph does not hold"
+            'random numbers or has side effects that a graph does not hold; transform it with frontend="module"'
         )
 
 

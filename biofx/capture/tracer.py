@@ -8,6 +8,7 @@ import itertools
 import linecache
 import random
 import re
+import sys
 import textwrap
 import threading
 import traceback
@@ -77,6 +78,32 @@ class KeepWhole(BaseException):  # a finding, on which capture acts; no `except 
     def __init__(self, reasons: dict[str, str]) -> None:
         super().__init__("; ".join(reasons.values()))
         self.reasons = reasons
+
+
+class Value(fx.Proxy):
+    """A proxy that notices if a forward asks for its type: the answer for the value would be another one."""
+
+    @property
+    def __class__(self) -> type:
+        """Asked for by `isinstance` after the type itself."""
+        asking = sys._getframe(1)
+        package = str(asking.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in _MAY_ASK:
+            raise TypeError("isinstance(...) is asked about a value, which tracing does not have")
+        return type(self)
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return ValueAttribute(self, name)
+
+
+class ValueAttribute(Value, fx.proxy.Attribute):  # type: ignore[misc]
+    """An attribute of a value."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        fx.proxy.Attribute.__init__(self, root, attr)
+
+
+_MAY_ASK = {"torch", "biofx", *sys.stdlib_module_names} - {"__main__"}
 
 
 class KeywordOnly(CodeGen):
@@ -214,6 +241,10 @@ class Tracer(fx.Tracer):
         torch.set_rng_state(self._states[0])
         random.setstate(self._states[1])
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A value that nobody knows yet."""
+        return Value(node, self)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Note the node, after a look at the state that the graph does not hold."""
         if self._blocks:
@@ -288,7 +319,7 @@ def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], eval
         KeepWhole: a module does what a graph does not hold.
     """
     tracer, in_evaluation = Tracer(absent, whole), set(evaluating)
-    with _LOCK, torch.set_grad_enabled(torch.is_grad_enabled()), _unchanged(model), _watched_by(tracer):
+    with _LOCK, torch.set_grad_enabled(torch.is_grad_enabled()), unchanged(model), _watched_by(tracer):
         for module in model.modules():
             module.training = module not in in_evaluation
         before = {path: dict(vars(module)) for path, module in model.named_modules()}
@@ -330,8 +361,8 @@ def _check_attributes(model: nn.Module, before: dict[str, dict[str, Any]]) -> No
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what tracing stores in the modules, and its random draws: proxies mean nothing afterwards."""
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward stores in the modules, and its random draws: the proxies of a trace mean nothing afterwards."""
     saved = [(vars(m), dict(vars(m)), _contents(vars(m))) for m in model.modules()]
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
