@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from biofx import capture, pipeline
 from biofx.capture.captured_module import REGISTRIES
+from biofx.capture.islands import leave
 from biofx.compare import difference, run_in_eval_mode
 from biofx.errors import ArgumentError, CaptureError
 from biofx.lifecycle import use_hooks
@@ -141,8 +142,9 @@ def _copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Give a model that is changed in place its tensors, children and graph back if the block raises."""
+    """Give a model that is changed in place its tensors, children, classes and graph back if the block raises."""
     saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
+    classes = [(m, type(m)) for m in model.modules()]
     record = model._modules.get(RECORD)
     graph: fx.Graph | None = None
     if isinstance(record, Record) and isinstance(model, fx.GraphModule):
@@ -157,6 +159,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 getattr(module, registry).clear()
                 getattr(module, registry).update(content)
             module.training = mode
+        leave(module for module, cls in classes if type(module) is not cls)
         if graph is not None and isinstance(model, fx.GraphModule):
             vars(record).update(fields)
             model.graph = graph

@@ -304,8 +304,10 @@ class UnitAnalysis:
 
     def _reading_inside(self, site: WeightSite, island: str, columns: Sequence[Tensor]) -> Reading:
         """Nobody knows what arrives at a weight inside an island, so its positions are units of their own."""
-        name = f"positions of {site.name}"
-        numbers = self.numbers.once((site.name, "island"), name, "shared", site.presynaptic_units).long()
+        is_embedding = site.operator.name == "embedding"  # whose presynaptic units are tokens, no neurons
+        name = f"{'tokens' if is_embedding else 'positions'} of {site.name}"
+        origin = "input" if is_embedding else "shared"
+        numbers = self.numbers.once((site.name, "island"), name, origin, site.presynaptic_units).long()
         sources = torch.cat([numbers[:, None], *columns], 1).unique()
         return Reading(numbers, island, f"is in {island}, where units cannot be followed", sources[sources != NOBODY])
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from biofx.balance import balance
+from biofx.capture.islands import described
 from biofx.errors import ArgumentError, PipelineError
 from biofx.model_editor import ModelEditor
 from biofx.options import check_choice, check_number
@@ -180,6 +181,10 @@ class DalesPrinciple(Pass):
         chosen = {n: site for n, site in model.sites.items() if any(fnmatch.fnmatch(n, p) for p in patterns)}
         for name in model.sites.keys() - chosen.keys():
             model.edits[name].leave("it is not among the sites that were asked for")
+        for name, site in list(chosen.items()):
+            if site.island is not None and site.presynaptic_units == 1 and 0 < self.excitatory < 1:
+                model.edits[name].leave(f"it is in {described(site.island)}, and reads one unit, which is of no one kind")
+                del chosen[name]
         return chosen
 
     def _assign(self, model: ModelEditor, readings: Mapping[str, Reading]) -> Tensor:

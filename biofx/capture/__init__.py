@@ -22,11 +22,13 @@ from torch import fx, nn
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
 from biofx.capture.modes import trace_modes
+from biofx.capture.references import outside
 from biofx.capture.tracer import KeepWhole, MustBeNone, Trace, trace_whole
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
 
 FRONTENDS = ("symbolic", "module")
+REFERS = "refers to one of its other modules in a list or a plain attribute, and cannot be traced"
 AS_ASKED = 'with frontend="module", the model keeps its Python forward'
 
 
@@ -122,7 +124,12 @@ def _trace_what_can_be(model: nn.Module, absent: Collection[str]) -> Trace:
     whole: dict[str, str] = {}
     while True:
         try:
-            return trace_modes(model, absent, whole)
+            trace = trace_modes(model, absent, whole)
+            around = {path: outside(model, path) for path in trace.tracer.whole}
+            grown = {path: f"{inner} in it {REFERS}" for inner, path in around.items() if path is not None}
+            if not grown:
+                return trace
+            raise KeepWhole(grown)
         except KeepWhole as error:
             for path, reason in error.reasons.items():
                 while path in whole:  # something outside of it made it do that

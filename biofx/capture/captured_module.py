@@ -92,7 +92,8 @@ class CapturedModule(fx.GraphModule):
     def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]]) -> None:
         # Code is pickled, not the graph; tracing it again yields the same calls in the same order, without their meta.
         attributes, imports, reads, calls = state
-        traced = reduce_graph_module(attributes | {WHOLE: self} if ORIGINAL_CLASS in attributes else dict(attributes), imports)
+        vars(self).update(attributes)
+        traced = reduce_graph_module({**attributes, WHOLE: self} if is_whole(self) else dict(attributes), imports)
         assert isinstance(traced, fx.GraphModule)
         others = [node for node in traced.graph.nodes if node.op != "get_attr"]
         origins = [(node, reads.get(str(node.target))) for node in traced.graph.find_nodes(op="get_attr")]

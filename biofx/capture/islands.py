@@ -11,6 +11,7 @@ Every module with such weights inside is made to compute with them also when it 
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import threading
 import weakref
@@ -82,7 +83,12 @@ class Member:
     _original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _original_form(self).__reduce_ex__(protocol)  # type: ignore[arg-type]
+        function, *rest = _original_form(self).__reduce_ex__(protocol)  # type: ignore[arg-type]
+        return (_new if function is copyreg.__newobj__ else function), *rest  # type: ignore[attr-defined]
+
+
+def _new(cls: type, *args: Any) -> Any:
+    return cls.__new__(cls, *args)  # what pickle takes `copyreg.__newobj__` for, without a look at the class
 
 
 def call_island(module: nn.Module, weights: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
