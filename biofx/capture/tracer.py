@@ -39,6 +39,7 @@ BLOCKS: tuple[type, ...] = (
 )
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 ONE_PIECE = "it is called in one piece, as modules of torch.nn are"
 
 _LOCK = threading.RLock()  # tracing patches torch.nn.Module itself
@@ -166,6 +167,9 @@ class Tracer(fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
     ) -> tuple[Any, list[Any]]:
         """Give forward None for an optional argument that nobody passes, and refuse it in calls of the graph."""
+        inner = inspect.unwrap(root_fn)
+        if inner is not root_fn and (inner.__code__.co_flags & VARIADIC or inner.__code__.co_kwonlyargcount):
+            raise KeepWhole({"": "its forward is wrapped by a decorator, so its arguments cannot be told apart"})
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = inspect.signature(root_fn).parameters.values()
         keyword_only = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
