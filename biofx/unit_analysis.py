@@ -301,7 +301,6 @@ class UnitAnalysis:
         signed = next((self._signed[s] for use in site.calls if self._signed[s := _source(use, site)]), "")
         return Reading(numbers, signed, remark, sources[sources != NOBODY])
 
-
     def _reading_inside(self, site: WeightSite, island: str, columns: Sequence[Tensor]) -> Reading:
         """Nobody knows what arrives at a weight inside an island, so its positions are units of their own."""
         is_embedding = site.operator.name == "embedding"  # whose presynaptic units are tokens, no neurons

@@ -183,7 +183,9 @@ class DalesPrinciple(Pass):
             model.edits[name].leave("it is not among the sites that were asked for")
         for name, site in list(chosen.items()):
             if site.island is not None and site.presynaptic_units == 1 and 0 < self.excitatory < 1:
-                model.edits[name].leave(f"it is in {described(site.island)}, and reads one unit, which is of no one kind")
+                model.edits[name].leave(
+                    f"it is in {described(site.island)}, and reads one unit, which is of no one kind"
+                )
                 del chosen[name]
         return chosen
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
 
-from biofx.capture.islands import ORIGINAL_CLASS, WHOLE, is_running, is_whole, join, leave
+from biofx.capture.islands import ORIGINAL_CLASS, WHOLE, is_running, is_whole, join, leave, list_weights
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record, record_of
 
@@ -22,6 +22,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 # Their methods go through all children, and a captured model has more of them: the record, constants of each mode.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _OVERRIDES = ("train", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state", "_apply")
+
+_FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_GRAPH_MODULES = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES
@@ -144,6 +146,7 @@ def released(bio: CapturedModule) -> nn.Module:
     vars(model).update(_kept(bio))
     vars(model).pop(ORIGINAL_CLASS)
     leave(model.modules())
+    list_weights(model)
     _bind_hooks(model, bio)
     return model
 
@@ -218,7 +221,8 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 
 
 def _attributes(module: fx.GraphModule) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name != "_graph"}
+    # A recurrent layer lists its weights, for which a captured one has a property.
+    return {name: value for name, value in vars(module).items() if name not in ("_graph", *_FLAT_WEIGHTS)}
 
 
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:

@@ -277,8 +277,13 @@ def _original_form(member: Any) -> nn.Module:
     """The same module, with its own class and with the weights as they are stored."""
     original: nn.Module = object.__new__(type(member)._original)
     vars(original).update({name: value for name, value in vars(member).items() if name != _HOME})
-    if isinstance(original, nn.RNNBase):
-        stored = [original._parameters.get(name) for name in original._flat_weights_names]
-        references = [weight if weight is None else weakref.ref(weight) for weight in stored]
-        vars(original).update(_flat_weights=stored, _flat_weight_refs=references)
+    list_weights(original)
     return original
+
+
+def list_weights(module: nn.Module) -> None:
+    """Let a recurrent layer, if it is one, list the weights that are stored in it."""
+    if isinstance(module, nn.RNNBase):
+        stored = [module._parameters.get(name) for name in module._flat_weights_names]
+        references = [weight if weight is None else weakref.ref(weight) for weight in stored]
+        vars(module).update(_flat_weights=stored, _flat_weight_refs=references)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -86,10 +87,8 @@ class Value(fx.Proxy):
 
     @property
     def __class__(self) -> type:
-        """Asked for by `isinstance` after the type itself."""
-        asking = sys._getframe(1)
-        package = str(asking.f_globals.get("__name__", "")).partition(".")[0]
-        if package not in _MAY_ASK:
+        """What `isinstance` looks at, if the type itself is not the one asked for."""
+        if _asks_for_type(sys._getframe(1)):
             raise TypeError("isinstance(...) is asked about a value, which tracing does not have")
         return type(self)
 
@@ -104,7 +103,17 @@ class ValueAttribute(Value, fx.proxy.Attribute):  # type: ignore[misc]
         fx.proxy.Attribute.__init__(self, root, attr)
 
 
-_MAY_ASK = {"torch", "biofx", *sys.stdlib_module_names} - {"__main__"}
+_MAY_ASK = {"torch", "biofx", *sys.stdlib_module_names}
+
+
+def _asks_for_type(frame: FrameType) -> bool:
+    """Whether a line of a forward calls `isinstance`; functions of PyTorch that are written in C look at types, too."""
+    if "isinstance" not in frame.f_code.co_names:
+        return False
+    if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _MAY_ASK:
+        return False
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return "isinstance" in line or not line
 
 
 class KeywordOnly(CodeGen):

@@ -376,3 +376,54 @@ def test_many_islands_are_found_in_few_traces(monkeypatch):
     bio = biofx.transform(nn.Sequential(*[Branch() for _ in range(20)]), SPLIT)
     assert len(bio.biofx.islands) == 20
     assert traces == 2
+
+
+class AsksForType(nn.Module):
+    """Takes one way for a tensor and another for anything else."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) if isinstance(x, torch.Tensor) else x
+
+
+def test_a_forward_that_asks_for_the_type_of_a_value_is_an_island():
+    model, x = nn.Sequential(nn.Linear(4, 4), AsksForType()), torch.randn(2, 4)
+    bio = biofx.transform(model, SPLIT)
+    assert "isinstance(...) is asked about a value" in bio.biofx.islands["1"]
+    assert_close(bio(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.ones(3, 4).view(x.shape[0], -1),
+        lambda x: torch.full((2,), x.shape[0]),
+        lambda x: torch.arange(x.shape[0]),
+        lambda x: torch.ones(3).to(x.dtype),
+        lambda x: torch.roll(x, (x.shape[0], 1), (0, 1)),
+    ],
+)
+def test_functions_of_pytorch_may_look_at_types(call):
+    class Calls(nn.Module):
+        def forward(self, x):
+            return call(x), isinstance(self, nn.Module)
+
+    assert not biofx.capture.capture(Calls()).biofx.islands
+
+
+def test_an_island_that_fails_because_of_its_child_is_the_child():
+    class Keeps(nn.Module):
+        """Needs what its child appended before it failed, so it fails together with it."""
+
+        def __init__(self):
+            super().__init__()
+            self.child, self.fc = Branch(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.child(x)) + len([1])
+
+    bio = biofx.transform(nn.Sequential(Keeps()), SPLIT)
+    assert list(bio.biofx.islands) == ["0.child"]
