@@ -34,7 +34,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Let a model compute on copies of its buffers while the block runs; restore its attributes, and the random numbers."""
+    """Let a model compute on copies of its buffers while the block runs; restore its attributes and random numbers."""
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
     copies = {id(buffer): buffer.clone() for buffer in model.buffers()}
     for module, buffers, _ in saved:

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from biofx.capture.captured_module import CapturedModule, released
-from biofx.capture.islands import is_whole, island_nodes, island_path, leave
+from biofx.capture.islands import is_whole, island_nodes, island_path, island_weights, leave
 from biofx.chain import chain, evaluate, parameter_nodes
 from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
@@ -80,13 +80,14 @@ def _copy(bio: fx.GraphModule) -> CapturedModule:
 def _call_islands_as_modules(plain: fx.GraphModule) -> None:
     """An island without rewritten weights is a module like any other."""
     for node in list(island_nodes(plain.graph)):
-        module, weights, args, kwargs = node.args
+        module, _, args, kwargs = node.args
+        weights = island_weights(node).values()
         with plain.graph.inserting_before(node):
             call = plain.graph.call_module(island_path(node), args, kwargs)  # type: ignore[arg-type]
         node.replace_all_uses_with(call)
         plain.graph.erase_node(node)
-        for source in [module, *weights.values()]:  # type: ignore[union-attr]
-            if not source.users:
+        for source in dict.fromkeys([module, *weights]):
+            if isinstance(source, fx.Node) and not source.users:
                 plain.graph.erase_node(source)
 
 

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 def summary(bio: nn.Module) -> str:
     """The passes that ran, and a table with one row for each weight.
 
-    Columns: the weight's name; its operator, and the island that it is in, if it is; its shape, without the axis of synapses; Γ, the number of synapses for
-    each connection; mean, standard deviation and range of the learning gain; the sign constraint; and, if there are
-    any, the passes that left the weight alone, with the reason, and what passes remarked about it. Below come the
-    islands (modules whose Python forward is called as it is), with the reason; the weights that no pass could see, with
-    the reason; those that wait for `biofx.attach`; and the parameters that are not synapses.
+    Columns: the weight's name; its operator, and the island that it is in, if it is; its shape, without the axis of
+    synapses; Γ, the number of synapses for each connection; mean, standard deviation and range of the learning gain;
+    the sign constraint; and, if there are any, the passes that left the weight alone, with the reason, and what passes
+    remarked about it. Below come the islands (modules whose Python forward is called as it is), with the reason; the
+    weights that no pass could see, with the reason; those that wait for `biofx.attach`; and the parameters that are not
+    synapses.
 
     Args:
         bio: a model made by `biofx.transform`.

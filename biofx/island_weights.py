@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from biofx.references import held_parameters
+
 
 @dataclass(frozen=True)
 class Role:
@@ -36,6 +38,7 @@ _CONVOLUTIONS = {
     **{(getattr(nn, f"Conv{n}d")): (f"conv{n}d", 1, 0, -1 - n) for n in (1, 2, 3)},
     **{(getattr(nn, f"ConvTranspose{n}d")): (f"conv_transpose{n}d", 0, 1, -1 - n) for n in (1, 2, 3)},
 }
+HELD = "a module keeps it in a list or a plain attribute as well, where it stays as it is"
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -98,11 +101,17 @@ def role(owner: nn.Module, key: str) -> Role | str:
     return f"biofx does not know how {type(owner).__name__} uses it"
 
 
-def weights(island: nn.Module) -> dict[str, nn.Parameter]:
-    """The synaptic weights inside an island, by every place where one is registered: names relative to the island."""
+def roles(island: nn.Module) -> dict[str, tuple[nn.Parameter, Role | str]]:
+    """Every parameter in an island with what `role` says of it, by every place where it is registered in the island."""
+    held = held_parameters(island)
     return {
-        f"{path}.{key}".lstrip("."): parameter
+        f"{path}.{key}".lstrip("."): (parameter, HELD if id(parameter) in held else role(owner, key))
         for path, owner in island.named_modules()
         for key, parameter in owner._parameters.items()
-        if parameter is not None and isinstance(role(owner, key), Role)
+        if parameter is not None
     }
+
+
+def weights(island: nn.Module) -> dict[str, nn.Parameter]:
+    """The synaptic weights inside an island, by every place where one is registered in the island."""
+    return {name: parameter for name, (parameter, found) in roles(island).items() if isinstance(found, Role)}

@@ -42,13 +42,19 @@ def transform(
     The result is a `GraphModule` that trains in any PyTorch loop. The model is traced, each pass rewrites every weight
     (see `biofx.weight_sites`), and the graph is verified after each pass. Mode, dtype and device stay as they are.
 
+    A module whose forward cannot be traced (it decides by values, iterates over them, has hooks …) becomes an *island*:
+    its own Python forward is called, with the weights inside of it rewritten. `biofx.summary` names each island with
+    the reason. Passes that need an operator's output, such as `GroupUnits`, leave weights in islands alone.
+
     Args:
         model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
         passes: pass objects; a pipeline string such as `"split-synapses{synapses=4},fuzzy-learning-rates"`; or the
             name of a recipe. The order does not matter: passes run from the operator inwards.
         example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`.
             With them, capture and every pass that preserves the function are checked to do so.
-        frontend: how the graph is captured. `"symbolic"`: symbolic tracing.
+        frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands. `"module"`: the whole model
+            is one island, so that all of its Python code stays and only weights change, as for models of transformers
+            and their `generate`.
         exclude: glob patterns over parameter names; matching weights are left alone.
         seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
             no other layer's draw. The global random number generators are neither read nor moved.
@@ -63,7 +69,7 @@ def transform(
 
     Raises:
         ArgumentError: an argument that cannot be meant, or a model without weights.
-        CaptureError: the model cannot be traced; names the module and the line.
+        CaptureError: the model cannot be copied, or be the base of a class, or computes something else when traced.
         PipelineError: unknown passes or options, or passes that exclude each other.
         VerificationError: a pass broke an invariant.
         If it raises, `model` is as it was.

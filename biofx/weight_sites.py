@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from biofx.capture.islands import is_island, island_names, island_path
+from biofx.capture.islands import is_island, island_path, island_weights
 from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
 from biofx.depth import depths, reaching
-from biofx.island_weights import Role, role
+from biofx.island_weights import Role, role, roles
 from biofx.provenance import Slot, inserted, record_of, transformed
 
 
@@ -89,7 +89,7 @@ class WeightSite:
 
     @property
     def island(self) -> str | None:
-        """Path of the first island inside of which the weight is used, empty for the model itself; None if there is none.
+        """Path of the first island inside of which the weight is used, or None; empty for the model itself.
 
         Operators inside an island, their inputs, outputs and biases are not in the graph.
         """
@@ -326,7 +326,7 @@ def _uses(bio: fx.GraphModule, weight: fx.Node) -> list[Use]:
 def _uses_inside(bio: fx.GraphModule, island: fx.Node, weight: fx.Node) -> list[Use]:
     """The uses of a weight inside an island: one for each module that owns it."""
     result = []
-    for name in island_names(island, weight):
+    for name in [name for name, end in island_weights(island).items() if end is weight]:
         path, _, key = f"{island_path(island)}.{name}".lstrip(".").rpartition(".")
         found = role(bio.get_submodule(path), key)
         if isinstance(found, Role):
@@ -340,11 +340,10 @@ def _inside_called_modules(bio: fx.GraphModule) -> dict[int, str]:
     result: dict[int, str] = {}
     for path in record_of(bio).islands:
         island = bio.get_submodule(path)
-        for owner in island.modules():
-            for key, parameter in owner._parameters.items():
-                if parameter is not None and isinstance(why := role(owner, key), str):
-                    where = f"{path} ({type(island).__name__})" if path else "the model"
-                    result.setdefault(id(parameter), f"inside {where}, an island: {why}")
+        where = f"{path} ({type(island).__name__})" if path else "the model"
+        for parameter, why in roles(island).values():
+            if isinstance(why, str):
+                result.setdefault(id(parameter), f"inside {where}, an island: {why}")
     for path in dict.fromkeys(str(node.target) for node in bio.graph.find_nodes(op="call_module")):
         module = bio.get_submodule(path)
         for parameter in module.parameters():

@@ -294,7 +294,7 @@ def test_complex_and_integer_weights_are_refused():
         biofx.transform(model, BOTH)
 
 
-class Counting(nn.Module):
+class CountsCalls(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc, self.calls = nn.Linear(2, 2), 0
@@ -305,9 +305,9 @@ class Counting(nn.Module):
 
 
 def test_a_model_that_counts_its_calls_counts_no_checks():
-    model, x = Counting(), torch.randn(1, 2)
+    model, x = CountsCalls(), torch.randn(1, 2)
     bio = biofx.transform(model, BOTH, example_inputs=(x,))
-    assert "the model (Counting): its forward changes the attribute calls" in biofx.summary(bio)
+    assert "the model (CountsCalls): its forward changes the attribute calls" in biofx.summary(bio)
     for _ in range(3):
         torch.testing.assert_close(bio(x), model(x))
 

@@ -1,14 +1,17 @@
 """Capture: from a module to a graph in which every weight is a node of its own.
 
-Symbolic tracing with four differences from `torch.fx.symbolic_trace`:
+Two front ends. `"symbolic"` is symbolic tracing with four differences from `torch.fx.symbolic_trace`:
 
 - `Linear` and convolutions are traced through, so that the weight becomes a `get_attr` node that feeds a functional
   operator. Their own forward runs, so padding modes, groups and missing biases come out as PyTorch means them.
 - A constant that depends on `training` keeps following `.train()` and `.eval()` of the module that it is read from
   (`ByMode`).
-- A module whose forward does what a graph does not hold is called as it is (`KeepWhole`): another path in training than
-  in evaluation, `torch.no_grad()`, random numbers that do not depend on the input.
+- A module whose forward cannot be traced, or does what a graph does not hold, is an island: the smallest such module is
+  called as it is, with the weights inside of it rewritten (`islands.py`). So are modules that `torch.nn` calls in one
+  piece, such as recurrent layers. If it comes to that, the whole model is one island.
 - The result keeps the module tree of the model: its classes, attributes, buffers and the order of its state.
+
+With `"module"`, the whole model is one island from the start: all of its Python code stays.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ from torch import fx, nn
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
 from biofx.capture.modes import trace_modes
-from biofx.capture.references import outside
 from biofx.capture.tracer import KeepWhole, MustBeNone, Trace, trace_whole
-from biofx.errors import ArgumentError, CaptureError
+from biofx.errors import ArgumentError
 from biofx.provenance import RECORD, Record
+from biofx.references import outside
 
 FRONTENDS = ("symbolic", "module")
 REFERS = "refers to one of its other modules in a list or a plain attribute, and cannot be traced"
@@ -120,7 +123,7 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _trace_what_can_be(model: nn.Module, absent: Collection[str]) -> Trace:
-    """Trace with the modules as islands that turn out not to fit into a graph; the model itself, if it comes to that."""
+    """Trace with those modules as islands that turn out not to fit into a graph; if need be, the model itself."""
     whole: dict[str, str] = {}
     while True:
         try:

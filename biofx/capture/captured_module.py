@@ -62,7 +62,7 @@ class CapturedModule(fx.GraphModule):
         """Generate the code of forward from the graph."""
         code = super().recompile()
         if is_whole(self):
-            type(self).forward = _entered_once(type(self).forward, vars(self)[ORIGINAL_CLASS].forward)  # type: ignore[method-assign]
+            type(self).forward = _entered_once(type(self).forward, vars(self)[ORIGINAL_CLASS].forward)
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:

@@ -36,7 +36,7 @@ Place = tuple[int, str]
 class _Active(threading.local):
     """The effective weights of the islands that run in this thread."""
 
-    values: Mapping[Place, Any] = {}  # noqa: RUF012 - replaced as a whole, never changed
+    values: Mapping[Place, Any] = {}  # replaced as a whole, never changed
 
 
 _active = _Active()
@@ -83,15 +83,15 @@ class Member:
     _original: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, *rest = _original_form(self).__reduce_ex__(protocol)  # type: ignore[arg-type]
-        return (_new if function is copyreg.__newobj__ else function), *rest  # type: ignore[attr-defined]
+        reduced: Any = _original_form(self).__reduce_ex__(protocol)
+        return (_new, *reduced[1:]) if reduced[0] is copyreg.__newobj__ else reduced  # type: ignore[attr-defined]
 
 
 def _new(cls: type, *args: Any) -> Any:
     return cls.__new__(cls, *args)  # what pickle takes `copyreg.__newobj__` for, without a look at the class
 
 
-def call_island(module: nn.Module, weights: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
+def call_island(module: Any, weights: Mapping[str, Any], args: Any, kwargs: Any) -> Any:
     """Run the Python forward of a module on given weights; one node in the graph.
 
     Args:
@@ -134,13 +134,14 @@ def island_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def island_path(node: fx.Node) -> str:
     """Path of the module that a node calls as an island; empty for the model itself."""
-    path = str(node.args[0].target)  # type: ignore[union-attr]
-    return "" if path == WHOLE else path
+    module = node.args[0]
+    assert isinstance(module, fx.Node)
+    return "" if module.target == WHOLE else str(module.target)
 
 
-def island_names(node: fx.Node, weight: fx.Node) -> list[str]:
-    """Names inside of an island of the weight that a node computes."""
-    return [name for name, value in node.args[1].items() if value is weight]  # type: ignore[union-attr]
+def island_weights(node: fx.Node) -> dict[str, fx.Node]:
+    """The nodes that compute the weights of an island, by the names of the parameters in it."""
+    return dict(node.args[1])  # type: ignore[arg-type]
 
 
 def described(path: str) -> str:
@@ -167,7 +168,7 @@ def join(bio: fx.GraphModule) -> None:
     canonical = {id(parameter): name for name, parameter in bio.named_parameters()}
     islands = {island_path(node): node for node in island_nodes(bio.graph)}
     for path, node in islands.items():
-        for name in node.args[1]:  # type: ignore[union-attr]
+        for name in island_weights(node):
             owner, _, key = name.rpartition(".")
             module = bio.get_submodule(f"{path}.{owner}".strip("."))
             names[id(module), key] = canonical[id(module._parameters[key])]
@@ -184,9 +185,10 @@ def leave(modules: Iterable[nn.Module]) -> None:
     """Give members their own classes back."""
     for module in modules:
         if isinstance(module, Member):
-            vars(module).update(vars(_original_form(module)))
+            original = _original_form(module)
+            vars(module).update(vars(original))
             vars(module).pop(_HOME, None)
-            module.__class__ = type(module)._original
+            _set_class(module, type(original))
 
 
 def _places(module: nn.Module, names: Mapping[Place, str]) -> list[tuple[str, str, str]]:
@@ -199,10 +201,10 @@ def _places(module: nn.Module, names: Mapping[Place, str]) -> list[tuple[str, st
 
 
 def _enter(module: nn.Module, home: Home) -> None:
-    original = type(module)._original if isinstance(module, Member) else type(module)
+    original: Any = type(module)._original if isinstance(module, Member) else type(module)
     keys = tuple(key for owner, key, _ in home.places if not owner)
     try:
-        module.__class__ = _member_class(original, keys)
+        _set_class(module, _member_class(original, keys))
     except TypeError as error:
         if keys:
             raise CaptureError(
@@ -213,8 +215,12 @@ def _enter(module: nn.Module, home: Home) -> None:
     vars(module)[_HOME] = home
 
 
+def _set_class(module: Any, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+
+
 @functools.cache
-def _member_class(original: type[nn.Module], keys: tuple[str, ...]) -> type[nn.Module]:
+def _member_class(original: Any, keys: tuple[str, ...]) -> type[nn.Module]:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         home: Home | None = vars(self).get(_HOME)
@@ -238,7 +244,7 @@ def _give_attributes(cls: type[nn.Module], keys: Iterable[str]) -> None:
     for key in keys:
         setattr(cls, key, EffectiveWeight(key))
         if issubclass(cls, nn.RNNBase):
-            # They keep a list of their weights, in one piece of memory on a GPU; the effective ones are new at each call.
+            # They keep a list of their weights, in one piece of memory on a GPU; effective ones are new at each call.
             cls._flat_weights = property(_flat_weights, lambda self, value: None)  # type: ignore[assignment]
             cls._weights_have_changed = lambda self: False  # type: ignore[method-assign]
             cls.flatten_parameters = lambda self: None  # type: ignore[method-assign]
@@ -267,7 +273,7 @@ def _evaluated(module: nn.Module, home: Home) -> dict[Place, Tensor]:
 
 
 def _not_saved_by_checkpoints() -> AbstractContextManager[Any]:
-    """Activation checkpointing counts what is saved for backward: chains were evaluated outside of it the first time."""
+    """Activation checkpointing counts what is saved for backward; chains were evaluated outside of it at first."""
     if torch.compiler.is_compiling():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)

@@ -85,18 +85,18 @@ class KeepWhole(BaseException):  # a finding, on which capture acts; no `except 
 class Value(fx.Proxy):
     """A proxy that notices if a forward asks for its type: the answer for the value would be another one."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         """What `isinstance` looks at, if the type itself is not the one asked for."""
         if _asks_for_type(sys._getframe(1)):
             raise TypeError("isinstance(...) is asked about a value, which tracing does not have")
         return type(self)
 
-    def __getattr__(self, name: str) -> fx.Proxy:
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return ValueAttribute(self, name)
 
 
-class ValueAttribute(Value, fx.proxy.Attribute):  # type: ignore[misc]
+class ValueAttribute(Value, fx.proxy.Attribute):
     """An attribute of a value."""
 
     def __init__(self, root: fx.Proxy, attr: str) -> None:
@@ -375,7 +375,7 @@ def _check_attributes(model: nn.Module, before: dict[str, dict[str, Any]]) -> No
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward stores in the modules, and its random draws: the proxies of a trace mean nothing afterwards."""
+    """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace."""
     saved = [(vars(m), dict(vars(m)), _contents(vars(m))) for m in model.modules()]
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,7 @@
 """Islands: what cannot be traced stays as it is, and the weights inside of it are rewritten like all others."""
 
 import copy
+import functools
 import io
 import re
 import threading
@@ -427,3 +428,45 @@ def test_an_island_that_fails_because_of_its_child_is_the_child():
 
     bio = biofx.transform(nn.Sequential(Keeps()), SPLIT)
     assert list(bio.biofx.islands) == ["0.child"]
+
+
+class Refers(nn.Module):
+    """Reaches another module in one of several ways."""
+
+    def __init__(self, other, how):
+        super().__init__()
+        self.fc, self.other = nn.Linear(4, 4), how(other)
+
+    def forward(self, x):
+        other = self.other
+        while isinstance(other, (list, tuple, dict)):
+            other = next(iter(other.values())) if isinstance(other, dict) else other[0]
+        return self.fc(other(x)) if len(x) else x
+
+
+def test_a_parameter_that_is_kept_in_an_attribute_is_left_alone():
+    model = nn.Sequential(Branch(), nn.Linear(4, 4))
+    model[0].kept = [model[0].a.weight]
+    bio = biofx.transform(model, SPLIT)
+    assert list(biofx.weight_sites(bio)) == ["0.b.weight", "1.weight"]
+    assert "0.a.weight: inside 0 (Branch), an island: a module keeps it in a list" in biofx.summary(bio)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda m: [m],
+        lambda m: {"a": (m,)},
+        lambda m: m.forward,
+        lambda m: functools.partial(nn.Module.__call__, m),
+        lambda m: [functools.partial(torch.nn.functional.linear, weight=m.weight, bias=m.bias)],
+    ],
+)
+def test_an_island_grows_to_hold_all_it_refers_to(how):
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model[0].append(Refers(model[0][0], how))
+    bio, x = biofx.transform(model, SPLIT), torch.randn(2, 4)
+    assert list(bio.biofx.islands) == ["0"]
+    assert "refers to one of its other modules" in bio.biofx.islands["0"]
+    assert_close(bio(x), model(x))
+    assert_close(bio(x), copy.deepcopy(bio)(x))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 _REGISTRIES = frozenset(vars(nn.Module()))
+_FLAT_WEIGHTS = "_flat_weights"  # of recurrent layers, which look up what is in it before they use it
 
 
 def outside(model: nn.Module, path: str) -> str | None:
@@ -27,12 +28,21 @@ def outside(model: nn.Module, path: str) -> str | None:
     island = model.get_submodule(path)
     own = {id(module) for module in island.modules()} | {id(parameter) for parameter in island.parameters()}
     found = path
-    for module in island.modules():
-        attributes = [value for name, value in vars(module).items() if name not in _REGISTRIES]
-        for referred in _modules_and_parameters(attributes, set()):
-            if id(referred) not in own and id(referred) in paths:
-                found = _common(found, paths[id(referred)])
+    for referred in _referred(island):
+        if id(referred) not in own and id(referred) in paths:
+            found = _common(found, paths[id(referred)])
     return found if found != path else None
+
+
+def held_parameters(island: nn.Module) -> set[int]:
+    """The parameters, by id, that modules in an island keep in plain attributes: those stay what they are."""
+    return {id(referred) for referred in _referred(island) if isinstance(referred, nn.Parameter)}
+
+
+def _referred(island: nn.Module) -> Iterator[nn.Module | nn.Parameter]:
+    for module in island.modules():
+        attributes = [value for name, value in vars(module).items() if name not in (*_REGISTRIES, _FLAT_WEIGHTS)]
+        yield from _modules_and_parameters(attributes, set())
 
 
 def _modules_and_parameters(value: Any, seen: set[int]) -> Iterator[Any]:
