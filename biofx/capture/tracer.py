@@ -15,7 +15,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,6 +40,7 @@ BLOCKS: tuple[type, ...] = (
 )
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_PLAIN_DICTS = ("builtins", "collections", "torch.fx.immutable_collections")  # where their classes are from
 VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 ONE_PIECE = "it is called in one piece, as modules of torch.nn are"
 
@@ -287,7 +288,16 @@ class Tracer(fx.Tracer):
             if id(a) in self._names:
                 return self.create_node("get_attr", self._names[id(a)], (), {})
             self._check_random()
+        if isinstance(a, dict) and not isinstance(a, fx.Proxy) and type(a).__module__ not in _PLAIN_DICTS:
+            return self._create_dict_of_class(a)
         return super().create_arg(a)
+
+    def _create_dict_of_class(self, a: Any) -> Any:
+        """A dictionary with a class of its own, such as those that models of transformers return, keeps it."""
+        if not is_dataclass(a):
+            raise TypeError(f"a dictionary of class {type(a).__name__} cannot be part of a graph")
+        values = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
+        return self.create_node("call_function", type(a), (), values)
 
     def note_read(self, module: nn.Module) -> None:
         """The forward that runs now has read `module.training`."""

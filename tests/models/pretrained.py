@@ -71,11 +71,19 @@ def clip() -> nn.Module:
     return CLIPModel(CLIPConfig(text_config=text, vision_config={**SIZES, "image_size": 16, "patch_size": 8}))
 
 
+def resnet() -> nn.Module:
+    """A convolutional network, all of which can be traced."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    return ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
+
+
 PRETRAINED: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]]]] = {
     "gpt2": (gpt2, tokens),
     "bert": (bert, tokens),
     "llama": (llama, tokens),
     "t5": (t5, lambda: tokens() | {"decoder_input_ids": torch.randint(2, VOCABULARY, (2, 3))}),
     "vit": (vit, images),
+    "resnet": (resnet, images),
     "clip": (clip, lambda: tokens() | images()),
 }
