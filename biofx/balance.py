@@ -74,7 +74,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     _run(model, bio, found, sites, refit)
     for name, site in sites.items():
         model.sites[name].raw.copy_(site.raw)
-        bias = _bias(site, site.calls[0])
+        bias = _bias(site, site.calls[0]) if site.calls else None
         if bias is not None:
             model.value(bias).copy_(attribute(bio, bias))
 
@@ -179,7 +179,8 @@ def _run(
 ) -> None:
     """Run a copy of the network on normal inputs, and show what arrives at the first use of each weight."""
     generator = model.generator("inputs")
-    first = {site.uses[0]: site for site in sites.values() if site.calls[0].call.units == site.units}
+    seen = [site for site in sites.values() if site.calls and site.calls[0].call.units == site.units]
+    first = {site.calls[0].node: site for site in seen}
     with undisturbed(bio), torch.no_grad():
         bio.eval()
         _Watched(bio, all_sites, _normal_inputs(model, bio, generator), first, see, generator).run()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from biofx.capture import split_inputs
+from biofx.capture.tracer import unchanged
 
 
 def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
@@ -50,13 +51,13 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Let a model compute on copies of its buffers while the block runs; restore its mode, and the random numbers."""
+    """Let a model compute on copies of its buffers while the block runs; restore its attributes and random numbers."""
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
     copies = {id(buffer): buffer.clone() for buffer in model.buffers()}
     for module, buffers, _ in saved:
         module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if b is not None})
     try:
-        with torch.random.fork_rng():
+        with unchanged(model), torch.random.fork_rng():
             yield
     finally:
         for module, buffers, mode in saved:

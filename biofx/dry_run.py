@@ -70,7 +70,8 @@ def _bind(bio: fx.GraphModule, example_inputs: Any) -> dict[str, Any]:
     """Example inputs by the name of the placeholder."""
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
     try:
-        bound = inspect.signature(bio.forward).bind(*args, **kwargs)
+        signature = inspect.signature(bio.forward, follow_wrapped=False)  # that of the graph
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
     bound.apply_defaults()

@@ -15,6 +15,7 @@ from torch import fx, nn
 from biofx import capture, pipeline
 from biofx.capture import exported
 from biofx.capture.captured_module import REGISTRIES
+from biofx.capture.islands import leave
 from biofx.capture.reparametrized import computed_attributes
 from biofx.compare import difference, run_in_eval_mode
 from biofx.errors import ArgumentError, CaptureError
@@ -25,6 +26,7 @@ from biofx.weight_sites import find
 
 FRONTENDS: dict[str, Callable[[nn.Module, Any], fx.GraphModule]] = {
     "symbolic": capture.capture,
+    "module": capture.capture_whole,
     "export": exported.capture,
 }
 
@@ -46,16 +48,22 @@ def transform(
     The result is a `GraphModule` that trains in any PyTorch loop. The model is traced, each pass rewrites every weight
     (see `biofx.weight_sites`), and the graph is verified after each pass. Mode, dtype and device stay as they are.
 
+    A module whose forward cannot be traced (it decides by values, iterates over them, has hooks …) becomes an *island*:
+    its own Python forward is called, with the weights inside of it rewritten. `biofx.summary` names each island with
+    the reason. Passes that need an operator's output, such as `GroupUnits`, leave weights in islands alone.
+
     Args:
         model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
         passes: pass objects; a pipeline string such as `"split-synapses{synapses=4},fuzzy-learning-rates"`; or the
             name of a recipe. The order does not matter: passes run from the operator inwards.
         example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`.
             With them, capture and every pass that preserves the function are checked to do so.
-        frontend: how the graph is captured. `"symbolic"`: symbolic tracing, without running the model. `"export"`:
-            `torch.export` on the example inputs, which follows any Python whose decisions do not depend on values. The
-            graph consists of dispatcher operators; it takes any size of batch, and checks what else it assumes of its
-            arguments. Arguments that are not tensors, dtypes and devices are those of the example inputs.
+        frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands, without running the model.
+            `"module"`: the whole model is one island, so that all of its Python code stays and only weights change, as
+            for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which
+            follows any Python whose decisions do not depend on values. The graph consists of dispatcher operators; it
+            takes any size of batch, and checks what else it assumes of its arguments. Arguments that are not tensors,
+            dtypes and devices are those of the example inputs.
         exclude: glob patterns over parameter names; matching weights are left alone.
         seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
             no other layer's draw. The global random number generators are neither read nor moved.
@@ -70,7 +78,8 @@ def transform(
 
     Raises:
         ArgumentError: an argument that cannot be meant, or a model without weights.
-        CaptureError: the model cannot be captured; names the module or the line, and what else to try.
+        CaptureError: the model cannot be copied, or be the base of a class; or `torch.export` cannot capture it; or it
+            computes something else when captured. Says what else to try.
         PipelineError: unknown passes or options, or passes that exclude each other.
         VerificationError: a pass broke an invariant.
         If it raises, `model` is as it was.
@@ -150,8 +159,9 @@ def _copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Give a model that is changed in place its tensors, children and graph back if the block raises."""
+    """Give a model that is changed in place its tensors, children, classes and graph back if the block raises."""
     saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
+    classes = [(m, type(m)) for m in model.modules()]
     record = model._modules.get(RECORD)
     graph: fx.Graph | None = None
     if isinstance(record, Record) and isinstance(model, fx.GraphModule):
@@ -166,6 +176,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 getattr(module, registry).clear()
                 getattr(module, registry).update(content)
             module.training = mode
+        leave(module for module, cls in classes if type(module) is not cls)
         if graph is not None and isinstance(model, fx.GraphModule):
             vars(record).update(fields)
             model.graph = graph
@@ -184,7 +195,7 @@ def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torc
     if found is not None:
         raise CaptureError(
             f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
-            "random numbers or has side effects that a graph does not hold"
+            'random numbers or has side effects that a graph does not hold; transform it with frontend="module"'
         )
 
 

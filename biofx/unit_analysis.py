@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from biofx.capture.islands import described
 from biofx.chain import compute
 from biofx.dry_run import Values
 from biofx.unit_numbers import NOBODY, Population, UnitNumbers, is_one
@@ -66,11 +67,11 @@ class UnitAnalysis:
         self._operations = {node: operation(node, bio) for node in calls}
         self._varying = self._depending_on_units()
         self._signed = signed_by(bio, {node: use for node, (_, use) in self._uses.items()}, self._operations, values)
-        self._wanted = self._leading_to({_source(use).node for site in self._read.values() for use in site.calls})
+        self._wanted = self._leading_to({_source(use).node for _, use in self._reads.values()})
         while (columns := self._columns_of_uses()) is None:
             self.numbers.start_again()
         self.readings = {
-            name: self._reading(site, [columns[node] for node in site.uses]) for name, site in self._read.items()
+            name: self._reading(site, [columns[use.node] for use in site.calls]) for name, site in self._read.items()
         }
         self.scales = frozenset(name for node in self._wanted for name in self._scaling(node))
 
@@ -152,7 +153,8 @@ class UnitAnalysis:
             if self.numbers.unifications > before:
                 return None
         for site in self._read.values():
-            self.numbers.unify(torch.cat([columns[use] for use in site.uses], 1))
+            if site.calls:
+                self.numbers.unify(torch.cat([columns[use.node] for use in site.calls], 1))
         return columns if self.numbers.unifications == before else None
 
     def _after(self, node: fx.Node) -> Any:
@@ -342,6 +344,8 @@ class UnitAnalysis:
         return self.numbers.once((node, channels), name, "unknown", channels).long()[:, None]
 
     def _reading(self, site: WeightSite, columns: Sequence[Tensor]) -> Reading:
+        if site.island is not None:
+            return self._reading_inside(site, described(site.island), columns)
         found = torch.cat(list(columns), 1)
         units = found[found != NOBODY].unique()
         numbers, remark = found.amax(1), ""
@@ -356,8 +360,17 @@ class UnitAnalysis:
             name = f"constants read by {site.name}"
             own = self.numbers.once((site.name, "constant"), name, "constant", len(numbers)).long()
             numbers = torch.where(numbers == NOBODY, own, numbers)
-        signed = next((self._signed[use] for use in site.uses if self._signed[use]), "")
+        signed = next((self._signed[use.node] for use in site.calls if self._signed[use.node]), "")
         return Reading(numbers, signed, remark, units)
+
+    def _reading_inside(self, site: WeightSite, island: str, columns: Sequence[Tensor]) -> Reading:
+        """Nobody knows what arrives at a weight inside an island, so its positions are units of their own."""
+        is_embedding = site.operator == "embedding"  # whose presynaptic units are tokens, no neurons
+        name = f"{'tokens' if is_embedding else 'positions'} of {site.name}"
+        origin = "input" if is_embedding else "shared"
+        numbers = self.numbers.once((site.name, "island"), name, origin, site.presynaptic_units).long()
+        units = torch.cat([numbers[:, None], *columns], 1).unique()
+        return Reading(numbers, island, f"is in {island}, where units cannot be followed", units[units != NOBODY])
 
 
 _RULES: dict[Kind, Callable[[UnitAnalysis, fx.Node, Operation], Any]] = {

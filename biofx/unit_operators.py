@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from biofx.capture.islands import is_island, island_path
 from biofx.chain import attribute, callee
 
 
@@ -141,6 +142,8 @@ def operation(node: fx.Node, bio: nn.Module) -> Operation:
     name = str(node.args[1]) if node.target is getattr else callee(node)
     if node.op == "call_module":
         name = type(bio.get_submodule(str(node.target))).__name__
+    if is_island(node):
+        name = type(bio.get_submodule(island_path(node))).__name__
     key, axes = _key(name.rpartition(".")[2])
     kind = _KINDS.get(key, Kind.UNKNOWN) if _is_of_pytorch(node, bio) else Kind.UNKNOWN
     if key in ("max", "min") and len(node.all_input_nodes) > 1:  # of two tensors

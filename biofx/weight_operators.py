@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from biofx.axes import GROUP, NEITHER, Role
 from biofx.chain import callee
@@ -50,7 +51,7 @@ class Call:
         node: the call.
         weight: the argument that is the weight.
         bias: the argument that is the bias, or None.
-        sources: the activations that it reads.
+        sources: the activations that it reads; none of an operator inside of an island is known.
         lengths: lengths of the weight's axes, with one axis for groups and one for the units of a group.
         axes: for each of them the axis of the weight.
         roles: for each of them what it runs over.
@@ -159,6 +160,17 @@ class _Asked:
             name, self.node, self.weight, bias, tuple(sources), self.shape, axes, tuple(roles), tuple(output_axes),
             **others,
         )  # fmt: skip
+
+
+def why_unfit(parameter: nn.Parameter) -> str | None:
+    """Why a parameter's numbers cannot be those of synapses, or None if they can."""
+    if is_traceable_wrapper_subclass(parameter):
+        return f"it is a {type(parameter).__name__}, and biofx rewrites plain tensors only"
+    if parameter.is_nested or parameter.layout is not torch.strided:
+        return f"its layout is {'nested' if parameter.is_nested else parameter.layout}, and synapses need a dense one"
+    if not parameter.is_floating_point():
+        return f"its dtype is {parameter.dtype}, and synapses are real numbers"
+    return None
 
 
 Reader = Callable[[_Asked], Call | Refusal | None]

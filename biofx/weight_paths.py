@@ -18,7 +18,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from biofx.axes import GROUP, Axes, axes_of, axes_of_view
+from biofx.capture.islands import is_island
 from biofx.chain import attribute, callee, compute
+from biofx.island_weights import calls_inside
 from biofx.provenance import inserted
 from biofx.unit_operators import Operation, operation
 from biofx.weight_operators import Call, Refusal, is_operator, read
@@ -110,6 +112,7 @@ class Uses:
 
     Attributes:
         uses: calls of known operators that consume it.
+        inside: its uses inside of islands.
         refusals: why other calls cannot be uses.
         readers: the other nodes that read it.
         on_path: the nodes of all paths.
@@ -117,6 +120,7 @@ class Uses:
     """
 
     uses: list[Use]
+    inside: list[Use]
     refusals: list[Refusal]
     readers: list[fx.Node]
     on_path: list[fx.Node]
@@ -132,7 +136,7 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
         shape: shape of the weight without the axis of its synapses.
         depends: what the nodes of the graph depend on.
     """
-    found = Uses([], [], [], [], [])
+    found = Uses([], [], [], [], [], [])
     base = torch.empty(tuple(shape), device="meta")
     waiting: list[tuple[fx.Node, Any, tuple[Step, ...]]] = [(end, base, ())]
     while waiting:
@@ -143,6 +147,8 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
                 found.refusals.append(answer)
             elif answer is not None:
                 found.uses.append(_use(answer, path, base, value))
+            elif is_island(user) and (calls := calls_inside(bio, user, node, base.shape)):
+                found.inside += [_use(call, path, base, value) for call in calls]
             elif (
                 not is_operator(user)
                 and inserted(user) is None

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from biofx.axes import Axes
+from biofx.capture.islands import described, is_island, island_path
 from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
 from biofx.depth import depths, reaching
+from biofx.island_weights import roles
 from biofx.provenance import Slot, inserted, record_of, transformed
+from biofx.weight_operators import PRE, why_unfit
 from biofx.weight_paths import Dependence, Use, Uses, follow
 
 NOT_A_SYNAPSE = "one value for each unit, not a synapse"
@@ -26,6 +29,8 @@ class WeightSite:
         name: the parameter's name in the original model; the first one, if it is tied to others.
         node: the `get_attr` node of the stored parameter.
         calls: the calls of operators that consume it, several if the weight is used more than once.
+        inside: its uses inside of islands, modules whose Python forward is called as it is: there, operators, their
+            inputs, outputs and biases are not in the graph.
         depth: number of weights that a signal passes before this one, on the longest path, over that of the deepest
             weight: from 0 for the first to 1 for the last; 0 if all are first.
         is_output: whether no signal passes another weight after this one.
@@ -35,23 +40,40 @@ class WeightSite:
     name: str
     node: fx.Node
     calls: tuple[Use, ...]
+    inside: tuple[Use, ...]
     depth: float
     is_output: bool
 
     @property
     def operator(self) -> str:
         """Name of the operator that consumes the weight; of all, joined by ", ", if there are several."""
-        return ", ".join(dict.fromkeys(use.call.name for use in self.calls))
+        return ", ".join(dict.fromkeys(use.call.name for use in self._all))
+
+    @property
+    def _all(self) -> tuple[Use, ...]:
+        return (*self.calls, *self.inside)
 
     @property
     def uses(self) -> tuple[fx.Node, ...]:
-        """The calls of the operator, as nodes."""
-        return tuple(use.node for use in self.calls)
+        """The calls of the operator and of islands, as nodes."""
+        return tuple(dict.fromkeys(use.node for use in self._all))
 
     @property
     def groups(self) -> int:
         """Number of groups into which the operator divides an axis of units."""
-        return self.calls[0].call.groups
+        return self._all[0].call.groups
+
+    @property
+    def island(self) -> str | None:
+        """Path of the first island inside of which the weight is used, or None; empty for the model itself."""
+        return island_path(self.inside[0].node) if self.inside else None
+
+    @property
+    def why_out_of_reach(self) -> str | None:
+        """Why what all its operators return cannot be had, or None if it can."""
+        if self.island is None:
+            return None
+        return f"it is in {described(self.island)}, so what its operator returns is out of reach"
 
     @property
     def raw(self) -> nn.Parameter:
@@ -99,8 +121,8 @@ class WeightSite:
     @property
     def axes(self) -> Axes | None:
         """The axes of the weight, as in the original model, or None if its uses do not agree on them."""
-        first = self.calls[0].axes
-        agree = first is not None and all(u.axes is not None and first.agree(u.axes) for u in self.calls)
+        first = self._all[0].axes
+        agree = first is not None and all(u.axes is not None and first.agree(u.axes) for u in self._all)
         return first if agree else None
 
     @property
@@ -108,11 +130,11 @@ class WeightSite:
         """Why units cannot be told apart by the axes of the weight, or None if they can."""
         if self.axes is not None:
             return None
-        unclear = next((use for use in self.calls if use.axes is None), None)
+        unclear = next((use for use in self._all if use.axes is None), None)
         if unclear is not None:
             by = ", ".join(callee(step.node) for step in unclear.path)
             return f"which of its axes run over units is lost on the way to {unclear.call.name} (by {by})"
-        kinds = dict.fromkeys(f"{use.call.name} ({use.axes})" for use in self.calls)
+        kinds = dict.fromkeys(f"{use.call.name} ({use.axes})" for use in self._all)
         return f"shared by operators that want different axes: {', '.join(kinds)}"
 
     @property
@@ -120,15 +142,16 @@ class WeightSite:
         """Why its signs are not those with which presynaptic units act, or None if they are."""
         if self.why_no_axes is not None:
             return self.why_no_axes
-        if any(use.call.source is None for use in self.calls):
+        is_modulated = any(use.call.roles.count(PRE) > 1 for use in self.inside)
+        if is_modulated or any(use.call.source is None for use in self.calls):
             return f"{self.operator} multiplies several activations, so no unit acts with the sign of a weight"
         return next((use.remark for use in self.calls if use.remark), None)
 
     @property
     def why_no_output(self) -> str | None:
         """Why what its operator returns does not have its units on an axis, or None if it has."""
-        if self.why_no_axes is not None:
-            return self.why_no_axes
+        if self.why_out_of_reach is not None or self.why_no_axes is not None:
+            return self.why_out_of_reach or self.why_no_axes
         if any(len(use.call.output_axes) != 1 for use in self.calls):
             return f"{self.operator} does not return its units on one axis"
         if any(use.call.units != self.units for use in self.calls):
@@ -189,13 +212,13 @@ class WeightSite:
     @property
     def padding(self) -> int | None:
         """Row of the weight that does not learn, as it stands for no token, or None."""
-        rows = {use.call.padding if use.is_direct else None for use in self.calls}
+        rows = {use.call.padding if use.is_direct else None for use in self._all}
         return rows.pop() if len(rows) == 1 else None
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """What the uses return to the model: they themselves, or the last of the nodes that passes put behind them."""
-        return tuple(_last_output(use) for use in self.uses)
+        """What the calls return to the model: they themselves, or the last of the nodes that passes put behind them."""
+        return tuple(_last_output(use.node) for use in self.calls)
 
     @property
     def chain(self) -> list[fx.Node]:
@@ -266,16 +289,21 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     """The weight sites, and for every other parameter the reason why it is none."""
     nodes = parameter_nodes(bio)
     chains = {name: chain(node) for name, node in nodes.items()}
-    depends, unfit = Dependence(bio), {name: why for name, p in bio.named_parameters() if (why := _why_unfit(p))}
+    depends, unfit = Dependence(bio), {name: why for name, p in bio.named_parameters() if (why := why_unfit(p))}
     found = {
         name: follow(bio, links[-1], _shape(bio.get_parameter(name), links), depends)
         for name, links in chains.items()
         if name not in unfit
     }
-    uses = {name: f.uses for name, f in found.items() if f.uses}
-    operators = {use.node for calls in uses.values() for use in calls}
+    uses = {name: [*f.uses, *f.inside] for name, f in found.items() if f.uses or f.inside}
+    counts = Counter(use.node for f in found.values() for use in f.inside)
+    operators = {use.node: counts.get(use.node, 1) for calls in uses.values() for use in calls}
     before, followed = depths(bio.graph, operators), reaching(bio.graph, operators)
-    depth = {name: max(before[use.node] for use in calls) for name, calls in uses.items()}
+    place: Counter[fx.Node] = Counter()  # weights of an island stand in the order of its parameters
+    depth: dict[str, int] = {}
+    for name, calls in uses.items():
+        depth[name] = max(before[use.node] + place[use.node] for use in calls)
+        place.update(use.node for use in found[name].inside)
     deepest = max(1, *depth.values(), 0)
     inside = _inside_called_modules(bio)
     biases = {id(use.call.bias) for calls in uses.values() for use in calls if use.call.bias is not None}
@@ -288,9 +316,17 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
         if reason is not None:
             others[name] = reason
             continue
-        calls = tuple(uses[name])
+        calls = uses[name]
         is_output = not any(use.node in followed for use in calls)
-        sites[name] = WeightSite(bio, name, nodes[name], calls, depth[name] / deepest, is_output)
+        sites[name] = WeightSite(
+            bio,
+            name,
+            nodes[name],
+            tuple(found[name].uses),
+            tuple(found[name].inside),
+            depth[name] / deepest,
+            is_output,
+        )
     return sites, others
 
 
@@ -304,14 +340,19 @@ def _is_split(links: list[fx.Node]) -> bool:
 
 
 def _inside_called_modules(bio: fx.GraphModule) -> dict[int, str]:
-    """For every parameter of a module that the graph calls as it is, by id: which module that is, and why."""
-    kept_whole = record_of(bio).kept_whole
+    """For every parameter of a module that the graph calls as it is, by id: which module that is, and why no site."""
     result: dict[int, str] = {}
+    for path in record_of(bio).islands:
+        island = bio.get_submodule(path)
+        where = f"{path} ({type(island).__name__})" if path else "the model"
+        for parameter, why in roles(island).values():
+            if isinstance(why, str):
+                result.setdefault(id(parameter), f"inside {where}, an island: {why}")
     for path in dict.fromkeys(str(node.target) for node in bio.graph.find_nodes(op="call_module")):
         module = bio.get_submodule(path)
-        reason = kept_whole.get(path, "biofx has no operator for its weights")
         for parameter in module.parameters():
-            result[id(parameter)] = f"inside {path} ({type(module).__name__}), which is called as it is: {reason}"
+            called = f"inside {path} ({type(module).__name__}), which is called as it is"
+            result.setdefault(id(parameter), f"{called}: biofx has no operator for its weights")
     return result
 
 
@@ -319,7 +360,7 @@ def _why_no_site(
     bio: fx.GraphModule, parameter: nn.Parameter, found: Uses | None, unable: str | None, is_bias: bool
 ) -> str | None:
     """Why a parameter is no weight site, or None if it is one."""
-    has_uses = found is not None and bool(found.uses)
+    has_uses = found is not None and bool(found.uses or found.inside)
     if not has_uses and (parameter.dim() < 2 or is_bias):
         return NOT_A_SYNAPSE
     if unable is not None:
@@ -341,18 +382,9 @@ def _why_no_site(
     return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
 
 
-def _why_unfit(parameter: nn.Parameter) -> str | None:
-    """Why a parameter's numbers cannot be those of synapses, or None if they can."""
-    if is_traceable_wrapper_subclass(parameter):
-        return f"it is a {type(parameter).__name__}, and biofx rewrites plain tensors only"
-    if parameter.is_nested or parameter.layout is not torch.strided:
-        return f"its layout is {'nested' if parameter.is_nested else parameter.layout}, and synapses need a dense one"
-    if not parameter.is_floating_point():
-        return f"its dtype is {parameter.dtype}, and synapses are real numbers"
-    return None
-
-
 def _described(bio: fx.GraphModule, node: fx.Node) -> str:
+    if is_island(node):
+        return described(island_path(node))
     if node.op == "call_module":
         return f"{node.target} ({type(bio.get_submodule(str(node.target))).__name__})"
     return callee(node)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from biofx.capture.islands import island_nodes, island_path
 from biofx.chain import attribute, compute
 from biofx.compare import undisturbed
 from biofx.dry_run import UNKNOWN, Values
@@ -191,6 +192,12 @@ class _Trial:
         self._opaque = opaque
         self._values = values
         self._states: dict[fx.Node, _State] = {}
+        self._in_islands = {
+            id(tensor)
+            for node in island_nodes(bio.graph)
+            for module in [bio.get_submodule(island_path(node))]
+            for tensor in (*module.parameters(), *module.buffers())
+        }
         self._constant: set[fx.Node] = set()  # what is made of parameters, and of no value that comes in
         self._agreed: dict[str, tuple[Twins | None, frozenset[str]]] = {}
         self._random: dict[int, Tensor] = {}
@@ -397,6 +404,9 @@ class _Trial:
             if chain[0] not in self._constant or len(sources) != 1:
                 return []
             chain.insert(0, sources[0])
+        held = attribute(self._bio, str(chain[0].target))
+        if not isinstance(held, Tensor) or id(held) in self._in_islands:
+            return []
         readers = {user for n in chain for user in n.users if user in self._states} - {*chain, reader}
         is_wider = any(self._states[n].changed for n in chain)
         return [] if readers or is_wider or str(chain[0].target) in self._sites else chain
@@ -516,7 +526,11 @@ class _Trial:
         return result
 
     def _has_sizes(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and any(s in vars(self._bio.get_submodule(str(node.target))) for s in SIZES)
+        if node.op != "call_module":
+            return False
+        module = self._bio.get_submodule(str(node.target))
+        is_fixed = any(id(tensor) in self._in_islands for tensor in _own_tensors(module).values())
+        return not is_fixed and any(size in vars(module) for size in SIZES)
 
     def _tensors_with_units(self, node: fx.Node) -> dict[str, Tensor]:
         """The parameters and buffers of a module with a parameter for each unit, by name."""

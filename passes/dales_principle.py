@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from biofx.balance import balance
+from biofx.capture.islands import described
 from biofx.errors import ArgumentError, PipelineError
 from biofx.model_editor import ModelEditor
 from biofx.options import check_choice, check_number
@@ -184,8 +185,11 @@ class DalesPrinciple(Pass):
         for name in model.sites.keys() - chosen.keys():
             model.edits[name].leave("it is not among the sites that were asked for")
         for name, site in list(chosen.items()):
-            if site.why_no_source is not None:
-                model.edits[name].leave(site.why_no_source)
+            reason = site.why_no_source
+            if reason is None and site.island is not None and site.presynaptic_units == 1 and 0 < self.excitatory < 1:
+                reason = f"it is in {described(site.island)}, and reads one unit, which is of no one kind"
+            if reason is not None:
+                model.edits[name].leave(reason)
                 del chosen[name]
         return chosen
 

@@ -69,11 +69,12 @@ class GroupUnits(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Group what every use of the weight returns."""
-        if site.is_output:
+        if site.is_output and site.island is None:
             edit.leave("it is an output layer")
             return
-        if site.why_no_axes is not None or not all(use.call.output_axes for use in site.calls):
-            edit.leave(site.why_no_axes or f"{site.operator} returns no axis of units")
+        reason = site.why_out_of_reach or site.why_no_axes
+        if reason is not None or not all(use.call.output_axes for use in site.calls):
+            edit.leave(reason or f"{site.operator} returns no axis of units")
             return
         for units in (use.call.adjacent for use in site.calls):
             if units % self.size:

@@ -138,8 +138,8 @@ def split(weight: Tensor, shares: Tensor) -> Tensor:
 
 def _why_no_activation(site: WeightSite) -> str | None:
     """Why the synapses of a weight cannot have an activation each, or None if they can."""
-    if site.axes is None:
-        return site.why_no_axes
+    if site.why_out_of_reach is not None or site.axes is None:
+        return site.why_out_of_reach or site.why_no_axes
     own = [factor for factor in site.axes.factors if factor.postsynaptic and not factor.is_group]
     if len(own) != 1 or not all(use.call.output_axes for use in site.calls):
         return f"{site.operator} does not return its units on one axis"

@@ -984,6 +984,7 @@ def test_grouped_values_of_a_llama():
 
 CONFLICTS = {
     "mlp_mixer": {f"blocks.{i}.{part}.fc1.weight" for i in range(2) for part in ("mlp_tokens", "mlp_channels")},
+    "lstm": {f"rnn.weight_{kind}_l{layer}" for kind in ("ih", "hh") for layer in range(2)},  # in an island
     "autoencoder": {"decoder.0.weight"},  # whose channels are flattened columns of a linear layer
 }
 

@@ -96,7 +96,7 @@ def test_depth_is_the_longest_path():
 
 
 class Confused(nn.Module):
-    """A parameter that two operators read along different axes, one that none of them knows, and an embedding."""
+    """A parameter that two operators read along different axes, one that none of them knows, and an island."""
 
     def __init__(self):
         super().__init__()
@@ -112,10 +112,10 @@ class Confused(nn.Module):
 
 def test_what_is_no_weight_site_has_a_reason():
     bio = biofx.transform(Confused(), SPLIT)
-    assert list(biofx.weight_sites(bio)) == ["shared", "fc.weight"]
+    assert list(biofx.weight_sites(bio)) == ["shared", "fc.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0"]
     text = biofx.summary(bio)
     assert "odd: used by cumsum, which biofx does not know as an operator on weights" in text
-    assert "rnn.weight_ih_l0: inside rnn (GRU), which is called as it is: biofx has no operator" in text
+    assert "rnn (GRU): it is called in one piece, as modules of torch.nn are" in text
     assert "not synapses: fc.bias, rnn.bias_ih_l0, rnn.bias_hh_l0" in text
 
 

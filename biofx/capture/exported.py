@@ -8,8 +8,6 @@ it assumed about the shapes of inputs is checked in every call (`CheckInputs`).
 from __future__ import annotations
 
 import inspect
-import linecache
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.conditions import INSTEAD, CheckInputs
 from biofx.capture.program import Program, export, read
 from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
-from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
+from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, lines_of, unused_name
 from biofx.compare import difference, run_from_seed
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
@@ -142,25 +140,27 @@ def _bind(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
 def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training: bool) -> Program:
     try:
         exported = export(model, inputs, leaves, training)
-    except Exception as error:
+    except (Exception, KeepWhole) as error:
         raise CaptureError(_explain(model, error, "training" if training else "evaluation")) from error
     return read(model, exported)
 
 
-def _explain(model: nn.Module, error: Exception, mode: str) -> str:
+def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
     """Say in short why torch.export failed, at which line of the user, and what to do."""
     if isinstance(error, KeepWhole):
-        path = f' of "{error.path}"' if error.path else ""
-        return f"{type(model).__name__} cannot be exported: {error}{path}; {INSTEAD}"
-    reason = [line.strip() for line in str(error).splitlines() if line.strip()][:3]
+        ((path, why),) = error.reasons.items()
+        where = f' of "{path}"' if path else ""
+        return f"{type(model).__name__} cannot be exported: {why}{where}; {INSTEAD}"
+    message = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:3])[:500]
     name = "" if type(error).__name__ in ("RuntimeError", "Exception") else f"{type(error).__name__}: "
-    lines = [f"{type(model).__name__} cannot be exported in {mode} mode: {name}{' '.join(reason)[:500]}"]
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package not in _OUR_SIDE:
-            file = frame.f_code.co_filename
-            lines[1:] = [f"  at {file}:{number}: {linecache.getline(file, number).strip()}"]
-    return "\n".join([*lines, f"  {INSTEAD[0].upper()}{INSTEAD[1:]}."])
+    of_user = [line for line in lines_of(error) if line.module.partition(".")[0] not in _OUR_SIDE]
+    return "\n".join(
+        [
+            f"{type(model).__name__} cannot be exported in {mode} mode: {name}{message}",
+            *(f"  at {line.file}:{line.number}: {line.text}" for line in of_user[-1:]),
+            f"  {INSTEAD[0].upper()}{INSTEAD[1:]}.",
+        ]
+    )
 
 
 def _assembled(

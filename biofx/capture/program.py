@@ -198,7 +198,8 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
         with watcher.following():
             program = _exported(module, tuple(leaves))
     if watcher.side_effect is not None:
-        raise KeepWhole(*watcher.side_effect)
+        path, reason = watcher.side_effect
+        raise KeepWhole({path: reason})
     return Export(program, watcher)
 
 
