@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from biofx.chain import attribute
+from biofx.chain import attribute, compute
 from biofx.compare import undisturbed
 from biofx.dry_run import UNKNOWN, Guesser
 from biofx.model_editor import ModelEditor
+from biofx.weight_operators import BATCH, Source
+from biofx.weight_paths import Constants, Use
 from biofx.weight_sites import WeightSite, find
 
 LEAST = 8  # synapses of each kind that a row keeps, if it has them: fewer cannot be balanced
@@ -54,14 +57,14 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     original = {name: _connections(site).clone() for name, site in sites.items()}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def measure(site: WeightSite, use: fx.Node, activity: Tensor) -> None:
+    def measure(site: WeightSite, net_input: NetInput) -> None:
         sign = site.spread_presynaptic(signs[site.name])
-        net = _net_input(site, use, activity, original[site.name] * (sign != 0))
+        net = net_input(original[site.name] * (sign != 0))
         targets[site.name] = net.mean((0, 2)), net.var(0, correction=0).mean(1)
 
-    def refit(site: WeightSite, use: fx.Node, activity: Tensor) -> None:
+    def refit(site: WeightSite, net_input: NetInput) -> None:
         if site.name in targets:
-            _refit(site, use, activity, signs[site.name], *targets[site.name])
+            _refit(site, net_input, signs[site.name], *targets[site.name])
 
     _run(model, bio, found, sites, measure)
     for name, site in sites.items():
@@ -71,7 +74,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     _run(model, bio, found, sites, refit)
     for name, site in sites.items():
         model.sites[name].raw.copy_(site.raw)
-        bias = _bias(site, site.uses[0])
+        bias = _bias(site, site.calls[0]) if site.calls else None
         if bias is not None:
             model.value(bias).copy_(attribute(bio, bias))
 
@@ -137,11 +140,11 @@ def scales(
     return (b + mean).clamp(min=0) / x, b / y
 
 
-def _refit(site: WeightSite, use: fx.Node, activity: Tensor, signs: Tensor, mean: Tensor, variance: Tensor) -> None:
+def _refit(site: WeightSite, net_input: NetInput, signs: Tensor, mean: Tensor, variance: Tensor) -> None:
     """Solve (*) for the net input that is measured."""
     weight = _connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
-    x, y = (_net_input(site, use, activity, part) for part in (weight * (sign > 0), -weight * (sign < 0)))
+    x, y = net_input(weight * (sign > 0)), net_input(-weight * (sign < 0))
     mx, my = x.mean(0, keepdim=True), y.mean(0, keepdim=True)
     xx, yy, xy = (v.mean((0, 2)) for v in ((x - mx).square(), (y - my).square(), (x - mx) * (y - my)))
     mx, my = mx.mean((0, 2)), my.mean((0, 2))
@@ -156,12 +159,15 @@ def _refit(site: WeightSite, use: fx.Node, activity: Tensor, signs: Tensor, mean
     gain = torch.minimum(gain, LARGEST * rows.norm(dim=1) / (scaled.norm(dim=1) + TINY))
     new = torch.where(row_sign == 0, rows, scaled * gain[:, None])
     _store(site, site.from_incoming(new))
-    bias = _bias(site, use)
+    bias = _bias(site, site.calls[0])
     if bias is not None:
         attribute(site.bio, bias).add_(mean - gain * (a * mx - b * my))
 
 
-See = Callable[[WeightSite, fx.Node, Tensor], None]
+NetInput = Callable[[Tensor], Tensor]
+"""Net input of the postsynaptic units through a weight, without their bias, shape (samples, units, positions)."""
+
+See = Callable[[WeightSite, NetInput], None]
 
 
 def _run(
@@ -172,7 +178,9 @@ def _run(
     see: See,
 ) -> None:
     """Run a copy of the network on normal inputs, and show what arrives at the first use of each weight."""
-    generator, first = model.generator("inputs"), {site.uses[0]: site for site in sites.values()}
+    generator = model.generator("inputs")
+    seen = [site for site in sites.values() if site.calls and site.calls[0].call.units == site.units]
+    first = {site.calls[0].node: site for site in seen}
     with undisturbed(bio), torch.no_grad():
         bio.eval()
         _Watched(bio, all_sites, _normal_inputs(model, bio, generator), first, see, generator).run()
@@ -194,11 +202,16 @@ class _Watched(Guesser):
         super().__init__(bio, all_sites, inputs)
         self._first = first
         self._see = see
+        self.kept = {source for site in first.values() for source in _read_beside(site)}
 
-    def input_of(self, site: WeightSite) -> Tensor:
+    def input_of(self, site: WeightSite, source: Source) -> Tensor:
         """Standard normal activity; behind a weight, rectified."""
-        shape = super().input_of(site).shape
-        shape = torch.Size([_samples(shape), *shape[1:]])
+        fitting = super().input_of(site, source)
+        if source.is_tokens:
+            return fitting
+        shape = fitting.shape
+        if source.like[0] == BATCH:
+            shape = torch.Size([_samples(shape), *shape[1:]])
         draw = torch.randn(shape, generator=self._generator, dtype=torch.float64).to(site.raw.device)
         return draw.relu() if site.depth > 0 else draw
 
@@ -208,10 +221,24 @@ class _Watched(Guesser):
         if node not in self._first:
             return
         site = self._first[node]
-        activity = self.env[site.operator.argument(node, 0, "input")]
-        if activity.shape[0] >= FEWEST and activity.dim() > -site.operator.channel_axis:
-            self._see(site, node, activity)
-            self.env[site.chain[-1]] = site.effective()
+        source = site.calls[0].call.source
+        if source is None:
+            return
+        activity = self.env[source.node]
+        has_samples = all(axis % activity.dim() > 0 for axis in source.axes)
+        if activity.shape[0] < FEWEST or not has_samples:
+            return
+        beside = {source: self.env[source] for source in _read_beside(site)}
+        self._see(site, partial(_net_input, site, beside))
+        self.env[site.calls[0].call.weight] = _as_read(site, beside, site.effective())
+
+
+def _read_beside(site: WeightSite) -> list[fx.Node]:
+    """What the first use of a weight reads beside the weight: its activation, and what its path depends on."""
+    use = site.calls[0]
+    nodes = [use.node, *(step.node for step in use.path)]
+    own = {*nodes, site.chain[-1], use.call.bias}
+    return [source for node in nodes for source in node.all_input_nodes if source not in own]
 
 
 def _normal_inputs(model: ModelEditor, bio: fx.GraphModule, generator: torch.Generator) -> dict[str, Any]:
@@ -236,15 +263,22 @@ def _samples(shape: torch.Size) -> int:
     return max(FEWEST, min(SAMPLES, POSITIONS // max(1, shape[2:].numel())))
 
 
-def _net_input(site: WeightSite, use: fx.Node, activity: Tensor, weight: Tensor) -> Tensor:
-    """Net input of the postsynaptic units without their bias, shape (samples, units, positions)."""
-    operator = site.operator
-    by_position = {0: activity, operator.weight: weight, operator.weight + 1: None}
-    by_name = {"input": activity, "weight": weight, "bias": None}
-    args = [by_position.get(i, arg) for i, arg in enumerate(use.args)]
-    kwargs = {name: by_name.get(name, value) for name, value in use.kwargs.items()}
-    net = use.target(*args, **kwargs).movedim(operator.channel_axis, 1)  # type: ignore[operator]
-    return net.flatten(2) if net.dim() > 2 else net[..., None]  # type: ignore[no-any-return]
+def _net_input(site: WeightSite, beside: Mapping[fx.Node, Any], weight: Tensor) -> Tensor:
+    operator = site.calls[0].call
+    known: dict[fx.Node, Any] = {**beside, operator.weight: _as_read(site, beside, weight)}
+    if isinstance(operator.bias, fx.Node):
+        known[operator.bias] = weight.new_zeros(1) if "add" in operator.name else None
+    arguments = fx.map_arg((operator.node.args, operator.node.kwargs), known.__getitem__)
+    net: Tensor = compute(site.bio, operator.node, *arguments)
+    axes = operator.output_axes
+    net = net.movedim(axes, list(range(1, 1 + len(axes)))) if axes else net[:, None]
+    return net.flatten(1, max(1, len(axes))).unsqueeze(-1).flatten(2)
+
+
+def _as_read(site: WeightSite, beside: Mapping[fx.Node, Any], weight: Tensor) -> Tensor:
+    """A weight as its first use reads it, at the end of its path."""
+    end = site.calls[0].call.weight
+    return Constants(site.bio, {**beside, site.chain[-1]: weight})(end)  # type: ignore[no-any-return]
 
 
 def _connections(site: WeightSite) -> Tensor:
@@ -264,9 +298,9 @@ def _store(site: WeightSite, weight: Tensor) -> None:
     raw.copy_(torch.where(whole > 0, size / whole, 1 / len(raw)) * weight)
 
 
-def _bias(site: WeightSite, use: fx.Node) -> str | None:
+def _bias(site: WeightSite, use: Use) -> str | None:
     """Name of the bias of the postsynaptic units, if it is theirs alone."""
-    bias = site.operator.argument(use, site.operator.weight + 1, "bias")
+    bias = use.call.bias
     if not isinstance(bias, fx.Node) or bias.op != "get_attr" or len(bias.users) > 1:
         return None
     name = str(bias.target)

@@ -55,6 +55,15 @@ def evaluate(bio: fx.GraphModule, nodes: list[fx.Node]) -> Tensor:
     return values[nodes[-1]]  # type: ignore[no-any-return]
 
 
+def compute(bio: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a call, or the output, makes of arguments."""
+    if node.op == "call_module":
+        return bio.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def append(start: fx.Node, origin: Inserted, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
     """Put `target(weight, *args)` into the chain at the place of its slot, behind what is there already.
 
@@ -84,7 +93,8 @@ def callee(node: fx.Node) -> str:
     """What a node calls or reads, as a short name."""
     if isinstance(node.target, str):
         return node.target
-    name = getattr(node.target, "_qualified_op_name", None)  # of a dispatcher operator
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(packet, "_qualified_op_name", None)  # of a dispatcher operator
     if name is not None:
-        return str(name).replace("::", ".")
+        return str(name).replace("::", ".").removeprefix("aten.")
     return str(getattr(node.target, "__name__", node.target))

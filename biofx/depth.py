@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import fx
 
 
-def depths(graph: fx.Graph, operators: Collection[fx.Node]) -> dict[fx.Node, int]:
-    """Depth of every node: the largest number of weight operators on a path that ends before it.
+def depths(graph: fx.Graph, operators: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Depth of every node: the largest number of weights on a path that ends before it.
 
     A graph is in topological order, so one sweep finds all longest paths.
 
     Args:
         graph: the graph.
-        operators: the nodes that count.
+        operators: the nodes that count, each with the number of its weights.
     """
     result: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        result[node] = max((result[source] + (source in operators) for source in node.all_input_nodes), default=0)
+        result[node] = max((result[n] + operators.get(n, 0) for n in node.all_input_nodes), default=0)
     return result
 
 

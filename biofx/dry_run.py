@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from biofx.capture import split_inputs
-from biofx.chain import attribute
+from biofx.chain import attribute, compute
 from biofx.compare import undisturbed
 from biofx.errors import ArgumentError
 from biofx.unit_operators import Kind, argument, operation
+from biofx.weight_operators import BATCH, LENGTH, SIDE, TIMES, Source
+from biofx.weight_paths import Use
 from biofx.weight_sites import WeightSite
 
 SEQUENCE = 8  # length of a sequence, if there are no example inputs
@@ -68,20 +70,12 @@ def _bind(bio: fx.GraphModule, example_inputs: Any) -> dict[str, Any]:
     """Example inputs by the name of the placeholder."""
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
     try:
-        bound = inspect.signature(bio.forward).bind(*args, **kwargs)
+        signature = inspect.signature(bio.forward, follow_wrapped=False)  # that of the graph
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
     bound.apply_defaults()
     return dict(bound.arguments)
-
-
-def compute(bio: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """What a call, or the output, makes of arguments."""
-    if node.op == "call_module":
-        return bio.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 class Runner:
@@ -90,6 +84,7 @@ class Runner:
     Attributes:
         values: what the nodes computed.
         env: the tensors themselves, as long as some node will read them.
+        kept: the nodes whose tensors stay there.
     """
 
     def __init__(self, bio: fx.GraphModule, given: dict[str, Any]) -> None:
@@ -97,6 +92,7 @@ class Runner:
         self.env: dict[fx.Node, Any] = {}
         self._bio = bio
         self._given = given
+        self.kept: set[fx.Node] = set()
 
     def run(self) -> Values:
         """Compute all nodes.
@@ -110,7 +106,7 @@ class Runner:
             self.values[node] = pytree.tree_map_only(Tensor, _without_values, self.env[node])
             for source in node.all_input_nodes:
                 waiting[source] -= 1
-                if not waiting[source]:
+                if not waiting[source] and source not in self.kept:
                     del self.env[source]  # free the memory
         return self.values
 
@@ -148,7 +144,7 @@ class Guesser(Runner):
     ) -> None:
         super().__init__(bio, given)
         self.failures = 0
-        self._uses = {use: site for site in sites.values() for use in site.uses}
+        self._uses = {use.node: (site, use) for site in sites.values() for use in site.calls}
         self._times = times
         self._side = side
         self._device = next((parameter.device for parameter in bio.parameters()), None)
@@ -173,29 +169,27 @@ class Guesser(Runner):
 
     def before(self, node: fx.Node) -> None:
         """Make what arrives at an operator on weights fit; called before every node that can be computed."""
-        site = self._uses.get(node)
-        if site is None:
-            return
-        source = site.operator.argument(node, 0, "input")
-        value, axis = self.env[source], site.operator.channel_axis
-        if not isinstance(value, Tensor) or value.dim() < -axis or value.shape[axis] != site.presynaptic_units:
-            self.failures += 1
-            self.env[source] = self.input_of(site)
+        if node in self._uses:
+            site, use = self._uses[node]
+            for source in _read_by(use):
+                if not _fits(self.env[source.node], source):
+                    self.failures += 1
+                    self.env[source.node] = self.input_of(site, source)
 
-    def input_of(self, site: WeightSite) -> Tensor:
+    def input_of(self, site: WeightSite, source: Source) -> Tensor:
         """An input that a weight's operator takes."""
-        space = -1 - site.operator.channel_axis
-        times = () if space else self._times
-        shape = (2, *times, site.presynaptic_units, *[self._side] * space)
-        return torch.zeros(shape, dtype=site.raw.dtype, device=site.raw.device)
+        free = {BATCH: (2,), TIMES: self._times, SIDE: (self._side,), LENGTH: (SEQUENCE,)}
+        shape = itertools.chain.from_iterable((n,) if isinstance(n, int) else free[n] for n in source.like)
+        dtype = torch.int64 if source.is_tokens else site.raw.dtype
+        return torch.zeros(tuple(shape), dtype=dtype, device=site.raw.device)
 
     def _all_asked(self) -> dict[fx.Node, Tensor]:
         """What the first reader of each node asks for, through operators that act on each value by itself."""
         asked: dict[fx.Node, Tensor] = {}
         for node in reversed(self._bio.graph.nodes):
             if node in self._uses:
-                site = self._uses[node]
-                asked[site.operator.argument(node, 0, "input")] = self.input_of(site)
+                site, use = self._uses[node]
+                asked.update({source.node: self.input_of(site, source) for source in _read_by(use)})
             elif self._looks_up(node):
                 asked[node.all_input_nodes[0]] = torch.zeros(2, SEQUENCE, dtype=torch.int64, device=self._device)
             elif node in asked and node.op.startswith("call_") and self._keeps_shape(node):
@@ -212,6 +206,25 @@ class Guesser(Runner):
         if node.op == "call_module":
             return isinstance(self._bio.get_submodule(str(node.target)), nn.Embedding | nn.EmbeddingBag)
         return node.target is F.embedding and isinstance(argument(node, self._bio, 0, "input"), fx.Node)
+
+
+def _read_by(use: Use) -> list[Source]:
+    """The activations that an operator on a weight reads."""
+    return [source for source in use.call.sources if isinstance(source.node, fx.Node)]
+
+
+def _fits(value: Any, source: Source) -> bool:
+    """Whether a value can be what an operator on a weight reads."""
+    if not isinstance(value, Tensor) or value.is_floating_point() is source.is_tokens:
+        return False
+    for axis in source.axes:
+        length = source.like[axis]
+        has_axis = -value.dim() <= axis < value.dim()
+        stretches = len(source.axes) > 1 and (not has_axis or value.shape[axis] == 1)
+        is_vector = value.dim() == 1 and axis == -2 and value.shape[0] == length
+        if not stretches and not is_vector and not (has_axis and value.shape[axis] == length):
+            return False
+    return True
 
 
 def _without_values(tensor: Tensor) -> Tensor:

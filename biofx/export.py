@@ -66,7 +66,6 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
     if path.suffix in TRACED and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
     plain = fold(bio).eval()
-    assert isinstance(plain, fx.GraphModule)
     with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
         unchecked = Path(folder) / path.name
         if path.suffix == ".safetensors":
@@ -107,13 +106,13 @@ def _safetensors(plain: nn.Module, path: Path) -> None:
         save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, path)
 
 
-def _pt2(plain: fx.GraphModule, path: Path, example_inputs: Any) -> None:
+def _pt2(plain: nn.Module, path: Path, example_inputs: Any) -> None:
     program = _program(plain, *_in_order(plain, example_inputs))
     with _refusal(f"torch.export cannot save {type(plain).__name__}"):
         torch.export.save(program, path)
 
 
-def _in_order(plain: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _in_order(plain: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs that fit, with keyword arguments in the order of the signature."""
     args, kwargs = split_inputs(example_inputs)
     signature = inspect.signature(plain.forward)
@@ -127,23 +126,25 @@ def _in_order(plain: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ..
 
 
 def _program(
-    plain: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any = None
+    plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any = None
 ) -> torch.export.ExportedProgram:
     with _refusal(f"torch.export cannot export {type(plain).__name__}"), torch.no_grad():
         return torch.export.export(_as_module(plain), args, kwargs, dynamic_shapes=dynamic)
 
 
-def _as_module(plain: fx.GraphModule) -> nn.Module:
+def _as_module(plain: nn.Module) -> nn.Module:
     """The folded model with its code, but not its graph, for a forward.
 
     torch.export interprets the graph of a `GraphModule`: keyword arguments by position, and without hooks.
     """
+    if not isinstance(plain, fx.GraphModule):
+        return plain
     module: nn.Module = type(type(plain).__name__, (nn.Module,), {"forward": type(plain).forward})()
     vars(module).update(vars(plain))
     return module
 
 
-def _onnx(plain: fx.GraphModule, path: Path, example_inputs: Any) -> None:
+def _onnx(plain: nn.Module, path: Path, example_inputs: Any) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
     args, kwargs = _in_order(plain, example_inputs)

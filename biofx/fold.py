@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from biofx.capture.captured_module import CapturedModule, released
+from biofx.capture.islands import is_whole, island_nodes, island_path, island_weights, leave
+from biofx.capture.reparametrized import computed_attributes
 from biofx.chain import chain, evaluate, parameter_nodes
 from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
@@ -27,7 +30,8 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
             new one.
 
     Returns:
-        `into`, or a new `GraphModule` that shares no tensor with `bio`, in the same mode.
+        `into`, or a new module that shares no tensor with `bio`, in the same mode: a `GraphModule`; if the model is one
+        island (see `biofx.summary`), an instance of its original class.
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform` or cannot be copied, or its state does not fit `into`.
@@ -53,17 +57,39 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         for start in parameter_nodes(plain).values():
             _fold_chain(plain, chain(start), places)
         _drop_state(plain)
-        plain.recompile()
-        return plain if into is None else _fill(into, plain)
+        if is_whole(plain):
+            result = released(plain)
+        else:
+            _call_islands_as_modules(plain)
+            leave(plain.modules())
+            plain.recompile()
+            result = plain
+        return result if into is None else _fill(into, result)
 
 
-def _copy(bio: fx.GraphModule) -> fx.GraphModule:
+def _copy(bio: fx.GraphModule) -> CapturedModule:
     try:
-        return copy.deepcopy(bio)
+        copied = copy.deepcopy(bio, dict(computed_attributes(bio)))
     except Exception as error:
         raise ArgumentError(
             f"fold: {type(bio).__name__} cannot be copied: {error}; remove from it what copy.deepcopy refuses"
         ) from error
+    assert isinstance(copied, CapturedModule)
+    return copied
+
+
+def _call_islands_as_modules(plain: fx.GraphModule) -> None:
+    """An island without rewritten weights is a module like any other."""
+    for node in list(island_nodes(plain.graph)):
+        module, _, args, kwargs = node.args
+        weights = island_weights(node).values()
+        with plain.graph.inserting_before(node):
+            call = plain.graph.call_module(island_path(node), args, kwargs)  # type: ignore[arg-type]
+        node.replace_all_uses_with(call)
+        plain.graph.erase_node(node)
+        for source in dict.fromkeys([module, *weights]):
+            if isinstance(source, fx.Node) and not source.users:
+                plain.graph.erase_node(source)
 
 
 def _fold_chain(plain: fx.GraphModule, nodes: list[fx.Node], places: Any) -> None:

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 def summary(bio: nn.Module) -> str:
     """The passes that ran, and a table with one row for each weight.
 
-    Columns: the weight's name; its operator; its shape, without the axis of synapses; Γ, the number of synapses for
-    each connection; mean, standard deviation and range of the learning gain; the sign constraint; and, if there are
-    any, the passes that left the weight alone, with the reason, and what passes remarked about it. Below come the
-    weights that no pass could see, with the reason; those that wait for `biofx.attach`; and the parameters that are
-    not synapses.
+    Columns: the weight's name; its operator, and the island that it is in, if it is; its shape, without the axis of
+    synapses; Γ, the number of synapses for each connection; mean, standard deviation and range of the learning gain;
+    the sign constraint; and, if there are any, the passes that left the weight alone, with the reason, and what passes
+    remarked about it. Below come the islands (modules whose Python forward is called as it is), with the reason; the
+    weights that no pass could see, with the reason; those that wait for `biofx.attach`; and the parameters that are not
+    synapses.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -58,6 +59,9 @@ def summary(bio: nn.Module) -> str:
         "passes: " + ",\n        ".join(str(run.pass_) for run in record.passes),
         _text(rows, headers),
     ]
+    if record.islands:
+        title = "islands, whose Python forward is called as it is, with the weights inside rewritten:"
+        parts.append("\n".join([title, *(_island(bio, path, why) for path, why in record.islands.items())]))
     unseen = [f"  {name}: {reason}" for name, reason in others.items() if reason != NOT_A_SYNAPSE]
     if unseen:
         parts.append("\n".join(["left alone:", *unseen]))
@@ -74,13 +78,18 @@ def summary(bio: nn.Module) -> str:
     return "\n\n".join(parts)
 
 
+def _island(bio: fx.GraphModule, path: str, reason: str) -> str:
+    name = type(bio.get_submodule(path)).__name__
+    return f"  {path} ({name}): {reason}" if path else f"  the model ({name}): {reason}"
+
+
 def _row(site: WeightSite) -> list[Any]:
     runs = record_of(site.bio).passes
     remarks = [f"{run.pass_.name}: {run.remarks[site.name]}" for run in runs if site.name in run.remarks]
     left = [f"{run.pass_.name}: {run.left[site.name]}" for run in runs if site.name in run.left]
     return [
         site.name if site.raw.requires_grad else f"{site.name} (frozen)",
-        site.operator.name + (f" × {len(site.uses)}" if len(site.uses) > 1 else ""),
+        _operator(site),
         " × ".join(map(str, site.shape)),
         site.synapses,
         _spread(site.gain),
@@ -88,6 +97,11 @@ def _row(site: WeightSite) -> list[Any]:
         ";\n".join(left),
         ";\n".join(remarks),
     ]
+
+
+def _operator(site: WeightSite) -> str:
+    times = f" × {len(site.uses)}" if len(site.uses) > 1 else ""
+    return site.operator + times + (f", in {site.island}" if site.island else "")
 
 
 OPTIONAL = ("left alone", "remark")  # columns that only show if there is something in them

@@ -67,6 +67,12 @@ class PlasticWeight:
         constraint, sign = constraint_of(self.site), self.site.sign
         self.raw.copy_(value if constraint is None or sign is None else constraint.store(value, sign))
 
+    def without_padding(self, values: Tensor) -> Tensor:
+        """Values for every synapse, in place set to 0 in the row of an embedding that stands for no token."""
+        if self.site.padding is not None:
+            values[..., self.site.padding, :] = 0
+        return values
+
     def generator(self) -> torch.Generator:
         """Random numbers that depend on the seed, the pass, the weight's name and the step only."""
         return randomness.generator(int(self.state("seed")), self.by, self.name, self.step)

@@ -110,7 +110,8 @@ class Record(nn.Module):
 
     Attributes:
         original: names of the parameters of the original model.
-        kept_whole: modules that are called as they are, by path, each with the reason.
+        islands: modules whose Python forward the graph calls as it is, by path, each with the reason; the path of the
+            model itself is empty.
         state: names of the buffers that passes added, and the passes that use each, joined by ", ".
         nonnegative: the parameters that may not become negative, each with the pass that asks for it.
         passes: the passes that ran, in order.
@@ -121,7 +122,7 @@ class Record(nn.Module):
     def __init__(self, original: Sequence[str], constants: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.original = tuple(original)
-        self.kept_whole: dict[str, str] = {}
+        self.islands: dict[str, str] = {}
         self.state: dict[str, str] = {}
         self.nonnegative: dict[str, str] = {}
         self.passes: list[PassRun] = []

@@ -41,9 +41,9 @@ def turn_over(model: ModelEditor, scale: str) -> None:
     if not isinstance(norm, BatchNorm) or len(calls) != 1:
         return
     site = next((s for s in model.sites.values() if s.outputs == (calls[0].args[0],)), None)
-    if site is None or set(site.outputs[0].users) != set(calls):
+    if site is None or site.why_no_output is not None or set(site.outputs[0].users) != set(calls):
         return
-    bias = site.operator.argument(site.uses[0], site.operator.weight + 1, "bias")
+    bias = site.calls[0].call.bias
     if bias is not None and (bias.op != "get_attr" or len(bias.users) > 1):
         return
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight.dtype)

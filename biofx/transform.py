@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
@@ -13,7 +13,10 @@ import torch
 from torch import fx, nn
 
 from biofx import capture, pipeline
+from biofx.capture import exported
 from biofx.capture.captured_module import REGISTRIES
+from biofx.capture.islands import leave
+from biofx.capture.reparametrized import computed_attributes
 from biofx.compare import difference, run_in_eval_mode
 from biofx.errors import ArgumentError, CaptureError
 from biofx.lifecycle import use_hooks
@@ -21,7 +24,11 @@ from biofx.provenance import RECORD, Record, record_of
 from biofx.registry import Pass, as_passes
 from biofx.weight_sites import find
 
-FRONTENDS = ("symbolic",)
+FRONTENDS: dict[str, Callable[[nn.Module, Any], fx.GraphModule]] = {
+    "symbolic": capture.capture,
+    "module": capture.capture_whole,
+    "export": exported.capture,
+}
 
 
 def transform(
@@ -41,13 +48,22 @@ def transform(
     The result is a `GraphModule` that trains in any PyTorch loop. The model is traced, each pass rewrites every weight
     (see `biofx.weight_sites`), and the graph is verified after each pass. Mode, dtype and device stay as they are.
 
+    A module whose forward cannot be traced (it decides by values, iterates over them, has hooks …) becomes an *island*:
+    its own Python forward is called, with the weights inside of it rewritten. `biofx.summary` names each island with
+    the reason. Passes that need an operator's output, such as `GroupUnits`, leave weights in islands alone.
+
     Args:
         model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
         passes: pass objects; a pipeline string such as `"split-synapses{synapses=4},fuzzy-learning-rates"`; or the
             name of a recipe. The order does not matter: passes run from the operator inwards.
         example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`.
             With them, capture and every pass that preserves the function are checked to do so.
-        frontend: how the graph is captured. `"symbolic"`: symbolic tracing.
+        frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands, without running the model.
+            `"module"`: the whole model is one island, so that all of its Python code stays and only weights change, as
+            for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which
+            follows any Python whose decisions do not depend on values. The graph consists of dispatcher operators; it
+            takes any size of batch, and checks what else it assumes of its arguments. Arguments that are not tensors,
+            dtypes and devices are those of the example inputs.
         exclude: glob patterns over parameter names; matching weights are left alone.
         seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
             no other layer's draw. The global random number generators are neither read nor moved.
@@ -62,7 +78,8 @@ def transform(
 
     Raises:
         ArgumentError: an argument that cannot be meant, or a model without weights.
-        CaptureError: the model cannot be traced; names the module and the line.
+        CaptureError: the model cannot be copied, or be the base of a class; or `torch.export` cannot capture it; or it
+            computes something else when captured. Says what else to try.
         PipelineError: unknown passes or options, or passes that exclude each other.
         VerificationError: a pass broke an invariant.
         If it raises, `model` is as it was.
@@ -88,12 +105,13 @@ def transform(
     _refuse_transformed_children(model)
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
-        bio = source if again else capture.capture(source, example_inputs)
+        expected = None if example_inputs is None else _outputs(source, example_inputs)
+        bio = source if again else FRONTENDS[frontend](source, example_inputs)
         assert isinstance(bio, fx.GraphModule)
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer
-        if example_inputs is not None:
-            _check_example_inputs(source, bio, example_inputs)
+        if expected is not None and bio is not source:
+            _check_outputs(bio, example_inputs, expected)
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
         pipeline.run(bio, chosen, excluded, seed, check=verify, example_inputs=example_inputs, print_between=printer)
@@ -132,7 +150,7 @@ def _refuse_transformed_children(model: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict(computed_attributes(model)))
     except (RuntimeError, TypeError) as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}; transform it with inplace=True"
@@ -141,8 +159,9 @@ def _copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Give a model that is changed in place its tensors, children and graph back if the block raises."""
+    """Give a model that is changed in place its tensors, children, classes and graph back if the block raises."""
     saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
+    classes = [(m, type(m)) for m in model.modules()]
     record = model._modules.get(RECORD)
     graph: fx.Graph | None = None
     if isinstance(record, Record) and isinstance(model, fx.GraphModule):
@@ -157,22 +176,26 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 getattr(module, registry).clear()
                 getattr(module, registry).update(content)
             module.training = mode
+        leave(module for module, cls in classes if type(module) is not cls)
         if graph is not None and isinstance(model, fx.GraphModule):
             vars(record).update(fields)
             model.graph = graph
         raise
 
 
-def _check_example_inputs(source: nn.Module, bio: fx.GraphModule, example_inputs: Any) -> None:
+def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     try:
-        expected = run_in_eval_mode(source, example_inputs)
+        return run_in_eval_mode(model, example_inputs)
     except Exception as error:
-        raise ArgumentError(f"example_inputs do not fit {type(source).__name__}.forward: {error}") from error
-    found = None if bio is source else difference(expected, run_in_eval_mode(bio, example_inputs))
+        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+
+
+def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
+    found = difference(expected, run_in_eval_mode(bio, example_inputs))
     if found is not None:
         raise CaptureError(
-            f"{type(source).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
-            "random numbers or has side effects that a graph does not hold"
+            f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
+            'random numbers or has side effects that a graph does not hold; transform it with frontend="module"'
         )
 
 
@@ -197,9 +220,3 @@ def _check_weights(bio: fx.GraphModule, excluded: dict[str, str]) -> None:
         raise ArgumentError(f"{type(bio).__name__} has no weight that biofx can give synapses:{reasons}")
     if not set(sites) - set(excluded):
         raise ArgumentError(f"exclude leaves no weight; it matches all of {', '.join(sites)}")
-    for name, site in sites.items():
-        if name not in excluded and not site.raw.is_floating_point():
-            raise ArgumentError(
-                f"{name} has dtype {site.raw.dtype}; synapses are real numbers. "
-                f'Convert it, or leave it alone with exclude="{name}"'
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import getitem
@@ -12,10 +13,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from biofx.dry_run import Values, compute
+from biofx.capture.islands import described
+from biofx.chain import compute
+from biofx.dry_run import Values
 from biofx.unit_numbers import NOBODY, Population, UnitNumbers, is_one
 from biofx.unit_operators import Kind, Operation, argument, held_parameter, operation
 from biofx.unit_signs import has_activation, input_name, is_activation, signed_by
+from biofx.weight_operators import Source
+from biofx.weight_paths import Use
 from biofx.weight_sites import WeightSite
 
 
@@ -55,15 +60,19 @@ class UnitAnalysis:
         self._bio = bio
         self._sites = sites
         self._values = values
-        self._uses = {use: site for site in sites.values() for use in site.uses}
+        self._uses = {use.node: (site, use) for site in sites.values() for use in site.calls}
+        self._read = {name: site for name, site in sites.items() if site.why_no_source is None}
+        self._reads = {use.node: (site, use) for site in self._read.values() for use in site.calls}
         calls = [n for n in bio.graph.nodes if n.op.startswith("call_") and n not in self._uses]
         self._operations = {node: operation(node, bio) for node in calls}
         self._varying = self._depending_on_units()
-        self._signed = signed_by(bio, {use: s.operator for use, s in self._uses.items()}, self._operations, values)
-        self._wanted = self._leading_to({site.operator.argument(use, 0, "input") for use, site in self._uses.items()})
+        self._signed = signed_by(bio, {node: use for node, (_, use) in self._uses.items()}, self._operations, values)
+        self._wanted = self._leading_to({_source(use).node for _, use in self._reads.values()})
         while (columns := self._columns_of_uses()) is None:
             self.numbers.start_again()
-        self.readings = {name: self._reading(site, [columns[use] for use in site.uses]) for name, site in sites.items()}
+        self.readings = {
+            name: self._reading(site, [columns[use.node] for use in site.calls]) for name, site in self._read.items()
+        }
         self.scales = frozenset(name for node in self._wanted for name in self._scaling(node))
 
     def populations(self) -> tuple[tuple[Population, ...], Tensor]:
@@ -115,7 +124,8 @@ class UnitAnalysis:
         if call is None or node not in self._varying:
             return []
         if call.kind is Kind.NORM:
-            position = 3 if call.key in ("batchnorm", "instancenorm") else 2
+            in_dispatcher = hasattr(node.target, "overloadpacket")
+            position = (1 if in_dispatcher else 3) if call.key in ("batchnorm", "instancenorm") else 2
             found = argument(node, self._bio, position, "weight")
             if isinstance(found, nn.Parameter):
                 return [f"{node.target}.weight"]
@@ -132,8 +142,8 @@ class UnitAnalysis:
         columns: dict[fx.Node, Tensor] = {}
         before = self.numbers.unifications
         for node in self._bio.graph.nodes:
-            if node in self._uses:
-                columns[node] = self._columns(node, self._uses[node])
+            if node in self._reads:
+                columns[node] = self._columns(*self._reads[node])
                 self.numbers.unify(columns[node])
             if node in self._wanted:
                 self.activations[node] = self._after(node)
@@ -142,8 +152,9 @@ class UnitAnalysis:
                     self.activations[call.changes] = self.activations[node]
             if self.numbers.unifications > before:
                 return None
-        for site in self._sites.values():
-            self.numbers.unify(torch.cat([columns[use] for use in site.uses], 1))
+        for site in self._read.values():
+            if site.calls:
+                self.numbers.unify(torch.cat([columns[use.node] for use in site.calls], 1))
         return columns if self.numbers.unifications == before else None
 
     def _after(self, node: fx.Node) -> Any:
@@ -152,7 +163,7 @@ class UnitAnalysis:
         if node not in self._varying or not has_activation(value):
             return pytree.tree_map(_nobody, value)
         if node in self._uses:
-            return self._postsynaptic(node, self._uses[node])
+            return self._postsynaptic(*self._uses[node])
         if node.op == "placeholder":
             return self._entries(node, input_name(node), "input")
         call = self._operations[node]
@@ -162,13 +173,26 @@ class UnitAnalysis:
             found = None
         return found if _fits(found, value) else self._entries(node, self._name(node), "unknown")
 
-    def _postsynaptic(self, use: fx.Node, site: WeightSite) -> Tensor:
+    def _postsynaptic(self, site: WeightSite, use: Use) -> Any:
+        call, value = use.call, self._values[use.node]
+        if not isinstance(value, Tensor):
+            return self._entries(use.node, site.name, "weight")
+        axes = tuple(_within(axis, value.dim()) for axis in call.output_axes)
+        sizes = [value.shape[axis] for axis in axes]
+        numbers = self._numbers_of(site, use)
+        if call.postsynaptic:
+            last = call.lengths[call.postsynaptic[-1]]
+            synapses = math.prod(sizes) // max(1, call.units)  # Γ, if each synapse has an activation of its own
+            numbers = numbers.view(-1, 1, last).expand(-1, synapses, -1)
+        return _placed(numbers.reshape(sizes), axes, value.shape)
+
+    def _numbers_of(self, site: WeightSite, use: Use) -> Tensor:
+        """The numbers of the postsynaptic units of a use, in order."""
+        if site.axes is None:  # each of its uses has units of its own
+            return self.numbers.once(use.node, site.name, "weight", use.call.units)
         numbers = self.numbers.once(site.name, site.name, "weight", site.units)
-        shape = self._values[use].shape
-        channel = site.operator.channel_axis
-        synapses = shape[channel] // site.units  # Γ, if each synapse has an activation of its own
-        numbers = numbers.view(site.groups, 1, -1).expand(-1, synapses, -1).flatten()
-        return numbers.view(-1, *[1] * (-1 - channel)).expand(shape)
+        positions = use.postsynaptic_positions()
+        return numbers if positions is None else numbers[positions]
 
     def _entries(self, node: fx.Node, name: str, origin: str) -> Any:
         """For every tensor in a value that is read a population with a unit for each entry."""
@@ -200,7 +224,7 @@ class UnitAnalysis:
         args, kwargs = self._numbers_or_values((node.args, node.kwargs))
         if call.key in ("pad", "constantpad") and self._argument(node, 2, "mode", default="constant") == "constant":
             found = F.pad(args[0], self._argument(node, 1, "pad", "padding"))  # with nobody, whatever the value
-        elif call.key == "view":  # unit numbers are not laid out in memory as the values are
+        elif call.key in ("view", "unsafeview"):  # unit numbers are not laid out in memory as the values are
             found = args[0].reshape(*args[1:], *kwargs.values())
         else:
             found = compute(self._bio, node, args, kwargs)
@@ -284,40 +308,69 @@ class UnitAnalysis:
 
     # --- reading -----------------------------------------------------------------------------------------------
 
-    def _columns(self, use: fx.Node, site: WeightSite) -> Tensor:
+    def _columns(self, site: WeightSite, use: Use) -> Tensor:
         """The units that a use of a weight multiplies by each of its columns, shape (presynaptic_units, …)."""
-        source = site.operator.argument(use, 0, "input")
-        channels, axis = site.presynaptic_units, site.operator.channel_axis
-        numbers = self.activations[source]
-        if isinstance(numbers, Tensor) and numbers.dim() >= -axis:
-            (once,) = _once_along_expanded(numbers.movedim(axis, 0))
-            columns = once.reshape(len(once), -1).expand(numbers.shape[axis], -1)
+        columns, positions = self._columns_read(site, use), use.presynaptic_positions()
+        if positions is None:
+            return columns
+        result = torch.zeros(site.presynaptic_units, columns.shape[1], dtype=torch.int64)
+        result[positions] = columns
+        return result
+
+    def _columns_read(self, site: WeightSite, use: Use) -> Tensor:
+        """The same at each presynaptic position of the use, in the operator's order."""
+        call, source = use.call, _source(use)
+        sizes = [call.lengths[index] for index in call.presynaptic]
+        channels = math.prod(sizes)
+        if source.is_tokens:
+            name = f"tokens of {site.name}"
+            return self.numbers.once((source.node, channels), name, "input", channels).long()[:, None]
+        numbers = self.activations[source.node]
+        if isinstance(numbers, Tensor) and numbers.dim() >= len(source.axes):
+            if len(source.axes) > 1:  # an activation that has no axis for groups, or one of length 1, feeds all of them
+                numbers = _with_axes(numbers, source.axes, sizes)
+            axes = [_within(axis, numbers.dim()) for axis in source.axes]
+            (once,) = _once_along_expanded(numbers.movedim(axes, list(range(len(axes)))))
+            shape = [numbers.shape[axis] for axis in axes]
+            columns = once.expand(*shape, *once.shape[len(axes) :]).reshape(math.prod(shape), -1)
             if columns.shape[0] == channels:
                 return self.numbers.standing(columns)
             # Without example inputs, sides are invented: a feature map that was flattened channel by channel?
             units, counts = torch.unique_consecutive(columns[:, 0], return_counts=True)
             if channels % len(units) == 0 and bool((counts == counts[0]).all()):
                 return self.numbers.standing(units.repeat_interleave(channels // len(units))[:, None])
-        name = self._name(source) if source in self._operations else source.name
-        return self.numbers.once((source, channels), name, "unknown", channels).long()[:, None]
+        node = source.node
+        name = self._name(node) if node in self._operations else node.name
+        return self.numbers.once((node, channels), name, "unknown", channels).long()[:, None]
 
     def _reading(self, site: WeightSite, columns: Sequence[Tensor]) -> Reading:
+        if site.island is not None:
+            return self._reading_inside(site, described(site.island), columns)
         found = torch.cat(list(columns), 1)
-        sources = found[found != NOBODY].unique()
+        units = found[found != NOBODY].unique()
         numbers, remark = found.amax(1), ""
         if not bool(is_one(found).all()):
             remark = "reads different units by the same synapses"
             if all(bool(is_one(column).all()) for column in columns):
                 remark = f"used {len(columns)} times, on different units"
-            origin = "input" if self.numbers.are_inputs(sources) else "shared"
+            origin = "input" if self.numbers.are_inputs(units) else "shared"
             name = f"positions of {site.name}"
             numbers = self.numbers.once((site.name, "shared"), name, origin, len(numbers)).long()
         if bool((numbers == NOBODY).any()):
             name = f"constants read by {site.name}"
             own = self.numbers.once((site.name, "constant"), name, "constant", len(numbers)).long()
             numbers = torch.where(numbers == NOBODY, own, numbers)
-        signed = next((self._signed[use] for use in site.uses if self._signed[use]), "")
-        return Reading(numbers, signed, remark, sources)
+        signed = next((self._signed[use.node] for use in site.calls if self._signed[use.node]), "")
+        return Reading(numbers, signed, remark, units)
+
+    def _reading_inside(self, site: WeightSite, island: str, columns: Sequence[Tensor]) -> Reading:
+        """Nobody knows what arrives at a weight inside an island, so its positions are units of their own."""
+        is_embedding = site.operator == "embedding"  # whose presynaptic units are tokens, no neurons
+        name = f"{'tokens' if is_embedding else 'positions'} of {site.name}"
+        origin = "input" if is_embedding else "shared"
+        numbers = self.numbers.once((site.name, "island"), name, origin, site.presynaptic_units).long()
+        units = torch.cat([numbers[:, None], *columns], 1).unique()
+        return Reading(numbers, island, f"is in {island}, where units cannot be followed", units[units != NOBODY])
 
 
 _RULES: dict[Kind, Callable[[UnitAnalysis, fx.Node, Operation], Any]] = {
@@ -332,6 +385,35 @@ _RULES: dict[Kind, Callable[[UnitAnalysis, fx.Node, Operation], Any]] = {
     Kind.CONSTANT: lambda analysis, node, call: pytree.tree_map(_nobody, analysis._values[node]),
     Kind.UNKNOWN: lambda analysis, node, call: None,
 }
+
+
+def _source(use: Use) -> Source:
+    """What an operator on a weight reads."""
+    source = use.call.source
+    assert source is not None, f"{use.node} reads several activations"
+    return source
+
+
+def _within(axis: int, rank: int) -> int:
+    """An axis of a tensor; a matrix times a vector has its units on the only axis that there is."""
+    return -1 if axis == -2 and rank == 1 else axis
+
+
+def _placed(numbers: Tensor, axes: Sequence[int], shape: torch.Size) -> Tensor:
+    """Numbers on some axes of a tensor, in the order of the numbers' axes, expanded along the others."""
+    places = [axis % len(shape) for axis in axes]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    sizes = [length if axis in places else 1 for axis, length in enumerate(shape)]
+    return numbers.permute(order).reshape(sizes).expand(shape)
+
+
+def _with_axes(numbers: Tensor, axes: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """Numbers with axes of the given sizes, expanded where they have none or one of length 1."""
+    rank = max(numbers.dim(), *(-axis for axis in axes), *(axis + 1 for axis in axes))
+    shape = [1] * (rank - numbers.dim()) + list(numbers.shape)
+    for axis, size in zip(axes, sizes, strict=True):
+        shape[axis] = size if shape[axis] == 1 else shape[axis]
+    return numbers.expand(shape)
 
 
 def _like(value: Any, numbers: Callable[[Tensor], Tensor]) -> Any:

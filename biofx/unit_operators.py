@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from biofx.capture.islands import is_island, island_path
 from biofx.chain import attribute, callee
 
 
@@ -76,10 +77,14 @@ _LAYOUT = _names(
     "swapdims movedim moveaxis unsqueeze squeeze atleast hstack vstack dstack columnstack chunk split splitwithsizes "
     "tensorsplit unsafechunk unsafesplit unbind narrow select slice indexselect gather takealongdim expand expandas "
     "broadcastto repeat repeatinterleave tile roll flip fliplr flipud rot90 pixelshuffle pixelunshuffle channelshuffle "
-    "nativechannelshuffle pad zeropad constantpad reflectionpad replicationpad circularpad unfold diagonal tril triu"
+    "nativechannelshuffle pad zeropad constantpad constantpadnd reflectionpad replicationpad circularpad unfold "
+    "diagonal tril triu unsafeview index"
 )
 _CONCATENATIONS = _names("cat concat concatenate stack")
-_CASTS = _names("clone contiguous detach data to type typeas float double half bfloat16 cuda cpu identity")
+_CASTS = _names(
+    "clone contiguous detach data to tocopy type typeas float double half bfloat16 cuda cpu identity alias liftfresh "
+    "liftfreshcopy"
+)
 _DROPOUT = _names("dropout featuredropout")
 _NEVER_NEGATIVE = _names("relu relu6 sigmoid hardsigmoid softplus exp abs absolute square softmax softmin sqrt rsqrt")
 _ODD = _names(
@@ -106,7 +111,8 @@ _EXTREMA = _names("maximum minimum fmax fmin where glu pow floatpower")
 _MIXES = _names("matmul bmm mm scaleddotproductattention")
 _CONSTANTS = _names(
     "zeros ones full empty newzeros newones newfull newempty zeroslike oneslike fulllike emptylike arange linspace eye "
-    "shape size dim ndim ndimension numel nelement len device dtype getdevice isfloatingpoint"
+    "shape size dim ndim ndimension numel nelement len device dtype getdevice isfloatingpoint "
+    "symsize symnumel symstride"
 )
 _TAKES_VALUES = _SUMS | _PRODUCTS | _names("maskedfill where nantonum clampmax pad")
 _TAKES_VALUES |= _names("full newfull fulllike arange linspace")
@@ -136,6 +142,8 @@ def operation(node: fx.Node, bio: nn.Module) -> Operation:
     name = str(node.args[1]) if node.target is getattr else callee(node)
     if node.op == "call_module":
         name = type(bio.get_submodule(str(node.target))).__name__
+    if is_island(node):
+        name = type(bio.get_submodule(island_path(node))).__name__
     key, axes = _key(name.rpartition(".")[2])
     kind = _KINDS.get(key, Kind.UNKNOWN) if _is_of_pytorch(node, bio) else Kind.UNKNOWN
     if key in ("max", "min") and len(node.all_input_nodes) > 1:  # of two tensors
@@ -180,6 +188,6 @@ def _changed(node: fx.Node, bio: nn.Module) -> fx.Node | None:
     if node.op == "call_module":
         in_place = bool(getattr(bio.get_submodule(str(node.target)), "inplace", False))
     else:
-        name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+        name = callee(node)
         in_place = node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
     return node.all_input_nodes[0] if in_place and node.all_input_nodes else None

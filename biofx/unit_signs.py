@@ -10,11 +10,11 @@ from torch.utils import _pytree as pytree
 from biofx.chain import attribute
 from biofx.dry_run import UNKNOWN, Values
 from biofx.unit_operators import Kind, Operation, Sign, argument, held_parameter
-from biofx.weight_sites import Operator
+from biofx.weight_paths import Use
 
 
 def signed_by(
-    bio: fx.GraphModule, uses: dict[fx.Node, Operator], operations: dict[fx.Node, Operation], values: Values
+    bio: fx.GraphModule, uses: dict[fx.Node, Use], operations: dict[fx.Node, Operation], values: Values
 ) -> dict[fx.Node, str]:
     """The operator by which what each use of a weight reads can be negative, or an empty string if it cannot.
 
@@ -30,7 +30,8 @@ def signed_by(
     result: dict[fx.Node, str] = {}
     for node in bio.graph.nodes:
         if node in uses:
-            result[node] = signs.found[uses[node].argument(node, 0, "input")]
+            source = uses[node].call.source
+            result[node] = "" if source is None or source.is_tokens else signs.found[source.node]
         signs.found[node] = signs.of(node)
         if node in operations and operations[node].changes is not None:
             signs.found[operations[node].changes] = signs.found[node]
@@ -39,7 +40,7 @@ def signed_by(
 
 class _Signs:
     def __init__(
-        self, bio: fx.GraphModule, uses: dict[fx.Node, Operator], operations: dict[fx.Node, Operation], values: Values
+        self, bio: fx.GraphModule, uses: dict[fx.Node, Use], operations: dict[fx.Node, Operation], values: Values
     ) -> None:
         self.found: dict[Any, str] = {}
         self._bio = bio
@@ -54,7 +55,7 @@ class _Signs:
         if node.op == "get_attr":
             return _sign_of_tensor(attribute(self._bio, str(node.target)))
         if node in self._uses:
-            return f"{self._uses[node].name} without activation"
+            return f"{self._uses[node].call.name} without activation"
         if node.op == "output":
             return ""
         operation = self._operations[node]
@@ -81,8 +82,9 @@ class _Signs:
         return is_power and isinstance(exponent, int | float) and exponent % 2 == 0
 
     def _is_clamped(self, node: fx.Node) -> bool:
-        low = argument(node, self._bio, 1, "min")
-        return self._operations[node].key in ("clamp", "clip", "clampmin") and _is_number(low) and low >= 0
+        low = argument(node, self._bio, 1, "min", "min_val")
+        clamps = self._operations[node].key in ("clamp", "clip", "clampmin", "hardtanh")
+        return clamps and _is_number(low) and low >= 0
 
     def _has_negative_number(self, node: fx.Node) -> bool:
         if not self._operations[node].takes_values:

@@ -33,7 +33,7 @@ class Units:
     Attributes:
         populations: the populations whose units reach a weight; the first is nobody.
         owner: the index in `populations` of each unit, by its number; 0 for numbers that no unit has any more.
-        readings: what each weight reads, by the weight's name.
+        readings: what each weight reads, by the weight's name; only weights with which presynaptic units act are in it.
         scales: the parameters that multiply units on their way to a weight, such as γ of a batch norm.
         sites: the weights.
         activations: the unit numbers that a node carries to a weight, float64, in the shape of its value.
@@ -51,16 +51,18 @@ class Units:
         return (self.owner == index).nonzero().flatten()
 
     def __str__(self) -> str:
-        rows = [self._row(site, self.readings[name]) for name, site in self.sites.items()]
+        rows = [self._row(site, self.readings.get(name)) for name, site in self.sites.items()]
         headers = ["weight", "operator", "positions", "presynaptic units", "activity", "remark"]
         if not any(row[-1] for row in rows):
             headers, rows = headers[:-1], [row[:-1] for row in rows]
         return "\n".join(line.rstrip() for line in tabulate(rows, headers, disable_numparse=True).splitlines())
 
-    def _row(self, site: WeightSite, reading: Reading) -> list[str]:
+    def _row(self, site: WeightSite, reading: Reading | None) -> list[str]:
+        if reading is None:
+            return [site.name, site.operator, "", "", "", site.why_no_source or ""]
         activity = f"any sign ({reading.signed_by})" if reading.signed_by else "≥ 0"
         positions = str(len(reading.numbers))
-        return [site.name, site.operator.name, positions, self.describe(reading.numbers), activity, reading.remark]
+        return [site.name, site.operator, positions, self.describe(reading.numbers), activity, reading.remark]
 
     def describe(self, numbers: Tensor) -> str:
         """Units in words, in the order of their first appearance."""

@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
+from biofx.axes import Axes
+from biofx.capture.islands import described, is_island, island_path
 from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
 from biofx.depth import depths, reaching
+from biofx.island_weights import roles
 from biofx.provenance import Slot, inserted, record_of, transformed
-
-
-@dataclass(frozen=True)
-class Operator:
-    """How a PyTorch operator consumes a weight.
-
-    Attributes:
-        name: the operator's name in tables.
-        presynaptic_axis: axis of the weight that runs over presynaptic units (within one group, if there are groups).
-        postsynaptic_axis: axis of the weight that runs over postsynaptic units.
-        channel_axis: axis of the output that runs over postsynaptic units, counted from the end.
-        groups: position of the number of groups among the arguments, if the operator has groups.
-        weight: position of the weight among the arguments; the bias follows it.
-    """
-
-    name: str
-    presynaptic_axis: int
-    postsynaptic_axis: int
-    channel_axis: int
-    groups: int | None = None
-    weight: int = 1
-
-    def argument(self, node: fx.Node, position: int | None, name: str, default: Any = None) -> Any:
-        """An argument of a call of this operator, given by position or by name."""
-        if position is not None and position < len(node.args):
-            return node.args[position]
-        return node.kwargs.get(name, default)
-
-
-OPERATORS: dict[Callable[..., Any], Operator] = {F.linear: Operator("linear", 1, 0, channel_axis=-1)}
-for _n in (1, 2, 3):
-    OPERATORS[getattr(F, f"conv{_n}d")] = Operator(f"conv{_n}d", 1, 0, channel_axis=-1 - _n, groups=6)
-    OPERATORS[getattr(F, f"conv_transpose{_n}d")] = Operator(
-        f"conv_transpose{_n}d", 0, 1, channel_axis=-1 - _n, groups=6
-    )
-
+from biofx.weight_operators import PRE, why_unfit
+from biofx.weight_paths import Dependence, Use, Uses, follow
 
 NOT_A_SYNAPSE = "one value for each unit, not a synapse"
 
@@ -61,9 +28,9 @@ class WeightSite:
         bio: the transformed model.
         name: the parameter's name in the original model; the first one, if it is tied to others.
         node: the `get_attr` node of the stored parameter.
-        operator: the operator that consumes the weight.
-        groups: number of groups into which the operator divides its units.
-        uses: the calls of the operator, several if the weight is used more than once.
+        calls: the calls of operators that consume it, several if the weight is used more than once.
+        inside: its uses inside of islands, modules whose Python forward is called as it is: there, operators, their
+            inputs, outputs and biases are not in the graph.
         depth: number of weights that a signal passes before this one, on the longest path, over that of the deepest
             weight: from 0 for the first to 1 for the last; 0 if all are first.
         is_output: whether no signal passes another weight after this one.
@@ -72,11 +39,41 @@ class WeightSite:
     bio: fx.GraphModule = field(repr=False)
     name: str
     node: fx.Node
-    operator: Operator
-    groups: int
-    uses: tuple[fx.Node, ...]
+    calls: tuple[Use, ...]
+    inside: tuple[Use, ...]
     depth: float
     is_output: bool
+
+    @property
+    def operator(self) -> str:
+        """Name of the operator that consumes the weight; of all, joined by ", ", if there are several."""
+        return ", ".join(dict.fromkeys(use.call.name for use in self._all))
+
+    @property
+    def _all(self) -> tuple[Use, ...]:
+        return (*self.calls, *self.inside)
+
+    @property
+    def uses(self) -> tuple[fx.Node, ...]:
+        """The calls of the operator and of islands, as nodes."""
+        return tuple(dict.fromkeys(use.node for use in self._all))
+
+    @property
+    def groups(self) -> int:
+        """Number of groups into which the operator divides an axis of units."""
+        return self._all[0].call.groups
+
+    @property
+    def island(self) -> str | None:
+        """Path of the first island inside of which the weight is used, or None; empty for the model itself."""
+        return island_path(self.inside[0].node) if self.inside else None
+
+    @property
+    def why_out_of_reach(self) -> str | None:
+        """Why what all its operators return cannot be had, or None if it can."""
+        if self.island is None:
+            return None
+        return f"it is in {described(self.island)}, so what its operator returns is out of reach"
 
     @property
     def raw(self) -> nn.Parameter:
@@ -89,7 +86,11 @@ class WeightSite:
         return evaluate(self.bio, nodes)
 
     def effective(self) -> Tensor:
-        """The tensor that the operator receives, differentiable in `raw`."""
+        """What takes the parameter's place in the original model, differentiable in `raw`.
+
+        That is what the operator receives, unless the original model itself transposes, casts or scales the parameter
+        on the way.
+        """
         return evaluate(self.bio, self.chain)
 
     @property
@@ -110,7 +111,7 @@ class WeightSite:
     @property
     def is_split(self) -> bool:
         """Whether `raw` has a leading axis of synapses."""
-        return any(origin is not None and origin.slot is Slot.SUM for origin in map(inserted, self.chain))
+        return _is_split(self.chain)
 
     @property
     def shape(self) -> torch.Size:
@@ -118,64 +119,106 @@ class WeightSite:
         return self.raw.shape[1:] if self.is_split else self.raw.shape
 
     @property
-    def presynaptic_axis(self) -> int:
-        """Axis of the weight, as in the original model, that runs over presynaptic units."""
-        return self.operator.presynaptic_axis
+    def axes(self) -> Axes | None:
+        """The axes of the weight, as in the original model, or None if its uses do not agree on them."""
+        first = self._all[0].axes
+        agree = first is not None and all(u.axes is not None and first.agree(u.axes) for u in self._all)
+        return first if agree else None
 
     @property
-    def postsynaptic_axis(self) -> int:
-        """Axis of the weight, as in the original model, that runs over postsynaptic units."""
-        return self.operator.postsynaptic_axis
+    def why_no_axes(self) -> str | None:
+        """Why units cannot be told apart by the axes of the weight, or None if they can."""
+        if self.axes is not None:
+            return None
+        unclear = next((use for use in self._all if use.axes is None), None)
+        if unclear is not None:
+            by = ", ".join(callee(step.node) for step in unclear.path)
+            return f"which of its axes run over units is lost on the way to {unclear.call.name} (by {by})"
+        kinds = dict.fromkeys(f"{use.call.name} ({use.axes})" for use in self._all)
+        return f"shared by operators that want different axes: {', '.join(kinds)}"
+
+    @property
+    def why_no_source(self) -> str | None:
+        """Why its signs are not those with which presynaptic units act, or None if they are."""
+        if self.why_no_axes is not None:
+            return self.why_no_axes
+        is_modulated = any(use.call.roles.count(PRE) > 1 for use in self.inside)
+        if is_modulated or any(use.call.source is None for use in self.calls):
+            return f"{self.operator} multiplies several activations, so no unit acts with the sign of a weight"
+        return next((use.remark for use in self.calls if use.remark), None)
+
+    @property
+    def why_no_output(self) -> str | None:
+        """Why what its operator returns does not have its units on an axis, or None if it has."""
+        if self.why_out_of_reach is not None or self.why_no_axes is not None:
+            return self.why_out_of_reach or self.why_no_axes
+        if any(len(use.call.output_axes) != 1 for use in self.calls):
+            return f"{self.operator} does not return its units on one axis"
+        if any(use.call.units != self.units for use in self.calls):
+            return "each of its uses has a part of its units"
+        return None
+
+    @property
+    def known_axes(self) -> Axes:
+        """The axes of the weight.
+
+        Raises:
+            ValueError: its uses do not agree on them.
+        """
+        if self.axes is None:
+            raise ValueError(f"{self.name}: {self.why_no_axes}")
+        return self.axes
+
+    @property
+    def presynaptic_axis(self) -> int | None:
+        """Axis of the weight, as in the original model, that runs over presynaptic units; None if there is not one."""
+        return _only(None if self.axes is None else self.axes.presynaptic)
+
+    @property
+    def postsynaptic_axis(self) -> int | None:
+        """Axis of the weight, as in the original model, that runs over postsynaptic units; None if there is not one."""
+        return _only(None if self.axes is None else self.axes.postsynaptic)
 
     @property
     def units(self) -> int:
         """Number of postsynaptic units."""
-        # A transposed convolution's weight has its presynaptic units first, and the postsynaptic ones of one group.
-        return self.shape[self.postsynaptic_axis] * (self.groups if self.presynaptic_axis == 0 else 1)
+        return self.known_axes.units
 
     @property
     def presynaptic_units(self) -> int:
         """Number of presynaptic units."""
-        return self.shape[self.presynaptic_axis] * (self.groups if self.presynaptic_axis == 1 else 1)
+        return self.known_axes.presynaptic_units
 
     def spread_presynaptic(self, values: Tensor) -> Tensor:
         """Values of the presynaptic units, shape (presynaptic_units,), on the axes of the weight, to be broadcast."""
-        if self.presynaptic_axis == 1:
-            grouped = values.view(self.groups, 1, -1)
-            if self.groups > 1:
-                grouped = grouped.expand(-1, self.shape[0] // self.groups, -1)
-            values = grouped.flatten(0, 1)
-        return values.reshape(*values.shape, *[1] * (len(self.shape) - values.dim()))
+        return self.known_axes.spread_presynaptic(values)
 
     def outgoing(self, values: Tensor) -> Tensor:
         """Values on the weight, by the presynaptic unit: shape (presynaptic_units, outgoing connections of each)."""
-        if self.presynaptic_axis == 1:
-            values = values.reshape(self.groups, -1, self.shape[1], self.shape[2:].numel()).movedim(2, 1)
-        return values.reshape(self.presynaptic_units, -1)
+        return self.known_axes.outgoing(values)
 
     def incoming(self, values: Tensor) -> Tensor:
         """Values on the weight, by the postsynaptic unit: shape (units, incoming connections of each)."""
-        if self.presynaptic_axis == 0:
-            values = values.reshape(self.groups, -1, self.shape[1], self.shape[2:].numel()).movedim(2, 1)
-        return values.reshape(self.units, -1)
+        return self.known_axes.incoming(values)
 
     def from_incoming(self, rows: Tensor) -> Tensor:
         """Values on the weight, from those of `incoming`."""
-        if self.presynaptic_axis == 0:
-            rows = rows.view(self.groups, self.shape[1], -1, self.shape[2:].numel()).movedim(1, 2)
-        return rows.reshape(self.shape)
+        return self.known_axes.from_incoming(rows)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the postsynaptic units, shape (units,), on the axes of the weight, to be broadcast against it."""
-        if self.presynaptic_axis == 0:
-            grouped = values.view(self.groups, 1, -1).expand(-1, self.shape[0] // self.groups, -1)
-            values = grouped.reshape(self.shape[0], -1)
-        return values.reshape(*values.shape, *[1] * (len(self.shape) - values.dim()))
+        return self.known_axes.spread(values)
+
+    @property
+    def padding(self) -> int | None:
+        """Row of the weight that does not learn, as it stands for no token, or None."""
+        rows = {use.call.padding if use.is_direct else None for use in self._all}
+        return rows.pop() if len(rows) == 1 else None
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """What the uses return to the model: they themselves, or the last of the nodes that passes put behind them."""
-        return tuple(_last_output(use) for use in self.uses)
+        """What the calls return to the model: they themselves, or the last of the nodes that passes put behind them."""
+        return tuple(_last_output(use.node) for use in self.calls)
 
     @property
     def chain(self) -> list[fx.Node]:
@@ -245,82 +288,110 @@ def l1(bio: nn.Module) -> Tensor:
 def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     """The weight sites, and for every other parameter the reason why it is none."""
     nodes = parameter_nodes(bio)
-    ends = {name: chain(node)[-1] for name, node in nodes.items()}
-    uses = {name: _uses(end) for name, end in ends.items()}
-    operators = {user for calls in uses.values() for user, _ in calls}
+    chains = {name: chain(node) for name, node in nodes.items()}
+    depends, unfit = Dependence(bio), {name: why for name, p in bio.named_parameters() if (why := why_unfit(p))}
+    found = {
+        name: follow(bio, links[-1], _shape(bio.get_parameter(name), links), depends)
+        for name, links in chains.items()
+        if name not in unfit
+    }
+    uses = {name: [*f.uses, *f.inside] for name, f in found.items() if f.uses or f.inside}
+    counts = Counter(use.node for f in found.values() for use in f.inside)
+    operators = {use.node: counts.get(use.node, 1) for calls in uses.values() for use in calls}
     before, followed = depths(bio.graph, operators), reaching(bio.graph, operators)
-    depth = {name: max(before[user] for user, _ in calls) for name, calls in uses.items() if calls}
+    place: Counter[fx.Node] = Counter()  # weights of an island stand in the order of its parameters
+    depth: dict[str, int] = {}
+    for name, calls in uses.items():
+        depth[name] = max(before[use.node] + place[use.node] for use in calls)
+        place.update(use.node for use in found[name].inside)
     deepest = max(1, *depth.values(), 0)
     inside = _inside_called_modules(bio)
+    biases = {id(use.call.bias) for calls in uses.values() for use in calls if use.call.bias is not None}
     sites: dict[str, WeightSite] = {}
     others: dict[str, str] = {}
     for name, parameter in bio.named_parameters():
-        reason = _why_no_site(parameter, ends.get(name), uses.get(name, []), inside.get(id(parameter)))
+        is_bias = name in chains and id(chains[name][-1]) in biases
+        unable = inside.get(id(parameter)) or unfit.get(name)
+        reason = _why_no_site(bio, parameter, found.get(name), unable, is_bias)
         if reason is not None:
             others[name] = reason
             continue
-        calls = tuple(user for user, _ in uses[name])
-        operator, groups = _kind(*uses[name][0])
-        is_output = not any(call in followed for call in calls)
-        sites[name] = WeightSite(bio, name, nodes[name], operator, groups, calls, depth[name] / deepest, is_output)
+        calls = uses[name]
+        is_output = not any(use.node in followed for use in calls)
+        sites[name] = WeightSite(
+            bio,
+            name,
+            nodes[name],
+            tuple(found[name].uses),
+            tuple(found[name].inside),
+            depth[name] / deepest,
+            is_output,
+        )
     return sites, others
 
 
-def _uses(weight: fx.Node) -> list[tuple[fx.Node, Operator]]:
-    """The calls of known operators that consume a node as their weight."""
-    result = []
-    for user in weight.users:
-        operator = OPERATORS.get(user.target) if user.op == "call_function" else None  # type: ignore[arg-type]
-        if operator is not None and operator.argument(user, operator.weight, "weight") is weight:
-            result.append((user, operator))
-    return result
+def _shape(parameter: nn.Parameter, links: list[fx.Node]) -> torch.Size:
+    """Shape of a parameter without its axis of synapses."""
+    return parameter.shape[1:] if _is_split(links) else parameter.shape
 
 
-def _kind(use: fx.Node, operator: Operator) -> tuple[Operator, int]:
-    return operator, operator.argument(use, operator.groups, "groups", 1)
+def _is_split(links: list[fx.Node]) -> bool:
+    return any(origin is not None and origin.slot is Slot.SUM for origin in map(inserted, links))
 
 
 def _inside_called_modules(bio: fx.GraphModule) -> dict[int, str]:
-    """For every parameter of a module that the graph calls as it is, by id: which module that is, and why."""
-    kept_whole = record_of(bio).kept_whole
+    """For every parameter of a module that the graph calls as it is, by id: which module that is, and why no site."""
     result: dict[int, str] = {}
+    for path in record_of(bio).islands:
+        island = bio.get_submodule(path)
+        where = f"{path} ({type(island).__name__})" if path else "the model"
+        for parameter, why in roles(island).values():
+            if isinstance(why, str):
+                result.setdefault(id(parameter), f"inside {where}, an island: {why}")
     for path in dict.fromkeys(str(node.target) for node in bio.graph.find_nodes(op="call_module")):
         module = bio.get_submodule(path)
-        reason = kept_whole.get(path, "biofx has no operator for its weights")
         for parameter in module.parameters():
-            result[id(parameter)] = f"inside {path} ({type(module).__name__}), which is called as it is: {reason}"
+            called = f"inside {path} ({type(module).__name__}), which is called as it is"
+            result.setdefault(id(parameter), f"{called}: biofx has no operator for its weights")
     return result
 
 
 def _why_no_site(
-    parameter: nn.Parameter, end: fx.Node | None, uses: list[tuple[fx.Node, Operator]], inside: str | None
+    bio: fx.GraphModule, parameter: nn.Parameter, found: Uses | None, unable: str | None, is_bias: bool
 ) -> str | None:
     """Why a parameter is no weight site, or None if it is one."""
-    if not uses and (parameter.dim() < 2 or (end is not None and _is_bias(end))):
+    has_uses = found is not None and bool(found.uses or found.inside)
+    if not has_uses and (parameter.dim() < 2 or is_bias):
         return NOT_A_SYNAPSE
-    if inside is not None:
-        return inside
-    if end is None:
+    if unable is not None:
+        return unable
+    if found is None:
         return "not used in forward"
-    for user in end.users:
-        if user.op == "call_method" and str(user.target).endswith("_") and not str(user.target).endswith("__"):
-            return f"forward changes it in place, by {user.target}"
-        if user.target is getattr and user.args[1:] == ("data",):
-            return "forward takes its .data, which no graph can follow"
-    kinds = {_kind(*use) for use in uses}
-    if not kinds:
-        users = sorted({callee(user) for user in end.users})
-        return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
-    if len(kinds) > 1:
-        described = sorted(f"{operator.name} with groups={groups}" for operator, groups in kinds)
-        return f"shared by operators that want different axes: {', '.join(described)}"
-    return None
+    for user in found.changes:
+        return f"forward changes it in place, by {_described(bio, user)}"
+    if any(user.target is getattr and user.args[1:] == ("data",) for user in found.readers):
+        return "forward takes its .data, which no graph can follow"
+    final = next((refusal.reason for refusal in found.refusals if refusal.is_final or not has_uses), None)
+    if final is not None:
+        return final
+    if has_uses:
+        return None
+    if max(parameter.shape) == parameter.numel():
+        return NOT_A_SYNAPSE
+    users = sorted({_described(bio, user) for user in found.readers or found.on_path})
+    return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
 
 
-def _is_bias(end: fx.Node) -> bool:
-    """Whether operators take a parameter as their bias; one that was split has two axes."""
-    operators = [(user, OPERATORS.get(user.target)) for user in end.users]  # type: ignore[arg-type]
-    return any(op is not None and op.argument(user, op.weight + 1, "bias") is end for user, op in operators)
+def _described(bio: fx.GraphModule, node: fx.Node) -> str:
+    if is_island(node):
+        return described(island_path(node))
+    if node.op == "call_module":
+        return f"{node.target} ({type(bio.get_submodule(str(node.target))).__name__})"
+    return callee(node)
+
+
+def _only(axes: tuple[int, ...] | None) -> int | None:
+    return axes[0] if axes is not None and len(axes) == 1 else None
 
 
 def _last_output(node: fx.Node) -> fx.Node:

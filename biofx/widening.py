@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.chain import attribute
+from biofx.capture.islands import island_nodes, island_path
+from biofx.chain import attribute, compute
 from biofx.compare import undisturbed
 from biofx.dry_run import UNKNOWN, Values
 from biofx.editor import Owners, replace_parameter
 from biofx.twins import Twins, adjacent, alike, followed, named, named_twins, refitted, resized_axes
 from biofx.unit_operators import Kind, operation
+from biofx.weight_paths import Use
 from biofx.weight_sites import WeightSite
 
 SIZES = ("num_features", "num_channels", "num_parameters", "normalized_shape")  # of modules with a parameter per unit
@@ -85,11 +87,13 @@ def find_widening(
         editable: the names of those that may change.
         values: what its nodes compute, from `dry_run`.
     """
+    opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
     left = {name: "something else reads it as well" for name in editable if _is_shared(bio, sites[name])}
+    left |= {name: reason for name, reason in opaque.items() if name in editable}
     fixed = {name: left.get(name, "it may not change") for name in sites if name not in editable or name in left}
     doubled = frozenset(editable) - left.keys()
     while True:
-        trial = _Trial(bio, sites, doubled, fixed, values)
+        trial = _Trial(bio, sites, doubled, fixed, opaque, values)
         with undisturbed(bio), torch.no_grad():
             bio.eval()
             trial.run()
@@ -99,6 +103,20 @@ def find_widening(
             trial.result.left = left
             return trial.result
         doubled -= left.keys()
+
+
+def _why_opaque(site: WeightSite) -> str | None:
+    """Why it is not told on which axis of its input and of its output an operator has units, or None if it is."""
+    if site.why_no_source is not None or site.why_no_output is not None:
+        return site.why_no_source or site.why_no_output
+    sources = [source for use in site.calls for source in use.call.sources]
+    if any(source.is_tokens for source in sources):
+        return "the units of an embedding stay as they are"
+    if not all(use.is_direct for use in site.calls):
+        return "its operator reads what forward computes from it"
+    if any(len(source.axes) != 1 for source in sources):
+        return f"{site.operator} does not read its units on one axis"
+    return None
 
 
 def _is_shared(bio: fx.GraphModule, site: WeightSite) -> bool:
@@ -161,6 +179,7 @@ class _Trial:
         sites: dict[str, WeightSite],
         doubled: frozenset[str],
         fixed: dict[str, str],
+        opaque: Collection[str],
         values: Values,
     ) -> None:
         self.result = Widening(doubled)
@@ -168,10 +187,17 @@ class _Trial:
         self.read: set[str] = set()
         self._bio = bio
         self._sites = sites
-        self._uses = {use: site for site in sites.values() for use in site.uses}
+        self._uses = {use.node: (site, use) for site in sites.values() for use in site.calls}
         self._fixed = fixed
+        self._opaque = opaque
         self._values = values
         self._states: dict[fx.Node, _State] = {}
+        self._in_islands = {
+            id(tensor)
+            for node in island_nodes(bio.graph)
+            for module in [bio.get_submodule(island_path(node))]
+            for tensor in (*module.parameters(), *module.buffers())
+        }
         self._constant: set[fx.Node] = set()  # what is made of parameters, and of no value that comes in
         self._agreed: dict[str, tuple[Twins | None, frozenset[str]]] = {}
         self._random: dict[int, Tensor] = {}
@@ -194,7 +220,7 @@ class _Trial:
                 self._fail(source.reach, "its units are the model's output")
             return _unchanged(None)
         if node in self._uses:
-            return self._operator(node, self._uses[node])
+            return self._operator(*self._uses[node])
         old = self._old(node)
         state = _unchanged(old)
         if sources and old is UNKNOWN:
@@ -222,36 +248,47 @@ class _Trial:
 
     # --- operators on weights ----------------------------------------------------------------------------------
 
-    def _operator(self, use: fx.Node, site: WeightSite) -> _State:
-        source = self._states[site.operator.argument(use, 0, "input")]
-        own = self.result.doubled & frozenset({site.name})
-        if self._values[use] is UNKNOWN:
-            self._fail(own | source.reach, f"{site.name} needs example_inputs to be tried")
+    def _operator(self, site: WeightSite, use: Use) -> _State:
+        call, own = use.call, self.result.doubled & frozenset({site.name})
+        reach = _reach(state for n in use.node.all_input_nodes if (state := self._states[n]).changed)
+        if self._values[use.node] is UNKNOWN:
+            self._fail(own | reach, f"{site.name} needs example_inputs to be tried")
             return _unchanged(UNKNOWN)
-        old = self._number_like(self._values[use])
-        channel = old.dim() + site.operator.channel_axis
-        twins = source.twins[0] if source.changed else None
-        columns = None
-        if twins is not None and twins.axis < channel and twins.is_uniform:
-            if own:
-                self._fail(own, "it acts on each of many units by itself, and those are doubled")
-            return _wider(old, twins, source.reach)
-        if twins is not None and twins.axis == channel and twins.is_uniform:
-            columns = self._columns(site, twins, source.reach)
-        elif twins is not None:
-            self._fail(source.reach, f"its units are read by {site.name} along other axes than that of units")
+        old = pytree.tree_map_only(Tensor, self._number_like, self._values[use.node])
+        if call.source is None or site.name in self._opaque:
+            self._fail(reach, f"its units are read by {site.name}, and {self._fixed[site.name]}")
+            return _unchanged(old)
+        source, channel = self._states[call.source.node], call.output_axes[0] % old.dim()
+        beside = [n for n in use.node.all_input_nodes if n is not call.source.node and not (own and n is call.bias)]
+        self._fail(_reach(self._states[n] for n in beside), f"its units are read by {site.name} beside its activation")
+        twins, columns = source.twins[0] if source.changed else None, None
+        if twins is not None:
+            axis = call.source.axes[0] % source.old.dim()
+            if twins.is_uniform and twins.axis < axis == channel and call.name != "einsum":
+                if own:
+                    self._fail(own, "it acts on each of many units by itself, and those are doubled")
+                return _wider(old, twins, source.reach)
+            if twins.is_uniform and twins.axis == axis:
+                columns = self._columns(site, twins, source.reach)
+            else:
+                self._fail(source.reach, f"its units are read by {site.name} along other axes than that of units")
         self._agree(site.name, columns, source.reach, site.name)
         if columns is not None:
             self.result.columns[site.name] = columns
             self.read |= source.reach
-        if not own:
-            return _unchanged(old)
-        doubled, bias, reach = adjacent(site.units), site.operator.argument(use, site.operator.weight + 1, "bias"), own
+        return self._doubled(site, use, own, old, channel) if own else _unchanged(old)
+
+    def _doubled(self, site: WeightSite, use: Use, own: frozenset[str], old: Tensor, channel: int) -> _State:
+        """What an operator returns whose postsynaptic units are doubled."""
+        doubled, bias, reach = adjacent(site.units), use.call.bias, own
         if bias is not None:
-            for _ in self._wider_constants(use, [bias], doubled, own):
-                break
+            is_vector = self._states[bias].old.dim() == 1
+            is_on_units = is_vector and (channel == old.dim() - 1 or use.call.name.startswith("conv"))
+            if is_on_units:
+                for _ in self._wider_constants(use.node, [bias], doubled, own):
+                    break
             reach |= self._states[bias].reach
-            if not alike(self._states[bias].twins[0], doubled):
+            if not is_on_units or not alike(self._states[bias].twins[0], doubled):
                 self._fail(reach, "its bias cannot be doubled")
         return _wider(old, doubled.on(channel), reach)
 
@@ -367,6 +404,9 @@ class _Trial:
             if chain[0] not in self._constant or len(sources) != 1:
                 return []
             chain.insert(0, sources[0])
+        held = attribute(self._bio, str(chain[0].target))
+        if not isinstance(held, Tensor) or id(held) in self._in_islands:
+            return []
         readers = {user for n in chain for user in n.users if user in self._states} - {*chain, reader}
         is_wider = any(self._states[n].changed for n in chain)
         return [] if readers or is_wider or str(chain[0].target) in self._sites else chain
@@ -468,9 +508,7 @@ class _Trial:
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))  # it may change them in place
         if node.op == "call_module":
             return self._module(node, twins)(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return compute(self._bio, node, args, kwargs)
 
     def _module(self, node: fx.Node, twins: Twins | None) -> nn.Module:
         """The module that a node calls; one with a parameter for each unit with random ones, and wider if asked."""
@@ -488,7 +526,11 @@ class _Trial:
         return result
 
     def _has_sizes(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and any(s in vars(self._bio.get_submodule(str(node.target))) for s in SIZES)
+        if node.op != "call_module":
+            return False
+        module = self._bio.get_submodule(str(node.target))
+        is_fixed = any(id(tensor) in self._in_islands for tensor in _own_tensors(module).values())
+        return not is_fixed and any(size in vars(module) for size in SIZES)
 
     def _tensors_with_units(self, node: fx.Node) -> dict[str, Tensor]:
         """The parameters and buffers of a module with a parameter for each unit, by name."""
@@ -538,7 +580,7 @@ class _Trial:
             if node.op == "placeholder":
                 return f"input {str(node.target).lstrip('*')}"
             if node in self._uses:
-                return f"those of {self._uses[node].name}"
+                return f"those of {self._uses[node][0].name}"
             sources = [n for n in node.all_input_nodes if n not in self._constant]
             if operation(node, self._bio).kind is Kind.UNKNOWN or not sources:
                 return f"the result of {self._name(node)}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from biofx.balance import balance
+from biofx.capture.islands import described
 from biofx.errors import ArgumentError, PipelineError
 from biofx.model_editor import ModelEditor
 from biofx.options import check_choice, check_number
@@ -64,7 +65,8 @@ class DalesPrinciple(Pass):
     *What can turn a sign over.* A parameter that multiplies units on their way, such as γ of a batch norm, is kept
     from being negative. Where a unit's activity can be negative (tanh, no activation), its *effect* changes sign
     although its weights do not; `summary` says so. A weight that is used on different units would need two signs: its
-    positions get signs of their own.
+    positions get signs of their own. A weight that is not alone between two populations (a sum of two parameters, a
+    product with two activations, an embedding that is tied to an output layer) is left alone.
 
     The reference package gives signs to the rows of a linear weight, which are postsynaptic, and to single kernels of a
     convolution, so no unit ends up excitatory or inhibitory, and its rejuvenation overwrites them.
@@ -134,9 +136,11 @@ class DalesPrinciple(Pass):
 
     def rewrite_model(self, model: ModelEditor) -> None:
         """Assign signs to units, and weights to signs."""
+        chosen = self._chosen(model)
+        if not chosen:
+            return
         units = model.units
         hold_scales(model)
-        chosen = self._chosen(model)
         signs = self._assign(model, {name: units.readings[name] for name in chosen})
         constrained: dict[str, Tensor] = {}
         for name in chosen:
@@ -174,6 +178,13 @@ class DalesPrinciple(Pass):
         chosen = {n: site for n, site in model.sites.items() if any(fnmatch.fnmatch(n, p) for p in patterns)}
         for name in model.sites.keys() - chosen.keys():
             model.edits[name].leave("it is not among the sites that were asked for")
+        for name, site in list(chosen.items()):
+            reason = site.why_no_source
+            if reason is None and site.island is not None and site.presynaptic_units == 1 and 0 < self.excitatory < 1:
+                reason = f"it is in {described(site.island)}, and reads one unit, which is of no one kind"
+            if reason is not None:
+                model.edits[name].leave(reason)
+                del chosen[name]
         return chosen
 
     def _assign(self, model: ModelEditor, readings: Mapping[str, Reading]) -> Tensor:

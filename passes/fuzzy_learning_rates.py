@@ -124,6 +124,9 @@ class FuzzyLearningRates(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Draw the gains of a weight's synapses and hook them to its gradient."""
+        if self.distribution == "activity" and site.why_no_output is not None:
+            edit.leave(site.why_no_output)
+            return
         nu: float | Tensor = self.nu
         if self.distribution == "layer_adaptive":
             nu = layer_adaptive_spread(self.nu, site.depth)
@@ -134,7 +137,7 @@ class FuzzyLearningRates(Pass):
         edit.gain(gain.to(site.raw.device, dtype))
         if self.distribution == "activity":
             counts = edit.state("active", torch.zeros(site.units, device=site.raw.device, dtype=torch.int64))
-            edit.observe(torch.ops.biofx.count_active, site.outputs, site.operator.channel_axis, counts)
+            edit.observe(torch.ops.biofx.count_active, site.outputs, site.calls[0].call.output_axes[0], counts)
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Refresh dynamic gains, every so many steps; gains that are dampened below `minimum` stay."""

@@ -70,4 +70,5 @@ class L1Regularization(Pass):
         """Add the pull to the gradients."""
         for weight in weights:
             towards_zero = -1 if weight.group.get("maximize") else 1
-            weight.gradient.add_(weight.as_gradient(towards_zero * self.strength * weight.slope))
+            pull = weight.without_padding(towards_zero * self.strength * weight.slope)
+            weight.gradient.add_(weight.as_gradient(pull))

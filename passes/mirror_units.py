@@ -98,13 +98,15 @@ class MirrorUnits(Pass):
                 edit.leave(widening.left[name])
                 continue
             edit.replace_raw(mirrored(site, twins, doubled=is_doubled))
-            _set_sizes(model, site)
+            presynaptic = site.presynaptic_units if twins is None else len(twins.source)
+            _set_sizes(model, site, presynaptic, site.units * (2 if is_doubled else 1))
             if not is_doubled:
                 edit.remark(widening.left[name])
         widening.apply(model.bio, model.places)
-        readings = analyse(model.bio, find(model.bio)[0], model.example_inputs).readings
+        sites = find(model.bio)[0]
+        readings = analyse(model.bio, sites, model.example_inputs).readings
         for name, twins in widening.columns.items():
-            constrain(model.edits[name], model.sites[name], twins.sign, readings[name].numbers, "project")
+            constrain(model.edits[name], sites[name], twins.sign, readings[name].numbers, "project")
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Project stored weights on their signs, and scales on what is not negative."""
@@ -119,24 +121,15 @@ def mirrored(site: WeightSite, twins: Twins | None, *, doubled: bool) -> Tensor:
     weight = site.raw.detach()
     if twins is not None:
         connections = site.outgoing(weight)[twins.source.to(weight.device)]
-        weight = _from_outgoing(site, rectify(connections, twins.sign[:, None].to(connections)))
+        wider = site.known_axes.with_presynaptic(len(connections))
+        weight = wider.from_outgoing(rectify(connections, twins.sign[:, None].to(connections)))
     return weight.repeat_interleave(2, site.postsynaptic_axis) if doubled else weight
 
 
-def _from_outgoing(site: WeightSite, connections: Tensor) -> Tensor:
-    """The weight with these outgoing connections, of more presynaptic units than the present one has."""
-    shape = list(site.shape)
-    if site.presynaptic_axis == 1:
-        per_group = (site.groups, -1, shape[0] // site.groups, site.shape[2:].numel())
-        connections = connections.view(per_group).movedim(1, 2)
-    shape[site.presynaptic_axis] = -1
-    return connections.reshape(shape)
-
-
-def _set_sizes(model: ModelEditor, site: WeightSite) -> None:
+def _set_sizes(model: ModelEditor, site: WeightSite, presynaptic: int, units: int) -> None:
     """Let the modules that hold a weight say how many units it has now."""
-    sizes = dict.fromkeys(("in_features", "in_channels"), site.presynaptic_units)
-    sizes |= dict.fromkeys(("out_features", "out_channels"), site.units)
+    sizes = dict.fromkeys(("in_features", "in_channels"), presynaptic)
+    sizes |= dict.fromkeys(("out_features", "out_channels"), units)
     for module, _ in model.places[id(site.raw)]:
         vars(module).update({name: size for name, size in sizes.items() if name in vars(module)})
 

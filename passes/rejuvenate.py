@@ -103,6 +103,7 @@ class Rejuvenate(Pass):
             mask = choose(value, self.dre, generator)
             if sign is not None:
                 mask &= value != 0
+            mask = weight.without_padding(mask)
             new = draw(value, int(mask.sum()), generator).to(value.device, value.dtype)
             if sign is not None:
                 signs = sign.expand_as(value)[mask]

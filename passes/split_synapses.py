@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from biofx.chain import attribute
 from biofx.editor import Editor
 from biofx.options import check_activation, check_choice, check_flag, check_integer
 from biofx.provenance import Slot
@@ -89,12 +90,9 @@ class SplitSynapses(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Store Γ synapses, and sum them on the way to the operator or behind it."""
-        biases = _biases(site) if self.activation is not None else []
-        if biases is None:
-            edit.leave("its operator's bias is computed, or shared with something else, so it cannot be split")
-            return
-        if self.activation is not None and set(site.chain[-1].users) != set(site.uses):
-            edit.leave("something else than its operator reads the weight, so it has no place for an activation")
+        reason = None if self.activation is None else _why_no_activation(site)
+        if reason is not None:
+            edit.leave(reason)
             return
         shares = dirichlet if self.init == "dirichlet" else equal
         edit.replace_raw(split(site.raw, shares(self.synapses, site.raw.shape, edit.generator)))
@@ -102,11 +100,12 @@ class SplitSynapses(Pass):
             edit.insert(torch.sum, 0)
         self._compensate(edit)
         if self.activation is not None:
+            assert site.postsynaptic_axis is not None
             _stack(edit, site.postsynaptic_axis, site.groups)
-            for bias in biases:
+            for bias in _biases(site):
                 self._split_bias(edit.on(bias), site.groups)
-            for use in site.uses:
-                _sum_outputs(edit, use, site, self.synapses, self.activation)
+            for use in site.calls:
+                _sum_outputs(edit, use.node, use.call.output_axes[-1], site.groups, self.synapses, self.activation)
 
     def _split_bias(self, edit: Editor, groups: int) -> None:
         edit.replace_raw((edit.raw / self.synapses).expand(self.synapses, -1))
@@ -137,35 +136,45 @@ def split(weight: Tensor, shares: Tensor) -> Tensor:
     return (weight.double().cpu() * shares).to(weight.device, weight.dtype)
 
 
-def _biases(site: WeightSite) -> list[fx.Node] | None:
-    """The nodes of the biases that go with a weight, or None if one of them cannot be split."""
-    operator = site.operator
-    biases = {bias for use in site.uses if (bias := operator.argument(use, operator.weight + 1, "bias")) is not None}
+def _why_no_activation(site: WeightSite) -> str | None:
+    """Why the synapses of a weight cannot have an activation each, or None if they can."""
+    if site.why_out_of_reach is not None or site.axes is None:
+        return site.why_out_of_reach or site.why_no_axes
+    own = [factor for factor in site.axes.factors if factor.postsynaptic and not factor.is_group]
+    if len(own) != 1 or not all(use.call.output_axes for use in site.calls):
+        return f"{site.operator} does not return its units on one axis"
+    if set(site.chain[-1].users) != set(site.uses):
+        return "something else than its operator reads the weight, so it has no place for an activation"
+    biases = _biases(site)
     readers = {reader for bias in biases for reader in bias.users}
-    if len(biases) > 1 or any(bias.op != "get_attr" for bias in biases) or not readers <= set(site.uses):
-        return None
-    return list(biases)
+    is_plain = all(b.op == "get_attr" and attribute(site.bio, str(b.target)).shape == (site.units,) for b in biases)
+    if len(biases) > 1 or not is_plain or not readers <= set(site.uses):
+        return "its operator's bias is computed, or shared with something else, so it cannot be split"
+    return None
+
+
+def _biases(site: WeightSite) -> list[fx.Node]:
+    """The biases that go with a weight."""
+    return list(dict.fromkeys(use.call.bias for use in site.calls if use.call.bias is not None))
 
 
 def _stack(edit: Editor, axis: int, groups: int) -> None:
     """Lay the synapses side by side on the postsynaptic axis, within each group of units."""
-    if axis == 1:  # transposed convolution: this axis runs over the units of one group
-        edit.insert(torch.movedim, 0, 1)
-        edit.insert(torch.flatten, 1, 2)
-    elif groups == 1:
-        edit.insert(torch.flatten, 0, 1)
-    else:
+    if groups > 1 and axis == 0:
         edit.insert(torch.unflatten, 1, (groups, -1))
         edit.insert(torch.movedim, 0, 1)
         edit.insert(torch.flatten, 0, 2)
+        return
+    if axis > 0:  # in a transposed convolution, this axis runs over the units of one group
+        edit.insert(torch.movedim, 0, axis)
+    edit.insert(torch.flatten, axis, axis + 1)
 
 
-def _sum_outputs(edit: Editor, use: fx.Node, site: WeightSite, synapses: int, activation: Any) -> None:
+def _sum_outputs(edit: Editor, use: fx.Node, axis: int, groups: int, synapses: int, activation: Any) -> None:
     """Behind the wide operator: apply the activation to each synapse's current, and sum over synapses."""
-    channel = site.operator.channel_axis
-    shape = (synapses, -1) if site.groups == 1 else (site.groups, synapses, -1)
-    node = edit.after(use, torch.unflatten, channel, shape)
+    node = edit.after(use, torch.unflatten, axis, (synapses, -1) if groups == 1 else (groups, synapses, -1))
     node = edit.activate(node, activation)
-    node = edit.after(node, torch.sum, channel - 1)
-    if site.groups > 1:
-        edit.after(node, torch.flatten, channel - 1, channel)
+    outer = axis - 1 if axis < 0 else axis + (groups > 1)
+    node = edit.after(node, torch.sum, outer)
+    if groups > 1:
+        edit.after(node, torch.flatten, axis - 1, axis)

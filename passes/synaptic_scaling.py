@@ -97,9 +97,12 @@ class SynapticScaling(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Observe the units' activity, and hook their factor to the gradient."""
-        device = site.raw.device
+        if site.why_no_output is not None:
+            edit.leave(site.why_no_output)
+            return
+        device, (unit_axis,) = site.raw.device, site.calls[0].call.output_axes
         seen = edit.state("seen", torch.zeros(site.units + 1, device=device, dtype=torch.float64))
-        edit.observe(torch.ops.biofx.sum_activity, site.outputs, site.operator.channel_axis, seen)
+        edit.observe(torch.ops.biofx.sum_activity, site.outputs, unit_axis, seen)
         edit.keep("activity", torch.full((site.units,), UNSEEN, device=device, dtype=torch.float64))
         if self.on == "gradient":
             neutral = site.spread(torch.ones(site.units, device=device, dtype=site.raw.dtype))

@@ -136,6 +136,10 @@ def test_every_name_in_the_tables_is_that_of_something():
     """Each key belongs to an operator, a method, an attribute or a module of PyTorch."""
     names = {*dir(torch), *dir(torch.Tensor), *dir(F), *dir(torch.special), *dir(torch.nn), *dir(inspect.builtins)}
     names |= {"shape", "values", "truediv", "floordiv", "getitem"}
+    dispatched = {"_to_copy", "_unsafe_view", "alias", "constant_pad_nd", "index", "lift_fresh", "lift_fresh_copy"}
+    dispatched |= {"sym_numel", "sym_size", "sym_stride"}
+    assert all(hasattr(torch.ops.aten, name) for name in dispatched)
+    names |= dispatched
     keys = set()
     for name in names:
         key = name.lower().replace("_", "")

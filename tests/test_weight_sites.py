@@ -29,7 +29,7 @@ def test_convolutions(kind, grouping):
     site = only_site(layer)
     groups = GROUPS[grouping]
     post, pre = site.postsynaptic_axis, site.presynaptic_axis
-    assert (site.operator.name, site.groups) == (kind, groups)
+    assert (site.operator, site.groups) == (kind, groups)
     # A convolution's weight counts presynaptic units within a group; a transposed one's counts postsynaptic ones so.
     inside, outside = (post, pre) if "transpose" in kind else (pre, post)
     units = {pre: 4, post: 8}
@@ -96,7 +96,7 @@ def test_depth_is_the_longest_path():
 
 
 class Confused(nn.Module):
-    """A parameter that two operators read along different axes, one that none of them knows, and an embedding."""
+    """A parameter that two operators read along different axes, one that none of them knows, and an island."""
 
     def __init__(self):
         super().__init__()
@@ -112,11 +112,10 @@ class Confused(nn.Module):
 
 def test_what_is_no_weight_site_has_a_reason():
     bio = biofx.transform(Confused(), SPLIT)
-    assert list(biofx.weight_sites(bio)) == ["fc.weight"]
+    assert list(biofx.weight_sites(bio)) == ["shared", "fc.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0"]
     text = biofx.summary(bio)
-    assert "shared: shared by operators that want different axes: conv1d with groups=1, conv_transpose1d" in text
     assert "odd: used by cumsum, which biofx does not know as an operator on weights" in text
-    assert "rnn.weight_ih_l0: inside rnn (GRU), which is called as it is: biofx has no operator" in text
+    assert "rnn (GRU): it is called in one piece, as modules of torch.nn are" in text
     assert "not synapses: fc.bias, rnn.bias_ih_l0, rnn.bias_hh_l0" in text
 
 

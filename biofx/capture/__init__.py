@@ -1,21 +1,24 @@
 """Capture: from a module to a graph in which every weight is a node of its own.
 
-Symbolic tracing with four differences from `torch.fx.symbolic_trace`:
+The front end `"symbolic"` is symbolic tracing with four differences from `torch.fx.symbolic_trace`:
 
-- `Linear` and convolutions are traced through, so that the weight becomes a `get_attr` node that feeds a functional
-  operator. Their own forward runs, so padding modes, groups and missing biases come out as PyTorch means them.
+- `Linear`, convolutions, `Bilinear` and embeddings are traced through, so that the weight becomes a `get_attr` node
+  that feeds a functional operator. Their own forward runs, so padding modes, groups and missing biases come out as
+  PyTorch means them. So are weights that `torch.nn.utils.prune` and the like compute (`reparametrized.py`).
 - A constant that depends on `training` keeps following `.train()` and `.eval()` of the module that it is read from
   (`ByMode`).
-- A module whose forward does what a graph does not hold is called as it is (`KeepWhole`): another path in training than
-  in evaluation, `torch.no_grad()`, random numbers that do not depend on the input.
+- A module whose forward cannot be traced, or does what a graph does not hold, is an island: the smallest such module is
+  called as it is, with the weights inside of it rewritten (`islands.py`). So are modules that `torch.nn` calls in one
+  piece, such as recurrent layers. If it comes to that, the whole model is one island.
 - The result keeps the module tree of the model: its classes, attributes, buffers and the order of its state.
+
+With `"module"`, the whole model is one island from the start: all of its Python code stays. For `"export"`, see
+`exported.py`.
 """
 
 from __future__ import annotations
 
 import inspect
-import linecache
-import traceback
 from collections.abc import Collection
 from typing import Any
 
@@ -24,16 +27,14 @@ from torch import fx, nn
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
 from biofx.capture.modes import trace_modes
-from biofx.capture.tracer import KeepWhole, MustBeNone, Trace
-from biofx.errors import ArgumentError, CaptureError
+from biofx.capture.reparametrized import detach_computed_attributes, drop_computing_hooks
+from biofx.capture.tracer import KeepWhole, MustBeNone, Trace, trace_whole
+from biofx.errors import ArgumentError
 from biofx.provenance import RECORD, Record
+from biofx.references import outside
 
-MAKE_SUBMODULE = "Move that part of forward into a submodule of its own, which is then called as it is."
-TRACE_WITHOUT_VALUES = (
-    "Forward is traced once, without values: move what needs them into a function that is registered with "
-    "torch.fx.wrap, which the graph calls as it is; an argument that is no tensor, such as a flag, belongs in a "
-    "wrapper module that passes it."
-)
+REFERS = "refers to one of its other modules in a list or a plain attribute, and cannot be traced"
+AS_ASKED = 'with frontend="module", the model keeps its Python forward'
 
 
 def check(model: Any) -> None:
@@ -73,7 +74,7 @@ def _check_names(model: nn.Module) -> None:
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
-    """Trace a model into a graph module that takes over its module tree.
+    """Trace what can be traced of a model into a graph module that takes over its module tree.
 
     Args:
         model: a checked model (see `check`); its submodules become those of the result.
@@ -84,17 +85,29 @@ def capture(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
         A graph module with the class, tree, state, mode, attributes and hooks of the model.
 
     Raises:
-        CaptureError: forward cannot be traced; names the module and the line.
+        CaptureError: the class of the model does something that the result cannot inherit.
     """
-    trace = _trace_what_can_be(model, _absent(model, example_inputs))
+    return _assembled(model, _trace_what_can_be(model, _absent(model, example_inputs)))
+
+
+def capture_whole(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
+    """A graph module in which the whole model is one island; see `capture`."""
+    return _assembled(model, trace_whole(model, AS_ASKED))
+
+
+def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     for node in trace.graph.find_nodes(op="get_attr"):
         if node.target in trace.constants:
             node.target = f"{RECORD}.{node.target}"
-    bio = captured(model, trace.graph)
+    is_whole = "" in trace.tracer.whole
+    detach_computed_attributes(model)
+    bio = captured(model, trace.graph, is_whole=is_whole)
+    if not is_whole:
+        drop_computing_hooks(bio)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
     record = Record([name for name, _ in model.named_parameters()], trace.constants)
-    record.kept_whole = trace.tracer.whole
+    record.islands = trace.tracer.whole
     bio.add_module(RECORD, record.train(model.training))
     return bio
 
@@ -121,40 +134,21 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _trace_what_can_be(model: nn.Module, absent: Collection[str]) -> Trace:
-    """Trace with the modules kept whole that turn out not to fit into a graph, one more with each attempt."""
+    """Trace with those modules as islands that turn out not to fit into a graph; if need be, the model itself."""
     whole: dict[str, str] = {}
     while True:
         try:
-            return trace_modes(model, absent, whole)
+            trace = trace_modes(model, absent, whole)
+            around = {path: outside(model, path) for path in trace.tracer.whole}
+            grown = {path: f"{inner} in it {REFERS}" for inner, path in around.items() if path is not None}
+            if not grown:
+                return trace
+            raise KeepWhole(grown)
         except KeepWhole as error:
-            path = error.path
-            while path in whole:  # something outside of it made it do that
-                path = path.rpartition(".")[0]
-            if not path:
-                raise CaptureError(_explain(model, error)) from error
-            whole = {inner: reason for inner, reason in whole.items() if not inner.startswith(f"{path}.")}
-            whole[path] = error.reason
-        except Exception as error:
-            raise CaptureError(_explain(model, error)) from error
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    """Say which module and which line stopped the trace, and what to do."""
-    names = {module: name for name, module in model.named_modules()}
-    owner, users_line, any_line = model, "", ""
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        package = frame.f_globals.get("__name__", "")
-        if package.startswith(("torch.fx", "biofx")):
-            continue
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, nn.Module) and candidate in names:
-            owner = candidate
-        file = frame.f_code.co_filename
-        any_line = f"\n  at {file}:{number}: {linecache.getline(file, number).strip()}"
-        if not package.startswith("torch"):
-            users_line = any_line
-    line = users_line or any_line
-    if isinstance(error, KeepWhole):
-        return f"{type(model).__name__} computes something else when traced: {error}{line}\n  {MAKE_SUBMODULE}"
-    described = f'"{names[owner]}" ({type(owner).__name__})' if names[owner] else type(model).__name__
-    return f"{described} cannot be traced: {error}{line}\n  {TRACE_WITHOUT_VALUES}"
+            for path, reason in error.reasons.items():
+                while path in whole:  # something outside of it made it do that
+                    path = path.rpartition(".")[0]
+                if not path:
+                    return trace_whole(model, reason)
+                whole = {inner: why for inner, why in whole.items() if not inner.startswith(f"{path}.")}
+                whole[path] = reason

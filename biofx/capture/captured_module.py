@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
 
+from biofx.capture.islands import ORIGINAL_CLASS, WHOLE, is_running, is_whole, join, leave, list_weights
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record, record_of
 
@@ -21,12 +23,17 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _OVERRIDES = ("train", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state", "_apply")
 
+_FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
+
 _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_GRAPH_MODULES = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES
 RESERVED = frozenset(
-    name for name in {*dir(fx.GraphModule), *_OF_GRAPH_MODULES} - {*dir(nn.Module)} if not name.startswith("__")
+    name
+    for name in {*dir(fx.GraphModule), *_OF_GRAPH_MODULES, WHOLE, ORIGINAL_CLASS, "original_forward"}
+    - {*dir(nn.Module)}
+    if not name.startswith("__")
 )
-"""What a GraphModule has and a module has not: names that a model cannot use for itself."""
+"""What a captured model has and a module has not: names that a model cannot use for itself."""
 
 
 class CapturedModule(fx.GraphModule):
@@ -37,7 +44,26 @@ class CapturedModule(fx.GraphModule):
 
     A plain `torch.fx.GraphModule` forgets when it is copied or pickled: `meta`, the hooks and the attributes of the
     root, which of its buffers are persistent, and the `meta` of nodes. This one does not.
+
+    If the model is one island, its graph calls its original forward.
     """
+
+    @property
+    def whole_model(self) -> CapturedModule:
+        """The model itself, for a graph in which it is one island."""
+        return self
+
+    def original_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the Python forward of a model that is one island, as it was before the capture."""
+        cls = vars(self)[ORIGINAL_CLASS]
+        return cls.forward(_without_record(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
+
+    def recompile(self) -> Any:
+        """Generate the code of forward from the graph."""
+        code = super().recompile()
+        if is_whole(self):
+            type(self).forward = _entered_once(type(self).forward, vars(self)[ORIGINAL_CLASS].forward)
+        return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         copied = _empty(type(self).__name__, _model_class(self))
@@ -68,7 +94,8 @@ class CapturedModule(fx.GraphModule):
     def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]]) -> None:
         # Code is pickled, not the graph; tracing it again yields the same calls in the same order, without their meta.
         attributes, imports, reads, calls = state
-        traced = reduce_graph_module(dict(attributes), imports)
+        vars(self).update(attributes)
+        traced = reduce_graph_module({**attributes, WHOLE: self} if is_whole(self) else dict(attributes), imports)
         assert isinstance(traced, fx.GraphModule)
         others = [node for node in traced.graph.nodes if node.op != "get_attr"]
         origins = [(node, reads.get(str(node.target))) for node in traced.graph.find_nodes(op="get_attr")]
@@ -96,19 +123,62 @@ def _check_pipeline(bio: nn.Module, state_dict: Mapping[str, Any]) -> None:
             raise refuse(f"it has {name}, which no pass keeps here")
 
 
-def captured(model: nn.Module, graph: fx.Graph) -> CapturedModule:
+def captured(model: nn.Module, graph: fx.Graph, *, is_whole: bool = False) -> CapturedModule:
     """A model with a graph for its forward: it shares the submodules, tensors and attributes of `model`.
+
+    Args:
+        model: the model.
+        graph: the graph.
+        is_whole: whether the model is one island, so that the graph calls the model's own forward.
 
     Raises:
         CaptureError: the class of the model does something that the result cannot inherit.
     """
     module = _empty(type(model).__name__, _model_class(model), graph._tracer_cls)
+    _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_whole else {}), graph)
+    _bind_hooks(module, model)
+    return module
+
+
+def released(bio: CapturedModule) -> nn.Module:
+    """A model that is one island, as it was before it was captured: it shares the submodules and tensors of `bio`."""
+    model: nn.Module = object.__new__(vars(bio)[ORIGINAL_CLASS])
+    vars(model).update(_kept(bio))
+    vars(model).pop(ORIGINAL_CLASS)
+    leave(model.modules())
+    list_weights(model)
+    _bind_hooks(model, bio)
+    return model
+
+
+def _kept(model: nn.Module) -> dict[str, Any]:
+    """The attributes of a model that another of its form takes over; registries are its own."""
     kept = {name: value for name, value in vars(model).items() if name not in _OF_GRAPH_MODULES}
-    _fill(module, {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}, graph)
+    return {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}
+
+
+def _bind_hooks(module: nn.Module, model: nn.Module) -> None:
     for owner in module.modules():
         for registry in (getattr(owner, name) for name in REGISTRIES if name.endswith("_hooks")):
             registry.update({key: _bound_to(module, model, hook) for key, hook in registry.items()})
-    return module
+
+
+def _without_record(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
+    """A container in which are the children of the original model only."""
+    shell: nn.Module = object.__new__(container)
+    vars(shell).update(vars(bio))
+    vars(shell)["_modules"] = {name: child for name, child in bio._modules.items() if name != RECORD}
+    return shell
+
+
+def _entered_once(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward with the signature of the original one, which runs if the model calls itself inside of its own."""
+
+    @functools.wraps(original)
+    def enter(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+        return self.original_forward(*args, **kwargs) if is_running(self) else forward(self, *args, **kwargs)
+
+    return enter
 
 
 def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
@@ -151,12 +221,14 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 
 
 def _attributes(module: fx.GraphModule) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name != "_graph"}
+    # A recurrent layer lists its weights, for which a captured one has a property.
+    return {name: value for name, value in vars(module).items() if name not in ("_graph", *_FLAT_WEIGHTS)}
 
 
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:
     vars(module).update(attributes)
     module.graph = graph
+    join(module)
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:

@@ -62,7 +62,7 @@ def _check_same_path(a: Trace, b: Trace) -> None:
     positions = [{node: i for i, node in enumerate(one.graph.nodes)} for one in (a, b)]
     for x, y in itertools.zip_longest(_path_of(a, positions[0]), _path_of(b, positions[1])):
         if x != y:
-            raise KeepWhole((x or y)[0], "its forward takes another path in training than in evaluation mode")
+            raise KeepWhole({(x or y)[0]: "its forward takes another path in training than in evaluation mode"})
 
 
 def _path_of(trace: Trace, positions: dict[fx.Node, int]) -> Iterator[tuple[Any, ...]]:

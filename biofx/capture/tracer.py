@@ -5,24 +5,41 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import linecache
 import random
 import re
+import sys
+import textwrap
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.fx.graph import CodeGen
 
+from biofx.capture import islands
 from biofx.capture.captured_module import HOOKS
+from biofx.capture.reparametrized import (
+    TRACED_THROUGH,
+    has_other_hooks,
+    is_learned,
+    original_class,
+    with_computing_hooks,
+)
 from biofx.errors import ArgumentError
+from biofx.island_weights import weights
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 BLOCKS: tuple[type, ...] = (
     torch.no_grad,
     torch.enable_grad,
@@ -30,6 +47,10 @@ BLOCKS: tuple[type, ...] = (
     torch.inference_mode,
     torch.autocast,
 )
+
+_PLAIN_DICTS = ("builtins", "collections", "torch.fx.immutable_collections")  # where their classes are from
+VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+ONE_PIECE = "it is called in one piece, as modules of torch.nn are"
 
 _LOCK = threading.RLock()  # tracing patches torch.nn.Module itself
 
@@ -58,18 +79,50 @@ class MustBeNone(StandIn):
         return self.argument
 
 
-class KeepWhole(Exception):  # noqa: N818 - a finding, on which capture acts
-    """A module does what a graph does not hold, so that it has to be called as it is.
+class KeepWhole(BaseException):  # a finding, on which capture acts; no `except Exception` in a forward may catch it
+    """Modules do what a graph does not hold, so that they have to be called as they are.
 
     Attributes:
-        path: the module whose forward does it; empty for the model itself.
-        reason: what it does, a sentence about "it".
+        reasons: what each does, a sentence about "it", by the path of the module; empty for the model itself.
     """
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(reason)
-        self.path = path
-        self.reason = reason
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__("; ".join(reasons.values()))
+        self.reasons = reasons
+
+
+class Value(fx.Proxy):
+    """A proxy that notices if a forward asks for its type: the answer for the value would be another one."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What `isinstance` looks at, if the type itself is not the one asked for."""
+        if _asks_for_type(sys._getframe(1)):
+            raise TypeError("isinstance(...) is asked about a value, which tracing does not have")
+        return type(self)
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return ValueAttribute(self, name)
+
+
+class ValueAttribute(Value, fx.proxy.Attribute):
+    """An attribute of a value."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        fx.proxy.Attribute.__init__(self, root, attr)
+
+
+_MAY_ASK = {"torch", "biofx", *sys.stdlib_module_names}
+
+
+def _asks_for_type(frame: FrameType) -> bool:
+    """Whether a line of a forward calls `isinstance`; functions of PyTorch that are written in C look at types, too."""
+    if "isinstance" not in frame.f_code.co_names:
+        return False
+    if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _MAY_ASK:
+        return False
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return "isinstance" in line or not line
 
 
 class KeywordOnly(CodeGen):
@@ -95,6 +148,7 @@ class Tracer(fx.Tracer):
 
     Attributes:
         whole: the modules that are called as they are although their class could be traced, each with the reason.
+        found: those that turned out not to fit into a graph in this trace, which is of no use then.
         refusals: what refuses the optional arguments that were traced as None, by the name of the child to be.
         steps: what happened in order, as (path of the module whose forward runs, kind, what).
         reads: the modules whose `training` was read, by the path of the module whose forward did.
@@ -105,7 +159,8 @@ class Tracer(fx.Tracer):
     def __init__(self, absent: Collection[str] = (), whole: dict[str, str] | None = None) -> None:
         super().__init__()
         self._absent = absent  # optional arguments to trace as None
-        self.whole = {} if whole is None else whole
+        self.whole = dict(whole or {})
+        self.found: dict[str, str] = {}
         self.refusals: dict[str, MustBeNone] = {}
         self.steps: list[tuple[str, str, Any]] = []
         self.reads: dict[str, list[str]] = {}
@@ -118,7 +173,9 @@ class Tracer(fx.Tracer):
             self._thread = threading.get_ident()
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
-            graph = super().trace(root, concrete_args)
+            self._states = torch.get_rng_state(), random.getstate()
+            with _recorded_operators(self):
+                graph = super().trace(root, concrete_args)
             self._check_random()
         for node in graph.nodes:
             node.type = None  # annotations that are strings, as they are today, cannot be pickled with the code
@@ -129,11 +186,16 @@ class Tracer(fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
     ) -> tuple[Any, list[Any]]:
         """Give forward None for an optional argument that nobody passes, and refuse it in calls of the graph."""
+        inner = inspect.unwrap(root_fn)
+        if inner is not root_fn and (inner.__code__.co_flags & VARIADIC or inner.__code__.co_kwonlyargcount):
+            raise KeepWhole({"": "its forward is wrapped by a decorator, so its arguments cannot be told apart"})
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = inspect.signature(root_fn).parameters.values()
         keyword_only = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         if keyword_only:
             self.graph.set_codegen(KeywordOnly(keyword_only))
+        if is_module:
+            function = with_computing_hooks(self.root, function)
         for index, arg in enumerate(args):
             name = str(arg.node.target) if isinstance(arg, fx.Proxy) else None
             if name is not None and name in self._absent:
@@ -147,10 +209,16 @@ class Tracer(fx.Tracer):
         """Modules that stay one node: those of torch.nn without synapses, and those that have to be kept whole."""
         reason = why_kept_whole(m)
         if reason is not None:
-            self.whole[module_qualified_name] = reason
+            self.whole.setdefault(module_qualified_name, reason)
         if module_qualified_name in self.whole or isinstance(m, StandIn):
             return True
-        return super().is_leaf_module(m, module_qualified_name) and not _is_weight_module(m)
+        if _is_weight_module(m) or isinstance(m, TRACED_THROUGH):
+            return False
+        of_torch = original_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        is_leaf = of_torch and not isinstance(m, nn.Sequential)
+        if is_leaf and weights(m):
+            self.whole[module_qualified_name] = ONE_PIECE
+        return is_leaf
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -161,24 +229,58 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        if isinstance(m, TRANSPOSED) and any(size is not None for size in (*args[1:], kwargs.get("output_size"))):
-            raise KeepWhole(path, "it is given an output_size, which depends on the shape of its input")
         self._check_random()
         self.steps.append((self._running[-1], "enter", path))
         self._running.append(path)
-        result = super().call_module(m, forward, args, kwargs)
-        self._check_random()
+        stack = dict(self.module_stack)
+        try:
+            if isinstance(m, TRANSPOSED) and any(size is not None for size in (*args[1:], kwargs.get("output_size"))):
+                raise KeepWhole({path: "it is given an output_size, which depends on the shape of its input"})
+            result = super().call_module(m, forward, args, kwargs)
+            self._check_random()
+        except (Exception, KeepWhole) as error:
+            if isinstance(error, KeepWhole) and path not in error.reasons:
+                raise
+            # This trace is lost; it goes on, to find the others at once.
+            self._note(path, error)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self._running.pop()
         self.steps.append((path, "exit", fx.node.map_aggregate(result, _node_of)))
-        self._running.pop()
         return result
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **others: Any) -> Any:
+        """A call of a module, which is one of an island if there are weights inside."""
+        if kind == "call_module" and target in self.whole:
+            module = self.root.get_submodule(target)
+            inside: dict[str, Any] = dict(weights(module))
+            if inside:
+                kind, target, args, kwargs = "call_function", islands.call_island, (module, inside, args, kwargs), {}
+        return super().create_proxy(kind, target, args, kwargs, *more, **others)
+
+    def _note(self, path: str, error: BaseException) -> None:
+        """Note that a module does not fit into a graph, and undo what its forward did to the state of the process."""
+        self.whole[path] = error.reasons[path] if isinstance(error, KeepWhole) else describe(error)
+        if not any(inner.startswith(f"{path}.") for inner in self.found):  # else it may have failed because of those
+            self.found[path] = self.whole[path]
+        torch._C._set_grad_enabled(self._gradients[0])
+        torch.set_rng_state(self._states[0])
+        random.setstate(self._states[1])
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A value that nobody knows yet."""
+        return Value(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Note the node, after a look at the state that the graph does not hold."""
         if self._blocks:
             path, block = self._blocks[0]
-            raise KeepWhole(path, f"its forward uses torch.{block}, which a graph does not hold")
+            raise KeepWhole({path: f"its forward uses torch.{block}, which a graph does not hold"})
         if _gradient_mode() != self._gradients:
-            raise KeepWhole(self._running[-1], "its forward switches gradients on or off, which a graph does not hold")
+            reason = "its forward switches gradients on or off, which a graph does not hold"
+            raise KeepWhole({self._running[-1]: reason})
         node = super().create_node(*args, **kwargs)
         self.steps.append((self._running[-1], "node", node))
         return node
@@ -193,12 +295,23 @@ class Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
-        """Take constants that live in the module tree from there, not as copies."""
+        """Take constants and modules that live in the module tree from there, not as copies."""
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
         if isinstance(a, torch.Tensor):
             if id(a) in self._names:
                 return self.create_node("get_attr", self._names[id(a)], (), {})
             self._check_random()
+        if isinstance(a, dict) and not isinstance(a, fx.Proxy) and type(a).__module__ not in _PLAIN_DICTS:
+            return self._create_dict_of_class(a)
         return super().create_arg(a)
+
+    def _create_dict_of_class(self, a: Any) -> Any:
+        """A dictionary with a class of its own, such as those that models of transformers return, keeps it."""
+        if not is_dataclass(a):
+            raise TypeError(f"a dictionary of class {type(a).__name__} cannot be part of a graph")
+        values = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
+        return self.create_node("call_function", type(a), (), values)
 
     def note_read(self, module: nn.Module) -> None:
         """The forward that runs now has read `module.training`."""
@@ -218,7 +331,7 @@ class Tracer(fx.Tracer):
 
     def _check_random(self) -> None:
         if _random_state() != self._random:
-            raise KeepWhole(self._running[-1], "its forward draws random numbers that do not depend on its input")
+            raise KeepWhole({self._running[-1]: "its forward draws random numbers that do not depend on its input"})
 
 
 @dataclass(frozen=True)
@@ -243,30 +356,78 @@ def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], eval
         KeepWhole: a module does what a graph does not hold.
     """
     tracer, in_evaluation = Tracer(absent, whole), set(evaluating)
-    with _LOCK, _unchanged(model), _watched_by(tracer):
+    with watched(model, tracer):
         for module in model.modules():
             module.training = module not in in_evaluation
         before = {path: dict(vars(module)) for path, module in model.named_modules()}
-        graph = tracer.trace(model)
-        _check_attributes(model, before)
+        try:
+            graph = tracer.trace(model)
+        except (Exception, KeepWhole) as error:
+            reasons = error.reasons if isinstance(error, KeepWhole) else {"": describe(error)}
+            raise KeepWhole(tracer.found or reasons) from error
+        if tracer.found:
+            raise KeepWhole(tracer.found)
+        changed = changed_attribute(model, before)
+        if changed is not None:
+            raise KeepWhole({changed[0]: f"its forward changes the attribute {changed[1]}, which a graph does not do"})
         made = vars(model).keys() - before[""].keys()
         read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
         constants = {name: vars(model)[name] for name in read if name in made}
     return Trace(graph, constants, tracer)
 
 
-def _check_attributes(model: nn.Module, before: dict[str, dict[str, Any]]) -> None:
-    """Find a counter or a flag that forward changes: the next call would read another value."""
-    for path, module in model.named_modules():
-        for name, value in before.get(path, {}).items():
-            now = vars(module).get(name)
-            if isinstance(value, int | float | str) and isinstance(now, int | float | str) and now != value:
-                raise KeepWhole(path, f"its forward changes the attribute {name}, which a graph does not do")
+def trace_whole(model: nn.Module, reason: str) -> Trace:
+    """A graph in which the model is one island: it runs no forward, and takes all arguments as they come."""
+    tracer = Tracer(whole={"": reason})
+    graph = fx.Graph(tracer_cls=Tracer)
+    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    inside = weights(model)
+    stored = {name: graph.get_attr(name) for name in dict.fromkeys(names[id(p)] for p in inside.values())}
+    ends = {name: stored[names[id(parameter)]] for name, parameter in inside.items()}
+    module = graph.get_attr(islands.WHOLE)
+    graph.output(graph.call_function(islands.call_island, (module, ends, args, kwargs)))
+    return Trace(graph, {}, tracer)
+
+
+class Watcher(Protocol):
+    """What is told what forward does while it is traced."""
+
+    def note_read(self, module: nn.Module) -> None:
+        """It has read `module.training`."""
+
+    def enter_block(self, block: Any) -> None:
+        """It has entered one of `BLOCKS`."""
+
+    def exit_block(self, block: Any) -> None:
+        """It has left the block."""
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what tracing stores in the modules, and its random draws: proxies mean nothing afterwards."""
+def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Trace a model inside of the block: it stays as it is, and the watcher is told what its forward does."""
+    with _LOCK, torch.set_grad_enabled(torch.is_grad_enabled()), unchanged(model), _watched_by(watcher):
+        yield
+
+
+def changed_attribute(model: nn.Module, before: dict[str, dict[str, Any]]) -> tuple[str, str] | None:
+    """A counter or a flag that forward has changed, so that the next call would read another value: its module, name.
+
+    Args:
+        model: the model.
+        before: the attributes of its modules before forward, by their paths.
+    """
+    for path, module in model.named_modules():
+        for name, now in vars(module).items():
+            value = before.get(path, {}).get(name, getattr(type(module), name, None))
+            if isinstance(value, int | float | str) and isinstance(now, int | float | str) and now != value:
+                return path, name
+    return None
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace."""
     saved = [(vars(m), dict(vars(m)), _contents(vars(m))) for m in model.modules()]
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
@@ -288,11 +449,11 @@ def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _watched_by(tracer: Tracer) -> Iterator[None]:
-    """Tell a tracer when forward reads `training` or enters and leaves a block that a graph does not hold."""
+def _watched_by(watcher: Watcher) -> Iterator[None]:
+    """Tell a watcher when forward reads `training` or enters and leaves a block that a graph does not hold."""
 
     def read(module: nn.Module) -> bool:
-        tracer.note_read(module)
+        watcher.note_read(module)
         return bool(vars(module)["training"])
 
     def write(module: nn.Module, mode: bool) -> None:
@@ -308,8 +469,8 @@ def _watched_by(tracer: Tracer) -> Iterator[None]:
     # A property of the class goes before the attribute of the instance.
     patches: dict[tuple[type, str], Any] = {(nn.Module, "training"): property(read, write)}
     for block in BLOCKS:
-        patches[block, "__enter__"] = noted(tracer.enter_block, vars(block)["__enter__"])
-        patches[block, "__exit__"] = noted(tracer.exit_block, vars(block)["__exit__"])
+        patches[block, "__enter__"] = noted(watcher.enter_block, vars(block)["__enter__"])
+        patches[block, "__exit__"] = noted(watcher.exit_block, vars(block)["__exit__"])
     originals = {(cls, name): vars(cls).get(name) for cls, name in patches}
     try:
         for (cls, name), value in patches.items():
@@ -321,6 +482,60 @@ def _watched_by(tracer: Tracer) -> Iterator[None]:
                 type.__delattr__(cls, name)
             else:
                 type.__setattr__(cls, name, value)
+
+
+@contextmanager
+def _recorded_operators(tracer: Tracer) -> Iterator[None]:
+    """Let every call of a dispatcher operator become a node, also one without a tensor: a graph of `torch.export`.
+
+    On their own, operators notice a proxy in the place of a tensor, but not in that of a size.
+    """
+    original = OpOverload.__call__
+    thread = threading.get_ident()
+
+    def call(operator: OpOverload, /, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(operator, *args, **kwargs)
+        return tracer.create_proxy("call_function", operator, args, kwargs)
+
+    OpOverload.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        OpOverload.__call__ = original  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of code that an error passed through.
+
+    Attributes:
+        module: the module that it is in.
+        file: its file.
+        number: its number there.
+        text: the line.
+    """
+
+    module: str
+    file: str
+    number: int
+    text: str
+
+
+def lines_of(error: BaseException) -> Iterator[Line]:
+    """The lines that an error passed through, the innermost last."""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        yield Line(str(frame.f_globals.get("__name__", "")), file, number, linecache.getline(file, number).strip())
+
+
+def describe(error: BaseException) -> str:
+    """Why a forward cannot be traced, with the line that stopped it: the user's, if there is one."""
+    lines = [line for line in lines_of(error) if not line.module.startswith(("torch.fx", "biofx"))]
+    of_user = [line for line in lines if not line.module.startswith("torch")]
+    where = "".join(f" at {Path(line.file).name}:{line.number}, {line.text!r}" for line in (of_user or lines)[-1:])
+    message = " ".join(str(error).split()) or type(error).__name__
+    return f"its forward cannot be traced{where}: {textwrap.shorten(message, 120)}"
 
 
 def _node_of(value: Any) -> Any:
@@ -350,12 +565,12 @@ def unused_name(module: nn.Module, name: str) -> str:
 
 
 def _is_weight_module(module: nn.Module) -> bool:
-    return isinstance(module, WEIGHT_MODULES) and isinstance(module._parameters.get("weight"), nn.Parameter)
+    return isinstance(module, WEIGHT_MODULES) and is_learned(module, "weight")
 
 
 def why_kept_whole(module: nn.Module) -> str | None:
     """Why a module has to be called as it is, or None if its forward may be traced through."""
-    if any(getattr(module, registry) for registry in HOOKS):
+    if has_other_hooks(module, HOOKS):
         return "it has hooks, which only run when the module itself is called"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"

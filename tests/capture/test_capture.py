@@ -5,6 +5,7 @@ import functools
 import io
 import math
 import random
+import re
 import threading
 
 import pytest
@@ -127,16 +128,16 @@ def assert_same_in_both_modes(bio, model, x):
         assert same(bio(x), expected)
 
 
-def kept_whole(bio):
-    return bio.biofx.kept_whole
+def islands(bio):
+    return bio.biofx.islands
 
 
 def test_the_smallest_module_that_takes_another_path_in_training_is_called_as_it_is():
     model, x = nn.Sequential(Residual(), TwoPaths(), nn.Linear(4, 4)), torch.randn(8, 4)
     bio = biofx.transform(model, NEUTRAL)
     reason = "its forward takes another path in training than in evaluation mode"
-    assert kept_whole(bio) == {"0.drop": reason, "1": reason}
-    assert list(biofx.weight_sites(bio)) == ["0.fc.weight", "2.weight"]
+    assert islands(bio) == {"0.drop": reason, "1": reason}
+    assert list(biofx.weight_sites(bio)) == ["0.fc.weight", "1.fc.weight", "1.auxiliary.weight", "2.weight"]
     assert_same_in_both_modes(bio, model, x)
     assert_same_in_both_modes(biofx.transform(biofx.fold(bio), NEUTRAL), model, x)
     assert "training" not in vars(nn.Module)
@@ -156,14 +157,16 @@ def test_a_module_that_returns_another_value_in_training_is_called_as_it_is():
             return self.either(self.a(x), self.b(x))
 
     bio = biofx.transform(Model(), NEUTRAL)
-    assert list(kept_whole(bio)) == ["either"]
+    assert list(islands(bio)) == ["either"]
     assert list(biofx.weight_sites(bio)) == ["a.weight", "b.weight"]
 
 
-def test_a_model_that_takes_another_path_in_training_is_refused():
-    with pytest.raises(biofx.CaptureError, match="TwoPaths computes something else.*another path in training") as error:
-        biofx.transform(TwoPaths(), NEUTRAL)
-    assert "Move that part of forward into a submodule of its own" in str(error.value)
+def test_a_model_that_takes_another_path_in_training_is_one_island():
+    model, x = TwoPaths(), torch.randn(8, 4)
+    bio = biofx.transform(model, NEUTRAL)
+    assert islands(bio) == {"": "its forward takes another path in training than in evaluation mode"}
+    assert list(biofx.weight_sites(bio)) == ["fc.weight", "auxiliary.weight"]
+    assert_same_in_both_modes(bio, model, x)
 
 
 class Parent(nn.Module):
@@ -268,18 +271,27 @@ def test_a_module_that_switches_gradients_or_precision_is_called_as_it_is(kind):
     enter = torch.no_grad.__enter__
     bio = biofx.transform(model, NEUTRAL)
     assert torch.no_grad.__enter__ is enter
-    assert list(kept_whole(bio)) == ["1"]
-    assert "which a graph does not hold" in kept_whole(bio)["1"]
+    assert list(islands(bio)) == ["1"]
+    assert "which a graph does not hold" in islands(bio)["1"]
     x = torch.randn(2, 3, requires_grad=True)
     assert bio(x).requires_grad == model(x).requires_grad
 
 
-def test_a_model_that_switches_gradients_is_refused_with_the_line():
-    with pytest.raises(biofx.CaptureError, match="Frozen computes.*uses torch.no_grad, which a graph") as error:
-        biofx.transform(Frozen(torch.no_grad), NEUTRAL)
-    assert "return self.fc(x)" in str(error.value)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_model_that_switches_gradients_is_one_island(kind):
+    model, x = BLOCKS[kind](), torch.randn(2, 3, requires_grad=True)
+    if kind == "switch":
+        model.fc = nn.Linear(3, 3)  # a model needs a weight
+    bio = biofx.transform(model, NEUTRAL)
+    assert list(islands(bio)) == [""]
+    assert "which a graph does not hold" in islands(bio)[""]
+    assert bio(x).requires_grad == model(x).requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_a_transform_without_gradients_makes_no_islands():
     with torch.no_grad():
-        assert not kept_whole(biofx.transform(nn.Sequential(nn.Linear(3, 3)), NEUTRAL))
+        assert not islands(biofx.transform(nn.Sequential(nn.Linear(3, 3)), NEUTRAL))
 
 
 class Noise(nn.Module):
@@ -298,15 +310,17 @@ def test_a_module_that_draws_random_numbers_is_called_as_it_is(draw):
     bio = biofx.transform(model, NEUTRAL)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert kept_whole(bio) == {"1": "its forward draws random numbers that do not depend on its input"}
+    assert islands(bio) == {"1": "its forward draws random numbers that do not depend on its input"}
     x = torch.randn(2, 3)
     assert not same(bio(x), bio(x))
 
 
-def test_a_model_that_draws_random_numbers_is_refused_with_the_line():
-    with pytest.raises(biofx.CaptureError, match="draws random numbers that do not depend on its input") as error:
-        biofx.transform(Noise(lambda: torch.randn(3)), NEUTRAL)
-    assert "return x + self.draw()" in str(error.value)
+def test_a_model_that_draws_random_numbers_is_one_island():
+    model = Noise(lambda: torch.randn(3))
+    model.fc = nn.Linear(3, 3)
+    bio, x = biofx.transform(model, NEUTRAL), torch.randn(2, 3)
+    assert islands(bio) == {"": "its forward draws random numbers that do not depend on its input"}
+    assert not same(bio(x), bio(x))
 
 
 def test_a_module_that_counts_is_called_as_it_is():
@@ -321,7 +335,7 @@ def test_a_module_that_counts_is_called_as_it_is():
 
     model, x = nn.Sequential(nn.Linear(3, 3), Counter()), torch.ones(1, 3)
     bio = biofx.transform(model, NEUTRAL)
-    assert kept_whole(bio) == {"1": "its forward changes the attribute calls, which a graph does not do"}
+    assert islands(bio) == {"1": "its forward changes the attribute calls, which a graph does not do"}
     assert all(same(bio(x), model(x)) for _ in range(3))
 
 
@@ -335,7 +349,7 @@ def test_a_forward_that_changes_the_mode_of_a_child_is_called_as_it_is():
             self.norm.eval()
             return self.norm(x)
 
-    assert list(kept_whole(biofx.transform(nn.Sequential(nn.Linear(3, 3), Freezing()), NEUTRAL))) == ["1"]
+    assert list(islands(biofx.transform(nn.Sequential(nn.Linear(3, 3), Freezing()), NEUTRAL))) == ["1"]
 
 
 @pytest.mark.parametrize("by_keyword", [True, False])
@@ -352,8 +366,12 @@ def test_a_transposed_convolution_with_an_output_size_is_called_as_it_is(by_keyw
     model, x = Up(), torch.randn(2, 1, 8)
     bio = biofx.transform(model, NEUTRAL)
     assert same(bio(x), model(x))
-    assert list(biofx.weight_sites(bio)) == ["down.weight"]
-    assert "output_size" in kept_whole(bio)["up"]
+    sites = biofx.weight_sites(bio)
+    assert [(site.operator, site.island) for site in sites.values()] == [
+        ("conv1d", None),
+        ("conv_transpose1d", "up"),
+    ]
+    assert "output_size" in islands(bio)["up"]
 
 
 def test_a_reused_module_and_a_tied_weight_are_one_weight_each():
@@ -386,9 +404,9 @@ def test_hooks_run_when_the_model_runs():
     x = torch.randn(2, 3)
     assert same(bio(x), model(x))
     assert seen == ["b", "c", "root"] * 2
-    assert list(biofx.weight_sites(bio)) == ["a.weight"]
-    assert "b.weight: inside b (Linear), which is called as it is: it has hooks" in biofx.summary(bio)
-    assert "c.0.weight: inside c (Sequential), which is called as it is: it has hooks" in biofx.summary(bio)
+    assert list(biofx.weight_sites(bio)) == ["a.weight", "b.weight", "c.0.weight"]
+    assert "  b (Linear): it has hooks, which only run when the module itself is called" in biofx.summary(bio)
+    assert "  c (Sequential): it has hooks, which only run" in biofx.summary(bio)
 
 
 def test_a_forward_that_was_replaced_on_the_instance_is_called():
@@ -397,7 +415,7 @@ def test_a_forward_that_was_replaced_on_the_instance_is_called():
     bio = biofx.transform(model, NEUTRAL)
     x = torch.randn(2, 3)
     assert same(bio(x), model(x))
-    assert "0 (Linear), which is called as it is: its forward was replaced" in biofx.summary(bio)
+    assert "  0 (Linear): its forward was replaced on the instance" in biofx.summary(bio)
 
 
 class Configured(nn.Module):
@@ -484,16 +502,15 @@ class Branch(nn.Module):
         return self.fc(x) if x.sum() > 0 else x
 
 
-def test_a_model_that_cannot_be_traced_names_module_and_line():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(Branch()))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(biofx.CaptureError) as error:
-        biofx.transform(model, NEUTRAL)
-    assert '"1.0" (Branch) cannot be traced' in str(error.value)
-    assert "test_capture.py" in str(error.value)
-    assert "if x.sum() > 0 else x" in str(error.value)
-    assert "torch.fx.wrap" in str(error.value)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+def test_a_module_that_cannot_be_traced_is_an_island_with_the_line_that_says_why():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Sequential(Branch())), torch.randn(2, 3)
+    bio = biofx.transform(model, NEUTRAL)
+    assert list(islands(bio)) == ["1.0"]
+    reason = islands(bio)["1.0"]
+    assert re.search(r"cannot be traced at test_capture.py:\d+, 'return self.fc\(x\) if x.sum\(\) > 0 else x'", reason)
+    assert "control flow" in reason
+    assert f"1.0 (Branch): {reason}" in biofx.summary(bio)
+    assert all(same(bio(y), model(y)) for y in (x, -x))
 
 
 @torch.fx.wrap

@@ -18,8 +18,9 @@ def signs_of_units(bio, example_inputs=None):
     plain = biofx.fold(bio)
     units = biofx.units(plain, example_inputs)
     found = {}
-    for name, site in units.sites.items():
-        for unit, weights in zip(units.readings[name].numbers.tolist(), site.outgoing(site.effective()), strict=True):
+    for name, reading in units.readings.items():
+        site = units.sites[name]
+        for unit, weights in zip(reading.numbers.tolist(), site.outgoing(site.effective()), strict=True):
             kinds = set(weights.detach().sign().unique().tolist()) - {0.0}
             found.setdefault(unit, set()).update(kinds)
     inputs = {i for i, p in enumerate(units.populations) if p.origin == "input"}

@@ -15,6 +15,7 @@ from conftest import gradients, loss, tensors
 from models.architectures import ARCHITECTURES
 from models.convolutional import DenseNet, ResNet, channel_shuffle
 from models.small import CONVOLUTIONS, GROUPS, ConvNet, Residual, Reused, mlp
+from models.weights import KINDS, MODELS, PATHS, Layer, Network
 
 DOUBLED = {  # whose units are doubled, of how many weights
     "vgg": (6, 7),
@@ -31,13 +32,14 @@ DOUBLED = {  # whose units are doubled, of how many weights
     "vit": (2, 10),
     "swin": (4, 19),
     "mlp_mixer": (5, 10),
-    "gpt": (2, 8),
-    "llama": (6, 15),
-    "lstm": (0, 1),
+    "gpt": (2, 10),
+    "llama": (6, 16),
+    "lstm": (0, 6),
     "mixture_of_experts": (4, 9),
     "siamese": (3, 4),
-    "graph_convolution": (0, 1),
+    "graph_convolution": (2, 3),
 }
+NEED_EXAMPLES = {"graph_convolution": (0, 3)}  # the shape of an adjacency matrix does not follow from the weights
 
 
 def mirror(model, *x, **options):
@@ -52,7 +54,7 @@ def doubled(bio, model):
     """The weights whose units are doubled."""
     sites, original = biofx.weight_sites(bio), dict(model.named_parameters())
     axes = {name: site.postsynaptic_axis for name, site in sites.items()}
-    return {n for n, site in sites.items() if site.raw.shape[axes[n]] == 2 * original[n].shape[axes[n]]}
+    return {n for n, a in axes.items() if a is not None and sites[n].raw.shape[a] == 2 * original[n].shape[a]}
 
 
 def left(bio, weight):
@@ -118,12 +120,37 @@ def test_every_architecture_computes_what_it_did(name, examples):
     bio = biofx.transform(model, [passes.MirrorUnits()], example_inputs=x if examples else None)
     for a, b in zip(tensors(bio(*x)), tensors(model(*x)), strict=True):
         torch.testing.assert_close(a, b)
-    assert (len(doubled(bio, model)), len(biofx.weight_sites(bio))) == DOUBLED[name]
+    expected = DOUBLED if examples else DOUBLED | NEED_EXAMPLES
+    assert (len(doubled(bio, model)), len(biofx.weight_sites(bio))) == expected[name]
     if doubled(bio, model):
         assert_one_sign(bio, *x)
     biofx.verify(bio)
     for a, b in zip(tensors(biofx.fold(bio)(*x)), tensors(bio(*x)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", [*KINDS, *PATHS])
+def test_operators_are_doubled_and_weights_on_a_path_left_alone(name):
+    kind = {**KINDS, **PATHS}[name]
+    layer, x = Layer(kind.shape, kind.function).double(), torch.randn(kind.inputs, dtype=torch.float64)
+    model = Network(layer, kind.output, layer(x).shape[kind.output]).double()
+    bio = mirror(model, x)
+    if name in PATHS:
+        assert left(bio, "layer.weight") == "its operator reads what forward computes from it"
+    elif "addmm" in name:
+        assert left(bio, "layer.weight") == "its bias cannot be doubled"
+    else:
+        assert doubled(bio, model) == {"layer.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_of_every_kind_are_doubled_or_left_alone_with_a_reason(name):
+    build, inputs, weights = MODELS[name]
+    model, x = build().eval(), inputs()
+    bio = mirror(model, *x)
+    run = bio.biofx.passes[0]
+    assert run.weights | run.left.keys() >= weights
 
 
 @pytest.mark.parametrize("network", [ResNet, DenseNet])

@@ -1,0 +1,231 @@
+"""Axes: which axes of a weight run over presynaptic units, and which over postsynaptic ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor of an axis of a weight: an axis whose units are divided into groups has two, others have one.
+
+    Attributes:
+        axis: the axis of the weight.
+        size: how many steps it has; the sizes of an axis's factors multiply to its length.
+        presynaptic: whether another step is another presynaptic unit.
+        postsynaptic: whether another step is another postsynaptic unit. Groups of units are both.
+    """
+
+    axis: int
+    size: int
+    presynaptic: bool = False
+    postsynaptic: bool = False
+
+    @property
+    def is_group(self) -> bool:
+        """Whether it divides the units on both sides, so that those of different steps are not connected."""
+        return self.presynaptic and self.postsynaptic
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a weight, without that of its synapses.
+
+    Units are numbered in the order of the weight's axes.
+
+    Attributes:
+        shape: shape of the weight.
+        factors: the factors of its axes, in order.
+    """
+
+    shape: tuple[int, ...]
+    factors: tuple[Factor, ...]
+
+    @property
+    def presynaptic(self) -> tuple[int, ...]:
+        """The axes that run over presynaptic units (within a group, if an axis has groups and is postsynaptic)."""
+        return self._named([f.axis for f in self.factors if f.presynaptic and not f.postsynaptic], "presynaptic")
+
+    @property
+    def postsynaptic(self) -> tuple[int, ...]:
+        """The axes that run over postsynaptic units (within a group, if an axis has groups and is presynaptic)."""
+        return self._named([f.axis for f in self.factors if f.postsynaptic and not f.presynaptic], "postsynaptic")
+
+    def _named(self, own: list[int], side: str) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(own)) or tuple(dict.fromkeys(f.axis for f in self.factors if getattr(f, side)))
+
+    @property
+    def units(self) -> int:
+        """Number of postsynaptic units."""
+        return math.prod(f.size for f in self.factors if f.postsynaptic)
+
+    @property
+    def presynaptic_units(self) -> int:
+        """Number of presynaptic units."""
+        return math.prod(f.size for f in self.factors if f.presynaptic)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the postsynaptic units, shape (units,), on the axes of the weight, to be broadcast against it."""
+        return self._spread(values, [f.postsynaptic for f in self.factors])
+
+    def spread_presynaptic(self, values: Tensor) -> Tensor:
+        """Values of the presynaptic units, shape (presynaptic_units,), on the axes of the weight, to be broadcast."""
+        return self._spread(values, [f.presynaptic for f in self.factors])
+
+    def incoming(self, values: Tensor) -> Tensor:
+        """Values on the weight, by the postsynaptic unit: shape (units, incoming connections of each)."""
+        return self._gather(values, [f.postsynaptic for f in self.factors], self.units)
+
+    def outgoing(self, values: Tensor) -> Tensor:
+        """Values on the weight, by the presynaptic unit: shape (presynaptic_units, outgoing connections of each)."""
+        return self._gather(values, [f.presynaptic for f in self.factors], self.presynaptic_units)
+
+    def from_incoming(self, rows: Tensor) -> Tensor:
+        """Values on the weight, from those of `incoming`."""
+        return self._ungather(rows, [f.postsynaptic for f in self.factors])
+
+    def from_outgoing(self, connections: Tensor) -> Tensor:
+        """Values on the weight, from those of `outgoing`."""
+        return self._ungather(connections, [f.presynaptic for f in self.factors])
+
+    def with_presynaptic(self, units: int) -> Axes:
+        """The axes of a weight with another number of presynaptic units, in as many groups."""
+        factor = next(f for f in self.factors if f.presynaptic and not f.postsynaptic)
+        others = math.prod(f.size for f in self.factors if f.presynaptic and f is not factor)
+        resized = [replace(f, size=units // others) if f is factor else f for f in self.factors]
+        shape = [math.prod(f.size for f in resized if f.axis == axis) for axis in range(len(self.shape))]
+        return Axes(tuple(shape), tuple(resized))
+
+    def _spread(self, values: Tensor, chosen: Sequence[bool]) -> Tensor:
+        values = values.reshape([f.size if has else 1 for f, has in zip(self.factors, chosen, strict=True)])
+        touched = {f.axis for f, has in zip(self.factors, chosen, strict=True) if has}
+        values = values.expand([f.size if f.axis in touched else 1 for f in self.factors])
+        return values.reshape([length if axis in touched else 1 for axis, length in enumerate(self.shape)])
+
+    def _gather(self, values: Tensor, chosen: Sequence[bool], units: int) -> Tensor:
+        split = values.reshape([f.size for f in self.factors])
+        return split.permute(_first(chosen)).reshape(units, math.prod(self.shape) // units if units else 0)
+
+    def _ungather(self, rows: Tensor, chosen: Sequence[bool]) -> Tensor:
+        order = _first(chosen)
+        back = [order.index(i) for i in range(len(order))]
+        return rows.reshape([self.factors[i].size for i in order]).permute(back).reshape(self.shape)
+
+    def agree(self, other: Axes) -> bool:
+        """Whether two uses of a weight see the same units on its axes."""
+        return self._merged() == other._merged()
+
+    def _merged(self) -> list[Factor]:
+        """The factors with neighbours of one kind as one, and without those of size 1."""
+        kinds = groupby((f for f in self.factors if f.size != 1), lambda f: replace(f, size=0))
+        return [replace(kind, size=math.prod(f.size for f in run)) for kind, run in kinds]
+
+    def __str__(self) -> str:
+        pre, post = (", ".join(map(str, axes)) or "none" for axes in (self.presynaptic, self.postsynaptic))
+        groups = [f"axis {f.axis} in {f.size} groups" for f in self.factors if f.is_group and f.size > 1]
+        return ", ".join([f"presynaptic axis {pre}", f"postsynaptic axis {post}", *groups])
+
+
+def _first(chosen: Sequence[bool]) -> list[int]:
+    """The positions that are chosen, and then the others."""
+    return sorted(range(len(chosen)), key=lambda i: not chosen[i])
+
+
+Role = tuple[bool, bool]
+"""Whether an axis runs over presynaptic and over postsynaptic units."""
+
+GROUP: Role = (True, True)
+NEITHER: Role = (False, False)
+
+
+def axes_of_view(shape: Sequence[int], view: Tensor, roles: Sequence[Role]) -> Axes | None:
+    """The axes of a contiguous tensor, from those of a view of it, or None if they cannot be told.
+
+    A view is described by its lengths and strides. Parts of an axis (slices, chunks) stand for the whole of it; where
+    one index of an axis was selected, each index has units of its own, as in a group.
+
+    Args:
+        shape: shape of the tensor.
+        view: a view of it, on whichever device.
+        roles: the roles of the view's axes.
+
+    Example:
+        >>> import torch
+        >>> from biofx.axes import axes_of_view
+        >>> weight = torch.empty(6, 4)  # read as 2 heads with 3 postsynaptic units each, and 4 presynaptic units
+        >>> axes = axes_of_view(weight.shape, weight.view(2, 3, 4).mT, [(False, True), (True, False), (False, True)])
+        >>> axes.postsynaptic, axes.units, axes.presynaptic
+        ((0,), 6, (1,))
+    """
+    pieces: dict[int, list[tuple[int, int, Role]]] = {axis: [] for axis in range(len(shape))}  # start, end, role
+    for length, stride, role in zip(view.shape, view.stride(), roles, strict=True):
+        if length == 1:
+            continue
+        if stride == 0:
+            if role != NEITHER:
+                return None
+            continue
+        found = _pieces(shape, length, stride)
+        if found is None:
+            return None
+        for axis, start, end in found:
+            pieces[axis].append((start, end, role))
+    _assign_single(shape, view, roles, pieces)
+    factors: list[Factor] = []
+    for axis, length in enumerate(shape):
+        found_here = _factors(axis, length, sorted(pieces[axis]))
+        if found_here is None:
+            return None
+        factors += found_here
+    return Axes(tuple(shape), tuple(factors))
+
+
+def _pieces(shape: Sequence[int], length: int, stride: int) -> list[tuple[int, int, int]] | None:
+    """Which part of which axes an axis of a view runs over, as (axis, first step, end): from the inner to the outer."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    inner = next(axis for axis, size in enumerate(shape) if size > 1 and strides[axis] <= stride)
+    start, rest = divmod(stride, strides[inner])
+    result: list[tuple[int, int, int]] = []
+    for axis in (axis for axis in range(inner, -1, -1) if shape[axis] > 1):
+        room = -(-shape[axis] // start)
+        result.append((axis, start, start * min(length, room)))
+        if length <= room:
+            return None if rest else result
+        if shape[axis] % start or length % room:
+            return None
+        length, start = length // room, 1
+    return None
+
+
+def _assign_single(
+    shape: Sequence[int], view: Tensor, roles: Sequence[Role], pieces: dict[int, list[tuple[int, int, Role]]]
+) -> None:
+    """Axes of length 1 have no strides to know them by: take them in order, if there are as many as before."""
+    single = [role for length, role in zip(view.shape, roles, strict=True) if length == 1]
+    axes = [axis for axis, length in enumerate(shape) if length == 1]
+    for axis, role in zip(axes, single, strict=False) if len(axes) == len(single) else ():
+        pieces[axis].append((1, 1, role))
+
+
+def _factors(axis: int, length: int, pieces: list[tuple[int, int, Role]]) -> list[Factor] | None:
+    """The factors of an axis from the pieces of it that are used, by their starts."""
+    if not pieces:
+        return [Factor(axis, length, *(NEITHER if length == 1 else GROUP))]
+    bounds = [1, *(start for start, _, _ in pieces[1:]), length]
+    ends = [end for _, end, _ in pieces[:-1]]
+    if len(pieces) > 1 and any(b % a for a, b in pairwise(bounds)):
+        return None
+    if any(end > bound for end, bound in zip(ends, bounds[1:], strict=False)):
+        return None
+    sizes = [b // a for a, b in pairwise(bounds)]
+    return [Factor(axis, size, *role) for size, (_, _, role) in zip(sizes, pieces, strict=True)][::-1]
+
+
+def axes_of(shape: Sequence[int], factors: Iterable[tuple[int, int, Role]]) -> Axes:
+    """Axes from the (axis, size, role) of each factor."""
+    return Axes(tuple(shape), tuple(Factor(axis, size, *role) for axis, size, role in factors))

@@ -1,0 +1,224 @@
+"""Conditions: which shapes of its inputs an exported graph is right for."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from biofx.capture.structure import Structure, read
+from biofx.capture.tracer import StandIn
+from biofx.errors import ArgumentError, CaptureError
+
+_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.Not: operator.not_,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "min": min,
+    "Min": min,
+    "max": max,
+    "Max": max,
+    "abs": abs,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "math.floor": math.floor,
+    "math.ceil": math.ceil,
+    "math.trunc": math.trunc,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """The length of an input along an axis."""
+
+    leaf: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of other expressions."""
+
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something that has to hold of the shapes of inputs.
+
+    Attributes:
+        text: the condition as people read it, with `{0}` for the name of the first input.
+        expression: the condition as a `Call`.
+    """
+
+    text: str
+    expression: Any
+
+    def holds(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether it holds of inputs."""
+        return bool(_value(self.expression, leaves))
+
+
+def _value(expression: Any, leaves: Sequence[Tensor]) -> Any:
+    if isinstance(expression, Size):
+        return leaves[expression.leaf].shape[expression.axis]
+    if isinstance(expression, Call):
+        return expression.function(*[_value(operand, leaves) for operand in expression.operands])
+    return expression
+
+
+def has_length(leaf: int, axis: int, relation: Callable[..., Any], number: int) -> Condition:
+    """A condition on the length of one axis, such as `operator.eq` and 3."""
+    sign = {operator.eq: "==", operator.ge: ">=", operator.le: "<="}[relation]
+    return Condition(f"{{{leaf}}}.shape[{axis}] {sign} {number}", Call(relation, (Size(leaf, axis), number)))
+
+
+def parsed(guard: str, inputs: str) -> Condition:
+    """A guard of torch.export, such as `L['inputs'][0].size()[1] <= 16`.
+
+    Args:
+        guard: Python code.
+        inputs: the name that it has for the tuple of all input tensors.
+
+    Raises:
+        CaptureError: it is about something else.
+    """
+    sizes: list[Size] = []
+
+    def refuse() -> CaptureError:
+        return CaptureError(f"torch.export assumes {guard}, which biofx cannot check; {INSTEAD}")
+
+    def size(node: ast.AST) -> Size | None:
+        match node:
+            case ast.Subscript(
+                ast.Call(
+                    ast.Attribute(
+                        ast.Subscript(ast.Subscript(ast.Name("L"), ast.Constant(name)), ast.Constant(leaf)), "size"
+                    ),
+                    [],
+                ),
+                ast.Constant(axis),
+            ) if name == inputs:
+                return Size(int(leaf), int(axis))  # type: ignore[arg-type]
+        return None
+
+    def expression(node: ast.AST) -> Any:
+        found = size(node)
+        if found is not None:
+            sizes.append(found)
+            return found
+        match node:
+            case ast.Constant(value):
+                return value
+            case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
+                return Call(_OPERATORS[type(op)], (expression(left), expression(right)))
+            case ast.UnaryOp(op, operand) if type(op) in _OPERATORS:
+                return Call(_OPERATORS[type(op)], (expression(operand),))
+            case ast.Compare(left, [op], [right]) if type(op) in _OPERATORS:
+                return Call(_OPERATORS[type(op)], (expression(left), expression(right)))
+            case ast.BoolOp(op, values):
+                return Call(_all if isinstance(op, ast.And) else _any, tuple(map(expression, values)))
+            case ast.Call(function, operands) if ast.unparse(function) in _FUNCTIONS:
+                return Call(_FUNCTIONS[ast.unparse(function)], tuple(map(expression, operands)))
+        raise refuse()
+
+    tree = ast.parse(guard.strip(), mode="eval").body
+    condition = expression(tree)
+    text = ast.unparse(tree)
+    for found in sizes:
+        text = text.replace(
+            f"L['{inputs}'][{found.leaf}].size()[{found.axis}]", f"{{{found.leaf}}}.shape[{found.axis}]"
+        )
+    return Condition(text, condition)
+
+
+INSTEAD = 'try frontend="module", which keeps the Python of the model, or frontend="symbolic"'
+
+
+def _all(*values: Any) -> bool:
+    return all(values)
+
+
+def _any(*values: Any) -> bool:
+    return any(values)
+
+
+class CheckInputs(StandIn):
+    """Refuses inputs for which the graph would compute something else than the model.
+
+    Attributes:
+        arguments: the structure of each argument of forward, by its name.
+        names: the name of each input tensor.
+        ranks: the number of axes of each.
+        in_training: the conditions on their shapes in training mode.
+        in_evaluation: those in evaluation mode.
+    """
+
+    _is_impure = True  # `fx.Graph.eliminate_dead_code` keeps it, although no node reads what it returns
+
+    def __init__(
+        self,
+        arguments: dict[str, Structure],
+        names: Sequence[str],
+        ranks: Sequence[int],
+        in_training: Sequence[Condition],
+        in_evaluation: Sequence[Condition],
+    ) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.names = tuple(names)
+        self.ranks = tuple(ranks)
+        self.in_training = tuple(in_training)
+        self.in_evaluation = tuple(in_evaluation)
+
+    def forward(self, *values: Any) -> None:
+        """Check the arguments of forward."""
+        found = [read(self.arguments[name], value, name) for name, value in zip(self.arguments, values, strict=True)]
+        leaves = [leaf for group in found for leaf in group]
+        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):  # torch.fx.symbolic_trace of the graph
+            return
+        for name, leaf, rank in zip(self.names, leaves, self.ranks, strict=True):
+            if leaf.dim() != rank:
+                self._refuse(f"a {name} of {rank} axes, and it has {leaf.dim()}", leaves)
+        for condition in self.in_training if self.training else self.in_evaluation:
+            if not condition.holds(leaves):
+                self._refuse(condition.text.format(*self.names), leaves)
+
+    def _refuse(self, expected: str, leaves: Sequence[Tensor]) -> None:
+        shapes = ", ".join(f"{name} has shape {tuple(x.shape)}" for name, x in zip(self.names, leaves, strict=True))
+        raise ArgumentError(
+            f"forward was captured for {expected}: {shapes}; "
+            "transform the model with example_inputs of these shapes, or with another frontend"
+        )
+
+    def extra_repr(self) -> str:
+        """The conditions in evaluation mode."""
+        return ", ".join(condition.text.format(*self.names) for condition in self.in_evaluation)
+
+
+def implied(conditions: Sequence[Condition]) -> list[Condition]:
+    """The conditions, each once."""
+    return list(functools.reduce(lambda found, c: found | {c.text: c}, conditions, dict[str, Condition]()).values())

@@ -1,0 +1,226 @@
+"""The front end `"export"`: from `torch.export` and example inputs to a graph module that takes over the module tree.
+
+torch.export runs forward on the example inputs and records the dispatcher operators that it calls, so it follows any
+Python. It does so once in training mode and once in evaluation mode; one graph for both comes out (`both_modes`). What
+it assumed about the shapes of inputs is checked in every call (`CheckInputs`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from biofx.capture import split_inputs
+from biofx.capture.both_modes import Either, merged
+from biofx.capture.captured_module import CapturedModule, captured
+from biofx.capture.conditions import INSTEAD, CheckInputs
+from biofx.capture.program import Program, export, read
+from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
+from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, lines_of, unused_name
+from biofx.compare import difference, run_from_seed
+from biofx.errors import ArgumentError, CaptureError
+from biofx.provenance import RECORD, Record
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OUR_SIDE = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
+
+
+def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
+    """Export a model into a graph module that takes over its module tree.
+
+    Args:
+        model: a checked model (see `biofx.capture.check`); its submodules become those of the result.
+        example_inputs: arguments of forward.
+
+    Returns:
+        A graph module with the class, tree, state, mode and attributes of the model, and the hooks of its root.
+
+    Raises:
+        ArgumentError: the example inputs are missing, or do not fit.
+        CaptureError: the model cannot be exported; says why, and what else to try.
+    """
+    if example_inputs is None:
+        raise ArgumentError('frontend="export" runs the model: it needs example_inputs, such as example_inputs=(x,)')
+    _refuse_hooks(model)
+    given = _bind(model, example_inputs)
+    leaves: list[Tensor] = []
+    inputs = describe((given.args, given.kwargs), leaves)
+    given.apply_defaults()
+    arguments = {name: describe(value, []) for name, value in given.arguments.items()}
+    before = _behaviours(model, example_inputs)
+    training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
+    graph, constants = _assembled(model, arguments, leaves, training, evaluation)
+    names = {name: unused_name(model, name) for name in constants}  # free in the model, too: `fold` moves them there
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in names:
+            node.target = f"{RECORD}.{names[node.target]}"
+    bio = captured(model, graph)
+    record = Record([name for name, _ in model.named_parameters()], {names[k]: v for k, v in constants.items()})
+    bio.add_module(RECORD, record.train(model.training))
+    _check_behaviours(bio, example_inputs, before)
+    return bio
+
+
+@dataclass(frozen=True)
+class _Behaviour:
+    """What the model computes on the example inputs in a mode: outputs and buffers, or None if it fails."""
+
+    mode: str
+    buffers: list[str]
+    tensors: list[Tensor] | None
+
+
+def _behaviours(model: nn.Module, example_inputs: Any) -> list[_Behaviour]:
+    """What it computes in the mode that it is in, which may be another one in each module, and in training mode."""
+    buffers = [name for name, _ in model.named_buffers()]
+
+    def behaviour(mode: str) -> _Behaviour:
+        try:
+            return _Behaviour(mode, buffers, run_from_seed(model, example_inputs, buffers))
+        except Exception:  # noqa: BLE001 - such as a batch norm in training, on one example
+            return _Behaviour(mode, buffers, None)
+
+    present = behaviour("its present")
+    with _all_training(model):
+        return [present, behaviour("training")]
+
+
+def _check_behaviours(bio: CapturedModule, example_inputs: Any, before: list[_Behaviour]) -> None:
+    for behaviour in before:
+        if behaviour.tensors is None:
+            continue
+        with _all_training(bio) if behaviour.mode == "training" else nullcontext():
+            found = difference(behaviour.tensors, run_from_seed(bio, example_inputs, behaviour.buffers))
+        if found is not None:
+            raise CaptureError(
+                f"{type(bio).__name__} computes something else when exported, in {behaviour.mode} mode: {found} "
+                "(buffers count as outputs). Its forward takes decisions, draws random numbers or has side effects "
+                f"that a graph does not hold; {INSTEAD}"
+            )
+
+
+@contextmanager
+def _all_training(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = True
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        hooks = [hook for registry in _HOOKS for hook in getattr(module, registry).values()]
+        kept = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
+        if name and kept:
+            raise CaptureError(
+                f"{name} ({type(module).__name__}) has hooks, which only run when the module itself is called, and "
+                f"torch.export calls operators; remove them, or {INSTEAD}"
+            )
+
+
+def _bind(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
+    """Example inputs by the name of the argument."""
+    args, kwargs = split_inputs(example_inputs)
+    signature = inspect.signature(model.forward)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+
+
+def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training: bool) -> Program:
+    try:
+        exported = export(model, inputs, leaves, training)
+    except (Exception, KeepWhole) as error:
+        raise CaptureError(_explain(model, error, "training" if training else "evaluation")) from error
+    return read(model, exported)
+
+
+def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
+    """Say in short why torch.export failed, at which line of the user, and what to do."""
+    if isinstance(error, KeepWhole):
+        ((path, why),) = error.reasons.items()
+        where = f' of "{path}"' if path else ""
+        return f"{type(model).__name__} cannot be exported: {why}{where}; {INSTEAD}"
+    message = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:3])[:500]
+    name = "" if type(error).__name__ in ("RuntimeError", "Exception") else f"{type(error).__name__}: "
+    of_user = [line for line in lines_of(error) if line.module.partition(".")[0] not in _OUR_SIDE]
+    return "\n".join(
+        [
+            f"{type(model).__name__} cannot be exported in {mode} mode: {name}{message}",
+            *(f"  at {line.file}:{line.number}: {line.text}" for line in of_user[-1:]),
+            f"  {INSTEAD[0].upper()}{INSTEAD[1:]}.",
+        ]
+    )
+
+
+def _assembled(
+    model: nn.Module, arguments: dict[str, Structure], leaves: list[Tensor], training: Program, evaluation: Program
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The graph for both modes, with the signature of forward, and with what it returns."""
+    body, constants, results = merged(model, training, evaluation)
+    graph = fx.Graph(tracer_cls=Tracer)
+
+    def add_module(name: str, module: StandIn) -> str:
+        name = unused_name(model, name)
+        model.add_module(name, module.train(model.training))
+        return name
+
+    placeholders = _placeholders(graph, model.forward, arguments)
+    names = [leaf for name, structure in arguments.items() for leaf in leaf_names(structure, name)]
+    check = CheckInputs(arguments, names, [leaf.dim() for leaf in leaves], training.conditions, evaluation.conditions)
+    graph.call_module(add_module("check_inputs", check), tuple(placeholders.values()))
+    sources: list[fx.Node] = []
+    for name, placeholder in placeholders.items():
+        sources += unpacked(graph, arguments[name], placeholder, add_module)
+    copies = dict(zip(body.find_nodes(op="placeholder"), sources, strict=True))
+    graph.graph_copy(body, copies)
+    returned = [fx.map_arg(tuple(values), copies.__getitem__) for values in results]
+    if training.outputs == evaluation.outputs:
+        chosen = [_either(graph, t, e, add_module) for t, e in zip(*returned, strict=True)]
+        graph.output(packed(graph, training.outputs, iter(chosen), add_module))
+    else:
+        values = [
+            packed(graph, program.outputs, iter(found), add_module)
+            for program, found in zip((training, evaluation), returned, strict=True)
+        ]
+        graph.output(_either(graph, values[0], values[1], add_module))
+    return graph, constants
+
+
+def _either(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, StandIn], str]) -> Any:
+    if t is e or (type(t) is type(e) and isinstance(t, CONSTANTS) and t == e):
+        return t
+    return graph.call_module(add_module("either", Either()), (t, e))
+
+
+def _placeholders(graph: fx.Graph, forward: Callable[..., Any], arguments: dict[str, Structure]) -> dict[str, fx.Node]:
+    """The arguments of forward, with their defaults."""
+    result = {}
+    keyword_only = []
+    for name, parameter in inspect.signature(forward).parameters.items():
+        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else stars
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            keyword_only.append(name)
+        default = () if parameter.default is parameter.empty else (parameter.default,)
+        if default and not isinstance(default[0], CONSTANTS):
+            raise CaptureError(
+                f"the default of the argument {name} of forward is a {type(default[0]).__name__}, "
+                f"which the signature of a graph cannot have; {INSTEAD}"
+            )
+        node = graph.create_node("placeholder", f"{stars}{name}", args=default, name=name)
+        node.meta["nn_module_stack"] = {}
+        result[name] = node
+    if keyword_only:
+        graph.set_codegen(KeywordOnly(keyword_only))
+    return result

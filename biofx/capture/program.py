@@ -1,0 +1,362 @@
+"""One run of torch.export: a graph of a model in one mode, on its tensors alone."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental import _config as shape_config
+
+from biofx.capture.conditions import INSTEAD, Condition, has_length, implied, parsed
+from biofx.capture.structure import Structure, build, describe
+from biofx.capture.tracer import KeepWhole, StandIn, Tracer, changed_attribute, watched
+from biofx.errors import CaptureError
+
+MODEL = "model"  # the name of the model inside of the module that is exported
+
+
+@dataclass
+class Program:
+    """A graph of a model in one mode.
+
+    Attributes:
+        graph: its placeholders are the input tensors, and it returns the tensors of the result.
+        outputs: how the result is put together from them.
+        constants: tensors that forward makes, by the name under which the graph reads them.
+        blocks: the parts that run inside of a context, by the name under which the graph calls them.
+        conditions: the shapes of inputs that it is right for.
+        reads: the modules whose `training` was read, by the path of the module whose forward did.
+    """
+
+    graph: fx.Graph
+    outputs: Structure
+    constants: dict[str, Tensor]
+    blocks: dict[str, Block]
+    conditions: list[Condition]
+    reads: dict[str, list[str]]
+
+
+class Block(StandIn):
+    """A part of forward that runs in a context: `torch.set_grad_enabled` or `torch.autocast`, with its arguments."""
+
+    def __init__(self, context: str, arguments: tuple[Any, ...], inner: fx.GraphModule) -> None:
+        super().__init__()
+        self.context = context
+        self.arguments = arguments
+        self.inner = inner
+
+    def forward(self, *values: Any) -> Any:
+        """Run the part in its context."""
+        with getattr(torch, self.context)(*self.arguments):
+            return self.inner(*values)
+
+    def extra_repr(self) -> str:
+        """The context."""
+        return f"torch.{self.context}{self.arguments}"
+
+    @property
+    def fingerprint(self) -> tuple[Any, ...]:
+        """What two blocks have in common that do the same."""
+        inner = [block.fingerprint for block in self.inner.children() if isinstance(block, Block)]
+        return self.context, self.arguments, self.inner.code, tuple(inner)
+
+
+_BLOCKS = {
+    "wrap_with_set_grad_enabled": ("set_grad_enabled", 1),
+    "wrap_with_autocast": ("autocast", 4),
+}
+"""The operators that torch.export makes of contexts: which, and the number of its arguments."""
+
+_ASSERTIONS = ("_assert_tensor_metadata",)
+"""Assertions that the graph is not converted to another dtype or device, which a module may be."""
+
+
+class _OnTensors(nn.Module):
+    """The model as a function of tensors; what else goes in and comes out is known."""
+
+    def __init__(self, model: nn.Module, inputs: Structure, watcher: _Watcher) -> None:
+        super().__init__()
+        self.model = model
+        vars(self).update(inputs=inputs, watcher=watcher)
+
+    def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
+        watcher: _Watcher = vars(self)["watcher"]
+        before = dict(self.model.named_buffers())
+        attributes = {path: dict(vars(module)) for path, module in self.model.named_modules()}
+        args, kwargs = build(vars(self)["inputs"], iter(leaves))
+        results: list[Any] = []
+        drawn = random.getstate()
+        watcher.outputs = describe(self.model(*args, **kwargs), results)
+        changed = changed_attribute(self.model, attributes)
+        if changed is not None:
+            watcher.note_side_effect(changed[0], f"changes the attribute {changed[1]}")
+        if random.getstate() != drawn:
+            watcher.note_side_effect("", "draws random numbers from Python's random")
+        after = dict(self.model.named_buffers())
+        watcher.assigned = [name for name in before if after.get(name) is not before[name]]
+        for name in watcher.assigned:
+            if name not in after or after[name].shape != before[name].shape:
+                watcher.note_side_effect(name.rpartition(".")[0], f"gives the buffer {name} another shape")
+        return *results, *(after[name] for name in watcher.assigned)
+
+
+class _Watcher:
+    """What the graph does not say.
+
+    Attributes:
+        reads: the modules whose `training` was read, by the path of the module whose forward did.
+        outputs: how the result is put together from tensors.
+        side_effect: the path of a module whose forward does what a graph does not do, and what that is.
+        assigned: the buffers to which forward assigns a new tensor.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.reads: dict[str, list[str]] = {}
+        self.outputs: Structure
+        self.side_effect: tuple[str, str] | None = None
+        self.assigned: list[str] = []
+        self._paths = {module: path for path, module in model.named_modules()}
+        self._running: list[nn.Module] = []
+
+    def note_read(self, module: nn.Module) -> None:
+        if module in self._paths and self._running:
+            self.reads.setdefault(self._paths[self._running[-1]], []).append(self._paths[module])
+
+    def note_side_effect(self, path: str, what: str) -> None:
+        self.side_effect = path, f"its forward {what}, which a graph does not do"
+
+    def enter_block(self, block: Any) -> None:
+        pass
+
+    def exit_block(self, block: Any) -> None:
+        pass
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Know which module runs."""
+
+        def enter(module: nn.Module, *_: Any) -> None:
+            if module in self._paths:
+                self._running.append(module)
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            if self._running and self._running[-1] is module:
+                self._running.pop()
+
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class Export:
+    """What torch.export made of a model, and what it does not say."""
+
+    program: torch.export.ExportedProgram
+    watcher: _Watcher
+
+
+def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], training: bool) -> Export:
+    """Export a model in one mode.
+
+    The first axis of every input, the batch, may have any length in the result, and the second axis of integers, as in
+    a batch of sequences of tokens, if forward allows it.
+
+    Args:
+        model: the model; nothing in it changes.
+        inputs: how the positional and the keyword arguments of forward are put together.
+        leaves: the tensors in them.
+        training: whether all modules are in training mode, or all in evaluation mode.
+
+    Raises:
+        KeepWhole: forward does what a graph does not do.
+        Exception: whatever torch.export says to a forward that it cannot export.
+    """
+    watcher = _Watcher(model)
+    module = _OnTensors(model, inputs, watcher)
+    with watched(model, watcher), torch.enable_grad(), _silence():
+        for hooks in (model._forward_hooks, model._forward_pre_hooks):
+            hooks.clear()  # they stay on the result, which is called with them
+        for child in module.modules():
+            child.training = training
+        with watcher.following():
+            program = _exported(module, tuple(leaves))
+    if watcher.side_effect is not None:
+        path, reason = watcher.side_effect
+        raise KeepWhole({path: reason})
+    return Export(program, watcher)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings, and no print of the graph so far if the export fails; that is an error anyway."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _exported(module: nn.Module, leaves: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    dynamic = tuple(dict.fromkeys(_dynamic_axes(leaf), torch.export.Dim.AUTO) for leaf in leaves)
+    try:
+        # No length is special, so that a batch of one is like any other, unless forward itself says otherwise.
+        with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            return torch.export.export(module, leaves, dynamic_shapes=(dynamic,), strict=False)
+    except Exception:  # noqa: BLE001 - whatever fails there may not fail if all shapes are known
+        return torch.export.export(module, leaves, strict=False)
+
+
+def _dynamic_axes(leaf: Tensor) -> range:
+    is_sequence = not (leaf.is_floating_point() or leaf.is_complex())
+    return range(min(leaf.dim(), 2 if is_sequence else 1))
+
+
+def read(model: nn.Module, export: Export) -> Program:
+    """Take a graph over from torch.export, with the names of the model, and of `meta` only what biofx reads.
+
+    Raises:
+        CaptureError: the graph assumes or does something that biofx does not know.
+    """
+    program, watcher = export.program, export.watcher
+    first = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
+    graph, constants = fx.Graph(tracer_cls=Tracer), dict[str, Tensor]()
+    nodes: dict[fx.Node, fx.Node] = {}
+    states = dict(zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True))
+    targets: dict[fx.Node, str] = {}
+    for node, spec in states.items():
+        if spec.kind is InputKind.USER_INPUT:
+            nodes[node] = graph.placeholder(f"leaf_{len(nodes)}")
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            tensor = _attribute(model, _name(str(spec.target)))
+            targets[node] = first[id(tensor)]
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            targets[node] = _name(str(spec.target)).replace(".", "_")
+            constants[targets[node]] = program.constants[str(spec.target)].detach().clone()
+        else:
+            raise CaptureError(f"torch.export makes an input of {spec.target}, which biofx does not know; {INSTEAD}")
+    blocks: dict[str, Block] = {}
+    reader = _Reader(graph, program.graph_module, nodes, targets, blocks)
+    results = reader.copy(program.graph)
+    kept = len(results) - len(watcher.assigned)
+    for name, value in zip(watcher.assigned, results[kept:], strict=True):
+        graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
+    graph.output(tuple(results[:kept]))
+    conditions = _conditions(program, [node for node, spec in states.items() if spec.kind is InputKind.USER_INPUT])
+    return Program(graph, watcher.outputs, constants, blocks, conditions, watcher.reads)
+
+
+class _Reader:
+    """Copies the nodes of a graph of torch.export."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        owner: fx.GraphModule,
+        nodes: dict[fx.Node, fx.Node],
+        targets: dict[fx.Node, str],
+        blocks: dict[str, Block],
+    ) -> None:
+        self._graph = graph
+        self._owner = owner
+        self._nodes = nodes
+        self._targets = targets
+        self._blocks = blocks
+        self._attributes: dict[str, fx.Node] = {}
+
+    def copy(self, source: fx.Graph) -> list[Any]:
+        """Copy the nodes; returns what the graph returned."""
+        for node in source.nodes:
+            if node.op == "output":
+                return list(fx.map_arg(node.args[0], self._copied))
+            if node.op == "call_function" and getattr(node.target, "__name__", "").startswith(_ASSERTIONS):
+                continue
+            if node.op == "call_function":
+                self._nodes[node] = self._call(node)
+                self._nodes[node].meta["nn_module_stack"] = _stack(node)
+        raise AssertionError("a graph has an output")
+
+    def attribute(self, name: str) -> fx.Node:
+        """The one node that reads a tensor of the model, made where it is read first."""
+        if name not in self._attributes:
+            self._attributes[name] = self._graph.get_attr(name)
+        return self._attributes[name]
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        if node in self._targets:
+            return self.attribute(self._targets[node])
+        if node.op == "get_attr":
+            raise CaptureError(
+                f"forward uses {', '.join(sorted({str(user.target) for user in node.users}))}, "
+                f"whose branches biofx cannot follow; {INSTEAD}"
+            )
+        return self._nodes[node]
+
+    def _call(self, node: fx.Node) -> fx.Node:
+        name = getattr(node.target, "__name__", "")
+        if name not in _BLOCKS:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._copied)
+            return self._graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        context, count = _BLOCKS[name]
+        inner = getattr(self._owner, str(node.args[count].target))  # type: ignore[union-attr]
+        block = Block(context, tuple(node.args[:count]), _read_inner(inner))
+        target = f"in_{context}_{len(self._blocks)}"
+        self._blocks[target] = block
+        return self._graph.call_module(target, fx.map_arg(tuple(node.args[count + 1 :]), self._copied))
+
+
+def _read_inner(inner: fx.GraphModule) -> fx.GraphModule:
+    graph, blocks = fx.Graph(tracer_cls=Tracer), dict[str, Block]()
+    nodes = {node: graph.placeholder(node.name) for node in inner.graph.find_nodes(op="placeholder")}
+    graph.output(tuple(_Reader(graph, inner, nodes, {}, blocks).copy(inner.graph)))
+    return fx.GraphModule(dict(blocks), graph)
+
+
+def _name(target: str) -> str:
+    return target.removeprefix(f"{MODEL}.")
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    return operator.attrgetter(name)(model)
+
+
+def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
+    """The modules whose forward made a node, from the model inwards."""
+    paths = [(path, cls) for path, cls in node.meta.get("nn_module_stack", {}).values()]
+    inside = [(path.partition("@")[0], cls) for path, cls in paths if path == MODEL or path.startswith(f"{MODEL}.")]
+    return {path: ("" if path == MODEL else _name(path), cls) for path, cls in inside}
+
+
+def _conditions(program: torch.export.ExportedProgram, inputs: Sequence[fx.Node]) -> list[Condition]:
+    if not hasattr(program, "_guards_code"):
+        raise CaptureError('frontend="export" needs a PyTorch that says what its graphs assume: 2.9 or newer')
+    result = []
+    for leaf, node in enumerate(inputs):
+        for axis, length in enumerate(node.meta["val"].shape):
+            if isinstance(length, int):
+                result.append(has_length(leaf, axis, operator.eq, length))
+                continue
+            allowed = program.range_constraints.get(length.node.expr)
+            for relation, bound in ((operator.ge, allowed.lower), (operator.le, allowed.upper)) if allowed else ():
+                if bound.is_Integer and bound > 0:
+                    result.append(has_length(leaf, axis, relation, int(bound)))
+    return implied([*result, *(parsed(guard, "leaves") for guard in program._guards_code)])

@@ -1,0 +1,153 @@
+"""Which parameters inside an island are synapses, and along which axes: what the class of their owner says.
+
+An island is a module whose Python forward is called as it is, so the operators on its weights are not in the graph.
+The class of the module that owns a parameter says how it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from biofx.axes import GROUP, NEITHER
+from biofx.capture.islands import island_path, island_weights
+from biofx.references import held_parameters
+from biofx.weight_operators import POST, PRE, Call, why_unfit
+
+
+@dataclass(frozen=True)
+class Role:
+    """How a module uses one of its parameters.
+
+    Attributes:
+        operator: the operator's name in tables.
+        presynaptic: axes of the weight that run over presynaptic units (within one group, if there are groups).
+        postsynaptic: axis of the weight that runs over postsynaptic units.
+        groups: number of groups into which the module divides its units, on the first axis of the weight.
+        padding: the index of the row that takes no part in learning, if there is one.
+    """
+
+    operator: str
+    presynaptic: tuple[int, ...]
+    postsynaptic: int
+    groups: int = 1
+    padding: int | None = None
+
+
+_CONVOLUTIONS = {
+    **{getattr(nn, f"Conv{n}d"): (f"conv{n}d", (1,), 0) for n in (1, 2, 3)},
+    **{getattr(nn, f"ConvTranspose{n}d"): (f"conv_transpose{n}d", (0,), 1) for n in (1, 2, 3)},
+}
+HELD = "a module keeps it in a list or a plain attribute as well, where it stays as it is"
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def _convolution(owner: nn.Module) -> Role:
+    name, presynaptic, postsynaptic = next(axes for cls, axes in _CONVOLUTIONS.items() if isinstance(owner, cls))
+    return Role(name, presynaptic, postsynaptic, int(owner.groups))  # type: ignore[arg-type]
+
+
+def _embedding(owner: nn.Module) -> Role | str:
+    if owner.sparse:
+        return "its gradient is sparse, and rules act on every entry"
+    if owner.max_norm is not None:
+        return "its max_norm changes it in place at every call"
+    if owner.scale_grad_by_freq:
+        return "its gradient is divided by the frequency of tokens, which is a learning rule of its own"
+    return Role("embedding", (0,), 1, padding=owner.padding_idx)  # a token is a presynaptic unit
+
+
+def _is_transposed_linear(owner: nn.Module) -> bool:
+    """Whether a module is the Conv1D of transformers, a linear layer whose weight is (in, out)."""
+    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(owner).__mro__)
+
+
+# Whose parameters, which of them, and the role they have.
+_RULES: list[tuple[Callable[[nn.Module], bool], Callable[[str], bool], Callable[[nn.Module], Role | str]]] = [
+    (lambda m: isinstance(m, nn.Linear), "weight".__eq__, lambda m: Role("linear", (1,), 0)),
+    (lambda m: isinstance(m, tuple(_CONVOLUTIONS)), "weight".__eq__, _convolution),
+    (lambda m: isinstance(m, nn.MultiheadAttention), _PROJECTIONS.__contains__, lambda m: Role("attention", (1,), 0)),
+    (
+        lambda m: isinstance(m, nn.RNNBase | nn.RNNCellBase),
+        lambda key: key.startswith("weight_"),
+        lambda m: Role(_recurrent(m), (1,), 0),
+    ),
+    (lambda m: isinstance(m, nn.Bilinear), "weight".__eq__, lambda m: Role("bilinear", (1, 2), 0)),
+    (lambda m: isinstance(m, _EMBEDDINGS), "weight".__eq__, _embedding),
+    (_is_transposed_linear, "weight".__eq__, lambda m: Role("linear", (0,), 1)),
+]
+
+
+def _recurrent(owner: nn.Module) -> str:
+    kinds = {"lstm": nn.LSTM | nn.LSTMCell, "gru": nn.GRU | nn.GRUCell}
+    return next((name for name, cls in kinds.items() if isinstance(owner, cls)), "rnn")
+
+
+def role(owner: nn.Module, key: str) -> Role | str:
+    """How a module uses a parameter of its own as synaptic weights, or in words why that cannot be known.
+
+    Args:
+        owner: the module in which the parameter is registered.
+        key: the parameter's name in it.
+    """
+    parameter = owner._parameters[key]
+    assert parameter is not None
+    unfit = why_unfit(parameter)
+    if unfit is not None:
+        return unfit
+    for owns, is_weight, described in _RULES:
+        if owns(owner) and is_weight(key):
+            return described(owner)
+    return f"biofx does not know how {type(owner).__name__} uses it"
+
+
+def roles(island: nn.Module) -> dict[str, tuple[nn.Parameter, Role | str]]:
+    """Every parameter in an island with what `role` says of it, by every place where it is registered in the island."""
+    held = held_parameters(island)
+    return {
+        f"{path}.{key}".lstrip("."): (parameter, HELD if id(parameter) in held else role(owner, key))
+        for path, owner in island.named_modules()
+        for key, parameter in owner._parameters.items()
+        if parameter is not None
+    }
+
+
+def weights(island: nn.Module) -> dict[str, nn.Parameter]:
+    """The synaptic weights inside an island, by every place where one is registered in the island."""
+    return {name: parameter for name, (parameter, found) in roles(island).items() if isinstance(found, Role)}
+
+
+def calls_inside(bio: fx.GraphModule, island: fx.Node, weight: fx.Node, shape: Sequence[int]) -> list[Call]:
+    """How an island consumes a node as a weight: one call for each way in which a module in it does."""
+    names = [name for name, end in island_weights(island).items() if end is weight]
+    found = [_role_at(bio, f"{island_path(island)}.{name}".lstrip(".")) for name in names]
+    return [_call(known, island, weight, shape) for known in dict.fromkeys(found) if isinstance(known, Role)]
+
+
+def _role_at(bio: fx.GraphModule, name: str) -> Role | str:
+    path, _, key = name.rpartition(".")
+    return role(bio.get_submodule(path), key)
+
+
+def _call(known: Role, island: fx.Node, weight: fx.Node, shape: Sequence[int]) -> Call:
+    first, *others = shape
+    roles = [NEITHER] * len(shape)
+    for axis in known.presynaptic:
+        roles[axis] = PRE
+    roles[known.postsynaptic] = POST
+    return Call(
+        name=known.operator,
+        node=island,
+        weight=weight,
+        bias=None,
+        sources=(),
+        lengths=(known.groups, first // known.groups, *others),
+        axes=(0, *range(len(shape))),
+        roles=(GROUP, *roles),
+        output_axes=(),
+        groups=known.groups,
+        padding=known.padding,
+    )

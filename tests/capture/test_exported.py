@@ -1,0 +1,500 @@
+"""The front end "export": the graph is the model, whatever Python its forward is made of."""
+
+import copy
+import io
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import biofx
+from biofx import passes
+from biofx.compare import split_inputs
+from conftest import loss, tensors
+from models import any_python
+from models.architectures import ARCHITECTURES
+from models.small import CONVOLUTIONS, ZOO, ConvNet, Reused, layer_and_input, mlp
+
+NEUTRAL = [passes.FuzzyLearningRates(distribution="baseline")]
+EVERYTHING = [passes.SplitSynapses(3), passes.DalesPrinciple(balance=False), passes.FuzzyLearningRates()]
+
+
+def gpt2(transformers):
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=32, n_positions=32, **NO_TOKENS)
+    return transformers.GPT2LMHeadModel(config), {"input_ids": tokens(), "use_cache": False}
+
+
+def bert(transformers):
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32
+    )
+    return transformers.BertModel(config), {"input_ids": tokens(), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+
+
+def llama(transformers):
+    config = transformers.LlamaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32, **NO_TOKENS
+    )
+    return transformers.LlamaForCausalLM(config), {"input_ids": tokens(), "use_cache": False}
+
+
+def vit(transformers):
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
+    )
+    return transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+def t5(transformers):
+    config = transformers.T5Config(d_model=8, num_layers=1, num_heads=2, d_ff=16, d_kv=4, vocab_size=32)
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(), "use_cache": False}
+    return transformers.T5ForConditionalGeneration(config), inputs
+
+
+NO_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+TRANSFORMERS = {f.__name__: f for f in (gpt2, bert, llama, vit, t5)}
+
+
+def tokens():
+    return torch.randint(3, 32, (2, 6))
+
+
+def x(*shape):
+    return torch.randn(shape or (2, 4))
+
+
+ANY_PYTHON = {
+    "shape_branch": (any_python.ShapeBranch, lambda: (x(3, 4),)),
+    "loop": (any_python.Loop, lambda: (x(3, 5, 4),)),
+    "returns": (any_python.Returns, lambda: {"x": x()}),
+    "auxiliary": (any_python.Auxiliary, lambda: x()),
+    "counting": (any_python.Counting, lambda: x()),
+    "gated": (any_python.Gated, lambda: x()),
+}
+# For a batch of one, these take another path in Python, or the tensors of torch.nn.LSTM another layout.
+TREAT_ONE_APART = ("GPT2LMHeadModel", "LlamaForCausalLM", "LSTMLanguageModel")
+SMALL = {name: (build, lambda shape=shape: (x(*shape),)) for name, (build, shape) in ZOO.items()}
+SAMPLE = ("efficientnet", "gpt", "lstm", "mixture_of_experts", "siamese")
+MODELS = {**SMALL, **{name: ARCHITECTURES[name] for name in SAMPLE}, **ANY_PYTHON}
+
+
+def export(model, inputs, recipe=NEUTRAL, **options):
+    return biofx.transform(model, recipe, frontend="export", example_inputs=inputs, **options)
+
+
+def call(model, inputs):
+    args, kwargs = split_inputs(inputs)
+    torch.manual_seed(3)
+    return model(*args, **kwargs)
+
+
+def in_double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@dataclass
+class Case:
+    """A model in float64, what it is called with, and the two after biofx had them."""
+
+    model: nn.Module
+    inputs: object
+    neutral: nn.Module
+    bio: nn.Module
+
+
+@pytest.fixture(scope="module", params=[*MODELS, *TRANSFORMERS])
+def case(request):
+    torch.manual_seed(0)
+    if request.param in TRANSFORMERS:
+        transformers = pytest.importorskip("transformers")
+        model, inputs = TRANSFORMERS[request.param](transformers)
+    else:
+        build, make = MODELS[request.param]
+        model, inputs = build(), make()
+    model, inputs = model.double(), pytree.tree_map(in_double, inputs)
+    bio = export(model, inputs, EVERYTHING)
+    return Case(model, inputs, export(model, inputs), bio)
+
+
+def reloaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def forms(bio):
+    return [bio, copy.deepcopy(bio), reloaded(bio)]
+
+
+def same(a, b):
+    pairs = list(zip(tensors(a), tensors(b), strict=True))
+    return type(a) is type(b) and all(torch.equal(p, q) for p, q in pairs)
+
+
+def assert_same_in_both_modes(bio, model, inputs):
+    """Outputs, gradients and buffers, from the same random numbers; `bio` and `model` stay as they are."""
+    bio, model = copy.deepcopy(bio), copy.deepcopy(model)
+    for training in (True, False, True):
+        results = [call(m.train(training), inputs) for m in (bio, model)]
+        assert same(*results)
+        for result in results:
+            loss(result).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(bio.get_parameter(name).grad, parameter.grad)
+        for name, buffer in model.named_buffers():
+            assert torch.equal(bio.get_buffer(name), buffer), name
+
+
+def test_it_computes_what_the_model_computes_with_its_gradients_in_both_modes(case):
+    for other in forms(case.neutral):
+        assert_same_in_both_modes(other, case.model, case.inputs)
+
+
+def test_it_has_the_state_of_the_model(case):
+    state, expected = case.neutral.state_dict(), case.model.state_dict()
+    assert [name for name in state if name in expected] == list(expected)
+    assert [name for name in state if name not in expected] == list(case.neutral.biofx.state)
+    assert {n: p.shape for n, p in case.neutral.named_parameters()} == {
+        n: p.shape for n, p in case.model.named_parameters()
+    }
+    assert isinstance(case.neutral, type(case.model)) or isinstance(case.model, nn.Sequential)
+
+
+def test_biological_models_survive_everything(case):
+    for other in forms(case.bio):
+        biofx.verify(other)
+        assert same(*(call(copy.deepcopy(m).eval(), case.inputs) for m in (other, case.bio)))
+
+
+def test_folding_gives_the_plain_model_back(case):
+    bio = case.bio.eval()
+    plain = biofx.fold(bio)
+    assert list(plain.state_dict()) == list(case.model.state_dict())
+    model = copy.deepcopy(case.model).eval()
+    model.load_state_dict(plain.state_dict(), strict=True)
+    results = [tensors(call(copy.deepcopy(m), case.inputs)) for m in (plain, model, bio)]
+    for a, b, c in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
+
+
+def test_it_trains(case):
+    bio = copy.deepcopy(case.bio).train()
+    optimizer = torch.optim.AdamW(bio.parameters())
+    biofx.attach(bio, optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(call(bio, case.inputs)).backward()
+        optimizer.step()
+    biofx.verify(bio)
+
+
+def test_every_parameter_is_in_the_summary(case):
+    listed = biofx.summary(case.bio)
+    assert all(name in listed for name, _ in case.model.named_parameters())
+    assert len(biofx.weight_sites(case.bio)) > 0
+
+
+def batched(value, size):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value[torch.arange(size) % len(value)]
+
+
+def test_the_batch_may_have_any_size(case):
+    model, bio = (copy.deepcopy(m).eval() for m in (case.model, case.neutral))
+    five, one = (pytree.tree_map(lambda value, size=size: batched(value, size), case.inputs) for size in (5, 1))
+    assert same(call(bio, five), call(model, five))
+    if type(model).__name__ in TREAT_ONE_APART:
+        with pytest.raises(biofx.ArgumentError, match="was captured for"):
+            call(bio, one)
+    else:
+        assert same(call(bio, one), call(model, one))
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------
+
+
+def test_containers_of_any_kind_are_arguments_and_results():
+    model = any_python.Containers()
+    inputs = {"batch": {"x": x(), "more": [x(), x()]}, "scale": 2.0, "extra": x()}
+    bio = export(model, inputs)
+    for other in forms(bio):
+        result, expected = call(other, inputs), call(model, inputs)
+        assert list(result) == ["sum", "parts", "extra_right"]
+        assert result["parts"][1] is None
+        assert same(result, expected)
+    reordered = {**inputs, "batch": {"more": [x(), x()], "x": x()}}
+    assert same(call(bio, reordered), call(model, reordered))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": 3.0}, "scale is 3.0, and forward was captured for 2.0"),
+        ({"batch": {"x": torch.zeros(2, 4), "more": []}}, "batch['more'] is an empty list, and forward was captured"),
+        ({"batch": {"x": torch.zeros(2, 4)}}, "batch is a dict of ['x'], and forward was captured for a dict of"),
+        ({"new": torch.zeros(2, 4)}, "named is a dict of ['extra'], ['new'], and forward was captured for a dict of"),
+        ({"extra": torch.zeros(2, 5)}, "forward was captured for named['extra'].shape[1] == 4"),
+        ({"extra": torch.zeros(4)}, "forward was captured for a named['extra'] of 2 axes, and it has 1"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(change, message):
+    inputs = {"batch": {"x": x(), "more": [x()]}, "scale": 2.0, "extra": x()}
+    bio = export(any_python.Containers(), inputs)
+    for other in (bio, reloaded(bio)):
+        with pytest.raises(biofx.ArgumentError) as error:
+            call(other, {**inputs, **change})
+        assert message in str(error.value)
+
+
+def test_arguments_by_position_and_more_of_them():
+    model, inputs = any_python.Containers(), ({"x": x(), "more": []}, x(), x())
+    bio = export(model, inputs)
+    for other in forms(bio):
+        assert same(call(other, inputs), call(model, inputs))
+    with pytest.raises(
+        biofx.ArgumentError, match=r"others is a tuple of \[0\], and forward was captured for a tuple of \[0\], \[1\]"
+    ):
+        call(bio, inputs[:2])
+
+
+def test_defaults_stay():
+    class Scaled(nn.Linear):
+        def forward(self, x, scale=2.0, bias=None):
+            y = super().forward(x) * scale
+            return y if bias is None else y + bias
+
+    model = Scaled(4, 4)
+    bio = export(model, x())
+    value = x()
+    assert same(bio(value), model(value))
+    assert same(bio(value, 2.0, bias=None), model(value))
+    with pytest.raises(biofx.ArgumentError, match="bias is a Tensor, and forward was captured for None.*contain this"):
+        bio(value, bias=x())
+
+
+def test_equal_sizes_have_to_stay_equal():
+    class Sum(nn.Linear):
+        def forward(self, a, b):
+            return super().forward(a + b)
+
+    bio = export(Sum(4, 4), (x(), x()))
+    with pytest.raises(biofx.ArgumentError, match=r"forward was captured for .*a.shape\[0\] == b.shape\[0\]"):
+        bio(x(3, 4), x(1, 4))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_conditions_are_those_of_the_mode(mode):
+    """A batch norm needs more than one example in training only."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    bio = export(model, x()).train(mode)
+    if mode:
+        with pytest.raises(biofx.ArgumentError, match=r"captured for input.shape\[0\]"):
+            bio(x(1, 4))
+    else:
+        one = x(1, 4)
+        assert same(bio(one), model.eval()(one))
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions_have_the_axes_that_they_have_elsewhere(kind, padding):
+    if "transpose" in kind and padding != 1:
+        pytest.skip("a transposed convolution has no padding by name")
+    layer, value = layer_and_input(kind, "grouped", padding=padding)
+    exported, traced = (
+        biofx.transform(layer, EVERYTHING, example_inputs=value, frontend=frontend)
+        for frontend in ("export", "symbolic")
+    )
+    a, b = biofx.weight_sites(exported)["weight"], biofx.weight_sites(traced)["weight"]
+    assert (a.operator, a.groups, a.units) == (b.operator, b.groups, b.units)
+    torch.testing.assert_close(exported(value), traced(value))
+
+
+def test_units_are_those_of_the_symbolic_front_end():
+    for model, value in ((ConvNet(), x(2, 1, 8, 8)), (mlp(4, 8, 6, 3), x())):
+        signs = []
+        for frontend in ("export", "symbolic"):
+            bio = biofx.transform(model, EVERYTHING, example_inputs=value, frontend=frontend)
+            signs.append({name: site.sign for name, site in biofx.weight_sites(bio).items()})
+        assert signs[0].keys() == signs[1].keys()
+        for name, sign in signs[0].items():
+            assert sign is signs[1][name] is None or torch.equal(sign, signs[1][name])
+
+
+def test_tied_and_reused_weights_have_one_chain():
+    bio = export(Reused(), x(), EVERYTHING)
+    assert list(biofx.weight_sites(bio)) == ["step.weight", "first.weight"]
+    assert len(biofx.weight_sites(bio)["step.weight"].uses) == 3
+    assert bio.first.weight is bio.second.weight
+
+
+def test_a_weight_that_is_used_in_one_mode_only_is_reported():
+    bio = export(any_python.Auxiliary(), x())
+    assert list(biofx.weight_sites(bio)) == ["body.weight", "head.weight"]
+    assert "auxiliary.weight: used by by_mode_path_1 (Path), which biofx does not" in biofx.summary(bio)
+
+
+# --- modes -------------------------------------------------------------------------------------------------------
+
+
+def test_each_module_has_a_mode_of_its_own():
+    model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.Dropout())
+    value = x(8, 4)
+    bio = export(model, value)
+    for pattern in range(8):
+        for index, name in enumerate(("1", "2", "4")):
+            for m in (model, bio):
+                m.get_submodule(name).train(bool(pattern >> index & 1))
+        assert same(call(bio, value), call(model, value))
+        assert torch.equal(bio.get_buffer("2.num_batches_tracked"), model[2].num_batches_tracked)
+
+
+def test_the_mode_at_the_time_of_the_transform_stays():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout()).train()
+    model[1].eval()
+    bio, value = export(model, x()), x()
+    assert (bio.training, bio.get_submodule("1").training) == (True, False)
+    assert same(call(bio, value), call(model, value))
+    assert model[1].num_batches_tracked == bio.get_buffer("1.num_batches_tracked") == 0
+
+
+# --- what else there is to a model -------------------------------------------------------------------------------
+
+
+def test_methods_attributes_and_hooks_of_the_root_stay():
+    class Model(nn.Linear):
+        def twice(self, value):
+            return 2 * self(value)
+
+    model, value, seen = Model(4, 4), x(), []
+    model.note = "kept"
+    model.register_forward_hook(lambda *_: seen.append(1))
+    bio = export(model, value)
+    seen.clear()
+    assert same(bio.twice(value), 2 * F.linear(value, model.weight, model.bias))
+    assert (bio.note, seen) == ("kept", [1])
+
+
+def test_the_model_is_untouched():
+    model = ConvNet()
+    before, modules = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+    value, state = x(2, 1, 8, 8), torch.get_rng_state()
+    export(model, value)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_in_place_and_a_failure_in_place():
+    model, value = ConvNet(), x(2, 1, 8, 8)
+    modules = [name for name, _ in model.named_modules()]
+    with pytest.raises(biofx.ArgumentError):
+        export(model, value, exclude="*", inplace=True)
+    assert [name for name, _ in model.named_modules()] == modules
+    weight = model.head.weight
+    assert export(model, value, inplace=True).head.weight is weight
+
+
+@pytest.mark.parametrize("name", ["gated", "returns", "auxiliary"])
+def test_it_compiles_without_graph_breaks(name):
+    build, make = ANY_PYTHON[name]
+    inputs = make()
+    bio = export(build(), inputs).eval()
+    compiled = torch.compile(bio, fullgraph=True, backend="eager")
+    assert same(call(compiled, inputs), call(bio, inputs))
+
+
+def test_it_exports_and_is_transformed_again(tmp_path):
+    model, value = ConvNet().eval(), x(2, 1, 8, 8)
+    bio = export(model, value, [passes.SplitSynapses(2)])
+    path = tmp_path / "model.pt2"
+    biofx.export(bio, path, example_inputs=value)
+    torch.testing.assert_close(torch.export.load(path).module()(value), model(value))
+    again = biofx.transform(bio, NEUTRAL)
+    torch.testing.assert_close(again(value), model(value))
+    for frontend in ("symbolic", "export"):
+        once_more = biofx.transform(biofx.fold(bio), EVERYTHING, example_inputs=value, frontend=frontend)
+        assert list(biofx.weight_sites(once_more)) == list(biofx.weight_sites(bio))
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+class Decides(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        return y if y.sum() > 0 else -y
+
+
+class Counts(nn.Linear):
+    calls = 0
+
+    def forward(self, value):
+        self.calls += 1
+        return super().forward(value) * self.calls
+
+
+class DrawsInPython(nn.Linear):
+    def forward(self, value):
+        return super().forward(value) * random.random()
+
+
+class Chooses(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        return torch.cond(y.sum() > 0, torch.sin, torch.cos, (y,))
+
+
+class Opaque:
+    pass
+
+
+class ReturnsAnything(nn.Linear):
+    def forward(self, value):
+        return super().forward(value), Opaque()
+
+
+class Hooked(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4))
+        self[0].register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Decides(4, 4), r"Decides cannot be exported in training mode: .*data-dependent.*\n +at .*y if y.sum\(\) > 0"),
+        (Counts(4, 4), "Counts cannot be exported: its forward changes the attribute calls, which a graph does not do"),
+        (DrawsInPython(4, 4), "its forward draws random numbers from Python's random"),
+        (ReturnsAnything(4, 4), "forward returns a Opaque, which torch.export cannot take apart"),
+        (Chooses(4, 4), "forward uses cond, whose branches biofx cannot follow"),
+        (Hooked(), r"0 \(Linear\) has hooks, which only run when the module itself is called"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_what_a_graph_does_not_do_is_refused_with_the_reason_and_another_way(model, message, capsys):
+    with pytest.raises(biofx.CaptureError, match=r"(?s)" + message) as error:
+        export(model, x())
+    assert 'frontend="module"' in str(error.value)
+    assert len(str(error.value).splitlines()) < 6
+    assert not any(capsys.readouterr())
+
+
+def test_example_inputs_are_needed_and_have_to_fit():
+    model = mlp(4, 4)
+    with pytest.raises(biofx.ArgumentError, match='frontend="export" runs the model: it needs example_inputs, such as'):
+        biofx.transform(model, NEUTRAL, frontend="export")
+    with pytest.raises(biofx.ArgumentError, match="example_inputs do not fit Sequential.forward: "):
+        export(model, x(2, 5))
+    with pytest.raises(biofx.ArgumentError, match="example_inputs do not fit Sequential.forward"):
+        export(model, (x(), x()))

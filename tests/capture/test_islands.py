@@ -1,0 +1,488 @@
+"""Islands: what cannot be traced stays as it is, and the weights inside of it are rewritten like all others."""
+
+import copy
+import functools
+import io
+import re
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import biofx
+from biofx import passes
+from conftest import gradients, loss, tensors
+from models.islands import ISLANDS, Around, Branch, Checkpointed, Encoder, Kernels, Recursive, Tokens
+
+SPLIT = [passes.SplitSynapses(2, init="equal", compensate=False)]
+SLOW = [passes.SplitSynapses(2), passes.FuzzyLearningRates()]
+
+
+@pytest.fixture(params=ISLANDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=["symbolic", "module"])
+def frontend(request):
+    return request.param
+
+
+def network(kind):
+    return Around(ISLANDS[kind][0]()).double().eval()
+
+
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
+
+
+def reloaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def assert_close(a, b):
+    for x, y in zip(tensors(a), tensors(b), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_the_islands_are_the_smallest_modules_that_cannot_be_traced(kind):
+    bio = biofx.transform(network(kind), SPLIT)
+    assert list(bio.biofx.islands) == ISLANDS[kind][1]
+
+
+def test_the_function_is_preserved(kind, frontend):
+    model = network(kind)
+    bio = biofx.transform(model, SLOW, frontend=frontend)
+    for mode in (False, True):
+        assert_close(bio.train(mode)(X), model.train(mode)(X))
+        assert_close(bio(-X), model(-X))
+    with torch.no_grad():
+        assert_close(bio.eval()(X), model.eval()(X))
+
+
+def test_all_weights_of_layers_are_rewritten(kind, frontend):
+    bio = biofx.transform(network(kind), SPLIT, frontend=frontend)
+    sites = biofx.weight_sites(bio)
+    matrices = {n for n, p in bio.named_parameters() if p.dim() > 2 and not n.endswith(("bias_k", "bias_v"))}
+    assert matrices == {name for name, site in sites.items() if site.is_split}
+    left = {n for n, p in bio.named_parameters() if p.dim() == 2 and "bias" not in n}
+    assert left <= {"inner.sparse.weight", "inner.bounded.weight", "inner.own"}
+
+
+def test_the_summary_names_every_parameter_once_and_every_island(kind, frontend):
+    model = network(kind)
+    bio = biofx.transform(model, SPLIT, frontend=frontend)
+    text = biofx.summary(bio)
+    for name, _ in model.named_parameters():
+        rows = len(re.findall(rf"^ *{re.escape(name)}(?=[ :])", text, re.MULTILINE))
+        assert rows + text.partition("not synapses: ")[2].split(", ").count(name) == 1, text
+    for path in bio.biofx.islands:
+        assert f"  {path} (" in text if path else "  the model (" in text
+
+
+def test_gradients_are_exact(kind, frontend):
+    model = network(kind)
+    bio = biofx.transform(model, SPLIT, frontend=frontend)
+    expected, sites = gradients(model, X), biofx.weight_sites(bio)
+    for _ in range(2):  # nothing of one call is left for the next
+        found = gradients(bio, X)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            wanted = expected[name]
+            if name in sites and sites[name].is_split:
+                wanted = torch.stack([wanted, wanted])
+            torch.testing.assert_close(
+                gradient.to_dense() if gradient.is_sparse else gradient,
+                wanted.to_dense() if wanted.is_sparse else wanted,
+            )
+
+
+def test_copies_and_pickles_compute_the_same(kind, frontend):
+    bio = biofx.transform(network(kind), SLOW, frontend=frontend)
+    expected, wanted = bio(X), gradients(bio, X)
+    for other in (copy.deepcopy(bio), reloaded(bio), reloaded(copy.deepcopy(bio))):
+        assert_close(other(X), expected)
+        found = gradients(other, X)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[n].to_dense(), wanted[n].to_dense()) for n in found)
+        assert list(other.state_dict()) == list(bio.state_dict())
+        assert biofx.summary(other) == biofx.summary(bio)
+        assert biofx.table(other) == biofx.table(bio)
+        biofx.verify(other)
+        assert not any(g is not None for g in (p.grad for p in bio.parameters()))
+
+
+def test_a_copy_is_independent(kind, frontend):
+    bio = biofx.transform(network(kind), SLOW, frontend=frontend)
+    expected = bio(X)
+    other = copy.deepcopy(bio)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert_close(bio(X), expected)
+
+
+def test_fold_gives_the_plain_model(kind, frontend):
+    model = network(kind)
+    bio = biofx.transform(model, SLOW, frontend=frontend)
+    plain = biofx.fold(bio)
+    assert_close(plain(X), bio(X))
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    model.load_state_dict(plain.state_dict(), strict=True)
+    assert {n: type(m) for n, m in plain.named_modules() if n} == {n: type(m) for n, m in model.named_modules() if n}
+    assert (type(plain) is type(model)) is (frontend == "module")
+    again = biofx.transform(plain, SPLIT, frontend=frontend)
+    assert list(biofx.weight_sites(again)) == list(biofx.weight_sites(bio))
+    assert_close(again(X), model(X))
+    assert_close(reloaded(plain)(X), plain(X))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_rules_act_at_steps(kind, frontend, optimizer):
+    pipeline = "split-synapses,fuzzy-learning-rates,crystallize,rejuvenate{dre=1.0},l1-regularization"
+    bio = biofx.transform(network(kind), pipeline, frontend=frontend)
+    held = optimizer([p for n, p in bio.named_parameters() if "sparse" not in n], lr=0.01)
+    biofx.attach(bio, held)
+    before = copy.deepcopy(bio.state_dict())
+    for _ in range(2):
+        held.zero_grad()
+        loss(bio(X)).backward()
+        held.step()
+    biofx.verify(bio)
+    for name in biofx.weight_sites(bio):
+        if bio.get_parameter(name).grad is None:  # what is before tokens
+            continue
+        assert not torch.equal(bio.state_dict()[name], before[name])
+        assert int(bio.state_dict()[f"{name}_steps"]) == 2
+    plain = biofx.fold(bio)
+    assert_close(plain(X), bio(X))
+
+
+def test_every_pass_works_or_leaves_weights_in_islands_alone(kind):
+    model = network(kind)
+    for pass_class in biofx.registry.registered_passes().values():
+        bio = biofx.transform(model, [pass_class()])
+        biofx.verify(bio)
+        bio(X)
+        assert_close(biofx.fold(bio)(X), bio(X))
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        passes.GroupUnits(2),
+        passes.SplitSynapses(2, activation="relu"),
+        passes.SynapticScaling(),
+        passes.FuzzyLearningRates(distribution="activity"),
+    ],
+    ids=lambda pass_: pass_.name,
+)
+def test_a_pass_that_needs_the_operator_leaves_the_weight_alone(pass_):
+    bio = biofx.transform(nn.Sequential(nn.Linear(4, 4), Branch(), nn.Linear(4, 4)), [pass_])
+    sites = biofx.weight_sites(bio)
+    assert [site.island for site in sites.values()] == [None, "1", "1", None]
+    assert sites["0.weight"].passes == (pass_.name,)
+    assert sites["1.a.weight"].passes == sites["1.b.weight"].passes == ()
+    assert f"{pass_.name}: it is in the island 1, so what its operator returns is out of reach" in biofx.summary(bio)
+
+
+def test_units_that_reach_an_island_are_not_mirrored():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), Branch(), nn.Linear(4, 2)), torch.randn(5, 4)
+    bio = biofx.transform(model, [passes.MirrorUnits()], example_inputs=x)
+    torch.testing.assert_close(bio(x), model(x))
+    left = bio.biofx.passes[0].left
+    assert left["3.a.weight"] == "it is in the island 3, so what its operator returns is out of reach"
+    assert bio.get_parameter("0.weight").shape == (16, 4)
+    assert bio.get_parameter("2.weight").shape == (4, 16)
+    assert "Branch" in bio.biofx.passes[0].remarks["2.weight"]
+
+
+def test_units_inside_an_island_are_populations_of_their_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Branch(), nn.Linear(4, 4)).eval()
+    bio = biofx.transform(model, [passes.DalesPrinciple(balance=False)], example_inputs=torch.randn(2, 4))
+    text = str(biofx.units(bio))
+    assert "positions of 2.a.weight" in text
+    assert "Branch" in text  # what the last weight reads
+    assert "is in the island 2, where units cannot be followed" in biofx.summary(bio)
+    for site in biofx.weight_sites(bio).values():
+        assert biofx.sign_constraints.wrong_signs(site) == 0
+    assert biofx.weight_sites(bio)["2.a.weight"].sign is not None
+
+
+def test_balance_reaches_islands():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), Branch(), nn.Linear(4, 4))
+    model[2].a, model[2].b = nn.Linear(32, 64), nn.Linear(64, 4)
+    bio = biofx.transform(model, [passes.DalesPrinciple()])
+    weight = biofx.weight_sites(bio)["2.b.weight"].effective()
+    assert 0 < (weight != 0).double().mean() < 1
+
+
+def test_axes_inside_islands():
+    sites = biofx.weight_sites(biofx.transform(Around(Kernels()), SPLIT))
+    found = {n: (s.operator, s.presynaptic_axis, s.postsynaptic_axis, s.groups) for n, s in sites.items()}
+    assert found["inner.up.weight"] == ("conv1d", 1, 0, 1)
+    assert found["inner.grouped.weight"] == ("conv1d", 1, 0, 2)
+    assert found["inner.down.weight"] == ("conv_transpose1d", 0, 1, 1)
+    sites = biofx.weight_sites(biofx.transform(Around(Tokens()), SPLIT))
+    embedding = sites["inner.embedding.weight"]
+    assert (embedding.presynaptic_units, embedding.units) == (5, 4)
+
+
+def test_what_is_left_alone_in_an_island_has_a_reason():
+    text = biofx.summary(biofx.transform(Around(Tokens()), SPLIT))
+    where = "inside inner (Tokens), an island"
+    assert f"inner.own: {where}: biofx does not know how Tokens uses it" in text
+    assert f"inner.sparse.weight: {where}: its gradient is sparse" in text
+    assert f"inner.bounded.weight: {where}: its max_norm changes it in place" in text
+
+
+def test_a_weight_that_is_tied_to_one_with_other_axes_is_left_alone():
+    model = Around(Tokens())
+    model.inner.head = nn.Linear(4, 5, bias=False)
+    model.inner.head.weight = model.inner.embedding.weight
+    bio = biofx.transform(model, SPLIT)
+    (row,) = [line for line in biofx.summary(bio).splitlines() if line.startswith("inner.embedding.weight ")]
+    assert "embedding, linear, in inner" in row
+    assert "different axes" in biofx.weight_sites(bio)["inner.embedding.weight"].why_no_axes
+    torch.testing.assert_close(bio(torch.ones(2, 3)), model(torch.ones(2, 3)))
+    bio = biofx.transform(model, [passes.DalesPrinciple(balance=False)])
+    assert "different axes" in bio.biofx.passes[0].left["inner.embedding.weight"]
+
+
+def test_depth_counts_the_weights_of_an_island_in_their_order():
+    bio = biofx.transform(nn.Sequential(nn.Linear(4, 4), Branch(), nn.Linear(4, 4)), SPLIT)
+    sites = biofx.weight_sites(bio).values()
+    assert [site.depth for site in sites] == [0, 1 / 3, 2 / 3, 1]
+    assert [site.is_output for site in sites] == [False, False, False, True]
+
+
+def test_the_fast_path_of_a_transformer_layer_reads_effective_weights():
+    model = Around(Encoder()).eval()
+    bio = biofx.transform(model, SPLIT, frontend="symbolic")
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        for parameter in bio.parameters():
+            parameter.mul_(1.5)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        assert_close(bio(x), model(x))
+
+
+def test_a_module_called_on_its_own_computes_with_effective_weights(frontend):
+    model = network("branch")
+    bio = biofx.transform(model, SPLIT, frontend=frontend)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert_close(bio.inner(x), model.inner(x))
+    assert_close(bio.inner.a(x), model.inner.a(x))
+    loss(bio.inner(x)).backward()
+    assert bio.inner.a.weight.grad is not None
+    assert bio.inner.a.weight.shape == (2, 6, 4)  # from outside, what is stored
+
+
+def test_a_module_taken_out_of_the_model_still_computes():
+    model = network("branch")
+    inner = biofx.transform(model, SPLIT, frontend="module").inner
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert_close(inner(x), model.inner(x))
+
+
+def test_a_model_may_call_itself(frontend):
+    model, x = Recursive().eval(), torch.randn(3, 4)
+    bio = biofx.transform(model, SLOW, frontend=frontend)
+    assert_close(bio(x, times=3), model(x, times=3))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_inside_an_island_gives_the_same_gradients(reentrant):
+    plain, again = Around(Checkpointed(reentrant)).double(), None
+    bio = biofx.transform(plain, SLOW)
+    again = biofx.transform(nn.Sequential(plain.before, plain.inner.inner), SLOW)
+    for site, other in zip(biofx.weight_sites(bio).values(), biofx.weight_sites(again).values(), strict=True):
+        with torch.no_grad():
+            other.raw.copy_(site.raw)
+            other.gain.copy_(site.gain)
+    for a, b in zip(gradients(bio, X).values(), gradients(again, X).values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_threads_do_not_disturb_each_other(frontend):
+    model = network("nested")
+    bio = biofx.transform(model, SLOW, frontend=frontend)
+    expected, wrong = bio(X), []
+
+    def work():
+        for _ in range(30):
+            with torch.no_grad():
+                wrong.extend([] if torch.equal(bio(X), expected) else [1])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_exception_inside_an_island_leaves_nothing_behind():
+    bio = biofx.transform(network("structures"), SLOW)
+    expected = bio(X)
+    with pytest.raises(ValueError, match="too large"):
+        bio(X * 1e12)
+    assert_close(bio(X), expected)
+    assert bio.inner.inner.fc.weight.shape == (2, 4, 4)
+
+
+def test_a_transform_in_place_that_fails_leaves_the_classes():
+    model = network("branch")
+    with pytest.raises(biofx.ArgumentError):
+        biofx.transform(model, SPLIT, inplace=True, exclude="*")
+    assert type(model.inner) is Branch
+    assert type(model.inner.a) is nn.Linear
+    assert not any("biofx" in name for module in model.modules() for name in vars(module))
+    model(X)
+
+
+def test_an_untraced_copy_of_a_module_is_a_plain_module():
+    bio = biofx.transform(network("branch"), SPLIT)
+    other = copy.deepcopy(bio.inner.a)
+    assert type(other) is nn.Linear
+    assert not any("biofx" in name for name in vars(other))
+
+
+def test_modules_keep_their_class_names_and_trees(frontend):
+    model = network("lstm")
+    bio = biofx.transform(model, SPLIT, frontend=frontend)
+    for (name, a), (other, b) in zip(model.named_modules(), bio.named_modules(), strict=False):
+        assert name == other
+        assert isinstance(b, type(a))
+        assert type(b).__name__ == type(a).__name__
+
+
+def test_it_compiles_without_graph_breaks():
+    model = Around(Kernels()).eval()
+    x = torch.randn(5, 3)
+    for frontend in ("symbolic", "module"):
+        bio = biofx.transform(model, SLOW, frontend=frontend)
+        compiled = torch.compile(bio, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), bio(x))
+        for a, b in zip(gradients(compiled, x).values(), gradients(bio, x).values(), strict=True):
+            torch.testing.assert_close(a, b)
+        torch._dynamo.reset()
+
+
+def test_a_trace_of_a_transformed_model_keeps_islands():
+    bio = biofx.transform(network("branch"), SLOW)
+    traced = torch.fx.symbolic_trace(bio)
+    assert_close(traced(X), bio(X))
+    assert "call_island" in traced.code
+
+
+def test_many_islands_are_found_in_few_traces(monkeypatch):
+    traces = 0
+    original = biofx.capture.modes.trace
+
+    def counted(*args, **kwargs):
+        nonlocal traces
+        traces += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(biofx.capture.modes, "trace", counted)
+    bio = biofx.transform(nn.Sequential(*[Branch() for _ in range(20)]), SPLIT)
+    assert len(bio.biofx.islands) == 20
+    assert traces == 2
+
+
+class AsksForType(nn.Module):
+    """Takes one way for a tensor and another for anything else."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) if isinstance(x, torch.Tensor) else x
+
+
+def test_a_forward_that_asks_for_the_type_of_a_value_is_an_island():
+    model, x = nn.Sequential(nn.Linear(4, 4), AsksForType()), torch.randn(2, 4)
+    bio = biofx.transform(model, SPLIT)
+    assert "isinstance(...) is asked about a value" in bio.biofx.islands["1"]
+    assert_close(bio(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.ones(3, 4).view(x.shape[0], -1),
+        lambda x: torch.full((2,), x.shape[0]),
+        lambda x: torch.arange(x.shape[0]),
+        lambda x: torch.ones(3).to(x.dtype),
+        lambda x: torch.roll(x, (x.shape[0], 1), (0, 1)),
+    ],
+)
+def test_functions_of_pytorch_may_look_at_types(call):
+    class Calls(nn.Module):
+        def forward(self, x):
+            return call(x), isinstance(self, nn.Module)
+
+    assert not biofx.capture.capture(Calls()).biofx.islands
+
+
+def test_an_island_that_fails_because_of_its_child_is_the_child():
+    class Keeps(nn.Module):
+        """Needs what its child appended before it failed, so it fails together with it."""
+
+        def __init__(self):
+            super().__init__()
+            self.child, self.fc = Branch(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.child(x)) + len([1])
+
+    bio = biofx.transform(nn.Sequential(Keeps()), SPLIT)
+    assert list(bio.biofx.islands) == ["0.child"]
+
+
+class Refers(nn.Module):
+    """Reaches another module in one of several ways."""
+
+    def __init__(self, other, how):
+        super().__init__()
+        self.fc, self.other = nn.Linear(4, 4), how(other)
+
+    def forward(self, x):
+        other = self.other
+        while isinstance(other, (list, tuple, dict)):
+            other = next(iter(other.values())) if isinstance(other, dict) else other[0]
+        return self.fc(other(x)) if len(x) else x
+
+
+def test_a_parameter_that_is_kept_in_an_attribute_is_left_alone():
+    model = nn.Sequential(Branch(), nn.Linear(4, 4))
+    model[0].kept = [model[0].a.weight]
+    bio = biofx.transform(model, SPLIT)
+    assert list(biofx.weight_sites(bio)) == ["0.b.weight", "1.weight"]
+    assert "0.a.weight: inside 0 (Branch), an island: a module keeps it in a list" in biofx.summary(bio)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda m: [m],
+        lambda m: {"a": (m,)},
+        lambda m: m.forward,
+        lambda m: functools.partial(nn.Module.__call__, m),
+        lambda m: [functools.partial(torch.nn.functional.linear, weight=m.weight, bias=m.bias)],
+    ],
+)
+def test_an_island_grows_to_hold_all_it_refers_to(how):
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model[0].append(Refers(model[0][0], how))
+    bio, x = biofx.transform(model, SPLIT), torch.randn(2, 4)
+    assert list(bio.biofx.islands) == ["0"]
+    assert "refers to one of its other modules" in bio.biofx.islands["0"]
+    assert_close(bio(x), model(x))
+    assert_close(bio(x), copy.deepcopy(bio)(x))
