@@ -91,6 +91,11 @@ def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dic
                         f"{new.name} changes the shape of {name}, or of what it returns, and {old.name} is set up for "
                         "the present one; transform the original model with both"
                     )
+                if (old.changes_units or new.changes_units) and Slot.OUTPUT in (old.slot, new.slot):
+                    raise PipelineError(
+                        f"{old.name} and {new.name} exclude each other on {name}: one gives every unit a sign, and the "
+                        "other joins units of both signs; drop one"
+                    )
                 if old.slot is new.slot and new.slot.exclusive:
                     raise PipelineError(
                         f"{old.name} and {new.name} both claim the {new.slot.label} of {name}; drop one"

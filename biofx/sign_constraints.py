@@ -120,12 +120,6 @@ def constrain(edit: Editor, site: WeightSite, sign: Tensor, units: Tensor, const
     edit.keep("units", units)
 
 
-def wrong_signs(site: WeightSite) -> int:
-    """Number of synapses whose weight has another sign than their unit."""
-    sign = site.sign
-    return 0 if sign is None else int((site.synaptic().detach() * sign < 0).sum())
-
-
 def constraint_of(site: WeightSite) -> SignConstraint | None:
     """The constraint on a weight's signs, if there is one."""
     for node in site.chain:

@@ -35,6 +35,7 @@ class Units:
         owner: the index in `populations` of each unit, by its number; 0 for numbers that no unit has any more.
         readings: what each weight reads, by the weight's name; only weights with which presynaptic units act are in it.
         scales: the parameters that multiply units on their way to a weight, such as γ of a batch norm.
+        sites: the weights.
         activations: the unit numbers that a node carries to a weight, float64, in the shape of its value.
     """
 

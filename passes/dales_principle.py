@@ -6,7 +6,7 @@ $$w_{ij} = s_j\,\lvert w_{ij} \rvert, \qquad s_j \in \{+1, -1\}$$
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
 from biofx.scales import hold_scales, project_scales
-from biofx.sign_constraints import CONSTRAINTS, constrain, wrong_signs
+from biofx.sign_constraints import CONSTRAINTS, constrain
 from biofx.units import Reading
 from biofx.weight_sites import WeightSite
 
@@ -166,12 +166,6 @@ class DalesPrinciple(Pass):
             if self.constraint == "project":
                 weight.assign(weight.value)
         project_scales(weights[0].site.bio, self.name)
-
-    def violations(self, site: WeightSite) -> Iterator[str]:
-        """Synapses whose weight has another sign than their unit."""
-        wrong = wrong_signs(site)
-        if wrong:
-            yield f"{wrong} synapses have another sign than their unit"
 
     def _chosen(self, model: ModelEditor) -> dict[str, WeightSite]:
         patterns = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)

@@ -5,7 +5,7 @@ $$W \to [\,W^+,\ -W^-\,], \qquad W = W^+ - W^-, \qquad W^+, W^- \ge 0$$
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
 from biofx.scales import project_scales, turn_over
-from biofx.sign_constraints import constrain, rectify, wrong_signs
+from biofx.sign_constraints import constrain, rectify
 from biofx.twins import Twins
 from biofx.units import analyse
 from biofx.weight_sites import WeightSite, find
@@ -114,12 +114,6 @@ class MirrorUnits(Pass):
             if weight.site.sign is not None:
                 weight.assign(weight.value)
         project_scales(weights[0].site.bio, self.name)
-
-    def violations(self, site: WeightSite) -> Iterator[str]:
-        """Synapses whose weight has another sign than their unit."""
-        wrong = wrong_signs(site)
-        if wrong:
-            yield f"{wrong} synapses have another sign than their unit"
 
 
 def mirrored(site: WeightSite, twins: Twins | None, *, doubled: bool) -> Tensor:

@@ -89,6 +89,14 @@ def test_a_chain_reads_in_canonical_order():
             "split-synapses is given twice for weight: as split-synapses and",
         ),
         ([passes.FuzzyLearningRates(), passes.FuzzyLearningRates()], "fuzzy-learning-rates is given twice for weight"),
+        (
+            [passes.MirrorUnits(), passes.GroupUnits()],
+            "mirror-units and group-units exclude each other on weight: one gives every unit a sign, and the other",
+        ),
+        (
+            [passes.MirrorUnits(), passes.DalesPrinciple()],
+            "mirror-units and dales-principle both claim the sign constr",
+        ),
         ([Rectify(), Negate()], "negate and rectify both claim the sign constraint of weight; drop one"),
     ],
 )
@@ -96,7 +104,11 @@ def test_conflicts_name_both(pipeline, message):
     model = nn.Linear(2, 2)
     with pytest.raises(biofx.PipelineError, match=message):
         biofx.transform(model, pipeline)
-    first = biofx.transform(model, pipeline[:1])
+
+
+@pytest.mark.parametrize("pipeline", [[passes.FuzzyLearningRates()] * 2, [Rectify(), Negate()]])
+def test_a_conflict_with_an_earlier_transform_leaves_the_model_as_it_was(pipeline):
+    first = biofx.transform(nn.Linear(2, 2), pipeline[:1])
     state, code = first.state_dict(), first.code
     with pytest.raises(biofx.PipelineError, match=r"is given twice|both claim"):
         biofx.transform(first, pipeline[1:], inplace=True)
