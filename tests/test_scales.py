@@ -8,7 +8,6 @@ import biofx
 from biofx import passes
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-SITES = "0.weight"  # so that what follows the first weight and its norm stays as it is
 
 
 def network(norm, **convolution):
@@ -22,7 +21,7 @@ def network(norm, **convolution):
 
 
 def transformed(model, *others):
-    return biofx.transform(model, [passes.DalesPrinciple(inputs="excitatory", balance=False, sites=SITES), *others])
+    return biofx.transform(model, [passes.DalesPrinciple(inputs="excitatory", balance=False), *others])
 
 
 @pytest.fixture
@@ -109,9 +108,8 @@ def test_so_it_is_if_an_optimizer_holds_no_weight_with_signs():
     """As where one optimizer has the matrices and another the rest, or where the weights are frozen."""
     model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
     bio = biofx.transform(model, [passes.DalesPrinciple()])
-    optimizers = [
-        torch.optim.SGD([p for p in bio.parameters() if (p.dim() < 2) is rest], lr=20.0) for rest in (False, True)
-    ]
+    matrices, rest = ([p for p in bio.parameters() if (p.dim() == 2) is is_matrix] for is_matrix in (True, False))
+    optimizers = [torch.optim.SGD(matrices, lr=20.0), torch.optim.SGD(rest, lr=20.0)]
     for optimizer in optimizers:
         biofx.attach(bio, optimizer)
     bio.get_parameter("3.weight").requires_grad_(False)

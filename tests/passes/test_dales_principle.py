@@ -332,8 +332,8 @@ def test_a_second_transform_continues_the_signs_that_units_have():
     assert obeys(twice)
     assert torch.equal(twice.get_buffer("right.weight_sign"), once.get_buffer("left.weight_sign"))
     against = tuple(int(-s) for s in once.get_buffer("left.weight_sign").flatten())
+    contrary = passes.DalesPrinciple(sites="right.*", assign={"stem.weight": against})
     with pytest.raises(biofx.PipelineError, match="differs from the signs that they have"):
-        contrary = passes.DalesPrinciple(sites="right.*", assign={"stem.weight": against})
         biofx.transform(once, [contrary], exclude="left.weight")
 
 
