@@ -35,6 +35,7 @@ FEWEST = 32  # at least
 SLACK = 0.9  # how much of the largest mean that a row can have for its variance it gets at most
 LARGEST = 4.0  # factor by which measuring may change the size of a row
 RECTIFIED = 1 / (torch.pi - 1)  # mean² / variance of a rectified normal variable
+STILL = 1e-26  # below this fraction of mean², a variance is rounding
 TINY = 1e-300
 
 
@@ -75,7 +76,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     for name, site in sites.items():
         model.sites[name].raw.copy_(site.raw)
         bias = _bias(site, site.calls[0]) if site.calls else None
-        if bias is not None:
+        if bias is not None and bias not in model.excluded:
             model.value(bias).copy_(attribute(bio, bias))
 
 
@@ -100,7 +101,7 @@ def balanced(weight: Tensor, sign: Tensor, density: float, floor: float, *, gene
     total, energy = old.sum(1), old.square().sum(1)
     a, b = scales(e.sum(1), f.sum(1), e.square().sum(1), f.square().sum(1), torch.zeros(()), total, energy)
     new = a[:, None] * e - b[:, None] * f
-    one_sign = (sign > 0).any(1) ^ (sign < 0).any(1)
+    one_sign = ~((e > 0).any(1) & (f > 0).any(1))  # or no weight at all, as the token for padding has none
     expected = energy + RECTIFIED * size.sum(1).square()
     gain = ((1 + RECTIFIED) * energy / (expected + TINY)).sqrt()
     new = torch.where(one_sign[:, None], sign * size * gain[:, None], new)
@@ -149,7 +150,8 @@ def _refit(site: WeightSite, net_input: NetInput, signs: Tensor, mean: Tensor, v
     xx, yy, xy = (v.mean((0, 2)) for v in ((x - mx).square(), (y - my).square(), (x - mx) * (y - my)))
     mx, my = mx.mean((0, 2)), my.mean((0, 2))
     a, b = scales(mx, my, xx, yy, xy, mean, variance, LARGEST)
-    unbalanced = (mx <= 0) | (my <= 0)  # there are inputs of one sign only
+    still = ~(torch.minimum(variance, xx + yy) > STILL * (mean.square() + mx.square() + my.square()))
+    unbalanced = (mx <= 0) | (my <= 0) | still  # there are inputs of one sign only, or none that tell samples apart
     a, b = a.masked_fill(unbalanced, 1.0), b.masked_fill(unbalanced, 1.0)
     # A mean that was cut leaves the variance behind.
     reached = a.square() * xx - 2 * a * b * xy + b.square() * yy
@@ -157,6 +159,7 @@ def _refit(site: WeightSite, net_input: NetInput, signs: Tensor, mean: Tensor, v
     rows, row_sign = site.incoming(weight), site.incoming(sign)
     scaled = rows * torch.where(row_sign > 0, a[:, None], b[:, None])
     gain = torch.minimum(gain, LARGEST * rows.norm(dim=1) / (scaled.norm(dim=1) + TINY))
+    gain = gain.masked_fill(still, 1.0)
     new = torch.where(row_sign == 0, rows, scaled * gain[:, None])
     _store(site, site.from_incoming(new))
     bias = _bias(site, site.calls[0])
@@ -224,7 +227,7 @@ class _Watched(Guesser):
         source = site.calls[0].call.source
         if source is None:
             return
-        activity = self.env[source.node]
+        self.env[source.node] = activity = self.env[source.node].to(site.raw.dtype)  # whatever forward casts it to
         has_samples = all(axis % activity.dim() > 0 for axis in source.axes)
         if activity.shape[0] < FEWEST or not has_samples:
             return

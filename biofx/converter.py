@@ -16,6 +16,7 @@ from biofx.lifecycle import use_markers
 from biofx.plastic_weight import PlasticWeight, scale_learning
 from biofx.provenance import record_of
 from biofx.registry import Pass, registered_passes
+from biofx.scales import project_scales
 from biofx.transform import transform
 from biofx.weight_sites import l1, weight_sites
 
@@ -231,6 +232,8 @@ class Converted(CapturedModule):
         if not any(run.pass_.name == "dales-principle" for run in record_of(self).passes):
             raise LifecycleError("enforce_dales_principle: convert the model with apply_dales_principle=True")
         self._at_step("dales-principle")
+        with torch.no_grad():
+            project_scales(self)
 
     def l1_reg(self) -> Tensor:
         """Sum of the magnitudes of all weights, differentiable (`biofx.l1`)."""

@@ -18,6 +18,7 @@ from biofx.plastic_weight import PlasticWeight, scale_learning
 from biofx.provenance import number_nodes, record_of, transformed
 from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
+from biofx.scales import project_scales
 from biofx.weight_sites import WeightSite, find
 
 
@@ -81,7 +82,7 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
         raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
     held = _held(optimizer)
     sites = {name: site for name, site in find(bio)[0].items() if id(site.raw) in held and site.passes}
-    if not sites:
+    if not sites and not any(id(bio.get_parameter(name)) in held for name in record.nonnegative):
         raise ArgumentError(
             f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
             "build it from bio.parameters(), after the transform"
@@ -211,6 +212,7 @@ class Attachment:
         counters = [steps for w in step.weights if (steps := w.site.state("steps")) is not None]
         try:
             self._act(step.weights, before_step=False)
+            project_scales(self._bio, self._held)
         finally:
             if counters:
                 torch._foreach_add_(counters, 1)

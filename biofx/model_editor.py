@@ -25,6 +25,7 @@ class ModelEditor:
         all_sites: all weights, by name.
         sites: those that the pass may touch.
         edits: an editor for each of them.
+        excluded: parameters that no pass may touch, each with the reason.
         example_inputs: arguments of the model, as `transform` got them, or None.
     """
 
@@ -33,6 +34,7 @@ class ModelEditor:
     ) -> None:
         self.bio = bio
         self.example_inputs = example_inputs
+        self.excluded = excluded
         self.all_sites = find(bio)[0]
         self.sites: dict[str, WeightSite] = {n: site for n, site in self.all_sites.items() if n not in excluded}
         self.places = owners(bio)
@@ -55,10 +57,7 @@ class ModelEditor:
         return randomness.generator(self._seed, self._by.name, *purpose)
 
     def keep_nonnegative(self, parameter: str) -> None:
-        """Let `verify` hold a parameter that multiplies units to values that are not negative.
-
-        The pass itself has to see to it at every step.
-        """
+        """Keep a parameter that multiplies units from being negative: at every step, and in `verify`."""
         record_of(self.bio).nonnegative[parameter] = self._by.name
 
     def value(self, parameter: str) -> torch.nn.Parameter:

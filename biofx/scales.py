@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import fx, nn
 
@@ -12,25 +14,60 @@ from biofx.provenance import record_of
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def hold_scales(model: ModelEditor) -> None:
-    """Make the parameters that multiply units non-negative, and let `verify` hold them to it.
+def hold_scales(model: ModelEditor, constrained: Collection[str]) -> None:
+    """Keep parameters that multiply units on their way to weights with signs from being negative.
 
     Behind a batch norm that directly follows a weight, a negative γ is the same as a positive one with the weights of
-    its unit turned over, so nothing changes. Elsewhere negative entries become zero.
+    its unit turned over, so nothing changes. A parameter that is negative elsewhere stays as it is, and the weights
+    that read its units get a remark.
+
+    Args:
+        model: the model.
+        constrained: the weights that get signs.
     """
-    for name in sorted(model.units.scales):
-        parameter = attribute(model.bio, name)
-        if bool((parameter < 0).any()):
+    for name in sorted(model.units.scales - model.excluded.keys()):
+        readers = sorted(_readers(model, name) & set(constrained))
+        if not readers:
+            continue
+        if bool((model.value(name) < 0).any()):
             turn_over(model, name)
+        negative = int((model.value(name) < 0).sum())
+        if not negative:
+            model.keep_nonnegative(name)
+            continue
+        for reader in readers:
+            model.edits[reader].remark(f"{name} is negative for {negative} units, and turns their signs over")
+
+
+def project_scales(bio: fx.GraphModule, held: Collection[int] | None = None) -> None:
+    """Set to zero what has become negative in the parameters that passes keep from it.
+
+    Args:
+        bio: the transformed model.
+        held: ids of the parameters that may change; None for all.
+    """
+    for name in record_of(bio).nonnegative:
+        parameter = attribute(bio, name)
+        if held is None or id(parameter) in held:
             parameter.clamp_(min=0)
-        model.keep_nonnegative(name)
 
 
-def project_scales(bio: fx.GraphModule, by: str) -> None:
-    """Set to zero what has become negative in the parameters that a pass holds."""
-    for name, holder in record_of(bio).nonnegative.items():
-        if holder == by:
-            attribute(bio, name).clamp_(min=0)
+def _readers(model: ModelEditor, scale: str) -> set[str]:
+    """The weights that read what a parameter multiplies."""
+    path = scale.rpartition(".")[0]
+    found: set[str] = set()
+    seen: set[fx.Node] = set()
+    uses = {use: name for name, site in model.all_sites.items() for use in site.uses}
+    graph = model.bio.graph
+    waiting = [*graph.find_nodes(op="call_module", target=path), *graph.find_nodes(op="get_attr", target=scale)]
+    while waiting:
+        for user in waiting.pop().users:
+            if user in uses:
+                found.add(uses[user])
+            elif user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return found
 
 
 def turn_over(model: ModelEditor, scale: str) -> None:
@@ -44,7 +81,7 @@ def turn_over(model: ModelEditor, scale: str) -> None:
     if site is None or site.why_no_output is not None or set(site.outputs[0].users) != set(calls):
         return
     bias = site.calls[0].call.bias
-    if bias is not None and (bias.op != "get_attr" or len(bias.users) > 1):
+    if bias is not None and (bias.op != "get_attr" or len(bias.users) > 1 or str(bias.target) in model.excluded):
         return
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight.dtype)
     site.raw.mul_(site.spread(sign))

@@ -12,6 +12,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
@@ -49,6 +50,21 @@ class Units:
     def members(self, index: int) -> Tensor:
         """The numbers of a population's units, in order, by its index in `populations`."""
         return (self.owner == index).nonzero().flatten()
+
+    def mixed(self) -> Tensor:
+        """The numbers of the units with outgoing weights of both signs, over all weights that read them.
+
+        Inputs are left out: they are no units of the network. So `len(biofx.units(model).mixed()) == 0` says that a
+        model, transformed, folded or any other, obeys Dale's principle.
+        """
+        positive, negative = (torch.zeros(len(self.owner), dtype=torch.bool) for _ in range(2))
+        for name, reading in self.readings.items():
+            site = self.sites[name]
+            weight = site.outgoing(site.effective().detach()).cpu()
+            positive[reading.numbers[(weight > 0).any(1)]] = True
+            negative[reading.numbers[(weight < 0).any(1)]] = True
+        inputs = [index for index, population in enumerate(self.populations) if population.origin == "input"]
+        return (positive & negative & ~torch.isin(self.owner, torch.tensor(inputs))).nonzero().flatten()
 
     def __str__(self) -> str:
         rows = [self._row(site, self.readings.get(name)) for name, site in self.sites.items()]

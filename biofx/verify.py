@@ -24,7 +24,7 @@ def verify(bio: nn.Module) -> None:
     - The graph is well formed (`graph.lint`).
     - Every weight has one chain, with its nodes in canonical order, and every inserted node is in use.
     - Every `biofx` operator in the graph was inserted by a pass that ran.
-    - No parameter of the original model is gone.
+    - No parameter of the original model is gone, and the weights that passes changed are finite.
     - All outgoing effective weights of a unit that has a sign, in all weights that read it, have one sign. What
       multiplies units and is held to be not negative is so.
     - Gains are finite and not negative; what else a pass promises holds (`Pass.violations`).
@@ -114,6 +114,9 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
             yield f"{by}: {name}: it multiplies units, and is negative ({float(attribute(bio, name).min()):g})"
     sites = find(bio)[0]
     yield from mixed_units(sites)
+    for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):
+        if not bool(torch.isfinite(sites[name].raw).all()):
+            yield f"{name}: the weight is not finite"
     for run in record.passes:
         for name in sorted(run.weights):
             if name not in sites:

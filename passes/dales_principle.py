@@ -21,11 +21,12 @@ from biofx.options import check_choice, check_number
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
-from biofx.scales import hold_scales, project_scales
+from biofx.scales import hold_scales
 from biofx.sign_constraints import CONSTRAINTS, constrain
-from biofx.units import Reading
+from biofx.units import Reading, Units
 from biofx.weight_sites import WeightSite
 
+INPUT_ORIGINS = {"input", "constant"}
 INPUTS = ("free", "excitatory", "mixed")
 ASSIGNMENTS = ("random", "closest")
 
@@ -47,7 +48,7 @@ class DalesPrinciple(Pass):
     |---|---|---|
     | `"project"` | relu(r·s)·s | projected after every step; feels the weight's gradient at 0 too: no synapse dies |
     | `"abs"` | \|r\|·s | r of either sign |
-    | `"softplus"` | ln(1 + eʳ)·s | a weight never reaches 0, and small ones change slowly |
+    | `"softplus"` | ln(1 + eʳ)·s | never reaches 0, starts with 1% of the mean magnitude at least |
 
     *Signs.* `"random"` draws them for each population: exactly the fraction `excitatory` of its units, rounded, but at
     least one of each kind. `"closest"` is for a trained network: a unit gets the sign of the larger part of the energy
@@ -63,10 +64,11 @@ class DalesPrinciple(Pass):
     and 8 layers learn as they did.
 
     *What can turn a sign over.* A parameter that multiplies units on their way, such as γ of a batch norm, is kept
-    from being negative. Where a unit's activity can be negative (tanh, no activation), its *effect* changes sign
-    although its weights do not; `summary` says so. A weight that is used on different units would need two signs: its
-    positions get signs of their own. A weight that is not alone between two populations (a sum of two parameters, a
-    product with two activations, an embedding that is tied to an output layer) is left alone.
+    from being negative; one that is negative already, and cannot be turned over together with the weights before it, is
+    left as it is, and `summary` says so. Where a unit's activity can be negative (tanh, no activation), its *effect*
+    changes sign although its weights do not; `summary` says so. A weight that is used on different units would need
+    two signs: its positions get signs of their own. A weight that is not alone between two populations (a sum of two
+    parameters, a product with two activations, an embedding that is tied to an output layer) is left alone.
 
     The reference package gives signs to the rows of a linear weight, which are postsynaptic, and to single kernels of a
     convolution, so no unit ends up excitatory or inhibitory, and its rejuvenation overwrites them.
@@ -140,7 +142,7 @@ class DalesPrinciple(Pass):
         if not chosen:
             return
         units = model.units
-        hold_scales(model)
+        hold_scales(model, [name for name in chosen if not self._is_free(units, units.readings[name])])
         signs = self._assign(model, {name: units.readings[name] for name in chosen})
         constrained: dict[str, Tensor] = {}
         for name in chosen:
@@ -154,19 +156,24 @@ class DalesPrinciple(Pass):
                 edit.remark(f"{reading.remark}, so its positions have signs of their own")
             if reading.signed_by:
                 edit.remark(f"the activity of its units can be negative ({reading.signed_by})")
+            if others := self._free_readers(model, reading.numbers, constrained.keys() | chosen.keys()):
+                edit.remark(f"{', '.join(others)} read the same units with weights of either sign")
         self._set_weights(model, constrained)
+        self._renumber(model)
         for name, sign in constrained.items():
             site, edit = chosen[name], model.edits[name]
             spread = site.spread_presynaptic(sign).to(site.raw.device, site.raw.dtype)
-            edit.replace_raw(CONSTRAINTS[self.constraint].store(site.raw.detach(), spread))
+            raw = site.raw.detach()
+            if self.constraint == "softplus":  # what it cuts off could never come back
+                raw = torch.where(spread == 0, raw, spread * (raw * spread).clamp(min=FLOOR * float(raw.abs().mean())))
+            edit.replace_raw(CONSTRAINTS[self.constraint].store(raw, spread))
             constrain(edit, site, sign, units.readings[name].numbers, self.constraint)
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
-        """Project stored weights on their signs, and scales on what is not negative."""
+        """Project stored weights on their signs."""
         for weight in weights:
             if self.constraint == "project":
                 weight.assign(weight.value)
-        project_scales(weights[0].site.bio, self.name)
 
     def _chosen(self, model: ModelEditor) -> dict[str, WeightSite]:
         patterns = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
@@ -187,6 +194,24 @@ class DalesPrinciple(Pass):
                 del chosen[name]
         return chosen
 
+    def _is_free(self, units: Units, reading: Reading) -> bool:
+        """Whether a weight reads nothing but inputs, and these have no signs."""
+        origins = {units.populations[index].origin for index in units.owner[reading.numbers].tolist()}
+        return self.inputs == "free" and origins <= INPUT_ORIGINS
+
+    def _free_readers(self, model: ModelEditor, numbers: Tensor, signed: Collection[str]) -> list[str]:
+        """Weights without signs that read the same units."""
+        readings = model.units.readings.items()
+        others = [name for name, reading in readings if name not in signed and model.all_sites[name].sign is None]
+        return [name for name in others if bool(torch.isin(model.units.readings[name].numbers, numbers).any())]
+
+    def _renumber(self, model: ModelEditor) -> None:
+        """Let weights that got their signs in an earlier transform know their units by the present numbers."""
+        for name, site in model.all_sites.items():
+            numbers = site.state("units")
+            if numbers is not None and name in model.units.readings:
+                numbers.copy_(model.units.readings[name].numbers)
+
     def _assign(self, model: ModelEditor, readings: Mapping[str, Reading]) -> Tensor:
         """Sign of every unit by its number: +1, −1, or 0 if it is free."""
         units = model.units
@@ -194,23 +219,28 @@ class DalesPrinciple(Pass):
         read = torch.cat([reading.numbers for reading in readings.values()]).unique()
         energies = _energies(model, readings) if self.assign == "closest" else None
         given = dict(self.assign) if isinstance(self.assign, Mapping) else {}
+        known = _known_signs(model)
         for index, population in enumerate(units.populations):
             numbers = read[units.owner[read] == index]
             if population.name in given:
                 members = units.members(index)
                 signs[members] = _fitting(population.name, given.pop(population.name), len(members))
+                if bool((known[members] * signs[members] < 0).any()):
+                    raise PipelineError(
+                        f"{self.name}: assign[{population.name!r}] differs from the signs that they have"
+                    )
             elif not len(numbers):
                 continue
-            elif population.origin in ("input", "constant") and self.inputs != "mixed":
+            elif population.origin in INPUT_ORIGINS and self.inputs != "mixed":
                 signs[numbers] = float(self.inputs == "excitatory")
             elif energies is not None:
                 signs[numbers] = torch.where(energies[numbers, 0] >= energies[numbers, 1], 1.0, -1.0)
             else:
                 signs[numbers] = self._draw(population.name, len(numbers), model.generator(population.name))
         if given:
-            known = ", ".join(population.name for population in units.populations[1:])
-            raise PipelineError(f"{self.name}: assign names {next(iter(given))!r}, but the populations are {known}")
-        return signs
+            names = ", ".join(population.name for population in units.populations[1:])
+            raise PipelineError(f"{self.name}: assign names {next(iter(given))!r}, but the populations are {names}")
+        return torch.where(known != 0, known, signs)
 
     def _draw(self, name: str, count: int, generator: torch.Generator) -> Tensor:
         if count == 1 and 0 < self.excitatory < 1:
@@ -233,8 +263,10 @@ class DalesPrinciple(Pass):
             for name, site in sites.items():
                 raw = site.raw.detach()
                 sign = site.spread_presynaptic(signs[name]).to(raw)
-                kept = raw.square().where(raw * sign >= 0, 0).sum() / raw.square().sum()
-                model.edits[name].remark(f"{float(kept):.0%} of its energy was kept")
+                energy, kept = float(raw.square().sum()), float(raw.square().where(raw * sign >= 0, 0).sum())
+                model.edits[name].remark(
+                    f"{kept / energy:.0%} of its energy was kept" if energy else "it has no energy"
+                )
         elif self.balance is False:
             for name, site in sites.items():
                 sign = site.spread_presynaptic(signs[name]).to(site.raw)
@@ -243,7 +275,7 @@ class DalesPrinciple(Pass):
             balance(model, signs, self.density, floor=FLOOR if self.constraint == "softplus" else 0.0)
 
 
-FLOOR = 0.01  # of the mean magnitude: where a softplus weight starts instead of at 0, which it never reaches
+FLOOR = 0.01  # of the mean magnitude: the least with which a softplus weight starts, since it never reaches 0
 
 
 def _signs(name: str, given: Any) -> tuple[int, ...]:
@@ -257,6 +289,16 @@ def _fitting(name: str, signs: Sequence[int], count: int) -> Tensor:
     if len(signs) != count:
         raise PipelineError(f"dales-principle: assign[{name!r}] has {len(signs)} signs for {count} units")
     return torch.tensor(signs, dtype=torch.float32)
+
+
+def _known_signs(model: ModelEditor) -> Tensor:
+    """Signs that units have from an earlier transform, by number; 0 where they have none."""
+    result = torch.zeros(len(model.units.owner))
+    for name, site in model.all_sites.items():
+        if site.sign is not None and name in model.units.readings:
+            sign = site.outgoing(site.sign.detach().expand(site.shape))[:, 0].cpu().float()
+            result[model.units.readings[name].numbers] = sign
+    return result
 
 
 def _energies(model: ModelEditor, readings: Mapping[str, Reading]) -> Tensor:

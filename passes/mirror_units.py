@@ -15,7 +15,7 @@ from biofx.model_editor import ModelEditor
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
-from biofx.scales import project_scales, turn_over
+from biofx.scales import turn_over
 from biofx.sign_constraints import constrain, rectify
 from biofx.twins import Twins
 from biofx.units import analyse
@@ -109,11 +109,10 @@ class MirrorUnits(Pass):
             constrain(model.edits[name], sites[name], twins.sign, readings[name].numbers, "project")
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
-        """Project stored weights on their signs, and scales on what is not negative."""
+        """Project stored weights on their signs."""
         for weight in weights:
             if weight.site.sign is not None:
                 weight.assign(weight.value)
-        project_scales(weights[0].site.bio, self.name)
 
 
 def mirrored(site: WeightSite, twins: Twins | None, *, doubled: bool) -> Tensor:

@@ -35,8 +35,9 @@ class Rejuvenate(Pass):
     sign of a new synapse is its unit's under Dale's principle, and random otherwise; its gain is that of the place.
     Only replaced entries change, and the optimizer forgets what it remembers of them (momentum, Adam's moments), since
     that was about another synapse. Under Dale's principle a weight of 0 is the absence of a synapse, so there is
-    nothing to replace. Under the exponential rule, a site whose weights are all equal is left as it is.
-    `<weight>_replaced` counts all replacements.
+    nothing to replace; and excitation and inhibition of every unit are scaled back to the totals that they had, since
+    turnover would fill up what is sparse, and activity explode. Under the exponential rule, a site whose weights are
+    all equal is left as it is. `<weight>_replaced` counts all replacements.
 
     Adam corrects its moments for the steps of the weight as a whole, so a new synapse moves by several learning rates
     at first.
@@ -109,7 +110,22 @@ class Rejuvenate(Pass):
                 signs = sign.expand_as(value)[mask]
                 new = torch.where(signs == 0, new, new.abs() * signs)
             weight.replace(mask, new)
+            if sign is not None:
+                weight.assign(with_totals_of(weight.site, value, weight.value, sign))
             weight.state("replaced").add_(len(new))
+
+
+def with_totals_of(site: WeightSite, old: Tensor, new: Tensor, sign: Tensor) -> Tensor:
+    """New weights, scaled so that excitation and inhibition of every unit have the totals that they had."""
+    factor = torch.ones_like(new)
+    for own in (sign > 0, sign < 0):
+        totals = []
+        for weight in (old, new):
+            part = (weight * own).abs()
+            totals.append(site.incoming(part.sum(0) if site.is_split else part).sum(1))
+        ratio = torch.where(totals[1] > 0, totals[0] / totals[1], 1).to(new.dtype)
+        factor = torch.where(own, site.spread(ratio), factor)
+    return new * factor
 
 
 def turnover_probability(weight: Tensor, dre: float) -> Tensor:

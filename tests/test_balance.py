@@ -139,3 +139,51 @@ def test_what_moves_into_a_bias_that_others_share_is_left_out():
     model = SharedBias()
     bio = biofx.transform(model, [passes.DalesPrinciple()])
     assert torch.equal(bio.a.bias, model.a.bias)
+
+
+def zeros(weight):
+    weight.zero_()
+
+
+def one_dead_row(weight):
+    weight[3] = 0
+
+
+def nine_in_ten_pruned(weight):
+    weight.mul_(torch.rand_like(weight) < 0.1)
+
+
+@pytest.mark.parametrize("constraint", ["project", "abs", "softplus"])
+@pytest.mark.parametrize("damage", [zeros, one_dead_row, nine_in_ten_pruned])
+def test_weights_of_zero_stay_finite(damage, constraint):
+    model = mlp(8, 64, 64, 4)
+    with torch.no_grad():
+        damage(model[2].weight)
+    bio = biofx.transform(model, [passes.DalesPrinciple(constraint=constraint)])
+    assert torch.isfinite(bio(torch.randn(4, 8))).all()
+
+
+def test_so_do_weights_that_read_what_never_varies():
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), *mlp(16, 16, 16, 4))
+    nn.init.zeros_(model[1].weight)
+    nn.init.ones_(model[1].bias)
+    bio = biofx.transform(model, [passes.DalesPrinciple(inputs="mixed")])
+    assert torch.isfinite(bio(torch.randn(4, 8))).all()
+
+
+def test_a_forward_that_casts_to_a_dtype_of_its_own():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)).to(torch.float32))
+
+    biofx.verify(biofx.transform(Casts(), [passes.DalesPrinciple()], example_inputs=torch.randn(2, 8)))
+
+
+def test_an_excluded_bias_stays():
+    model = mlp(8, 16, 16, 4)
+    bio = biofx.transform(model, [passes.DalesPrinciple()], exclude="*.bias")
+    assert torch.equal(bio.get_parameter("2.bias"), model[2].bias)

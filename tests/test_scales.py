@@ -8,7 +8,6 @@ import biofx
 from biofx import passes
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-SITES = "0.weight"  # so that what follows the first weight and its norm stays as it is
 
 
 def network(norm, **convolution):
@@ -22,7 +21,7 @@ def network(norm, **convolution):
 
 
 def transformed(model, *others):
-    return biofx.transform(model, [passes.DalesPrinciple(inputs="excitatory", balance=False, sites=SITES), *others])
+    return biofx.transform(model, [passes.DalesPrinciple(inputs="excitatory", balance=False), *others])
 
 
 @pytest.fixture
@@ -51,10 +50,27 @@ def test_a_negative_gamma_behind_a_weight_is_turned_over_without_changing_anythi
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 6), nn.InstanceNorm2d(6, affine=True)])
-def test_elsewhere_negative_entries_become_zero(norm):
+def test_elsewhere_it_stays_and_is_reported(norm):
     model = network(norm)
-    bio = transformed(model)
-    assert torch.equal(bio.get_parameter("1.weight"), model[1].weight.clamp(min=0))
+    bio = biofx.transform(model, [passes.DalesPrinciple()])
+    assert torch.equal(bio.get_parameter("1.weight"), model[1].weight)
+    assert "1.weight is negative for" in biofx.summary(bio)
+    biofx.verify(bio)
+
+
+def test_what_multiplies_no_unit_with_a_sign_is_left_alone():
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[0].weight.neg_()
+    bio = biofx.transform(model, [passes.DalesPrinciple()])
+    assert torch.equal(bio.get_parameter("0.weight"), model[0].weight)
+    assert "is negative" not in biofx.summary(bio)
+
+
+def test_an_excluded_one_is_left_alone():
+    model = network(nn.BatchNorm2d(6))
+    bio = biofx.transform(model, [passes.DalesPrinciple()], exclude="1.weight")
+    assert torch.equal(bio.get_parameter("1.weight"), model[1].weight)
 
 
 def test_a_batch_norm_whose_weight_others_read_is_not_turned_over():
@@ -71,7 +87,8 @@ def test_a_batch_norm_whose_weight_others_read_is_not_turned_over():
     model = Both().eval()
     bio = biofx.transform(model, [passes.DalesPrinciple()])
     assert torch.equal(bio.first.weight, model.first.weight)
-    assert (bio.norm.weight == 0).all()
+    assert torch.equal(bio.norm.weight, model.norm.weight)
+    assert "norm.weight is negative for 6 units" in biofx.summary(bio)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
@@ -85,6 +102,22 @@ def test_gamma_is_kept_from_being_negative_at_every_step(optimizer):
     held.step()
     biofx.verify(bio)
     assert (bio.get_parameter("1.weight") >= 0).all()
+
+
+def test_so_it_is_if_an_optimizer_holds_no_weight_with_signs():
+    """As where one optimizer has the matrices and another the rest, or where the weights are frozen."""
+    model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+    bio = biofx.transform(model, [passes.DalesPrinciple()])
+    matrices, rest = ([p for p in bio.parameters() if (p.dim() == 2) is is_matrix] for is_matrix in (True, False))
+    optimizers = [torch.optim.SGD(matrices, lr=20.0), torch.optim.SGD(rest, lr=20.0)]
+    for optimizer in optimizers:
+        biofx.attach(bio, optimizer)
+    bio.get_parameter("3.weight").requires_grad_(False)
+    for _ in range(2):
+        bio(torch.randn(16, 8)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    biofx.verify(bio)
 
 
 def test_a_layer_scale_is_one_too():

@@ -122,3 +122,11 @@ def test_transform_verifies_after_each_pass():
     with pytest.raises(biofx.VerificationError, match=r"after careless: careless: weight: .*not used by any node"):
         biofx.transform(nn.Linear(2, 2), [Careless()])
     biofx.transform(nn.Linear(2, 2), [Careless()], verify=False)
+
+
+def test_a_weight_that_is_not_finite():
+    bio = biofx.transform(nn.Linear(3, 2), [passes.FuzzyLearningRates()])
+    with torch.no_grad():
+        bio.weight[0, 0] = float("nan")
+    with pytest.raises(biofx.VerificationError, match="weight: the weight is not finite"):
+        biofx.verify(bio)

@@ -13,22 +13,9 @@ from models.architectures import ARCHITECTURES
 from models.small import CONVOLUTIONS, mlp
 
 
-def signs_of_units(bio, example_inputs=None):
-    """The signs of the outgoing effective weights of every unit, from the weights alone: no buffer of the pass."""
-    plain = biofx.fold(bio)
-    units = biofx.units(plain, example_inputs)
-    found = {}
-    for name, reading in units.readings.items():
-        site = units.sites[name]
-        for unit, weights in zip(reading.numbers.tolist(), site.outgoing(site.effective()), strict=True):
-            kinds = set(weights.detach().sign().unique().tolist()) - {0.0}
-            found.setdefault(unit, set()).update(kinds)
-    inputs = {i for i, p in enumerate(units.populations) if p.origin == "input"}
-    return {unit: kinds for unit, kinds in found.items() if int(units.owner[unit]) not in inputs}
-
-
 def obeys(bio, example_inputs=None):
-    return all(len(kinds) <= 1 for kinds in signs_of_units(bio, example_inputs).values())
+    """Whether no unit has outgoing weights of both signs, from the folded weights alone: no buffer of the pass."""
+    return len(biofx.units(biofx.fold(bio), example_inputs).mixed()) == 0
 
 
 def train(bio, x, optimizer, steps=5):
@@ -323,6 +310,33 @@ def test_summary_marks_units_whose_activity_can_be_negative():
     assert marked == ["2.weight"]
 
 
+def test_a_gamma_that_stays_negative_is_reported_where_its_units_are_read():
+    model = nn.Sequential(nn.Linear(3, 10), nn.LayerNorm(10), nn.ReLU(), nn.Linear(10, 2))
+    with torch.no_grad():
+        model[1].weight[:4] = -1
+    bio = biofx.transform(model, [passes.DalesPrinciple()])
+    assert torch.equal(bio.get_parameter("1.weight"), model[1].weight)
+    assert "1.weight is negative for 4 units, and turns their signs over" in biofx.summary(bio)
+
+
+def test_weights_of_either_sign_that_read_the_same_units_are_reported():
+    bio = biofx.transform(Split(), [passes.DalesPrinciple()], exclude="right.weight")
+    assert "right.weight read the same units with weights of either sign" in biofx.summary(bio)
+    assert not obeys(bio)
+
+
+def test_a_second_transform_continues_the_signs_that_units_have():
+    once = biofx.transform(Split(), [passes.DalesPrinciple(sites="left.*", excitatory=0.5)])
+    twice = biofx.transform(once, [passes.DalesPrinciple(sites="right.*", excitatory=0.8)], exclude="left.weight")
+    biofx.verify(twice)
+    assert obeys(twice)
+    assert torch.equal(twice.get_buffer("right.weight_sign"), once.get_buffer("left.weight_sign"))
+    against = tuple(int(-s) for s in once.get_buffer("left.weight_sign").flatten())
+    contrary = passes.DalesPrinciple(sites="right.*", assign={"stem.weight": against})
+    with pytest.raises(biofx.PipelineError, match="differs from the signs that they have"):
+        biofx.transform(once, [contrary], exclude="left.weight")
+
+
 # --- a trained network --------------------------------------------------------------------------------------------
 
 
@@ -343,6 +357,20 @@ def test_energy_is_counted_over_all_readers():
     bio = biofx.transform(model, [passes.DalesPrinciple(assign="closest")])
     assert (bio.left.weight == 0).all()
     assert (bio.right.weight == -2).all()
+
+
+def test_a_weight_without_energy():
+    model = mlp(4, 10, 3)
+    nn.init.zeros_(model[2].weight)
+    assert "it has no energy" in biofx.summary(biofx.transform(model, [passes.DalesPrinciple(assign="closest")]))
+
+
+def test_what_softplus_cuts_off_can_come_back():
+    model = mlp(4, 20, 3)
+    bio = biofx.transform(model, [passes.DalesPrinciple(assign="closest", constraint="softplus")])
+    site = biofx.weight_sites(bio)["2.weight"]
+    smallest = 0.01 * model[2].weight.abs().mean()
+    torch.testing.assert_close(site.effective().abs().min(), smallest, rtol=1e-3, atol=0)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

@@ -190,3 +190,26 @@ def test_new_synapses_keep_the_sign_of_their_unit(rule):
         step(bio, optimizer)
     assert (bio.weight != before).sum() > 100
     assert (bio.weight * sign > 0).all()
+
+
+@pytest.mark.parametrize("rule", ["exponential", "threshold"])
+def test_under_dales_principle_excitation_and_inhibition_keep_their_totals(rule):
+    """… so that activity does not explode when turnover fills up what was sparse."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 50), torch.nn.ReLU(), torch.nn.Linear(50, 30))
+    pipeline = [passes.DalesPrinciple(), passes.SplitSynapses(), passes.Rejuvenate(dre=0.1, rule=rule)]
+    bio = biofx.transform(model, pipeline)
+    site = biofx.weight_sites(bio)["2.weight"]
+    with torch.no_grad():
+        site.raw.add_(1e-6 * site.sign)  # no synapse is absent
+
+    def totals():
+        weight = site.effective().detach()
+        return weight.clamp(min=0).sum(1), weight.clamp(max=0).sum(1)
+
+    before = totals()
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+    biofx.attach(bio, optimizer)
+    bio(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    assert int(site.state("replaced")) > 1000
+    torch.testing.assert_close(totals(), before, rtol=1e-4, atol=1e-6)
