@@ -97,7 +97,7 @@ def balanced(weight: Tensor, sign: Tensor, density: float, floor: float, *, gene
     total, energy = old.sum(1), old.square().sum(1)
     a, b = scales(e.sum(1), f.sum(1), e.square().sum(1), f.square().sum(1), torch.zeros(()), total, energy)
     new = a[:, None] * e - b[:, None] * f
-    one_sign = (sign > 0).any(1) ^ (sign < 0).any(1)
+    one_sign = ~((e > 0).any(1) & (f > 0).any(1))  # or none, as that of a token for padding
     expected = energy + RECTIFIED * size.sum(1).square()
     gain = ((1 + RECTIFIED) * energy / (expected + TINY)).sqrt()
     new = torch.where(one_sign[:, None], sign * size * gain[:, None], new)
