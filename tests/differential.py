@@ -56,7 +56,7 @@ class Case:
         self.oracle = self.folded_into_the_original(self.bio)
 
     def folded_into_the_original(self, bio: nn.Module) -> nn.Module:
-        """A plain model of the original class with the weights that `bio` computes with: plain PyTorch as the oracle."""
+        """A plain model of the original class with the weights that `bio` computes with: the oracle."""
         plain = copy.deepcopy(self.model)
         plain.load_state_dict(biofx.fold(bio).state_dict(), strict=True)
         return plain

@@ -38,8 +38,13 @@ class Cell(NamedTuple):
         return "-".join(self)
 
 
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED = {
+    ("export", "hf_mixtral"): "cannot be exported in training mode: GuardOnDataDependentSymNode",  # loops over experts
+}
 """What a front end refuses, by front end and model, with the reason that the error gives; no recipe works on these."""
+
+CACHES = {"hf_" + name for name in ("gpt2", "llama", "t5", "mistral", "qwen", "bart", "whisper", "mamba", "mixtral")}
+"""Models that return a cache, which `torch.export` cannot take apart, unless they are told not to."""
 
 MODELS = [*ARCHITECTURES, *(f"hf_{name}" for name in PRETRAINED)]
 
@@ -60,7 +65,8 @@ def transformed(model: str, frontend: str, recipe: str) -> Case:
     torch.manual_seed(0)
     build, make = {**ARCHITECTURES, **{f"hf_{name}": entry for name, entry in PRETRAINED.items()}}[model]
     tolerance = 1e-5 if model.startswith("hf_") else 1e-9  # they compute norms and softmax in float32
-    return differential.transformed(build(), make(), recipe, frontend, tolerance)
+    inputs = make() | {"use_cache": False} if frontend == "export" and model in CACHES else make()
+    return differential.transformed(build(), inputs, recipe, frontend, tolerance)
 
 
 @pytest.fixture(scope="module", params=cells(), ids=str)
@@ -73,7 +79,7 @@ def test_property(case, check):
     check(case)
 
 
-@pytest.mark.parametrize(("frontend", "model"), REFUSED)
+@pytest.mark.parametrize(("frontend", "model"), [key for key in REFUSED if key[0] in FRONTENDS])
 def test_a_refusal_says_why(frontend, model):
     with pytest.raises((biofx.CaptureError, biofx.ArgumentError), match=REFUSED[frontend, model]):
         transformed(model, frontend, "split")
