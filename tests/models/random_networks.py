@@ -185,7 +185,7 @@ class Island(nn.Module):
         self.weight = nn.Parameter(torch.randn(WIDTH) * 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
+        if x.flatten()[0] > 0:
             return self.inner(x)
         return self.inner(-x) * self.weight.mean()
 
