@@ -32,6 +32,7 @@ FEWEST = 16  # samples at least: below this, no variance over a batch means anyt
 SLACK = 0.9  # how much of the largest mean that a row can have for its variance it gets at most
 LARGEST = 4.0  # factor by which measuring may change the size of a row
 RECTIFIED = 1 / (torch.pi - 1)  # mean² / variance of a rectified normal variable
+STILL = 1e-26  # below this fraction of mean², a variance is rounding
 TINY = 1e-300
 
 
@@ -146,7 +147,8 @@ def _refit(site: WeightSite, use: fx.Node, activity: Tensor, signs: Tensor, mean
     xx, yy, xy = (v.mean((0, 2)) for v in ((x - mx).square(), (y - my).square(), (x - mx) * (y - my)))
     mx, my = mx.mean((0, 2)), my.mean((0, 2))
     a, b = scales(mx, my, xx, yy, xy, mean, variance, LARGEST)
-    unbalanced = (mx <= 0) | (my <= 0)  # there are inputs of one sign only
+    still = ~(torch.minimum(variance, xx + yy) > STILL * (mean.square() + mx.square() + my.square()))
+    unbalanced = (mx <= 0) | (my <= 0) | still  # there are inputs of one sign only, or none that tell samples apart
     a, b = a.masked_fill(unbalanced, 1.0), b.masked_fill(unbalanced, 1.0)
     # A mean that was cut leaves the variance behind.
     reached = a.square() * xx - 2 * a * b * xy + b.square() * yy
@@ -154,6 +156,7 @@ def _refit(site: WeightSite, use: fx.Node, activity: Tensor, signs: Tensor, mean
     rows, row_sign = site.incoming(weight), site.incoming(sign)
     scaled = rows * torch.where(row_sign > 0, a[:, None], b[:, None])
     gain = torch.minimum(gain, LARGEST * rows.norm(dim=1) / (scaled.norm(dim=1) + TINY))
+    gain = gain.masked_fill(still, 1.0)
     new = torch.where(row_sign == 0, rows, scaled * gain[:, None])
     _store(site, site.from_incoming(new))
     bias = _bias(site, use)

@@ -48,3 +48,14 @@ def test_balance_of_weights_that_are_0(synapses):
     bio = biofx.transform(model, [DALE])
     assert all(torch.isfinite(p).all() for p in bio.parameters())
     assert not bio.get_parameter("2.weight")[model[2].weight == 0].any()
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_balance_of_weights_whose_inputs_do_not_vary(width):
+    """Behind units that are silent for all inputs, weights became 0, and those behind them NaN."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)).double()
+    nn.init.constant_(model[0].bias, -100.0)
+    bio = biofx.transform(model, [DALE])
+    for name in ("2.weight", "4.weight"):
+        assert torch.isfinite(bio.get_parameter(name)).all()
+        assert bio.get_parameter(name).any(1).all()
