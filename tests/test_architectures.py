@@ -22,7 +22,7 @@ import differential
 from biofx.transform import FRONTENDS
 from differential import RECIPES, Case
 from models.architectures import ARCHITECTURES
-from models.pretrained import PRETRAINED
+from models.pretrained import PARAMETRIZED, PRETRAINED
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
@@ -46,7 +46,8 @@ REFUSED = {
 CACHES = {"hf_" + name for name in ("gpt2", "llama", "t5", "mistral", "qwen", "bart", "whisper", "mamba", "mixtral")}
 """Models that return a cache, which `torch.export` cannot take apart, unless they are told not to."""
 
-MODELS = [*ARCHITECTURES, *(f"hf_{name}" for name in PRETRAINED)]
+BUILDERS = {**ARCHITECTURES, **{f"hf_{name}": entry for name, entry in (PRETRAINED | PARAMETRIZED).items()}}
+MODELS = list(BUILDERS)
 
 
 def cells() -> list[Cell]:
@@ -63,7 +64,7 @@ def transformed(model: str, frontend: str, recipe: str) -> Case:
     if model.startswith("hf_") and not HAS_TRANSFORMERS:
         pytest.skip("transformers is not installed")
     torch.manual_seed(0)
-    build, make = {**ARCHITECTURES, **{f"hf_{name}": entry for name, entry in PRETRAINED.items()}}[model]
+    build, make = BUILDERS[model]
     tolerance = 1e-5 if model.startswith("hf_") else 1e-9  # they compute norms and softmax in float32
     inputs = make() | {"use_cache": False} if frontend == "export" and model in CACHES else make()
     return differential.transformed(build(), inputs, recipe, frontend, tolerance)

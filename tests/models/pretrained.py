@@ -123,6 +123,7 @@ def swin() -> nn.Module:
     from transformers import SwinConfig, SwinForImageClassification
 
     config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=4)
+    config.drop_path_rate = 0.0
     return SwinForImageClassification(config)
 
 
@@ -206,7 +207,11 @@ PRETRAINED: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torc
     "bart": (bart, lambda: tokens() | targets()),
     "swin": (swin, images),
     "whisper": (whisper, lambda: {"input_features": torch.randn(2, 4, 16)} | targets()),
-    "wav2vec2": (wav2vec2, lambda: {"input_values": torch.randn(2, 200)}),
     "mamba": (mamba, lambda: {"input_ids": tokens()["input_ids"]}),
     "mixtral": (mixtral, tokens),
 }
+
+PARAMETRIZED: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]]]] = {
+    "wav2vec2": (wav2vec2, lambda: {"input_values": torch.randn(2, 200)}),
+}
+"""More of them, with weights under `torch.nn.utils.parametrize`, so PyTorch refuses to pickle them."""

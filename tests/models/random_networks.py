@@ -147,7 +147,7 @@ class QKV(nn.Module):
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.view(-1, 2, WIDTH // 2) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = self.qkv(x).view(-1, 2, 3 * WIDTH // 2).chunk(3, dim=-1)
         attention = (q @ k.transpose(1, 2)).softmax(-1)
         return self.out((attention @ v).transpose(1, 2).contiguous().view(-1, WIDTH))
 
