@@ -1,0 +1,61 @@
+"""Random small networks × front ends × recipes × properties, and the ones that once failed.
+
+The networks are in `models.random_networks`, the properties in `differential`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import biofx
+import differential
+from biofx.transform import FRONTENDS
+from differential import DALE, RECIPES
+from models.random_networks import RandomNetwork, plans
+
+
+def check(plan: dict[str, Any], recipe: str, frontend: str) -> None:
+    """All properties, or a refusal to export what decides by values."""
+    torch.manual_seed(0)
+    model, inputs = RandomNetwork(**plan), (torch.randn(5, 2, 4, 4),)
+    if frontend == "export" and "'island'" in str(plan):
+        with pytest.raises(biofx.CaptureError, match="cannot be exported"):
+            differential.transformed(model, inputs, recipe, frontend)
+        return
+    case = differential.transformed(model, inputs, recipe, frontend)
+    for check_property in differential.PROPERTIES:
+        check_property(case)
+
+
+@given(plan=plans, recipe=st.sampled_from(sorted(RECIPES)), frontend=st.sampled_from(sorted(FRONTENDS)))
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_every_network_has_every_property(plan, recipe, frontend):
+    check(plan, recipe, frontend)
+
+
+@pytest.mark.parametrize("synapses", [(2, 0), (2,), (2, slice(None), slice(3, None))])
+def test_balance_of_weights_that_are_0(synapses):
+    """The embedding of a token for padding, tied to a head, became NaN under Dale's principle."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        model[synapses[0]].weight[synapses[1:]] = 0
+    bio = biofx.transform(model, [DALE])
+    assert all(torch.isfinite(p).all() for p in bio.parameters())
+    assert not bio.get_parameter("2.weight")[model[2].weight == 0].any()
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_balance_of_weights_whose_inputs_do_not_vary(width):
+    """Behind units that are silent for all inputs, weights became 0, and those behind them NaN."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 3)).double()
+    nn.init.constant_(model[0].bias, -100.0)
+    bio = biofx.transform(model, [DALE])
+    for name in ("2.weight", "4.weight"):
+        assert torch.isfinite(bio.get_parameter(name)).all()
+        assert bio.get_parameter(name).any(1).all()
