@@ -80,6 +80,10 @@ class RunnablePass(Protocol):
         """The slot that it fills."""
 
     @property
+    def changes_units(self) -> bool:
+        """Whether it changes which units there are."""
+
+    @property
     def acts_at_step(self) -> bool:
         """Whether it does something around `optimizer.step()`."""
 
