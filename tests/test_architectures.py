@@ -39,6 +39,7 @@ class Cell(NamedTuple):
 
 
 REFUSED = {
+    ("export", "hf_swin"): "its forward changes the attribute shift_size",
     ("export", "hf_mixtral"): "cannot be exported in training mode: GuardOnDataDependentSymNode",  # loops over experts
 }
 """What a front end refuses, by front end and model, with the reason that the error gives; no recipe works on these."""
