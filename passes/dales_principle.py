@@ -86,7 +86,7 @@ class DalesPrinciple(Pass):
     Raises:
         ArgumentError: an option out of its range.
         PipelineError: at transform, if a population has only one unit and cannot hold a fraction, if given signs do not
-            fit, or if no weight matches `sites`.
+            fit, if no weight matches `sites`, or one that it names has no presynaptic axis.
 
     Example:
         >>> import biofx, torch
@@ -189,6 +189,8 @@ class DalesPrinciple(Pass):
             reason = site.why_no_source
             if reason is None and site.island is not None and site.presynaptic_units == 1 and 0 < self.excitatory < 1:
                 reason = f"it is in {described(site.island)}, and reads one unit, which is of no one kind"
+            if reason is not None and name in patterns:
+                raise PipelineError(f"{self.name}: {name} cannot have signs: {reason}; leave it out of sites")
             if reason is not None:
                 model.edits[name].leave(reason)
                 del chosen[name]

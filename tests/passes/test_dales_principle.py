@@ -418,6 +418,26 @@ def test_a_population_of_one_unit_cannot_hold_a_fraction():
     biofx.transform(mlp(4, 1, 3), [passes.DalesPrinciple(excitatory=1.0)])
 
 
+def test_a_weight_without_a_presynaptic_axis():
+    """As one that is tied between an embedding and the head: left alone with the reason, and an error if asked for."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(12, 6), nn.Linear(6, 12, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, tokens):
+            return self.head(torch.relu(self.table(tokens)))
+
+    model = nn.Sequential(Tied(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 2))
+    bio = biofx.transform(model, [passes.DalesPrinciple()])
+    assert biofx.weight_sites(bio)["0.table.weight"].sign is None
+    assert "dales-principle: shared by operators that want different axes" in biofx.summary(bio)
+    with pytest.raises(biofx.PipelineError, match=r"0\.table\.weight cannot have signs: shared by operators that want"):
+        biofx.transform(model, [passes.DalesPrinciple(sites=("0.table.weight",))])
+
+
 def test_one_weight_has_one_sign_constraint():
     with pytest.raises(biofx.PipelineError, match="dales-principle is given twice"):
         biofx.transform(mlp(4, 10, 3), [passes.DalesPrinciple(), passes.DalesPrinciple(excitatory=0.5)])
