@@ -39,7 +39,7 @@ STILL = 1e-26  # below this fraction of mean², a variance is rounding
 TINY = 1e-300
 
 
-def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, floor: float = 0.0) -> None:
+def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float) -> None:
     """Give weights the signs of their units, and magnitudes with which the network starts as it would without signs.
 
     First every row gets what (*) says for inputs that are alike in distribution. Then the network is run, in
@@ -49,8 +49,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     Args:
         model: the model; the stored weights and biases change.
         signs: signs of the presynaptic units, +1, −1 or 0 where free, by the weight's name.
-        density: fraction of each row's synapses that do not start at `floor`.
-        floor: magnitude of the others, as a fraction of what they were.
+        density: fraction of each row's synapses that do not start at 0.
     """
     bio = copy.deepcopy(model.bio).double()  # deep networks tell samples apart in the eighth digit
     found = find(bio)[0]
@@ -70,7 +69,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
     _run(model, bio, found, sites, measure)
     for name, site in sites.items():
         sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
-        rows = balanced(site.incoming(original[name]), sign, density, floor, generator=model.generator(name))
+        rows = balanced(site.incoming(original[name]), sign, density, model.generator(name))
         _store(site, site.from_incoming(rows))
     _run(model, bio, found, sites, refit)
     for name, site in sites.items():
@@ -80,7 +79,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float, *, 
             model.value(bias).copy_(attribute(bio, bias))
 
 
-def balanced(weight: Tensor, sign: Tensor, density: float, floor: float, *, generator: torch.Generator) -> Tensor:
+def balanced(weight: Tensor, sign: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Sparse weights with given signs, whose rows have the sum and the sum of squares that they had.
 
     For inputs of one mean and one variance that is (*). A row whose inputs have all one sign cannot cancel them; it
@@ -91,12 +90,11 @@ def balanced(weight: Tensor, sign: Tensor, density: float, floor: float, *, gene
         weight: weights, shape (rows, synapses).
         sign: +1, −1, or 0 for free ones, which stay as they are; same shape.
         density: fraction of the synapses of each sign that is kept in each row, but at least `LEAST`.
-        floor: what the others have, as a fraction of what they were.
         generator: chooses those that are kept.
     """
     old = weight.double() * (sign != 0)
     size = old.abs()
-    kept = size * torch.where(sparse(sign, density, generator), 1.0, floor)
+    kept = size * sparse(sign, density, generator)
     e, f = kept * (sign > 0), kept * (sign < 0)
     total, energy = old.sum(1), old.square().sum(1)
     a, b = scales(e.sum(1), f.sum(1), e.square().sum(1), f.square().sum(1), torch.zeros(()), total, energy)

@@ -21,8 +21,9 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
     """A plain model that computes what the transformed one computes, at the original's cost.
 
     Every chain becomes one weight with the values that its operator received; gains, signs and hooks are gone. Names,
-    order and shapes in the state are the original's, so `original.load_state_dict(fold(bio).state_dict())` works. With
-    a per-synapse activation the operator stays the wider one that computes it, without its training-time nodes.
+    order and shapes in the state are the original's, so `original.load_state_dict(fold(bio).state_dict())` works; only
+    units that `MirrorUnits` doubled stay doubled. With a per-synapse activation the operator stays the wider one that
+    computes it, without its training-time nodes.
 
     Args:
         bio: a model made by `biofx.transform`; it stays as it is.

@@ -31,7 +31,8 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
 
     1. before it: `L1Regularization`, then `Crystallize`;
     2. the optimizer's step, with gains on the update where the optimizer is adaptive (below);
-    3. after it: `Rejuvenate`, `SynapticScaling`, refresh of the gains of `FuzzyLearningRates`.
+    3. after it: `Rejuvenate`, `SynapticScaling`, refresh of the gains of `FuzzyLearningRates`, projection on signs
+       (`DalesPrinciple`, `MirrorUnits`), and of the parameters that multiply their units on what is not negative.
 
     *Adaptive optimizers.* Adam and its like normalise every entry of the gradient, so a gain on it would cancel. When
     the optimizer is not linear in the gradient (anything but `SGD` without weight decay), gains act on the update

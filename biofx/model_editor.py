@@ -50,7 +50,7 @@ class ModelEditor:
     @cached_property
     def units(self) -> Units:
         """The unit analysis of the model as it is when it is first asked for."""
-        return analyse(self.bio, self.all_sites, self.example_inputs)
+        return analyse(self.bio, self.all_sites, self.values)
 
     def generator(self, *purpose: str) -> torch.Generator:
         """Random numbers that depend on the seed, the pass and the purpose only. A CPU generator."""

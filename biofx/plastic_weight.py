@@ -53,8 +53,7 @@ class PlasticWeight:
     @property
     def value(self) -> Tensor:
         """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint."""
-        raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.site.sign
-        return raw if constraint is None or sign is None else constraint.operator(raw, sign)
+        return self.site.synaptic().detach()
 
     @property
     def slope(self) -> Tensor:

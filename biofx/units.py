@@ -17,7 +17,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from biofx.capture import capture, check
-from biofx.dry_run import dry_run
+from biofx.dry_run import Values, dry_run
 from biofx.errors import ArgumentError
 from biofx.provenance import transformed
 from biofx.unit_analysis import Reading, UnitAnalysis
@@ -131,7 +131,8 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     else:
         check(model)
         bio = capture(copy.deepcopy(model), example_inputs)
-    return analyse(bio, find(bio)[0], example_inputs)
+    sites = find(bio)[0]
+    return analyse(bio, sites, dry_run(bio, sites, example_inputs))
 
 
 def _is_transformed(model: Any) -> bool:
@@ -142,17 +143,14 @@ def _is_transformed(model: Any) -> bool:
     return True
 
 
-def analyse(bio: fx.GraphModule, sites: dict[str, WeightSite], example_inputs: Any = None) -> Units:
+def analyse(bio: fx.GraphModule, sites: dict[str, WeightSite], values: Values) -> Units:
     """The unit analysis of a transformed model; see `biofx.units`.
 
     Args:
         bio: the transformed model.
         sites: its weight sites.
-        example_inputs: arguments of the model, as for `transform`.
-
-    Raises:
-        ArgumentError: the example inputs do not fit the model.
+        values: what its nodes compute (`dry_run`).
     """
-    analysis = UnitAnalysis(bio, sites, dry_run(bio, sites, example_inputs))
+    analysis = UnitAnalysis(bio, sites, values)
     populations, owner = analysis.populations()
     return Units(populations, owner, analysis.readings, analysis.scales, analysis.activations, sites)

@@ -121,7 +121,7 @@ class DalesPrinciple(Pass):
         check_choice(self, "constraint", CONSTRAINTS)
         check_choice(self, "inputs", INPUTS)
         check_number(self, "density", above=0, at_most=1)
-        if self.balance not in (None, True, False):
+        if self.balance is not None and not isinstance(self.balance, bool):
             raise ArgumentError(f"passes.DalesPrinciple: balance must be True, False or None, got {self.balance!r}")
         if isinstance(self.assign, Mapping):
             object.__setattr__(self, "assign", {name: _signs(name, given) for name, given in self.assign.items()})
@@ -203,9 +203,8 @@ class DalesPrinciple(Pass):
 
     def _free_readers(self, model: ModelEditor, numbers: Tensor, signed: Collection[str]) -> list[str]:
         """Weights without signs that read the same units."""
-        readings = model.units.readings.items()
-        others = [name for name, reading in readings if name not in signed and model.all_sites[name].sign is None]
-        return [name for name in others if bool(torch.isin(model.units.readings[name].numbers, numbers).any())]
+        free = {n: r for n, r in model.units.readings.items() if n not in signed and model.all_sites[n].sign is None}
+        return [name for name, reading in free.items() if bool(torch.isin(reading.numbers, numbers).any())]
 
     def _renumber(self, model: ModelEditor) -> None:
         """Let weights that got their signs in an earlier transform know their units by the present numbers."""
@@ -274,7 +273,7 @@ class DalesPrinciple(Pass):
                 sign = site.spread_presynaptic(signs[name]).to(site.raw)
                 site.raw.copy_(torch.where(sign == 0, site.raw, site.raw.abs() * sign))
         else:
-            balance(model, signs, self.density, floor=FLOOR if self.constraint == "softplus" else 0.0)
+            balance(model, signs, self.density)
 
 
 FLOOR = 0.01  # of the mean magnitude: the least with which a softplus weight starts, since it never reaches 0

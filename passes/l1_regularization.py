@@ -27,7 +27,7 @@ class L1Regularization(Pass):
     with w the weight of a synapse; what is added is the derivative with respect to what is stored for it, which differs
     under `DalesPrinciple(constraint="softplus")`. It is added once for each step (`biofx.attach`), not in the backward
     pass: there it would be added once for each micro-batch, and divided by the loss scale. Gains act on it as on the
-        rest of the gradient.
+    rest of the gradient.
 
     `biofx.l1(bio)` is the differentiable sum over effective weights, for a loss. The reference package's `l1_reg` sums
     its own learning-rate factors, under `no_grad`.

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from biofx.dry_run import dry_run
 from biofx.model_editor import ModelEditor
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
@@ -104,7 +105,7 @@ class MirrorUnits(Pass):
                 edit.remark(widening.left[name])
         widening.apply(model.bio, model.places)
         sites = find(model.bio)[0]
-        readings = analyse(model.bio, sites, model.example_inputs).readings
+        readings = analyse(model.bio, sites, dry_run(model.bio, sites, model.example_inputs)).readings
         for name, twins in widening.columns.items():
             constrain(model.edits[name], sites[name], twins.sign, readings[name].numbers, "project")
 

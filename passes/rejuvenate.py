@@ -34,10 +34,12 @@ class Rejuvenate(Pass):
     with w the weight of a synapse (each of several on its own), and σ(w) its standard deviation over the site. The
     sign of a new synapse is its unit's under Dale's principle, and random otherwise; its gain is that of the place.
     Only replaced entries change, and the optimizer forgets what it remembers of them (momentum, Adam's moments), since
-    that was about another synapse. Under Dale's principle a weight of 0 is the absence of a synapse, so there is
-    nothing to replace; and excitation and inhibition of every unit are scaled back to the totals that they had, since
-    turnover would fill up what is sparse, and activity explode. Under the exponential rule, a site whose weights are
-    all equal is left as it is. `<weight>_replaced` counts all replacements.
+    that was about another synapse. Under the exponential rule, a site whose weights are all equal is left as it is.
+    `<weight>_replaced` counts all replacements.
+
+    *Under Dale's principle* a weight of 0 is the absence of a synapse, so there is nothing to replace. After turnover,
+    the excitatory and the inhibitory synapses of every postsynaptic unit are scaled, old ones as well, to the totals
+    that they had: otherwise turnover would fill up what is sparse, and activity explode.
 
     Adam corrects its moments for the steps of the weight as a whole, so a new synapse moves by several learning rates
     at first.

@@ -387,6 +387,7 @@ def test_what_softplus_cuts_off_can_come_back():
         ({"inputs": "inhibitory"}, "inputs must be one of free, excitatory, mixed, got 'inhibitory'"),
         ({"density": 0.0}, "density must be a number > 0 and ≤ 1, got 0.0"),
         ({"balance": "yes"}, "balance must be True, False or None, got 'yes'"),
+        ({"balance": 0}, "balance must be True, False or None, got 0"),
         ({"assign": "closest", "balance": True}, "keeps the weights of a trained network, and balance=True"),
         ({"sites": 3}, "sites must be glob patterns, got 3"),
     ],
