@@ -20,7 +20,7 @@ from biofx.lifecycle import Attachment, attach
 from biofx.transform import transform
 from biofx.units import Units, units
 from biofx.verify import verify
-from biofx.weight_sites import WeightSite, l1, weight_sites
+from biofx.weights.sites import WeightSite, l1, weight_sites
 
 __version__ = version("biofx")
 

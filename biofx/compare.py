@@ -1,69 +1,11 @@
-"""What two models compute, and whether it is the same."""
+"""Whether two models compute the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-
-from biofx.capture import split_inputs
-from biofx.capture.tracer import unchanged
-
-
-def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """The tensors that a model returns in evaluation mode.
-
-    Neither the model's mode and buffers, nor the inputs, nor the global random number generators change.
-
-    Args:
-        model: any module.
-        example_inputs: arguments of the model, as for `transform`.
-    """
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with undisturbed(model), torch.no_grad():
-        return _tensors(model.eval()(*args, **kwargs))
-
-
-def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str]) -> list[Tensor]:
-    """The tensors that a model returns in the mode that it is in, with random numbers from one seed, and some buffers.
-
-    Neither the model's buffers, nor the inputs, nor the global random number generators change.
-
-    Args:
-        model: any module.
-        example_inputs: arguments of the model, as for `transform`.
-        buffers: the buffers whose values afterwards are returned as well, by name.
-    """
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with undisturbed(model), torch.no_grad():
-        torch.manual_seed(0)
-        outputs = _tensors(model(*args, **kwargs))
-        return [*outputs, *(model.get_buffer(name) for name in buffers)]
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Let a model compute on copies of its buffers while the block runs; restore its attributes and random numbers."""
-    saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
-    copies = {id(buffer): buffer.clone() for buffer in model.buffers()}
-    for module, buffers, _ in saved:
-        module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if b is not None})
-    try:
-        with unchanged(model), torch.random.fork_rng():
-            yield
-    finally:
-        for module, buffers, mode in saved:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module.training = mode
+from torch import Tensor
 
 
 def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> str | None:

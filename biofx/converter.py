@@ -16,9 +16,9 @@ from biofx.lifecycle import use_markers
 from biofx.plastic_weight import PlasticWeight, scale_learning
 from biofx.provenance import record_of
 from biofx.registry import Pass, registered_passes
-from biofx.scales import project_scales
+from biofx.signs.scales import project_scales
 from biofx.transform import transform
-from biofx.weight_sites import l1, weight_sites
+from biofx.weights.sites import l1, weight_sites
 
 
 class Distribution(str, enum.Enum):

@@ -12,14 +12,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from biofx.capture import split_inputs
 from biofx.chain import attribute, compute
-from biofx.compare import undisturbed
 from biofx.errors import ArgumentError
-from biofx.unit_operators import Kind, argument, operation
-from biofx.weight_operators import BATCH, LENGTH, SIDE, TIMES, Source
-from biofx.weight_paths import Use
-from biofx.weight_sites import WeightSite
+from biofx.operator_kinds import Kind, argument, operation
+from biofx.trial import split_inputs, undisturbed
+from biofx.weights.operators import BATCH, LENGTH, SIDE, TIMES, Source
+from biofx.weights.paths import Use
+from biofx.weights.sites import WeightSite
 
 SEQUENCE = 8  # length of a sequence, if there are no example inputs
 SIDES = (16, 32, 64, 224)  # lengths of the axes of space that are tried, if there are no example inputs

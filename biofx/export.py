@@ -15,10 +15,10 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from biofx.capture import split_inputs
-from biofx.compare import difference, run_in_eval_mode
+from biofx.compare import difference
 from biofx.errors import ArgumentError, ExportError
 from biofx.fold import fold
+from biofx.trial import run_in_eval_mode, split_inputs
 
 TRACED = (".pt2", ".onnx")  # suffixes of the formats that hold a program, and so need example inputs
 SUFFIXES = (*TRACED, ".safetensors")

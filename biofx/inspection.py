@@ -12,7 +12,7 @@ from biofx.chain import attribute, callee
 from biofx.errors import ArgumentError
 from biofx.operators import is_marker
 from biofx.provenance import inserted, record_of, transformed
-from biofx.weight_sites import NOT_A_SYNAPSE, WeightSite, find
+from biofx.weights.sites import NOT_A_SYNAPSE, WeightSite, find
 
 if TYPE_CHECKING:
     import networkx

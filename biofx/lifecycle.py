@@ -18,8 +18,8 @@ from biofx.plastic_weight import PlasticWeight, scale_learning
 from biofx.provenance import number_nodes, record_of, transformed
 from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
-from biofx.scales import project_scales
-from biofx.weight_sites import WeightSite, find
+from biofx.signs.scales import project_scales
+from biofx.weights.sites import WeightSite, find
 
 
 def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:

@@ -14,7 +14,7 @@ from biofx.dry_run import Values, dry_run
 from biofx.editor import Editor, owners
 from biofx.provenance import RunnablePass, record_of
 from biofx.units import Units, analyse
-from biofx.weight_sites import WeightSite, find
+from biofx.weights.sites import WeightSite, find
 
 
 class ModelEditor:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from biofx.compare import difference, run_in_eval_mode
+from biofx.compare import difference
 from biofx.errors import PipelineError, VerificationError
 from biofx.inspection import table
 from biofx.model_editor import ModelEditor
 from biofx.provenance import PassRun, Slot, number_nodes, record_of
 from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
+from biofx.trial import run_in_eval_mode
 from biofx.verify import verify
-from biofx.weight_sites import find
+from biofx.weights.sites import find
 
 Printer = Callable[[str], object]
 

@@ -13,8 +13,8 @@ from biofx import randomness
 from biofx.chain import attribute
 from biofx.operators import apply_rule, is_hook, is_marker
 from biofx.provenance import inserted
-from biofx.sign_constraints import constraint_of
-from biofx.weight_sites import WeightSite
+from biofx.signs.constraints import constraint_of
+from biofx.weights.sites import WeightSite
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from biofx.errors import ArgumentError, PipelineError
 from biofx.model_editor import ModelEditor
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 
 class Moment(enum.IntEnum):

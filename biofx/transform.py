@@ -15,14 +15,15 @@ from torch import fx, nn
 from biofx import capture, pipeline
 from biofx.capture import exported
 from biofx.capture.captured_module import REGISTRIES
-from biofx.capture.islands import leave
 from biofx.capture.reparametrized import computed_attributes
-from biofx.compare import difference, run_in_eval_mode
+from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
+from biofx.islands import leave
 from biofx.lifecycle import use_hooks
 from biofx.provenance import RECORD, Record, record_of
 from biofx.registry import Pass, as_passes
-from biofx.weight_sites import find
+from biofx.trial import run_in_eval_mode
+from biofx.weights.sites import find
 
 FRONTENDS: dict[str, Callable[[nn.Module, Any], fx.GraphModule]] = {
     "symbolic": capture.capture,

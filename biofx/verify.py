@@ -14,8 +14,8 @@ from biofx.errors import VerificationError
 from biofx.operators import NAMESPACE
 from biofx.provenance import Slot, inserted, inserted_nodes, record_of, transformed
 from biofx.registry import Pass
-from biofx.sign_constraints import mixed_units
-from biofx.weight_sites import find
+from biofx.signs.constraints import mixed_units
+from biofx.weights.sites import find
 
 
 def verify(bio: nn.Module) -> None:

@@ -15,7 +15,7 @@ from biofx.passes.volume_dependent_learning_rates import VolumeDependentLearning
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, recipes, register, register_recipe, registered_passes
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 register_recipe("hofmann2025", HOFMANN2025)
 register_recipe("cortex", CORTEX)

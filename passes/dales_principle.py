@@ -13,18 +13,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from biofx.balance import balance
-from biofx.capture.islands import described
 from biofx.errors import ArgumentError, PipelineError
+from biofx.islands import described
 from biofx.model_editor import ModelEditor
 from biofx.options import check_choice, check_number
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
-from biofx.scales import hold_scales
-from biofx.sign_constraints import CONSTRAINTS, constrain
+from biofx.signs.balance import balance
+from biofx.signs.constraints import CONSTRAINTS, constrain
+from biofx.signs.scales import hold_scales
 from biofx.units import Reading, Units
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 INPUT_ORIGINS = {"input", "constant"}
 INPUTS = ("free", "excitatory", "mixed")

@@ -20,7 +20,7 @@ from biofx.options import check_choice, check_integer, check_number
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot, record_of
 from biofx.registry import Moment, Pass, register
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 

@@ -15,7 +15,7 @@ from biofx.errors import PipelineError
 from biofx.options import check_activation, check_integer
 from biofx.provenance import Slot
 from biofx.registry import Pass, register
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 
 @register

@@ -16,12 +16,12 @@ from biofx.model_editor import ModelEditor
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
-from biofx.scales import turn_over
-from biofx.sign_constraints import constrain, rectify
-from biofx.twins import Twins
+from biofx.signs.constraints import constrain, rectify
+from biofx.signs.scales import turn_over
 from biofx.units import analyse
-from biofx.weight_sites import WeightSite, find
-from biofx.widening import Widening, find_widening
+from biofx.weights.sites import WeightSite, find
+from biofx.widening.search import Widening, find_widening
+from biofx.widening.twins import Twins
 
 
 @register

@@ -18,7 +18,7 @@ from biofx.options import check_choice, check_integer, check_number
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 
 @register

@@ -16,7 +16,7 @@ from biofx.editor import Editor
 from biofx.options import check_activation, check_choice, check_flag, check_integer
 from biofx.provenance import Slot
 from biofx.registry import Pass, register
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 
 @register

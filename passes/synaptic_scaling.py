@@ -18,7 +18,7 @@ from biofx.options import check_choice, check_number
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 STRENGTH = {"gradient": 0.5, "weight": 0.01}
 UNSEEN = -1.0  # the running mean of a unit before the first step

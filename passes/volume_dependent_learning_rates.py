@@ -18,7 +18,7 @@ from biofx.operators import gradient_hook
 from biofx.options import check_number
 from biofx.provenance import Slot
 from biofx.registry import Pass, register
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 
 @register

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from biofx.compare import difference, run_in_eval_mode
+from biofx.compare import difference
+from biofx.trial import run_in_eval_mode
 
 INF, NAN = torch.inf, torch.nan
 

@@ -7,7 +7,7 @@ from torch import nn
 import biofx
 from biofx.capture import capture
 from biofx.dry_run import SEQUENCE, SIDES, UNKNOWN, dry_run
-from biofx.weight_sites import find
+from biofx.weights.sites import find
 from models.small import ConvNet, Residual, mlp
 
 

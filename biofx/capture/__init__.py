@@ -32,6 +32,7 @@ from biofx.capture.tracer import KeepWhole, MustBeNone, Trace, trace_whole
 from biofx.errors import ArgumentError
 from biofx.provenance import RECORD, Record
 from biofx.references import outside
+from biofx.trial import split_inputs
 
 REFERS = "refers to one of its other modules in a list or a plain attribute, and cannot be traced"
 AS_ASKED = 'with frontend="module", the model keeps its Python forward'
@@ -122,15 +123,6 @@ def _absent(model: nn.Module, example_inputs: Any) -> set[str]:
     optional = {name for name, parameter in signature.parameters.items() if parameter.default is None}
     refused = {child.argument for child in model.children() if isinstance(child, MustBeNone)}  # captured before
     return {name for name in optional - refused if given.get(name) is None}
-
-
-def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as arguments of a call: a tuple is positional, a dict by keyword, anything else is the first."""
-    if example_inputs is None:
-        return (), {}
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
 def _trace_what_can_be(model: nn.Module, absent: Collection[str]) -> Trace:

@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
 
-from biofx.capture.islands import ORIGINAL_CLASS, WHOLE, is_running, is_whole, join, leave, list_weights
 from biofx.errors import ArgumentError, CaptureError
+from biofx.islands import ORIGINAL_CLASS, WHOLE, is_running, is_whole, join, leave, list_weights
 from biofx.provenance import RECORD, Record, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))

@@ -15,16 +15,17 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from biofx.capture import split_inputs
 from biofx.capture.both_modes import Either, merged
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.conditions import INSTEAD, CheckInputs
+from biofx.capture.explanation import lines_of
 from biofx.capture.program import Program, export, read
 from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
-from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, lines_of, unused_name
-from biofx.compare import difference, run_from_seed
+from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
+from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
+from biofx.trial import run_from_seed, split_inputs
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OUR_SIDE = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's

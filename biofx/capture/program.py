@@ -19,7 +19,8 @@ from torch.fx.experimental import _config as shape_config
 
 from biofx.capture.conditions import INSTEAD, Condition, has_length, implied, parsed
 from biofx.capture.structure import Structure, build, describe
-from biofx.capture.tracer import KeepWhole, StandIn, Tracer, changed_attribute, watched
+from biofx.capture.tracer import KeepWhole, StandIn, Tracer
+from biofx.capture.watching import changed_attribute, watched
 from biofx.errors import CaptureError
 
 MODEL = "model"  # the name of the model inside of the module that is exported

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import linecache
 import random
 import re
 import sys
-import textwrap
 import threading
-import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.fx.graph import CodeGen
 
-from biofx.capture import islands
+from biofx import islands
 from biofx.capture.captured_module import HOOKS
+from biofx.capture.explanation import describe
 from biofx.capture.reparametrized import (
     TRACED_THROUGH,
     has_other_hooks,
@@ -34,25 +30,16 @@ from biofx.capture.reparametrized import (
     original_class,
     with_computing_hooks,
 )
+from biofx.capture.watching import LOCK, changed_attribute, watched
 from biofx.errors import ArgumentError
-from biofx.island_weights import weights
+from biofx.weights.roles import weights
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
-BLOCKS: tuple[type, ...] = (
-    torch.no_grad,
-    torch.enable_grad,
-    torch.set_grad_enabled,
-    torch.inference_mode,
-    torch.autocast,
-)
-
 _PLAIN_DICTS = ("builtins", "collections", "torch.fx.immutable_collections")  # where their classes are from
 VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 ONE_PIECE = "it is called in one piece, as modules of torch.nn are"
-
-_LOCK = threading.RLock()  # tracing patches torch.nn.Module itself
 
 
 class StandIn(nn.Module):
@@ -158,6 +145,7 @@ class Tracer(fx.Tracer):
 
     def __init__(self, absent: Collection[str] = (), whole: dict[str, str] | None = None) -> None:
         super().__init__()
+        self._thread = threading.get_ident()
         self._absent = absent  # optional arguments to trace as None
         self.whole = dict(whole or {})
         self.found: dict[str, str] = {}
@@ -169,8 +157,7 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace `root`, whose tensors become nodes under their first name."""
-        with _LOCK:
-            self._thread = threading.get_ident()
+        with LOCK:
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
             self._states = torch.get_rng_state(), random.getstate()
@@ -316,18 +303,16 @@ class Tracer(fx.Tracer):
     def note_read(self, module: nn.Module) -> None:
         """The forward that runs now has read `module.training`."""
         path = (self.submodule_paths or {}).get(module)
-        if path is not None and threading.get_ident() == self._thread:
+        if path is not None:
             self.reads.setdefault(self._running[-1], []).append(path)
 
     def enter_block(self, block: Any) -> None:
         """The forward that runs now has entered one of `BLOCKS`."""
-        if threading.get_ident() == self._thread:
-            self._blocks.append((self._running[-1], type(block).__name__))
+        self._blocks.append((self._running[-1], type(block).__name__))
 
     def exit_block(self, block: Any) -> None:
         """It has left the block."""
-        if threading.get_ident() == self._thread:
-            self._blocks.pop()
+        self._blocks.pop()
 
     def _check_random(self) -> None:
         if _random_state() != self._random:
@@ -390,100 +375,6 @@ def trace_whole(model: nn.Module, reason: str) -> Trace:
     return Trace(graph, {}, tracer)
 
 
-class Watcher(Protocol):
-    """What is told what forward does while it is traced."""
-
-    def note_read(self, module: nn.Module) -> None:
-        """It has read `module.training`."""
-
-    def enter_block(self, block: Any) -> None:
-        """It has entered one of `BLOCKS`."""
-
-    def exit_block(self, block: Any) -> None:
-        """It has left the block."""
-
-
-@contextmanager
-def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
-    """Trace a model inside of the block: it stays as it is, and the watcher is told what its forward does."""
-    with _LOCK, torch.set_grad_enabled(torch.is_grad_enabled()), unchanged(model), _watched_by(watcher):
-        yield
-
-
-def changed_attribute(model: nn.Module, before: dict[str, dict[str, Any]]) -> tuple[str, str] | None:
-    """A counter or a flag that forward has changed, so that the next call would read another value: its module, name.
-
-    Args:
-        model: the model.
-        before: the attributes of its modules before forward, by their paths.
-    """
-    for path, module in model.named_modules():
-        for name, now in vars(module).items():
-            value = before.get(path, {}).get(name, getattr(type(module), name, None))
-            if isinstance(value, int | float | str) and isinstance(now, int | float | str) and now != value:
-                return path, name
-    return None
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace."""
-    saved = [(vars(m), dict(vars(m)), _contents(vars(m))) for m in model.modules()]
-    state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            for attributes, values, contents in saved:
-                attributes.clear()
-                attributes.update(values)
-                for name, content in contents.items():
-                    attributes[name].clear()
-                    (attributes[name].extend if isinstance(content, list) else attributes[name].update)(content)
-
-
-def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the containers among attributes: registries of the module, and those in which forward may collect."""
-    return {k: copy.copy(v) for k, v in attributes.items() if type(v) in (dict, OrderedDict, list, set)}
-
-
-@contextmanager
-def _watched_by(watcher: Watcher) -> Iterator[None]:
-    """Tell a watcher when forward reads `training` or enters and leaves a block that a graph does not hold."""
-
-    def read(module: nn.Module) -> bool:
-        watcher.note_read(module)
-        return bool(vars(module)["training"])
-
-    def write(module: nn.Module, mode: bool) -> None:
-        vars(module)["training"] = mode
-
-    def noted(note: Callable[[Any], None], method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(block: Any, *args: Any) -> Any:
-            note(block)
-            return method(block, *args)
-
-        return call
-
-    # A property of the class goes before the attribute of the instance.
-    patches: dict[tuple[type, str], Any] = {(nn.Module, "training"): property(read, write)}
-    for block in BLOCKS:
-        patches[block, "__enter__"] = noted(watcher.enter_block, vars(block)["__enter__"])
-        patches[block, "__exit__"] = noted(watcher.exit_block, vars(block)["__exit__"])
-    originals = {(cls, name): vars(cls).get(name) for cls, name in patches}
-    try:
-        for (cls, name), value in patches.items():
-            type.__setattr__(cls, name, value)
-        yield
-    finally:
-        for (cls, name), value in originals.items():
-            if value is None:
-                type.__delattr__(cls, name)
-            else:
-                type.__setattr__(cls, name, value)
-
-
 @contextmanager
 def _recorded_operators(tracer: Tracer) -> Iterator[None]:
     """Let every call of a dispatcher operator become a node, also one without a tensor: a graph of `torch.export`.
@@ -503,39 +394,6 @@ def _recorded_operators(tracer: Tracer) -> Iterator[None]:
         yield
     finally:
         OpOverload.__call__ = original  # type: ignore[method-assign]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of code that an error passed through.
-
-    Attributes:
-        module: the module that it is in.
-        file: its file.
-        number: its number there.
-        text: the line.
-    """
-
-    module: str
-    file: str
-    number: int
-    text: str
-
-
-def lines_of(error: BaseException) -> Iterator[Line]:
-    """The lines that an error passed through, the innermost last."""
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        file = frame.f_code.co_filename
-        yield Line(str(frame.f_globals.get("__name__", "")), file, number, linecache.getline(file, number).strip())
-
-
-def describe(error: BaseException) -> str:
-    """Why a forward cannot be traced, with the line that stopped it: the user's, if there is one."""
-    lines = [line for line in lines_of(error) if not line.module.startswith(("torch.fx", "biofx"))]
-    of_user = [line for line in lines if not line.module.startswith("torch")]
-    where = "".join(f" at {Path(line.file).name}:{line.number}, {line.text!r}" for line in (of_user or lines)[-1:])
-    message = " ".join(str(error).split()) or type(error).__name__
-    return f"its forward cannot be traced{where}: {textwrap.shorten(message, 120)}"
 
 
 def _node_of(value: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import biofx
 from biofx import passes
-from biofx.compare import split_inputs
+from biofx.trial import split_inputs
 from conftest import loss, tensors
 from models import any_python
 from models.architectures import ARCHITECTURES

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, fx
 
 from biofx.chain import attribute, compute
-from biofx.compare import undisturbed
 from biofx.dry_run import UNKNOWN, Guesser
 from biofx.model_editor import ModelEditor
-from biofx.weight_operators import BATCH, Source
-from biofx.weight_paths import Constants, Use
-from biofx.weight_sites import WeightSite, find
+from biofx.trial import undisturbed
+from biofx.weights.operators import BATCH, Source
+from biofx.weights.paths import Constants, Use
+from biofx.weights.sites import WeightSite, find
 
 LEAST = 8  # synapses of each kind that a row keeps, if it has them: fewer cannot be balanced
 SAMPLES = 256  # in the batch on which net inputs are measured, at most, and

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
-from biofx.axes import GROUP, Axes, axes_of, axes_of_view
-from biofx.capture.islands import is_island
 from biofx.chain import attribute, callee, compute
-from biofx.island_weights import calls_inside
+from biofx.islands import is_island
+from biofx.operator_kinds import Operation, operation
 from biofx.provenance import inserted
-from biofx.unit_operators import Operation, operation
-from biofx.weight_operators import Call, Refusal, is_operator, read
+from biofx.weights.axes import GROUP, Axes, axes_of, axes_of_view
+from biofx.weights.operators import Call, Refusal, is_operator, read
+from biofx.weights.roles import calls_inside
 
 
 def _names(text: str) -> frozenset[str]:

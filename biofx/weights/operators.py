@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.nn import functional as F
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from biofx.axes import GROUP, NEITHER, Role
 from biofx.chain import callee
+from biofx.weights.axes import GROUP, NEITHER, Role
 
 PRE: Role = (True, False)
 POST: Role = (False, True)
@@ -160,17 +159,6 @@ class _Asked:
             name, self.node, self.weight, bias, tuple(sources), self.shape, axes, tuple(roles), tuple(output_axes),
             **others,
         )  # fmt: skip
-
-
-def why_unfit(parameter: nn.Parameter) -> str | None:
-    """Why a parameter's numbers cannot be those of synapses, or None if they can."""
-    if is_traceable_wrapper_subclass(parameter):
-        return f"it is a {type(parameter).__name__}, and biofx rewrites plain tensors only"
-    if parameter.is_nested or parameter.layout is not torch.strided:
-        return f"its layout is {'nested' if parameter.is_nested else parameter.layout}, and synapses need a dense one"
-    if not parameter.is_floating_point():
-        return f"its dtype is {parameter.dtype}, and synapses are real numbers"
-    return None
 
 
 Reader = Callable[[_Asked], Call | Refusal | None]

@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import biofx
 from biofx import passes
 from biofx.capture import capture
-from biofx.weight_sites import find
+from biofx.weights.sites import find
 from conftest import gradients, tensors
 from models.composite import GraphConvolution, normalised_adjacency
 from models.weights import KINDS, MODELS, PATHS, FusedAttention, Layer, LoRA, Network, TiedLanguageModel, Words

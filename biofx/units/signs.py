@@ -9,8 +9,8 @@ from torch.utils import _pytree as pytree
 
 from biofx.chain import attribute
 from biofx.dry_run import UNKNOWN, Values
-from biofx.unit_operators import Kind, Operation, Sign, argument, held_parameter
-from biofx.weight_paths import Use
+from biofx.operator_kinds import Kind, Operation, Sign, argument, held_parameter
+from biofx.weights.paths import Use
 
 
 def signed_by(

@@ -156,7 +156,7 @@ def axes_of_view(shape: Sequence[int], view: Tensor, roles: Sequence[Role]) -> A
 
     Example:
         >>> import torch
-        >>> from biofx.axes import axes_of_view
+        >>> from biofx.weights.axes import axes_of_view
         >>> weight = torch.empty(6, 4)  # read as 2 heads with 3 postsynaptic units each, and 4 presynaptic units
         >>> axes = axes_of_view(weight.shape, weight.view(2, 3, 4).mT, [(False, True), (True, False), (False, True)])
         >>> axes.postsynaptic, axes.units, axes.presynaptic

@@ -13,15 +13,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from biofx.capture.islands import described
 from biofx.chain import compute
 from biofx.dry_run import Values
-from biofx.unit_numbers import NOBODY, Population, UnitNumbers, is_one
-from biofx.unit_operators import Kind, Operation, argument, held_parameter, operation
-from biofx.unit_signs import has_activation, input_name, is_activation, signed_by
-from biofx.weight_operators import Source
-from biofx.weight_paths import Use
-from biofx.weight_sites import WeightSite
+from biofx.islands import described
+from biofx.operator_kinds import Kind, Operation, argument, held_parameter, operation
+from biofx.units.numbers import NOBODY, Population, UnitNumbers, is_one
+from biofx.units.signs import has_activation, input_name, is_activation, signed_by
+from biofx.weights.operators import Source
+from biofx.weights.paths import Use
+from biofx.weights.sites import WeightSite
 
 
 @dataclass(frozen=True, eq=False)

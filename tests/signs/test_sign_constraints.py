@@ -6,7 +6,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from biofx.sign_constraints import CONSTRAINTS, rectify
+from biofx.signs.constraints import CONSTRAINTS, rectify
 
 WEIGHT = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 2.0]], dtype=torch.float64)
 SIGNS = torch.tensor([[1.0, -1.0, 1.0, -1.0, 0.0]], dtype=torch.float64)

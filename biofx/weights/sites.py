@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.axes import Axes
-from biofx.capture.islands import described, is_island, island_path
 from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
-from biofx.depth import depths, reaching
-from biofx.island_weights import roles
+from biofx.islands import described, is_island, island_path
 from biofx.provenance import Slot, inserted, record_of, transformed
-from biofx.weight_operators import PRE, why_unfit
-from biofx.weight_paths import Dependence, Use, Uses, follow
+from biofx.weights.axes import Axes
+from biofx.weights.depth import depths, reaching
+from biofx.weights.operators import PRE
+from biofx.weights.paths import Dependence, Use, Uses, follow
+from biofx.weights.roles import roles, why_unfit
 
 NOT_A_SYNAPSE = "one value for each unit, not a synapse"
 

@@ -6,8 +6,8 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from biofx.balance import LEAST, SLACK, balanced, scales, sparse
 from biofx.randomness import generator
+from biofx.signs.balance import LEAST, SLACK, balanced, scales, sparse
 from models.small import mlp
 
 

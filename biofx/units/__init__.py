@@ -20,9 +20,9 @@ from biofx.capture import capture, check
 from biofx.dry_run import Values, dry_run
 from biofx.errors import ArgumentError
 from biofx.provenance import transformed
-from biofx.unit_analysis import Reading, UnitAnalysis
-from biofx.unit_numbers import NOBODY, Population
-from biofx.weight_sites import WeightSite, find
+from biofx.units.analysis import Reading, UnitAnalysis
+from biofx.units.numbers import NOBODY, Population
+from biofx.weights.sites import WeightSite, find
 
 __all__ = ["NOBODY", "Population", "Reading", "Units", "analyse", "units"]
 

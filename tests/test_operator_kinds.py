@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from biofx.capture import capture
-from biofx.unit_operators import _KINDS, _SIGNS, Kind, Sign, argument, held_parameter, operation
+from biofx.operator_kinds import _KINDS, _SIGNS, Kind, Sign, argument, held_parameter, operation
 
 
 class Call(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from biofx.editor import Editor
 from biofx.operators import define_operator
 from biofx.provenance import Slot, inserted
-from biofx.weight_sites import WeightSite
+from biofx.weights.sites import WeightSite
 
 Function = Callable[[Tensor, Tensor], Tensor]
 

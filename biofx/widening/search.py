@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.capture.islands import island_nodes, island_path
 from biofx.chain import attribute, compute
-from biofx.compare import undisturbed
 from biofx.dry_run import UNKNOWN, Values
 from biofx.editor import Owners, replace_parameter
-from biofx.twins import Twins, adjacent, alike, followed, named, named_twins, refitted, resized_axes
-from biofx.unit_operators import Kind, operation
-from biofx.weight_paths import Use
-from biofx.weight_sites import WeightSite
+from biofx.islands import island_nodes, island_path
+from biofx.operator_kinds import Kind, operation
+from biofx.trial import undisturbed
+from biofx.weights.paths import Use
+from biofx.weights.sites import WeightSite
+from biofx.widening.twins import Twins, adjacent, alike, followed, named, named_twins, refitted, resized_axes
 
 SIZES = ("num_features", "num_channels", "num_parameters", "normalized_shape")  # of modules with a parameter per unit
 MOVES = (Kind.LAYOUT, Kind.CONCATENATE)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from biofx.capture.islands import is_island, island_path
 from biofx.chain import attribute, callee
+from biofx.islands import is_island, island_path
 
 
 class Kind(enum.Enum):

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from biofx.axes import GROUP, NEITHER
-from biofx.capture.islands import island_path, island_weights
+from biofx.islands import island_path, island_weights
 from biofx.references import held_parameters
-from biofx.weight_operators import POST, PRE, Call, why_unfit
+from biofx.weights.axes import GROUP, NEITHER
+from biofx.weights.operators import POST, PRE, Call
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ _RULES: list[tuple[Callable[[nn.Module], bool], Callable[[str], bool], Callable[
 def _recurrent(owner: nn.Module) -> str:
     kinds = {"lstm": nn.LSTM | nn.LSTMCell, "gru": nn.GRU | nn.GRUCell}
     return next((name for name, cls in kinds.items() if isinstance(owner, cls)), "rnn")
+
+
+def why_unfit(parameter: nn.Parameter) -> str | None:
+    """Why a parameter's numbers cannot be those of synapses, or None if they can."""
+    if is_traceable_wrapper_subclass(parameter):
+        return f"it is a {type(parameter).__name__}, and biofx rewrites plain tensors only"
+    if parameter.is_nested or parameter.layout is not torch.strided:
+        return f"its layout is {'nested' if parameter.is_nested else parameter.layout}, and synapses need a dense one"
+    if not parameter.is_floating_point():
+        return f"its dtype is {parameter.dtype}, and synapses are real numbers"
+    return None
 
 
 def role(owner: nn.Module, key: str) -> Role | str:

@@ -1,0 +1,43 @@
+"""Explanations: in which line a forward stopped, and why."""
+
+from __future__ import annotations
+
+import linecache
+import textwrap
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of code that an error passed through.
+
+    Attributes:
+        module: the module that it is in.
+        file: its file.
+        number: its number there.
+        text: the line.
+    """
+
+    module: str
+    file: str
+    number: int
+    text: str
+
+
+def lines_of(error: BaseException) -> Iterator[Line]:
+    """The lines that an error passed through, the innermost last."""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        yield Line(str(frame.f_globals.get("__name__", "")), file, number, linecache.getline(file, number).strip())
+
+
+def describe(error: BaseException) -> str:
+    """Why a forward cannot be traced, with the line that stopped it: the user's, if there is one."""
+    lines = [line for line in lines_of(error) if not line.module.startswith(("torch.fx", "biofx"))]
+    of_user = [line for line in lines if not line.module.startswith("torch")]
+    where = "".join(f" at {Path(line.file).name}:{line.number}, {line.text!r}" for line in (of_user or lines)[-1:])
+    message = " ".join(str(error).split()) or type(error).__name__
+    return f"its forward cannot be traced{where}: {textwrap.shorten(message, 120)}"

@@ -1,0 +1,1 @@
+"""Signs: weights and scales that keep a sign, and initial values that suit them."""

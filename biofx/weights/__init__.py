@@ -1,0 +1,1 @@
+"""Weights: which parameters are synapses, how operators read them, and which axes run over which units."""
