@@ -20,7 +20,8 @@ from biofx.signs.constraints import constrain, rectify
 from biofx.signs.scales import turn_over
 from biofx.units import analyse
 from biofx.weights.sites import WeightSite, find
-from biofx.widening.search import Widening, find_widening
+from biofx.widening.plan import Widening
+from biofx.widening.search import find_widening
 from biofx.widening.twins import Twins
 
 
