@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -78,21 +79,79 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace."""
-    saved = [(vars(m), dict(vars(m)), _contents(vars(m))) for m in model.modules()]
-    state = random.getstate()
+    before, state = Snapshot(model), random.getstate()
     with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
             random.setstate(state)
-            for attributes, values, contents in saved:
-                attributes.clear()
-                attributes.update(values)
-                for name, content in contents.items():
-                    attributes[name].clear()
-                    (attributes[name].extend if isinstance(content, list) else attributes[name].update)(content)
+            before.restore()
 
 
-def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the containers among attributes: registries of the module, and those in which forward may collect."""
-    return {k: copy.copy(v) for k, v in attributes.items() if type(v) in (dict, OrderedDict, list, set)}
+class Snapshot:
+    """What modules hold now: their attributes, and what is in lists, dictionaries, sets and plain objects among those.
+
+    Tensors and modules are held as they are: nobody looks at their values.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: list[tuple[str, str, Any, Any]] = []  # path, attribute, what holds something, and a copy of it
+        self._seen: set[int] = set()
+        for path, module in model.named_modules():
+            self._held.append((path, "", vars(module), dict(vars(module))))
+            for name, value in vars(module).items():
+                self._look_into(path, name, value, with_objects=True)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for _, _, holder, content in self._held:
+            holder.clear()
+            (holder.extend if isinstance(holder, list | deque) else holder.update)(content)
+
+    def changes(self) -> Iterator[tuple[str, str]]:
+        """What holds something else by now: path of the module, attribute."""
+        for path, attribute, holder, content in self._held:
+            if attribute in _DERIVED:
+                continue
+            if not isinstance(holder, dict):
+                if not _is_same(holder, content):
+                    yield path, attribute
+                continue
+            for key in dict.fromkeys(key for key in [*content, *holder] if key not in _DERIVED):
+                if key not in holder or key not in content or not _is_same(holder[key], content[key]):
+                    yield path, str(key) if attribute in ("", *_REGISTRIES) else attribute
+
+    def _look_into(self, path: str, name: str, value: Any, with_objects: bool) -> None:
+        if id(value) in self._seen:
+            return
+        if type(value) in _CONTAINERS:
+            self._seen.add(id(value))
+            self._held.append((path, name, value, copy.copy(value)))
+            for part in list(value.values() if isinstance(value, dict) else value):
+                self._look_into(path, name, part, with_objects)
+        elif with_objects and _is_plain_object(value):
+            self._seen.add(id(value))
+            self._held.append((path, name, vars(value), dict(vars(value))))
+            for part in list(vars(value).values()):
+                self._look_into(path, name, part, with_objects=False)
+
+
+_REGISTRIES = frozenset(vars(nn.Module()))
+_DERIVED = ("_flat_weights", "_flat_weight_refs")  # of recurrent layers, from their parameters
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether a value is an object of somebody's own class, such as a configuration or a counter."""
+    if isinstance(value, nn.Module | Tensor | type | ModuleType) or not hasattr(value, "__dict__") or callable(value):
+        return False
+    return type(value).__module__.partition(".")[0] not in ("torch", "builtins", "functools", "enum")
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether a later read of one finds the other."""
+    if a is b:
+        return True
+    if isinstance(a, tuple | list | deque) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    return type(a) is type(b) and isinstance(a, int | float | complex | str | bytes | set) and bool(a == b)

@@ -20,8 +20,9 @@ from torch.fx.experimental import _config as shape_config
 from biofx.capture.conditions import INSTEAD, Condition, has_length, implied, parsed
 from biofx.capture.structure import Structure, build, describe
 from biofx.capture.tracer import KeepWhole, StandIn, Tracer
-from biofx.capture.watching import changed_attribute, watched
+from biofx.capture.watching import watched
 from biofx.errors import CaptureError
+from biofx.trial import Snapshot
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 
@@ -93,14 +94,14 @@ class _OnTensors(nn.Module):
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
         watcher: _Watcher = vars(self)["watcher"]
         before = dict(self.model.named_buffers())
-        attributes = {path: dict(vars(module)) for path, module in self.model.named_modules()}
+        held = Snapshot(self.model)
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
         drawn = random.getstate()
         watcher.outputs = describe(self.model(*args, **kwargs), results)
-        changed = changed_attribute(self.model, attributes)
-        if changed is not None:
-            watcher.note_side_effect(changed[0], f"changes the attribute {changed[1]}")
+        for path, name in held.changes():
+            if f"{path}.{name}".lstrip(".") not in before:
+                watcher.note_side_effect(path, f"changes the attribute {name}")
         if random.getstate() != drawn:
             watcher.note_side_effect("", "draws random numbers from Python's random")
         after = dict(self.model.named_buffers())

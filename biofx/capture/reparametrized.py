@@ -74,3 +74,13 @@ def computed_attributes(model: nn.Module) -> dict[int, Tensor]:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+
+
+def computed_names(model: nn.Module) -> set[tuple[str, str]]:
+    """The attributes that hooks compute anew before every forward: path of the module, name."""
+    return {
+        (path, hook.name if isinstance(hook, WeightNorm) else hook._tensor_name)
+        for path, module in model.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, COMPUTING_HOOKS)
+    }

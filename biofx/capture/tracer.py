@@ -25,13 +25,15 @@ from biofx.capture.captured_module import HOOKS
 from biofx.capture.explanation import describe
 from biofx.capture.reparametrized import (
     TRACED_THROUGH,
+    computed_names,
     has_other_hooks,
     is_learned,
     original_class,
     with_computing_hooks,
 )
-from biofx.capture.watching import LOCK, changed_attribute, watched
+from biofx.capture.watching import LOCK, watched
 from biofx.errors import ArgumentError
+from biofx.trial import Snapshot
 from biofx.weights.roles import weights
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -344,7 +346,7 @@ def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], eval
     with watched(model, tracer):
         for module in model.modules():
             module.training = module not in in_evaluation
-        before = {path: dict(vars(module)) for path, module in model.named_modules()}
+        before, own = Snapshot(model), set(vars(model))
         try:
             graph = tracer.trace(model)
         except (Exception, KeepWhole) as error:
@@ -352,12 +354,12 @@ def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], eval
             raise KeepWhole(tracer.found or reasons) from error
         if tracer.found:
             raise KeepWhole(tracer.found)
-        changed = changed_attribute(model, before)
-        if changed is not None:
-            raise KeepWhole({changed[0]: f"its forward changes the attribute {changed[1]}, which a graph does not do"})
-        made = vars(model).keys() - before[""].keys()
         read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
-        constants = {name: vars(model)[name] for name in read if name in made}
+        constants = {name: vars(model)[name] for name in read if name in vars(model).keys() - own}
+        ignored = {("", name) for name in constants} | computed_names(model)
+        stored = next((place for place in before.changes() if place not in ignored), None)
+        if stored is not None:
+            raise KeepWhole({stored[0]: f"its forward changes the attribute {stored[1]}, which a graph does not do"})
     return Trace(graph, constants, tracer)
 
 

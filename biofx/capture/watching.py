@@ -44,21 +44,6 @@ def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
         yield
 
 
-def changed_attribute(model: nn.Module, before: dict[str, dict[str, Any]]) -> tuple[str, str] | None:
-    """A counter or a flag that forward has changed, so that the next call would read another value: its module, name.
-
-    Args:
-        model: the model.
-        before: the attributes of its modules before forward, by their paths.
-    """
-    for path, module in model.named_modules():
-        for name, now in vars(module).items():
-            value = before.get(path, {}).get(name, getattr(type(module), name, None))
-            if isinstance(value, int | float | str) and isinstance(now, int | float | str) and now != value:
-                return path, name
-    return None
-
-
 @contextmanager
 def _watched_by(watcher: Watcher) -> Iterator[None]:
     """Tell a watcher when forward reads `training` or enters and leaves a block that a graph does not hold."""

@@ -1,0 +1,167 @@
+"""Trials: a model runs, and is afterwards what it was before."""
+
+import collections
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from biofx.trial import Snapshot, run_from_seed, run_in_eval_mode, split_inputs, unchanged
+
+
+class Unclean(nn.Module):
+    """Changes everything that it can lay hands on."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("inplace", torch.zeros(2))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("filled", None)
+        self.inner = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()).eval()
+        self.inner.register_buffer("tied", self.inplace)
+
+    def forward(self, x, more):
+        x.add_(more["shift"])
+        self.inplace.add_(1)
+        self.replaced = self.replaced + 1
+        self.filled = x
+        self.register_buffer("new", x)
+        self.inner.train()
+        assert self.inner.tied is self.inplace
+        return {"logits": self.inner(x), "draw": torch.rand(2), "training": self.training, "count": self.inplace}
+
+
+def test_running_a_model_has_no_side_effects():
+    model = Unclean()
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    values = {name: buffer.clone() for name, buffer in buffers.items()}
+    modes = [module.training for module in model.modules()]
+    x, shift, rng = torch.zeros(3, 2), torch.ones(()), torch.get_rng_state()
+    logits, _, count = run_in_eval_mode(model, (x, {"shift": shift}))
+    assert logits.shape == (3, 2)
+    assert count.tolist() == [1, 1]
+    after = dict(model.named_buffers(remove_duplicate=False))
+    assert {name: id(b) for name, b in after.items()} == {name: id(b) for name, b in buffers.items()}
+    assert all(torch.equal(after[name], values[name]) for name in values)
+    assert (model.filled, hasattr(model, "new")) == (None, False)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(x, torch.zeros(3, 2))
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_a_model_that_fails_is_left_as_it_was():
+    model = Unclean()
+    with pytest.raises(KeyError):
+        run_in_eval_mode(model, (torch.zeros(3, 2), {}))
+    assert model.training
+    assert not model.inplace.any()
+
+
+def test_one_seed_draws_the_same_numbers():
+    model, x = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4)), torch.randn(8, 4)
+    first, second = (run_from_seed(model, x, ["1.running_mean"]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert bool(first[1].any())  # the mean that the run left
+    assert not bool(model[1].running_mean.any())
+
+
+class Collecting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.count, self.layer = [], 0, nn.Linear(2, 2)
+
+    def forward(self, x):
+        self.seen.append(x)
+        self.count += 1
+        self.cache = x
+        self.layer = nn.Identity()
+        return random.random()
+
+
+def test_what_forward_stores_is_undone():
+    model, x = Collecting(), torch.ones(2)
+    seen, layer, draws = model.seen, model.layer, random.getstate()
+    with unchanged(model):
+        model(x)
+        assert model.count == 1
+    assert (model.seen, model.count, hasattr(model, "cache"), model.layer) == ([], 0, False, layer)
+    assert model.seen is seen
+    assert random.getstate() == draws
+
+
+class Counter:
+    def __init__(self):
+        self.number, self.log = 0, []
+
+
+class Holding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+        self.layer, self.number, self.name, self.none = nn.Linear(2, 2), 1, "a", None
+        self.seen, self.by_name, self.nested, self.kinds = [1], {"a": 1}, {"a": [{"b": 1}]}, {1}
+        self.counter, self.pair, self.queue = Counter(), (1, torch.ones(1)), collections.deque([1], 2)
+
+
+CHANGES = {
+    "number": lambda m: setattr(m, "number", 2),
+    "name": lambda m: setattr(m, "name", "b"),
+    "none": lambda m: setattr(m, "none", 0),
+    "new": lambda m: setattr(m, "new", 0),
+    "pair": lambda m: setattr(m, "pair", (1, torch.ones(1))),
+    "seen": lambda m: m.seen.append(1),
+    "by_name": lambda m: m.by_name.update(a=2),
+    "nested": lambda m: m.nested["a"][0].clear(),
+    "kinds": lambda m: m.kinds.add(2),
+    "queue": lambda m: m.queue.append(2),
+    "counter": lambda m: setattr(m.counter, "number", 1),
+    "mean": lambda m: setattr(m, "mean", m.mean + 1),
+    "layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
+    "training": lambda m: m.eval(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_found_and_undone(name):
+    model = nn.Sequential(Holding())
+    before = Snapshot(model)
+    assert list(before.changes()) == []
+    CHANGES[name](model[0])
+    assert ("0", name) in list(before.changes())
+    before.restore()
+    assert list(before.changes()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "number", 1),
+        lambda m: setattr(m, "pair", m.pair[:1] + m.pair[1:]),
+        lambda m: setattr(m, "seen", m.seen),
+        lambda m: m.mean.add_(1),  # what tensors hold is state that a graph changes as well
+        lambda m: m.layer(torch.ones(2)),
+    ],
+    ids=["number", "tuple", "itself", "in place", "call"],
+)
+def test_what_reads_the_same_afterwards_is_no_change(change):
+    model = Holding()
+    before = Snapshot(model)
+    change(model)
+    assert list(before.changes()) == []
+
+
+@pytest.mark.parametrize(
+    ("example_inputs", "expected"),
+    [
+        (None, ((), {})),
+        (3, ((3,), {})),
+        ((1, 2), ((1, 2), {})),
+        ([1, 2], ((1, 2), {})),
+        ({"x": 1}, ((), {"x": 1})),
+        (({"x": 1},), (({"x": 1},), {})),
+    ],
+    ids=str,
+)
+def test_example_inputs_are_the_arguments_of_a_call(example_inputs, expected):
+    assert split_inputs(example_inputs) == expected
