@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+LOCK = threading.RLock()  # all threads share the random number generators, and torch.nn.Module, which tracing patches
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -79,13 +82,28 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace."""
-    before, state = Snapshot(model), random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            before.restore()
+    with LOCK:
+        before, state = Snapshot(model), random.getstate()
+        with torch.random.fork_rng(devices=[]):
+            try:
+                yield
+            finally:
+                random.setstate(state)
+                before.restore()
+
+
+class Change(NamedTuple):
+    """What a module holds instead of something else, or beside it.
+
+    Attributes:
+        path: the path of the module.
+        name: the attribute.
+        is_assigned: whether the attribute is another one, and not just changed inside.
+    """
+
+    path: str
+    name: str
+    is_assigned: bool
 
 
 class Snapshot:
@@ -108,18 +126,19 @@ class Snapshot:
             holder.clear()
             (holder.extend if isinstance(holder, list | deque) else holder.update)(content)
 
-    def changes(self) -> Iterator[tuple[str, str]]:
-        """What holds something else by now: path of the module, attribute."""
+    def changes(self) -> Iterator[Change]:
+        """What is something else by now."""
         for path, attribute, holder, content in self._held:
             if attribute in _DERIVED:
                 continue
             if not isinstance(holder, dict):
                 if not _is_same(holder, content):
-                    yield path, attribute
+                    yield Change(path, attribute, False)
                 continue
             for key in dict.fromkeys(key for key in [*content, *holder] if key not in _DERIVED):
                 if key not in holder or key not in content or not _is_same(holder[key], content[key]):
-                    yield path, str(key) if attribute in ("", *_REGISTRIES) else attribute
+                    name = str(key) if attribute in ("", *_REGISTRIES) else attribute
+                    yield Change(path, name, attribute in ("", "_buffers"))
 
     def _look_into(self, path: str, name: str, value: Any, with_objects: bool) -> None:
         if id(value) in self._seen:

@@ -28,7 +28,8 @@ from torch import fx, nn
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
 from biofx.capture.modes import trace_modes
 from biofx.capture.reparametrized import detach_computed_attributes, drop_computing_hooks
-from biofx.capture.tracer import KeepWhole, MustBeNone, Trace, trace_whole
+from biofx.capture.tracer import KeepWhole, MustBeNone
+from biofx.capture.tracing import Trace, trace_whole
 from biofx.errors import ArgumentError
 from biofx.provenance import RECORD, Record
 from biofx.references import outside

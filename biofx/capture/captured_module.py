@@ -95,7 +95,7 @@ class CapturedModule(fx.GraphModule):
         # Code is pickled, not the graph; tracing it again yields the same calls in the same order, without their meta.
         attributes, imports, reads, calls = state
         vars(self).update(attributes)
-        traced = reduce_graph_module({**attributes, WHOLE: self} if is_whole(self) else dict(attributes), imports)
+        traced = reduce_graph_module({**attributes, WHOLE: self}, imports)
         assert isinstance(traced, fx.GraphModule)
         others = [node for node in traced.graph.nodes if node.op != "get_attr"]
         origins = [(node, reads.get(str(node.target))) for node in traced.graph.find_nodes(op="get_attr")]

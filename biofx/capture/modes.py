@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from biofx.capture.tracer import KeepWhole, StandIn, Trace, trace, unused_name
+from biofx.capture.tracer import KeepWhole, StandIn, unused_name
+from biofx.capture.tracing import Trace, trace
 
 
 class ByMode(StandIn):

@@ -99,7 +99,7 @@ class _OnTensors(nn.Module):
         results: list[Any] = []
         drawn = random.getstate()
         watcher.outputs = describe(self.model(*args, **kwargs), results)
-        for path, name in held.changes():
+        for path, name, _ in held.changes():
             if f"{path}.{name}".lstrip(".") not in before:
                 watcher.note_side_effect(path, f"changes the attribute {name}")
         if random.getstate() != drawn:

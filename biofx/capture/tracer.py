@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any
 
@@ -25,15 +25,13 @@ from biofx.capture.captured_module import HOOKS
 from biofx.capture.explanation import describe
 from biofx.capture.reparametrized import (
     TRACED_THROUGH,
-    computed_names,
     has_other_hooks,
     is_learned,
     original_class,
     with_computing_hooks,
 )
-from biofx.capture.watching import LOCK, watched
 from biofx.errors import ArgumentError
-from biofx.trial import Snapshot
+from biofx.trial import LOCK
 from biofx.weights.roles import weights
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -168,7 +166,7 @@ class Tracer(fx.Tracer):
             self._check_random()
         for node in graph.nodes:
             node.type = None  # annotations that are strings, as they are today, cannot be pickled with the code
-        _merge_reads(graph)
+        merge_reads(graph)
         return graph
 
     def create_args_for_root(
@@ -321,62 +319,6 @@ class Tracer(fx.Tracer):
             raise KeepWhole({self._running[-1]: "its forward draws random numbers that do not depend on its input"})
 
 
-@dataclass(frozen=True)
-class Trace:
-    """One run of forward: its graph, the constants that it made, and what the tracer noted."""
-
-    graph: fx.Graph
-    constants: dict[str, Any]
-    tracer: Tracer
-
-
-def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], evaluating: Collection[nn.Module]) -> Trace:
-    """Run forward once, with some modules in evaluation mode and the others in training mode.
-
-    Args:
-        model: the model; nothing in it changes.
-        absent: optional arguments that are None.
-        whole: modules to call as they are, each with the reason.
-        evaluating: the modules in evaluation mode.
-
-    Raises:
-        KeepWhole: a module does what a graph does not hold.
-    """
-    tracer, in_evaluation = Tracer(absent, whole), set(evaluating)
-    with watched(model, tracer):
-        for module in model.modules():
-            module.training = module not in in_evaluation
-        before, own = Snapshot(model), set(vars(model))
-        try:
-            graph = tracer.trace(model)
-        except (Exception, KeepWhole) as error:
-            reasons = error.reasons if isinstance(error, KeepWhole) else {"": describe(error)}
-            raise KeepWhole(tracer.found or reasons) from error
-        if tracer.found:
-            raise KeepWhole(tracer.found)
-        read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
-        constants = {name: vars(model)[name] for name in read if name in vars(model).keys() - own}
-        ignored = {("", name) for name in constants} | computed_names(model)
-        stored = next((place for place in before.changes() if place not in ignored), None)
-        if stored is not None:
-            raise KeepWhole({stored[0]: f"its forward changes the attribute {stored[1]}, which a graph does not do"})
-    return Trace(graph, constants, tracer)
-
-
-def trace_whole(model: nn.Module, reason: str) -> Trace:
-    """A graph in which the model is one island: it runs no forward, and takes all arguments as they come."""
-    tracer = Tracer(whole={"": reason})
-    graph = fx.Graph(tracer_cls=Tracer)
-    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    inside = weights(model)
-    stored = {name: graph.get_attr(name) for name in dict.fromkeys(names[id(p)] for p in inside.values())}
-    ends = {name: stored[names[id(parameter)]] for name, parameter in inside.items()}
-    module = graph.get_attr(islands.WHOLE)
-    graph.output(graph.call_function(islands.call_island, (module, ends, args, kwargs)))
-    return Trace(graph, {}, tracer)
-
-
 @contextmanager
 def _recorded_operators(tracer: Tracer) -> Iterator[None]:
     """Let every call of a dispatcher operator become a node, also one without a tensor: a graph of `torch.export`.
@@ -410,11 +352,13 @@ def _random_state() -> tuple[Any, Any]:
     return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
-def _merge_reads(graph: fx.Graph) -> None:
+def merge_reads(graph: fx.Graph) -> None:
+    """One read of each attribute, and none of what is not used."""
     first: dict[str, fx.Node] = {}
     for node in graph.find_nodes(op="get_attr"):
         if first.setdefault(node.target, node) is not node:
             node.replace_all_uses_with(first[node.target])
+        if not node.users:
             graph.erase_node(node)
 
 

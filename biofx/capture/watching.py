@@ -21,9 +21,6 @@ BLOCKS: tuple[type, ...] = (
 )
 
 
-LOCK = threading.RLock()  # tracing patches torch.nn.Module itself
-
-
 class Watcher(Protocol):
     """What is told what forward does while it is traced."""
 
@@ -40,7 +37,7 @@ class Watcher(Protocol):
 @contextmanager
 def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """Trace a model inside of the block: it stays as it is, and the watcher is told what its forward does."""
-    with LOCK, torch.set_grad_enabled(torch.is_grad_enabled()), unchanged(model), _watched_by(watcher):
+    with unchanged(model), torch.set_grad_enabled(torch.is_grad_enabled()), _watched_by(watcher):
         yield
 
 

@@ -1,0 +1,254 @@
+"""What forward changes beside its result: stored by the graph, or else left to the Python of an island."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import biofx
+from biofx import passes
+from models.small import Residual
+
+NEUTRAL = [passes.FuzzyLearningRates(distribution="baseline")]
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+
+class Auxiliary(Layer):
+    """Keeps a loss beside its result, for the training loop."""
+
+    def forward(self, x):
+        y = self.fc(x)
+        self.auxiliary = y.square().mean()
+        return y.relu()
+
+
+class KeepsMany(Layer):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(3), persistent=False)
+        self.kept = None
+
+    def forward(self, x):
+        y = self.fc(x)
+        self.kept = {"y": y, "pair": (y, 1), "none": None}
+        self.last = y.detach().mean(0)
+        return y
+
+
+class Reads(nn.Module):
+    """Reads what its layer keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Auxiliary()
+
+    def forward(self, x):
+        return self.inner(x), self.inner.auxiliary
+
+
+class KeepsOfAnother(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Layer()
+
+    def forward(self, x):
+        self.inner.input = x
+        return self.inner.fc(x)
+
+
+RECORDS = [Auxiliary, KeepsMany, Reads, KeepsOfAnother, lambda: nn.Sequential(Auxiliary(), nn.ReLU(), Auxiliary())]
+
+
+def kept(model):
+    """Everything that is kept in a model, by where."""
+    return {
+        f"{path}.{name}": vars(module).get(name, module._buffers.get(name))
+        for path, module in model.named_modules()
+        for name in ("auxiliary", "kept", "last", "input")
+        if hasattr(module, name)
+    }
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("build", RECORDS)
+def test_what_is_kept_for_others_is_kept_by_the_graph(build):
+    model, x = build(), torch.randn(2, 3)
+    bio = biofx.transform(model, "split-synapses")
+    assert not list(biofx.islands.island_nodes(bio.graph))
+    assert vars(model).keys() == vars(build()).keys()  # transform stores nothing in the model
+    for batch in (x, x + 1):
+        close(bio(batch), model(batch))
+        close(kept(bio), kept(model))
+
+
+@pytest.mark.parametrize("build", RECORDS)
+@pytest.mark.parametrize(
+    "again",
+    [
+        copy.deepcopy,
+        lambda bio: torch.load(io.BytesIO(saved(bio)), weights_only=False),
+        lambda bio: biofx.transform(bio, "l1-regularization"),
+        lambda bio: torch.compile(bio, backend="eager", fullgraph=True),
+        biofx.fold,
+    ],
+    ids=["copied", "loaded", "transformed", "compiled", "folded"],
+)
+def test_copies_keep_it_in_themselves(build, again):
+    model, x = build(), torch.randn(2, 3)
+    bio = biofx.transform(model, NEUTRAL)
+    other = again(bio)
+    close(other(x), model(x))
+    close(kept(getattr(other, "_orig_mod", other)), kept(model))
+
+
+def saved(bio):
+    file = io.BytesIO()
+    torch.save(bio, file)
+    return file.getvalue()
+
+
+def test_a_loss_that_is_kept_has_its_gradients():
+    model, x = Auxiliary().double(), torch.randn(2, 3, dtype=torch.float64)
+    bio = biofx.transform(model, NEUTRAL)
+    for net in (model, bio):
+        net(x)
+        net.auxiliary.backward()
+    close(bio.fc.weight.grad, model.fc.weight.grad)
+
+
+def test_units_are_followed_past_what_is_kept():
+    bio = biofx.transform(nn.Sequential(Auxiliary(), nn.Linear(3, 2)), [passes.DalesPrinciple()])
+    assert biofx.weight_sites(bio)["1.weight"].sign is not None
+
+
+def test_what_is_kept_in_one_mode_only_needs_python():
+    class InTraining(Layer):
+        def forward(self, x):
+            if self.training:
+                self.seen = x
+            return self.fc(x)
+
+    bio, x = biofx.transform(InTraining(), NEUTRAL), torch.randn(2, 3)
+    bio.eval()(x)
+    assert not hasattr(bio, "seen")
+    bio.train()(x)
+    assert bio.seen is x
+
+
+class Hidden(Layer):
+    def __init__(self):
+        super().__init__()
+        self.hidden = None
+
+    def forward(self, x):
+        y = self.fc(x) if self.hidden is None else self.fc(x) + self.hidden
+        self.hidden = y.detach()
+        return y
+
+
+class HiddenInBuffer(Layer):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("hidden", torch.zeros(3))
+
+    def forward(self, x):
+        y = self.fc(x) + self.hidden
+        self.hidden = y.detach().mean(0)
+        return y
+
+
+class Counts(Layer):
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.fc(x) * self.calls
+
+
+class Collects(Layer):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(self.fc(x))
+        return sum(self.seen)
+
+
+class Caches(Layer):
+    def __init__(self):
+        super().__init__()
+        self.cache = {}
+
+    def forward(self, x):
+        return self.fc(x) + self.cache.setdefault("first", self.fc(x).detach())
+
+
+class Settings:
+    scale = 1.0
+
+
+class CountsElsewhere(Layer):
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+
+    def forward(self, x):
+        self.settings.scale *= 2
+        return self.fc(x) * self.settings.scale
+
+
+class CountsInAnother(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.act = Layer(), nn.ReLU()
+
+    def forward(self, x):
+        self.act.gain = getattr(self.act, "gain", 1.0) * 2
+        return self.act(self.inner.fc(x)) * self.act.gain
+
+
+class Flags(Layer):
+    def forward(self, x):
+        self.is_built = True
+        return self.fc(x)
+
+
+STATES = [Flags, Hidden, HiddenInBuffer, Counts, Collects, Caches, CountsElsewhere, CountsInAnother]
+
+
+@pytest.mark.parametrize("build", STATES)
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_what_the_next_call_reads_needs_python(build, frontend):
+    model, x = build(), torch.randn(2, 3)
+    bio = biofx.transform(model, "split-synapses", frontend=frontend)
+    for batch in (x, x + 1, x):
+        close(bio(batch), model(batch))
+
+
+@pytest.mark.parametrize("build", [state for state in STATES if state is not HiddenInBuffer])  # buffers are state
+def test_an_exported_graph_never_forgets_it(build):
+    x = torch.randn(2, 3)
+    with pytest.raises(biofx.CaptureError, match=r'changes the attribute \w+, .* try frontend="module"'):
+        biofx.transform(build(), NEUTRAL, frontend="export", example_inputs=(x,))
+
+
+@pytest.mark.parametrize("build", STATES)
+def test_example_inputs_leave_the_state_of_the_model(build):
+    model, fresh, x = build(), build(), torch.randn(2, 3)
+    fresh.load_state_dict(model.state_dict())
+    biofx.transform(model, NEUTRAL, example_inputs=(x,))
+    close(model(x), fresh(x))
+
+
+def test_the_summary_says_which_attribute():
+    bio = biofx.transform(nn.Sequential(Residual(), Counts()), NEUTRAL)
+    assert "its forward changes the attribute calls" in biofx.summary(bio)
