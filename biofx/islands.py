@@ -99,6 +99,9 @@ def call_island(module: Any, weights: Mapping[str, Any], args: Any, kwargs: Any)
         weights: the tensors that the operators inside receive, by the names of the parameters in the module.
         args: positional arguments of its forward.
         kwargs: keyword arguments.
+
+    Raises:
+        CaptureError: forward changes one of the weights in place, which would be forgotten.
     """
     if any(isinstance(value, fx.Proxy) for value in (*weights.values(), args, kwargs)):
         return _node(module, weights, args, kwargs)
@@ -106,12 +109,25 @@ def call_island(module: Any, weights: Mapping[str, Any], args: Any, kwargs: Any)
     for name, weight in weights.items():
         path, _, key = name.rpartition(".")
         values[id(module.get_submodule(path)), key] = weight
-    before = _active.values
+    before, versions = _active.values, _versions(weights)
     _active.values = {**before, **values}
     try:
         return module.original_forward(*args, **kwargs) if is_whole(module) else module(*args, **kwargs)
     finally:
         _active.values = before
+        for name, version in _versions(weights).items():
+            if version != versions[name]:
+                raise CaptureError(
+                    f"forward of {type(module).__name__} changes its weight {name} in place, which the synapses behind "
+                    f"it would not keep; leave it alone: transform the model with exclude=['*{name}']"
+                )
+
+
+def _versions(weights: Mapping[str, Any]) -> dict[str, int]:
+    """How often each weight that is computed was changed in place."""
+    if torch.compiler.is_compiling():  # it would not compile; a first call in Python tells
+        return {}
+    return {name: weight._version for name, weight in weights.items() if not isinstance(weight, nn.Parameter)}
 
 
 def _node(module: nn.Module, weights: Mapping[str, Any], args: Any, kwargs: Any) -> fx.Proxy:

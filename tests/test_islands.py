@@ -486,3 +486,30 @@ def test_an_island_grows_to_hold_all_it_refers_to(how):
     assert "refers to one of its other modules" in bio.biofx.islands["0"]
     assert_close(bio(x), model(x))
     assert_close(bio(x), copy.deepcopy(bio)(x))
+
+
+class Clamped(nn.Module):
+    """Limits its weights at each call, as critics of Wasserstein GANs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.inner.weight.clamp_(-0.1, 0.1)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("recipe", ["split-synapses", "fuzzy-learning-rates", [passes.DalesPrinciple()]], ids=str)
+def test_a_weight_that_forward_changes_in_place_has_to_be_left_alone(frontend, recipe):
+    model, x = nn.Sequential(Clamped(), nn.ReLU(), nn.Linear(2, 2)), torch.randn(3, 2)
+    bio = biofx.transform(model, recipe, frontend=frontend)
+    with pytest.raises(biofx.CaptureError, match=r"changes its weight .*inner\.weight in place.* exclude="):
+        bio(x)
+    if recipe != "split-synapses":
+        return
+    bio = biofx.transform(model, recipe, frontend=frontend, exclude=["*inner.weight"])
+    assert torch.equal(bio(x), model(x))
+    assert bio.get_parameter("0.inner.weight").abs().max() <= 0.1

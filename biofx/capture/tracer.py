@@ -91,6 +91,13 @@ class Value(fx.Proxy):
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return ValueAttribute(self, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OF_PROXIES:
+            tracer: Any = self.tracer
+            reason = f"its forward assigns the {name} of a tensor, which a graph does not do"
+            raise KeepWhole({tracer.running: reason})
+        super().__setattr__(name, value)
+
 
 class ValueAttribute(Value, fx.proxy.Attribute):
     """An attribute of a value."""
@@ -99,6 +106,7 @@ class ValueAttribute(Value, fx.proxy.Attribute):
         fx.proxy.Attribute.__init__(self, root, attr)
 
 
+_OF_PROXIES = ("node", "tracer", "root", "attr", "_node")
 _MAY_ASK = {"torch", "biofx", *sys.stdlib_module_names}
 
 
@@ -217,7 +225,7 @@ class Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self._check_random()
-        self.steps.append((self._running[-1], "enter", path))
+        self.steps.append((self.running, "enter", path))
         self._running.append(path)
         stack = dict(self.module_stack)
         try:
@@ -247,6 +255,11 @@ class Tracer(fx.Tracer):
                 kind, target, args, kwargs = "call_function", islands.call_island, (module, inside, args, kwargs), {}
         return super().create_proxy(kind, target, args, kwargs, *more, **others)
 
+    @property
+    def running(self) -> str:
+        """The path of the module whose forward runs now."""
+        return self._running[-1]
+
     def _note(self, path: str, error: BaseException) -> None:
         """Note that a module does not fit into a graph, and undo what its forward did to the state of the process."""
         self.whole[path] = error.reasons[path] if isinstance(error, KeepWhole) else describe(error)
@@ -267,9 +280,9 @@ class Tracer(fx.Tracer):
             raise KeepWhole({path: f"its forward uses torch.{block}, which a graph does not hold"})
         if _gradient_mode() != self._gradients:
             reason = "its forward switches gradients on or off, which a graph does not hold"
-            raise KeepWhole({self._running[-1]: reason})
+            raise KeepWhole({self.running: reason})
         node = super().create_node(*args, **kwargs)
-        self.steps.append((self._running[-1], "node", node))
+        self.steps.append((self.running, "node", node))
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -304,11 +317,11 @@ class Tracer(fx.Tracer):
         """The forward that runs now has read `module.training`."""
         path = (self.submodule_paths or {}).get(module)
         if path is not None:
-            self.reads.setdefault(self._running[-1], []).append(path)
+            self.reads.setdefault(self.running, []).append(path)
 
     def enter_block(self, block: Any) -> None:
         """The forward that runs now has entered one of `BLOCKS`."""
-        self._blocks.append((self._running[-1], type(block).__name__))
+        self._blocks.append((self.running, type(block).__name__))
 
     def exit_block(self, block: Any) -> None:
         """It has left the block."""
@@ -316,7 +329,7 @@ class Tracer(fx.Tracer):
 
     def _check_random(self) -> None:
         if _random_state() != self._random:
-            raise KeepWhole({self._running[-1]: "its forward draws random numbers that do not depend on its input"})
+            raise KeepWhole({self.running: "its forward draws random numbers that do not depend on its input"})
 
 
 @contextmanager
