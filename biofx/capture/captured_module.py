@@ -13,7 +13,7 @@ from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
 
 from biofx.errors import ArgumentError, CaptureError
-from biofx.islands import ORIGINAL_CLASS, WHOLE, is_running, is_whole, join, leave, list_weights
+from biofx.islands import ORIGINAL_CLASS, WHOLE, ReadsEffective, is_running, is_whole, join, leave, list_weights
 from biofx.provenance import RECORD, Record, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -36,7 +36,7 @@ RESERVED = frozenset(
 """What a captured model has and a module has not: names that a model cannot use for itself."""
 
 
-class CapturedModule(fx.GraphModule):
+class CapturedModule(ReadsEffective, fx.GraphModule):
     """What `biofx.transform` and `biofx.fold` return.
 
     An instance is also one of the model's class: methods, properties and overrides such as `train` stay; only forward
