@@ -17,7 +17,6 @@ from biofx.islands import ORIGINAL_CLASS, WHOLE, ReadsEffective, is_running, is_
 from biofx.provenance import RECORD, Record, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Their methods go through all children, and a captured model has more of them: the record, constants of each mode.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

@@ -25,9 +25,9 @@ from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused
 from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
+from biofx.references import HOOKS
 from biofx.trial import run_from_seed, split_inputs
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OUR_SIDE = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
 
 
@@ -119,7 +119,7 @@ def _all_training(model: nn.Module) -> Iterator[None]:
 
 def _refuse_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        hooks = [hook for registry in _HOOKS for hook in getattr(module, registry).values()]
+        hooks = [hook for registry in HOOKS for hook in getattr(module, registry).values()]
         kept = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
         if name and kept:
             raise CaptureError(

@@ -23,7 +23,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from biofx import islands
-from biofx.capture.captured_module import HOOKS
 from biofx.capture.explanation import describe
 from biofx.capture.reparametrized import (
     TRACED_THROUGH,
@@ -34,6 +33,7 @@ from biofx.capture.reparametrized import (
 )
 from biofx.capture.watching import LOCK, changed_attribute, watched
 from biofx.errors import ArgumentError
+from biofx.references import HOOKS
 from biofx.weights.roles import weights
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
