@@ -29,6 +29,7 @@ from biofx.errors import CaptureError
 
 WHOLE = "whole_model"  # what the graph of a model that is one island reads: the model itself
 ORIGINAL_CLASS = "_biofx_class"  # where such a model keeps the class whose forward it runs
+ORIGINAL_HOOKS = "_biofx_hooks"  # where it keeps the hooks that compute a weight before that forward
 _HOME = "_biofx_home"  # where a member keeps its home
 
 Place = tuple[int, str]

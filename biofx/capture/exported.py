@@ -20,6 +20,7 @@ from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.conditions import INSTEAD, CheckInputs
 from biofx.capture.explanation import lines_of
 from biofx.capture.program import Program, export, read
+from biofx.capture.reparametrized import taken_hooks
 from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
 from biofx.compare import difference
@@ -61,6 +62,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
         if node.target in names:
             node.target = f"{RECORD}.{names[node.target]}"
     bio = captured(model, graph)
+    taken_hooks(bio)
     record = Record([name for name, _ in model.named_parameters()], {names[k]: v for k, v in constants.items()})
     bio.add_module(RECORD, record.train(model.training))
     _check_behaviours(bio, example_inputs, before)

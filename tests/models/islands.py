@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 
@@ -234,6 +236,26 @@ class Registered(nn.Module):
         return y + sum(parameter.square().sum() for parameter in self.parameters())
 
 
+class Hooked(nn.Module):
+    """Weights that hooks of PyTorch compute, and one of the cell of which they compute it, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+        self.b, self.c = old_weight_norm(nn.Linear(4, 4)), nn.utils.spectral_norm(nn.Linear(4, 4))
+        self.rnn = prune.l1_unstructured(nn.RNN(4, 4, batch_first=True), "weight_hh_l0", 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.c(torch.tanh(self.b(self.a(x))))[None])[0] if len(x) else x
+
+
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    """`torch.nn.utils.weight_norm`, without its warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
 class Recursive(nn.Module):
     """Calls itself."""
 
@@ -364,6 +386,7 @@ ISLANDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "checkpointed_function": (lambda: CheckpointedFunction(False), ["inner"]),
     "checkpointed_function_reentrant": (lambda: CheckpointedFunction(True), ["inner"]),
     "registered": (Registered, ["inner"]),
+    "hooked": (Hooked, ["inner"]),
     "recursive": (Recursive, []),
     "kernels": (Kernels, ["inner"]),
     "lstm": (lambda: Recurrent(nn.LSTM(2, 5, 2, bidirectional=True, proj_size=3), 6), ["inner.rnn"]),
