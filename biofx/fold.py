@@ -15,6 +15,7 @@ from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
 from biofx.islands import is_whole, island_nodes, island_path, island_weights, leave
 from biofx.provenance import RECORD, Slot, inserted, inserted_nodes, record_of, transformed
+from biofx.references import enclosed
 
 
 def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
@@ -52,6 +53,12 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
     if into is not None and not isinstance(into, nn.Module):
         raise ArgumentError(f"fold: into must be an instance of the original model, got {into!r}")
     with torch.inference_mode(False):  # so that the result can be trained
+        found = enclosed(bio) if into is None else None
+        if found is not None:
+            raise ArgumentError(
+                f"fold: {found[0]} is or holds a function that refers to {found[1]} itself, and would do so in a copy; "
+                "make the function a method, or give the original model as into"
+            )
         plain = _copy(bio)
         places = owners(plain)
         _drop_observers(plain.graph)

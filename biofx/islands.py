@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from biofx.errors import CaptureError
 
 WHOLE = "whole_model"  # what the graph of a model that is one island reads: the model itself
 ORIGINAL_CLASS = "_biofx_class"  # where such a model keeps the class whose forward it runs
+ORIGINAL_HOOKS = "_biofx_hooks"  # where it keeps the hooks that compute a weight before that forward
 _HOME = "_biofx_home"  # where a member keeps its home
 
 Place = tuple[int, str]
@@ -67,6 +70,8 @@ class EffectiveWeight:
         value = _active.values.get((id(owner), self.key))
         if value is None:
             value = vars(owner).get(self.key)  # replicas of data parallelism keep theirs there
+        if value is None and not torch.compiler.is_compiling() and _recomputes(sys._getframe(1)):
+            value = _recomputed(owner, self.key)
         # The lookup of a module may be patched, as by torch.fx.
         return nn.Module.__getattr__(owner, self.key) if value is None else value
 
@@ -77,7 +82,43 @@ class EffectiveWeight:
         raise AttributeError(f"{self.key} is a weight of a transformed model")
 
 
-class Member:
+class ReadsEffective:
+    """A base class of modules with rewritten weights inside: forward finds them by whichever way it looks for them."""
+
+    @property
+    def _parameters(self) -> dict[str, Any]:
+        """What is registered in the module, with the effective weights in it while there are some."""
+        stored: dict[str, Any] = vars(self)["_parameters"]
+        active = {key: _active.values[id(self), key] for key in stored if (id(self), key) in _active.values}
+        return _Registered(self, stored, active) if active else stored
+
+    @_parameters.setter
+    def _parameters(self, stored: dict[str, Any]) -> None:
+        vars(self)["_parameters"] = stored
+
+    def get_parameter(self, target: str) -> Any:
+        """A parameter by its name, or what takes its place now; see `torch.nn.Module.get_parameter`."""
+        path, _, key = target.rpartition(".")
+        value = _active.values.get((id(self.get_submodule(path)), key))  # type: ignore[attr-defined]
+        return super().get_parameter(target) if value is None else value  # type: ignore[misc]
+
+
+class _Registered(dict[str, Any]):
+    """The registry that a module has while an island runs; `torch.func.functional_call` replaces what is in it."""
+
+    def __init__(self, owner: ReadsEffective, stored: dict[str, Any], active: dict[str, Any]) -> None:
+        super().__init__({**stored, **active})
+        self._owner, self._stored, self._active = owner, stored, active
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if key in self._active:
+            _active.values = {**_active.values, (id(self._owner), key): value}
+        else:
+            self._stored[key] = value
+
+
+class Member(ReadsEffective):
     """What a module gets as a second base class that has rewritten weights inside: copies are of the first only."""
 
     _original: type[nn.Module]
@@ -286,6 +327,23 @@ def _evaluated(module: nn.Module, home: Home) -> dict[Place, Tensor]:
     finally:
         _active.values = before
     return {(id(module.get_submodule(path)), key): values[name] for path, key, name in home.places}
+
+
+def _recomputes(frame: FrameType) -> bool:
+    """Whether a line of a model runs in the backward pass: that of a function in an island, which is checkpointed."""
+    # Code that torch.fx generates has no name; it and biofx ask for what is stored.
+    asks = str(frame.f_globals.get("__name__", "torch")).partition(".")[0] not in ("torch", "biofx")
+    return asks and torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+
+
+def _recomputed(owner: nn.Module, key: str) -> Tensor:
+    """An effective weight for a function that is checkpointed, without the island that called it."""
+    home: Home | None = vars(owner).get(_HOME)
+    bio: Any = owner if home is None else home.bio
+    stored = vars(owner)["_parameters"][key]
+    name = next(name for name, parameter in bio.named_parameters() if parameter is stored)
+    with _not_saved_by_checkpoints():
+        return evaluate(bio, chain(parameter_nodes(bio)[name]))
 
 
 def _not_saved_by_checkpoints() -> AbstractContextManager[Any]:

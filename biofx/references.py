@@ -1,15 +1,19 @@
-"""References: modules and parameters that a module keeps where `torch.nn` does not look for children."""
+"""References: modules and parameters that a module keeps where `torch.nn` does not look for children.
+
+That is in plain attributes, in lists and dictionaries there, and in functions: what these enclose or have as defaults.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
-_REGISTRIES = frozenset(vars(nn.Module()))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REGISTRIES = frozenset(vars(nn.Module())) - {*HOOKS}
 _FLAT_WEIGHTS = "_flat_weights"  # of recurrent layers, which look up what is in it before they use it
 
 
@@ -39,28 +43,64 @@ def held_parameters(island: nn.Module) -> set[int]:
     return {id(referred) for referred in _referred(island) if isinstance(referred, nn.Parameter)}
 
 
+def enclosed(model: nn.Module) -> tuple[str, str] | None:
+    """A function that a module keeps, and that refers to a part of the model, which copies of the function do as well.
+
+    Returns:
+        The path of the attribute in which the function is, and that of the module or parameter; None if there is none.
+    """
+    paths = {id(part): name for name, part in [*model.named_parameters(), *model.named_modules()]}
+    for path, owner in model.named_modules():
+        for name, value in _attributes(owner).items():
+            for function in _parts(value, FunctionType, set()):
+                for found in _parts(_contents(function), nn.Module | nn.Parameter, set()):
+                    parts = found.modules() if isinstance(found, nn.Module) else [found]
+                    part = next((paths[id(part)] for part in parts if id(part) in paths), None)
+                    if part is not None:
+                        return f"{path}.{name}".lstrip("."), part or type(model).__name__
+    return None
+
+
 def _referred(island: nn.Module) -> Iterator[nn.Module | nn.Parameter]:
     for module in island.modules():
-        attributes = [value for name, value in vars(module).items() if name not in (*_REGISTRIES, _FLAT_WEIGHTS)]
-        yield from _modules_and_parameters(attributes, set())
+        yield from _parts(_attributes(module), nn.Module | nn.Parameter, set())
 
 
-def _modules_and_parameters(value: Any, seen: set[int]) -> Iterator[Any]:
-    if isinstance(value, nn.Module | nn.Parameter):
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in (*_REGISTRIES, _FLAT_WEIGHTS)}
+
+
+def _parts(value: Any, kind: Any, seen: set[int]) -> Iterator[Any]:
+    """What there is of a kind in a value, and in what it holds."""
+    if isinstance(value, kind):
         yield value
-    parts: list[Any] = []
-    if isinstance(value, list | tuple | set | frozenset):
-        parts = [*value]
-    elif isinstance(value, dict):
-        parts = [*value.values()]
-    elif isinstance(value, MethodType):
-        parts = [value.__self__]
-    elif isinstance(value, functools.partial):
-        parts = [value.func, *value.args, *value.keywords.values()]
+    parts = _contents(value)
     if parts and id(value) not in seen:
         seen.add(id(value))
         for part in parts:
-            yield from _modules_and_parameters(part, seen)
+            yield from _parts(part, kind, seen)
+
+
+def _contents(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple | set | frozenset):
+        return [*value]
+    if isinstance(value, dict):
+        return [*value.values()]
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, FunctionType):
+        return [*_cells(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return []
+
+
+def _cells(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # it is empty
+            continue
 
 
 def _common(a: str, b: str) -> str:

@@ -21,6 +21,7 @@ from biofx.errors import ArgumentError, CaptureError
 from biofx.islands import leave
 from biofx.lifecycle import use_hooks
 from biofx.provenance import RECORD, Record, record_of
+from biofx.references import enclosed
 from biofx.registry import Pass, as_passes
 from biofx.trial import run_in_eval_mode
 from biofx.weights.sites import find
@@ -150,6 +151,12 @@ def _refuse_transformed_children(model: nn.Module) -> None:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    found = enclosed(model)
+    if found is not None:
+        raise CaptureError(
+            f"{found[0]} of {type(model).__name__} is or holds a function that refers to {found[1]} itself, and would "
+            "do so in a copy; transform it with inplace=True, or make the function a method"
+        )
     try:
         return copy.deepcopy(model, dict(computed_attributes(model)))
     except (RuntimeError, TypeError) as error:

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import biofx
 from biofx import passes
@@ -69,7 +70,7 @@ def test_all_weights_of_layers_are_rewritten(kind, frontend):
     matrices = {n for n, p in bio.named_parameters() if p.dim() > 2 and not n.endswith(("bias_k", "bias_v"))}
     assert matrices == {name for name, site in sites.items() if site.is_split}
     left = {n for n, p in bio.named_parameters() if p.dim() == 2 and "bias" not in n}
-    assert left <= {"inner.sparse.weight", "inner.bounded.weight", "inner.own"}
+    assert left <= {"inner.sparse.weight", "inner.bounded.weight", "inner.own", "inner.b.weight_g"}
 
 
 def test_the_summary_names_every_parameter_once_and_every_island(kind, frontend):
@@ -513,3 +514,73 @@ def test_a_weight_that_forward_changes_in_place_has_to_be_left_alone(frontend, r
     bio = biofx.transform(model, recipe, frontend=frontend, exclude=["*inner.weight"])
     assert torch.equal(bio(x), model(x))
     assert bio.get_parameter("0.inner.weight").abs().max() <= 0.1
+
+
+class Parametrized(nn.Module):
+    """A layer of each kind whose weight a parametrization computes, behind a decision."""
+
+    def __init__(self, parametrization):
+        super().__init__()
+        self.fc, self.attention = parametrization(nn.Linear(4, 4)), nn.MultiheadAttention(4, 2)
+        self.conv, self.own = parametrization(nn.Conv1d(4, 4, 1, groups=2)), nn.Linear(4, 4)
+        parametrization(self.attention, "in_proj_weight")
+
+    def forward(self, x):
+        if len(x) == 0:
+            return x
+        y = self.conv(torch.tanh(self.fc(x))[:, :, None])[..., 0]
+        return self.own(self.attention(y, y, y)[0])
+
+
+PARAMETRIZATIONS = {
+    "weight norm": (parametrizations.weight_norm, "original1", "it is stored as a direction"),
+    "spectral norm": (parametrizations.spectral_norm, "original", None),
+    "orthogonal": (
+        functools.partial(parametrizations.orthogonal, orthogonal_map="cayley"),
+        "original",
+        "an orthogonal parametrization computes each entry of the weight from all of them",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_parametrized_weights_are_rewritten(name, frontend):
+    parametrization, stored, why_no_source = PARAMETRIZATIONS[name]
+    model = Around(Parametrized(parametrization)).double().eval()
+    bio = biofx.transform(model, SPLIT, frontend=frontend)
+    sites = biofx.weight_sites(bio)
+    parametrized = {f"inner.{layer}.{stored}": operator for layer, operator in [
+        ("fc.parametrizations.weight", "linear"),
+        ("conv.parametrizations.weight", "conv1d"),
+        ("attention.parametrizations.in_proj_weight", "attention"),
+    ]}  # fmt: skip
+    assert {n: site.operator for n, site in sites.items() if "parametrizations" in n} == parametrized
+    for site in (sites[n] for n in parametrized):
+        assert site.is_split
+        assert (site.axes is None) is (name == "orthogonal")
+        assert (site.why_no_source or "").startswith(why_no_source or "")
+    for other in (bio, copy.deepcopy(bio), biofx.fold(bio)):
+        assert_close(other(X), model(X))
+    expected = gradients(model, X)
+    for n, gradient in gradients(bio, X).items():
+        torch.testing.assert_close(gradient, torch.stack([expected[n]] * 2) if n in sites else expected[n])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    loss(bio(X)).backward()
+    optimizer.step()
+    model.load_state_dict(biofx.fold(bio).state_dict(), strict=True)
+    assert_close(bio(X), model(X))
+    assert_close(biofx.fold(bio, into=Around(Parametrized(parametrization)).double().eval())(X), model(X))
+
+
+def test_what_biofx_does_not_know_of_a_parametrization_is_said():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = Around(Branch())
+    parametrize.register_parametrization(model.inner.a, "weight", Doubled())
+    parametrizations.orthogonal(model.inner.b, orthogonal_map="householder")
+    summary = biofx.summary(biofx.transform(model, SPLIT))
+    where = "inside inner (Branch), an island"
+    assert f"{where}: biofx does not know what Doubled makes of it" in summary
+    assert f"{where}: the householder map of an orthogonal parametrization takes whole numbers" in summary

@@ -328,3 +328,66 @@ def test_a_model_that_computes_something_else_when_traced_is_refused():
     model = Missing()
     bio = biofx.transform(model, BOTH, example_inputs=(torch.randn(3, 2),), frontend="module")
     torch.testing.assert_close(bio(torch.ones(3, 2)), model(torch.ones(3, 2)))
+
+
+class Chained(nn.Module):
+    """Two layers, the second one called in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.call = nn.Sequential.__call__
+
+    def forward(self, x):
+        return self.call(nn.Sequential(self.a, self.b), x)
+
+
+def over_module(model):
+    b = model.b
+    model.call = lambda layers, x: b(layers[0](x))
+
+
+def over_parameter(model):
+    def call(layers, x, weight=model.b.weight):
+        return layers[0](x) @ weight
+
+    model.call = call
+
+
+def over_method(model):
+    forward = model.b.forward
+    model.b.forward = lambda x: 2 * forward(x)
+
+
+def over_model(model):
+    model.b.register_forward_hook(lambda module, inputs, output: model.a(output))
+
+
+@pytest.mark.parametrize(
+    ("enclose", "where", "what"),
+    [
+        (over_module, "call", "b"),
+        (over_parameter, "call", "b.weight"),
+        (over_method, "b.forward", "b"),
+        (over_model, "b._forward_hooks", "Chained"),
+    ],
+)
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_a_function_that_encloses_a_part_of_the_model(enclose, where, what, frontend):
+    model, x = Chained(), torch.randn(2, 3)
+    enclose(model)
+    expected, before = model(x), snapshot(model)
+    message = f"{where} of Chained is or holds a function that refers to {what} itself, and would do so in a copy"
+    with pytest.raises(biofx.CaptureError, match=message):
+        biofx.transform(model, BOTH, frontend=frontend)
+    assert_untouched(model, before)
+    bio = biofx.transform(model, BOTH, frontend=frontend, inplace=True)
+    torch.testing.assert_close(bio(x), expected)
+    bio(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in bio.parameters() if parameter is not bio.b.bias)
+    if what != "b.weight" or frontend == "module":  # else the graph has the weight instead of the function
+        with pytest.raises(biofx.ArgumentError, match=r"fold: .* itself, and would do so in a copy"):
+            biofx.fold(bio)
+    other = biofx.fold(bio, into=Chained())
+    enclose(other)
+    torch.testing.assert_close(other(x), expected)

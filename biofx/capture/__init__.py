@@ -27,10 +27,11 @@ from torch import fx, nn
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
 from biofx.capture.modes import trace_modes
-from biofx.capture.reparametrized import detach_computed_attributes, drop_computing_hooks
+from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, taken_hooks
 from biofx.capture.tracer import KeepWhole, MustBeNone
 from biofx.capture.tracing import Trace, trace_whole
 from biofx.errors import ArgumentError
+from biofx.islands import ORIGINAL_HOOKS
 from biofx.provenance import RECORD, Record
 from biofx.references import outside
 from biofx.trial import split_inputs
@@ -104,8 +105,10 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     is_whole = "" in trace.tracer.whole
     detach_computed_attributes(model)
     bio = captured(model, trace.graph, is_whole=is_whole)
-    if not is_whole:
-        drop_computing_hooks(bio)
+    if is_whole:  # they run when the model is called, and its weights are known inside of the island
+        vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio)
+    else:
+        taken_hooks(bio, TRACEABLE_HOOKS)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
     record = Record([name for name, _ in model.named_parameters()], trace.constants)

@@ -12,12 +12,22 @@ from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
 
+from biofx.capture.reparametrized import computed_attributes
 from biofx.errors import ArgumentError, CaptureError
-from biofx.islands import ORIGINAL_CLASS, WHOLE, is_running, is_whole, join, leave, list_weights
+from biofx.islands import (
+    ORIGINAL_CLASS,
+    ORIGINAL_HOOKS,
+    WHOLE,
+    ReadsEffective,
+    is_running,
+    is_whole,
+    join,
+    leave,
+    list_weights,
+)
 from biofx.provenance import RECORD, Record, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Their methods go through all children, and a captured model has more of them: the record, constants of each mode.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -29,14 +39,14 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_GRAPH_MODULES = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES
 RESERVED = frozenset(
     name
-    for name in {*dir(fx.GraphModule), *_OF_GRAPH_MODULES, WHOLE, ORIGINAL_CLASS, "original_forward"}
+    for name in {*dir(fx.GraphModule), *_OF_GRAPH_MODULES, WHOLE, ORIGINAL_CLASS, ORIGINAL_HOOKS, "original_forward"}
     - {*dir(nn.Module)}
     if not name.startswith("__")
 )
 """What a captured model has and a module has not: names that a model cannot use for itself."""
 
 
-class CapturedModule(fx.GraphModule):
+class CapturedModule(ReadsEffective, fx.GraphModule):
     """What `biofx.transform` and `biofx.fold` return.
 
     An instance is also one of the model's class: methods, properties and overrides such as `train` stay; only forward
@@ -56,6 +66,8 @@ class CapturedModule(fx.GraphModule):
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Python forward of a model that is one island, as it was before the capture."""
         cls = vars(self)[ORIGINAL_CLASS]
+        for hook in vars(self)[ORIGINAL_HOOKS].values():
+            hook(self, args)
         return cls.forward(_without_record(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
 
     def recompile(self) -> Any:
@@ -67,7 +79,7 @@ class CapturedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         copied = _empty(type(self).__name__, _model_class(self))
-        memo[id(self)] = copied
+        memo.update({id(self): copied, **computed_attributes(self)})
         _fill(copied, copy.deepcopy(_attributes(self), memo), copy.deepcopy(self.graph))
         return copied
 
@@ -145,6 +157,7 @@ def released(bio: CapturedModule) -> nn.Module:
     model: nn.Module = object.__new__(vars(bio)[ORIGINAL_CLASS])
     vars(model).update(_kept(bio))
     vars(model).pop(ORIGINAL_CLASS)
+    model._forward_pre_hooks.update(vars(model).pop(ORIGINAL_HOOKS))
     leave(model.modules())
     list_weights(model)
     _bind_hooks(model, bio)

@@ -20,14 +20,15 @@ from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.conditions import INSTEAD, CheckInputs
 from biofx.capture.explanation import lines_of
 from biofx.capture.program import Program, export, read
+from biofx.capture.reparametrized import taken_hooks
 from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
 from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
+from biofx.references import HOOKS
 from biofx.trial import run_from_seed, split_inputs
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OUR_SIDE = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
 
 
@@ -61,6 +62,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
         if node.target in names:
             node.target = f"{RECORD}.{names[node.target]}"
     bio = captured(model, graph)
+    taken_hooks(bio)
     record = Record([name for name, _ in model.named_parameters()], {names[k]: v for k, v in constants.items()})
     bio.add_module(RECORD, record.train(model.training))
     _check_behaviours(bio, example_inputs, before)
@@ -119,7 +121,7 @@ def _all_training(model: nn.Module) -> Iterator[None]:
 
 def _refuse_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        hooks = [hook for registry in _HOOKS for hook in getattr(module, registry).values()]
+        hooks = [hook for registry in HOOKS for hook in getattr(module, registry).values()]
         kept = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
         if name and kept:
             raise CaptureError(

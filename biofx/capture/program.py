@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shape_config
 
 from biofx.capture.conditions import INSTEAD, Condition, has_length, implied, parsed
+from biofx.capture.reparametrized import taken_hooks
 from biofx.capture.structure import Structure, build, describe
 from biofx.capture.tracer import KeepWhole, StandIn, Tracer
 from biofx.capture.watching import watched
@@ -193,8 +194,10 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
     watcher = _Watcher(model)
     module = _OnTensors(model, inputs, watcher)
     with watched(model, watcher), torch.enable_grad(), _silence():
+        computing = taken_hooks(model)
         for hooks in (model._forward_hooks, model._forward_pre_hooks):
             hooks.clear()  # they stay on the result, which is called with them
+        model._forward_pre_hooks.update(computing)  # the graph has what these compute
         for child in module.modules():
             child.training = training
         with watcher.following():

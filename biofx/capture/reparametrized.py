@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-COMPUTING_HOOKS = (prune.BasePruningMethod, WeightNorm)
+TRACEABLE_HOOKS: tuple[type, ...] = (prune.BasePruningMethod, WeightNorm)
+COMPUTING_HOOKS: tuple[type, ...] = (*TRACEABLE_HOOKS, SpectralNorm)
 TRACED_THROUGH: tuple[type[nn.Module], ...] = (parametrize.ParametrizationList, parametrizations._WeightNorm)
 
 
@@ -32,14 +34,14 @@ def is_learned(module: nn.Module, name: str) -> bool:
 
 
 def has_other_hooks(module: nn.Module, registries: tuple[str, ...]) -> bool:
-    """Whether a module has hooks beside those that compute a weight."""
+    """Whether a module has hooks beside those that compute a weight, and can be traced."""
     hooks = [hook for registry in registries for hook in getattr(module, registry).values()]
-    return not all(isinstance(hook, COMPUTING_HOOKS) for hook in hooks)
+    return not all(isinstance(hook, TRACEABLE_HOOKS) for hook in hooks)
 
 
 def with_computing_hooks(root: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """Forward of a root module, behind those of its hooks that compute a weight: they run when a module is called."""
-    hooks = [hook for hook in root._forward_pre_hooks.values() if isinstance(hook, COMPUTING_HOOKS)]
+    hooks = [hook for hook in root._forward_pre_hooks.values() if isinstance(hook, TRACEABLE_HOOKS)]
     if not hooks:
         return forward
 
@@ -51,11 +53,10 @@ def with_computing_hooks(root: nn.Module, forward: Callable[..., Any]) -> Callab
     return run
 
 
-def drop_computing_hooks(root: nn.Module) -> None:
-    """Take the hooks that compute a weight from a root module, whose graph computes it."""
+def taken_hooks(root: nn.Module, kinds: tuple[type, ...] = COMPUTING_HOOKS) -> dict[int, Any]:
+    """Take the hooks that compute a weight from a root module: its graph computes it, or runs them."""
     hooks = root._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, COMPUTING_HOOKS)]:
-        del hooks[key]
+    return {key: hooks.pop(key) for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]}
 
 
 def detach_computed_attributes(model: nn.Module) -> None:
@@ -79,7 +80,7 @@ def computed_attributes(model: nn.Module) -> dict[int, Tensor]:
 def computed_names(model: nn.Module) -> set[tuple[str, str]]:
     """The attributes that hooks compute anew before every forward: path of the module, name."""
     return {
-        (path, hook.name if isinstance(hook, WeightNorm) else hook._tensor_name)
+        (path, hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name)
         for path, module in model.named_modules()
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, COMPUTING_HOOKS)

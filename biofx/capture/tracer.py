@@ -19,9 +19,10 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from biofx import islands
-from biofx.capture.captured_module import HOOKS
 from biofx.capture.explanation import describe
 from biofx.capture.reparametrized import (
     TRACED_THROUGH,
@@ -31,6 +32,7 @@ from biofx.capture.reparametrized import (
     with_computing_hooks,
 )
 from biofx.errors import ArgumentError
+from biofx.references import HOOKS
 from biofx.trial import LOCK
 from biofx.weights.roles import weights
 
@@ -166,10 +168,11 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace `root`, whose tensors become nodes under their first name."""
         with LOCK:
+            self.root = root
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
             self._states = torch.get_rng_state(), random.getstate()
-            with _recorded_operators(self):
+            with _NoValues(self), _recorded_operators(self), _recorded_parameters(self):
                 graph = super().trace(root, concrete_args)
             self._check_random()
         for node in graph.nodes:
@@ -327,6 +330,11 @@ class Tracer(fx.Tracer):
         """It has left the block."""
         self._blocks.pop()
 
+    def refuse_value(self, name: str) -> None:
+        """The forward that runs now has computed with the values of a tensor."""
+        reason = f"its forward computes with the present values of {name}, which a graph would keep"
+        raise KeepWhole({self.running: reason})
+
     def _check_random(self) -> None:
         if _random_state() != self._random:
             raise KeepWhole({self.running: "its forward draws random numbers that do not depend on its input"})
@@ -351,6 +359,47 @@ def _recorded_operators(tracer: Tracer) -> Iterator[None]:
         yield
     finally:
         OpOverload.__call__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _recorded_parameters(tracer: Tracer) -> Iterator[None]:
+    """Let `parameters()` and `named_parameters()` yield nodes, too, and not what parameters are at the time."""
+    original, thread = nn.Module.named_parameters, threading.get_ident()
+
+    def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        for name, parameter in original(module, *args, **kwargs):
+            yield name, parameter if threading.get_ident() != thread else tracer.getattr(name, parameter, {})
+
+    nn.Module.named_parameters = named_parameters  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.Module.named_parameters = original  # type: ignore[method-assign]
+
+
+class _NoValues(TorchDispatchMode):
+    """Finds a forward that computes with the present values of a parameter or buffer, which would become constants."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+        self._stored = {_memory(t): name for name, t in [*tracer.root.named_buffers(), *tracer.root.named_parameters()]}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, unless it takes such a value."""
+        for value in pytree.tree_leaves((args, kwargs)):
+            name = self._stored.get(_memory(value)) if isinstance(value, torch.Tensor) else None
+            if name is not None:
+                self._tracer.refuse_value(name)
+        return func._op(*args, **(kwargs or {}))  # calling it makes a node of it
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What tells the memory of a tensor, which its views share."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse and nested tensors
+        return id(tensor)
 
 
 def _node_of(value: Any) -> Any:

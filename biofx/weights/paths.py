@@ -3,7 +3,8 @@
     raw → inserted nodes (the chain) → original nodes (the path) → operator
 
 A path changes the layout of a weight (a transpose, a view, a chunk), or each of its entries by itself (a cast, a scale,
-a mask). Layouts are *executed on a tensor without memory*, whose strides then tell which axis went where.
+a mask). Layouts are *executed on a tensor without memory*, whose strides then tell which axis went where. Behind a
+parametrization that computes each entry from all of them, that is not known any more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from biofx.operator_kinds import Operation, operation
 from biofx.provenance import inserted
 from biofx.weights.axes import GROUP, Axes, axes_of, axes_of_view
 from biofx.weights.operators import Call, Refusal, is_operator, read
+from biofx.weights.reparametrizations import DIRECTION, SCALED, Effect, effect
 from biofx.weights.roles import calls_inside
 
 
@@ -47,12 +49,12 @@ class Step:
     Attributes:
         node: the node.
         is_layout: whether it moves entries, instead of changing each by itself.
-        remark: why an entry behind it may have another sign than before it, or an empty string.
+        effect: what else it does to them.
     """
 
     node: fx.Node
     is_layout: bool
-    remark: str = ""
+    effect: Effect = SCALED
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,12 @@ class Use:
     @property
     def remark(self) -> str:
         """Why the operator may see an entry with another sign than the stored one, or an empty string."""
-        return next((step.remark for step in self.path if step.remark), "")
+        return next((step.effect.remark for step in self.path if step.effect.remark), "")
+
+    @property
+    def mixes(self) -> str:
+        """Why no entry that the operator sees stands for a stored one, or an empty string."""
+        return next((step.effect.mixes for step in self.path if step.effect.mixes), "")
 
     def presynaptic_positions(self) -> Tensor | None:
         """The weight's presynaptic unit at each presynaptic position of this use, or None if they are the same."""
@@ -142,13 +149,23 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
     while waiting:
         node, value, path = waiting.pop()
         for user in node.users:
-            answer = read(user, node, value.shape, depends.on_parameters) if isinstance(value, Tensor) else None
+            mixing = _mixing(bio, user)
+            if isinstance(mixing, Step):
+                if user not in found.on_path:  # it may read the weight twice
+                    found.on_path.append(user)
+                    waiting.append((user, value, (*path, mixing)))
+                continue
+            answer = mixing
+            if answer is None and isinstance(value, Tensor):
+                answer = read(user, node, value.shape, depends.on_parameters)
             if isinstance(answer, Refusal):
                 found.refusals.append(answer)
             elif answer is not None:
                 found.uses.append(_use(answer, path, base, value))
             elif is_island(user) and (calls := calls_inside(bio, user, node, base.shape)):
-                found.inside += [_use(call, path, base, value) for call in calls]
+                for call, effect in calls:
+                    before = () if effect is None else (Step(user, False, effect),)
+                    found.inside.append(_use(call, (*path, *before), base, value))
             elif (
                 not is_operator(user)
                 and inserted(user) is None
@@ -165,6 +182,8 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
 
 
 def _use(call: Call, path: tuple[Step, ...], base: Tensor, value: Tensor) -> Use:
+    if any(step.effect.mixes for step in path):
+        return Use(call, path, None)
     if not any(step.is_layout for step in path):
         return Use(call, path, axes_of(base.shape, zip(call.axes, call.lengths, call.roles, strict=True)))
     view = value.view(call.lengths)
@@ -175,6 +194,20 @@ def _use(call: Call, path: tuple[Step, ...], base: Tensor, value: Tensor) -> Use
                 return Use(call, path, None)
             call = shorter
     return Use(call, path, axes_of_view(base.shape, view, call.roles) if base.numel() else None)
+
+
+def _mixing(bio: fx.GraphModule, node: fx.Node) -> Step | Refusal | None:
+    """What a node of an orthogonal parametrization does to a weight, which has its shape again behind the last one."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    path = str(node.target) if node.op == "call_module" else next(reversed(stack), "")
+    try:
+        module = bio.get_submodule(path)
+    except AttributeError:  # torch.export names parts of lists, too
+        return None
+    if not isinstance(module, parametrizations._Orthogonal):
+        return None
+    known = effect(module)
+    return Step(node, False, known) if isinstance(known, Effect) else Refusal(known)
 
 
 def _step(bio: fx.GraphModule, node: fx.Node, operand: fx.Node, value: Any, depends: Dependence) -> Step | None:
@@ -216,9 +249,8 @@ def _entrywise(
     if depends.on_inputs(node):
         return None
     if call.key in ("normalize", "weightnorm"):
-        remark = "it is stored as a direction, and its length, which may become negative, apart"
-        remark = remark if call.key == "weightnorm" else ""
-        return Step(node, False, remark) if _first(node) is operand else None
+        is_kept = _first(node) is operand
+        return Step(node, False, DIRECTION if call.key == "weightnorm" else SCALED) if is_kept else None
     operands = [*node.args, *node.kwargs.values()][:2]
     if operands.count(operand) != 1 or len(operands) < 2:
         return None
@@ -227,10 +259,10 @@ def _entrywise(
     if (call.key in _QUOTIENTS and not is_first) or not _fits(bio, other, value):
         return None
     if call.key in _SUMS:
-        return Step(node, False, "its operator reads the sum of it and something else")
+        return Step(node, False, Effect(remark="its operator reads the sum of it and something else"))
     if (isinstance(other, int | float) and other > 0) or _is_nonnegative(bio, other):
         return Step(node, False)
-    return Step(node, False, f"its operator reads it times {_named(other)}, which may be negative")
+    return Step(node, False, Effect(remark=f"its operator reads it times {_named(other)}, which may be negative"))
 
 
 def _named(value: Any) -> str:

@@ -7,7 +7,7 @@ The class of the module that owns a parameter says how it is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -17,6 +17,7 @@ from biofx.islands import island_path, island_weights
 from biofx.references import held_parameters
 from biofx.weights.axes import GROUP, NEITHER
 from biofx.weights.operators import POST, PRE, Call
+from biofx.weights.reparametrizations import Effect, computed
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Role:
         postsynaptic: axis of the weight that runs over postsynaptic units.
         groups: number of groups into which the module divides its units, on the first axis of the weight.
         padding: the index of the row that takes no part in learning, if there is one.
+        effect: what is done to the parameter before the module uses it, if something is.
     """
 
     operator: str
@@ -36,6 +38,7 @@ class Role:
     postsynaptic: int
     groups: int = 1
     padding: int | None = None
+    effect: Effect | None = None
 
 
 _CONVOLUTIONS = {
@@ -99,18 +102,29 @@ def why_unfit(parameter: nn.Parameter) -> str | None:
     return None
 
 
-def role(owner: nn.Module, key: str) -> Role | str:
-    """How a module uses a parameter of its own as synaptic weights, or in words why that cannot be known.
+def role(root: nn.Module, path: str, key: str) -> Role | str:
+    """How a module uses a parameter as synaptic weights, or in words why that cannot be known.
 
     Args:
-        owner: the module in which the parameter is registered.
-        key: the parameter's name in it.
+        root: a module around it.
+        path: path of the module in which the parameter is registered.
+        key: the parameter's name there.
     """
+    owner = root.get_submodule(path)
     parameter = owner._parameters[key]
     assert parameter is not None
     unfit = why_unfit(parameter)
     if unfit is not None:
         return unfit
+    found = computed(root, path, key)
+    if found is not None:
+        user, name, effect = found
+        known = effect if isinstance(effect, str) else _role_of_weight(user, name)
+        return replace(known, effect=effect) if isinstance(known, Role) and isinstance(effect, Effect) else known
+    return _role_of_weight(owner, key)
+
+
+def _role_of_weight(owner: nn.Module, key: str) -> Role | str:
     for owns, is_weight, described in _RULES:
         if owns(owner) and is_weight(key):
             return described(owner)
@@ -121,7 +135,7 @@ def roles(island: nn.Module) -> dict[str, tuple[nn.Parameter, Role | str]]:
     """Every parameter in an island with what `role` says of it, by every place where it is registered in the island."""
     held = held_parameters(island)
     return {
-        f"{path}.{key}".lstrip("."): (parameter, HELD if id(parameter) in held else role(owner, key))
+        f"{path}.{key}".lstrip("."): (parameter, HELD if id(parameter) in held else role(island, path, key))
         for path, owner in island.named_modules()
         for key, parameter in owner._parameters.items()
         if parameter is not None
@@ -133,16 +147,18 @@ def weights(island: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, (parameter, found) in roles(island).items() if isinstance(found, Role)}
 
 
-def calls_inside(bio: fx.GraphModule, island: fx.Node, weight: fx.Node, shape: Sequence[int]) -> list[Call]:
-    """How an island consumes a node as a weight: one call for each way in which a module in it does."""
+def calls_inside(
+    bio: fx.GraphModule, island: fx.Node, weight: fx.Node, shape: Sequence[int]
+) -> list[tuple[Call, Effect | None]]:
+    """How an island consumes a node as a weight: one call for each way in which a module in it does.
+
+    Beside each is what is done to the weight before, if something is.
+    """
     names = [name for name, end in island_weights(island).items() if end is weight]
-    found = [_role_at(bio, f"{island_path(island)}.{name}".lstrip(".")) for name in names]
-    return [_call(known, island, weight, shape) for known in dict.fromkeys(found) if isinstance(known, Role)]
-
-
-def _role_at(bio: fx.GraphModule, name: str) -> Role | str:
-    path, _, key = name.rpartition(".")
-    return role(bio.get_submodule(path), key)
+    places = [f"{island_path(island)}.{name}".strip(".").rpartition(".") for name in names]
+    found = [role(bio, path, key) for path, _, key in places]
+    known = [one for one in dict.fromkeys(found) if isinstance(one, Role)]
+    return [(_call(one, island, weight, shape), one.effect) for one in known]
 
 
 def _call(known: Role, island: fx.Node, weight: fx.Node, shape: Sequence[int]) -> Call:

@@ -131,6 +131,8 @@ class WeightSite:
         if self.axes is not None:
             return None
         unclear = next((use for use in self._all if use.axes is None), None)
+        if unclear is not None and unclear.mixes:
+            return unclear.mixes
         if unclear is not None:
             by = ", ".join(callee(step.node) for step in unclear.path)
             return f"which of its axes run over units is lost on the way to {unclear.call.name} (by {by})"
@@ -145,7 +147,7 @@ class WeightSite:
         is_modulated = any(use.call.roles.count(PRE) > 1 for use in self.inside)
         if is_modulated or any(use.call.source is None for use in self.calls):
             return f"{self.operator} multiplies several activations, so no unit acts with the sign of a weight"
-        return next((use.remark for use in self.calls if use.remark), None)
+        return next((use.remark for use in self._all if use.remark), None)
 
     @property
     def why_no_output(self) -> str | None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import biofx
 from biofx import passes
 from biofx.capture import capture
-from conftest import tensors
+from conftest import gradients, tensors
 from models.small import CONVOLUTIONS, GROUPS, ConvNet, Reused, layer_and_input
 
 NEUTRAL = [passes.FuzzyLearningRates(distribution="baseline")]
@@ -338,6 +338,67 @@ def test_a_module_that_counts_is_called_as_it_is():
     bio = biofx.transform(model, NEUTRAL)
     assert islands(bio) == {"1": "its forward changes the attribute calls, which a graph does not do"}
     assert all(same(bio(x), model(x)) for _ in range(3))
+
+
+def test_a_forward_that_assigns_to_an_attribute_of_a_value_is_called_as_it_is():
+    class MaxNorm(nn.Conv1d):
+        def forward(self, x):
+            self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.1)
+            return super().forward(x)
+
+    model, x = nn.Sequential(MaxNorm(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 1, 1)), torch.randn(2, 1, 5)
+    bio = biofx.transform(model, [passes.SplitSynapses()])
+    assert list(islands(bio)) == ["0"]
+    assert "it assigns to the attribute data of a value, which a graph does not do" in islands(bio)["0"]
+    torch.testing.assert_close(bio(x), model(x))
+
+
+class ByName(nn.Module):
+    """Does something with its parameters, which it finds by their names, beside a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.fc, self.function = nn.Linear(3, 3), function
+
+    def forward(self, x):
+        return self.function(self, self.fc(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, y: y + sum(p.square().sum() for p in m.parameters()),
+        lambda m, y: y * dict(m.named_parameters())["fc.weight"].mean(),
+        lambda m, y: y + F.linear(y, m.fc._parameters["weight"]),
+        lambda m, y: y + m.fc._parameters["weight"].square().sum(),
+        lambda m, y: y + m.state_dict()["fc.weight"].sum(),
+        lambda m, y: y + m.fc._parameters["bias"].data * 2,
+    ],
+)
+def test_parameters_that_are_found_by_name_are_no_constants(function):
+    model = ByName(function).double()
+    bio, x = biofx.transform(model, NEUTRAL), torch.randn(2, 3, dtype=torch.float64)
+    expected = gradients(model, x)
+    assert gradients(bio, x).keys() == expected.keys()
+    for name, gradient in gradients(bio, x).items():
+        torch.testing.assert_close(gradient, expected[name])
+    for parameters in (model.parameters(), bio.parameters()):
+        for parameter in parameters:
+            parameter.data.add_(1)
+    assert same(bio(x), model(x))
+
+
+def test_a_module_that_computes_with_present_values_is_named_with_the_tensor():
+    bio = biofx.transform(ByName(lambda m, y: y + m.state_dict()["fc.weight"].sum()), NEUTRAL)
+    reason = "its forward computes with the present values of fc.weight, which a graph would keep"
+    assert islands(bio) == {"": reason}
+
+
+def test_the_dtype_of_parameters_is_no_constant():
+    model = ByName(lambda m, y: y.to(next(m.parameters()).dtype))
+    bio, x = biofx.transform(model, NEUTRAL), torch.randn(2, 3)
+    assert not islands(bio)
+    assert same(bio.double()(x.double()), model.double()(x.double()))
 
 
 def test_a_forward_that_changes_the_mode_of_a_child_is_called_as_it_is():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 
@@ -204,6 +207,55 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
+class CheckpointedFunction(nn.Module):
+    """Computes a function of its own again in the backward pass, one that reads a weight of a child."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.fc, self.reentrant = nn.Linear(4, 4), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 0:
+            return x
+        return checkpoint(lambda y: torch.tanh(y @ self.fc.weight) @ self.fc.weight.T, x, use_reentrant=self.reentrant)
+
+
+class Registered(nn.Module):
+    """Finds weights by their names, and calls a child with other ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 0:
+            return x
+        others = {name: 1.5 * parameter for name, parameter in self.b.named_parameters()}
+        y = functional_call(self.b, others, (F.linear(x, self.get_parameter("a.weight")),))
+        y = y @ self.a._parameters["weight"] + self.b(x)
+        return y + sum(parameter.square().sum() for parameter in self.parameters())
+
+
+class Hooked(nn.Module):
+    """Weights that hooks of PyTorch compute, and one of the cell of which they compute it, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+        self.b, self.c = old_weight_norm(nn.Linear(4, 4)), nn.utils.spectral_norm(nn.Linear(4, 4))
+        self.rnn = prune.l1_unstructured(nn.RNN(4, 4, batch_first=True), "weight_hh_l0", 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.c(torch.tanh(self.b(self.a(x))))[None])[0] if len(x) else x
+
+
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    """`torch.nn.utils.weight_norm`, without its warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
 class Recursive(nn.Module):
     """Calls itself."""
 
@@ -331,6 +383,10 @@ ISLANDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "hidden": (HasHidden, ["inner"]),
     "checkpointed": (lambda: Checkpointed(False), ["inner"]),
     "checkpointed_reentrant": (lambda: Checkpointed(True), ["inner"]),
+    "checkpointed_function": (lambda: CheckpointedFunction(False), ["inner"]),
+    "checkpointed_function_reentrant": (lambda: CheckpointedFunction(True), ["inner"]),
+    "registered": (Registered, ["inner"]),
+    "hooked": (Hooked, ["inner"]),
     "recursive": (Recursive, []),
     "kernels": (Kernels, ["inner"]),
     "lstm": (lambda: Recurrent(nn.LSTM(2, 5, 2, bidirectional=True, proj_size=3), 6), ["inner.rnn"]),

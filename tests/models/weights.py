@@ -346,8 +346,14 @@ def spectral_normed() -> nn.Sequential:
 
 
 def orthogonal() -> nn.Sequential:
-    """A weight that is an orthogonal matrix, computed from what is learned, and a plain one."""
-    return nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3))
+    """Weights that are orthogonal matrices, computed from what is learned by each of three maps, and plain ones."""
+    return nn.Sequential(
+        *(nn.Linear(4, 4), nn.ReLU()),
+        *(parametrizations.orthogonal(nn.Linear(4, 6), orthogonal_map="matrix_exp"), nn.ReLU()),
+        *(parametrizations.orthogonal(nn.Linear(6, 4), "weight", "cayley", use_trivialization=False), nn.ReLU()),
+        *(parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="householder"), nn.ReLU()),
+        nn.Linear(4, 3),
+    )
 
 
 def _tokens() -> tuple[Tensor, ...]:
@@ -393,6 +399,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]
         _floats((3, 4)),
         {"0.parametrizations.weight.original", "2.parametrizations.weight.original"},
     ),
-    "orthogonal": (orthogonal, _floats((3, 4)), {"2.weight"}),
+    "orthogonal": (
+        orthogonal,
+        _floats((3, 4)),
+        {"0.weight", "2.parametrizations.weight.original", "4.parametrizations.weight.original", "8.weight"},
+    ),
 }
 """Models by name, with inputs and the parameters that are synapses."""

@@ -538,16 +538,21 @@ ROOTS = {
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(4, 3)),
     "old weight norm": lambda: nn.utils.weight_norm(nn.Linear(4, 3)),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 3)),
+    "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 3)),
+    "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(4, 3), orthogonal_map="cayley"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
 @pytest.mark.parametrize("name", ROOTS)
-def test_the_root_itself_can_be_reparametrized(name, inplace):
+def test_the_root_itself_can_be_reparametrized(name, frontend, inplace):
+    if (name, frontend) == ("old spectral norm", "symbolic"):
+        pytest.skip("its hook cannot be traced")
     model, x = ROOTS[name]().eval(), torch.randn(2, 4)
     expected = model(x)
-    bio = biofx.transform(model, DIVERSE, inplace=inplace)
+    bio = biofx.transform(model, DIVERSE, frontend=frontend, inplace=inplace, example_inputs=x)
     torch.testing.assert_close(bio(x), expected)
     bio(x).sum().backward()
     with torch.no_grad():
@@ -571,12 +576,43 @@ def test_masks_stay_and_signs_are_those_behind_them():
     assert torch.equal(biofx.fold(bio).get_submodule("2").weight_mask, mask)
 
 
-def test_what_an_orthogonal_weight_is_computed_from_is_no_synapse():
-    bio = biofx.transform(nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 3)), DIVERSE)
-    assert (
-        "0.parametrizations.weight.original: used by 0.parametrizations.weight.0 (_Orthogonal), "
-        "which biofx does not know as an operator on weights"
-    ) in biofx.summary(bio)
+ORTHOGONAL = "an orthogonal parametrization computes each entry of the weight from all of them"
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_an_orthogonal_weight_stays_orthogonal_and_has_no_axes(frontend):
+    build, inputs, weights = MODELS["orthogonal"]
+    model, (x,) = build(), inputs()
+    bio = biofx.transform(model, [*EVERYTHING, passes.GroupUnits(2)], frontend=frontend, example_inputs=x)
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        bio(x).square().sum().backward()
+        optimizer.step()
+    summary, sites = biofx.summary(bio), biofx.weight_sites(bio)
+    assert set(sites) == weights
+    for index in (2, 4):
+        site = sites[f"{index}.parametrizations.weight.original"]
+        assert (site.operator, site.axes, site.why_no_axes) == ("linear", None, ORTHOGONAL)
+        axis_free = ["crystallize", "l1-regularization", "rejuvenate", "split-synapses"]
+        assert sorted(site.passes) == [*axis_free, "volume-dependent-learning-rates"]
+    assert summary.count(f"dales-principle: {ORTHOGONAL}") == 2
+    assert summary.count(f"group-units: {ORTHOGONAL}") == (0 if frontend == "module" else 2)
+    assert "the householder map of an orthogonal parametrization takes whole numbers from its diagonal" in summary
+    model.load_state_dict(biofx.fold(bio).state_dict(), strict=True)
+    for layer in (model[2], model[4], model[6]):
+        w = layer.weight if len(layer.weight) <= 4 else layer.weight.T
+        torch.testing.assert_close(w @ w.T, torch.eye(4))
+
+
+def test_units_are_not_followed_into_an_orthogonal_weight_but_out_of_it():
+    build, inputs, _ = MODELS["orthogonal"]
+    found = biofx.units(build(), example_inputs=inputs())
+    assert set(found.readings) == {"0.weight", "8.weight"}
+    network = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 3))
+    found = biofx.units(network, example_inputs=inputs())
+    assert found.describe(found.readings["2.weight"].numbers) == "4: 0.parametrizations.weight.original"
 
 
 def test_parametrizations_of_one_s_own_are_traced():
