@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shape_config
 
 from biofx.capture.conditions import INSTEAD, Condition, has_length, implied, parsed
-from biofx.capture.reparametrized import taken_hooks
+from biofx.capture.reparametrized import computed_names, taken_hooks
 from biofx.capture.structure import Structure, build, describe
 from biofx.capture.tracer import KeepWhole, StandIn, Tracer
 from biofx.capture.watching import watched
@@ -100,8 +100,9 @@ class _OnTensors(nn.Module):
         results: list[Any] = []
         drawn = random.getstate()
         watcher.outputs = describe(self.model(*args, **kwargs), results)
+        computed = computed_names(self.model)
         for path, name, _ in held.changes():
-            if f"{path}.{name}".lstrip(".") not in before:
+            if (path, name) not in computed and f"{path}.{name}".lstrip(".") not in before:
                 watcher.note_side_effect(path, f"changes the attribute {name}")
         if random.getstate() != drawn:
             watcher.note_side_effect("", "draws random numbers from Python's random")

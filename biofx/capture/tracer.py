@@ -383,7 +383,8 @@ class _NoValues(TorchDispatchMode):
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self._tracer = tracer
-        self._stored = {_memory(t): name for name, t in [*tracer.root.named_buffers(), *tracer.root.named_parameters()]}
+        stored = [*tracer.root.named_buffers(), *tracer.root.named_parameters()]
+        self._stored = {_memory(tensor): name for name, tensor in stored if isinstance(tensor, torch.Tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, unless it takes such a value."""

@@ -349,7 +349,7 @@ def test_a_forward_that_assigns_to_an_attribute_of_a_value_is_called_as_it_is():
     model, x = nn.Sequential(MaxNorm(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 1, 1)), torch.randn(2, 1, 5)
     bio = biofx.transform(model, [passes.SplitSynapses()])
     assert list(islands(bio)) == ["0"]
-    assert "it assigns to the attribute data of a value, which a graph does not do" in islands(bio)["0"]
+    assert "its forward assigns the data of a tensor, which a graph does not do" in islands(bio)["0"]
     torch.testing.assert_close(bio(x), model(x))
 
 
