@@ -83,5 +83,5 @@ def computed_names(model: nn.Module) -> set[tuple[str, str]]:
         (path, hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name)
         for path, module in model.named_modules()
         for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, COMPUTING_HOOKS)
+        if isinstance(hook, prune.BasePruningMethod | WeightNorm | SpectralNorm)
     }

@@ -381,7 +381,7 @@ class _NoValues(TorchDispatchMode):
     """Finds a forward that computes with the present values of a parameter or buffer, which would become constants."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tracer = tracer
         stored = [*tracer.root.named_buffers(), *tracer.root.named_parameters()]
         self._stored = {_memory(tensor): name for name, tensor in stored if isinstance(tensor, torch.Tensor)}
