@@ -96,6 +96,17 @@ def has_length(leaf: int, axis: int, relation: Callable[..., Any], number: int) 
     return Condition(f"{{{leaf}}}.shape[{axis}] {sign} {number}", Call(relation, (Size(leaf, axis), number)))
 
 
+def either(a: Sequence[Condition], b: Sequence[Condition]) -> list[Condition]:
+    """Conditions that hold if all of one list hold, or all of another."""
+    common = [condition for condition in a if condition in b]
+    rests = [[condition for condition in conditions if condition not in common] for conditions in (a, b)]
+    if not all(rests):
+        return common
+    text = " or ".join(" and ".join(condition.text for condition in rest) for rest in rests)
+    operands = [Call(_all, tuple(condition.expression for condition in rest)) for rest in rests]
+    return [*common, Condition(text, Call(_any, tuple(operands)))]
+
+
 def parsed(guard: str, inputs: str) -> Condition:
     """A guard of torch.export, such as `L['inputs'][0].size()[1] <= 16`.
 

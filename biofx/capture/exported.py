@@ -10,16 +10,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from biofx.capture.batch import batch_places, resized, same_for_one
 from biofx.capture.both_modes import Either, merged
 from biofx.capture.captured_module import CapturedModule, captured
-from biofx.capture.conditions import INSTEAD, CheckInputs
+from biofx.capture.conditions import INSTEAD, CheckInputs, either
 from biofx.capture.explanation import lines_of
-from biofx.capture.program import Program, export, read
+from biofx.capture.program import Export, Program, conditions_of, export, read
 from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
 from biofx.compare import difference
@@ -143,7 +144,26 @@ def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training:
         exported = export(model, inputs, leaves, training)
     except (Exception, KeepWhole) as error:
         raise CaptureError(_explain(model, error, "training" if training else "evaluation")) from error
-    return read(model, exported)
+    return _for_one_and_for_many(model, exported, inputs, leaves, training)
+
+
+def _for_one_and_for_many(
+    model: nn.Module, exported: Export, inputs: Structure, leaves: list[Tensor], training: bool
+) -> Program:
+    """A graph that is right for a batch of one and for others, if there is one."""
+    places = batch_places(exported, leaves)
+    others = resized(leaves, places)
+    if all(condition.holds(others) for condition in conditions_of(exported)):
+        return read(model, exported)
+    try:
+        other = export(model, inputs, others, training)
+    except (Exception, KeepWhole):  # noqa: BLE001 - such as a batch norm in training, on one example
+        return read(model, exported)
+    is_one = sum(map(Tensor.numel, leaves)) < sum(map(Tensor.numel, others))
+    many, one = (other, exported) if is_one else (exported, other)
+    if not same_for_one(many, one, places):
+        return read(model, exported)
+    return replace(read(model, many), conditions=either(conditions_of(many), conditions_of(one)))
 
 
 def _explain(model: nn.Module, error: BaseException, mode: str) -> str:

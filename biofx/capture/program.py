@@ -172,6 +172,13 @@ class Export:
     program: torch.export.ExportedProgram
     watcher: _Watcher
 
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The node of each input tensor."""
+        nodes = self.program.graph.find_nodes(op="placeholder")
+        specs = self.program.graph_signature.input_specs
+        return [node for node, spec in zip(nodes, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
+
 
 def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], training: bool) -> Export:
     """Export a model in one mode.
@@ -262,8 +269,7 @@ def read(model: nn.Module, export: Export) -> Program:
     for name, value in zip(watcher.assigned, results[kept:], strict=True):
         graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
     graph.output(tuple(results[:kept]))
-    conditions = _conditions(program, [node for node, spec in states.items() if spec.kind is InputKind.USER_INPUT])
-    return Program(graph, watcher.outputs, constants, blocks, conditions, watcher.reads)
+    return Program(graph, watcher.outputs, constants, blocks, conditions_of(export), watcher.reads)
 
 
 class _Reader:
@@ -347,11 +353,17 @@ def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
     return {path: ("" if path == MODEL else _name(path), cls) for path, cls in inside}
 
 
-def _conditions(program: torch.export.ExportedProgram, inputs: Sequence[fx.Node]) -> list[Condition]:
+def conditions_of(export: Export) -> list[Condition]:
+    """What a graph assumes about the shapes of inputs.
+
+    Raises:
+        CaptureError: it assumes something else.
+    """
+    program = export.program
     if not hasattr(program, "_guards_code"):
         raise CaptureError('frontend="export" needs a PyTorch that says what its graphs assume: 2.9 or newer')
     result = []
-    for leaf, node in enumerate(inputs):
+    for leaf, node in enumerate(export.inputs):
         for axis, length in enumerate(node.meta["val"].shape):
             if isinstance(length, int):
                 result.append(has_length(leaf, axis, operator.eq, length))

@@ -75,8 +75,6 @@ ANY_PYTHON = {
     "counting": (any_python.Counting, lambda: x()),
     "gated": (any_python.Gated, lambda: x()),
 }
-# For a batch of one, these take another path in Python, or the tensors of torch.nn.LSTM another layout.
-TREAT_ONE_APART = ("GPT2LMHeadModel", "LlamaForCausalLM", "LSTMLanguageModel")
 SMALL = {name: (build, lambda shape=shape: (x(*shape),)) for name, (build, shape) in ZOO.items()}
 SAMPLE = ("efficientnet", "gpt", "lstm", "mixture_of_experts", "siamese")
 MODELS = {**SMALL, **{name: ARCHITECTURES[name] for name in SAMPLE}, **ANY_PYTHON}
@@ -210,11 +208,43 @@ def test_the_batch_may_have_any_size(case):
     model, bio = (copy.deepcopy(m).eval() for m in (case.model, case.neutral))
     five, one = (pytree.tree_map(lambda value, size=size: batched(value, size), case.inputs) for size in (5, 1))
     assert same(call(bio, five), call(model, five))
-    if type(model).__name__ in TREAT_ONE_APART:
-        with pytest.raises(biofx.ArgumentError, match="was captured for"):
-            call(bio, one)
-    else:
-        assert same(call(bio, one), call(model, one))
+    assert same(call(bio, one), call(model, one))
+
+
+BATCHES = {
+    "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), lambda n: (x(n, 5, 8),)),
+    "two_inputs": (lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), lambda n: (x(n, 5, 8), x(n, 3, 8))),
+    "mask": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1),
+        lambda n: {"src": x(n, 5, 8), "mask": nn.Transformer.generate_square_subsequent_mask(5), "is_causal": True},
+    ),
+    "without_gradients": (any_python.Gated, lambda n: (x(n, 4),)),
+}
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch_of_one_is_like_any_other(name, first):
+    build, make = BATCHES[name]
+    model = build()
+    bio = export(model, make(first))
+    for size in (1, 2, 3):
+        assert_same_in_both_modes(bio, model, make(size))
+
+
+class OneApart(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        return -y if value.shape[0] == 1 else y
+
+
+@pytest.mark.parametrize(("first", "other"), [(1, 2), (2, 1)])
+def test_a_batch_of_one_that_the_model_treats_apart_is_refused(first, other):
+    bio, model, value = export(OneApart(4, 4), x(first, 4)), OneApart(4, 4), x(first, 4)
+    model.load_state_dict(biofx.fold(bio).state_dict())
+    assert same(bio(value), model(value))
+    with pytest.raises(biofx.ArgumentError, match=r"captured for value.shape\[0\] .= 1: value has shape"):
+        bio(x(other, 4))
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------
