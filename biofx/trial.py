@@ -7,6 +7,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,21 +38,48 @@ def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         return _tensors(model.eval()(*args, **kwargs))
 
 
-def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str]) -> list[Tensor]:
-    """The tensors that a model returns in the mode that it is in, with random numbers from one seed, and some buffers.
+@dataclass(frozen=True)
+class Trial:
+    """What a model computes.
 
-    Neither the model's buffers, nor the inputs, nor the global random number generators change.
+    Attributes:
+        tensors: those that it returns, and the buffers asked for.
+        gradients: of something that depends on all that it returns, by the parameter; None if they cannot be had.
+    """
+
+    tensors: list[Tensor]
+    gradients: dict[str, Tensor] | None
+
+
+def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str], parameters: Sequence[str]) -> Trial:
+    """What a model computes in the mode that it is in, with random numbers from one seed.
+
+    Neither the model's buffers and gradients, nor the inputs, nor the global random number generators change.
 
     Args:
         model: any module.
         example_inputs: arguments of the model, as for `transform`.
         buffers: the buffers whose values afterwards are returned as well, by name.
+        parameters: the parameters whose gradients are returned, by name.
     """
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.enable_grad():
         torch.manual_seed(0)
         outputs = _tensors(model(*args, **kwargs))
-        return [*outputs, *(model.get_buffer(name) for name in buffers)]
+        gradients = _gradients(outputs, {name: model.get_parameter(name) for name in parameters})
+        return Trial([x.detach() for x in (*outputs, *map(model.get_buffer, buffers))], gradients)
+
+
+def _gradients(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    learned = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    ends = [output for output in outputs if output.requires_grad]
+    # Not ones: a softmax has no gradient of its sum.
+    starts = [torch.arange(x.numel(), device=x.device).reshape(x.shape).cos().to(x.dtype) for x in ends]
+    try:
+        found = torch.autograd.grad(ends, [*learned.values()], starts, allow_unused=True, materialize_grads=True)
+    except RuntimeError:  # such as an operator that has no gradient
+        return None if ends else {name: torch.zeros_like(parameter) for name, parameter in learned.items()}
+    return dict(zip(learned, found, strict=True))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

@@ -8,9 +8,9 @@ it assumed about the shapes of inputs is checked in every call (`CheckInputs`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -26,7 +26,7 @@ from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused
 from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
-from biofx.trial import run_from_seed, split_inputs
+from biofx.trial import Trial, run_from_seed, split_inputs
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OUR_SIDE = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
@@ -64,58 +64,56 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     bio = captured(model, graph)
     record = Record([name for name, _ in model.named_parameters()], {names[k]: v for k, v in constants.items()})
     bio.add_module(RECORD, record.train(model.training))
-    _check_behaviours(bio, example_inputs, before)
+    _check_behaviours(bio, model, example_inputs, before)
     return bio
 
 
-@dataclass(frozen=True)
-class _Behaviour:
-    """What the model computes on the example inputs in a mode: outputs and buffers, or None if it fails."""
-
-    mode: str
-    buffers: list[str]
-    tensors: list[Tensor] | None
+_Mode = bool | None
+"""Training or evaluation mode of all modules; None: the mode that each is in."""
 
 
-def _behaviours(model: nn.Module, example_inputs: Any) -> list[_Behaviour]:
-    """What it computes in the mode that it is in, which may be another one in each module, and in training mode."""
-    buffers = [name for name, _ in model.named_buffers()]
-
-    def behaviour(mode: str) -> _Behaviour:
-        try:
-            return _Behaviour(mode, buffers, run_from_seed(model, example_inputs, buffers))
-        except Exception:  # noqa: BLE001 - such as a batch norm in training, on one example
-            return _Behaviour(mode, buffers, None)
-
-    present = behaviour("its present")
-    with _all_training(model):
-        return [present, behaviour("training")]
+def _behaviours(model: nn.Module, example_inputs: Any) -> dict[_Mode, Trial]:
+    """What it computes on the example inputs, in each mode in which it does not fail."""
+    modes: set[_Mode] = {module.training for module in model.modules()}
+    result: dict[_Mode, Trial] = {}
+    for mode in (True, False, *([None] if len(modes) > 1 else [])):
+        with suppress(Exception):  # such as a batch norm in training, on one example
+            result[mode] = _behaviour(model, model, example_inputs, mode)
+    return result
 
 
-def _check_behaviours(bio: CapturedModule, example_inputs: Any, before: list[_Behaviour]) -> None:
-    for behaviour in before:
-        if behaviour.tensors is None:
-            continue
-        with _all_training(bio) if behaviour.mode == "training" else nullcontext():
-            found = difference(behaviour.tensors, run_from_seed(bio, example_inputs, behaviour.buffers))
+def _behaviour(model: nn.Module, original: nn.Module, example_inputs: Any, mode: _Mode) -> Trial:
+    buffers, parameters = (dict(named) for named in (original.named_buffers(), original.named_parameters()))
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = before[module] if mode is None else mode
+        return run_from_seed(model, example_inputs, [*buffers], [*parameters])
+    finally:
+        for module in before:
+            module.training = before[module]
+
+
+def _check_behaviours(
+    bio: CapturedModule, original: nn.Module, example_inputs: Any, before: dict[_Mode, Trial]
+) -> None:
+    for mode, expected in before.items():
+        where = {True: "training", False: "evaluation", None: "its present"}[mode]
+        actual = _behaviour(bio, original, example_inputs, mode)
+        found = difference(expected.tensors, actual.tensors)
         if found is not None:
             raise CaptureError(
-                f"{type(bio).__name__} computes something else when exported, in {behaviour.mode} mode: {found} "
+                f"{type(bio).__name__} computes something else when exported, in {where} mode: {found} "
                 "(buffers count as outputs). Its forward takes decisions, draws random numbers or has side effects "
                 f"that a graph does not hold; {INSTEAD}"
             )
-
-
-@contextmanager
-def _all_training(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = True
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for name, gradient in (expected.gradients or {}).items():
+            if actual.gradients is None or difference([gradient], [actual.gradients[name]]) is not None:
+                raise CaptureError(
+                    f"{name} has another gradient when {type(bio).__name__} is exported, in {where} mode. Its forward "
+                    "uses a torch.autograd.Function or a hook on a tensor, and torch.export drops their gradients; "
+                    f"{INSTEAD}"
+                )
 
 
 def _refuse_hooks(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shape_config
+from torch.utils.checkpoint import CheckpointFunction
 
 from biofx.capture.conditions import INSTEAD, Condition, has_length, implied, parsed
 from biofx.capture.structure import Structure, build, describe
@@ -131,20 +132,30 @@ class _Watcher:
 
     def note_read(self, module: nn.Module) -> None:
         if module in self._paths and self._running:
-            self.reads.setdefault(self._paths[self._running[-1]], []).append(self._paths[module])
+            self.reads.setdefault(self._path, []).append(self._paths[module])
 
     def note_side_effect(self, path: str, what: str) -> None:
         self.side_effect = path, f"its forward {what}, which a graph does not do"
 
     def enter_block(self, block: Any) -> None:
-        pass
+        if isinstance(block, torch.inference_mode) and block.mode:
+            self.note_side_effect(self._path, "uses torch.inference_mode")
 
     def exit_block(self, block: Any) -> None:
         pass
 
+    @property
+    def _path(self) -> str:
+        """The path of the module that runs."""
+        return self._paths[self._running[-1]] if self._running else ""
+
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Know which module runs."""
+        """Know which module runs, and whether it is called again for the backward pass."""
+
+        def apply(cls: Any, *args: Any) -> Any:
+            self.note_side_effect(self._path, "calls checkpoint with use_reentrant=True")
+            return original(cls, *args)
 
         def enter(module: nn.Module, *_: Any) -> None:
             if module in self._paths:
@@ -158,9 +169,12 @@ class _Watcher:
             nn.modules.module.register_module_forward_pre_hook(enter),
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
+        original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+        CheckpointFunction.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
+            del CheckpointFunction.apply
             for handle in handles:
                 handle.remove()
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import biofx
 from biofx import passes
@@ -500,6 +501,52 @@ class Hooked(nn.Sequential):
         self[0].register_forward_hook(lambda *_: None)
 
 
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class ReversesGradients(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        return y, Reversed.apply(y).exp()
+
+
+class ReversesInEvaluation(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        return y if self.training else Reversed.apply(y)
+
+
+class HooksItsTensor(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: 2 * gradient)
+        return y
+
+
+class Infers(nn.Linear):
+    def forward(self, value):
+        with torch.inference_mode():
+            y = super().forward(value)
+        return y.clone()
+
+
+class Checkpoints(nn.Sequential):
+    def __init__(self, use_reentrant):
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, value):
+        return checkpoint(self[1], self[0](value).relu(), use_reentrant=self.use_reentrant)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -509,6 +556,14 @@ class Hooked(nn.Sequential):
         (ReturnsAnything(4, 4), "forward returns a Opaque, which torch.export cannot take apart"),
         (Chooses(4, 4), "forward uses cond, whose branches biofx cannot follow"),
         (Hooked(), r"0 \(Linear\) has hooks, which only run when the module itself is called"),
+        (
+            ReversesGradients(4, 4),
+            "weight has another gradient when .* is exported, in training mode. Its forward uses a",
+        ),
+        (ReversesInEvaluation(4, 4), "weight has another gradient when .* is exported, in evaluation mode"),
+        (HooksItsTensor(4, 4), "weight has another gradient when HooksItsTensor is exported"),
+        (Infers(4, 4), "its forward uses torch.inference_mode, which a graph does not do"),
+        (Checkpoints(use_reentrant=True), "its forward calls checkpoint with use_reentrant=True, which a graph does"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -518,6 +573,13 @@ def test_what_a_graph_does_not_do_is_refused_with_the_reason_and_another_way(mod
     assert 'frontend="module"' in str(error.value)
     assert len(str(error.value).splitlines()) < 6
     assert not any(capsys.readouterr())
+
+
+def test_a_checkpoint_that_is_not_reentrant_is_part_of_the_graph():
+    model, value = Checkpoints(use_reentrant=False), x()
+    bio = export(model, value)
+    assert_same_in_both_modes(bio, model, value)
+    assert len(biofx.weight_sites(bio)) == 2
 
 
 def test_example_inputs_are_needed_and_have_to_fit():
