@@ -105,13 +105,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace."""
+    """Undo what a forward does to parameters and stores in the modules, and its random draws."""
+    # Such as the weights of a teacher, which follow those of its student.
+    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
     saved = [(vars(m), dict(vars(m)), _contents(vars(m))) for m in model.modules()]
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
+            with torch.no_grad():
+                for parameter, version, value in parameters:
+                    if parameter._version != version:
+                        parameter.copy_(value)
             random.setstate(state)
             for attributes, values, contents in saved:
                 attributes.clear()

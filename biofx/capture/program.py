@@ -23,6 +23,7 @@ from biofx.capture.structure import Structure, build, describe
 from biofx.capture.tracer import KeepWhole, StandIn, Tracer
 from biofx.capture.watching import changed_attribute, watched
 from biofx.errors import CaptureError
+from biofx.parts import Part
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 
@@ -48,7 +49,7 @@ class Program:
     reads: dict[str, list[str]]
 
 
-class Block(StandIn):
+class Block(StandIn, Part):
     """A part of forward that runs in a context: `torch.set_grad_enabled` or `torch.autocast`, with its arguments."""
 
     def __init__(self, context: str, arguments: tuple[Any, ...], inner: fx.GraphModule) -> None:
@@ -61,6 +62,15 @@ class Block(StandIn):
         """Run the part in its context."""
         with getattr(torch, self.context)(*self.arguments):
             return self.inner(*values)
+
+    def graphs(self) -> tuple[fx.GraphModule, ...]:
+        """The graph that runs in the context."""
+        return (self.inner,)
+
+    def described(self, owner: str) -> str:
+        """The part in words."""
+        grad = "enable_grad" if self.arguments[0] else "no_grad"
+        return f"the part of {owner} under torch.{grad if self.context == 'set_grad_enabled' else self.context}"
 
     def extra_repr(self) -> str:
         """The context."""

@@ -369,10 +369,98 @@ def test_tied_and_reused_weights_have_one_chain():
     assert bio.first.weight is bio.second.weight
 
 
-def test_a_weight_that_is_used_in_one_mode_only_is_reported():
-    bio = export(any_python.Auxiliary(), x())
-    assert list(biofx.weight_sites(bio)) == ["body.weight", "head.weight"]
-    assert "auxiliary.weight: used by by_mode_path_1 (Path), which biofx does not" in biofx.summary(bio)
+class Casts(nn.Module):
+    """Computes in lower precision, with one weight as it is stored and one that is transposed before."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Parameter(x(4, 8))
+
+    def forward(self, value):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(self.first(value), self.second).float()
+
+
+class TwoWays(nn.Module):
+    """Uses a weight in another way in training, and a product of parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.a, self.b = nn.Parameter(x(6, 2)), nn.Parameter(x(2, 4))
+
+    def forward(self, value):
+        if not self.training:
+            return self.second(self.first(value).relu())
+        hidden = self.first(value) + F.linear(value, self.a @ self.b)
+        return F.linear(hidden.tanh() + torch.rand_like(hidden), 2 * self.second.weight)
+
+
+PARTS = {
+    "auxiliary": (any_python.Auxiliary, {"auxiliary.weight": "the part of the model that depends on its mode"}),
+    "gated": (any_python.Gated, {"gate.weight": "the part of the model under torch.no_grad"}),
+    "casts": (Casts, dict.fromkeys(("second", "first.weight"), "the part of the model under torch.autocast")),
+    "two_ways": (TwoWays, {"second.weight": "the part of the model that depends on its mode"}),
+}
+
+
+@pytest.mark.parametrize("recipe", [EVERYTHING, "rejuvenate", [passes.MirrorUnits()], [passes.GroupUnits(2)]], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_weights_are_rewritten_inside_of_parts_that_have_a_graph_of_their_own(name, recipe):
+    build, inside = PARTS[name]
+    model, value = build(), x()
+    bio = export(model, value, recipe)
+    sites = biofx.weight_sites(bio)
+    assert {site.name: site.surroundings for site in sites.values() if site.inside} == inside
+    assert all(site.operator == "linear" for site in sites.values())
+    optimizer = torch.optim.SGD(bio.parameters(), 0.01)
+    if any(site.passes for site in sites.values()):
+        biofx.attach(bio, optimizer)
+    for other in forms(bio):
+        loss(other.train()(value)).backward()
+        biofx.verify(other)
+    optimizer.step()
+    biofx.verify(bio)
+    plain = biofx.fold(bio)
+    for training in (True, False):
+        a, b = (call(m.train(training), value) for m in (bio, plain))
+        torch.testing.assert_close(tensors(a), tensors(b))
+
+
+def test_weights_inside_of_parts_have_their_axes_and_gradients():
+    model, value = TwoWays().double(), x().double()
+    bio = export(model, value)
+    assert_same_in_both_modes(bio, model, value)
+    site = biofx.weight_sites(bio)["second.weight"]
+    assert (site.presynaptic_axis, site.postsynaptic_axis) == (1, 0)
+    assert "a: matmul multiplies it with what depends on parameters only" in biofx.summary(bio)
+    assert "linear, in the part of the model that depends on its mode" in biofx.summary(bio)
+
+
+class Teacher(nn.Module):
+    """Its teacher follows the student at every step in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(4, 8), nn.Linear(4, 8).requires_grad_(False)
+
+    def forward(self, value):
+        with torch.no_grad():
+            if self.training:
+                self.teacher.weight.mul_(0.9).add_(self.student.weight, alpha=0.1)
+            target = self.teacher(value)
+        return self.student(value) - target
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "module"])
+def test_a_weight_that_forward_changes_is_left_alone_with_the_value_that_it_has(frontend):
+    model, value = Teacher(), x()
+    bio = biofx.transform(model, NEUTRAL, frontend=frontend, example_inputs=value)
+    assert torch.equal(bio.teacher.weight, model.teacher.weight)
+    if frontend == "export":
+        assert "teacher.weight: forward changes it in place" in biofx.summary(bio)
+        assert_same_in_both_modes(bio, model, value)
+        assert not torch.equal(copy.deepcopy(bio)(value), copy.deepcopy(bio).eval()(value))
 
 
 # --- modes -------------------------------------------------------------------------------------------------------
