@@ -213,7 +213,7 @@ class CheckInputs(StandIn):
             return
         for name, leaf, rank in zip(self.names, leaves, self.ranks, strict=True):
             if leaf.dim() != rank:
-                self._refuse(f"a {name} of {rank} axes, and it has {leaf.dim()}", leaves)
+                self._refuse(f"{rank} axes of {name}, which has {leaf.dim()}", leaves)
         for condition in self.in_training if self.training else self.in_evaluation:
             if not condition.holds(leaves):
                 self._refuse(condition.text.format(*self.names), leaves)
@@ -222,7 +222,7 @@ class CheckInputs(StandIn):
         shapes = ", ".join(f"{name} has shape {tuple(x.shape)}" for name, x in zip(self.names, leaves, strict=True))
         raise ArgumentError(
             f"forward was captured for {expected}: {shapes}; "
-            "transform the model with example_inputs of these shapes, or with another frontend"
+            'transform the model with example_inputs of these shapes, or with frontend="module", which takes any'
         )
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ it assumed about the shapes of inputs is checked in every call (`CheckInputs`).
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -168,18 +169,29 @@ def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
     """Say in short why torch.export failed, at which line of the user, and what to do."""
     if isinstance(error, KeepWhole):
         ((path, why),) = error.reasons.items()
-        where = f' of "{path}"' if path else ""
-        return f"{type(model).__name__} cannot be exported: {why}{where}; {INSTEAD}"
+        why = why.replace("its forward", f"the forward of {path}", 1) if path else why
+        return f"{type(model).__name__} cannot be exported: {why}; {INSTEAD}"
     message = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:3])[:500]
     name = "" if type(error).__name__ in ("RuntimeError", "Exception") else f"{type(error).__name__}: "
-    of_user = [line for line in lines_of(error) if line.module.partition(".")[0] not in _OUR_SIDE]
+    if name == "GuardOnDataDependentSymNode: ":
+        name = "it decides by the values of a tensor, or makes a Python number of them: "
+        message = message.partition(" (unhinted")[0]
+    of_user = [line for line in lines_of(error) if line.text and line.module.partition(".")[0] not in _OUR_SIDE]
     return "\n".join(
         [
             f"{type(model).__name__} cannot be exported in {mode} mode: {name}{message}",
+            *(f"  in {where}" for where in _running_modules(model, error)[-1:]),
             *(f"  at {line.file}:{line.number}: {line.text}" for line in of_user[-1:]),
             f"  {INSTEAD[0].upper()}{INSTEAD[1:]}.",
         ]
     )
+
+
+def _running_modules(model: nn.Module, error: BaseException) -> list[str]:
+    """The modules whose methods an error passed through, the innermost last; without the model itself."""
+    names = {id(module): f"{path} ({type(module).__name__})" for path, module in model.named_modules() if path}
+    owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [names[id(owner)] for owner in owners if id(owner) in names]
 
 
 def _assembled(

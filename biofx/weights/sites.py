@@ -19,6 +19,7 @@ from biofx.weights.paths import Dependence, Use, Uses, follow
 from biofx.weights.roles import roles, why_unfit
 
 NOT_A_SYNAPSE = "one value for each unit, not a synapse"
+_RECURRENT = {f"{kind}{suffix}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for suffix in ("", "_cell")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,6 +386,8 @@ def _why_no_site(
     if max(parameter.shape) == parameter.numel():
         return NOT_A_SYNAPSE
     users = sorted({_described(bio, user) for user in found.readers or found.on_path})
+    if users and _RECURRENT.issuperset(users):
+        return f"used by {', '.join(users)}, whose weights only frontend='module' and 'symbolic' rewrite"
     return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
 
 

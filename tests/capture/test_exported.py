@@ -272,7 +272,7 @@ def test_containers_of_any_kind_are_arguments_and_results():
         ({"batch": {"x": torch.zeros(2, 4)}}, "batch is a dict of ['x'], and forward was captured for a dict of"),
         ({"new": torch.zeros(2, 4)}, "named is a dict of ['extra'], ['new'], and forward was captured for a dict of"),
         ({"extra": torch.zeros(2, 5)}, "forward was captured for named['extra'].shape[1] == 4"),
-        ({"extra": torch.zeros(4)}, "forward was captured for a named['extra'] of 2 axes, and it has 1"),
+        ({"extra": torch.zeros(4)}, "forward was captured for 2 axes of named['extra'], which has 1"),
     ],
 )
 def test_arguments_of_another_kind_are_refused(change, message):
@@ -640,6 +640,12 @@ class Checkpoints(nn.Sequential):
     [
         (Decides(4, 4), r"Decides cannot be exported in training mode: .*data-dependent.*\n +at .*y if y.sum\(\) > 0"),
         (Counts(4, 4), "Counts cannot be exported: its forward changes the attribute calls, which a graph does not do"),
+        (nn.Sequential(Counts(4, 4)), "Sequential cannot be exported: the forward of 0 changes the attribute calls"),
+        (
+            nn.Sequential(Decides(4, 4)),
+            r"decides by the values of a tensor.*\n  in 0 \(Decides\)\n  at .*y if y.sum",
+        ),
+        (nn.BatchNorm1d(4, momentum=None), "makes a Python number of them: Could not extract"),
         (DrawsInPython(4, 4), "its forward draws random numbers from Python's random"),
         (ReturnsAnything(4, 4), "forward returns a Opaque, which torch.export cannot take apart"),
         (Chooses(4, 4), "forward uses cond, whose branches biofx cannot follow"),
@@ -668,6 +674,20 @@ def test_a_checkpoint_that_is_not_reentrant_is_part_of_the_graph():
     bio = export(model, value)
     assert_same_in_both_modes(bio, model, value)
     assert len(biofx.weight_sites(bio)) == 2
+
+
+def test_padding_that_torch_fills_with_zeros_without_gradients_is_refused_with_the_way_out():
+    inputs = {"src": x(2, 5, 8), "src_key_padding_mask": torch.tensor([[False] * 4 + [True]] * 2)}
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(biofx.CaptureError, match="build it with enable_nested_tensor=False"):
+        export(nn.TransformerEncoder(layer, 1), inputs)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    assert_same_in_both_modes(export(model, inputs), model, inputs)
+
+
+def test_recurrent_layers_have_weights_with_another_front_end():
+    model, value = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)), x(3, 2, 4)
+    assert "1.weight_ih_l0: used by gru, whose weights only frontend='module'" in biofx.summary(export(model, value))
 
 
 def test_example_inputs_are_needed_and_have_to_fit():
