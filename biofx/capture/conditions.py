@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from biofx.capture.structure import Structure, read
@@ -186,7 +187,10 @@ class CheckInputs(StandIn):
         ranks: the number of axes of each.
         in_training: the conditions on their shapes in training mode.
         in_evaluation: those in evaluation mode.
+        dtype: the dtype of the model, if the graph contains it.
     """
+
+    like: Tensor  # has the dtype that the model has now
 
     _is_impure = True  # `fx.Graph.eliminate_dead_code` keeps it, although no node reads what it returns
 
@@ -204,9 +208,20 @@ class CheckInputs(StandIn):
         self.ranks = tuple(ranks)
         self.in_training = tuple(in_training)
         self.in_evaluation = tuple(in_evaluation)
+        self.dtype: torch.dtype | None = None
+
+    def hold_dtype(self, like: Tensor) -> None:
+        """Refuse inputs once the model is converted to another dtype than that of a tensor, which the graph names."""
+        self.dtype = like.dtype
+        self.register_buffer("like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
 
     def forward(self, *values: Any) -> None:
         """Check the arguments of forward."""
+        if self.dtype is not None and self.like.dtype != self.dtype:
+            raise ArgumentError(
+                f"the graph contains {self.dtype}, in which it was captured, and the model is in {self.like.dtype}; "
+                "convert the original model, then transform it"
+            )
         found = [read(self.arguments[name], value, name) for name, value in zip(self.arguments, values, strict=True)]
         leaves = [leaf for group in found for leaf in group]
         if any(isinstance(leaf, fx.Proxy) for leaf in leaves):  # torch.fx.symbolic_trace of the graph

@@ -20,6 +20,7 @@ from biofx.capture.batch import batch_places, resized, same_for_one
 from biofx.capture.both_modes import Either, merged
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.conditions import INSTEAD, CheckInputs, either
+from biofx.capture.devices import follow_device, names_dtype
 from biofx.capture.explanation import lines_of
 from biofx.capture.program import Export, Program, conditions_of, export, read
 from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
@@ -55,7 +56,8 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     inputs = describe((given.args, given.kwargs), leaves)
     given.apply_defaults()
     arguments = {name: describe(value, []) for name, value in given.arguments.items()}
-    before = _behaviours(model, example_inputs)
+    state = [name for name, _ in model.named_buffers()], [name for name, _ in model.named_parameters()]
+    before = _behaviours(model, example_inputs, state)
     training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
     graph, constants = _assembled(model, arguments, leaves, training, evaluation)
     names = {name: unused_name(model, name) for name in constants}  # free in the model, too: `fold` moves them there
@@ -65,7 +67,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     bio = captured(model, graph)
     record = Record([name for name, _ in model.named_parameters()], {names[k]: v for k, v in constants.items()})
     bio.add_module(RECORD, record.train(model.training))
-    _check_behaviours(bio, model, example_inputs, before)
+    _check_behaviours(bio, example_inputs, state, before)
     return bio
 
 
@@ -73,34 +75,35 @@ _Mode = bool | None
 """Training or evaluation mode of all modules; None: the mode that each is in."""
 
 
-def _behaviours(model: nn.Module, example_inputs: Any) -> dict[_Mode, Trial]:
+_State = tuple[list[str], list[str]]
+"""The names of the buffers and of the parameters of the original model."""
+
+
+def _behaviours(model: nn.Module, example_inputs: Any, state: _State) -> dict[_Mode, Trial]:
     """What it computes on the example inputs, in each mode in which it does not fail."""
     modes: set[_Mode] = {module.training for module in model.modules()}
     result: dict[_Mode, Trial] = {}
     for mode in (True, False, *([None] if len(modes) > 1 else [])):
         with suppress(Exception):  # such as a batch norm in training, on one example
-            result[mode] = _behaviour(model, model, example_inputs, mode)
+            result[mode] = _behaviour(model, example_inputs, state, mode)
     return result
 
 
-def _behaviour(model: nn.Module, original: nn.Module, example_inputs: Any, mode: _Mode) -> Trial:
-    buffers, parameters = (dict(named) for named in (original.named_buffers(), original.named_parameters()))
+def _behaviour(model: nn.Module, example_inputs: Any, state: _State, mode: _Mode) -> Trial:
     before = {module: module.training for module in model.modules()}
     try:
         for module in before:
             module.training = before[module] if mode is None else mode
-        return run_from_seed(model, example_inputs, [*buffers], [*parameters])
+        return run_from_seed(model, example_inputs, *state)
     finally:
         for module in before:
             module.training = before[module]
 
 
-def _check_behaviours(
-    bio: CapturedModule, original: nn.Module, example_inputs: Any, before: dict[_Mode, Trial]
-) -> None:
+def _check_behaviours(bio: CapturedModule, example_inputs: Any, state: _State, before: dict[_Mode, Trial]) -> None:
     for mode, expected in before.items():
         where = {True: "training", False: "evaluation", None: "its present"}[mode]
-        actual = _behaviour(bio, original, example_inputs, mode)
+        actual = _behaviour(bio, example_inputs, state, mode)
         found = difference(expected.tensors, actual.tensors)
         if found is not None:
             raise CaptureError(
@@ -225,6 +228,11 @@ def _assembled(
             for program, found in zip((training, evaluation), returned, strict=True)
         ]
         graph.output(_either(graph, values[0], values[1], add_module))
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    if like is not None:
+        follow_device(model, graph, like.device)
+        if names_dtype(model, graph, like.dtype):
+            check.hold_dtype(like)
     return graph, constants
 
 

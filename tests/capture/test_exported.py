@@ -487,6 +487,42 @@ def test_the_mode_at_the_time_of_the_transform_stays():
     assert model[1].num_batches_tracked == bio.get_buffer("1.num_batches_tracked") == 0
 
 
+# --- devices and dtypes ---
+
+
+class MakesTensors(nn.Linear):
+    """Makes tensors on the device of its input, without gradients and in training as well."""
+
+    def forward(self, value):
+        with torch.no_grad():
+            start = super().forward(torch.zeros(4, device=value.device))
+        if self.training:
+            start = start + torch.rand(4, device=value.device)
+        return super().forward(value) + start + torch.arange(4, device=value.device)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_may_move_to_another_device(training):
+    bio = export(MakesTensors(4, 4), x(), EVERYTHING).train(training)
+    for other in forms(bio):
+        assert other.to("meta")(x().to("meta")).is_meta
+
+
+class InItsDtype(nn.Linear):
+    def forward(self, value):
+        return super().forward(value.round().to(self.weight.dtype))
+
+
+def test_a_dtype_that_the_graph_contains_stays():
+    inputs = torch.arange(8).reshape(2, 4)
+    bio, free = export(InItsDtype(4, 4), inputs), export(mlp(4, 3), x())
+    with pytest.raises(
+        biofx.ArgumentError, match="contains torch.float32, in which it was captured, and"
+    ):
+        bio.double()(inputs)
+    assert free.double()(x().double()).dtype == torch.float64
+
+
 # --- what else there is to a model -------------------------------------------------------------------------------
 
 
