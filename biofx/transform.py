@@ -63,8 +63,8 @@ def transform(
             `"module"`: the whole model is one island, so that all of its Python code stays and only weights change, as
             for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which
             follows any Python whose decisions do not depend on values. The graph consists of dispatcher operators; it
-            takes other sizes of batch, and checks what else it assumes of its arguments. Arguments that are no tensors, and
-            dtypes that forward asks for, are those of the example inputs.
+            takes other sizes of batch, and checks what else it assumes of its arguments. Arguments that are no tensors,
+            and dtypes that forward asks for, are those of the example inputs.
         exclude: glob patterns over parameter names; matching weights are left alone.
         seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
             no other layer's draw. The global random number generators are neither read nor moved.

@@ -516,9 +516,7 @@ class InItsDtype(nn.Linear):
 def test_a_dtype_that_the_graph_contains_stays():
     inputs = torch.arange(8).reshape(2, 4)
     bio, free = export(InItsDtype(4, 4), inputs), export(mlp(4, 3), x())
-    with pytest.raises(
-        biofx.ArgumentError, match="contains torch.float32, in which it was captured, and"
-    ):
+    with pytest.raises(biofx.ArgumentError, match="contains torch.float32, in which it was captured, and"):
         bio.double()(inputs)
     assert free.double()(x().double()).dtype == torch.float64
 
