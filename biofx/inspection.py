@@ -101,7 +101,8 @@ def _row(site: WeightSite) -> list[Any]:
 
 def _operator(site: WeightSite) -> str:
     times = f" × {len(site.uses)}" if len(site.uses) > 1 else ""
-    return site.operator + times + (f", in {site.island}" if site.island else "")
+    where = site.island if site.island is not None else site.surroundings
+    return site.operator + times + (f", in {where}" if where else "")
 
 
 OPTIONAL = ("left alone", "remark")  # columns that only show if there is something in them

@@ -65,7 +65,7 @@ def transform(
             for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which
             follows any Python whose decisions do not depend on values. The graph consists of dispatcher operators; it
             takes other sizes of batch, and checks what else it assumes of its arguments. Arguments that are no tensors,
-            dtypes and devices are those of the example inputs.
+            and dtypes that forward asks for, are those of the example inputs.
         exclude: glob patterns over parameter names; matching weights are left alone.
         seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
             no other layer's draw. The global random number generators are neither read nor moved.
@@ -200,11 +200,19 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
 
 def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
     found = difference(expected, run_in_eval_mode(bio, example_inputs))
-    if found is not None:
+    if found is None:
+        return
+    nested = [n for n, m in bio.named_modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+    if nested:
         raise CaptureError(
-            f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
-            'random numbers or has side effects that a graph does not hold; transform it with frontend="module"'
+            f"{type(bio).__name__} computes something else when traced: {found}. {nested[0] or 'It'} is a "
+            "torch.nn.TransformerEncoder, which returns zeros for padding when no gradients are needed; build it with "
+            'enable_nested_tensor=False, or transform the model with frontend="module"'
         )
+    raise CaptureError(
+        f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
+        'random numbers or has side effects that a graph does not hold; transform it with frontend="module"'
+    )
 
 
 def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:

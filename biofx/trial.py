@@ -8,6 +8,7 @@ import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -41,21 +42,48 @@ def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         return _tensors(model.eval()(*args, **kwargs))
 
 
-def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str]) -> list[Tensor]:
-    """The tensors that a model returns in the mode that it is in, with random numbers from one seed, and some buffers.
+@dataclass(frozen=True)
+class Trial:
+    """What a model computes.
 
-    Neither the model's buffers, nor the inputs, nor the global random number generators change.
+    Attributes:
+        tensors: those that it returns, and the buffers asked for.
+        gradients: of something that depends on all that it returns, by the parameter; None if they cannot be had.
+    """
+
+    tensors: list[Tensor]
+    gradients: dict[str, Tensor] | None
+
+
+def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str], parameters: Sequence[str]) -> Trial:
+    """What a model computes in the mode that it is in, with random numbers from one seed.
+
+    Neither the model's buffers and gradients, nor the inputs, nor the global random number generators change.
 
     Args:
         model: any module.
         example_inputs: arguments of the model, as for `transform`.
         buffers: the buffers whose values afterwards are returned as well, by name.
+        parameters: the parameters whose gradients are returned, by name.
     """
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.enable_grad():
         torch.manual_seed(0)
         outputs = _tensors(model(*args, **kwargs))
-        return [*outputs, *(model.get_buffer(name) for name in buffers)]
+        gradients = _gradients(outputs, {name: model.get_parameter(name) for name in parameters})
+        return Trial([x.detach() for x in (*outputs, *map(model.get_buffer, buffers))], gradients)
+
+
+def _gradients(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    learned = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    ends = [output for output in outputs if output.requires_grad]
+    # Not ones: a softmax has no gradient of its sum.
+    starts = [torch.arange(x.numel(), device=x.device).reshape(x.shape).cos().to(x.dtype) for x in ends]
+    try:
+        found = torch.autograd.grad(ends, [*learned.values()], starts, allow_unused=True, materialize_grads=True)
+    except RuntimeError:  # such as an operator that has no gradient
+        return None if ends else {name: torch.zeros_like(parameter) for name, parameter in learned.items()}
+    return dict(zip(learned, found, strict=True))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
@@ -64,15 +92,21 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Let a model compute on copies of its buffers while the block runs; restore its attributes and random numbers."""
+    """Let a model compute on copies of its buffers while the block runs; restore all else that it changes."""
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
     copies = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    # Forward may change parameters: those of a teacher follow the student's.
+    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
     for module, buffers, _ in saved:
         module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if b is not None})
     try:
         with unchanged(model), torch.random.fork_rng():
             yield
     finally:
+        with torch.no_grad():
+            for parameter, version, value in parameters:
+                if parameter._version != version:
+                    parameter.copy_(value)
         for module, buffers, mode in saved:
             module._buffers.clear()
             module._buffers.update(buffers)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from biofx.errors import ArgumentError, PipelineError
-from biofx.islands import described
 from biofx.model_editor import ModelEditor
 from biofx.options import check_choice, check_number
 from biofx.plastic_weight import PlasticWeight
@@ -187,8 +186,9 @@ class DalesPrinciple(Pass):
             model.edits[name].leave("it is not among the sites that were asked for")
         for name, site in list(chosen.items()):
             reason = site.why_no_source
-            if reason is None and site.island is not None and site.presynaptic_units == 1 and 0 < self.excitatory < 1:
-                reason = f"it is in {described(site.island)}, and reads one unit, which is of no one kind"
+            where = site.surroundings
+            if reason is None and where is not None and site.presynaptic_units == 1 and 0 < self.excitatory < 1:
+                reason = f"it is in {where}, and reads one unit, which is of no one kind"
             if reason is not None and name in patterns:
                 raise PipelineError(f"{self.name}: {name} cannot have signs: {reason}; leave it out of sites")
             if reason is not None:

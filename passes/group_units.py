@@ -69,7 +69,7 @@ class GroupUnits(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Group what every use of the weight returns."""
-        if site.is_output and site.island is None:
+        if site.is_output and site.surroundings is None:
             edit.leave("it is an output layer")
             return
         reason = site.why_out_of_reach or site.why_no_axes

@@ -60,10 +60,21 @@ def test_a_model_that_fails_is_left_as_it_was():
 
 def test_one_seed_draws_the_same_numbers():
     model, x = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4)), torch.randn(8, 4)
-    first, second = (run_from_seed(model, x, ["1.running_mean"]) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert bool(first[1].any())  # the mean that the run left
+    first, second = (run_from_seed(model, x, ["1.running_mean"], ["1.weight"]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors, second.tensors, strict=True))
+    assert torch.equal(first.gradients["1.weight"], second.gradients["1.weight"])
+    assert bool(first.tensors[1].any())  # the mean that the run left
     assert not bool(model[1].running_mean.any())
+    assert model[1].weight.grad is None
+
+
+def test_an_operator_without_a_gradient_has_none_to_compare():
+    class Ranks(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).argsort()
+
+    model = Ranks(2, 2)
+    assert bool((run_from_seed(model, torch.ones(2), [], ["weight"]).gradients["weight"] == 0).all())
 
 
 class Collecting(nn.Module):

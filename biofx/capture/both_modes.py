@@ -19,14 +19,16 @@ from torch._ops import OpOverload
 from biofx.capture.modes import ByMode
 from biofx.capture.program import Program
 from biofx.capture.tracer import StandIn, Tracer, unused_name
+from biofx.parts import Part
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their children are not all theirs to call
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 
 
-class Path(StandIn):
+class Path(StandIn, Part):
     """Two ways through a part of forward, of which the mode chooses one. What the other would compute is None."""
 
+    chooses = True
     _is_impure = True
 
     def __init__(self, in_training: fx.GraphModule, in_evaluation: fx.GraphModule, counts: tuple[int, int]) -> None:
@@ -41,9 +43,15 @@ class Path(StandIn):
             return *self.in_training(*inputs), *[None] * self.counts[1]
         return *[None] * self.counts[0], *self.in_evaluation(*inputs)
 
+    def graphs(self) -> tuple[fx.GraphModule, ...]:
+        """The two ways."""
+        return self.in_training, self.in_evaluation
 
-class Either(StandIn):
+
+class Either(StandIn, Part):
     """One of two values, chosen by the mode."""
+
+    chooses = True
 
     def forward(self, in_training: Any, in_evaluation: Any) -> Any:
         """The one for the present mode."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from biofx.capture.structure import Structure, read
@@ -96,6 +97,17 @@ def has_length(leaf: int, axis: int, relation: Callable[..., Any], number: int) 
     return Condition(f"{{{leaf}}}.shape[{axis}] {sign} {number}", Call(relation, (Size(leaf, axis), number)))
 
 
+def either(a: Sequence[Condition], b: Sequence[Condition]) -> list[Condition]:
+    """Conditions that hold if all of one list hold, or all of another."""
+    common = [condition for condition in a if condition in b]
+    rests = [[condition for condition in conditions if condition not in common] for conditions in (a, b)]
+    if not all(rests):
+        return common
+    text = " or ".join(" and ".join(condition.text for condition in rest) for rest in rests)
+    operands = [Call(_all, tuple(condition.expression for condition in rest)) for rest in rests]
+    return [*common, Condition(text, Call(_any, tuple(operands)))]
+
+
 def parsed(guard: str, inputs: str) -> Condition:
     """A guard of torch.export, such as `L['inputs'][0].size()[1] <= 16`.
 
@@ -175,7 +187,10 @@ class CheckInputs(StandIn):
         ranks: the number of axes of each.
         in_training: the conditions on their shapes in training mode.
         in_evaluation: those in evaluation mode.
+        dtype: the dtype of the model, if the graph contains it.
     """
+
+    like: Tensor  # has the dtype that the model has now
 
     _is_impure = True  # `fx.Graph.eliminate_dead_code` keeps it, although no node reads what it returns
 
@@ -193,16 +208,27 @@ class CheckInputs(StandIn):
         self.ranks = tuple(ranks)
         self.in_training = tuple(in_training)
         self.in_evaluation = tuple(in_evaluation)
+        self.dtype: torch.dtype | None = None
+
+    def hold_dtype(self, like: Tensor) -> None:
+        """Refuse inputs once the model is converted to another dtype than that of a tensor, which the graph names."""
+        self.dtype = like.dtype
+        self.register_buffer("like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
 
     def forward(self, *values: Any) -> None:
         """Check the arguments of forward."""
+        if self.dtype is not None and self.like.dtype != self.dtype:
+            raise ArgumentError(
+                f"the graph contains {self.dtype}, in which it was captured, and the model is in {self.like.dtype}; "
+                "convert the original model, then transform it"
+            )
         found = [read(self.arguments[name], value, name) for name, value in zip(self.arguments, values, strict=True)]
         leaves = [leaf for group in found for leaf in group]
         if any(isinstance(leaf, fx.Proxy) for leaf in leaves):  # torch.fx.symbolic_trace of the graph
             return
         for name, leaf, rank in zip(self.names, leaves, self.ranks, strict=True):
             if leaf.dim() != rank:
-                self._refuse(f"a {name} of {rank} axes, and it has {leaf.dim()}", leaves)
+                self._refuse(f"{rank} axes of {name}, which has {leaf.dim()}", leaves)
         for condition in self.in_training if self.training else self.in_evaluation:
             if not condition.holds(leaves):
                 self._refuse(condition.text.format(*self.names), leaves)
@@ -211,7 +237,7 @@ class CheckInputs(StandIn):
         shapes = ", ".join(f"{name} has shape {tuple(x.shape)}" for name, x in zip(self.names, leaves, strict=True))
         raise ArgumentError(
             f"forward was captured for {expected}: {shapes}; "
-            "transform the model with example_inputs of these shapes, or with another frontend"
+            'transform the model with example_inputs of these shapes, or with frontend="module", which takes any'
         )
 
     def extra_repr(self) -> str:

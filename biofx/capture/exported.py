@@ -8,18 +8,21 @@ it assumed about the shapes of inputs is checked in every call (`CheckInputs`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from biofx.capture.batch import batch_places, resized, same_for_one
 from biofx.capture.both_modes import Either, merged
 from biofx.capture.captured_module import CapturedModule, captured
-from biofx.capture.conditions import INSTEAD, CheckInputs
+from biofx.capture.conditions import INSTEAD, CheckInputs, either
+from biofx.capture.devices import follow_device, names_dtype
 from biofx.capture.explanation import lines_of
-from biofx.capture.program import Program, export, read
+from biofx.capture.program import Export, Program, conditions_of, export, read
 from biofx.capture.reparametrized import taken_hooks
 from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
@@ -27,7 +30,7 @@ from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
 from biofx.provenance import RECORD, Record
 from biofx.references import HOOKS
-from biofx.trial import run_from_seed, split_inputs
+from biofx.trial import Trial, run_from_seed, split_inputs
 
 _OUR_SIDE = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
 
@@ -54,7 +57,8 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     inputs = describe((given.args, given.kwargs), leaves)
     given.apply_defaults()
     arguments = {name: describe(value, []) for name, value in given.arguments.items()}
-    before = _behaviours(model, example_inputs)
+    state = [name for name, _ in model.named_buffers()], [name for name, _ in model.named_parameters()]
+    before = _behaviours(model, example_inputs, state)
     training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
     graph, constants = _assembled(model, arguments, leaves, training, evaluation)
     names = {name: unused_name(model, name) for name in constants}  # free in the model, too: `fold` moves them there
@@ -65,58 +69,57 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     taken_hooks(bio)
     record = Record([name for name, _ in model.named_parameters()], {names[k]: v for k, v in constants.items()})
     bio.add_module(RECORD, record.train(model.training))
-    _check_behaviours(bio, example_inputs, before)
+    _check_behaviours(bio, example_inputs, state, before)
     return bio
 
 
-@dataclass(frozen=True)
-class _Behaviour:
-    """What the model computes on the example inputs in a mode: outputs and buffers, or None if it fails."""
-
-    mode: str
-    buffers: list[str]
-    tensors: list[Tensor] | None
+_Mode = bool | None
+"""Training or evaluation mode of all modules; None: the mode that each is in."""
 
 
-def _behaviours(model: nn.Module, example_inputs: Any) -> list[_Behaviour]:
-    """What it computes in the mode that it is in, which may be another one in each module, and in training mode."""
-    buffers = [name for name, _ in model.named_buffers()]
-
-    def behaviour(mode: str) -> _Behaviour:
-        try:
-            return _Behaviour(mode, buffers, run_from_seed(model, example_inputs, buffers))
-        except Exception:  # noqa: BLE001 - such as a batch norm in training, on one example
-            return _Behaviour(mode, buffers, None)
-
-    present = behaviour("its present")
-    with _all_training(model):
-        return [present, behaviour("training")]
+_State = tuple[list[str], list[str]]
+"""The names of the buffers and of the parameters of the original model."""
 
 
-def _check_behaviours(bio: CapturedModule, example_inputs: Any, before: list[_Behaviour]) -> None:
-    for behaviour in before:
-        if behaviour.tensors is None:
-            continue
-        with _all_training(bio) if behaviour.mode == "training" else nullcontext():
-            found = difference(behaviour.tensors, run_from_seed(bio, example_inputs, behaviour.buffers))
+def _behaviours(model: nn.Module, example_inputs: Any, state: _State) -> dict[_Mode, Trial]:
+    """What it computes on the example inputs, in each mode in which it does not fail."""
+    modes: set[_Mode] = {module.training for module in model.modules()}
+    result: dict[_Mode, Trial] = {}
+    for mode in (True, False, *([None] if len(modes) > 1 else [])):
+        with suppress(Exception):  # such as a batch norm in training, on one example
+            result[mode] = _behaviour(model, example_inputs, state, mode)
+    return result
+
+
+def _behaviour(model: nn.Module, example_inputs: Any, state: _State, mode: _Mode) -> Trial:
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = before[module] if mode is None else mode
+        return run_from_seed(model, example_inputs, *state)
+    finally:
+        for module in before:
+            module.training = before[module]
+
+
+def _check_behaviours(bio: CapturedModule, example_inputs: Any, state: _State, before: dict[_Mode, Trial]) -> None:
+    for mode, expected in before.items():
+        where = {True: "training", False: "evaluation", None: "its present"}[mode]
+        actual = _behaviour(bio, example_inputs, state, mode)
+        found = difference(expected.tensors, actual.tensors)
         if found is not None:
             raise CaptureError(
-                f"{type(bio).__name__} computes something else when exported, in {behaviour.mode} mode: {found} "
+                f"{type(bio).__name__} computes something else when exported, in {where} mode: {found} "
                 "(buffers count as outputs). Its forward takes decisions, draws random numbers or has side effects "
                 f"that a graph does not hold; {INSTEAD}"
             )
-
-
-@contextmanager
-def _all_training(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = True
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for name, gradient in (expected.gradients or {}).items():
+            if actual.gradients is None or difference([gradient], [actual.gradients[name]]) is not None:
+                raise CaptureError(
+                    f"{name} has another gradient when {type(bio).__name__} is exported, in {where} mode. Its forward "
+                    "uses a torch.autograd.Function or a hook on a tensor, and torch.export drops their gradients; "
+                    f"{INSTEAD}"
+                )
 
 
 def _refuse_hooks(model: nn.Module) -> None:
@@ -145,25 +148,55 @@ def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training:
         exported = export(model, inputs, leaves, training)
     except (Exception, KeepWhole) as error:
         raise CaptureError(_explain(model, error, "training" if training else "evaluation")) from error
-    return read(model, exported)
+    return _for_one_and_for_many(model, exported, inputs, leaves, training)
+
+
+def _for_one_and_for_many(
+    model: nn.Module, exported: Export, inputs: Structure, leaves: list[Tensor], training: bool
+) -> Program:
+    """A graph that is right for a batch of one and for others, if there is one."""
+    places = batch_places(exported, leaves)
+    others = resized(leaves, places)
+    if all(condition.holds(others) for condition in conditions_of(exported)):
+        return read(model, exported)
+    try:
+        other = export(model, inputs, others, training)
+    except (Exception, KeepWhole):  # noqa: BLE001 - such as a batch norm in training, on one example
+        return read(model, exported)
+    is_one = sum(map(Tensor.numel, leaves)) < sum(map(Tensor.numel, others))
+    many, one = (other, exported) if is_one else (exported, other)
+    if not same_for_one(many, one, places):
+        return read(model, exported)
+    return replace(read(model, many), conditions=either(conditions_of(many), conditions_of(one)))
 
 
 def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
     """Say in short why torch.export failed, at which line of the user, and what to do."""
     if isinstance(error, KeepWhole):
         ((path, why),) = error.reasons.items()
-        where = f' of "{path}"' if path else ""
-        return f"{type(model).__name__} cannot be exported: {why}{where}; {INSTEAD}"
+        why = why.replace("its forward", f"the forward of {path}", 1) if path else why
+        return f"{type(model).__name__} cannot be exported: {why}; {INSTEAD}"
     message = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:3])[:500]
     name = "" if type(error).__name__ in ("RuntimeError", "Exception") else f"{type(error).__name__}: "
-    of_user = [line for line in lines_of(error) if line.module.partition(".")[0] not in _OUR_SIDE]
+    if name == "GuardOnDataDependentSymNode: ":
+        name = "it decides by the values of a tensor, or makes a Python number of them: "
+        message = message.partition(" (unhinted")[0]
+    of_user = [line for line in lines_of(error) if line.text and line.module.partition(".")[0] not in _OUR_SIDE]
     return "\n".join(
         [
             f"{type(model).__name__} cannot be exported in {mode} mode: {name}{message}",
+            *(f"  in {where}" for where in _running_modules(model, error)[-1:]),
             *(f"  at {line.file}:{line.number}: {line.text}" for line in of_user[-1:]),
             f"  {INSTEAD[0].upper()}{INSTEAD[1:]}.",
         ]
     )
+
+
+def _running_modules(model: nn.Module, error: BaseException) -> list[str]:
+    """The modules whose methods an error passed through, the innermost last; without the model itself."""
+    names = {id(module): f"{path} ({type(module).__name__})" for path, module in model.named_modules() if path}
+    owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [names[id(owner)] for owner in owners if id(owner) in names]
 
 
 def _assembled(
@@ -197,6 +230,11 @@ def _assembled(
             for program, found in zip((training, evaluation), returned, strict=True)
         ]
         graph.output(_either(graph, values[0], values[1], add_module))
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    if like is not None:
+        follow_device(model, graph, like.device)
+        if names_dtype(model, graph, like.dtype):
+            check.hold_dtype(like)
     return graph, constants
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shape_config
+from torch.utils.checkpoint import CheckpointFunction
 
 from biofx.capture.conditions import INSTEAD, Condition, has_length, implied, parsed
 from biofx.capture.reparametrized import computed_names, taken_hooks
@@ -23,6 +24,7 @@ from biofx.capture.structure import Structure, build, describe
 from biofx.capture.tracer import KeepWhole, StandIn, Tracer
 from biofx.capture.watching import watched
 from biofx.errors import CaptureError
+from biofx.parts import Part
 from biofx.trial import Snapshot
 
 MODEL = "model"  # the name of the model inside of the module that is exported
@@ -49,7 +51,7 @@ class Program:
     reads: dict[str, list[str]]
 
 
-class Block(StandIn):
+class Block(StandIn, Part):
     """A part of forward that runs in a context: `torch.set_grad_enabled` or `torch.autocast`, with its arguments."""
 
     def __init__(self, context: str, arguments: tuple[Any, ...], inner: fx.GraphModule) -> None:
@@ -62,6 +64,15 @@ class Block(StandIn):
         """Run the part in its context."""
         with getattr(torch, self.context)(*self.arguments):
             return self.inner(*values)
+
+    def graphs(self) -> tuple[fx.GraphModule, ...]:
+        """The graph that runs in the context."""
+        return (self.inner,)
+
+    def described(self, owner: str) -> str:
+        """The part in words."""
+        grad = "enable_grad" if self.arguments[0] else "no_grad"
+        return f"the part of {owner} under torch.{grad if self.context == 'set_grad_enabled' else self.context}"
 
     def extra_repr(self) -> str:
         """The context."""
@@ -134,20 +145,30 @@ class _Watcher:
 
     def note_read(self, module: nn.Module) -> None:
         if module in self._paths and self._running:
-            self.reads.setdefault(self._paths[self._running[-1]], []).append(self._paths[module])
+            self.reads.setdefault(self._path, []).append(self._paths[module])
 
     def note_side_effect(self, path: str, what: str) -> None:
         self.side_effect = path, f"its forward {what}, which a graph does not do"
 
     def enter_block(self, block: Any) -> None:
-        pass
+        if isinstance(block, torch.inference_mode) and block.mode:
+            self.note_side_effect(self._path, "uses torch.inference_mode")
 
     def exit_block(self, block: Any) -> None:
         pass
 
+    @property
+    def _path(self) -> str:
+        """The path of the module that runs."""
+        return self._paths[self._running[-1]] if self._running else ""
+
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Know which module runs."""
+        """Know which module runs, and whether it is called again for the backward pass."""
+
+        def apply(cls: Any, *args: Any) -> Any:
+            self.note_side_effect(self._path, "calls checkpoint with use_reentrant=True")
+            return original(cls, *args)
 
         def enter(module: nn.Module, *_: Any) -> None:
             if module in self._paths:
@@ -161,9 +182,12 @@ class _Watcher:
             nn.modules.module.register_module_forward_pre_hook(enter),
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
+        original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+        CheckpointFunction.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
+            del CheckpointFunction.apply
             for handle in handles:
                 handle.remove()
 
@@ -174,6 +198,13 @@ class Export:
 
     program: torch.export.ExportedProgram
     watcher: _Watcher
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The node of each input tensor."""
+        nodes = self.program.graph.find_nodes(op="placeholder")
+        specs = self.program.graph_signature.input_specs
+        return [node for node, spec in zip(nodes, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
 
 
 def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], training: bool) -> Export:
@@ -267,8 +298,7 @@ def read(model: nn.Module, export: Export) -> Program:
     for name, value in zip(watcher.assigned, results[kept:], strict=True):
         graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
     graph.output(tuple(results[:kept]))
-    conditions = _conditions(program, [node for node, spec in states.items() if spec.kind is InputKind.USER_INPUT])
-    return Program(graph, watcher.outputs, constants, blocks, conditions, watcher.reads)
+    return Program(graph, watcher.outputs, constants, blocks, conditions_of(export), watcher.reads)
 
 
 class _Reader:
@@ -352,11 +382,17 @@ def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
     return {path: ("" if path == MODEL else _name(path), cls) for path, cls in inside}
 
 
-def _conditions(program: torch.export.ExportedProgram, inputs: Sequence[fx.Node]) -> list[Condition]:
+def conditions_of(export: Export) -> list[Condition]:
+    """What a graph assumes about the shapes of inputs.
+
+    Raises:
+        CaptureError: it assumes something else.
+    """
+    program = export.program
     if not hasattr(program, "_guards_code"):
         raise CaptureError('frontend="export" needs a PyTorch that says what its graphs assume: 2.9 or newer')
     result = []
-    for leaf, node in enumerate(inputs):
+    for leaf, node in enumerate(export.inputs):
         for axis, length in enumerate(node.meta["val"].shape):
             if isinstance(length, int):
                 result.append(has_length(leaf, axis, operator.eq, length))

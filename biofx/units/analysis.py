@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from biofx.chain import compute
 from biofx.dry_run import Values
-from biofx.islands import described
 from biofx.operator_kinds import Kind, Operation, argument, held_parameter, operation
 from biofx.units.numbers import NOBODY, Population, UnitNumbers, is_one
 from biofx.units.signs import has_activation, input_name, is_activation, signed_by
@@ -344,8 +343,8 @@ class UnitAnalysis:
         return self.numbers.once((node, channels), name, "unknown", channels).long()[:, None]
 
     def _reading(self, site: WeightSite, columns: Sequence[Tensor]) -> Reading:
-        if site.island is not None:
-            return self._reading_inside(site, described(site.island), columns)
+        if site.surroundings is not None:
+            return self._reading_inside(site, site.surroundings, columns)
         found = torch.cat(list(columns), 1)
         units = found[found != NOBODY].unique()
         numbers, remark = found.amax(1), ""
@@ -363,14 +362,14 @@ class UnitAnalysis:
         signed = next((self._signed[use.node] for use in site.calls if self._signed[use.node]), "")
         return Reading(numbers, signed, remark, units)
 
-    def _reading_inside(self, site: WeightSite, island: str, columns: Sequence[Tensor]) -> Reading:
-        """Nobody knows what arrives at a weight inside an island, so its positions are units of their own."""
+    def _reading_inside(self, site: WeightSite, where: str, columns: Sequence[Tensor]) -> Reading:
+        """Nobody knows what arrives at a weight inside an island or part, so its positions are units of their own."""
         is_embedding = site.operator == "embedding"  # whose presynaptic units are tokens, no neurons
         name = f"{'tokens' if is_embedding else 'positions'} of {site.name}"
         origin = "input" if is_embedding else "shared"
         numbers = self.numbers.once((site.name, "island"), name, origin, site.presynaptic_units).long()
         units = torch.cat([numbers[:, None], *columns], 1).unique()
-        return Reading(numbers, island, f"is in {island}, where units cannot be followed", units[units != NOBODY])
+        return Reading(numbers, where, f"is in {where}, where units cannot be followed", units[units != NOBODY])
 
 
 _RULES: dict[Kind, Callable[[UnitAnalysis, fx.Node, Operation], Any]] = {

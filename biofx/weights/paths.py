@@ -10,7 +10,7 @@ parametrization that computes each entry from all of them, that is not known any
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations
 from biofx.chain import attribute, callee, compute
 from biofx.islands import is_island
 from biofx.operator_kinds import Operation, operation
+from biofx.parts import part_of
 from biofx.provenance import inserted
 from biofx.weights.axes import GROUP, Axes, axes_of, axes_of_view
 from biofx.weights.operators import Call, Refusal, is_operator, read
@@ -119,7 +120,7 @@ class Uses:
 
     Attributes:
         uses: calls of known operators that consume it.
-        inside: its uses inside of islands.
+        inside: its uses inside of islands and parts.
         refusals: why other calls cannot be uses.
         readers: the other nodes that read it.
         on_path: the nodes of all paths.
@@ -145,7 +146,23 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
     """
     found = Uses([], [], [], [], [], [])
     base = torch.empty(tuple(shape), device="meta")
-    waiting: list[tuple[fx.Node, Any, tuple[Step, ...]]] = [(end, base, ())]
+    _follow(bio, end, base, (), base, depends, found, None)
+    found.uses.sort(key=lambda use: use.node)  # nodes compare by their place in the graph
+    return found
+
+
+def _follow(
+    bio: fx.GraphModule,
+    start: fx.Node,
+    start_value: Any,
+    start_path: tuple[Step, ...],
+    base: Tensor,
+    depends: Dependence,
+    found: Uses,
+    part: fx.Node | None,
+) -> None:
+    """Follow a weight from a node in the graph of the model, or in one that a call of a part in it runs."""
+    waiting = [(start, start_value, start_path)]
     while waiting:
         node, value, path = waiting.pop()
         for user in node.users:
@@ -158,14 +175,22 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
             answer: Call | Refusal | None = mixing
             if answer is None and isinstance(value, Tensor):
                 answer = read(user, node, value.shape, depends.on_parameters)
+            inner = part_of(bio, user)
             if isinstance(answer, Refusal):
                 found.refusals.append(answer)
-            elif answer is not None:
+            elif answer is not None and part is None:
                 found.uses.append(_use(answer, path, base, value))
+            elif answer is not None and part is not None:
+                found.inside.append(_inside(part, _use(answer, path, base, value)))
             elif is_island(user) and (calls := calls_inside(bio, user, node, base.shape)):
                 for call, effect in calls:
                     before = () if effect is None else (Step(user, False, effect),)
                     found.inside.append(_use(call, (*path, *before), base, value))
+            elif inner is not None and inner.graphs():
+                for graph in inner.graphs():
+                    within = depends.within(graph, user)
+                    for place in (place for place, source in within.given.items() if source is node):
+                        _follow(graph, place, value, path, base, within, found, part or user)
             elif (
                 not is_operator(user)
                 and inserted(user) is None
@@ -177,8 +202,13 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
                 found.readers.append(user)
                 if inserted(user) is None and user.op.startswith("call_") and operation(user, bio).changes is node:
                     found.changes.append(user)
-    found.uses.sort(key=lambda use: use.node)  # nodes compare by their place in the graph
-    return found
+
+
+def _inside(part: fx.Node, use: Use) -> Use:
+    """A use inside of a part of the model, for those outside of it."""
+    remark = "" if use.call.source is not None else "its operator multiplies several activations"
+    call = replace(use.call, node=part, bias=None, sources=(), output_axes=())
+    return replace(use, call=call, path=(*use.path, *([Step(use.node, False, Effect(remark))] if remark else [])))
 
 
 def _use(call: Call, path: tuple[Step, ...], base: Tensor, value: Tensor) -> Use:
@@ -346,10 +376,22 @@ class Constants:
 
 
 class Dependence:
-    """What the nodes of a graph depend on; found out when it is first asked for."""
+    """What the nodes of a graph depend on; found out when it is first asked for.
 
-    def __init__(self, bio: fx.GraphModule) -> None:
+    Attributes:
+        given: what the placeholders stand for, if it is the graph of a part of the model.
+    """
+
+    def __init__(
+        self, bio: fx.GraphModule, given: Mapping[fx.Node, Any] | None = None, around: Dependence | None = None
+    ) -> None:
         self._bio = bio
+        self._around = around
+        self.given = given or {}
+
+    def within(self, graph: fx.GraphModule, call: fx.Node) -> Dependence:
+        """What the nodes of a graph depend on that a call of a part of the model runs."""
+        return Dependence(graph, dict(zip(graph.graph.find_nodes(op="placeholder"), call.args, strict=True)), self)
 
     def on_inputs(self, node: Any) -> bool:
         """Whether a node depends on the values, not just on the shape or dtype, of the model's inputs."""
@@ -361,13 +403,15 @@ class Dependence:
 
     @cached_property
     def _found(self) -> tuple[set[fx.Node], set[fx.Node]]:
-        on_inputs: set[fx.Node] = set()
-        on_parameters: set[fx.Node] = set()
+        around = self._around
+        on_inputs = {place for place, source in self.given.items() if around is not None and around.on_inputs(source)}
+        on_parameters = {place for place, source in self.given.items() if around and around.on_parameters(source)}
         for node in self._bio.graph.nodes:
             name = node.args[1] if node.target is getattr else callee(node)
             sources = () if name in _ABOUT_TENSORS else node.all_input_nodes[: 1 if name in _LIKE_OTHERS else None]
             is_parameter = node.op == "get_attr" and isinstance(attribute(self._bio, str(node.target)), nn.Parameter)
-            if node.op == "placeholder" or not on_inputs.isdisjoint(sources):
+            is_input = node.op == "placeholder" and node not in self.given
+            if is_input or not on_inputs.isdisjoint(sources):
                 on_inputs.add(node)
             elif is_parameter or not on_parameters.isdisjoint(sources):
                 on_parameters.add(node)

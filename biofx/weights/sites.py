@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from biofx import parts
 from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
 from biofx.islands import described, is_island, island_path
 from biofx.provenance import Slot, inserted, record_of, transformed
@@ -18,6 +19,7 @@ from biofx.weights.paths import Dependence, Use, Uses, follow
 from biofx.weights.roles import roles, why_unfit
 
 NOT_A_SYNAPSE = "one value for each unit, not a synapse"
+_RECURRENT = {f"{kind}{suffix}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for suffix in ("", "_cell")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +31,8 @@ class WeightSite:
         name: the parameter's name in the original model; the first one, if it is tied to others.
         node: the `get_attr` node of the stored parameter.
         calls: the calls of operators that consume it, several if the weight is used more than once.
-        inside: its uses inside of islands, modules whose Python forward is called as it is: there, operators, their
-            inputs, outputs and biases are not in the graph.
+        inside: its uses inside of islands, modules whose Python forward is called as it is, and of parts, which have
+            graphs of their own: there, operators, their inputs, outputs and biases are not in the graph.
         depth: number of weights that a signal passes before this one, on the longest path, over that of the deepest
             weight: from 0 for the first to 1 for the last; 0 if all are first.
         is_output: whether no signal passes another weight after this one.
@@ -66,14 +68,19 @@ class WeightSite:
     @property
     def island(self) -> str | None:
         """Path of the first island inside of which the weight is used, or None; empty for the model itself."""
-        return island_path(self.inside[0].node) if self.inside else None
+        return next((island_path(use.node) for use in self.inside if is_island(use.node)), None)
+
+    @property
+    def surroundings(self) -> str | None:
+        """The first island or part of the model inside of which the weight is used, in words, or None."""
+        return _described(self.bio, self.inside[0].node) if self.inside else None
 
     @property
     def why_out_of_reach(self) -> str | None:
         """Why what all its operators return cannot be had, or None if it can."""
-        if self.island is None:
+        if self.surroundings is None:
             return None
-        return f"it is in {described(self.island)}, so what its operator returns is out of reach"
+        return f"it is in {self.surroundings}, so what its operator returns is out of reach"
 
     @property
     def raw(self) -> nn.Parameter:
@@ -381,12 +388,17 @@ def _why_no_site(
     if max(parameter.shape) == parameter.numel():
         return NOT_A_SYNAPSE
     users = sorted({_described(bio, user) for user in found.readers or found.on_path})
+    if users and _RECURRENT.issuperset(users):
+        return f"used by {', '.join(users)}, whose weights only frontend='module' and 'symbolic' rewrite"
     return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
 
 
 def _described(bio: fx.GraphModule, node: fx.Node) -> str:
     if is_island(node):
         return described(island_path(node))
+    part = None if node.graph is not bio.graph else parts.described(bio, node)
+    if part is not None:
+        return part
     if node.op == "call_module":
         return f"{node.target} ({type(bio.get_submodule(str(node.target))).__name__})"
     return callee(node)

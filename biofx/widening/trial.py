@@ -24,6 +24,7 @@ from biofx.chain import attribute, compute
 from biofx.dry_run import UNKNOWN, Values
 from biofx.islands import island_nodes, island_path
 from biofx.operator_kinds import Kind, operation
+from biofx.parts import described, part_of
 from biofx.weights.paths import Use
 from biofx.weights.sites import WeightSite
 from biofx.widening.plan import Widening
@@ -134,6 +135,8 @@ class Trial:
         state = _unchanged(old)
         if sources and old is UNKNOWN:
             self._fail(_reach(sources), f"{self._name(node)} needs example_inputs to be tried")
+        elif sources and (part := part_of(self._bio, node)) is not None and part.chooses:
+            self._fail(_reach(sources), f"its units reach {described(self._bio, node)}")  # tried in one mode only
         elif sources:
             try:
                 state = self._beside(node, old)

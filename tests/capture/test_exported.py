@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import biofx
 from biofx import passes
@@ -75,8 +76,6 @@ ANY_PYTHON = {
     "counting": (any_python.Counting, lambda: x()),
     "gated": (any_python.Gated, lambda: x()),
 }
-# For a batch of one, these take another path in Python, or the tensors of torch.nn.LSTM another layout.
-TREAT_ONE_APART = ("GPT2LMHeadModel", "LlamaForCausalLM", "LSTMLanguageModel")
 SMALL = {name: (build, lambda shape=shape: (x(*shape),)) for name, (build, shape) in ZOO.items()}
 SAMPLE = ("efficientnet", "gpt", "lstm", "mixture_of_experts", "siamese")
 MODELS = {**SMALL, **{name: ARCHITECTURES[name] for name in SAMPLE}, **ANY_PYTHON}
@@ -210,11 +209,43 @@ def test_the_batch_may_have_any_size(case):
     model, bio = (copy.deepcopy(m).eval() for m in (case.model, case.neutral))
     five, one = (pytree.tree_map(lambda value, size=size: batched(value, size), case.inputs) for size in (5, 1))
     assert same(call(bio, five), call(model, five))
-    if type(model).__name__ in TREAT_ONE_APART:
-        with pytest.raises(biofx.ArgumentError, match="was captured for"):
-            call(bio, one)
-    else:
-        assert same(call(bio, one), call(model, one))
+    assert same(call(bio, one), call(model, one))
+
+
+BATCHES = {
+    "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), lambda n: (x(n, 5, 8),)),
+    "two_inputs": (lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), lambda n: (x(n, 5, 8), x(n, 3, 8))),
+    "mask": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1),
+        lambda n: {"src": x(n, 5, 8), "mask": nn.Transformer.generate_square_subsequent_mask(5), "is_causal": True},
+    ),
+    "without_gradients": (any_python.Gated, lambda n: (x(n, 4),)),
+}
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch_of_one_is_like_any_other(name, first):
+    build, make = BATCHES[name]
+    model = build()
+    bio = export(model, make(first))
+    for size in (1, 2, 3):
+        assert_same_in_both_modes(bio, model, make(size))
+
+
+class OneApart(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        return -y if value.shape[0] == 1 else y
+
+
+@pytest.mark.parametrize(("first", "other"), [(1, 2), (2, 1)])
+def test_a_batch_of_one_that_the_model_treats_apart_is_refused(first, other):
+    bio, model, value = export(OneApart(4, 4), x(first, 4)), OneApart(4, 4), x(first, 4)
+    model.load_state_dict(biofx.fold(bio).state_dict())
+    assert same(bio(value), model(value))
+    with pytest.raises(biofx.ArgumentError, match=r"captured for value.shape\[0\] .= 1: value has shape"):
+        bio(x(other, 4))
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------
@@ -241,7 +272,7 @@ def test_containers_of_any_kind_are_arguments_and_results():
         ({"batch": {"x": torch.zeros(2, 4)}}, "batch is a dict of ['x'], and forward was captured for a dict of"),
         ({"new": torch.zeros(2, 4)}, "named is a dict of ['extra'], ['new'], and forward was captured for a dict of"),
         ({"extra": torch.zeros(2, 5)}, "forward was captured for named['extra'].shape[1] == 4"),
-        ({"extra": torch.zeros(4)}, "forward was captured for a named['extra'] of 2 axes, and it has 1"),
+        ({"extra": torch.zeros(4)}, "forward was captured for 2 axes of named['extra'], which has 1"),
     ],
 )
 def test_arguments_of_another_kind_are_refused(change, message):
@@ -338,10 +369,98 @@ def test_tied_and_reused_weights_have_one_chain():
     assert bio.first.weight is bio.second.weight
 
 
-def test_a_weight_that_is_used_in_one_mode_only_is_reported():
-    bio = export(any_python.Auxiliary(), x())
-    assert list(biofx.weight_sites(bio)) == ["body.weight", "head.weight"]
-    assert "auxiliary.weight: used by by_mode_path_1 (Path), which biofx does not" in biofx.summary(bio)
+class Casts(nn.Module):
+    """Computes in lower precision, with one weight as it is stored and one that is transposed before."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Parameter(x(4, 8))
+
+    def forward(self, value):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(self.first(value), self.second).float()
+
+
+class TwoWays(nn.Module):
+    """Uses a weight in another way in training, and a product of parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.a, self.b = nn.Parameter(x(6, 2)), nn.Parameter(x(2, 4))
+
+    def forward(self, value):
+        if not self.training:
+            return self.second(self.first(value).relu())
+        hidden = self.first(value) + F.linear(value, self.a @ self.b)
+        return F.linear(hidden.tanh() + torch.rand_like(hidden), 2 * self.second.weight)
+
+
+PARTS = {
+    "auxiliary": (any_python.Auxiliary, {"auxiliary.weight": "the part of the model that depends on its mode"}),
+    "gated": (any_python.Gated, {"gate.weight": "the part of the model under torch.no_grad"}),
+    "casts": (Casts, dict.fromkeys(("second", "first.weight"), "the part of the model under torch.autocast")),
+    "two_ways": (TwoWays, {"second.weight": "the part of the model that depends on its mode"}),
+}
+
+
+@pytest.mark.parametrize("recipe", [EVERYTHING, "rejuvenate", [passes.MirrorUnits()], [passes.GroupUnits(2)]], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_weights_are_rewritten_inside_of_parts_that_have_a_graph_of_their_own(name, recipe):
+    build, inside = PARTS[name]
+    model, value = build(), x()
+    bio = export(model, value, recipe)
+    sites = biofx.weight_sites(bio)
+    assert {site.name: site.surroundings for site in sites.values() if site.inside} == inside
+    assert all(site.operator == "linear" for site in sites.values())
+    optimizer = torch.optim.SGD(bio.parameters(), 0.01)
+    if any(site.passes for site in sites.values()):
+        biofx.attach(bio, optimizer)
+    for other in forms(bio):
+        loss(other.train()(value)).backward()
+        biofx.verify(other)
+    optimizer.step()
+    biofx.verify(bio)
+    plain = biofx.fold(bio)
+    for training in (True, False):
+        a, b = (call(m.train(training), value) for m in (bio, plain))
+        torch.testing.assert_close(tensors(a), tensors(b))
+
+
+def test_weights_inside_of_parts_have_their_axes_and_gradients():
+    model, value = TwoWays().double(), x().double()
+    bio = export(model, value)
+    assert_same_in_both_modes(bio, model, value)
+    site = biofx.weight_sites(bio)["second.weight"]
+    assert (site.presynaptic_axis, site.postsynaptic_axis) == (1, 0)
+    assert "a: matmul multiplies it with what depends on parameters only" in biofx.summary(bio)
+    assert "linear, in the part of the model that depends on its mode" in biofx.summary(bio)
+
+
+class Teacher(nn.Module):
+    """Its teacher follows the student at every step in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(4, 8), nn.Linear(4, 8).requires_grad_(False)
+
+    def forward(self, value):
+        with torch.no_grad():
+            if self.training:
+                self.teacher.weight.mul_(0.9).add_(self.student.weight, alpha=0.1)
+            target = self.teacher(value)
+        return self.student(value) - target
+
+
+@pytest.mark.parametrize("frontend", ["export", "symbolic", "module"])
+def test_a_weight_that_forward_changes_is_left_alone_with_the_value_that_it_has(frontend):
+    model, value = Teacher(), x()
+    bio = biofx.transform(model, NEUTRAL, frontend=frontend, example_inputs=value)
+    assert torch.equal(bio.teacher.weight, model.teacher.weight)
+    if frontend == "export":
+        assert "teacher.weight: forward changes it in place" in biofx.summary(bio)
+        assert_same_in_both_modes(bio, model, value)
+        assert not torch.equal(copy.deepcopy(bio)(value), copy.deepcopy(bio).eval()(value))
 
 
 # --- modes -------------------------------------------------------------------------------------------------------
@@ -366,6 +485,40 @@ def test_the_mode_at_the_time_of_the_transform_stays():
     assert (bio.training, bio.get_submodule("1").training) == (True, False)
     assert same(call(bio, value), call(model, value))
     assert model[1].num_batches_tracked == bio.get_buffer("1.num_batches_tracked") == 0
+
+
+# --- devices and dtypes ---
+
+
+class MakesTensors(nn.Linear):
+    """Makes tensors on the device of its input, without gradients and in training as well."""
+
+    def forward(self, value):
+        with torch.no_grad():
+            start = super().forward(torch.zeros(4, device=value.device))
+        if self.training:
+            start = start + torch.rand(4, device=value.device)
+        return super().forward(value) + start + torch.arange(4, device=value.device)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_may_move_to_another_device(training):
+    bio = export(MakesTensors(4, 4), x(), EVERYTHING).train(training)
+    for other in forms(bio):
+        assert other.to("meta")(x().to("meta")).is_meta
+
+
+class InItsDtype(nn.Linear):
+    def forward(self, value):
+        return super().forward(value.round().to(self.weight.dtype))
+
+
+def test_a_dtype_that_the_graph_contains_stays():
+    inputs = torch.arange(8).reshape(2, 4)
+    bio, free = export(InItsDtype(4, 4), inputs), export(mlp(4, 3), x())
+    with pytest.raises(biofx.ArgumentError, match="contains torch.float32, in which it was captured, and"):
+        bio.double()(inputs)
+    assert free.double()(x().double()).dtype == torch.float64
 
 
 # --- what else there is to a model -------------------------------------------------------------------------------
@@ -470,15 +623,75 @@ class Hooked(nn.Sequential):
         self[0].register_forward_hook(lambda *_: None)
 
 
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class ReversesGradients(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        return y, Reversed.apply(y).exp()
+
+
+class ReversesInEvaluation(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        return y if self.training else Reversed.apply(y)
+
+
+class HooksItsTensor(nn.Linear):
+    def forward(self, value):
+        y = super().forward(value)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: 2 * gradient)
+        return y
+
+
+class Infers(nn.Linear):
+    def forward(self, value):
+        with torch.inference_mode():
+            y = super().forward(value)
+        return y.clone()
+
+
+class Checkpoints(nn.Sequential):
+    def __init__(self, use_reentrant):
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, value):
+        return checkpoint(self[1], self[0](value).relu(), use_reentrant=self.use_reentrant)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (Decides(4, 4), r"Decides cannot be exported in training mode: .*data-dependent.*\n +at .*y if y.sum\(\) > 0"),
         (Counts(4, 4), "Counts cannot be exported: its forward changes the attribute calls, which a graph does not do"),
+        (nn.Sequential(Counts(4, 4)), "Sequential cannot be exported: the forward of 0 changes the attribute calls"),
+        (
+            nn.Sequential(Decides(4, 4)),
+            r"decides by the values of a tensor.*\n  in 0 \(Decides\)\n  at .*y if y.sum",
+        ),
+        (nn.BatchNorm1d(4, momentum=None), "makes a Python number of them: Could not extract"),
         (DrawsInPython(4, 4), "its forward draws random numbers from Python's random"),
         (ReturnsAnything(4, 4), "forward returns a Opaque, which torch.export cannot take apart"),
         (Chooses(4, 4), "forward uses cond, whose branches biofx cannot follow"),
         (Hooked(), r"0 \(Linear\) has hooks, which only run when the module itself is called"),
+        (
+            ReversesGradients(4, 4),
+            "weight has another gradient when .* is exported, in training mode. Its forward uses a",
+        ),
+        (ReversesInEvaluation(4, 4), "weight has another gradient when .* is exported, in evaluation mode"),
+        (HooksItsTensor(4, 4), "weight has another gradient when HooksItsTensor is exported"),
+        (Infers(4, 4), "its forward uses torch.inference_mode, which a graph does not do"),
+        (Checkpoints(use_reentrant=True), "its forward calls checkpoint with use_reentrant=True, which a graph does"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -488,6 +701,27 @@ def test_what_a_graph_does_not_do_is_refused_with_the_reason_and_another_way(mod
     assert 'frontend="module"' in str(error.value)
     assert len(str(error.value).splitlines()) < 6
     assert not any(capsys.readouterr())
+
+
+def test_a_checkpoint_that_is_not_reentrant_is_part_of_the_graph():
+    model, value = Checkpoints(use_reentrant=False), x()
+    bio = export(model, value)
+    assert_same_in_both_modes(bio, model, value)
+    assert len(biofx.weight_sites(bio)) == 2
+
+
+def test_padding_that_torch_fills_with_zeros_without_gradients_is_refused_with_the_way_out():
+    inputs = {"src": x(2, 5, 8), "src_key_padding_mask": torch.tensor([[False] * 4 + [True]] * 2)}
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(biofx.CaptureError, match="build it with enable_nested_tensor=False"):
+        export(nn.TransformerEncoder(layer, 1), inputs)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    assert_same_in_both_modes(export(model, inputs), model, inputs)
+
+
+def test_recurrent_layers_have_weights_with_another_front_end():
+    model, value = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)), x(3, 2, 4)
+    assert "1.weight_ih_l0: used by gru, whose weights only frontend='module'" in biofx.summary(export(model, value))
 
 
 def test_example_inputs_are_needed_and_have_to_fit():

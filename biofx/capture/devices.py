@@ -1,0 +1,67 @@
+"""Devices and dtypes of the model that an exported graph names, where forward asked for those of something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from biofx.capture.tracer import StandIn, unused_name
+from biofx.parts import part_of
+
+
+class Device(StandIn):
+    """The device that the model is on: stands where the graph would name the one of the export."""
+
+    like: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.empty(0, device=device), persistent=False)
+
+    def forward(self) -> torch.device:
+        """The device."""
+        return self.like.device
+
+
+def follow_device(owner: nn.Module, graph: fx.Graph, device: torch.device) -> None:
+    """Let a graph, and those of its parts, name the device that the model is on, where they name the present one."""
+    for module, inner in _graphs(owner, graph):
+        if device not in set(_constants(inner)):
+            continue
+        name = unused_name(module, "device")
+        module.add_module(name, Device(device).train(module.training))
+        first = next(node for node in inner.nodes if node.op != "placeholder")
+        with inner.inserting_before(first):
+            node = inner.call_module(name)
+
+        def named(value: Any, node: fx.Node = node) -> Any:
+            return node if value == device and isinstance(value, torch.device) else value
+
+        for user in inner.nodes:
+            user.args, user.kwargs = (fx.node.map_aggregate(value, named) for value in (user.args, user.kwargs))
+        if isinstance(module, fx.GraphModule):
+            module.recompile()
+
+
+def names_dtype(owner: nn.Module, graph: fx.Graph, dtype: torch.dtype) -> bool:
+    """Whether a graph, or that of a part, names a dtype."""
+    return any(dtype in set(_constants(inner)) for _, inner in _graphs(owner, graph))
+
+
+def _graphs(owner: nn.Module, graph: fx.Graph) -> Iterator[tuple[nn.Module, fx.Graph]]:
+    """A graph and those of the parts that it calls, each with the module that has what it calls."""
+    yield owner, graph
+    for node in graph.find_nodes(op="call_module"):
+        part = part_of(owner, node)
+        for inner in () if part is None else part.graphs():
+            yield from _graphs(inner, inner.graph)
+
+
+def _constants(graph: fx.Graph) -> Iterator[Any]:
+    found: list[Any] = []
+    for node in graph.nodes:
+        fx.node.map_aggregate((node.args, node.kwargs), found.append)
+    return (value for value in found if isinstance(value, torch.device | torch.dtype))
