@@ -317,7 +317,7 @@ def _recomputes(frame: FrameType) -> bool:
     """Whether a line of a model runs in the backward pass: that of a function in an island, which is checkpointed."""
     # Code that torch.fx generates has no name; it and biofx ask for what is stored.
     asks = str(frame.f_globals.get("__name__", "torch")).partition(".")[0] not in ("torch", "biofx")
-    return asks and torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+    return asks and torch._C._current_graph_task_id() != -1
 
 
 def _recomputed(owner: nn.Module, key: str) -> Tensor:

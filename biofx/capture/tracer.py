@@ -430,7 +430,7 @@ class _NoValues(TorchDispatchMode):
     """Finds a forward that computes with the present values of a parameter or buffer, which would become constants."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tracer = tracer
         self._stored = {_memory(t): name for name, t in [*tracer.root.named_buffers(), *tracer.root.named_parameters()]}
 

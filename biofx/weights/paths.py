@@ -155,7 +155,7 @@ def follow(bio: fx.GraphModule, end: fx.Node, shape: Sequence[int], depends: Dep
                     found.on_path.append(user)
                     waiting.append((user, value, (*path, mixing)))
                 continue
-            answer = mixing
+            answer: Call | Refusal | None = mixing
             if answer is None and isinstance(value, Tensor):
                 answer = read(user, node, value.shape, depends.on_parameters)
             if isinstance(answer, Refusal):
