@@ -43,6 +43,7 @@ class _Active(threading.local):
 
 
 _active = _Active()
+_modes: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDictionary()  # in which an island has run
 
 
 class Home:
@@ -147,12 +148,36 @@ def call_island(module: Any, weights: Mapping[str, Any], args: Any, kwargs: Any)
     for name, weight in weights.items():
         path, _, key = name.rpartition(".")
         values[id(module.get_submodule(path)), key] = weight
-    before = _active.values
+    before, copies = _active.values, _copies(module, weights)
     _active.values = {**before, **values}
     try:
-        return module.original_forward(*args, **kwargs) if is_whole(module) else module(*args, **kwargs)
+        result = module.original_forward(*args, **kwargs) if is_whole(module) else module(*args, **kwargs)
     finally:
         _active.values = before
+    _refuse_lost_changes(module, weights, copies)
+    return result
+
+
+def _copies(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What weights are, in the first run of an island in its mode: a forward that changes some does so every time."""
+    modes = _modes.setdefault(module, set())
+    if module.training in modes or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+        return {}
+    modes.add(module.training)
+    return {name: w.detach().clone() for name, w in weights.items() if type(w) is Tensor}
+
+
+def _refuse_lost_changes(module: nn.Module, weights: Mapping[str, Any], copies: Mapping[str, Tensor]) -> None:
+    for name, copy in copies.items():
+        path, _, key = name.rpartition(".")
+        stored = vars(module.get_submodule(path))["_parameters"][key]
+        is_stored = weights[name].untyped_storage()._cdata == stored.untyped_storage()._cdata
+        if not is_stored and not torch.allclose(weights[name], copy, rtol=0, atol=0, equal_nan=True):
+            _modes.pop(module)
+            raise CaptureError(
+                f"the forward of {type(module).__name__}, an island, changes {name}, and such a change would be lost, "
+                "as the weight is computed from its synapses at every call; transform the model with exclude for it"
+            )
 
 
 def _node(module: nn.Module, weights: Mapping[str, Any], args: Any, kwargs: Any) -> fx.Proxy:
