@@ -43,6 +43,7 @@ class _Active(threading.local):
 
 
 _active = _Active()
+_modes: weakref.WeakKeyDictionary[nn.Module, set[bool]] = weakref.WeakKeyDictionary()  # in which an island has run
 
 
 class Home:
@@ -150,25 +151,42 @@ def call_island(module: Any, weights: Mapping[str, Any], args: Any, kwargs: Any)
     for name, weight in weights.items():
         path, _, key = name.rpartition(".")
         values[id(module.get_submodule(path)), key] = weight
-    before, versions = _active.values, _versions(weights)
+    before, copies = _active.values, _copies(module, weights)
     _active.values = {**before, **values}
+    has_failed = True
     try:
-        return module.original_forward(*args, **kwargs) if is_whole(module) else module(*args, **kwargs)
+        result = module.original_forward(*args, **kwargs) if is_whole(module) else module(*args, **kwargs)
+        has_failed = False
+        return result
     finally:
         _active.values = before
-        for name, version in _versions(weights).items():
-            if version != versions[name]:
-                raise CaptureError(
-                    f"forward of {type(module).__name__} changes its weight {name} in place, which the synapses behind "
-                    f"it would not keep; leave it alone: transform the model with exclude=['*{name}']"
-                )
+        _refuse_lost_changes(module, weights, copies, has_failed)
 
 
-def _versions(weights: Mapping[str, Any]) -> dict[str, int]:
-    """How often each weight that is computed was changed in place."""
-    if torch.compiler.is_compiling():  # it would not compile; a first call in Python tells
+def _copies(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What weights are, in the first run of an island in its mode: a forward that changes some does so every time."""
+    modes = _modes.setdefault(module, set())
+    if module.training in modes or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
         return {}
-    return {name: weight._version for name, weight in weights.items() if not isinstance(weight, nn.Parameter)}
+    modes.add(module.training)
+    return {name: w.detach().clone() for name, w in weights.items() if type(w) is Tensor}
+
+
+def _refuse_lost_changes(
+    module: nn.Module, weights: Mapping[str, Any], copies: Mapping[str, Tensor], has_failed: bool
+) -> None:
+    """Refuse a forward that changes weights that are computed; PyTorch may have refused it already, in its own words."""
+    for name, copy in copies.items():
+        path, _, key = name.rpartition(".")
+        stored = vars(module.get_submodule(path))["_parameters"][key]
+        is_stored = weights[name].untyped_storage()._cdata == stored.untyped_storage()._cdata
+        if (has_failed or not is_stored) and not torch.allclose(weights[name], copy, rtol=0, atol=0, equal_nan=True):
+            _modes.pop(module)
+            raise CaptureError(
+                f"the forward of {type(module).__name__}, an island, changes {name}, and such a change would be lost, "
+                "as the weight is computed from its synapses at every call; transform the model with "
+                f"exclude=['*{name}']"
+            )
 
 
 def _node(module: nn.Module, weights: Mapping[str, Any], args: Any, kwargs: Any) -> fx.Proxy:

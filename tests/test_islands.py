@@ -507,7 +507,7 @@ class Clamped(nn.Module):
 def test_a_weight_that_forward_changes_in_place_has_to_be_left_alone(frontend, recipe):
     model, x = nn.Sequential(Clamped(), nn.ReLU(), nn.Linear(2, 2)), torch.randn(3, 2)
     bio = biofx.transform(model, recipe, frontend=frontend)
-    with pytest.raises(biofx.CaptureError, match=r"changes its weight .*inner\.weight in place.* exclude="):
+    with pytest.raises(biofx.CaptureError, match=r"changes .*inner\.weight, and .* would be lost.* exclude="):
         bio(x)
     if recipe != "split-synapses":
         return
@@ -584,3 +584,40 @@ def test_what_biofx_does_not_know_of_a_parametrization_is_said():
     where = "inside inner (Branch), an island"
     assert f"{where}: biofx does not know what Doubled makes of it" in summary
     assert f"{where}: the householder map of an orthogonal parametrization takes whole numbers" in summary
+
+
+class Momentum(nn.Module):
+    """A layer that follows another one, as the key encoder of MoCo does."""
+
+    def __init__(self, update):
+        super().__init__()
+        self.query, self.key, self.update = nn.Linear(3, 3), nn.Linear(3, 3), update
+
+    def forward(self, x):
+        with torch.no_grad():
+            for ours, theirs in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                self.update(ours, theirs)
+        return self.query(x) * self.key(x).detach()
+
+
+def assigned(ours, theirs):
+    theirs.data = 0.9 * theirs.data + 0.1 * ours.data
+
+
+def in_place(ours, theirs):
+    theirs.data.mul_(0.9).add_(ours.data, alpha=0.1)
+
+
+@pytest.mark.parametrize("update", [assigned, in_place])
+def test_a_forward_that_changes_weights_is_refused_unless_they_are_excluded(update, frontend):
+    model, x = Momentum(update), torch.randn(2, 3)
+    bio = biofx.transform(copy.deepcopy(model), SPLIT, frontend=frontend)
+    for _ in range(2):
+        with pytest.raises(biofx.CaptureError, match=r"forward of Momentum, an island, changes key.weight, and such"):
+            bio(x)
+    bio = biofx.transform(copy.deepcopy(model), SPLIT, frontend=frontend, exclude="key.weight")
+    for _ in range(3):
+        torch.testing.assert_close(bio(x), model(x))
+        loss(bio(x)).backward()
+        loss(model(x)).backward()
+        torch.testing.assert_close(bio.key.weight, model.key.weight)

@@ -412,7 +412,8 @@ def _gradient_mode() -> tuple[bool, bool]:
 
 
 def _random_state() -> tuple[Any, Any]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+    with torch._C._DisableTorchDispatch():  # it is asked for often, and no value of the model
+        return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
 def merge_reads(graph: fx.Graph) -> None:
