@@ -34,7 +34,7 @@ def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         example_inputs: arguments of the model, as for `transform`.
     """
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with undisturbed(model), torch.no_grad():
+    with parameters_kept(model), undisturbed(model), torch.no_grad():
         return _tensors(model.eval()(*args, **kwargs))
 
 
@@ -63,7 +63,7 @@ def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str],
         parameters: the parameters whose gradients are returned, by name.
     """
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with undisturbed(model), torch.enable_grad():
+    with parameters_kept(model), undisturbed(model), torch.enable_grad():
         torch.manual_seed(0)
         outputs = _tensors(model(*args, **kwargs))
         gradients = _gradients(outputs, {name: model.get_parameter(name) for name in parameters})
@@ -104,20 +104,27 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward does to parameters and stores in the modules, and its random draws."""
-    # Such as the weights of a teacher, which follow those of its student.
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward does to parameters, such as those of a teacher, which follow those of its student."""
     parameters = [(p, p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, version, value in parameters:
+                if parameter._version != version:
+                    parameter.copy_(value)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace."""
     saved = [(vars(m), dict(vars(m)), _contents(vars(m))) for m in model.modules()]
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, version, value in parameters:
-                    if parameter._version != version:
-                        parameter.copy_(value)
             random.setstate(state)
             for attributes, values, contents in saved:
                 attributes.clear()

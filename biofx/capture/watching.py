@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from biofx.trial import unchanged
+from biofx.trial import parameters_kept, unchanged
 
 BLOCKS: tuple[type, ...] = (
     torch.no_grad,
@@ -40,7 +40,8 @@ class Watcher(Protocol):
 @contextmanager
 def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """Trace a model inside of the block: it stays as it is, and the watcher is told what its forward does."""
-    with LOCK, torch.set_grad_enabled(torch.is_grad_enabled()), unchanged(model), _watched_by(watcher):
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled())
+    with LOCK, gradients, parameters_kept(model), unchanged(model), _watched_by(watcher):
         yield
 
 
