@@ -175,7 +175,7 @@ def _copies(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
 def _refuse_lost_changes(
     module: nn.Module, weights: Mapping[str, Any], copies: Mapping[str, Tensor], has_failed: bool
 ) -> None:
-    """Refuse a forward that changes weights that are computed; PyTorch may have refused it already, in its own words."""
+    """Refuse a forward that changes weights that are computed; PyTorch may have refused it in its own words."""
     for name, copy in copies.items():
         path, _, key = name.rpartition(".")
         stored = vars(module.get_submodule(path))["_parameters"][key]

@@ -38,7 +38,7 @@ def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         example_inputs: arguments of the model, as for `transform`.
     """
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with undisturbed(model), torch.no_grad():
+    with parameters_kept(model), undisturbed(model), torch.no_grad():
         return _tensors(model.eval()(*args, **kwargs))
 
 
@@ -67,7 +67,7 @@ def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str],
         parameters: the parameters whose gradients are returned, by name.
     """
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with undisturbed(model), torch.enable_grad():
+    with parameters_kept(model), undisturbed(model), torch.enable_grad():
         torch.manual_seed(0)
         outputs = _tensors(model(*args, **kwargs))
         gradients = _gradients(outputs, {name: model.get_parameter(name) for name in parameters})
@@ -92,25 +92,32 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Let a model compute on copies of its buffers while the block runs; restore all else that it changes."""
+    """Let a model compute on copies of its buffers while the block runs; restore its attributes and random numbers."""
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
     copies = {id(buffer): buffer.clone() for buffer in model.buffers()}
-    # Forward may change parameters: those of a teacher follow the student's.
-    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
     for module, buffers, _ in saved:
         module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if b is not None})
     try:
         with unchanged(model), torch.random.fork_rng():
             yield
     finally:
-        with torch.no_grad():
-            for parameter, version, value in parameters:
-                if parameter._version != version:
-                    parameter.copy_(value)
         for module, buffers, mode in saved:
             module._buffers.clear()
             module._buffers.update(buffers)
             module.training = mode
+
+
+@contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward does to parameters, such as those of a teacher, which follow those of its student."""
+    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, version, value in parameters:
+                if parameter._version != version:
+                    parameter.copy_(value)
 
 
 @contextmanager

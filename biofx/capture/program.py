@@ -25,7 +25,7 @@ from biofx.capture.tracer import KeepWhole, StandIn, Tracer
 from biofx.capture.watching import watched
 from biofx.errors import CaptureError
 from biofx.parts import Part
-from biofx.trial import Snapshot
+from biofx.trial import Snapshot, parameters_kept
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 
@@ -225,7 +225,7 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
     """
     watcher = _Watcher(model)
     module = _OnTensors(model, inputs, watcher)
-    with watched(model, watcher), torch.enable_grad(), _silence():
+    with parameters_kept(model), watched(model, watcher), torch.enable_grad(), _silence():
         computing = taken_hooks(model)
         for hooks in (model._forward_hooks, model._forward_pre_hooks):
             hooks.clear()  # they stay on the result, which is called with them
