@@ -13,7 +13,8 @@ from biofx.capture.reparametrized import computed_attributes
 from biofx.chain import chain, evaluate, parameter_nodes
 from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
-from biofx.islands import is_whole, island_nodes, island_path, island_weights, leave
+from biofx.islands import is_whole, island_nodes, island_path, island_weights
+from biofx.members import leave
 from biofx.provenance import RECORD, Slot, inserted, inserted_nodes, record_of, transformed
 from biofx.references import enclosed
 

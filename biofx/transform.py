@@ -18,8 +18,8 @@ from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.reparametrized import computed_attributes
 from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
-from biofx.islands import leave
 from biofx.lifecycle import use_hooks
+from biofx.members import leave
 from biofx.provenance import RECORD, Record, record_of
 from biofx.references import enclosed
 from biofx.registry import Pass, as_passes

@@ -14,17 +14,8 @@ from torch.nn.modules.module import _WrappedHook
 
 from biofx.capture.reparametrized import computed_attributes
 from biofx.errors import ArgumentError, CaptureError
-from biofx.islands import (
-    ORIGINAL_CLASS,
-    ORIGINAL_HOOKS,
-    WHOLE,
-    ReadsEffective,
-    is_running,
-    is_whole,
-    join,
-    leave,
-    list_weights,
-)
+from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole
+from biofx.members import ReadsEffective, join, leave, list_weights
 from biofx.provenance import RECORD, Record, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -241,7 +232,7 @@ def _attributes(module: fx.GraphModule) -> dict[str, Any]:
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:
     vars(module).update(attributes)
     module.graph = graph
-    join(module)
+    join(module, with_root=is_whole(module))
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:
