@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -33,9 +34,15 @@ Place = tuple[int, str]
 
 
 class _Present(threading.local):
-    """The effective weights of the islands that run in this thread."""
+    """The effective weights of what runs in this thread.
 
-    values: Mapping[Place, Any] = {}  # replaced as a whole, never changed
+    Attributes:
+        values: those of islands and modules whose forward runs; replaced as a whole, never changed.
+        asked: those that other methods have asked for, each with its version then, or None if no such method runs.
+    """
+
+    values: Mapping[Place, Any] = {}
+    asked: dict[Place, tuple[Tensor, int]] | None = None
 
 
 present = _Present()
@@ -66,8 +73,11 @@ class EffectiveWeight:
         value = present.values.get((id(owner), self.key))
         if value is None:
             value = vars(owner).get(self.key)  # replicas of data parallelism keep theirs there
-        if value is None and not torch.compiler.is_compiling() and _recomputes(sys._getframe(1)):
-            value = _recomputed(owner, self.key)
+        if value is None and not torch.compiler.is_compiling() and _is_of_user(sys._getframe(1)):
+            if torch._C._current_graph_task_id() != -1:  # a function in an island, which is checkpointed
+                value = _evaluated_alone(owner, self.key)
+            elif present.asked is not None:
+                value = _asked(owner, self.key, present.asked)
         # The lookup of a module may be patched, as by torch.fx.
         return nn.Module.__getattr__(owner, self.key) if value is None else value
 
@@ -128,13 +138,8 @@ def _new(cls: type, *args: Any) -> Any:
     return cls.__new__(cls, *args)  # what pickle takes `copyreg.__newobj__` for, without a look at the class
 
 
-def join(bio: fx.GraphModule, with_root: bool) -> None:
-    """Make all modules members that have parameters inside which the graph reads.
-
-    Args:
-        bio: the model.
-        with_root: whether the model itself reads effective weights, too, since it is one island.
-    """
+def join(bio: fx.GraphModule) -> None:
+    """Make all modules members that have parameters inside which the graph reads."""
     starts = {id(attribute(bio, name)): name for name in parameter_nodes(bio)}
     for module in bio.modules():
         places = [
@@ -143,10 +148,10 @@ def join(bio: fx.GraphModule, with_root: bool) -> None:
             for key, parameter in vars(owner)["_parameters"].items()
             if id(parameter) in starts
         ]
-        if module is not bio and places:
-            _enter(module, Home(bio, places))
-        elif with_root:
+        if module is bio:
             _give_attributes(type(bio), [key for owner, key, _ in places if not owner])
+        elif places:
+            _enter(module, Home(bio, places))
 
 
 def leave(modules: Iterable[nn.Module]) -> None:
@@ -193,7 +198,7 @@ def _member_class(original: Any, keys: tuple[str, ...]) -> type[nn.Module]:
             present.values = before
 
     namespace = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    members = {**namespace, "forward": forward, "_original": original}
+    members = {**methods_of_user(original), **namespace, "forward": forward, "_original": original}
     cls: type[nn.Module] = type(original)(original.__name__, (Member, original), members)
     _give_attributes(cls, keys)
     return cls
@@ -236,21 +241,67 @@ def _evaluated(module: nn.Module, home: Home) -> dict[Place, Tensor]:
     return {(id(module.get_submodule(path)), key): values[name] for path, key, name in home.places}
 
 
-def _recomputes(frame: FrameType) -> bool:
-    """Whether a line of a model runs in the backward pass: that of a function in an island, which is checkpointed."""
-    # Code that torch.fx generates has no name; it and biofx ask for what is stored.
-    asks = str(frame.f_globals.get("__name__", "torch")).partition(".")[0] not in ("torch", "biofx")
-    return asks and torch._C._current_graph_task_id() != -1
+def _is_of_user(frame: FrameType) -> bool:
+    """Whether a line of a model asks; code that torch.fx generates has no name, and asks for what is stored."""
+    return str(frame.f_globals.get("__name__", "torch")).partition(".")[0] not in ("torch", "biofx")
 
 
-def _recomputed(owner: nn.Module, key: str) -> Tensor:
-    """An effective weight for a function that is checkpointed, without the island that called it."""
+def _evaluated_alone(owner: nn.Module, key: str) -> Tensor:
+    """An effective weight, without an island or a forward that has evaluated it."""
     home: Home | None = vars(owner).get(_HOME)
     bio: Any = owner if home is None else home.bio
     stored = vars(owner)["_parameters"][key]
     name = next(name for name, parameter in bio.named_parameters() if parameter is stored)
     with _not_saved_by_checkpoints():
         return evaluate(bio, chain(parameter_nodes(bio)[name]))
+
+
+def _asked(owner: nn.Module, key: str, asked: dict[Place, tuple[Tensor, int]]) -> Tensor:
+    place = (id(owner), key)
+    if place not in asked:
+        value = _evaluated_alone(owner, key)
+        asked[place] = value, value._version
+    return asked[place][0]
+
+
+def methods_of_user(original: type[nn.Module]) -> dict[str, Any]:
+    """The methods and properties of a class beside those of `torch.nn.Module`, such that they read effective weights.
+
+    Args:
+        original: the class of a model, or of a module in it.
+    """
+    result: dict[str, Any] = {}
+    for cls in original.__mro__[: original.__mro__.index(nn.Module)]:
+        if cls.__module__.partition(".")[0] in ("torch", "biofx"):
+            continue
+        for name, value in vars(cls).items():
+            if name in result or hasattr(nn.Module, name) or name.startswith("__"):
+                continue
+            if isinstance(value, FunctionType) and not inspect.isgeneratorfunction(value):
+                result[name] = _reading_effective(value)
+            elif type(value) is property and isinstance(value.fget, FunctionType):
+                result[name] = property(_reading_effective(value.fget), value.fset, value.fdel, value.__doc__)
+    return result
+
+
+def _reading_effective(method: FunctionType) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if present.asked is not None or torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        asked = present.asked = {}
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            present.asked = None
+            for (_, key), (value, version) in asked.items():
+                if value._version != version and not isinstance(value, nn.Parameter):
+                    raise CaptureError(
+                        f"{method.__qualname__} changes {key}, and such a change would be lost, as the weight is "
+                        "computed from its synapses; call it on the model before the transform"
+                    )
+
+    return call
 
 
 def _not_saved_by_checkpoints() -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _WrappedHook
 from biofx.capture.reparametrized import computed_attributes
 from biofx.errors import ArgumentError, CaptureError
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole
-from biofx.members import ReadsEffective, join, leave, list_weights
+from biofx.members import ReadsEffective, join, leave, list_weights, methods_of_user
 from biofx.provenance import RECORD, Record, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -212,7 +212,7 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
     try:
-        cls: type[CapturedModule] = type(name, (CapturedModule, model_class), {})
+        cls: type[CapturedModule] = type(name, (CapturedModule, model_class), methods_of_user(model_class))
     except TypeError as error:
         raise CaptureError(
             f"{model_class.__name__} does not allow subclasses, and a captured model is one: {error}; "
@@ -232,7 +232,7 @@ def _attributes(module: fx.GraphModule) -> dict[str, Any]:
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:
     vars(module).update(attributes)
     module.graph = graph
-    join(module, with_root=is_whole(module))
+    join(module)
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:

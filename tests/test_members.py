@@ -1,0 +1,156 @@
+"""Members: modules and methods of a transformed model that are called beside its forward compute with it."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import biofx
+from biofx import passes
+
+FRONTENDS = ["symbolic", "module"]
+
+
+class Decoder(nn.Module):
+    """Reads the weights of its layers itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.scale = nn.Linear(2, 8), nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, z):
+        return F.linear(z, self.fc.weight, self.fc.bias).relu() @ self.scale
+
+    def penalty(self):
+        return self.fc.weight.square().sum() + self.scale.square().sum()
+
+    @property
+    def norm(self):
+        return self.scale.norm()
+
+
+class Autoencoder(nn.Module):
+    """Is used through several methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.decoder = Decoder()
+        self.prior = nn.Parameter(torch.randn(2, 2))
+
+    def encode(self, x):
+        return self.encoder(x) @ self.prior
+
+    def decode(self, z):
+        return self.decoder(z)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    def sample(self, z):
+        return F.linear(z @ self.prior, self.decoder.fc.weight)
+
+    def reconstruct(self, x):
+        return self(x) + self.decoder.penalty()
+
+    def reset(self):
+        nn.init.ones_(self.decoder.fc.weight)
+
+    def load(self, state):
+        self.load_state_dict(state)
+        return self.state_dict()
+
+    def parts(self, x):
+        yield self.encode(x)
+
+
+CALLS = {
+    "a module": lambda m, x: m.encoder(x),
+    "a module in it": lambda m, x: m.encoder[0](x),
+    "a module that reads weights of others": lambda m, x: m.decoder(x[:, :2]),
+    "a method": lambda m, x: m.encode(x),
+    "several": lambda m, x: m.decode(m.encode(x)),
+    "a method that reads weights": lambda m, x: m.sample(x[:, :2]),
+    "a method of a module": lambda m, x: m.decoder.penalty(),
+    "a property": lambda m, x: m.decoder.norm,
+    "a method that calls the model": lambda m, x: m.reconstruct(x),
+    "the model": lambda m, x: m(x),
+}
+
+
+@pytest.fixture(params=FRONTENDS)
+def frontend(request):
+    return request.param
+
+
+def transformed(frontend, recipe="split-synapses"):
+    model = Autoencoder().double()
+    return model, biofx.transform(model, recipe, frontend=frontend)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_it_computes_with_effective_weights(call, frontend):
+    model, bio = transformed(frontend)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    loaded = io.BytesIO()
+    torch.save(bio, loaded)
+    loaded.seek(0)
+    for other in (bio, copy.deepcopy(bio), torch.load(loaded, weights_only=False), biofx.fold(bio)):
+        torch.testing.assert_close(call(other, x), call(model, x))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_gradients_reach_the_synapses(call, frontend):
+    model, bio = transformed(frontend, [passes.FuzzyLearningRates()])
+    x = torch.randn(3, 6, dtype=torch.float64)
+    for net in (model, bio):
+        call(net, x).square().sum().backward()
+    sites = biofx.weight_sites(bio)
+    for name, parameter in model.named_parameters():
+        found = bio.get_parameter(name).grad
+        if parameter.grad is None:
+            assert found is None
+        else:
+            gain = sites[name].gain if name in sites else 1
+            torch.testing.assert_close(found, parameter.grad * gain)
+
+
+def test_what_acts_behind_an_operator_is_in_the_graph_only():
+    model, x = Autoencoder(), torch.randn(3, 6)
+    bio = biofx.transform(model, [passes.GroupUnits(size=2)])
+    bio(x)
+    with pytest.raises(biofx.CaptureError, match="Sequential is called on its own, and group-units acts on what"):
+        bio.encoder(x)
+
+
+def test_a_method_that_changes_an_effective_weight_has_to_be_called_before(frontend):
+    _, bio = transformed(frontend)
+    with (
+        torch.no_grad(),
+        pytest.raises(biofx.CaptureError, match=r"reset changes weight.* before the transform"),
+    ):
+        bio.reset()
+
+
+def test_methods_see_the_state_as_it_is_stored(frontend):
+    _, bio = transformed(frontend)
+    state = {name: torch.ones_like(value) for name, value in bio.state_dict().items()}
+    assert bio.load(state).keys() == state.keys()
+    assert all(bool((parameter == 1).all()) for parameter in bio.parameters())
+
+
+def test_outside_of_methods_attributes_are_what_is_stored(frontend):
+    _, bio = transformed(frontend)
+    assert bio.decoder.fc.weight is bio.get_parameter("decoder.fc.weight")
+    assert bio.decoder.fc.weight.shape == (2, 8, 2)
+
+
+def test_modules_are_what_they_were(frontend):
+    model, bio = transformed(frontend)
+    assert type(bio.decoder.fc).__name__ == "Linear"
+    assert isinstance(bio.decoder, Decoder)
+    assert repr(bio.decoder) == repr(model.decoder)
+    assert type(copy.deepcopy(bio.decoder)) is Decoder
