@@ -13,7 +13,7 @@ The front end `"symbolic"` is symbolic tracing with four differences from `torch
 - The result keeps the module tree of the model: its classes, attributes, buffers and the order of its state.
 
 With `"module"`, the whole model is one island from the start: all of its Python code stays. For `"export"`, see
-`exported.py`.
+`exported`.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shape_config
 from torch.utils.checkpoint import CheckpointFunction
 
-from biofx.capture.conditions import INSTEAD, Condition, has_length, implied, parsed
+from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, implied, parsed
+from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.reparametrized import computed_names, taken_hooks
-from biofx.capture.structure import Structure, build, describe
 from biofx.capture.tracer import KeepWhole, StandIn, Tracer
 from biofx.capture.watching import watched
 from biofx.errors import CaptureError

@@ -16,15 +16,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from biofx.capture.batch import batch_places, resized, same_for_one
-from biofx.capture.both_modes import Either, merged
 from biofx.capture.captured_module import CapturedModule, captured
-from biofx.capture.conditions import INSTEAD, CheckInputs, either
-from biofx.capture.devices import follow_device, names_dtype
 from biofx.capture.explanation import lines_of
-from biofx.capture.program import Export, Program, conditions_of, export, read
+from biofx.capture.exported.batch import batch_places, resized, same_for_one
+from biofx.capture.exported.both_modes import Either, merged
+from biofx.capture.exported.conditions import INSTEAD, CheckInputs, either
+from biofx.capture.exported.devices import follow_device, names_dtype
+from biofx.capture.exported.program import Export, Program, conditions_of, export, read
+from biofx.capture.exported.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.reparametrized import taken_hooks
-from biofx.capture.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
 from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError

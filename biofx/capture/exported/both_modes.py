@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
+from biofx.capture.exported.program import Program
 from biofx.capture.modes import ByMode
-from biofx.capture.program import Program
 from biofx.capture.tracer import StandIn, Tracer, unused_name
 from biofx.parts import Part
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from biofx.capture.structure import Structure, read
+from biofx.capture.exported.structure import Structure, read
 from biofx.capture.tracer import StandIn
 from biofx.errors import ArgumentError, CaptureError
 
