@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,11 @@ from biofx.weights.sites import NOT_A_SYNAPSE, WeightSite, find
 if TYPE_CHECKING:
     import networkx
 
+WIDTH = 120  # of a summary
+SHORT = 50  # what is not longer stays in the row of a table that is too wide
+HEADERS = ("weight", "operator", "shape", "Γ", "gain", "sign", "left alone", "remark")
+OPTIONAL = ("left alone", "remark")  # columns that only show if there is something in them
+
 
 def summary(bio: nn.Module) -> str:
     """The passes that ran, and a table with one row for each weight.
@@ -24,9 +31,9 @@ def summary(bio: nn.Module) -> str:
     Columns: the weight's name; its operator, and the island that it is in, if it is; its shape, without the axis of
     synapses; Γ, the number of synapses for each connection; mean, standard deviation and range of the learning gain;
     the sign constraint; and, if there are any, the passes that left the weight alone, with the reason, and what passes
-    remarked about it. Below come the islands (modules whose Python forward is called as it is), with the reason; the
-    weights that no pass could see, with the reason; those that wait for `biofx.attach`; and the parameters that are not
-    synapses.
+    remarked about it; in a wide table, these are numbered notes below it. Then come the islands (modules whose Python
+    forward is called as it is), with the reason; the weights that no pass could see, with the reason; those that wait
+    for `biofx.attach`; and the parameters that are not synapses.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -51,36 +58,63 @@ def summary(bio: nn.Module) -> str:
     bio = transformed(bio)
     record = record_of(bio)
     sites, others = find(bio)
-    headers = ["weight", "operator", "shape", "Γ", "gain", "sign", "left alone", "remark"]
-    rows = [_row(site) for site in sites.values()]
-    shown = [i for i, header in enumerate(headers) if header not in OPTIONAL or any(row[i] for row in rows)]
-    headers, rows = [headers[i] for i in shown], [[row[i] for i in shown] for row in rows]
-    parts = [
-        "passes: " + ",\n        ".join(str(run.pass_) for run in record.passes),
-        _text(rows, headers),
-    ]
+    parts = ["passes: " + ",\n        ".join(str(run.pass_) for run in record.passes), *_weights(sites.values())]
     if record.islands:
         title = "islands, whose Python forward is called as it is, with the weights inside rewritten:"
         parts.append("\n".join([title, *(_island(bio, path, why) for path, why in record.islands.items())]))
-    unseen = [f"  {name}: {reason}" for name, reason in others.items() if reason != NOT_A_SYNAPSE]
+    unseen = [_wrapped(f"  {name}: {reason}") for name, reason in others.items() if reason != NOT_A_SYNAPSE]
     if unseen:
         parts.append("\n".join(["left alone:", *unseen]))
     acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
     acting |= {name for name, site in sites.items() if any(is_marker(node.target) for node in site.chain)}
     idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
     if idle:
-        parts.append(f"no optimizer is attached, so nothing happens at its steps (biofx.attach): {', '.join(idle)}")
+        parts.append(_listed("no optimizer is attached, so nothing happens at its steps (biofx.attach)", idle))
     if record.nonnegative:
-        parts.append(f"kept from being negative, as they multiply units: {', '.join(record.nonnegative)}")
+        parts.append(_listed("kept from being negative, as they multiply units", record.nonnegative))
     plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
     if plain:
-        parts.append(f"not synapses: {', '.join(plain)}")
+        parts.append(_listed("not synapses", plain))
     return "\n\n".join(parts)
+
+
+def _weights(sites: Iterable[WeightSite]) -> list[str]:
+    """The table of the weights, and its notes if there are any."""
+    rows = [_row(site) for site in sites]
+    shown = [i for i, header in enumerate(HEADERS) if header not in OPTIONAL or any(row[i] for row in rows)]
+
+    def table_with(write: Callable[[list[str]], str]) -> str:
+        cells = [[write(row[i]) if HEADERS[i] in OPTIONAL else row[i] for i in shown] for row in rows]
+        return _text(cells, [HEADERS[i] for i in shown])
+
+    wide = table_with(";\n".join)
+    if max(map(len, wide.splitlines())) <= WIDTH:
+        return [wide]
+    number: dict[str, int] = {}
+
+    def numbered(note: str) -> str:
+        return f"[{number.setdefault(note, len(number) + 1)}]"
+
+    def cell(notes: list[str]) -> str:
+        texts = [note for note in notes if len(note) <= SHORT]
+        references = " ".join(numbered(note) for note in notes if note not in texts)
+        return ";\n".join(texts) + ("\n" if texts and references else "") + references
+
+    narrow = table_with(cell)
+    return [narrow, *(["\n".join(_wrapped(f"[{n}] {note}") for note, n in number.items())] if number else [])]
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _listed(title: str, names: Iterable[str]) -> str:
+    return _wrapped(f"{title}: {', '.join(names)}")
 
 
 def _island(bio: fx.GraphModule, path: str, reason: str) -> str:
     name = type(bio.get_submodule(path)).__name__
-    return f"  {path} ({name}): {reason}" if path else f"  the model ({name}): {reason}"
+    return _wrapped(f"  {path} ({name}): {reason}" if path else f"  the model ({name}): {reason}")
 
 
 def _row(site: WeightSite) -> list[Any]:
@@ -94,8 +128,8 @@ def _row(site: WeightSite) -> list[Any]:
         site.synapses,
         _spread(site.gain),
         _signs(site.sign),
-        ";\n".join(left),
-        ";\n".join(remarks),
+        left,
+        remarks,
     ]
 
 
@@ -103,9 +137,6 @@ def _operator(site: WeightSite) -> str:
     times = f" × {len(site.uses)}" if len(site.uses) > 1 else ""
     where = site.island if site.island is not None else site.surroundings
     return site.operator + times + (f", in {where}" if where else "")
-
-
-OPTIONAL = ("left alone", "remark")  # columns that only show if there is something in them
 
 
 def _spread(gain: torch.Tensor | None) -> str:

@@ -55,8 +55,10 @@ def call_island(module: Any, weights: Mapping[str, Any], args: Any, kwargs: Any)
 
 def _copies(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     """What weights are, in the first run of an island in its mode: a forward that changes some does so every time."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+        return {}
     modes = _modes.setdefault(module, set())
-    if module.training in modes or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+    if module.training in modes:
         return {}
     modes.add(module.training)
     return {name: w.detach().clone() for name, w in weights.items() if type(w) is Tensor}

@@ -54,8 +54,8 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
         The attachment; `detach()` leaves model and optimizer as they were. It is also a context manager.
 
     Raises:
-        ArgumentError: `bio` was not made by `biofx.transform`, the optimizer holds none of its weights, or a weight is
-            attached already.
+        ArgumentError: `bio` was not made by `biofx.transform`, no pass changed a weight of it, the optimizer holds none
+            of those weights, or one is attached already.
         LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients. At a step:
             a gradient or weight that is not finite, if a rule acts on it; a sparse gradient; no `backward()` before; a
             weight whose shape, or an optimizer whose parameters or use of weight decay, changed since. Nothing has
@@ -72,6 +72,8 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
         >>> int(bio.weight_steps)
         1
     """
+    if isinstance(bio, Optimizer):
+        raise ArgumentError("attach: the arguments are swapped; write attach(bio, optimizer)")
     bio = transformed(bio)
     record = record_of(bio)
     if not isinstance(optimizer, Optimizer):
@@ -84,6 +86,8 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
     held = _held(optimizer)
     sites = {name: site for name, site in find(bio)[0].items() if id(site.raw) in held and site.passes}
     if not sites and not any(id(bio.get_parameter(name)) in held for name in record.nonnegative):
+        if not any(run.weights for run in record.passes):
+            raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
         raise ArgumentError(
             f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
             "build it from bio.parameters(), after the transform"

@@ -83,8 +83,8 @@ def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dic
             for old in present:
                 if old.name == new.name:
                     raise PipelineError(
-                        f"{new.name} is given twice for {name}: as {old} and as {new}; "
-                        "one weight takes a pass once (use exclude to give other weights other options)"
+                        f"{name} has {old} already, and a weight takes {new.name} once "
+                        "(use exclude to give other weights other options)"
                     )
                 reshapes = new.slot in (Slot.SUM, Slot.OUTPUT) and old.slot < new.slot
                 if old in earlier and (reshapes or new.changes_units):

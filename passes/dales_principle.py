@@ -22,7 +22,7 @@ from biofx.registry import Moment, Pass, register
 from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
 from biofx.signs.scales import hold_scales
-from biofx.units import Reading, Units
+from biofx.units import Population, Reading, Units
 from biofx.weights.sites import WeightSite
 
 INPUT_ORIGINS = {"input", "constant"}
@@ -148,7 +148,7 @@ class DalesPrinciple(Pass):
             reading, edit = units.readings[name], model.edits[name]
             sign = signs[reading.numbers]
             if not bool(sign.any()):
-                edit.leave("it reads the model's inputs, which are free")
+                edit.leave(_why_free(model, chosen[name], reading))
                 continue
             constrained[name] = sign
             if reading.remark:
@@ -237,24 +237,25 @@ class DalesPrinciple(Pass):
             elif energies is not None:
                 signs[numbers] = torch.where(energies[numbers, 0] >= energies[numbers, 1], 1.0, -1.0)
             else:
-                signs[numbers] = self._draw(population.name, len(numbers), model.generator(population.name))
+                signs[numbers] = self._draw(model, population, len(numbers))
         if given:
             names = ", ".join(population.name for population in units.populations[1:])
             raise PipelineError(f"{self.name}: assign names {next(iter(given))!r}, but the populations are {names}")
         return torch.where(known != 0, known, signs)
 
-    def _draw(self, name: str, count: int, generator: torch.Generator) -> Tensor:
+    def _draw(self, model: ModelEditor, population: Population, count: int) -> Tensor:
+        name, is_guess = population.name, population.origin == "unknown" and model.example_inputs is None
         if count == 1 and 0 < self.excitatory < 1:
             raise PipelineError(
                 f"{self.name}: {name} is a population of one unit, which cannot be {self.excitatory:.0%} excitatory; "
                 f'give it a sign with assign={{"{name}": [1]}}, or leave the weights that read it alone with sites or '
-                "exclude"
+                f"exclude{'; units are followed further with example_inputs' if is_guess else ''}"
             )
         excitatory = round(self.excitatory * count)
         if 0 < self.excitatory < 1:
             excitatory = min(max(excitatory, 1), count - 1)
         signs = torch.full((count,), -1.0)
-        signs[torch.randperm(count, generator=generator)[:excitatory]] = 1.0
+        signs[torch.randperm(count, generator=model.generator(name))[:excitatory]] = 1.0
         return signs
 
     def _set_weights(self, model: ModelEditor, signs: Mapping[str, Tensor]) -> None:
@@ -277,6 +278,20 @@ class DalesPrinciple(Pass):
 
 
 FLOOR = 0.01  # of the mean magnitude: the least with which a softplus weight starts, since it never reaches 0
+
+
+def _why_free(model: ModelEditor, site: WeightSite, reading: Reading) -> str:
+    """Why a weight whose units have no signs reads no others."""
+    origins = {model.units.populations[index].origin for index in model.units.owner[reading.numbers].tolist()}
+    if "constant" not in origins:
+        return "it reads the model's inputs, which are free"
+    sources = [use.call.source.node for use in site.calls if use.call.source is not None]
+    for node in sources:
+        sources += [source for source in node.all_input_nodes if source not in sources]
+    read = dict.fromkeys(str(node.target) for node in sources if node.op == "get_attr")
+    parameters = dict(model.bio.named_parameters())
+    named = [f"the {'parameter' if name in parameters else 'buffer'} {name}" for name in read]
+    return f"it reads {', '.join(named) or 'a constant'}, which no unit computes"
 
 
 def _signs(name: str, given: Any) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Fixtures and helpers that all tests share."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,12 @@ def zoo(request):
 def tensors(outputs):
     """The tensors in whatever a model returns."""
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+
+
+def times_listed(summary: str, parameter: str) -> int:
+    """How often a summary lists a parameter: in a row of its own, as left alone, or as not a synapse."""
+    rows = re.findall(rf"^(?:  )?{re.escape(parameter)}(?=[ :])(?!.*\n--)", summary, re.MULTILINE)
+    return len(rows) + re.split(r",\s+", summary.partition("\nnot synapses: ")[2]).count(parameter)
 
 
 def loss(outputs):

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import biofx
 from biofx import passes
-from conftest import loss, tensors
+from conftest import loss, tensors, times_listed
 
 DALE = passes.DalesPrinciple(excitatory=0.5)
 RECIPES: dict[str, str | Sequence[passes.Pass]] = {
@@ -162,11 +162,10 @@ def check_trains(case: Case) -> None:
 def check_summary(case: Case) -> None:
     """Every parameter of the original is named exactly once: in a row, as left alone, or as not a synapse."""
     text = biofx.summary(case.bio)
-    plain = [name for line in re.findall(r"^not synapses: (.*)$", text, re.MULTILINE) for name in line.split(", ")]
     for name, _ in case.model.named_parameters():
-        rows = re.findall(rf"^ *{re.escape(name)}(?=[ :])", text, re.MULTILINE)
-        assert len(rows) + plain.count(name) == 1, f"{name} in\n{text}"
-    assert {name for name, _ in case.model.named_parameters()} >= set(plain)
+        assert times_listed(text, name) == 1, f"{name} in\n{text}"
+    plain = re.split(r",\s+", text.partition("\nnot synapses: ")[2])
+    assert {name for name, _ in case.model.named_parameters()} >= {*filter(None, plain)}
 
 
 PROPERTIES = (

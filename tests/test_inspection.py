@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import networkx
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
+from conftest import times_listed
 from models.small import ConvNet, Reused, mlp
 
 GOLDEN = """\
@@ -47,6 +49,28 @@ def test_the_summary_lists_every_parameter_exactly_once(zoo):
     assert {name: words.count(name) for name, _ in model.named_parameters()} == {
         name: 1 for name, _ in model.named_parameters()
     }
+
+
+def test_a_summary_is_not_wider_than_a_screen():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder_blocks = nn.ModuleList([mlp(3, 4, 3) for _ in range(4)])
+
+        def forward(self, x):
+            for layer in self.encoder_blocks:
+                x = x + layer(x)
+            return x
+
+    model = Encoder()
+    pipeline = [passes.SynapticScaling(), passes.DalesPrinciple(), passes.FuzzyLearningRates()]
+    text = biofx.summary(biofx.transform(model, pipeline, frontend="module"))
+    assert max(map(len, text.splitlines())) <= 120
+    note = "synaptic-scaling: it is in the model, which is one island, so what its operator returns is out of reach"
+    assert text.count(note) == 1
+    assert f"\n[1] {note}\n[2] dales-principle: is in the model" in text
+    assert len(re.findall(r"^encoder_blocks.*\[1\] +\[2\]$", text, re.MULTILINE)) == 8
+    assert all(times_listed(text, name) == 1 for name, _ in model.named_parameters())
 
 
 def test_the_summary_counts_uses():

@@ -482,6 +482,11 @@ def test_what_cannot_be_attached():
         biofx.attach(bio, 0.1)
     with pytest.raises(biofx.ArgumentError, match="expected a model made by biofx.transform"):
         biofx.attach(network(), torch.optim.SGD(bio.parameters(), lr=0.1))
+    unchanged = biofx.transform(network(), [passes.MirrorUnits()], frontend="module")
+    with pytest.raises(biofx.ArgumentError, match="no pass changed any weight of this model; biofx.summary"):
+        biofx.attach(unchanged, torch.optim.SGD(unchanged.parameters(), lr=0.1))
+    with pytest.raises(biofx.ArgumentError, match=r"the arguments are swapped; write attach\(bio, optimizer\)"):
+        biofx.attach(torch.optim.SGD(bio.parameters(), lr=0.1), bio)
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
     biofx.attach(bio, optimizer)
     with pytest.raises(biofx.ArgumentError, match=r"0.weight is attached already; call detach\(\)"):
@@ -504,6 +509,13 @@ def test_a_checkpoint_of_another_pipeline_is_refused_before_anything_is_loaded(p
     with pytest.raises(biofx.ArgumentError, match=f"the checkpoint is of another pipeline than .*: {message}"):
         other.load_state_dict(checkpoint)
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("pipeline", [GAINS, [passes.SplitSynapses(2)], [passes.MirrorUnits()]])
+def test_a_checkpoint_of_the_plain_model_is_refused_with_what_to_do(pipeline):
+    checkpoint = network().state_dict()
+    with pytest.raises(biofx.ArgumentError, match="looks like a checkpoint of the plain model; load it into that, bef"):
+        biofx.transform(network(), pipeline).load_state_dict(checkpoint)
 
 
 def test_an_overflow_that_the_scaler_skips_leaves_no_trace_in_the_activity():

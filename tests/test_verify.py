@@ -124,9 +124,15 @@ def test_transform_verifies_after_each_pass():
     biofx.transform(nn.Linear(2, 2), [Careless()], verify=False)
 
 
-def test_a_weight_that_is_not_finite():
-    bio = biofx.transform(nn.Linear(3, 2), [passes.FuzzyLearningRates()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_weight_that_is_not_finite(value, dtype):
+    bio = biofx.transform(nn.Linear(3, 2, dtype=dtype), [passes.FuzzyLearningRates()])
     with torch.no_grad():
-        bio.weight[0, 0] = float("nan")
+        bio.weight[0, 1] = value
     with pytest.raises(biofx.VerificationError, match="weight: the weight is not finite"):
         biofx.verify(bio)
+
+
+def test_a_weight_without_entries_is_valid():
+    biofx.verify(biofx.transform(nn.Linear(0, 2), [passes.FuzzyLearningRates()]))

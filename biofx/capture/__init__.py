@@ -56,7 +56,7 @@ def check(model: Any) -> None:
     if "_orig_mod" in model._modules:
         raise ArgumentError("model comes from torch.compile; transform the original module, then compile the result")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ArgumentError(f"model is a {type(model).__name__}; transform model.module, then wrap the result")
+        raise ArgumentError(f"model is wrapped in {type(model).__name__}; transform model.module, then wrap the result")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise ArgumentError(f"{name} is lazy and has no shape yet; call the model once, then transform it")

@@ -115,6 +115,10 @@ def _check_pipeline(bio: nn.Module, state_dict: Mapping[str, Any]) -> None:
     def refuse(difference: str) -> ArgumentError:
         return ArgumentError(f"the checkpoint is of another pipeline than {record.extra_repr()}: {difference}")
 
+    dimensions = [(state_dict[name].dim(), own[name].dim()) for name in record.original if name in state_dict]
+    is_plain = not record.state.keys() & state_dict.keys() and all(given <= here for given, here in dimensions)
+    if is_plain and (record.state or any(given < here for given, here in dimensions)):
+        raise ArgumentError("this looks like a checkpoint of the plain model; load it into that, before transform")
     for name, by in record.state.items():
         if name not in state_dict:
             raise refuse(f"it has no {name}, which {by} keeps here")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+LENGTH = 80  # of what is quoted of a line
+
 
 @dataclass(frozen=True)
 class Line:
@@ -38,6 +40,12 @@ def describe(error: BaseException) -> str:
     """Why a forward cannot be traced, with the line that stopped it: the user's, if there is one."""
     lines = [line for line in lines_of(error) if not line.module.startswith(("torch.fx", "biofx"))]
     of_user = [line for line in lines if not line.module.startswith("torch")]
-    where = "".join(f" at {Path(line.file).name}:{line.number}, {line.text!r}" for line in (of_user or lines)[-1:])
+    where = "".join(
+        f" at {Path(line.file).name}:{line.number}, {_cut(line.text)!r}" for line in (of_user or lines)[-1:]
+    )
     message = " ".join(str(error).split()) or type(error).__name__
     return f"its forward cannot be traced{where}: {textwrap.shorten(message, 120)}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LENGTH else f"{text[: LENGTH - 1]}…"

@@ -65,6 +65,7 @@ class UnitAnalysis:
         calls = [n for n in bio.graph.nodes if n.op.startswith("call_") and n not in self._uses]
         self._operations = {node: operation(node, bio) for node in calls}
         self._varying = self._depending_on_units()
+        self._inputs = self._made_of_inputs()
         self._signed = signed_by(bio, {node: use for node, (_, use) in self._uses.items()}, self._operations, values)
         self._wanted = self._leading_to({_source(use).node for _, use in self._reads.values()})
         while (columns := self._columns_of_uses()) is None:
@@ -92,6 +93,18 @@ class UnitAnalysis:
                 result.add(node)
                 if call is not None and call.changes is not None:
                     result.add(call.changes)
+        return result
+
+    def _made_of_inputs(self) -> set[fx.Node]:
+        """The nodes that known operators make of inputs only."""
+        result: set[fx.Node] = set()
+        for node in self._bio.graph.nodes:
+            kind = self._operations[node].kind if node in self._operations else Kind.UNKNOWN
+            is_made = kind is not Kind.UNKNOWN and result.issuperset(node.all_input_nodes)
+            if node.op == "placeholder" or kind is Kind.CONSTANT or is_made:
+                result.add(node)
+            elif node in self._operations:
+                result.discard(self._operations[node].changes)
         return result
 
     def _leading_to(self, ends: set[fx.Node]) -> set[fx.Node]:
@@ -170,7 +183,11 @@ class UnitAnalysis:
             found = _RULES[call.kind](self, node, call)
         except Exception:  # noqa: BLE001 - executed on numbers, an operator may refuse what it takes as values
             found = None
-        return found if _fits(found, value) else self._entries(node, self._name(node), "unknown")
+        return found if _fits(found, value) else self._entries(node, self._name(node), self._origin(node))
+
+    def _origin(self, node: fx.Node) -> str:
+        """The origin of what cannot be followed. What is made of inputs has no units of the network, in any shape."""
+        return "input" if node in self._inputs else "unknown"
 
     def _postsynaptic(self, site: WeightSite, use: Use) -> Any:
         call, value = use.call, self._values[use.node]
@@ -340,7 +357,7 @@ class UnitAnalysis:
                 return self.numbers.standing(units.repeat_interleave(channels // len(units))[:, None])
         node = source.node
         name = self._name(node) if node in self._operations else node.name
-        return self.numbers.once((node, channels), name, "unknown", channels).long()[:, None]
+        return self.numbers.once((node, channels), name, self._origin(node), channels).long()[:, None]
 
     def _reading(self, site: WeightSite, columns: Sequence[Tensor]) -> Reading:
         if site.surroundings is not None:

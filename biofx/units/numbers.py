@@ -20,7 +20,7 @@ class Population:
     Attributes:
         name: where it comes from: the weight whose postsynaptic units they are, `input x`, or the operator that made or
             merged them, with the path of the module that calls it.
-        origin: `"weight"`, `"input"` (also what merges inputs, or is shared by inputs, only), `"merged"`, `"unknown"`
+        origin: `"weight"`, `"input"` (also what known operators make of inputs only), `"merged"`, `"unknown"`
             (an operator that cannot be followed), `"constant"` (a parameter or constant that a weight reads) or
             `"shared"` (the positions of a weight that is used on different units).
         size: how many units it has.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby, pairwise
 
 from torch import Tensor
@@ -118,8 +119,9 @@ class Axes:
 
     def agree(self, other: Axes) -> bool:
         """Whether two uses of a weight see the same units on its axes."""
-        return self._merged() == other._merged()
+        return self is other or self._merged == other._merged
 
+    @cached_property
     def _merged(self) -> list[Factor]:
         """The factors with neighbours of one kind as one, and without those of size 1."""
         kinds = groupby((f for f in self.factors if f.size != 1), lambda f: replace(f, size=0))

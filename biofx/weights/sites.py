@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,10 +12,11 @@ from torch import Tensor, fx, nn
 from biofx import parts
 from biofx.chain import attribute, callee, chain, evaluate, parameter_nodes
 from biofx.islands import described, is_island, island_path
+from biofx.operator_kinds import Kind, operation
 from biofx.provenance import Slot, inserted, record_of, transformed
 from biofx.weights.axes import Axes
 from biofx.weights.depth import depths, reaching
-from biofx.weights.operators import PRE
+from biofx.weights.operators import PRE, is_operator
 from biofx.weights.paths import Dependence, Use, Uses, follow
 from biofx.weights.roles import roles, why_unfit
 
@@ -51,7 +53,7 @@ class WeightSite:
         """Name of the operator that consumes the weight; of all, joined by ", ", if there are several."""
         return ", ".join(dict.fromkeys(use.call.name for use in self._all))
 
-    @property
+    @cached_property
     def _all(self) -> tuple[Use, ...]:
         return (*self.calls, *self.inside)
 
@@ -125,7 +127,7 @@ class WeightSite:
         """Shape of the weight without its axis of synapses."""
         return self.raw.shape[1:] if self.is_split else self.raw.shape
 
-    @property
+    @cached_property
     def axes(self) -> Axes | None:
         """The axes of the weight, as in the original model, or None if its uses do not agree on them."""
         first = self._all[0].axes
@@ -295,7 +297,7 @@ def l1(bio: nn.Module) -> Tensor:
 
 
 def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
-    """The weight sites, and for every other parameter the reason why it is none."""
+    """The weight sites, and for every other parameter, and every quantized module, the reason why it is none."""
     nodes = parameter_nodes(bio)
     chains = {name: chain(node) for name, node in nodes.items()}
     depends, unfit = Dependence(bio), {name: why for name, p in bio.named_parameters() if (why := why_unfit(p))}
@@ -336,7 +338,7 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
             depth[name] / deepest,
             is_output,
         )
-    return sites, others
+    return sites, others | _packed(bio)
 
 
 def _shape(parameter: nn.Parameter, links: list[fx.Node]) -> torch.Size:
@@ -387,21 +389,51 @@ def _why_no_site(
         return None
     if max(parameter.shape) == parameter.numel():
         return NOT_A_SYNAPSE
-    users = sorted({_described(bio, user) for user in found.readers or found.on_path})
-    if users and _RECURRENT.issuperset(users):
-        return f"used by {', '.join(users)}, whose weights only frontend='module' and 'symbolic' rewrite"
-    return f"used by {', '.join(users)}, which biofx does not know as an operator on weights"
+    users = found.readers or found.on_path
+    activated = sorted({_described(bio, user) for user in users if is_operator(user)})
+    if activated:
+        return f"{' and '.join(activated)} {'read' if activated[1:] else 'reads'} it as an input, not as a weight"
+    others = [user for user in users if not _is_constant(bio, user)]
+    names = sorted({_described(bio, user) for user in others or users})
+    if names and _RECURRENT.issuperset(names):
+        return f"used by {', '.join(names)}, whose weights only frontend='module' and 'symbolic' rewrite"
+    return f"used by {', '.join(names)}, which biofx does not know as an operator on weights"
+
+
+def _is_constant(bio: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node of the model's own graph depends on no value, such as one that asks for a shape."""
+    if node.graph is not bio.graph or is_island(node):
+        return False
+    return operation(node, bio).kind is Kind.CONSTANT
 
 
 def _described(bio: fx.GraphModule, node: fx.Node) -> str:
     if is_island(node):
         return described(island_path(node))
-    part = None if node.graph is not bio.graph else parts.described(bio, node)
+    if node.graph is not bio.graph:
+        return callee(node)
+    part = parts.described(bio, node)
     if part is not None:
         return part
     if node.op == "call_module":
         return f"{node.target} ({type(bio.get_submodule(str(node.target))).__name__})"
-    return callee(node)
+    return operation(node, bio).name
+
+
+def _packed(bio: fx.GraphModule) -> dict[str, str]:
+    """The quantized modules, which keep their weights in no parameter, each with the reason why these are no sites."""
+    result: dict[str, str] = {}
+    seen: set[nn.Module] = set()
+    for path, module in bio.named_modules():
+        if module in seen or not type(module).__module__.startswith("torch.ao.nn."):
+            continue
+        inside = list(module.modules())
+        if any(isinstance(value, torch.ScriptObject) for part in inside for value in vars(part).values()):
+            seen.update(inside)
+            result[path or "the model"] = (
+                "its weights are packed for quantized operators, and synapses are real numbers"
+            )
+    return result
 
 
 def _only(axes: tuple[int, ...] | None) -> int | None:

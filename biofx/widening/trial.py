@@ -480,8 +480,8 @@ class Trial:
         numbers = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, int)]
         if kind is Kind.LAYOUT and max(numbers, default=0) > 1:
             return f"{self._name(node)} has fixed sizes"
-        others = [n for n in node.all_input_nodes if not self._states[n].changed and n not in self._constant]
-        joined = [n for n in others if isinstance(self._states[n].old, Tensor)]
+        others = [n for n in node.all_input_nodes if not self._states[n].changed]
+        joined = sorted((n for n in others if isinstance(self._states[n].old, Tensor)), key=self._constant.__contains__)
         if joined and kind in (Kind.MERGE, Kind.CONCATENATE, Kind.MIX):
             return f"{self._name(node)} joins its units with {self._origin(joined[0])}, not doubled"
         return f"its units reach {self._name(node)}, which computes something else of doubled ones"
@@ -491,9 +491,12 @@ class Trial:
         while True:
             if node.op == "placeholder":
                 return f"input {str(node.target).lstrip('*')}"
+            if node.op == "get_attr":
+                is_parameter = isinstance(attribute(self._bio, str(node.target)), nn.Parameter)
+                return f"the {'parameter' if is_parameter else 'buffer'} {node.target}"
             if node in self._uses:
                 return f"those of {self._uses[node][0].name}"
-            sources = [n for n in node.all_input_nodes if n not in self._constant]
+            sources = sorted(node.all_input_nodes, key=self._constant.__contains__)
             if operation(node, self._bio).kind is Kind.UNKNOWN or not sources:
                 return f"the result of {self._name(node)}"
             node = sources[0]

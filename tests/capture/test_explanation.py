@@ -33,6 +33,16 @@ def test_it_is_the_users_also_if_pytorch_failed_inside():
     assert "return torch.ones(2) @ torch.ones(3)" in describe(caught(multiplies))
 
 
+def test_a_long_line_is_cut():
+    def stops():
+        raise ValueError("short" if stops else "a line of code that goes on, and on, and on, and on, and on, and on")
+
+    text = describe(caught(stops))
+    assert text.endswith(
+        """'raise ValueError("short" if stops else "a line of code that goes on, and on, an…': short"""
+    )
+
+
 def test_an_error_without_a_message_has_a_name():
     def stops():
         raise KeyError

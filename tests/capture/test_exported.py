@@ -306,7 +306,9 @@ def test_defaults_stay():
     value = x()
     assert same(bio(value), model(value))
     assert same(bio(value, 2.0, bias=None), model(value))
-    with pytest.raises(biofx.ArgumentError, match="bias is a Tensor, and forward was captured for None.*contain this"):
+    with pytest.raises(
+        biofx.ArgumentError, match="bias is an instance of Tensor, and forward was captured for None.*contain this"
+    ):
         bio(value, bias=x())
 
 
@@ -681,7 +683,7 @@ class Checkpoints(nn.Sequential):
         ),
         (nn.BatchNorm1d(4, momentum=None), "makes a Python number of them: Could not extract"),
         (DrawsInPython(4, 4), "its forward draws random numbers from Python's random"),
-        (ReturnsAnything(4, 4), "forward returns a Opaque, which torch.export cannot take apart"),
+        (ReturnsAnything(4, 4), "forward returns an instance of Opaque, which torch.export cannot take apart"),
         (Chooses(4, 4), "forward uses cond, whose branches biofx cannot follow"),
         (Hooked(), r"0 \(Linear\) has hooks, which only run when the module itself is called"),
         (

@@ -306,8 +306,8 @@ def test_verify_finds_a_gamma_that_has_become_negative():
 def test_summary_marks_units_whose_activity_can_be_negative():
     model = nn.Sequential(nn.Linear(3, 10), nn.Tanh(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 2))
     rows = biofx.summary(biofx.transform(model, [passes.DalesPrinciple()])).splitlines()
-    marked = [row.split()[0] for row in rows if "the activity of its units can be negative (Tanh)" in row]
-    assert marked == ["2.weight"]
+    assert "[2] dales-principle: the activity of its units can be negative (Tanh)" in rows
+    assert [row.split()[0] for row in rows if row.endswith("[2]")] == ["2.weight"]
 
 
 def test_a_gamma_that_stays_negative_is_reported_where_its_units_are_read():
@@ -440,7 +440,7 @@ def test_a_weight_without_a_presynaptic_axis():
 
 
 def test_one_weight_has_one_sign_constraint():
-    with pytest.raises(biofx.PipelineError, match="dales-principle is given twice"):
+    with pytest.raises(biofx.PipelineError, match="0.weight has dales-principle already"):
         biofx.transform(mlp(4, 10, 3), [passes.DalesPrinciple(), passes.DalesPrinciple(excitatory=0.5)])
 
 
@@ -493,3 +493,57 @@ def test_twenty_layers_start_as_without_signs(kind, init, training):
         # Batch norm in training hides how large net inputs are; without it, signs alone let them explode.
         if not (kind == "conv, batch norm" and training):
             assert factor(model, passes.DalesPrinciple(balance=False), x, seed, training=training) > 1e6
+
+
+def test_what_reads_a_parameter_is_left_alone_with_its_name():
+    class HyperNetwork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z = nn.Parameter(torch.randn(3, 4))
+            self.generator, self.fc = nn.Linear(4, 5), nn.Linear(2, 3)
+
+        def forward(self, x):
+            return self.fc(x) @ self.generator(self.z)
+
+    text = biofx.summary(biofx.transform(HyperNetwork(), [passes.DalesPrinciple()]))
+    assert "dales-principle: it reads the parameter z, which no unit computes" in text
+    assert text.count("it reads the model's inputs, which are free") == 1
+
+
+class Reshaped(nn.Module):
+    """A model that changes the layout of its input before a weight reads it."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+        self.first, self.second = nn.Conv1d(1, 4, 3), nn.Conv1d(4, 4, 3)
+
+    def forward(self, x):
+        return self.second(self.first(self.change(x)).relu())
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.unsqueeze(1), lambda x: x[:, None], lambda x: x.view(x.shape[0], 1, -1)]
+)
+def test_an_input_in_another_layout_is_an_input_without_example_inputs_as_well(change):
+    for example_inputs in (None, torch.randn(2, 8)):
+        bio = biofx.transform(Reshaped(change), [passes.DalesPrinciple()], example_inputs=example_inputs)
+        first, second = biofx.weight_sites(bio).values()
+        assert first.sign is None
+        assert second.sign.abs().min() == 1
+
+
+def test_one_unit_that_cannot_be_followed_asks_for_example_inputs():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 1), nn.Linear(1, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).cumsum(0))
+
+    hint = "; units are followed further with example_inputs"
+    for example_inputs in (None, torch.randn(5, 3)):
+        with pytest.raises(biofx.PipelineError, match="cumsum is a population of one unit") as error:
+            biofx.transform(Network(), [passes.DalesPrinciple()], example_inputs=example_inputs)
+        assert str(error.value).endswith(hint) is (example_inputs is None)

@@ -592,3 +592,17 @@ def test_a_unit_with_both_signs_is_found():
     bio.get_buffer("2.weight_units").zero_()
     with pytest.raises(biofx.VerificationError, match="1 of its presynaptic units are excitatory and inhibitory"):
         biofx.verify(bio)
+
+
+def test_units_that_are_joined_with_a_parameter_are_left_alone_with_its_name():
+    class Latents(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latents = nn.Parameter(torch.randn(5, 4))
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.c(self.latents + self.a(x) * self.b(self.latents).softmax(0))
+
+    bio = biofx.transform(Latents(), [passes.MirrorUnits()], example_inputs=torch.randn(5, 4))
+    assert "mirror-units: add joins its units with the parameter latents, not doubled" in biofx.summary(bio)

@@ -1,7 +1,6 @@
 """Weight operators and weight paths: whichever operator reads a weight, and however it gets there."""
 
 import copy
-import re
 import warnings
 
 import pytest
@@ -17,7 +16,7 @@ import biofx
 from biofx import passes
 from biofx.capture import capture
 from biofx.weights.sites import find
-from conftest import gradients, tensors
+from conftest import gradients, tensors, times_listed
 from models.composite import GraphConvolution, normalised_adjacency
 from models.weights import KINDS, MODELS, PATHS, FusedAttention, Layer, LoRA, Network, TiedLanguageModel, Words
 
@@ -198,11 +197,9 @@ def test_which_parameters_are_synapses(model_and_inputs):
 def test_the_summary_lists_every_parameter_once(model_and_inputs):
     model, _, _ = model_and_inputs
     summary = biofx.summary(biofx.transform(model, DIVERSE))
-    *tables, plain = summary.split("not synapses: ") if "not synapses" in summary else (summary, "")
-    heads = [re.split(r"  |:", line.strip())[0].removesuffix(" (frozen)") for line in tables[0].splitlines()[5:]]
-    assert sorted([*filter(None, heads), *filter(None, plain.split(", "))]) == sorted(
-        [*dict(model.named_parameters()), *(["left alone"] if "left alone:" in summary else [])]
-    )
+    assert {name: times_listed(summary, name) for name, _ in model.named_parameters()} == {
+        name: 1 for name, _ in model.named_parameters()
+    }
 
 
 def test_function_gradients_and_fold_are_exact(model_and_inputs):
@@ -314,7 +311,7 @@ def test_a_tied_weight_has_no_axes_but_synapses():
     assert (
         "dales-principle: shared by operators that want different axes: embedding (presynaptic axis 0, postsynaptic "
         "axis 1), linear (presynaptic axis 1, postsynaptic axis 0)"
-    ) in biofx.summary(bio)
+    ) in " ".join(biofx.summary(bio).split())
 
 
 @pytest.mark.parametrize("crossed", [False, True])
@@ -590,15 +587,15 @@ def test_an_orthogonal_weight_stays_orthogonal_and_has_no_axes(frontend):
         optimizer.zero_grad()
         bio(x).square().sum().backward()
         optimizer.step()
-    summary, sites = biofx.summary(bio), biofx.weight_sites(bio)
+    summary, sites = " ".join(biofx.summary(bio).split()), biofx.weight_sites(bio)
     assert set(sites) == weights
     for index in (2, 4):
         site = sites[f"{index}.parametrizations.weight.original"]
         assert (site.operator, site.axes, site.why_no_axes) == ("linear", None, ORTHOGONAL)
         axis_free = ["crystallize", "l1-regularization", "rejuvenate", "split-synapses"]
         assert sorted(site.passes) == [*axis_free, "volume-dependent-learning-rates"]
-    assert summary.count(f"dales-principle: {ORTHOGONAL}") == 2
-    assert summary.count(f"group-units: {ORTHOGONAL}") == (0 if frontend == "module" else 2)
+    assert f"dales-principle: {ORTHOGONAL}" in summary
+    assert (f"group-units: {ORTHOGONAL}" in summary) is (frontend != "module")
     assert "the householder map of an orthogonal parametrization takes whole numbers from its diagonal" in summary
     model.load_state_dict(biofx.fold(bio).state_dict(), strict=True)
     for layer in (model[2], model[4], model[6]):

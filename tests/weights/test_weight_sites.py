@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import passes
+from biofx.weights.axes import Axes
 from models.small import CONVOLUTIONS, GROUPS, ConvNet, Functional, layer_and_input, mlp
 
 SPLIT = [passes.SplitSynapses(3)]
@@ -117,6 +118,52 @@ def test_what_is_no_weight_site_has_a_reason():
     assert "odd: used by cumsum, which biofx does not know as an operator on weights" in text
     assert "rnn (GRU): it is called in one piece, as modules of torch.nn are" in text
     assert "not synapses: fc.bias, rnn.bias_ih_l0, rnn.bias_hh_l0" in text
+
+
+def test_a_parameter_that_is_an_input_of_an_operator_is_said_to_be_one():
+    class Perceiver(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latents = nn.Parameter(torch.randn(3, 4))
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            latents = self.latents.expand(x.shape[0], -1, -1)
+            return latents + self.fc(latents) * x
+
+    text = biofx.summary(biofx.transform(Perceiver(), SPLIT))
+    assert "latents: linear reads it as an input, not as a weight" in text
+
+
+def test_a_quantized_module_has_a_reason():
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Flatten(), nn.Linear(4, 4))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert "  2: its weights are packed for quantized operators" in biofx.summary(biofx.transform(quantized, SPLIT))
+    with pytest.raises(biofx.ArgumentError, match="no weight that biofx can give synapses:\n  - 2: its weights are pa"):
+        biofx.transform(quantized[2:], SPLIT)
+
+
+def test_axes_are_compared_once_for_each_use(monkeypatch):
+    compared = []
+    agree = Axes.agree
+    monkeypatch.setattr(Axes, "agree", lambda a, b: (compared.append(1), agree(a, b))[1])
+
+    class Unrolled(nn.Module):
+        def __init__(self, steps):
+            super().__init__()
+            self.fc, self.steps = nn.Linear(4, 4), steps
+
+        def forward(self, x):
+            for _ in range(self.steps):
+                x = self.fc(x).tanh()
+            return x
+
+    counts = []
+    for steps in (5, 10):
+        compared.clear()
+        biofx.transform(Unrolled(steps), [passes.MirrorUnits()])
+        counts.append(len(compared))
+    assert counts[1] <= 2 * counts[0]
 
 
 def test_a_weight_with_other_readers_is_effective_everywhere():

@@ -107,7 +107,7 @@ def _mismatch(name: str, value: Any, expected: str) -> ArgumentError:
 
 def _described(kind: type, names: Iterable[str]) -> str:
     if not issubclass(kind, LITERALS):
-        return f"a {kind.__name__}"
+        return f"an instance of {kind.__name__}"
     return f"a {kind.__name__} of {', '.join(names)}" if names else f"an empty {kind.__name__}"
 
 
@@ -186,9 +186,10 @@ def packed(graph: fx.Graph, structure: Structure, leaves: Iterator[Any], add_mod
     if isinstance(structure, Constant):
         if not isinstance(structure.value, CONSTANTS):
             raise CaptureError(
-                f"forward returns a {type(structure.value).__name__}, which torch.export cannot take apart; "
-                "make it return tensors (a cache of transformers: example_inputs with use_cache=False), or register "
-                'the class with torch.utils._pytree.register_pytree_node; frontend="module" keeps it as it is'
+                f"forward returns an instance of {type(structure.value).__name__}, which torch.export cannot take "
+                "apart; make it return tensors (a cache of transformers: example_inputs with use_cache=False), or "
+                "register the class with torch.utils._pytree.register_pytree_node; "
+                'frontend="module" keeps it as it is'
             )
         return structure.value
     if structure.kind in LITERALS:
