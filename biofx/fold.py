@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from biofx.capture.captured_module import CapturedModule, released
-from biofx.capture.reparametrized import computed_attributes
 from biofx.chain import chain, evaluate, parameter_nodes
+from biofx.copying import copied
 from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
 from biofx.islands import is_whole, island_nodes, island_path, island_weights, leave
@@ -70,13 +69,13 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
 
 def _copy(bio: fx.GraphModule) -> CapturedModule:
     try:
-        copied = copy.deepcopy(bio, dict(computed_attributes(bio)))
+        plain = copied(bio)
     except Exception as error:
         raise ArgumentError(
             f"fold: {type(bio).__name__} cannot be copied: {error}; remove from it what copy.deepcopy refuses"
         ) from error
-    assert isinstance(copied, CapturedModule)
-    return copied
+    assert isinstance(plain, CapturedModule)
+    return plain
 
 
 def _call_islands_as_modules(plain: fx.GraphModule) -> None:

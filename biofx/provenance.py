@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import fx, nn
@@ -150,7 +150,7 @@ def transformed(model: nn.Module) -> fx.GraphModule:
         ArgumentError: it does not come from `biofx.transform`.
     """
     bio = model
-    while isinstance(bio, nn.Module) and RECORD not in bio._modules:
+    while isinstance(bio, nn.Module) and not is_transformed(bio):
         wrapped = "_orig_mod" if "_orig_mod" in bio._modules else "module" if isinstance(bio, WRAPPERS) else None
         if wrapped is None:
             break
@@ -160,19 +160,24 @@ def transformed(model: nn.Module) -> fx.GraphModule:
     return bio
 
 
+def is_transformed(model: Any) -> bool:
+    """Whether a model comes from `biofx.transform`; not one in which such a model is a module."""
+    children = model._modules if isinstance(model, nn.Module) else {}
+    return RECORD in children and isinstance(children[RECORD], Record)  # TorchScript's are no dictionary
+
+
 def record_of(bio: nn.Module) -> Record:
     """The record of a transformed model.
 
     Raises:
         ArgumentError: `bio` does not come from `biofx.transform`.
     """
-    record = bio._modules.get(RECORD) if isinstance(bio, nn.Module) else None
-    if not isinstance(record, Record):
+    if not is_transformed(bio):
         given = f"the class {bio.__name__}" if isinstance(bio, type) else f"an instance of {type(bio).__name__}"
         raise ArgumentError(
             f"expected a model made by biofx.transform, got {given}; a graph that was traced again has lost its record"
         )
-    return record
+    return cast(Record, bio._modules[RECORD])
 
 
 def inserted(node: fx.Node) -> Inserted | None:

@@ -12,7 +12,6 @@ sparse, because the rows of a dense one would all listen to the same common mode
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from biofx.chain import attribute, compute
+from biofx.copying import copied
 from biofx.dry_run import UNKNOWN, Guesser
 from biofx.model_editor import ModelEditor
 from biofx.trial import undisturbed
@@ -51,7 +51,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float) -> 
         signs: signs of the presynaptic units, +1, −1 or 0 where free, by the weight's name.
         density: fraction of each row's synapses that do not start at 0.
     """
-    bio = copy.deepcopy(model.bio).double()  # deep networks tell samples apart in the eighth digit
+    bio = copied(model.bio).double()  # deep networks tell samples apart in the eighth digit
     found = find(bio)[0]
     sites = {name: found[name] for name in signs}
     original = {name: _connections(site).clone() for name, site in sites.items()}
