@@ -20,7 +20,7 @@ from biofx.copying import copied
 from biofx.errors import ArgumentError, CaptureError
 from biofx.islands import leave
 from biofx.lifecycle import use_hooks
-from biofx.provenance import is_transformed, record_of
+from biofx.provenance import is_transformed, record_of, transformed
 from biofx.registry import Pass, as_passes
 from biofx.trial import run_in_eval_mode
 from biofx.weights.sites import find
@@ -99,9 +99,11 @@ def transform(
         raise ArgumentError(f"frontend must be one of {', '.join(map(repr, FRONTENDS))}, got {frontend!r}")
     seed, patterns, printer = _seed(seed), _patterns(exclude), _printer(print_between)
     again = is_transformed(model)
-    if not again:
+    if again:
+        transformed(model)
+    else:
         capture.check(model)
-    elif inplace and record_of(model).attached:
+    if again and inplace and record_of(model).attached:
         raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     _refuse_transformed_children(model)
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():

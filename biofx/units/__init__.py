@@ -19,7 +19,7 @@ from biofx.capture import capture, check
 from biofx.copying import copied
 from biofx.dry_run import Values, dry_run
 from biofx.errors import ArgumentError
-from biofx.provenance import transformed
+from biofx.provenance import transformed, unwrapped
 from biofx.units.analysis import Reading, UnitAnalysis
 from biofx.units.numbers import NOBODY, Population
 from biofx.weights.sites import WeightSite, find
@@ -137,7 +137,7 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
 
 def _is_transformed(model: Any) -> bool:
     try:
-        transformed(model)
+        unwrapped(model)
     except ArgumentError:
         return False
     return True
