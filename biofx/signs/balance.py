@@ -54,6 +54,7 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float) -> 
     bio = copied(model.bio).double()  # deep networks tell samples apart in the eighth digit
     found = find(bio)[0]
     sites = {name: found[name] for name in signs}
+    signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
     original = {name: _connections(site).clone() for name, site in sites.items()}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -108,7 +109,7 @@ def balanced(weight: Tensor, sign: Tensor, density: float, generator: torch.Gene
 
 def sparse(sign: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Mask of the synapses that each row keeps: of each sign the same fraction, at random."""
-    draw = torch.rand(sign.shape, generator=generator, dtype=torch.float64)
+    draw = torch.rand(sign.shape, generator=generator, dtype=torch.float64).to(sign.device)
     mask = sign == 0
     for own in (sign > 0, sign < 0):
         count = own.sum(1, keepdim=True)
