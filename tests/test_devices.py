@@ -54,6 +54,27 @@ def test_the_second_device_is_another_one(second_device):
         layer(x)
 
 
+class OutputFirst(nn.Module):
+    """Its first parameter is not where its input goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.body = nn.Linear(8, 2), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x):
+        return self.head(self.body(x).to("cpu"))
+
+
+@pytest.mark.parametrize("pipeline", ["dales-principle", "mirror-units"])
+def test_inputs_are_guessed_for_the_device_that_reads_them(pipeline, second_device):
+    model, x = OutputFirst(), torch.randn(3, 4)
+    expected = biofx.transform(model, pipeline, example_inputs=x).state_dict()
+    second_device.put(model.body)
+    state = biofx.transform(model, pipeline, example_inputs=x.to(SECOND)).state_dict()
+    for name, value in state.items():
+        torch.testing.assert_close(value.cpu(), expected[name])
+
+
 @pytest.mark.parametrize("devices", ["one", "two"])
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_every_pass_on_other_devices(pipeline, devices, second_device):

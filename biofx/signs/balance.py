@@ -185,7 +185,7 @@ def _run(
     first = {site.calls[0].node: site for site in seen}
     with undisturbed(bio), torch.no_grad():
         bio.eval()
-        _Watched(bio, all_sites, _normal_inputs(model, bio, generator), first, see, generator).run()
+        _Watched(bio, all_sites, _normal_inputs(model, all_sites, generator), first, see, generator).run()
 
 
 class _Watched(Guesser):
@@ -243,9 +243,11 @@ def _read_beside(site: WeightSite) -> list[fx.Node]:
     return [source for node in nodes for source in node.all_input_nodes if source not in own]
 
 
-def _normal_inputs(model: ModelEditor, bio: fx.GraphModule, generator: torch.Generator) -> dict[str, Any]:
+def _normal_inputs(
+    model: ModelEditor, all_sites: Mapping[str, WeightSite], generator: torch.Generator
+) -> dict[str, Any]:
     """Standard normal inputs for a batch of the shapes that the model takes; what else it takes is left out."""
-    device = next(bio.parameters()).device
+    device = min(all_sites.values(), key=lambda site: site.uses[0]).raw.device  # of the weight that is used first
     result: dict[str, Any] = {}
     for node in model.bio.graph.find_nodes(op="placeholder"):
         value = model.values[node]
