@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from biofx.compare import difference
 from biofx.errors import ArgumentError, ExportError
-from biofx.fold import fold
+from biofx.fold import fold, why_not_weights_alone
+from biofx.provenance import transformed
 from biofx.trial import run_in_eval_mode, split_inputs
 
 TRACED = (".pt2", ".onnx")  # suffixes of the formats that hold a program, and so need example inputs
@@ -31,7 +32,7 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
 
     - `.pt2`: a program of `torch.export`, to be loaded with `torch.export.load`.
     - `.onnx`: an ONNX model by PyTorch's exporter, checked against ONNX Runtime on the example inputs.
-    - `.safetensors`: the folded state, with the original's names and shapes.
+    - `.safetensors`: the folded state, with the original's names and shapes, to be loaded into the original model.
 
     Dimensions are fixed to those of the example inputs, but for the first axis of an ONNX model's inputs, the batch,
     which is dynamic where the model allows it. A `.pt2` program is called as the example inputs say: by position or by
@@ -65,6 +66,9 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         raise ArgumentError(f"export: {path} is a folder; give the path of a file")
     if path.suffix in TRACED and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
+    rewired = why_not_weights_alone(transformed(bio))
+    if path.suffix not in TRACED and rewired is not None:
+        raise ExportError(f"export: {path.suffix} holds weights only: {rewired}; use {' or '.join(TRACED)}")
     plain = fold(bio).eval()
     with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
         unchecked = Path(folder) / path.name

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from biofx.capture.captured_module import CapturedModule, released
-from biofx.capture.reparametrized import computed_attributes
 from biofx.chain import chain, evaluate, parameter_nodes
+from biofx.copying import copied
 from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
 from biofx.islands import is_whole, island_nodes, island_path, island_weights
@@ -24,8 +23,11 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
 
     Every chain becomes one weight with the values that its operator received; gains, signs and hooks are gone. Names,
     order and shapes in the state are the original's, so `original.load_state_dict(fold(bio).state_dict())` works; only
-    units that `MirrorUnits` doubled stay doubled. With a per-synapse activation the operator stays the wider one that
-    computes it, without its training-time nodes.
+    units that `MirrorUnits` doubled stay doubled.
+
+    What passes put behind an operator is no weight, and stays in the graph of the folded model: the sums of
+    `GroupUnits`, and per-synapse activations, whose operator stays the wider one that computes them. With the state
+    alone, the original would compute something else, so `into` is refused.
 
     Args:
         bio: a model made by `biofx.transform`; it stays as it is.
@@ -37,7 +39,8 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         island (see `biofx.summary`), an instance of its original class.
 
     Raises:
-        ArgumentError: `bio` was not made by `biofx.transform` or cannot be copied, or its state does not fit `into`.
+        ArgumentError: `bio` was not made by `biofx.transform` or cannot be copied, or `into` cannot hold what it
+            computes: a tensor does not fit, or a pass changed what an operator returns.
 
     Example:
         >>> import biofx, torch
@@ -53,6 +56,11 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
     bio = transformed(bio)
     if into is not None and not isinstance(into, nn.Module):
         raise ArgumentError(f"fold: into must be an instance of the original model, got {into!r}")
+    rewired = why_not_weights_alone(bio)
+    if into is not None and rewired is not None:
+        raise ArgumentError(
+            f"fold: {type(into).__name__} would compute something else: {rewired}; use fold(bio), whose graph does that"
+        )
     with torch.inference_mode(False):  # so that the result can be trained
         found = enclosed(bio) if into is None else None
         if found is not None:
@@ -76,15 +84,23 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         return result if into is None else _fill(into, result)
 
 
+def why_not_weights_alone(bio: fx.GraphModule) -> str | None:
+    """Why the original model with folded weights does not compute what a transformed one does, or None if it does."""
+    for _, origin in inserted_nodes(bio.graph):
+        if origin.slot is Slot.OUTPUT:
+            return f"{origin.by} changed what the operator of {origin.parameter} returns, which no weight can hold"
+    return None
+
+
 def _copy(bio: fx.GraphModule) -> CapturedModule:
     try:
-        copied = copy.deepcopy(bio, dict(computed_attributes(bio)))
+        plain = copied(bio)
     except Exception as error:
         raise ArgumentError(
             f"fold: {type(bio).__name__} cannot be copied: {error}; remove from it what copy.deepcopy refuses"
         ) from error
-    assert isinstance(copied, CapturedModule)
-    return copied
+    assert isinstance(plain, CapturedModule)
+    return plain
 
 
 def _call_islands_as_modules(plain: fx.GraphModule) -> None:

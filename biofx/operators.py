@@ -9,11 +9,13 @@ forward pass and changes the weight's gradient; an *observer* looks at an activa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from biofx.errors import ArgumentError
 
@@ -87,7 +89,7 @@ def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
         Hook.__name__ = Hook.__qualname__ = name.replace(".", "_")
 
         def hook(weight: Tensor, *others: Any) -> Tensor:
-            if torch._C._functorch.peek_interpreter_stack() is None:
+            if functorch.peek_interpreter_stack() is None:
                 result: Tensor = Hook.apply(weight, *others)  # type: ignore[no-untyped-call]
                 return result
             # Inside torch.func transforms an autograd.Function has no kernel behind the dispatcher. `scaled` carries
@@ -165,27 +167,9 @@ def define_operator(name: str, signature: str, kernel: Callable[..., Tensor]) ->
         signature: its arguments and result in the dispatcher's language, in parentheses: `"(Tensor weight) -> Tensor"`.
         kernel: what it computes, in operators that autograd knows.
     """
-    packet, _, overload = name.partition(".")
-
-    def vmap(info: Any, in_dims: tuple[int | None, ...], weight: Tensor, *others: Any) -> tuple[Tensor, int]:
-        weight_dim, *other_dims = in_dims
-        if weight_dim is None:
-            weight = weight.unsqueeze(0).expand(info.batch_size, *weight.shape)
-        else:
-            weight = weight.movedim(weight_dim, 0)
-        batched = []
-        for other, dim in zip(others, other_dims, strict=True):
-            if dim is not None:
-                other = other.movedim(dim, 0)
-                padding = [1] * (weight.dim() - other.dim())
-                other = other.reshape(other.shape[0], *padding, *other.shape[1:])
-            batched.append(other)
-        result: Tensor = getattr(getattr(torch.ops.biofx, packet), overload or "default")(weight, *batched)
-        return result, 0
-
     _LIBRARY.define(name + signature)
     _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
-    torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap)
+    _LIBRARY.impl(name, kernel, "FuncTorchBatched")  # vmap maps what the kernel calls
 
 
 @gradient_hook("scale_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)")
@@ -220,18 +204,42 @@ def observer(name: str) -> Callable[[Observation], Observation]:
     def define(observe: Observation) -> Observation:
         def kernel(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
             if training and torch._C._current_graph_task_id() == -1:
-                units = activity.detach().movedim(unit_axis, -1)
-                observe(units.flatten(0, -2) if units.dim() > 1 else units[None], state)
+                with torch._C._AutoDispatchBelowAutograd():  # no gradients, and no tangents in the state
+                    units = activity.detach().movedim(unit_axis, -1)
+                    observe(units.flatten(0, -2) if units.dim() > 1 else units[None], state)
 
-        operator = torch.library.custom_op(f"{NAMESPACE}::{name}", kernel, mutates_args=("state",))
+        _LIBRARY.define(f"{name}(Tensor activity, Tensor(a!) state, int unit_axis, bool training) -> ()")
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None, lib=_LIBRARY)
+        operator = getattr(torch.ops.biofx, name)
 
-        @operator.register_vmap
-        def vmap(info: Any, in_dims: Any, activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> Any:
-            if in_dims[0] is not None:
-                activity = activity.movedim(in_dims[0], 0)
-            operator(activity, state, unit_axis, training)
-            return None, None
+        def below_transform(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
+            axis = unit_axis if unit_axis < 0 else unit_axis - activity.dim()  # counted from behind any batch
+            for seen_activity, seen_state in _below_transform(activity, state):
+                operator(seen_activity, seen_state, axis, training)
 
+        # Nothing is differentiated here, so every transform of torch.func just hands down what it wraps.
+        _LIBRARY.impl(name, below_transform, "FuncTorchDynamicLayerFrontMode")
         return observe
 
     return define
+
+
+def _below_transform(activity: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the innermost transform of torch.func wraps, outside of it: each state, with the activity that it gets."""
+    interpreter = retrieve_current_functorch_interpreter()
+    (activity, of_activity), (state, of_state) = (_unwrapped(x, interpreter) for x in (activity, state))
+    with interpreter.lower():
+        if of_state is None:  # one model on many samples
+            yield activity if of_activity is None else activity.movedim(of_activity, 0), state
+            return
+        for model in range(state.shape[of_state]):  # many models, each with a state of its own
+            own = activity if of_activity is None else activity.select(of_activity, model)
+            yield own, state.select(of_state, model)
+
+
+def _unwrapped(x: Tensor, interpreter: Any) -> tuple[Tensor, int | None]:
+    """What a transform wraps, and the dimension that `vmap` maps over."""
+    if interpreter.key() == functorch.TransformType.Vmap:
+        return functorch._unwrap_batched(x, interpreter.level())
+    return functorch._unwrap_for_grad(x, interpreter.level()), None

@@ -117,7 +117,9 @@ def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: i
     left |= {name: e.reason or "it changed nothing" for name, e in model.edits.items() if name not in changed}
     remarks = {name: "; ".join(edit.remarks) for name, edit in model.edits.items() if edit.remarks}
     seconds = time.perf_counter() - start
-    record_of(bio).passes.append(PassRun(pass_, seed, frozenset(changed), left, remarks, seconds))
+    record = record_of(bio)
+    record.passes.append(PassRun(pass_, seed, frozenset(changed), left, remarks, seconds))
+    record.shapes = {name: bio.get_parameter(name).shape for run in record.passes for name in run.weights}
 
 
 def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:

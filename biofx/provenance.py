@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import fx, nn
@@ -117,6 +117,7 @@ class Record(nn.Module):
         islands: modules whose Python forward the graph calls as it is, by path, each with the reason; the path of the
             model itself is empty.
         state: names of the buffers that passes added, and the passes that use each, joined by ", ".
+        shapes: the shapes in which the weights are stored that passes changed.
         nonnegative: the parameters that may not become negative, each with the pass that asks for it.
         passes: the passes that ran, in order.
         attached: the weights whose optimizer `biofx.attach` has connected; a copy of the model starts with none.
@@ -128,6 +129,7 @@ class Record(nn.Module):
         self.original = tuple(original)
         self.islands: dict[str, str] = {}
         self.state: dict[str, str] = {}
+        self.shapes: dict[str, torch.Size] = {}
         self.nonnegative: dict[str, str] = {}
         self.passes: list[PassRun] = []
         self.attached: set[str] = set()
@@ -147,10 +149,33 @@ def transformed(model: nn.Module) -> fx.GraphModule:
     """The transformed model that was given, bare or inside `torch.compile` or a data-parallel wrapper.
 
     Raises:
-        ArgumentError: it does not come from `biofx.transform`.
+        ArgumentError: it does not come from `biofx.transform`, or its weights were replaced since.
     """
+    bio = unwrapped(model)
+    for replaced in changed_since(bio):
+        raise ArgumentError(
+            f"{replaced}; prune, parametrize, resize or replace modules of the original model, and then transform it"
+        )
+    return bio
+
+
+def changed_since(bio: nn.Module) -> Iterator[str]:
+    """What passes rewrote or keep in a transformed model, and is not there any more, each in words."""
+    record, parameters = record_of(bio), dict(bio.named_parameters(remove_duplicate=False))
+    kept = dict(bio.named_buffers(remove_duplicate=False))
+    for name, shape in record.shapes.items():
+        if name not in parameters:
+            yield f"{name}, which has synapses since the transform, is no parameter of the model any more"
+        elif parameters[name].shape != shape:
+            stored = tuple(parameters[name].shape)
+            yield f"{name}, which has synapses since the transform, was {tuple(shape)} then and is {stored} now"
+    yield from (f"{name}, which {by} keeps, is gone" for name, by in record.state.items() if name not in kept)
+
+
+def unwrapped(model: nn.Module) -> fx.GraphModule:
+    """A transformed model without wrappers; its weights may have been replaced."""
     bio = model
-    while isinstance(bio, nn.Module) and RECORD not in bio._modules:
+    while isinstance(bio, nn.Module) and not is_transformed(bio):
         wrapped = "_orig_mod" if "_orig_mod" in bio._modules else "module" if isinstance(bio, WRAPPERS) else None
         if wrapped is None:
             break
@@ -160,19 +185,24 @@ def transformed(model: nn.Module) -> fx.GraphModule:
     return bio
 
 
+def is_transformed(model: Any) -> bool:
+    """Whether a model comes from `biofx.transform`; not one in which such a model is a module."""
+    children = model._modules if isinstance(model, nn.Module) else {}
+    return RECORD in children and isinstance(children[RECORD], Record)  # TorchScript's are no dictionary
+
+
 def record_of(bio: nn.Module) -> Record:
     """The record of a transformed model.
 
     Raises:
         ArgumentError: `bio` does not come from `biofx.transform`.
     """
-    record = bio._modules.get(RECORD) if isinstance(bio, nn.Module) else None
-    if not isinstance(record, Record):
+    if not is_transformed(bio):
         given = f"the class {bio.__name__}" if isinstance(bio, type) else f"an instance of {type(bio).__name__}"
         raise ArgumentError(
             f"expected a model made by biofx.transform, got {given}; a graph that was traced again has lost its record"
         )
-    return record
+    return cast(Record, bio._modules[RECORD])
 
 
 def inserted(node: fx.Node) -> Inserted | None:

@@ -15,12 +15,12 @@ from torch import fx, nn
 from biofx import capture, pipeline
 from biofx.capture import exported
 from biofx.capture.captured_module import REGISTRIES
-from biofx.capture.reparametrized import computed_attributes
 from biofx.compare import difference
+from biofx.copying import copied
 from biofx.errors import ArgumentError, CaptureError
 from biofx.lifecycle import use_hooks
 from biofx.members import leave
-from biofx.provenance import RECORD, Record, record_of
+from biofx.provenance import is_transformed, record_of, transformed
 from biofx.references import enclosed
 from biofx.registry import Pass, as_passes
 from biofx.trial import run_in_eval_mode
@@ -99,10 +99,12 @@ def transform(
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend must be one of {', '.join(map(repr, FRONTENDS))}, got {frontend!r}")
     seed, patterns, printer = _seed(seed), _patterns(exclude), _printer(print_between)
-    again = isinstance(model, nn.Module) and isinstance(model._modules.get(RECORD), Record)
-    if not again:
+    again = is_transformed(model)
+    if again:
+        transformed(model)
+    else:
         capture.check(model)
-    elif inplace and record_of(model).attached:
+    if again and inplace and record_of(model).attached:
         raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     _refuse_transformed_children(model)
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
@@ -143,7 +145,7 @@ def _printer(print_between: Any) -> pipeline.Printer | None:
 
 def _refuse_transformed_children(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if module is not model and isinstance(module._modules.get(RECORD), Record):
+        if module is not model and is_transformed(module):
             raise ArgumentError(
                 f"{name} was transformed before, as a model of its own; "
                 f"transform the whole model at once, or fold {name} first"
@@ -158,8 +160,8 @@ def _copy(model: nn.Module) -> nn.Module:
             "do so in a copy; transform it with inplace=True, or make the function a method"
         )
     try:
-        return copy.deepcopy(model, dict(computed_attributes(model)))
-    except (RuntimeError, TypeError) as error:
+        return copied(model)
+    except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}; transform it with inplace=True"
         ) from error
@@ -170,10 +172,9 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Give a model that is changed in place its tensors, children, classes and graph back if the block raises."""
     saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
     classes = [(m, type(m)) for m in model.modules()]
-    record = model._modules.get(RECORD)
     graph: fx.Graph | None = None
-    if isinstance(record, Record) and isinstance(model, fx.GraphModule):
-        graph = model.graph
+    if is_transformed(model) and isinstance(model, fx.GraphModule):
+        graph, record = model.graph, record_of(model)
         fields = {k: copy.copy(v) for k, v in vars(record).items()}
         model.graph = copy.deepcopy(graph)
     try:

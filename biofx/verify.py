@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from biofx.chain import attribute, chain, parameter_nodes
 from biofx.errors import VerificationError
 from biofx.operators import NAMESPACE
-from biofx.provenance import Slot, inserted, inserted_nodes, record_of, transformed
+from biofx.provenance import Slot, changed_since, inserted, inserted_nodes, record_of, unwrapped
 from biofx.registry import Pass
 from biofx.signs.constraints import mixed_units
 from biofx.weights.sites import find
@@ -21,6 +21,7 @@ from biofx.weights.sites import find
 def verify(bio: nn.Module) -> None:
     """Check every invariant of a transformed model.
 
+    - Every weight that passes rewrote is stored as they left it, and what they keep is there.
     - The graph is well formed (`graph.lint`).
     - Every weight has one chain, with its nodes in canonical order, and every inserted node is in use.
     - Every `biofx` operator in the graph was inserted by a pass that ran.
@@ -47,8 +48,8 @@ def verify(bio: nn.Module) -> None:
         biofx.errors.VerificationError: the transformed model is not valid:
           - fuzzy-learning-rates: weight: gain is not finite
     """
-    bio = transformed(bio)
-    violations = list(_graph(bio)) or [*_chains(bio), *_parameters(bio), *_passes(bio)]
+    bio = unwrapped(bio)
+    violations = list(changed_since(bio)) or list(_graph(bio)) or [*_chains(bio), *_parameters(bio), *_passes(bio)]
     if violations:
         raise VerificationError(violations)
 

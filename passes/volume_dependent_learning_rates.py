@@ -6,8 +6,9 @@ m = \eta\, e^{-s\,|w| / (|w| + 1)}$$
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -109,6 +110,14 @@ def standard_normal(like: Tensor, seed: Tensor, steps: Tensor, site: str) -> Ten
 @standard_normal.register_fake
 def _(like: Tensor, seed: Tensor, steps: Tensor, site: str) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@standard_normal.register_vmap
+def _(info: Any, in_dims: Sequence[int | None], like: Tensor, seed: Tensor, steps: Tensor, site: str) -> Any:
+    """Models that are mapped over draw as they do on their own."""
+    mapped = zip((like, seed, steps), in_dims, strict=False)
+    models = zip(*(x.unbind(dim) if dim is not None else [x] * info.batch_size for x, dim in mapped), strict=True)
+    return torch.stack([standard_normal(*model, site) for model in models]), 0
 
 
 @gradient_hook(

@@ -167,6 +167,13 @@ class WithExtraState(nn.Linear):
         pass
 
 
+def test_safetensors_holds_weights_only(tmp_path):
+    bio = biofx.transform(mlp(4, 8, 2), "hofmann2025")
+    with pytest.raises(biofx.ExportError, match="group-units changed what the operator of 0.weight returns.*use .pt2"):
+        biofx.export(bio, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_safetensors_holds_tensors_only(tmp_path):
     bio = biofx.transform(nn.Sequential(WithExtraState(2, 2)), PIPELINE)
     with pytest.raises(biofx.ExportError, match=r"tensors only, and 0._extra_state is an instance of dict; use torch"):

@@ -203,8 +203,21 @@ def test_a_per_synapse_activation_keeps_its_graph_without_training_nodes():
     assert "tanh" in plain.code
     assert "biofx" not in plain.code
     assert plain.weight.shape == (3 * 8, 2, 3, 3)
-    with pytest.raises(biofx.ArgumentError, match="is not the model that was transformed: weight is"):
-        biofx.fold(bio, into=layer)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "by"),
+    [("hofmann2025", "group-units"), ([passes.SplitSynapses(activation="tanh")], "split-synapses")],
+)
+def test_what_no_weight_can_hold_stays_in_the_graph(pipeline, by):
+    model, x = mlp(4, 8, 2), torch.randn(3, 4)
+    before = copy.deepcopy(model.state_dict())
+    bio = biofx.transform(model, pipeline)
+    assert_close(biofx.fold(bio)(x), bio(x))
+    message = f"Sequential would compute something else: {by} changed what the operator of 0.weight returns"
+    with pytest.raises(biofx.ArgumentError, match=message):
+        biofx.fold(bio, into=model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_tied_weights_stay_tied():

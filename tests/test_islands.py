@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import biofx
 from biofx import passes
@@ -97,6 +98,47 @@ def test_gradients_are_exact(kind, frontend):
                 gradient.to_dense() if gradient.is_sparse else gradient,
                 wanted.to_dense() if wanted.is_sparse else wanted,
             )
+
+
+class Packed(nn.Module):
+    """The idiom of language models: a recurrent layer on sequences of several lengths."""
+
+    def __init__(self, rnn, width):
+        super().__init__()
+        self.rnn, self.head = rnn, nn.Linear(width, 2)
+
+    def forward(self, x):
+        self.rnn.flatten_parameters()
+        y, state = self.rnn(pack_padded_sequence(x, torch.tensor([4, 2, 3]), batch_first=True, enforce_sorted=False))
+        return self.head(pad_packed_sequence(y, batch_first=True)[0]), state
+
+
+RECURRENT = {
+    "lstm": lambda: Packed(nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2, batch_first=True), 4),
+    "gru": lambda: Packed(nn.GRU(3, 5, bidirectional=True, batch_first=True), 10),
+    "rnn": lambda: Packed(nn.RNN(3, 5, bias=False, nonlinearity="relu", batch_first=True), 5),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_packed_sequences_in_recurrent_layers(kind, autocast, frontend):
+    model, x = RECURRENT[kind]().double(), torch.randn(3, 4, 3, dtype=torch.float64)
+    if autocast:
+        model, x = model.float(), x.float()
+    # Autocast adds the gradients of time steps up in bfloat16 for a parameter, and in float32 for an effective weight.
+    tolerance = {"rtol": 0.02, "atol": 0.02} if autocast else {}
+    bio = biofx.transform(model, SPLIT, frontend=frontend)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert_close(bio(x), model(x))
+        found, expected = gradients(bio, x), gradients(model, x)
+    sites = biofx.weight_sites(bio)
+    assert len(sites) == sum(p.dim() == 2 for p in model.parameters())
+    for name, wanted in expected.items():
+        wanted = torch.stack([wanted, wanted]) if name in sites else wanted
+        torch.testing.assert_close(found[name], wanted, **tolerance)
+    bio.rnn.flatten_parameters()
+    assert_close(biofx.fold(bio)(x), bio(x))
 
 
 def test_copies_and_pickles_compute_the_same(kind, frontend):
@@ -578,7 +620,7 @@ def test_what_biofx_does_not_know_of_a_parametrization_is_said():
     model = Around(Branch())
     parametrize.register_parametrization(model.inner.a, "weight", Doubled())
     parametrizations.orthogonal(model.inner.b, orthogonal_map="householder")
-    summary = biofx.summary(biofx.transform(model, SPLIT))
+    summary = " ".join(biofx.summary(biofx.transform(model, SPLIT)).split())
     where = "inside inner (Branch), an island"
     assert f"{where}: biofx does not know what Doubled makes of it" in summary
     assert f"{where}: the householder map of an orthogonal parametrization takes whole numbers" in summary

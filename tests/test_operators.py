@@ -6,7 +6,8 @@ import io
 import pytest
 import torch
 from torch import fx, nn
-from torch.func import functional_call, grad, hessian, jacrev, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import biofx
@@ -120,6 +121,51 @@ def test_per_sample_gradients(bio, oracle):
     per_sample = vmap(grad(lambda p, x: loss(functional_call(bio, p, (x[None],)))), in_dims=(None, 0))
     summed = {name: g.sum(0) for name, g in per_sample(dict(bio.named_parameters()), X).items()}
     assert_same(summed, oracle)
+
+
+def seen(state):
+    return {name: value for name, value in state.items() if name.endswith(("_seen", "_active"))}
+
+
+def on_dual_numbers(bio):
+    with forward_ad.dual_level():
+        bio(forward_ad.make_dual(X, X))
+
+
+WAYS = {
+    "vmap": lambda bio: vmap(lambda x: bio(x[None]))(X),
+    "nested vmap": lambda bio: vmap(vmap(bio))(X.view(3, 2, 4)),
+    "per-sample gradients": lambda bio: vmap(
+        grad(lambda p, x: loss(functional_call(bio, p, (x[None],)))), in_dims=(None, 0)
+    )(dict(bio.named_parameters()), X),
+    "jacrev": lambda bio: jacrev(bio)(X),
+    "jacfwd": lambda bio: jacfwd(bio)(X),
+    "hessian": lambda bio: hessian(lambda x: loss(bio(x)))(X),
+    "jvp": lambda bio: jvp(bio, (X,), (X,)),
+    "dual numbers": on_dual_numbers,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_observers_see_the_same_under_every_transform(plain, way):
+    pipeline = [passes.SynapticScaling(), passes.FuzzyLearningRates(distribution="activity")]
+    bio, expected = (biofx.transform(plain, pipeline).train() for _ in range(2))
+    WAYS[way](bio)
+    expected(X)
+    assert_same(seen(bio.state_dict()), seen(expected.state_dict()))
+    assert len(seen(bio.state_dict())) == 4
+
+
+def test_an_ensemble_of_models_learns_as_each_does_on_its_own(plain):
+    pipeline = biofx.registry.parse("cortex")
+    models = [biofx.transform(plain, pipeline, seed=seed).train() for seed in range(3)]
+    stacked = {n: torch.stack([m.state_dict()[n] for m in models]) for n in models[0].state_dict()}
+    parameters = {name: stacked.pop(name) for name, _ in models[0].named_parameters()}
+    base = copy.deepcopy(models[0]).to("meta")
+    per_model = vmap(grad(lambda p, b: loss(functional_call(base, (p, b), (X,)))))(parameters, stacked)
+    expected = [gradients(model, X) for model in models]
+    assert_same(per_model, {name: torch.stack([g[name] for g in expected]) for name in parameters})
+    assert_same(seen(stacked), {n: torch.stack([m.state_dict()[n] for m in models]) for n in seen(stacked)})
 
 
 @pytest.mark.parametrize(("weight_dim", "gain_dim"), [(0, None), (2, None), (None, 0), (1, 1), (None, 1)])

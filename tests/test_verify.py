@@ -1,8 +1,12 @@
 """Verification: every invariant, broken on purpose."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.utils import prune
 
 import biofx
 from biofx import passes
@@ -102,6 +106,48 @@ def test_a_parameter_that_is_gone():
     bio = biofx.transform(ConvNet(), [passes.SplitSynapses(2)])
     del bio.norm.bias
     assert "norm.bias: a parameter of the original model is gone" in violations(bio)
+
+
+def replace_layer(bio):
+    bio.add_module("2", nn.Linear(8, 5))
+
+
+def prune_layer(bio):
+    prune.l1_unstructured(bio.get_submodule("2"), "weight", 0.5)
+
+
+def replace_weight(bio):
+    bio.get_submodule("2").weight = nn.Parameter(torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (prune_layer, "2.weight, which has synapses since the transform, is no parameter of the model any more"),
+        (replace_layer, "2.weight, which has synapses since the transform, was (2, 2, 8) then and is (5, 8) now"),
+        (replace_weight, "2.weight, which has synapses since the transform, was (2, 2, 8) then and is (2, 8) now"),
+    ],
+)
+def test_a_weight_that_was_replaced_after_the_transform(change, message, frontend):
+    bio = biofx.transform(mlp(4, 8, 2), [passes.SplitSynapses(2), passes.Crystallize()], frontend=frontend)
+    change(bio)
+    assert message in violations(bio)
+    again = partial(biofx.transform, passes="fuzzy-learning-rates")
+    attach = partial(biofx.attach, optimizer=torch.optim.SGD(bio.parameters(), 0.1))
+    for function in (biofx.weight_sites, biofx.summary, biofx.fold, biofx.units, attach, again):
+        with pytest.raises(biofx.ArgumentError, match=re.escape(message) + "; prune, .* and then transform it"):
+            function(bio)
+
+
+def test_state_that_is_gone(bio):
+    del bio.get_submodule("2").weight_gain
+    assert "2.weight_gain, which fuzzy-learning-rates keeps, is gone" in violations(bio)
+
+
+def test_a_weight_may_be_reshaped_by_a_second_transform():
+    bio = biofx.transform(mlp(4, 8, 2), [passes.GroupUnits()])
+    biofx.verify(biofx.transform(bio, [passes.SplitSynapses(2)]))
 
 
 def test_a_weight_whose_operator_is_gone(bio):

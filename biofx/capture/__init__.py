@@ -37,6 +37,7 @@ from biofx.references import outside
 from biofx.trial import split_inputs
 
 REFERS = "refers to one of its other modules in a list or a plain attribute, and cannot be traced"
+SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing torch.distributed.fsdp takes long
 AS_ASKED = 'with frontend="module", the model keeps its Python forward'
 
 
@@ -44,15 +45,24 @@ def check(model: Any) -> None:
     """Refuse what cannot be captured, before anything is copied.
 
     Raises:
-        ArgumentError: not a module, a wrapped module, one whose parameters have no values yet, or one with an attribute
-            that the result needs for itself.
+        ArgumentError: not a module, a wrapped or sharded module, one without Python, one whose parameters have no
+            values yet, or one with an attribute that the result needs for itself.
     """
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise ArgumentError(f"model is the class {model.__name__}; transform an instance, {model.__name__}(...)")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got an instance of {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ArgumentError("model is a TorchScript module, which has no Python forward; transform the original module")
+    for path, module in model.named_modules():
+        where = path or "model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ArgumentError(
+                f"{where} is a TorchScript module, which has no Python forward; use the original module"
+            )
+        if not SHARDED.isdisjoint(cls.__name__ for cls in type(module).__mro__):
+            raise ArgumentError(
+                f"{where} is sharded (FSDP); transform the model before that, then shard the result. "
+                "There, what passes do in forward and backward works; rules at optimizer.step() need whole weights"
+            )
     if "_orig_mod" in model._modules:
         raise ArgumentError("model comes from torch.compile; transform the original module, then compile the result")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
 
-from biofx.capture.reparametrized import computed_attributes
+from biofx.copying import clones
 from biofx.errors import ArgumentError, CaptureError
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole
 from biofx.members import ReadsEffective, join, leave, list_weights, methods_of_user
@@ -70,7 +70,7 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         copied = _empty(type(self).__name__, _model_class(self))
-        memo.update({id(self): copied, **computed_attributes(self)})
+        memo.update({id(self): copied, **{key: clone for key, clone in clones(self).items() if key not in memo}})
         _fill(copied, copy.deepcopy(_attributes(self), memo), copy.deepcopy(self.graph))
         return copied
 

@@ -67,16 +67,6 @@ def detach_computed_attributes(model: nn.Module) -> None:
                 vars(module)[name] = value.detach()
 
 
-def computed_attributes(model: nn.Module) -> dict[int, Tensor]:
-    """Copies of the tensors that hooks computed and left as attributes, by id: `copy.deepcopy` refuses them."""
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-
-
 def computed_names(model: nn.Module) -> set[tuple[str, str]]:
     """The attributes that hooks compute anew before every forward: path of the module, name."""
     return {

@@ -12,7 +12,6 @@ sparse, because the rows of a dense one would all listen to the same common mode
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from biofx.chain import attribute, compute
+from biofx.copying import copied
 from biofx.dry_run import UNKNOWN, Guesser
 from biofx.model_editor import ModelEditor
 from biofx.trial import undisturbed
@@ -51,9 +51,10 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float) -> 
         signs: signs of the presynaptic units, +1, −1 or 0 where free, by the weight's name.
         density: fraction of each row's synapses that do not start at 0.
     """
-    bio = copy.deepcopy(model.bio).double()  # deep networks tell samples apart in the eighth digit
+    bio = copied(model.bio).double()  # deep networks tell samples apart in the eighth digit
     found = find(bio)[0]
     sites = {name: found[name] for name in signs}
+    signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
     original = {name: _connections(site).clone() for name, site in sites.items()}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -108,7 +109,7 @@ def balanced(weight: Tensor, sign: Tensor, density: float, generator: torch.Gene
 
 def sparse(sign: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Mask of the synapses that each row keeps: of each sign the same fraction, at random."""
-    draw = torch.rand(sign.shape, generator=generator, dtype=torch.float64)
+    draw = torch.rand(sign.shape, generator=generator, dtype=torch.float64).to(sign.device)
     mask = sign == 0
     for own in (sign > 0, sign < 0):
         count = own.sum(1, keepdim=True)
@@ -184,7 +185,7 @@ def _run(
     first = {site.calls[0].node: site for site in seen}
     with undisturbed(bio), torch.no_grad():
         bio.eval()
-        _Watched(bio, all_sites, _normal_inputs(model, bio, generator), first, see, generator).run()
+        _Watched(bio, all_sites, _normal_inputs(model, all_sites, generator), first, see, generator).run()
 
 
 class _Watched(Guesser):
@@ -242,9 +243,11 @@ def _read_beside(site: WeightSite) -> list[fx.Node]:
     return [source for node in nodes for source in node.all_input_nodes if source not in own]
 
 
-def _normal_inputs(model: ModelEditor, bio: fx.GraphModule, generator: torch.Generator) -> dict[str, Any]:
+def _normal_inputs(
+    model: ModelEditor, all_sites: Mapping[str, WeightSite], generator: torch.Generator
+) -> dict[str, Any]:
     """Standard normal inputs for a batch of the shapes that the model takes; what else it takes is left out."""
-    device = next(bio.parameters()).device
+    device = min(all_sites.values(), key=lambda site: site.uses[0]).raw.device  # of the weight that is used first
     result: dict[str, Any] = {}
     for node in model.bio.graph.find_nodes(op="placeholder"):
         value = model.values[node]

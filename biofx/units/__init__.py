@@ -8,7 +8,6 @@ new population as well, which all its readers share.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +16,10 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from biofx.capture import capture, check
+from biofx.copying import copied
 from biofx.dry_run import Values, dry_run
 from biofx.errors import ArgumentError
-from biofx.provenance import transformed
+from biofx.provenance import transformed, unwrapped
 from biofx.units.analysis import Reading, UnitAnalysis
 from biofx.units.numbers import NOBODY, Population
 from biofx.weights.sites import WeightSite, find
@@ -130,14 +130,14 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
         bio = transformed(model)
     else:
         check(model)
-        bio = capture(copy.deepcopy(model), example_inputs)
+        bio = capture(copied(model), example_inputs)
     sites = find(bio)[0]
     return analyse(bio, sites, dry_run(bio, sites, example_inputs))
 
 
 def _is_transformed(model: Any) -> bool:
     try:
-        transformed(model)
+        unwrapped(model)
     except ArgumentError:
         return False
     return True

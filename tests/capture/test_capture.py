@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import biofx
@@ -613,6 +615,8 @@ def named(name):
         (nn.LazyLinear(3), "weight is lazy and has no shape yet; call the model once"),
         (nn.Linear(2, 2, device="meta"), r"weight is on the meta device.*to_empty"),
         (nn.DataParallel(nn.Linear(2, 2)), "DataParallel; transform model.module"),
+        (torch.jit.script(nn.Linear(2, 2)), "model is a TorchScript module, which has no Python forward; use the orig"),
+        (nn.Sequential(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))), "0 is a TorchScript module"),
         (named("graph"), 'an attribute "graph", a name that the torch.fx.GraphModule that the result is needs; rename'),
         (named("meta"), 'an attribute "meta"'),
         (named("recompile"), 'an attribute "recompile"'),
@@ -627,6 +631,17 @@ def test_what_cannot_be_captured_is_refused(model, message):
 def test_a_compiled_model_is_refused():
     with pytest.raises(biofx.ArgumentError, match="comes from torch.compile"):
         biofx.transform(torch.compile(nn.Linear(2, 2)), NEUTRAL)
+
+
+def test_a_sharded_model_is_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = fully_shard(nn.Linear(2, 2))
+        for model, where in ((layer, "model"), (nn.Sequential(layer), "0")):
+            with pytest.raises(biofx.ArgumentError, match=rf"{where} is sharded \(FSDP\); transform .* before that"):
+                biofx.transform(model, NEUTRAL)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_root_whose_forward_was_replaced_is_refused():

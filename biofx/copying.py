@@ -1,0 +1,39 @@
+"""Copies of models, also of those with tensors that `copy.deepcopy` refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copied(model: Model) -> Model:
+    """A copy of a model that shares nothing with it."""
+    return copy.deepcopy(model, dict(clones(model)))
+
+
+def clones(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of the tensors of a model that `copy.deepcopy` refuses, by id.
+
+    Those are what hooks computed and left as attributes, which has a history, and what is not laid out in strides, such
+    as sparse parameters.
+    """
+    held = (value for module in model.modules() for value in _held(module) if isinstance(value, Tensor))
+    return {id(value): _clone(value) for value in held if not value.is_leaf or not _has_strides(value)}
+
+
+def _held(module: nn.Module) -> list[object]:
+    return [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+
+
+def _has_strides(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    clone = tensor.detach().clone()
+    return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
