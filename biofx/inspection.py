@@ -14,6 +14,7 @@ from biofx.chain import attribute, callee
 from biofx.errors import ArgumentError
 from biofx.operators import is_marker
 from biofx.provenance import inserted, record_of, transformed
+from biofx.weights.operators import is_operator
 from biofx.weights.sites import NOT_A_SYNAPSE, WeightSite, find
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ def _row(site: WeightSite) -> list[Any]:
 def _operator(site: WeightSite) -> str:
     times = f" × {len(site.uses)}" if len(site.uses) > 1 else ""
     where = site.island if site.island is not None else site.surroundings
+    if site.inside and is_operator(site.inside[0].node):
+        where = None  # it is the operator
     return site.operator + times + (f", in {where}" if where else "")
 
 

@@ -86,6 +86,7 @@ def test_every_pass_on_other_devices(pipeline, devices, second_device):
         assert tensor.device == (SECOND if devices == "one" or name.startswith("there") else CPU), name
     biofx.summary(bio)
     biofx.units(bio)
+    assert biofx.l1(bio).isfinite()
     for optimizer_class in (torch.optim.SGD, torch.optim.AdamW):
         trained = copy.deepcopy(bio)
         optimizer = optimizer_class(trained.parameters(), 0.01)

@@ -337,6 +337,15 @@ def _embedding(asked: _Asked) -> Call | Refusal | None:
     return asked.call(name, [PRE, POST], [source], [] if in_tuple else [-1], padding=padding)
 
 
+def _recurrent(asked: _Asked) -> Call | None:
+    """A weight of a recurrent layer or cell, all of whose steps are one call: nobody sees what its units return."""
+    given = asked("params|w_ih"), asked("w_hh")
+    held = given[0] if isinstance(given[0], list | tuple) else given
+    if asked.weight not in held or len(asked.shape) != 2:
+        return None
+    return asked.call(callee(asked.node).partition("_")[0].partition(".")[0], [POST, PRE], [], [])
+
+
 _CONV = "input weight bias stride padding dilation groups"
 _CONV_TRANSPOSE = "input weight bias stride padding output_padding groups dilation"
 _EMBEDDING = "weight indices padding_idx scale_grad_by_freq sparse"
@@ -345,6 +354,7 @@ _BAG_OF_F = (
     "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights include_last_offset "
     "padding_idx"
 )
+RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _aten = torch.ops.aten
 _ROWS: list[tuple[Reader, str, list[Any]]] = [
     (_linear, "input weight bias", [F.linear, _aten.linear.default]),
@@ -377,6 +387,14 @@ _ROWS: list[tuple[Reader, str, list[Any]]] = [
     (_embedding, _EMBEDDING, [torch.embedding, _aten.embedding.default]),
     (_embedding, _BAG_OF_F, [F.embedding_bag]),
     (_embedding, _BAG, [_aten.embedding_bag.default, _aten.embedding_bag.padding_idx, _aten._embedding_bag.default]),
+    (_recurrent, "input hx params", [getattr(_aten, name).input for name in RECURRENT]),
+    (_recurrent, "input hx params", [getattr(torch, name) for name in RECURRENT]),
+    (_recurrent, "input hx w_ih w_hh", [getattr(torch, f"{name}_cell") for name in RECURRENT]),
+    (
+        _recurrent,
+        "input hx w_ih w_hh",
+        [_aten.lstm_cell.default, _aten.gru_cell.default, _aten.rnn_tanh_cell.default, _aten.rnn_relu_cell.default],
+    ),
 ]
 _TABLE: dict[Any, tuple[Reader, tuple[str, ...]]] = {
     target: (reader, tuple(names.split())) for reader, names, targets in _ROWS for target in targets

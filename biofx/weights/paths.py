@@ -178,10 +178,10 @@ def _follow(
             inner = part_of(bio, user)
             if isinstance(answer, Refusal):
                 found.refusals.append(answer)
-            elif answer is not None and part is None:
+            elif answer is not None and part is None and answer.sources:
                 found.uses.append(_use(answer, path, base, value))
-            elif answer is not None and part is not None:
-                found.inside.append(_inside(part, _use(answer, path, base, value)))
+            elif answer is not None:
+                found.inside.append(_inside(part or user, _use(answer, path, base, value)))
             elif is_island(user) and (calls := calls_inside(bio, user, node, base.shape)):
                 for call, effect in calls:
                     before = () if effect is None else (Step(user, False, effect),)
@@ -205,8 +205,8 @@ def _follow(
 
 
 def _inside(part: fx.Node, use: Use) -> Use:
-    """A use inside of a part of the model, for those outside of it."""
-    remark = "" if use.call.source is not None else "its operator multiplies several activations"
+    """A use inside of a part of the model, or of an operator in one piece, for those outside of it."""
+    remark = "its operator multiplies several activations" if len(use.call.sources) > 1 else ""
     call = replace(use.call, node=part, bias=None, sources=(), output_axes=())
     return replace(use, call=call, path=(*use.path, *([Step(use.node, False, Effect(remark))] if remark else [])))
 

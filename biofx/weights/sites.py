@@ -21,7 +21,6 @@ from biofx.weights.paths import Dependence, Use, Uses, follow
 from biofx.weights.roles import roles, why_unfit
 
 NOT_A_SYNAPSE = "one value for each unit, not a synapse"
-_RECURRENT = {f"{kind}{suffix}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for suffix in ("", "_cell")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +73,11 @@ class WeightSite:
 
     @property
     def surroundings(self) -> str | None:
-        """The first island or part of the model inside of which the weight is used, in words, or None."""
-        return _described(self.bio, self.inside[0].node) if self.inside else None
+        """What the weight is used inside of, in words: an island, a part of the model, a call of a recurrent layer."""
+        if not self.inside:
+            return None
+        node = self.inside[0].node
+        return f"one call of {self.operator}" if is_operator(node) else _described(self.bio, node)
 
     @property
     def why_out_of_reach(self) -> str | None:
@@ -293,7 +295,8 @@ def l1(bio: nn.Module) -> Tensor:
         >>> bool(torch.isclose(biofx.l1(bio), biofx.weight_sites(bio)["weight"].effective().abs().sum()))
         True
     """
-    return torch.stack([site.effective().abs().sum() for site in weight_sites(bio).values()]).sum()
+    sums = [site.effective().abs().sum() for site in weight_sites(bio).values()]
+    return torch.stack([each.to(sums[0].device) for each in sums]).sum()
 
 
 def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
@@ -395,8 +398,6 @@ def _why_no_site(
         return f"{' and '.join(activated)} {'read' if activated[1:] else 'reads'} it as an input, not as a weight"
     others = [user for user in users if not _is_constant(bio, user)]
     names = sorted({_described(bio, user) for user in others or users})
-    if names and _RECURRENT.issuperset(names):
-        return f"used by {', '.join(names)}, whose weights only frontend='module' and 'symbolic' rewrite"
     return f"used by {', '.join(names)}, which biofx does not know as an operator on weights"
 
 

@@ -721,9 +721,61 @@ def test_padding_that_torch_fills_with_zeros_without_gradients_is_refused_with_t
     assert_same_in_both_modes(export(model, inputs), model, inputs)
 
 
-def test_recurrent_layers_have_weights_with_another_front_end():
-    model, value = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4)), x(3, 2, 4)
-    assert "1.weight_ih_l0: used by gru, whose weights only frontend='module'" in biofx.summary(export(model, value))
+class Cells(nn.Module):
+    """Recurrent cells in a loop, and one whose parameters are its own."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.first, self.second, self.length = nn.LSTMCell(4, 5), nn.GRUCell(5, 5, bias=False), length
+        self.own_ih, self.own_hh = (nn.Parameter(torch.randn(3, 5) / 2), nn.Parameter(torch.randn(3, 3) / 2))
+
+    def forward(self, x):
+        h, c, g, own = (x.new_zeros(x.shape[1], n) for n in (5, 5, 5, 3))
+        for t in range(self.length):
+            h, c = self.first(x[t], (h, c))
+            g = self.second(h, g)
+            own = torch.rnn_relu_cell(g, own, self.own_ih, self.own_hh)
+        return own
+
+
+RECURRENT = {
+    "lstm": lambda: nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 5, 2, bidirectional=True, proj_size=3)),
+    "gru": lambda: nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 5, bias=False)),
+    "rnn": lambda: nn.Sequential(nn.Linear(4, 4), nn.RNN(4, 5, nonlinearity="relu", batch_first=True)),
+    "cells": lambda: Cells(3),
+}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_weights_of_recurrent_layers_and_cells(kind, frontend):
+    model, value = RECURRENT[kind]().double(), torch.randn(3, 2, 4, dtype=torch.float64)
+    bio = biofx.transform(model, [passes.SplitSynapses(2, compensate=False)], frontend=frontend, example_inputs=value)
+    sites = biofx.weight_sites(bio)
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() == 2}
+    assert sites.keys() == matrices
+    for name in matrices:
+        assert (sites[name].presynaptic_axis, sites[name].postsynaptic_axis, sites[name].is_split) == (1, 0, True)
+    for other in (bio, copy.deepcopy(bio), biofx.fold(bio)):
+        torch.testing.assert_close(tensors(other(value)), tensors(model(value)))
+    loss(bio(value)).backward()
+    loss(model(value)).backward()
+    for name, parameter in model.named_parameters():
+        wanted = torch.stack([parameter.grad] * 2) if name in matrices else parameter.grad
+        torch.testing.assert_close(bio.get_parameter(name).grad, wanted)
+    model.load_state_dict(biofx.fold(bio).state_dict(), strict=True)
+    torch.testing.assert_close(
+        tensors(bio.double()(value)), tensors(model(value))
+    )  # layers of torch.nn list weights anew
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_the_summary_of_recurrent_layers(frontend):
+    bio = biofx.transform(RECURRENT["gru"](), [passes.DalesPrinciple()], frontend=frontend, example_inputs=x(3, 2, 4))
+    operators = {name: site.operator for name, site in biofx.weight_sites(bio).items()}
+    assert operators == {"0.weight": "linear", "1.weight_ih_l0": "gru", "1.weight_hh_l0": "gru"}
+    if frontend == "export":
+        assert "is in one call of gru, where units cannot be followed" in " ".join(biofx.summary(bio).split())
 
 
 def test_example_inputs_are_needed_and_have_to_fit():
