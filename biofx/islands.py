@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.errors import CaptureError
-from biofx.members import Place, present
+from biofx.members import Place, is_lost, present
 
 WHOLE = "whole_model"  # what the graph of a model that is one island reads: the model itself
 ORIGINAL_CLASS = "_biofx_class"  # where such a model keeps the class whose forward it runs
@@ -70,9 +70,8 @@ def _refuse_lost_changes(
     """Refuse a forward that changes weights that are computed; PyTorch may have refused it in its own words."""
     for name, copy in copies.items():
         path, _, key = name.rpartition(".")
-        stored = vars(module.get_submodule(path))["_parameters"][key]
-        is_stored = weights[name].untyped_storage()._cdata == stored.untyped_storage()._cdata
-        if (has_failed or not is_stored) and not torch.allclose(weights[name], copy, rtol=0, atol=0, equal_nan=True):
+        stored = copy if has_failed else vars(module.get_submodule(path))["_parameters"][key]
+        if is_lost(weights[name], copy, stored):
             _modes.pop(module)
             raise CaptureError(
                 f"the forward of {type(module).__name__}, an island, changes {name}, and such a change would be lost, "

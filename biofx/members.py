@@ -38,11 +38,11 @@ class _Present(threading.local):
 
     Attributes:
         values: those of islands and modules whose forward runs; replaced as a whole, never changed.
-        asked: those that other methods have asked for, each with its version then, or None if no such method runs.
+        asked: those that other methods asked for last, or None if no such method runs.
     """
 
     values: Mapping[Place, Any] = {}
-    asked: dict[Place, tuple[Tensor, int]] | None = None
+    asked: dict[Place, Asked] | None = None
 
 
 present = _Present()
@@ -77,7 +77,8 @@ class EffectiveWeight:
             if torch._C._current_graph_task_id() != -1:  # a function in an island, which is checkpointed
                 value = _evaluated_alone(owner, self.key)
             elif present.asked is not None:
-                value = _asked(owner, self.key, present.asked)
+                asked = Asked(owner, self.key)  # anew each time: the method may be one that trains
+                value, present.asked[id(owner), self.key] = asked.value, asked
         # The lookup of a module may be patched, as by torch.fx.
         return nn.Module.__getattr__(owner, self.key) if value is None else value
 
@@ -256,12 +257,29 @@ def _evaluated_alone(owner: nn.Module, key: str) -> Tensor:
         return evaluate(bio, chain(parameter_nodes(bio)[name]))
 
 
-def _asked(owner: nn.Module, key: str, asked: dict[Place, tuple[Tensor, int]]) -> Tensor:
-    place = (id(owner), key)
-    if place not in asked:
-        value = _evaluated_alone(owner, key)
-        asked[place] = value, value._version
-    return asked[place][0]
+class Asked:
+    """An effective weight that a method has asked for."""
+
+    def __init__(self, owner: nn.Module, key: str) -> None:
+        self.key = key
+        self.value = _evaluated_alone(owner, key)
+        self._copy = self.value.detach().clone()
+        self._stored = vars(owner)["_parameters"][key]
+
+    def refuse_change(self, method: str) -> None:
+        """Refuse that a method has changed it, if its synapses do not change with it."""
+        if is_lost(self.value, self._copy, self._stored):
+            raise CaptureError(
+                f"{method} changes {self.key}, and such a change would be lost, as the weight is computed from its "
+                "synapses; call it on the model before the transform"
+            )
+
+
+def is_lost(value: Tensor, before: Tensor, stored: Tensor) -> bool:
+    """Whether an effective weight was changed, and what is stored was not changed with it."""
+    if value.untyped_storage()._cdata == stored.untyped_storage()._cdata:
+        return False
+    return not torch.allclose(value, before, rtol=0, atol=0, equal_nan=True)
 
 
 def methods_of_user(original: type[nn.Module]) -> dict[str, Any]:
@@ -291,15 +309,12 @@ def _reading_effective(method: FunctionType) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         asked = present.asked = {}
         try:
-            return method(self, *args, **kwargs)
+            result = method(self, *args, **kwargs)
         finally:
             present.asked = None
-            for (_, key), (value, version) in asked.items():
-                if value._version != version and not isinstance(value, nn.Parameter):
-                    raise CaptureError(
-                        f"{method.__qualname__} changes {key}, and such a change would be lost, as the weight is "
-                        "computed from its synapses; call it on the model before the transform"
-                    )
+        for each in asked.values():
+            each.refuse_change(method.__qualname__)
+        return result
 
     return call
 

@@ -59,6 +59,16 @@ class Autoencoder(nn.Module):
     def reset(self):
         nn.init.ones_(self.decoder.fc.weight)
 
+    def clip(self):
+        self.decoder.fc.weight.data.clamp_(-0.01, 0.01)
+
+    def fit(self, x, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            (self(x).square().mean() + self.decoder.fc.weight.square().sum()).backward()
+            optimizer.step()
+        return self.decoder.fc.weight.norm()
+
     def load(self, state):
         self.load_state_dict(state)
         return self.state_dict()
@@ -126,13 +136,19 @@ def test_what_acts_behind_an_operator_is_in_the_graph_only():
         bio.encoder(x)
 
 
-def test_a_method_that_changes_an_effective_weight_has_to_be_called_before(frontend):
+@pytest.mark.parametrize("name", ["reset", "clip"])
+def test_a_method_that_changes_an_effective_weight_has_to_be_called_before(name, frontend):
     _, bio = transformed(frontend)
-    with (
-        torch.no_grad(),
-        pytest.raises(biofx.CaptureError, match=r"reset changes weight.* before the transform"),
-    ):
-        bio.reset()
+    with torch.no_grad(), pytest.raises(biofx.CaptureError, match=rf"{name} changes weight.* before the transform"):
+        getattr(bio, name)()
+
+
+def test_a_method_may_train(frontend):
+    model, bio = transformed(frontend, "l1-regularization{strength=0.0}")
+    x = torch.randn(3, 6, dtype=torch.float64)
+    norms = [net.fit(x, torch.optim.SGD(net.parameters(), 0.1)) for net in (model, bio)]
+    torch.testing.assert_close(*norms)
+    torch.testing.assert_close(bio.decoder.fc.weight.norm(), norms[0])
 
 
 def test_methods_see_the_state_as_it_is_stored(frontend):
