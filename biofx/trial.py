@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -121,13 +120,17 @@ def parameters_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace."""
+def unchanged(model: nn.Module) -> Iterator[Snapshot]:
+    """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace.
+
+    Yields:
+        What the modules held before.
+    """
     with LOCK:
         before, state = Snapshot(model), random.getstate()
         with torch.random.fork_rng(devices=[]):
             try:
-                yield
+                yield before
             finally:
                 random.setstate(state)
                 before.restore()
@@ -186,7 +189,7 @@ class Snapshot:
             return
         if type(value) in _CONTAINERS:
             self._seen.add(id(value))
-            self._held.append((path, name, value, copy.copy(value)))
+            self._held.append((path, name, value, value.copy()))
             for part in list(value.values() if isinstance(value, dict) else value):
                 self._look_into(path, name, part, with_objects)
         elif with_objects and _is_plain_object(value):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from biofx.capture.stores import add_store
 from biofx.capture.tracer import KeepWhole, Tracer, merge_reads
 from biofx.capture.watching import watched
 from biofx.islands import WHOLE, call_island
-from biofx.trial import Change, Snapshot
+from biofx.trial import Change
 from biofx.weights.roles import weights
 
 
@@ -41,17 +42,27 @@ def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], eval
     Raises:
         KeepWhole: a module does what a graph does not hold.
     """
-    first, in_evaluation = Tracer(absent, whole), set(evaluating)
-    with watched(model, first):
-        for module in model.modules():
-            module.training = module not in in_evaluation
-        before = Snapshot(model)
+    first = Tracer(absent, whole)
+    with _in_modes(model, set(evaluating)), watched(model, first) as before:
         result = _traced(model, first)
         computed = computed_names(model)
         changes = [change for change in before.changes() if change[:2] not in computed]
         if changes:
             _add_stores(model, result, changes, Tracer(absent, whole))
     return result
+
+
+@contextmanager
+def _in_modes(model: nn.Module, evaluating: Collection[nn.Module]) -> Iterator[None]:
+    """Put modules into evaluation mode, and the others into training mode, for a while."""
+    modes = [(vars(module), module.training, module not in evaluating) for module in model.modules()]
+    for attributes, _, mode in modes:
+        attributes["training"] = mode
+    try:
+        yield
+    finally:
+        for attributes, mode, _ in modes:
+            attributes["training"] = mode
 
 
 def _traced(model: nn.Module, tracer: Tracer) -> Trace:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from biofx.trial import unchanged
+from biofx.trial import Snapshot, unchanged
 
 BLOCKS: tuple[type, ...] = (
     torch.no_grad,
@@ -35,10 +35,14 @@ class Watcher(Protocol):
 
 
 @contextmanager
-def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
-    """Trace a model inside of the block: it stays as it is, and the watcher is told what its forward does."""
-    with unchanged(model), torch.set_grad_enabled(torch.is_grad_enabled()), _watched_by(watcher):
-        yield
+def watched(model: nn.Module, watcher: Watcher) -> Iterator[Snapshot]:
+    """Trace a model inside of the block: it stays as it is, and the watcher is told what its forward does.
+
+    Yields:
+        What the modules held before.
+    """
+    with unchanged(model) as before, torch.set_grad_enabled(torch.is_grad_enabled()), _watched_by(watcher):
+        yield before
 
 
 @contextmanager
