@@ -31,6 +31,7 @@ from biofx.capture.reparametrized import (
     original_class,
     with_computing_hooks,
 )
+from biofx.capture.stores import load, stored_attributes
 from biofx.errors import ArgumentError
 from biofx.references import HOOKS
 from biofx.trial import LOCK
@@ -162,6 +163,7 @@ class Tracer(fx.Tracer):
         self.refusals: dict[str, MustBeNone] = {}
         self.steps: list[tuple[str, str, Any]] = []
         self.reads: dict[str, list[str]] = {}
+        self._called: dict[str, fx.Proxy] = {}  # what modules that are called as they are returned last, by their path
         self._running = [""]  # paths of the modules whose forward runs now
         self._blocks: list[tuple[str, str]] = []  # `with` blocks that are open now, by the module that opened them
 
@@ -172,7 +174,7 @@ class Tracer(fx.Tracer):
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
             self._states = torch.get_rng_state(), random.getstate()
-            with _NoValues(self), _recorded_operators(self), _recorded_parameters(self):
+            with _NoValues(self), _recorded_operators(self), _recorded_parameters(self), _recorded_loads(self):
                 graph = super().trace(root, concrete_args)
             self._check_random()
         for node in graph.nodes:
@@ -251,12 +253,33 @@ class Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **others: Any) -> Any:
         """A call of a module, which is one of an island if there are weights inside."""
-        if kind == "call_module" and target in self.whole:
-            module = self.root.get_submodule(target)
+        path = target if kind == "call_module" and target in self.whole else None
+        if path is not None:
+            module = self.root.get_submodule(path)
             inside: dict[str, Any] = dict(weights(module))
             if inside:
                 kind, target, args, kwargs = "call_function", islands.call_island, (module, inside, args, kwargs), {}
-        return super().create_proxy(kind, target, args, kwargs, *more, **others)
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **others)
+        if path is not None:
+            self._called[path] = proxy
+        return proxy
+
+    def is_kept(self, path: str) -> bool:
+        """Whether a module is called as it is, or is inside of one that is."""
+        return self._kept(path) is not None
+
+    def _kept(self, path: str) -> str | None:
+        return next((kept for kept in self.whole if path == kept or path.startswith(f"{kept}.")), None)
+
+    def load(self, module: nn.Module, name: str) -> Any:
+        """A node for what a module that is called as it is keeps in an attribute, or None for any other module."""
+        kept = self._kept(self.path_of_module(module))
+        if kept is None:
+            return None
+        if kept not in self._called:
+            reason = f"its forward reads {name} of {kept}, which is called as it is, before it calls it"
+            raise KeepWhole({self.running: reason})
+        return load(module, name, self._called[kept])
 
     @property
     def running(self) -> str:
@@ -375,6 +398,45 @@ def _recorded_parameters(tracer: Tracer) -> Iterator[None]:
         yield
     finally:
         nn.Module.named_parameters = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _recorded_loads(tracer: Tracer) -> Iterator[None]:
+    """Let a read of what a module keeps that is called as it is be a node: its forward does not run in a trace."""
+    places: set[tuple[type, str]] = set()
+    for path, module in tracer.root.named_modules():
+        if why_kept_whole(module) is not None or tracer.is_kept(path):
+            classes = {type(child) for child in module.modules() if not type(child).__module__.startswith("torch.")}
+            names = {name for cls in classes for name in stored_attributes(cls)}  # type: ignore[arg-type]
+            places.update((cls, name) for cls in classes for name in names)
+    defaults = {(cls, name): inspect.getattr_static(cls, name, _NOTHING) for cls, name in places}
+    own = {place: vars(place[0]).get(place[1], _NOTHING) for place in places}
+    thread = threading.get_ident()
+
+    def attribute(name: str, default: Any) -> property:
+        def read(module: nn.Module) -> Any:
+            found = tracer.load(module, name) if threading.get_ident() == thread else None
+            value = vars(module).get(name, default) if found is None else found
+            if value is _NOTHING:
+                raise AttributeError(name)  # on which Python asks the registries of the module
+            return value
+
+        return property(read, lambda module, value: vars(module).update({name: value}), lambda m: vars(m).pop(name))
+
+    patched = [place for place in places if not hasattr(defaults[place], "__get__")]  # no methods and properties
+    try:
+        for cls, name in patched:
+            setattr(cls, name, attribute(name, defaults[cls, name]))
+        yield
+    finally:
+        for cls, name in patched:
+            if own[cls, name] is _NOTHING:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, own[cls, name])
+
+
+_NOTHING = object()
 
 
 class _NoValues(TorchDispatchMode):

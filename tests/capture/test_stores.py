@@ -145,6 +145,97 @@ def test_what_is_kept_in_one_mode_only_needs_python():
     assert bio.seen is x
 
 
+class Decides(Layer):
+    """An island that keeps a loss for the module around it."""
+
+    limit: float | None = None
+
+    def __init__(self):
+        super().__init__()
+        self.auxiliary, self.log = 0.0, None
+
+    def forward(self, x):
+        y = self.fc(x)
+        if y.sum() > 1e9:
+            return x
+        self.keep(y)
+        return y
+
+    def keep(self, y):
+        self.auxiliary = y.square().mean()
+        self.limit = y.max()
+        setattr(self, "log", y.detach())  # noqa: B010 - people do
+
+    def loss(self):
+        return self.auxiliary * 2
+
+
+class Around(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.first, self.second, self.head, self.read = Decides(), Decides(), nn.Linear(3, 2), read
+
+    def forward(self, x):
+        y = self.head(self.second(self.first(x)))
+        return y, self.read(self)
+
+
+READS = {
+    "a loss": lambda m: m.first.auxiliary,
+    "of all": lambda m: sum(child.auxiliary for child in m.modules() if isinstance(child, Decides)),
+    "by a method": lambda m: m.second.loss(),
+    "what setattr sets": lambda m: m.first.log,
+    "what the class has": lambda m: m.second.limit,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_what_an_island_keeps_is_read_when_the_graph_runs(read):
+    model, x = Around(read).double(), torch.randn(2, 3, dtype=torch.float64)
+    bio = biofx.transform(model, [passes.SplitSynapses(2, compensate=False)])
+    assert len(list(biofx.islands.island_nodes(bio.graph))) == 2
+    for other in (bio, copy.deepcopy(bio), biofx.fold(bio)):
+        for batch in (x, x + 1):
+            close(other(batch), model(batch))
+    sum(part.square().sum() for part in model(x)).backward()
+    sum(part.square().sum() for part in bio(x)).backward()
+    close(bio.first.fc.weight.grad, torch.stack([model.first.fc.weight.grad] * 2))
+    assert "limit" not in vars(Around)
+    assert not isinstance(vars(Decides).get("auxiliary"), property)
+    assert vars(Decides)["limit"] is None
+
+
+def test_it_survives_pickling():
+    model, x = Keeps().double(), torch.randn(2, 3, dtype=torch.float64)
+    bio = biofx.transform(model, "split-synapses")
+    close(torch.load(io.BytesIO(saved(bio)), weights_only=False)(x), model(x))
+
+
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Decides()
+
+    def forward(self, x):
+        return self.inner(x) * self.inner.auxiliary
+
+
+def test_what_is_read_before_the_call_needs_python():
+    class Before(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Decides()
+
+        def forward(self, x):
+            last = self.inner.auxiliary
+            return self.inner(x) + last
+
+    model, x = Before(), torch.randn(2, 3)
+    bio = biofx.transform(model, "split-synapses")
+    for batch in (x, x + 1):
+        close(bio(batch), model(batch))
+
+
 class Hidden(Layer):
     def __init__(self):
         super().__init__()
