@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import linecache
+import operator
 import random
 import re
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from biofx import islands
 from biofx.capture.explanation import describe
+from biofx.capture.none_tests import none_tests
 from biofx.capture.reparametrized import (
     TRACED_THROUGH,
     has_other_hooks,
@@ -110,7 +112,7 @@ class ValueAttribute(Value, fx.proxy.Attribute):
 
 
 _OF_PROXIES = ("node", "tracer", "root", "attr", "_node")
-_MAY_ASK = {"torch", "biofx", *sys.stdlib_module_names}
+_MAY_ASK = frozenset({"torch", "biofx", *sys.stdlib_module_names})
 
 
 def _asks_for_type(frame: FrameType) -> bool:
@@ -174,7 +176,10 @@ class Tracer(fx.Tracer):
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
             self._states = torch.get_rng_state(), random.getstate()
-            with _NoValues(self), _recorded_operators(self), _recorded_parameters(self), _recorded_loads(self):
+            kept = [module for path, module in root.named_modules() if self.is_kept(path) or why_kept_whole(module)]
+            asking = none_tests(self.refuse_to_ask, _MAY_ASK) if kept else nullcontext()
+            recorded = _recorded_operators(self), _recorded_parameters(self), _recorded_loads(self, kept)
+            with _NoValues(self), recorded[0], recorded[1], recorded[2], asking:
                 graph = super().trace(root, concrete_args)
             self._check_random()
         for node in graph.nodes:
@@ -270,6 +275,17 @@ class Tracer(fx.Tracer):
 
     def _kept(self, path: str) -> str | None:
         return next((kept for kept in self.whole if path == kept or path.startswith(f"{kept}.")), None)
+
+    def refuse_to_ask(self, value: Any) -> None:
+        """A line asks whether a value is None, which a trace does not know of what a module returns that is kept."""
+        if not issubclass(type(value), fx.Proxy) or value.tracer is not self:
+            return
+        node = value.node
+        while node.op == "call_function" and node.target in (operator.getitem, getattr, load):
+            node = node.args[-1] if node.target is load else node.args[0]
+        if islands.is_island(node) or (node.op == "call_module" and node.target in self.whole):
+            reason = "its forward asks whether something is None that a module returns which is called as it is"
+            raise KeepWhole({self.running: reason})
 
     def load(self, module: nn.Module, name: str) -> Any:
         """A node for what a module that is called as it is keeps in an attribute, or None for any other module."""
@@ -401,14 +417,13 @@ def _recorded_parameters(tracer: Tracer) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_loads(tracer: Tracer) -> Iterator[None]:
+def _recorded_loads(tracer: Tracer, kept: Collection[nn.Module]) -> Iterator[None]:
     """Let a read of what a module keeps that is called as it is be a node: its forward does not run in a trace."""
     places: set[tuple[type, str]] = set()
-    for path, module in tracer.root.named_modules():
-        if why_kept_whole(module) is not None or tracer.is_kept(path):
-            classes = {type(child) for child in module.modules() if not type(child).__module__.startswith("torch.")}
-            names = {name for cls in classes for name in stored_attributes(cls)}  # type: ignore[arg-type]
-            places.update((cls, name) for cls in classes for name in names)
+    for module in kept:
+        classes = {type(child) for child in module.modules() if not type(child).__module__.startswith("torch.")}
+        names = {name for cls in classes for name in stored_attributes(cls)}  # type: ignore[arg-type]
+        places.update((cls, name) for cls in classes for name in names)
     defaults = {(cls, name): inspect.getattr_static(cls, name, _NOTHING) for cls, name in places}
     own = {place: vars(place[0]).get(place[1], _NOTHING) for place in places}
     thread = threading.get_ident()
