@@ -25,6 +25,8 @@ def none_tests(asked: Callable[[Any], None], ignored: frozenset[str]) -> Iterato
     def on_call(frame: FrameType, event: str, arg: Any) -> Any:
         if str(frame.f_globals.get("__name__", "torch")).partition(".")[0] in ignored:
             return None
+        if isinstance(frame.f_locals.get("self"), dict):  # a result with names, which the graph makes anew
+            return None
         return on_line if compared_with_none(frame.f_code) else None
 
     def on_line(frame: FrameType, event: str, arg: Any) -> Any:
