@@ -10,6 +10,7 @@ from biofx.errors import (
     CaptureError,
     ExportError,
     LifecycleError,
+    NotJudgedError,
     PipelineError,
     VerificationError,
 )
@@ -19,6 +20,7 @@ from biofx.inspection import summary, table, to_networkx
 from biofx.lifecycle import Attachment, attach
 from biofx.transform import transform
 from biofx.units import Units, units
+from biofx.verdict import Verdict
 from biofx.verify import verify
 from biofx.weights.sites import WeightSite, l1, weight_sites
 
@@ -33,8 +35,10 @@ __all__ = [
     "CaptureError",
     "ExportError",
     "LifecycleError",
+    "NotJudgedError",
     "PipelineError",
     "Units",
+    "Verdict",
     "VerificationError",
     "WeightSite",
     "attach",

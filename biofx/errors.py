@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class BiofxError(Exception):
@@ -31,6 +31,22 @@ class VerificationError(BiofxError):
     def __init__(self, violations: Sequence[str]) -> None:
         self.violations = tuple(violations)
         super().__init__("the transformed model is not valid:\n" + "\n".join(f"  - {v}" for v in self.violations))
+
+
+class NotJudgedError(BiofxError):
+    """An answer that cannot be given, as some weights could not be judged.
+
+    Attributes:
+        reasons: why, by the weight's name.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        lines = "\n".join(f"  - {name}: {reason}" for name, reason in self.reasons.items())
+        super().__init__(
+            "no unit was found that excites and inhibits, but these weights could not be judged; "
+            f"Units.verdicts() tells what is known of each weight:\n{lines}"
+        )
 
 
 class ExportError(BiofxError):

@@ -13,9 +13,9 @@ from torch import fx, nn
 from biofx.chain import attribute, callee
 from biofx.errors import ArgumentError
 from biofx.operators import is_marker
-from biofx.provenance import inserted, record_of, transformed
-from biofx.weights.operators import is_operator
-from biofx.weights.sites import NOT_A_SYNAPSE, WeightSite, find
+from biofx.provenance import RunnablePass, inserted, record_of, transformed
+from biofx.weights.facts import NOT_A_SYNAPSE
+from biofx.weights.sites import WeightSite, find
 
 if TYPE_CHECKING:
     import networkx
@@ -60,6 +60,10 @@ def summary(bio: nn.Module) -> str:
     record = record_of(bio)
     sites, others = find(bio)
     parts = ["passes: " + ",\n        ".join(str(run.pass_) for run in record.passes), *_weights(sites.values())]
+    parts += [_wrapped(note) for run in record.passes if (note := _function_note(run.pass_))]
+    if record.inputs not in ("", "given"):
+        parts.append(_wrapped(f"inputs with which the model ran: {record.inputs}"))
+    parts += map(_wrapped, record.notes)
     if record.islands:
         title = "islands, whose Python forward is called as it is, with the weights inside rewritten:"
         parts.append("\n".join([title, *(_island(bio, path, why) for path, why in record.islands.items())]))
@@ -77,6 +81,13 @@ def summary(bio: nn.Module) -> str:
     if plain:
         parts.append(_listed("not synapses", plain))
     return "\n\n".join(parts)
+
+
+def _function_note(pass_: RunnablePass) -> str:
+    """What a pass does to what the model computes, if it may change that."""
+    if pass_.preserves_function:
+        return ""
+    return f"{pass_.name} changes what the model computes" + (f"; {pass_.instead}" if pass_.instead else "")
 
 
 def _weights(sites: Iterable[WeightSite]) -> list[str]:
@@ -121,6 +132,8 @@ def _island(bio: fx.GraphModule, path: str, reason: str) -> str:
 def _row(site: WeightSite) -> list[Any]:
     runs = record_of(site.bio).passes
     remarks = [f"{run.pass_.name}: {run.remarks[site.name]}" for run in runs if site.name in run.remarks]
+    if site.why_not_judged and not any(site.why_not_judged in reason for run in runs for reason in run.left.values()):
+        remarks.append(f"not judged: {site.why_not_judged}")
     left = [f"{run.pass_.name}: {run.left[site.name]}" for run in runs if site.name in run.left]
     return [
         site.name if site.raw.requires_grad else f"{site.name} (frozen)",
@@ -135,10 +148,8 @@ def _row(site: WeightSite) -> list[Any]:
 
 
 def _operator(site: WeightSite) -> str:
-    times = f" × {len(site.uses)}" if len(site.uses) > 1 else ""
+    times = f" × {site.facts.uses}" if site.facts.uses > 1 else ""
     where = site.island if site.island is not None else site.surroundings
-    if site.inside and is_operator(site.inside[0].node):
-        where = None  # it is the operator
     return site.operator + times + (f", in {where}" if where else "")
 
 

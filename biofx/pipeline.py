@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from biofx.analysis.remembering import remember
+from biofx.analysis.understanding import Understanding, understand
 from biofx.compare import difference
 from biofx.errors import PipelineError, VerificationError
 from biofx.inspection import table
@@ -28,6 +30,7 @@ def run(
     passes: Sequence[Pass],
     excluded: dict[str, str],
     seed: int,
+    understood: Understanding | None,
     *,
     check: bool,
     example_inputs: Any = None,
@@ -43,6 +46,7 @@ def run(
         passes: the passes.
         excluded: weights that no pass may touch, each with the reason.
         seed: seed of every random draw.
+        understood: what a run told of the model; None if it could not be run.
         check: verify the model after each pass.
         example_inputs: inputs on which passes that preserve the function are checked.
         print_between: called with the graph's text after each pass.
@@ -57,7 +61,10 @@ def run(
         compared = check and example_inputs is not None and pass_.preserves_function
         before = _outputs(bio, example_inputs) if compared else []
         with fixed_defaults():
-            _run_one(bio, pass_, excluded, seed, example_inputs)
+            _run_one(bio, pass_, ModelEditor(bio, pass_, seed, excluded, understood))
+            if pass_.changes_units and understood is not None:
+                understood = understand(bio, understood.run)
+                remember(bio, understood)
             if check:
                 _verify_after(bio, pass_)
         if compared:
@@ -104,10 +111,9 @@ def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dic
             present.append(new)
 
 
-def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: int, example_inputs: Any) -> None:
+def _run_one(bio: fx.GraphModule, pass_: Pass, model: ModelEditor) -> None:
     start = time.perf_counter()
-    model = ModelEditor(bio, pass_, seed, excluded, example_inputs)
-    left = {name: reason for name, reason in excluded.items() if name in find(bio)[0]}
+    left = {name: reason for name, reason in model.excluded.items() if name in model.all_sites}
     with torch.no_grad():
         pass_.rewrite_model(model)
         for edit in model.edits.values():
@@ -118,7 +124,7 @@ def _run_one(bio: fx.GraphModule, pass_: Pass, excluded: dict[str, str], seed: i
     remarks = {name: "; ".join(edit.remarks) for name, edit in model.edits.items() if edit.remarks}
     seconds = time.perf_counter() - start
     record = record_of(bio)
-    record.passes.append(PassRun(pass_, seed, frozenset(changed), left, remarks, seconds))
+    record.passes.append(PassRun(pass_, model.seed, frozenset(changed), left, remarks, seconds))
     record.shapes = {name: bio.get_parameter(name).shape for run in record.passes for name in run.weights}
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import fx, nn
 
 from biofx.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from biofx.weights.facts import WeightFacts
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 RECORD = "biofx"  # name of the Record among the children of a transformed model, and the key in `node.meta`
@@ -84,6 +87,14 @@ class RunnablePass(Protocol):
         """Whether it changes which units there are."""
 
     @property
+    def preserves_function(self) -> bool:
+        """Whether the model computes the same after the pass as before."""
+
+    @property
+    def instead(self) -> str:
+        """What to use to keep the function, if there is something."""
+
+    @property
     def acts_at_step(self) -> bool:
         """Whether it does something around `optimizer.step()`."""
 
@@ -116,6 +127,10 @@ class Record(nn.Module):
         original: names of the parameters of the original model.
         islands: modules whose Python forward the graph calls as it is, by path, each with the reason; the path of the
             model itself is empty.
+        weights: what is known of every parameter that is made of synapses, by name.
+        others: why other parameters are not, by name.
+        inputs: the inputs with which the model ran to find that out, in words; empty if it did not run.
+        notes: what a reader should know of that run.
         state: names of the buffers that passes added, and the passes that use each, joined by ", ".
         shapes: the shapes in which the weights are stored that passes changed.
         nonnegative: the parameters that may not become negative, each with the pass that asks for it.
@@ -128,6 +143,10 @@ class Record(nn.Module):
         super().__init__()
         self.original = tuple(original)
         self.islands: dict[str, str] = {}
+        self.weights: dict[str, WeightFacts] = {}
+        self.others: dict[str, str] = {}
+        self.inputs = ""
+        self.notes: list[str] = []
         self.state: dict[str, str] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.nonnegative: dict[str, str] = {}

@@ -60,6 +60,11 @@ class Pass:
         return False
 
     @property
+    def instead(self) -> str:
+        """What to use to keep the function, a clause for `summary`; empty if there is nothing."""
+        return ""
+
+    @property
     def acts_at_step(self) -> bool:
         """Whether the pass does something around `optimizer.step()`."""
         return self.moment is not None

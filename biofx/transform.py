@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 
 from biofx import capture, pipeline
+from biofx.analysis.remembering import remember
+from biofx.analysis.understanding import understand
 from biofx.capture import exported
 from biofx.capture.captured_module import REGISTRIES
 from biofx.compare import difference
@@ -23,13 +25,14 @@ from biofx.members import leave
 from biofx.provenance import is_transformed, record_of, transformed
 from biofx.references import enclosed
 from biofx.registry import Pass, as_passes
-from biofx.trial import run_in_eval_mode
+from biofx.trial import is_function, run_in_eval_mode
+from biofx.weights.declared import declared
 from biofx.weights.sites import find
 
-FRONTENDS: dict[str, Callable[[nn.Module, Any], fx.GraphModule]] = {
+FRONTENDS: dict[str, Callable[[nn.Module, Any, Collection[str]], fx.GraphModule]] = {
     "symbolic": capture.capture,
     "module": capture.capture_whole,
-    "export": exported.capture,
+    "export": lambda model, example_inputs, synapses: exported.capture(model, example_inputs),
 }
 
 
@@ -58,8 +61,11 @@ def transform(
         model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
         passes: pass objects; a pipeline string such as `"split-synapses{synapses=4},fuzzy-learning-rates"`; or the
             name of a recipe. The order does not matter: passes run from the operator inwards.
-        example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`.
-            With them, capture and every pass that preserves the function are checked to do so.
+        example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`; or
+            a function that runs the model, once or several times, with state carried from call to call. The model runs
+            on them once, and that run tells whose units each weight reads. Capture and every pass that preserves the
+            function are checked on them. Without them, arguments that fit are guessed (`summary` shows which), and
+            nothing is checked.
         frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands, without running the model.
             `"module"`: the whole model is one island, so that all of its Python code stays and only weights change, as
             for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which
@@ -110,15 +116,24 @@ def transform(
     with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
-        bio = source if again else FRONTENDS[frontend](source, example_inputs)
+        understood = understand(source, example_inputs)
+        if again:
+            bio = source
+        else:
+            concrete = example_inputs if understood is None or not is_function(example_inputs) else understood.arguments
+            weights = declared(source)[0] if understood is None else understood.weights
+            bio = FRONTENDS[frontend](source, concrete, weights)
         assert isinstance(bio, fx.GraphModule)
+        remember(bio, understood)
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer
         if expected is not None and bio is not source:
             _check_outputs(bio, example_inputs, expected)
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
-        pipeline.run(bio, chosen, excluded, seed, check=verify, example_inputs=example_inputs, print_between=printer)
+        pipeline.run(
+            bio, chosen, excluded, seed, understood, check=verify, example_inputs=example_inputs, print_between=printer
+        )
     return bio
 
 

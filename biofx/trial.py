@@ -36,9 +36,17 @@ def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
         model: any module.
         example_inputs: arguments of the model, as for `transform`.
     """
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
     with parameters_kept(model), undisturbed(model), torch.no_grad():
-        return _tensors(model.eval()(*args, **kwargs))
+        model.eval()
+        if is_function(example_inputs):
+            return _tensors(example_inputs(model))
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
+        return _tensors(model(*args, **kwargs))
+
+
+def is_function(example_inputs: Any) -> bool:
+    """Whether example inputs are a function that runs the model."""
+    return callable(example_inputs) and not isinstance(example_inputs, Tensor | nn.Module | dict)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from biofx.operators import NAMESPACE
 from biofx.provenance import Slot, changed_since, inserted, inserted_nodes, record_of, unwrapped
 from biofx.registry import Pass
 from biofx.signs.constraints import mixed_units
-from biofx.weights.sites import find
+from biofx.verdict import Verdict
+from biofx.weights.sites import WeightSite, find
 
 
-def verify(bio: nn.Module) -> None:
+def verify(bio: nn.Module) -> dict[str, Verdict]:
     """Check every invariant of a transformed model.
 
     - Every weight that passes rewrote is stored as they left it, and what they keep is there.
@@ -33,6 +34,11 @@ def verify(bio: nn.Module) -> None:
     Args:
         bio: a model made by `biofx.transform`.
 
+    Returns:
+        For each weight, whether Dale's principle holds for it: `"obeys"` was proved, `"free"` weights read inputs and
+        constants, `"not constrained"` ones were given no signs, and of those that are `"not judged"` nobody can tell
+        whose units they read. `Units.verdicts` judges weights without signs as well.
+
     Raises:
         VerificationError: lists every broken invariant, each with the pass and the parameter.
         ArgumentError: `bio` was not made by `biofx.transform`.
@@ -41,7 +47,8 @@ def verify(bio: nn.Module) -> None:
         >>> import biofx, torch
         >>> from biofx import passes
         >>> bio = biofx.transform(torch.nn.Linear(2, 2), [passes.FuzzyLearningRates()])
-        >>> biofx.verify(bio)
+        >>> {name: str(verdict) for name, verdict in biofx.verify(bio).items()}
+        {'weight': 'free'}
         >>> bio.weight_gain[0, 0] = float("nan")
         >>> biofx.verify(bio)
         Traceback (most recent call last):
@@ -52,6 +59,15 @@ def verify(bio: nn.Module) -> None:
     violations = list(changed_since(bio)) or list(_graph(bio)) or [*_chains(bio), *_parameters(bio), *_passes(bio)]
     if violations:
         raise VerificationError(violations)
+    return {name: _verdict(site) for name, site in find(bio)[0].items()}
+
+
+def _verdict(site: WeightSite) -> Verdict:
+    if site.sign is not None and bool((site.sign != 0).any()):
+        return Verdict("obeys")
+    if site.why_not_judged is not None:
+        return Verdict("not judged", reason=site.why_not_judged)
+    return Verdict("free" if site.facts.is_free else "not constrained")
 
 
 def _graph(bio: fx.GraphModule) -> Iterator[str]:

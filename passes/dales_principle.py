@@ -23,9 +23,10 @@ from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
 from biofx.signs.scales import hold_scales
 from biofx.units import Population, Reading, Units
+from biofx.weights.facts import NOT_RUN
 from biofx.weights.sites import WeightSite
 
-INPUT_ORIGINS = {"input", "constant"}
+READOUTS = ("all", "excitatory")
 INPUTS = ("free", "excitatory", "mixed")
 ASSIGNMENTS = ("random", "closest")
 
@@ -80,6 +81,8 @@ class DalesPrinciple(Pass):
         density: fraction of the synapses that a balanced weight starts with, in (0, 1]; the others start at 0.
         inputs: what the model's inputs are: `"free"` (no units, so no constraint), `"excitatory"`, or `"mixed"`, with
             signs like all units.
+        readouts: `"all"`, or `"excitatory"`: only excitatory units project to the model's output layers, as long-range
+            projections of cortex are excitatory (Song et al. 2016). Needs weights behind which there is no other.
         sites: glob patterns over names of weights; others are left alone.
 
     Raises:
@@ -113,12 +116,14 @@ class DalesPrinciple(Pass):
     balance: bool | None = None
     density: float = 0.1
     inputs: str = "free"
+    readouts: str = "all"
     sites: str | Sequence[str] = "*"
 
     def __post_init__(self) -> None:
         check_number(self, "excitatory", at_least=0, at_most=1)
         check_choice(self, "constraint", CONSTRAINTS)
         check_choice(self, "inputs", INPUTS)
+        check_choice(self, "readouts", READOUTS)
         check_number(self, "density", above=0, at_most=1)
         if self.balance is not None and not isinstance(self.balance, bool):
             raise ArgumentError(f"passes.DalesPrinciple: balance must be True, False or None, got {self.balance!r}")
@@ -135,30 +140,43 @@ class DalesPrinciple(Pass):
         if not isinstance(patterns, Collection) or not patterns or not all(isinstance(p, str) for p in patterns):
             raise ArgumentError(f"passes.DalesPrinciple: sites must be glob patterns, got {self.sites!r}")
 
+    @property
+    def instead(self) -> str:
+        """Random signs suit a network that is to be trained."""
+        if self.assign == "closest":
+            return "mirror-units keeps the function"
+        return 'for a trained network, assign="closest" keeps most of each weight, and mirror-units keeps the function'
+
     def rewrite_model(self, model: ModelEditor) -> None:
         """Assign signs to units, and weights to signs."""
-        chosen = self._chosen(model)
+        units = model.units
+        if units is None:
+            for edit in model.edits.values():
+                edit.leave(f"not judged: {NOT_RUN}")
+            return
+        chosen = self._chosen(model, units)
         if not chosen:
             return
-        units = model.units
-        hold_scales(model, [name for name in chosen if not self._is_free(units, units.readings[name])])
-        signs = self._assign(model, {name: units.readings[name] for name in chosen})
+        neural = [name for name in chosen if not self._is_free(units.readings[name])]
+        hold_scales(model, units, neural)
+        signs = self._assign(model, units, {name: units.readings[name] for name in chosen})
         constrained: dict[str, Tensor] = {}
         for name in chosen:
             reading, edit = units.readings[name], model.edits[name]
-            sign = signs[reading.numbers]
+            sign = self._of_positions(signs, reading)
             if not bool(sign.any()):
-                edit.leave(_why_free(model, chosen[name], reading))
+                edit.leave(_why_free(units, reading))
                 continue
             constrained[name] = sign
             if reading.remark:
                 edit.remark(f"{reading.remark}, so its positions have signs of their own")
             if reading.signed_by:
                 edit.remark(f"the activity of its units can be negative ({reading.signed_by})")
-            if others := self._free_readers(model, reading.numbers, constrained.keys() | chosen.keys()):
+            if others := _free_readers(model, units, reading, constrained.keys() | chosen.keys()):
                 edit.remark(f"{', '.join(others)} read the same units with weights of either sign")
-        self._set_weights(model, constrained)
-        self._renumber(model)
+        silent = self._silence(model, units, constrained)
+        self._set_weights(model, units, constrained)
+        _renumber(model, units)
         for name, sign in constrained.items():
             site, edit = chosen[name], model.edits[name]
             spread = site.spread_presynaptic(sign).to(site.raw.device, site.raw.dtype)
@@ -166,7 +184,9 @@ class DalesPrinciple(Pass):
             if self.constraint == "softplus":  # what it cuts off could never come back
                 raw = torch.where(spread == 0, raw, spread * (raw * spread).clamp(min=FLOOR * float(raw.abs().mean())))
             edit.replace_raw(CONSTRAINTS[self.constraint].store(raw, spread))
-            constrain(edit, site, sign, units.readings[name].numbers, self.constraint)
+            constrain(edit, site, sign, units.readings[name].classes, self.constraint)
+            if name in silent:
+                edit.insert(torch.mul, edit.state("projects", site.spread_presynaptic(silent[name]).to(spread)))
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Project stored weights on their signs."""
@@ -174,7 +194,7 @@ class DalesPrinciple(Pass):
             if self.constraint == "project":
                 weight.assign(weight.value)
 
-    def _chosen(self, model: ModelEditor) -> dict[str, WeightSite]:
+    def _chosen(self, model: ModelEditor, units: Units) -> dict[str, WeightSite]:
         patterns = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
         for pattern in patterns:
             if not fnmatch.filter(model.sites, pattern):
@@ -185,54 +205,59 @@ class DalesPrinciple(Pass):
         for name in model.sites.keys() - chosen.keys():
             model.edits[name].leave("it is not among the sites that were asked for")
         for name, site in list(chosen.items()):
-            reason = site.why_no_source
-            where = site.surroundings
-            if reason is None and where is not None and site.presynaptic_units == 1 and 0 < self.excitatory < 1:
-                reason = f"it is in {where}, and reads one unit, which is of no one kind"
+            reason = site.why_no_axes or (NOT_RUN if name not in units.readings else None)
             if reason is not None and name in patterns:
                 raise PipelineError(f"{self.name}: {name} cannot have signs: {reason}; leave it out of sites")
+            if reason is None and site.why_not_judged is not None and name not in patterns:
+                reason = f"not judged: {site.why_not_judged}"
             if reason is not None:
                 model.edits[name].leave(reason)
                 del chosen[name]
         return chosen
 
-    def _is_free(self, units: Units, reading: Reading) -> bool:
+    def _is_free(self, reading: Reading) -> bool:
         """Whether a weight reads nothing but inputs, and these have no signs."""
-        origins = {units.populations[index].origin for index in units.owner[reading.numbers].tolist()}
-        return self.inputs == "free" and origins <= INPUT_ORIGINS
+        return self.inputs == "free" and bool(reading.is_free.all())
 
-    def _free_readers(self, model: ModelEditor, numbers: Tensor, signed: Collection[str]) -> list[str]:
-        """Weights without signs that read the same units."""
-        free = {n: r for n, r in model.units.readings.items() if n not in signed and model.all_sites[n].sign is None}
-        return [name for name, reading in free.items() if bool(torch.isin(reading.numbers, numbers).any())]
+    def _of_positions(self, signs: Tensor, reading: Reading) -> Tensor:
+        """The sign of the unit at each position; 0 where it is free."""
+        sign = signs[reading.classes]
+        return torch.where(reading.is_free, 0.0, sign) if self.inputs == "free" else sign
 
-    def _renumber(self, model: ModelEditor) -> None:
-        """Let weights that got their signs in an earlier transform know their units by the present numbers."""
-        for name, site in model.all_sites.items():
-            numbers = site.state("units")
-            if numbers is not None and name in model.units.readings:
-                numbers.copy_(model.units.readings[name].numbers)
+    def _silence(self, model: ModelEditor, units: Units, signs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For readouts that excitatory units alone have: 1 where a unit projects, 0 where it does not."""
+        if self.readouts == "all":
+            return {}
+        found = {n: (s >= 0).float() for n, s in signs.items() if model.sites[n].is_output and bool((s > 0).any())}
+        for name in found:
+            model.edits[name].remark("only its excitatory units project")
+        return found
 
-    def _assign(self, model: ModelEditor, readings: Mapping[str, Reading]) -> Tensor:
-        """Sign of every unit by its number: +1, −1, or 0 if it is free."""
-        units = model.units
-        signs = torch.zeros(len(units.owner))
-        read = torch.cat([reading.numbers for reading in readings.values()]).unique()
-        energies = _energies(model, readings) if self.assign == "closest" else None
+    def _assign(self, model: ModelEditor, units: Units, readings: Mapping[str, Reading]) -> Tensor:
+        """Sign of every class of units, by the number that stands for it: +1, −1, or 0 if it is free."""
+        signs = torch.zeros(len(units.classes))
+        is_free = torch.zeros(len(units.classes), dtype=torch.bool)
+        for reading in readings.values():
+            is_free[reading.classes[reading.is_free]] = True
+        read = torch.cat([reading.classes for reading in readings.values()]).unique()
+        energies = _energies(model, readings, len(units.classes)) if self.assign == "closest" else None
         given = dict(self.assign) if isinstance(self.assign, Mapping) else {}
-        known = _known_signs(model)
+        known = _known_signs(model, units)
         for index, population in enumerate(units.populations):
-            numbers = read[units.owner[read] == index]
+            members = units.classes[units.members(index)]
+            numbers = read[torch.isin(read, members)]
             if population.name in given:
-                members = units.members(index)
-                signs[members] = _fitting(population.name, given.pop(population.name), len(members))
-                if bool((known[members] * signs[members] < 0).any()):
+                wanted = _fitting(population.name, given.pop(population.name), len(members))
+                if bool((known[members] * wanted < 0).any()) or bool((signs[members] * wanted < 0).any()):
                     raise PipelineError(
                         f"{self.name}: assign[{population.name!r}] differs from the signs that they have"
                     )
-            elif not len(numbers):
+                signs[members] = wanted
                 continue
-            elif population.origin in INPUT_ORIGINS and self.inputs != "mixed":
+            numbers = numbers[signs[numbers] == 0]
+            if not len(numbers):
+                continue
+            if bool(is_free[numbers].all()) and self.inputs != "mixed":
                 signs[numbers] = float(self.inputs == "excitatory")
             elif energies is not None:
                 signs[numbers] = torch.where(energies[numbers, 0] >= energies[numbers, 1], 1.0, -1.0)
@@ -244,12 +269,12 @@ class DalesPrinciple(Pass):
         return torch.where(known != 0, known, signs)
 
     def _draw(self, model: ModelEditor, population: Population, count: int) -> Tensor:
-        name, is_guess = population.name, population.origin == "unknown" and model.example_inputs is None
+        name = population.name
         if count == 1 and 0 < self.excitatory < 1:
             raise PipelineError(
                 f"{self.name}: {name} is a population of one unit, which cannot be {self.excitatory:.0%} excitatory; "
                 f'give it a sign with assign={{"{name}": [1]}}, or leave the weights that read it alone with sites or '
-                f"exclude{'; units are followed further with example_inputs' if is_guess else ''}"
+                "exclude"
             )
         excitatory = round(self.excitatory * count)
         if 0 < self.excitatory < 1:
@@ -258,40 +283,48 @@ class DalesPrinciple(Pass):
         signs[torch.randperm(count, generator=model.generator(name))[:excitatory]] = 1.0
         return signs
 
-    def _set_weights(self, model: ModelEditor, signs: Mapping[str, Tensor]) -> None:
+    def _set_weights(self, model: ModelEditor, units: Units, signs: Mapping[str, Tensor]) -> None:
         """Give the weights magnitudes, with the signs of their units."""
         sites = {name: model.sites[name] for name in signs}
+        for name, site in sites.items():
+            raw = site.raw.detach()
+            sign = site.spread_presynaptic(signs[name]).to(raw)
+            energy, agrees = float(raw.square().sum()), float(raw.square().where(raw * sign >= 0, 0).sum())
+            kept = "was kept" if self.assign == "closest" else "had these signs"
+            model.edits[name].remark(f"{agrees / energy:.0%} of its energy {kept}" if energy else "it has no energy")
         if self.assign == "closest":
-            for name, site in sites.items():
-                raw = site.raw.detach()
-                sign = site.spread_presynaptic(signs[name]).to(raw)
-                energy, kept = float(raw.square().sum()), float(raw.square().where(raw * sign >= 0, 0).sum())
-                model.edits[name].remark(
-                    f"{kept / energy:.0%} of its energy was kept" if energy else "it has no energy"
-                )
-        elif self.balance is False:
+            return
+        if self.balance is False:
             for name, site in sites.items():
                 sign = site.spread_presynaptic(signs[name]).to(site.raw)
                 site.raw.copy_(torch.where(sign == 0, site.raw, site.raw.abs() * sign))
         else:
-            balance(model, signs, self.density)
+            balance(model, units, signs, self.density)
 
 
 FLOOR = 0.01  # of the mean magnitude: the least with which a softplus weight starts, since it never reaches 0
 
 
-def _why_free(model: ModelEditor, site: WeightSite, reading: Reading) -> str:
+def _why_free(units: Units, reading: Reading) -> str:
     """Why a weight whose units have no signs reads no others."""
-    origins = {model.units.populations[index].origin for index in model.units.owner[reading.numbers].tolist()}
-    if "constant" not in origins:
-        return "it reads the model's inputs, which are free"
-    sources = [use.call.source.node for use in site.calls if use.call.source is not None]
-    for node in sources:
-        sources += [source for source in node.all_input_nodes if source not in sources]
-    read = dict.fromkeys(str(node.target) for node in sources if node.op == "get_attr")
-    parameters = dict(model.bio.named_parameters())
-    named = [f"the {'parameter' if name in parameters else 'buffer'} {name}" for name in read]
-    return f"it reads {', '.join(named) or 'a constant'}, which no unit computes"
+    origins = {units.populations[index].origin for index in units.owner[reading.numbers].tolist()}
+    if "constant" in origins:
+        return "it reads parameters or constants, which no unit computes"
+    return "it reads the model's inputs, which are free"
+
+
+def _free_readers(model: ModelEditor, units: Units, own: Reading, signed: Collection[str]) -> list[str]:
+    """Weights without signs that read the same units."""
+    free = {n: r for n, r in units.readings.items() if n not in signed and model.all_sites[n].sign is None}
+    return [name for name, reading in free.items() if bool(torch.isin(reading.classes, own.classes).any())]
+
+
+def _renumber(model: ModelEditor, units: Units) -> None:
+    """Let weights that got their signs in an earlier transform know their units by the present numbers."""
+    for name, site in model.all_sites.items():
+        numbers = site.state("units")
+        if numbers is not None and name in units.readings:
+            numbers.copy_(units.readings[name].classes)
 
 
 def _signs(name: str, given: Any) -> tuple[int, ...]:
@@ -307,22 +340,22 @@ def _fitting(name: str, signs: Sequence[int], count: int) -> Tensor:
     return torch.tensor(signs, dtype=torch.float32)
 
 
-def _known_signs(model: ModelEditor) -> Tensor:
-    """Signs that units have from an earlier transform, by number; 0 where they have none."""
-    result = torch.zeros(len(model.units.owner))
+def _known_signs(model: ModelEditor, units: Units) -> Tensor:
+    """Signs that classes of units have from an earlier transform, by number; 0 where they have none."""
+    result = torch.zeros(len(units.classes))
     for name, site in model.all_sites.items():
-        if site.sign is not None and name in model.units.readings:
+        if site.sign is not None and name in units.readings:
             sign = site.outgoing(site.sign.detach().expand(site.shape))[:, 0].cpu().float()
-            result[model.units.readings[name].numbers] = sign
+            result[units.readings[name].classes[sign != 0]] = sign[sign != 0]
     return result
 
 
-def _energies(model: ModelEditor, readings: Mapping[str, Reading]) -> Tensor:
-    """Energy of the positive and of the negative outgoing weights of every unit, shape (units, 2)."""
-    result = torch.zeros(len(model.units.owner), 2, dtype=torch.float64)
+def _energies(model: ModelEditor, readings: Mapping[str, Reading], count: int) -> Tensor:
+    """Energy of the positive and of the negative outgoing weights of every class of units, shape (classes, 2)."""
+    result = torch.zeros(count, 2, dtype=torch.float64)
     for name, reading in readings.items():
         site = model.sites[name]
         weight = site.outgoing(site.effective().detach().double().cpu())
         for column, part in enumerate((weight.clamp(min=0), weight.clamp(max=0))):
-            result[:, column].index_add_(0, reading.numbers, part.square().sum(1))
+            result[:, column].index_add_(0, reading.classes, part.square().sum(1))
     return result

@@ -137,7 +137,7 @@ class FuzzyLearningRates(Pass):
         edit.gain(gain.to(site.raw.device, dtype))
         if self.distribution == "activity":
             counts = edit.state("active", torch.zeros(site.units, device=site.raw.device, dtype=torch.int64))
-            edit.observe(torch.ops.biofx.count_active, site.outputs, site.calls[0].call.output_axes[0], counts)
+            edit.observe(torch.ops.biofx.count_active, site.outputs, site.calls[0].use.output_axes[0], counts)
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Refresh dynamic gains, every so many steps; gains that are dampened below `minimum` stay."""

@@ -69,21 +69,21 @@ class GroupUnits(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Group what every use of the weight returns."""
-        if site.is_output and site.surroundings is None:
+        if site.is_output:
             edit.leave("it is an output layer")
             return
         reason = site.why_out_of_reach or site.why_no_axes
-        if reason is not None or not all(use.call.output_axes for use in site.calls):
+        if reason is not None or not all(call.use.output_axes for call in site.calls):
             edit.leave(reason or f"{site.operator} returns no axis of units")
             return
-        for units in (use.call.adjacent for use in site.calls):
+        for units in (call.use.adjacent for call in site.calls):
             if units % self.size:
                 raise PipelineError(
                     f"group-units: {site.name} has {units} postsynaptic units, not a multiple of {self.size}; "
                     f'choose another size, or leave the weight alone with exclude="{site.name}"'
                 )
-        for output, use in zip(site.outputs, site.calls, strict=True):
-            axis = use.call.output_axes[-1]
+        for output, call in zip(site.outputs, site.calls, strict=True):
+            axis = call.use.output_axes[-1]
             node = output if self.activation is None else edit.activate(output, self.activation)
             node = edit.after(node, torch.unflatten, axis, (-1, self.size))
             node = edit.after(node, torch.sum, axis if axis < 0 else axis + 1)

@@ -11,14 +11,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from biofx.dry_run import dry_run
+from biofx.analysis.remembering import remember
+from biofx.analysis.understanding import understand
 from biofx.model_editor import ModelEditor
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
 from biofx.signs.constraints import constrain, rectify
 from biofx.signs.scales import turn_over
-from biofx.units import analyse
+from biofx.units import Units
+from biofx.weights.facts import NOT_RUN
 from biofx.weights.sites import WeightSite, find
 from biofx.widening.plan import Widening
 from biofx.widening.search import find_widening
@@ -92,8 +94,13 @@ class MirrorUnits(Pass):
 
     def rewrite_model(self, model: ModelEditor) -> None:
         """Double all units that can be, and divide their outgoing weights between the twins."""
-        widening = find_widening(model.bio, model.all_sites, list(model.sites), model.values)
-        _hold_scales(model, widening)
+        units = model.units
+        if units is None or model.understood is None:
+            for edit in model.edits.values():
+                edit.leave(NOT_RUN)
+            return
+        widening = find_widening(model.bio, model.all_sites, list(model.sites), model.understood.run)
+        _hold_scales(model, units, widening)
         for name, site in model.sites.items():
             edit, twins, is_doubled = model.edits[name], widening.columns.get(name), name in widening.doubled
             if twins is None and not is_doubled:
@@ -105,10 +112,12 @@ class MirrorUnits(Pass):
             if not is_doubled:
                 edit.remark(widening.left[name])
         widening.apply(model.bio, model.places)
+        understood = understand(model.bio, model.understood.run)
+        assert understood is not None
+        remember(model.bio, understood)
         sites = find(model.bio)[0]
-        readings = analyse(model.bio, sites, dry_run(model.bio, sites, model.example_inputs)).readings
         for name, twins in widening.columns.items():
-            constrain(model.edits[name], sites[name], twins.sign, readings[name].numbers, "project")
+            constrain(model.edits[name], sites[name], twins.sign, understood.readings[name].classes, "project")
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Project stored weights on their signs."""
@@ -135,9 +144,9 @@ def _set_sizes(model: ModelEditor, site: WeightSite, presynaptic: int, units: in
         vars(module).update({name: size for name, size in sizes.items() if name in vars(module)})
 
 
-def _hold_scales(model: ModelEditor, widening: Widening) -> None:
+def _hold_scales(model: ModelEditor, units: Units, widening: Widening) -> None:
     """Let the parameters that multiply twins not be negative, where that changes nothing."""
-    for name in sorted(model.units.scales & widening.tensors.keys()):
+    for name in sorted(units.scales.keys() & widening.tensors.keys()):
         if bool((model.value(name) < 0).any()):
             turn_over(model, name)
         if not bool((model.value(name) < 0).any()):

@@ -104,8 +104,8 @@ class SplitSynapses(Pass):
             _stack(edit, site.postsynaptic_axis, site.groups)
             for bias in _biases(site):
                 self._split_bias(edit.on(bias), site.groups)
-            for use in site.calls:
-                _sum_outputs(edit, use.node, use.call.output_axes[-1], site.groups, self.synapses, self.activation)
+            for call in site.calls:
+                _sum_outputs(edit, call.node, call.use.output_axes[-1], site.groups, self.synapses, self.activation)
 
     def _split_bias(self, edit: Editor, groups: int) -> None:
         edit.replace_raw((edit.raw / self.synapses).expand(self.synapses, -1))
@@ -141,8 +141,10 @@ def _why_no_activation(site: WeightSite) -> str | None:
     if site.why_out_of_reach is not None or site.axes is None:
         return site.why_out_of_reach or site.why_no_axes
     own = [factor for factor in site.axes.factors if factor.postsynaptic and not factor.is_group]
-    if len(own) != 1 or not all(use.call.output_axes for use in site.calls):
+    if len(own) != 1 or not all(call.use.output_axes for call in site.calls):
         return f"{site.operator} does not return its units on one axis"
+    if any(call.use.bias is not None and call.bias is None for call in site.calls):
+        return "its operator's bias is computed, so it cannot be split"
     if set(site.chain[-1].users) != set(site.uses):
         return "something else than its operator reads the weight, so it has no place for an activation"
     biases = _biases(site)
@@ -155,7 +157,7 @@ def _why_no_activation(site: WeightSite) -> str | None:
 
 def _biases(site: WeightSite) -> list[fx.Node]:
     """The biases that go with a weight."""
-    return list(dict.fromkeys(use.call.bias for use in site.calls if use.call.bias is not None))
+    return list(dict.fromkeys(bias for call in site.calls if (bias := call.bias) is not None))
 
 
 def _stack(edit: Editor, axis: int, groups: int) -> None:

@@ -100,7 +100,7 @@ class SynapticScaling(Pass):
         if site.why_no_output is not None:
             edit.leave(site.why_no_output)
             return
-        device, (unit_axis,) = site.raw.device, site.calls[0].call.output_axes
+        device, (unit_axis,) = site.raw.device, site.calls[0].use.output_axes
         seen = edit.state("seen", torch.zeros(site.units + 1, device=device, dtype=torch.float64))
         edit.observe(torch.ops.biofx.sum_activity, site.outputs, unit_axis, seen)
         edit.keep("activity", torch.full((site.units,), UNSEEN, device=device, dtype=torch.float64))

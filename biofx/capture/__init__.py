@@ -19,7 +19,7 @@ With `"module"`, the whole model is one island from the start: all of its Python
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from typing import Any
 
 import torch
@@ -35,10 +35,27 @@ from biofx.islands import ORIGINAL_HOOKS
 from biofx.provenance import RECORD, Record
 from biofx.references import outside
 from biofx.trial import split_inputs
+from biofx.weights.declared import declared
 
 REFERS = "refers to one of its other modules in a list or a plain attribute, and cannot be traced"
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing torch.distributed.fsdp takes long
 AS_ASKED = 'with frontend="module", the model keeps its Python forward'
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is no module, or wraps one.
+
+    Raises:
+        ArgumentError: says what to give instead.
+    """
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise ArgumentError(f"model is the class {model.__name__}; transform an instance, {model.__name__}(...)")
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got an instance of {type(model).__name__}")
+    if "_orig_mod" in model._modules:
+        raise ArgumentError("model comes from torch.compile; transform the original module, then compile the result")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ArgumentError(f"model is wrapped in {type(model).__name__}; transform model.module, then wrap the result")
 
 
 def check(model: Any) -> None:
@@ -48,10 +65,7 @@ def check(model: Any) -> None:
         ArgumentError: not a module, a wrapped or sharded module, one without Python, one whose parameters have no
             values yet, or one with an attribute that the result needs for itself.
     """
-    if isinstance(model, type) and issubclass(model, nn.Module):
-        raise ArgumentError(f"model is the class {model.__name__}; transform an instance, {model.__name__}(...)")
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, got an instance of {type(model).__name__}")
+    check_module(model)
     for path, module in model.named_modules():
         where = path or "model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -63,10 +77,6 @@ def check(model: Any) -> None:
                 f"{where} is sharded (FSDP); transform the model before that, then shard the result. "
                 "There, what passes do in forward and backward works; rules at optimizer.step() need whole weights"
             )
-    if "_orig_mod" in model._modules:
-        raise ArgumentError("model comes from torch.compile; transform the original module, then compile the result")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ArgumentError(f"model is wrapped in {type(model).__name__}; transform model.module, then wrap the result")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise ArgumentError(f"{name} is lazy and has no shape yet; call the model once, then transform it")
@@ -86,13 +96,14 @@ def _check_names(model: nn.Module) -> None:
         raise ArgumentError(f'model has an attribute "{name}", a name that {user} needs; rename it')
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
+def capture(model: nn.Module, example_inputs: Any = None, synapses: Collection[str] | None = None) -> CapturedModule:
     """Trace what can be traced of a model into a graph module that takes over its module tree.
 
     Args:
         model: a checked model (see `check`); its submodules become those of the result.
         example_inputs: arguments of forward. An argument whose default is None, and which they do not contain, is None
             for the graph: it takes the path without it, and says so to a caller who passes it.
+        synapses: names of the parameters that are synapses; None: those of which the classes of modules say so.
 
     Returns:
         A graph module with the class, tree, state, mode, attributes and hooks of the model.
@@ -100,12 +111,19 @@ def capture(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
     Raises:
         CaptureError: the class of the model does something that the result cannot inherit.
     """
-    return _assembled(model, _trace_what_can_be(model, _absent(model, example_inputs)))
+    return _assembled(model, _trace_what_can_be(model, _absent(model, example_inputs), _ids(model, synapses)))
 
 
-def capture_whole(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
+def capture_whole(
+    model: nn.Module, example_inputs: Any = None, synapses: Collection[str] | None = None
+) -> CapturedModule:
     """A graph module in which the whole model is one island; see `capture`."""
-    return _assembled(model, trace_whole(model, AS_ASKED))
+    return _assembled(model, trace_whole(model, AS_ASKED, _ids(model, synapses)))
+
+
+def _ids(model: nn.Module, synapses: Collection[str] | None) -> Set[int]:
+    chosen = declared(model)[0] if synapses is None else synapses
+    return {id(parameter) for name, parameter in model.named_parameters() if name in chosen}
 
 
 def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
@@ -139,12 +157,12 @@ def _absent(model: nn.Module, example_inputs: Any) -> set[str]:
     return {name for name in optional - refused if given.get(name) is None}
 
 
-def _trace_what_can_be(model: nn.Module, absent: Collection[str]) -> Trace:
+def _trace_what_can_be(model: nn.Module, absent: Collection[str], synapses: Set[int]) -> Trace:
     """Trace with those modules as islands that turn out not to fit into a graph; if need be, the model itself."""
     whole: dict[str, str] = {}
     while True:
         try:
-            trace = trace_modes(model, absent, whole)
+            trace = trace_modes(model, absent, whole, synapses)
             around = {path: outside(model, path) for path in trace.tracer.whole}
             grown = {path: f"{inner} in it {REFERS}" for inner, path in around.items() if path is not None}
             if not grown:
@@ -155,6 +173,6 @@ def _trace_what_can_be(model: nn.Module, absent: Collection[str]) -> Trace:
                 while path in whole:  # something outside of it made it do that
                     path = path.rpartition(".")[0]
                 if not path:
-                    return trace_whole(model, reason)
+                    return trace_whole(model, reason, synapses)
                 whole = {inner: why for inner, why in whole.items() if not inner.startswith(f"{path}.")}
                 whole[path] = reason

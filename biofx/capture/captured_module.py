@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
 
+from biofx.analysis.graphs import USES
 from biofx.copying import clones
 from biofx.errors import ArgumentError, CaptureError
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole
@@ -102,9 +103,8 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
         assert isinstance(traced, fx.GraphModule)
         others = [node for node in traced.graph.nodes if node.op != "get_attr"]
         origins = [(node, reads.get(str(node.target))) for node in traced.graph.find_nodes(op="get_attr")]
-        for node, origin in [*origins, *zip(others, calls, strict=True)]:
-            if origin is not None:
-                node.meta[RECORD] = origin
+        for node, kept in [*origins, *zip(others, calls, strict=True)]:
+            node.meta.update(kept or {})
         _fill(self, attributes, traced.graph)
 
 
@@ -241,5 +241,10 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:
     """Where nodes come from: those that read by what they read, since only the others are traced in the same order."""
-    reads = {str(node.target): node.meta.get(RECORD) for node in graph.find_nodes(op="get_attr")}
-    return reads, [node.meta.get(RECORD) for node in graph.nodes if node.op != "get_attr"]
+    reads = {str(node.target): _own_meta(node) for node in graph.find_nodes(op="get_attr")}
+    return reads, [_own_meta(node) for node in graph.nodes if node.op != "get_attr"]
+
+
+def _own_meta(node: fx.Node) -> dict[str, Any]:
+    """What biofx notes of a node."""
+    return {key: node.meta[key] for key in (RECORD, USES) if key in node.meta}

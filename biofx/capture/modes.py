@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from typing import Any
 
 import torch
@@ -33,17 +33,18 @@ class ByMode(StandIn):
         return f"train={self.in_training!r}, eval={self.in_evaluation!r}"
 
 
-def trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str]) -> Trace:
+def trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str], synapses: Set[int]) -> Trace:
     """One graph for all modes: where traces in different modes differ in a constant, it has a `ByMode` module."""
-    training = trace(model, absent, whole, evaluating=())
+    training = trace(model, absent, whole, synapses, evaluating=())
     if not training.tracer.reads:
         return training
     modules = dict(model.named_modules())
-    evaluation = trace(model, absent, whole, evaluating=modules.values())
+    evaluation = trace(model, absent, whole, synapses, evaluating=modules.values())
     ranks = _ranks([training, evaluation])
     # Which module does a constant depend on? A trace for each bit of the ranks tells, with half of them in evaluation.
     bits = range(max(ranks.values()).bit_length())
-    mixed = [trace(model, absent, whole, [modules[p] for p, r in ranks.items() if r >> bit & 1]) for bit in bits]
+    halves = [[modules[path] for path, rank in ranks.items() if rank >> bit & 1] for bit in bits]
+    mixed = [trace(model, absent, whole, synapses, half) for half in halves]
     traces = [training, evaluation, *mixed]
     for other in traces[1:]:
         _check_same_path(training, other)

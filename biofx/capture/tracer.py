@@ -10,7 +10,7 @@ import random
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from types import FrameType
@@ -37,7 +37,7 @@ from biofx.capture.stores import load, stored_attributes
 from biofx.errors import ArgumentError
 from biofx.references import HOOKS
 from biofx.trial import LOCK
-from biofx.weights.roles import weights
+from biofx.weights.declared import places
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -156,10 +156,13 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # a buffer is state, not a constant: it may change between two calls
 
-    def __init__(self, absent: Collection[str] = (), whole: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, absent: Collection[str] = (), whole: dict[str, str] | None = None, synapses: Set[int] = frozenset()
+    ) -> None:
         super().__init__()
         self._thread = threading.get_ident()
         self._absent = absent  # optional arguments to trace as None
+        self.synapses = synapses  # ids of the parameters that get chains
         self.whole = dict(whole or {})
         self.found: dict[str, str] = {}
         self.refusals: dict[str, MustBeNone] = {}
@@ -221,7 +224,7 @@ class Tracer(fx.Tracer):
             return False
         of_torch = original_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
         is_leaf = of_torch and not isinstance(m, nn.Sequential)
-        if is_leaf and weights(m):
+        if is_leaf and places(m, self.synapses):
             self.whole[module_qualified_name] = ONE_PIECE
         return is_leaf
 
@@ -261,7 +264,7 @@ class Tracer(fx.Tracer):
         path = target if kind == "call_module" and target in self.whole else None
         if path is not None:
             module = self.root.get_submodule(path)
-            inside: dict[str, Any] = dict(weights(module))
+            inside: dict[str, Any] = dict(places(module, self.synapses))
             if inside:
                 kind, target, args, kwargs = "call_function", islands.call_island, (module, inside, args, kwargs), {}
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from biofx.capture.tracer import KeepWhole, Tracer, merge_reads
 from biofx.capture.watching import watched
 from biofx.islands import WHOLE, call_island
 from biofx.trial import Change
-from biofx.weights.roles import weights
+from biofx.weights.declared import places
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,32 @@ class Trace:
     tracer: Tracer
 
 
-def trace(model: nn.Module, absent: Collection[str], whole: dict[str, str], evaluating: Collection[nn.Module]) -> Trace:
+def trace(
+    model: nn.Module,
+    absent: Collection[str],
+    whole: dict[str, str],
+    synapses: Set[int],
+    evaluating: Collection[nn.Module],
+) -> Trace:
     """Run forward once, with some modules in evaluation mode and the others in training mode.
 
     Args:
         model: the model; nothing in it changes.
         absent: optional arguments that are None.
         whole: modules to call as they are, each with the reason.
+        synapses: ids of the parameters that get chains.
         evaluating: the modules in evaluation mode.
 
     Raises:
         KeepWhole: a module does what a graph does not hold.
     """
-    first = Tracer(absent, whole)
+    first = Tracer(absent, whole, synapses)
     with _in_modes(model, set(evaluating)), watched(model, first) as before:
         result = _traced(model, first)
         computed = computed_names(model)
         changes = [change for change in before.changes() if change[:2] not in computed]
         if changes:
-            _add_stores(model, result, changes, Tracer(absent, whole))
+            _add_stores(model, result, changes, Tracer(absent, whole, synapses))
     return result
 
 
@@ -111,13 +118,13 @@ def _is_same(first: Trace, second: Trace) -> bool:
     )
 
 
-def trace_whole(model: nn.Module, reason: str) -> Trace:
+def trace_whole(model: nn.Module, reason: str, synapses: Set[int]) -> Trace:
     """A graph in which the model is one island: it runs no forward, and takes all arguments as they come."""
     tracer = Tracer(whole={"": reason})
     graph = fx.Graph(tracer_cls=Tracer)
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    inside = weights(model)
+    inside = places(model, synapses)
     stored = {name: graph.get_attr(name) for name in dict.fromkeys(names[id(p)] for p in inside.values())}
     ends = {name: stored[names[id(parameter)]] for name, parameter in inside.items()}
     module = graph.get_attr(WHOLE)

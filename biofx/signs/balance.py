@@ -12,21 +12,28 @@ sparse, because the rows of a dense one would all listen to the same common mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from biofx.chain import attribute, compute
+from biofx.analysis.forms import Forms, Read
+from biofx.analysis.graphs import as_recorded_graph
+from biofx.analysis.recording import Depends, Recorder, Recording, recording_of
+from biofx.analysis.replay import Moment, Replay
+from biofx.analysis.understanding import Run, Understanding, call
+from biofx.chain import attribute
 from biofx.copying import copied
-from biofx.dry_run import UNKNOWN, Guesser
-from biofx.model_editor import ModelEditor
-from biofx.trial import undisturbed
-from biofx.weights.operators import BATCH, Source
-from biofx.weights.paths import Constants, Use
+from biofx.signs.spectrum import balanced_recurrent
 from biofx.weights.sites import WeightSite, find
+
+if TYPE_CHECKING:
+    from biofx.model_editor import ModelEditor
+    from biofx.units import Reading, Units
 
 LEAST = 8  # synapses of each kind that a row keeps, if it has them: fewer cannot be balanced
 SAMPLES = 256  # in the batch on which net inputs are measured, at most, and
@@ -39,15 +46,17 @@ STILL = 1e-26  # below this fraction of mean², a variance is rounding
 TINY = 1e-300
 
 
-def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float) -> None:
+def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], density: float) -> None:
     """Give weights the signs of their units, and magnitudes with which the network starts as it would without signs.
 
     First every row gets what (*) says for inputs that are alike in distribution. Then the network is run, in
     evaluation mode, on normal inputs: from the first weight to the last, the net input of each row is measured, and (*)
-    is solved again for what arrives. What is left of the mean moves into the bias.
+    is solved again for what arrives. What is left of the mean moves into the bias. Recurrent weights keep the spectral
+    radius and the spread of singular values that they had (`balanced_recurrent`).
 
     Args:
         model: the model; the stored weights and biases change.
+        units: its units.
         signs: signs of the presynaptic units, +1, −1 or 0 where free, by the weight's name.
         density: fraction of each row's synapses that do not start at 0.
     """
@@ -56,6 +65,8 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float) -> 
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
     original = {name: _connections(site).clone() for name, site in sites.items()}
+    blocks = {name: recurrent_blocks(units.readings[name]) for name in sites}
+    biases = {name: bias for name, site in sites.items() if (bias := _bias(model, site)) is not None}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
     def measure(site: WeightSite, net_input: NetInput) -> None:
@@ -65,19 +76,51 @@ def balance(model: ModelEditor, signs: Mapping[str, Tensor], density: float) -> 
 
     def refit(site: WeightSite, net_input: NetInput) -> None:
         if site.name in targets:
-            _refit(site, net_input, signs[site.name], *targets[site.name])
+            bias = biases.get(site.name)
+            held = None if bias is None else attribute(bio, bias)
+            _refit(site, net_input, signs[site.name], *targets[site.name], held)
 
-    _run(model, bio, found, sites, measure)
+    measured = {name: site for name, site in sites.items() if blocks[name] is None}
+    runs = _Runs(model, bio, measured)
+    runs.show(measure)
     for name, site in sites.items():
+        generator = model.generator(name)
+        if (block := blocks[name]) is not None:
+            _store(site, _balanced_blocks(site, original[name], signs[name], block, density, generator))
+            continue
         sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
-        rows = balanced(site.incoming(original[name]), sign, density, model.generator(name))
+        rows = balanced(site.incoming(original[name]), sign, density, generator)
         _store(site, site.from_incoming(rows))
-    _run(model, bio, found, sites, refit)
+    runs.show(refit)
     for name, site in sites.items():
         model.sites[name].raw.copy_(site.raw)
-        bias = _bias(site, site.calls[0]) if site.calls else None
-        if bias is not None and bias not in model.excluded:
-            model.value(bias).copy_(attribute(bio, bias))
+        if name in biases and biases[name] not in model.excluded:
+            model.value(biases[name]).copy_(attribute(bio, biases[name]))
+
+
+def recurrent_blocks(reading: Reading) -> list[Tensor] | None:
+    """The rows of a recurrent weight that feed the units that it reads, in their order; several if units have gates.
+
+    None if a row feeds no unit that the weight reads.
+    """
+    returns = reading.returns
+    count = len(reading.numbers)
+    if not count or len(returns) % count or bool((returns < 0).any()):
+        return None
+    blocks = returns.view(-1, count)
+    if not all(torch.equal(block.sort().values, torch.arange(count)) for block in blocks):
+        return None
+    return [index * count + block.argsort() for index, block in enumerate(blocks)]
+
+
+def _balanced_blocks(
+    site: WeightSite, weight: Tensor, sign: Tensor, blocks: list[Tensor], density: float, generator: torch.Generator
+) -> Tensor:
+    rows = site.incoming(weight).clone()
+    for block in blocks:
+        block = block.to(rows.device)
+        rows[block] = balanced_recurrent(rows[block], sign.to(rows), density, generator)
+    return site.from_incoming(rows)
 
 
 def balanced(weight: Tensor, sign: Tensor, density: float, generator: torch.Generator) -> Tensor:
@@ -140,7 +183,9 @@ def scales(
     return (b + mean).clamp(min=0) / x, b / y
 
 
-def _refit(site: WeightSite, net_input: NetInput, signs: Tensor, mean: Tensor, variance: Tensor) -> None:
+def _refit(
+    site: WeightSite, net_input: NetInput, signs: Tensor, mean: Tensor, variance: Tensor, bias: Tensor | None
+) -> None:
     """Solve (*) for the net input that is measured."""
     weight = _connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
@@ -161,128 +206,134 @@ def _refit(site: WeightSite, net_input: NetInput, signs: Tensor, mean: Tensor, v
     gain = gain.masked_fill(still, 1.0)
     new = torch.where(row_sign == 0, rows, scaled * gain[:, None])
     _store(site, site.from_incoming(new))
-    bias = _bias(site, site.calls[0])
     if bias is not None:
-        attribute(site.bio, bias).add_(mean - gain * (a * mx - b * my))
+        bias.add_(mean - gain * (a * mx - b * my))
 
 
 NetInput = Callable[[Tensor], Tensor]
 """Net input of the postsynaptic units through a weight, without their bias, shape (samples, units, positions)."""
 
-See = Callable[[WeightSite, NetInput], None]
 
+class _Runs:
+    """Runs of a copy of the network on normal inputs, in which the first use of each weight is looked at."""
 
-def _run(
-    model: ModelEditor,
-    bio: fx.GraphModule,
-    all_sites: dict[str, WeightSite],
-    sites: Mapping[str, WeightSite],
-    see: See,
-) -> None:
-    """Run a copy of the network on normal inputs, and show what arrives at the first use of each weight."""
-    generator = model.generator("inputs")
-    seen = [site for site in sites.values() if site.calls and site.calls[0].call.units == site.units]
-    first = {site.calls[0].node: site for site in seen}
-    with undisturbed(bio), torch.no_grad():
-        bio.eval()
-        _Watched(bio, all_sites, _normal_inputs(model, all_sites, generator), first, see, generator).run()
-
-
-class _Watched(Guesser):
-    """Runs a graph on given inputs, as far as it can; what is not known is normal, behind a weight rectified."""
-
-    def __init__(
-        self,
-        bio: fx.GraphModule,
-        all_sites: dict[str, WeightSite],
-        inputs: dict[str, Any],
-        first: dict[fx.Node, WeightSite],
-        see: See,
-        generator: torch.Generator,
-    ) -> None:
-        self._generator = generator
-        super().__init__(bio, all_sites, inputs)
-        self._first = first
-        self._see = see
-        self.kept = {source for site in first.values() for source in _read_beside(site)}
-
-    def input_of(self, site: WeightSite, source: Source) -> Tensor:
-        """Standard normal activity; behind a weight, rectified."""
-        fitting = super().input_of(site, source)
-        if source.is_tokens:
-            return fitting
-        shape = fitting.shape
-        if source.like[0] == BATCH:
-            shape = torch.Size([_samples(shape), *shape[1:]])
-        draw = torch.randn(shape, generator=self._generator, dtype=torch.float64).to(site.raw.device)
-        return draw.relu() if site.depth > 0 else draw
-
-    def before(self, node: fx.Node) -> None:
-        """Look at the activity that arrives, if it is that of enough samples."""
-        super().before(node)
-        if node not in self._first:
+    def __init__(self, model: ModelEditor, bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
+        assert model.understood is not None
+        self._bio = bio
+        self._sites = sites
+        self._samples, self._run, self._recording = 0, model.understood.run, None
+        generator = model.generator("inputs")
+        for samples, run in _attempts(model.understood, generator):
+            with contextlib.suppress(Exception):  # a model may take no other inputs than those of its example
+                self._recording = self._recorded(Recorder(), run)
+                self._samples, self._run = samples, run
+                break
+        if self._recording is None:
             return
-        site = self._first[node]
-        source = site.calls[0].call.source
-        if source is None:
+        self._forms = Forms(self._recording, lambda value: True)
+        self._first: dict[str, Read] = {}
+        for read in self._forms.reads:
+            site = self._sites.get(read.parameter.name)
+            if site is not None and _tells(site, read):
+                self._first.setdefault(site.name, read)
+
+    def show(self, see: Callable[[WeightSite, NetInput], None]) -> None:
+        """Run once, and show what arrives at the first use of each weight; what is stored then is read there."""
+        if self._recording is None:
             return
-        self.env[source.node] = activity = self.env[source.node].to(site.raw.dtype)  # whatever forward casts it to
-        has_samples = all(axis % activity.dim() > 0 for axis in source.axes)
-        if activity.shape[0] < FEWEST or not has_samples:
-            return
-        beside = {source: self.env[source] for source in _read_beside(site)}
-        self._see(site, partial(_net_input, site, beside))
-        self.env[site.calls[0].call.weight] = _as_read(site, beside, site.effective())
+
+        def look(moment: Moment) -> Tensor | None:
+            site = self._sites[moment.read.parameter.name]
+            if len(moment.source) < FEWEST:
+                return None
+            see(site, lambda weight: self._by_sample(moment, moment.net_input(_as_read(site, moment.read, weight))))
+            return _as_read(site, moment.read, site.effective())
+
+        replay = Replay(self._recording, self._forms, dict.fromkeys(self._first.values(), look))
+        self._recorded(replay, self._run)
+
+    def _recorded(self, recorder: Recorder, run: Run) -> Recording:
+        generator = torch.random.get_rng_state()
+        with recording_of(recorder, self._bio), as_recorded_graph(self._bio, recorder), _in_double(self._bio):
+            torch.manual_seed(0)
+            run(self._bio)
+        assert torch.equal(generator, torch.random.get_rng_state())
+        return recorder.recording
+
+    def _by_sample(self, moment: Moment, net: Tensor) -> Tensor:
+        """Net input with its axes in order. Where positions lie behind samples on one axis, they become one."""
+        axes = [axis % net.dim() for axis in moment.read.output_axes]
+        net = net.movedim(axes, list(range(1, 1 + len(axes)))) if axes else net[:, None]
+        net = net.flatten(1, max(1, len(axes))).unsqueeze(-1).flatten(2)
+        samples, positions = self._samples, len(net) // max(1, self._samples)
+        if samples and positions > 1 and len(net) == samples * positions and net.shape[2] == 1:
+            net = net.view(samples, positions, -1).transpose(1, 2)
+        return net
 
 
-def _read_beside(site: WeightSite) -> list[fx.Node]:
-    """What the first use of a weight reads beside the weight: its activation, and what its path depends on."""
-    use = site.calls[0]
-    nodes = [use.node, *(step.node for step in use.path)]
-    own = {*nodes, site.chain[-1], use.call.bias}
-    return [source for node in nodes for source in node.all_input_nodes if source not in own]
+def _tells(site: WeightSite, read: Read) -> bool:
+    """Whether a use of a weight shows the net input of all its units, for activity that samples tell apart."""
+    if read.source is None or read.source.depends is not Depends.INPUTS or read.others:
+        return False
+    units = math.prod(n for n, role in zip(read.lengths, read.roles, strict=True) if role[1])
+    has_samples = all(axis % len(read.source.shape) > 0 for axis in read.source_axes)
+    return units == site.units and has_samples and len(read.source.shape) > 1
 
 
-def _normal_inputs(
-    model: ModelEditor, all_sites: Mapping[str, WeightSite], generator: torch.Generator
-) -> dict[str, Any]:
-    """Standard normal inputs for a batch of the shapes that the model takes; what else it takes is left out."""
-    device = min(all_sites.values(), key=lambda site: site.uses[0]).raw.device  # of the weight that is used first
-    result: dict[str, Any] = {}
-    for node in model.bio.graph.find_nodes(op="placeholder"):
-        value = model.values[node]
-        if value is UNKNOWN:
-            continue
-        if isinstance(value, Tensor):
-            if value.dim() < 2 or not value.is_floating_point():
-                continue
-            shape = (_samples(value.shape), *value.shape[1:])
-            value = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
-        result[str(node.target).lstrip("*")] = value
-    return result
+def _as_read(site: WeightSite, read: Read, weight: Tensor) -> Tensor:
+    """A weight in the shape in which the graph has it: if synapses have an activation each, next to each other."""
+    return weight if weight.shape == read.parameter.shape else site.effective()
+
+
+def _attempts(understood: Understanding, generator: torch.Generator) -> Iterator[tuple[int, Run]]:
+    """Ways to run the model: on many normal samples, or on normal inputs like those of the example."""
+    args, kwargs = understood.recording.first_call or ((), {})
+    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    batches = {len(x) if x.dim() else 0 for x in leaves}
+    if understood.is_one_call and len(batches) == 1 and batches.pop() > 0:
+        samples = max(_samples(x.shape) for x in leaves)
+        yield samples, _normal(understood, generator, samples)
+    if understood.is_one_call:
+        yield 0, _normal(understood, generator, None)
+    yield 0, understood.run
+
+
+def _normal(understood: Understanding, generator: torch.Generator, samples: int | None) -> Run:
+    """Runs a model on standard normal numbers in place of those of the example, and on integers that occur there."""
+
+    def like(given: Tensor) -> Tensor:
+        shape = given.shape if samples is None else torch.Size((samples, *given.shape[1:]))
+        if given.is_floating_point() and given.dim() > 1:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(given.device)
+        if samples is None or given.is_floating_point() or not given.numel():
+            return given
+        values = given.flatten().cpu()
+        if len(values.unique()) <= 2:  # a mask stays one
+            return given.repeat(-(-samples // len(given)), *[1] * (given.dim() - 1))[:samples]
+        chosen = torch.randint(len(values), shape, generator=generator)
+        return values[chosen].to(given.device)
+
+    args, kwargs = pytree.tree_map_only(Tensor, like, understood.recording.first_call or ((), {}))
+    return call(args, kwargs)
+
+
+@contextlib.contextmanager
+def _in_double(bio: nn.Module) -> Iterator[None]:
+    """Give a model of doubles the numbers that it is given as doubles."""
+
+    def cast(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, (args, kwargs))
+
+    handle = bio.register_forward_pre_hook(cast, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _samples(shape: torch.Size) -> int:
     """Number of samples of a shape, whose first axis runs over samples and second over units, that tell enough."""
     return max(FEWEST, min(SAMPLES, POSITIONS // max(1, shape[2:].numel())))
-
-
-def _net_input(site: WeightSite, beside: Mapping[fx.Node, Any], weight: Tensor) -> Tensor:
-    operator = site.calls[0].call
-    known: dict[fx.Node, Any] = {**beside, operator.weight: _as_read(site, beside, weight)}
-    if isinstance(operator.bias, fx.Node):
-        known[operator.bias] = weight.new_zeros(1) if "add" in operator.name else None
-    arguments = fx.map_arg((operator.node.args, operator.node.kwargs), known.__getitem__)
-    net: Tensor = compute(site.bio, operator.node, *arguments)
-    axes = operator.output_axes
-    net = net.movedim(axes, list(range(1, 1 + len(axes)))) if axes else net[:, None]
-    return net.flatten(1, max(1, len(axes))).unsqueeze(-1).flatten(2)
-
-
-def _as_read(site: WeightSite, beside: Mapping[fx.Node, Any], weight: Tensor) -> Tensor:
-    """A weight as its first use reads it, at the end of its path."""
-    end = site.calls[0].call.weight
-    return Constants(site.bio, {**beside, site.chain[-1]: weight})(end)  # type: ignore[no-any-return]
 
 
 def _connections(site: WeightSite) -> Tensor:
@@ -302,10 +353,13 @@ def _store(site: WeightSite, weight: Tensor) -> None:
     raw.copy_(torch.where(whole > 0, size / whole, 1 / len(raw)) * weight)
 
 
-def _bias(site: WeightSite, use: Use) -> str | None:
+def _bias(model: ModelEditor, site: WeightSite) -> str | None:
     """Name of the bias of the postsynaptic units, if it is theirs alone."""
-    bias = use.call.bias
-    if not isinstance(bias, fx.Node) or bias.op != "get_attr" or len(bias.users) > 1:
+    assert model.understood is not None
+    forms = model.understood.forms
+    names = {forms.biases.get(read.operation) for read in forms.reads if read.parameter.name == site.name}
+    others = {forms.biases.get(read.operation) for read in forms.reads if read.parameter.name != site.name}
+    name = names.pop() if len(names) == 1 else None
+    if name is None or name in others or model.understood.forms.users.get(name):
         return None
-    name = str(bias.target)
     return name if attribute(site.bio, name).shape == (site.units,) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
@@ -11,10 +12,13 @@ from biofx.chain import attribute
 from biofx.model_editor import ModelEditor
 from biofx.provenance import record_of
 
+if TYPE_CHECKING:
+    from biofx.units import Units
+
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def hold_scales(model: ModelEditor, constrained: Collection[str]) -> None:
+def hold_scales(model: ModelEditor, units: Units, constrained: Collection[str]) -> None:
     """Keep parameters that multiply units on their way to weights with signs from being negative.
 
     Behind a batch norm that directly follows a weight, a negative γ is the same as a positive one with the weights of
@@ -23,10 +27,11 @@ def hold_scales(model: ModelEditor, constrained: Collection[str]) -> None:
 
     Args:
         model: the model.
+        units: its units.
         constrained: the weights that get signs.
     """
-    for name in sorted(model.units.scales - model.excluded.keys()):
-        readers = sorted(_readers(model, name) & set(constrained))
+    for name in sorted(units.scales.keys() - model.excluded.keys()):
+        readers = sorted(units.scales[name] & set(constrained))
         if not readers:
             continue
         if bool((model.value(name) < 0).any()):
@@ -52,24 +57,6 @@ def project_scales(bio: fx.GraphModule, held: Collection[int] | None = None) -> 
             parameter.clamp_(min=0)
 
 
-def _readers(model: ModelEditor, scale: str) -> set[str]:
-    """The weights that read what a parameter multiplies."""
-    path = scale.rpartition(".")[0]
-    found: set[str] = set()
-    seen: set[fx.Node] = set()
-    uses = {use: name for name, site in model.all_sites.items() for use in site.uses}
-    graph = model.bio.graph
-    waiting = [*graph.find_nodes(op="call_module", target=path), *graph.find_nodes(op="get_attr", target=scale)]
-    while waiting:
-        for user in waiting.pop().users:
-            if user in uses:
-                found.add(uses[user])
-            elif user not in seen:
-                seen.add(user)
-                waiting.append(user)
-    return found
-
-
 def turn_over(model: ModelEditor, scale: str) -> None:
     """Move the sign of γ into the weights before the batch norm: γ·(w·x + b − μ) = |γ|·(±w·x ± b ∓ μ)."""
     path = scale.rpartition(".")[0]
@@ -80,7 +67,9 @@ def turn_over(model: ModelEditor, scale: str) -> None:
     site = next((s for s in model.sites.values() if s.outputs == (calls[0].args[0],)), None)
     if site is None or site.why_no_output is not None or set(site.outputs[0].users) != set(calls):
         return
-    bias = site.calls[0].call.bias
+    bias = site.calls[0].bias
+    if site.calls[0].use.bias is not None and bias is None:
+        return
     if bias is not None and (bias.op != "get_attr" or len(bias.users) > 1 or str(bias.target) in model.excluded):
         return
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight.dtype)

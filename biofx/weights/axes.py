@@ -180,7 +180,7 @@ def axes_of_view(shape: Sequence[int], view: Tensor, roles: Sequence[Role]) -> A
     _assign_single(shape, view, roles, pieces)
     factors: list[Factor] = []
     for axis, length in enumerate(shape):
-        found_here = _factors(axis, length, sorted(pieces[axis]))
+        found_here = factors_of(axis, length, sorted(pieces[axis]))
         if found_here is None:
             return None
         factors += found_here
@@ -214,7 +214,7 @@ def _assign_single(
         pieces[axis].append((1, 1, role))
 
 
-def _factors(axis: int, length: int, pieces: list[tuple[int, int, Role]]) -> list[Factor] | None:
+def factors_of(axis: int, length: int, pieces: list[tuple[int, int, Role]]) -> list[Factor] | None:
     """The factors of an axis from the pieces of it that are used, by their starts."""
     if not pieces:
         return [Factor(axis, length, *(NEITHER if length == 1 else GROUP))]

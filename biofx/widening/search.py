@@ -7,32 +7,31 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
-from biofx.dry_run import Values
-from biofx.operator_kinds import operation
+from biofx.analysis.nodes import Nodes
+from biofx.analysis.understanding import Run, recorded
 from biofx.trial import undisturbed
 from biofx.weights.sites import WeightSite
 from biofx.widening.plan import Widening
 from biofx.widening.trial import Trial
 
 
-def find_widening(
-    bio: fx.GraphModule, sites: dict[str, WeightSite], editable: Collection[str], values: Values
-) -> Widening:
+def find_widening(bio: fx.GraphModule, sites: dict[str, WeightSite], editable: Collection[str], run: Run) -> Widening:
     """The widening that doubles the units of as many weights as possible, of those whose units a weight reads.
 
     Args:
         bio: a captured model; it stays as it is.
         sites: all its weights.
         editable: the names of those that may change.
-        values: what its nodes compute, from `dry_run`.
+        run: runs the model.
     """
     opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
+    nodes = Nodes(recorded(bio, run))
     left = {name: "something else reads it as well" for name in editable if _is_shared(bio, sites[name])}
     left |= {name: reason for name, reason in opaque.items() if name in editable}
     fixed = {name: left.get(name, "it may not change") for name in sites if name not in editable or name in left}
     doubled = frozenset(editable) - left.keys()
     while True:
-        trial = Trial(bio, sites, doubled, fixed, opaque, values)
+        trial = Trial(bio, sites, doubled, fixed, opaque, nodes)
         with undisturbed(bio), torch.no_grad():
             bio.eval()
             trial.run()
@@ -46,14 +45,13 @@ def find_widening(
 
 def _why_opaque(site: WeightSite) -> str | None:
     """Why it is not told on which axis of its input and of its output an operator has units, or None if it is."""
-    if site.why_no_source is not None or site.why_no_output is not None:
-        return site.why_no_source or site.why_no_output
-    sources = [source for use in site.calls for source in use.call.sources]
-    if any(source.is_tokens for source in sources):
+    if any(call.use.is_embedding for call in site.calls):
         return "the units of an embedding stay as they are"
-    if not all(use.is_direct for use in site.calls):
+    if site.why_not_judged is not None or site.why_no_output is not None:
+        return site.why_not_judged or site.why_no_output
+    if not all(site.chain[-1] in call.node.all_input_nodes for call in site.calls):
         return "its operator reads what forward computes from it"
-    if any(len(source.axes) != 1 for source in sources):
+    if any(len(call.use.source_axes) != 1 or call.source is None for call in site.calls):
         return f"{site.operator} does not read its units on one axis"
     return None
 
@@ -63,4 +61,4 @@ def _is_shared(bio: fx.GraphModule, site: WeightSite) -> bool:
     called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")}
     inside = {id(p) for path in called for p in bio.get_submodule(path).parameters()}
     others = [user for user in site.node.users if user not in site.uses]
-    return id(site.raw) in inside or any(operation(user, bio).key not in ("dtype", "device") for user in others)
+    return id(site.raw) in inside or not all(n.target is getattr and n.args[1] in ("dtype", "device") for n in others)

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from biofx.analysis.nodes import Nodes
+from biofx.analysis.operators import Kind
 from biofx.chain import attribute, compute
-from biofx.dry_run import UNKNOWN, Values
 from biofx.islands import island_nodes, island_path
-from biofx.operator_kinds import Kind, operation
 from biofx.parts import described, part_of
-from biofx.weights.paths import Use
-from biofx.weights.sites import WeightSite
+from biofx.weights.sites import Call, WeightSite
 from biofx.widening.plan import Widening
 from biofx.widening.sizes import SIZES, own_tensors, scalings, unit_axis, wider_sizes
 from biofx.widening.twins import Twins, adjacent, alike, followed, named, named_twins, refitted, resized_axes
@@ -90,17 +89,17 @@ class Trial:
         doubled: frozenset[str],
         fixed: dict[str, str],
         opaque: Collection[str],
-        values: Values,
+        nodes: Nodes,
     ) -> None:
         self.result = Widening(doubled)
         self.failures: list[tuple[frozenset[str], str]] = []
         self.read: set[str] = set()
         self._bio = bio
         self._sites = sites
-        self._uses = {use.node: (site, use) for site in sites.values() for use in site.calls}
+        self._uses = {call.node: (site, call) for site in sites.values() for call in site.calls}
         self._fixed = fixed
         self._opaque = opaque
-        self._values = values
+        self._nodes = nodes
         self._states: dict[fx.Node, _State] = {}
         self._in_islands = {
             id(tensor)
@@ -133,9 +132,7 @@ class Trial:
             return self._operator(*self._uses[node])
         old = self._old(node)
         state = _unchanged(old)
-        if sources and old is UNKNOWN:
-            self._fail(_reach(sources), f"{self._name(node)} needs example_inputs to be tried")
-        elif sources and (part := part_of(self._bio, node)) is not None and part.chooses:
+        if sources and (part := part_of(self._bio, node)) is not None and part.chooses:
             self._fail(_reach(sources), f"its units reach {described(self._bio, node)}")  # tried in one mode only
         elif sources:
             try:
@@ -160,23 +157,20 @@ class Trial:
 
     # --- operators on weights ----------------------------------------------------------------------------------
 
-    def _operator(self, site: WeightSite, use: Use) -> _State:
-        call, own = use.call, self.result.doubled & frozenset({site.name})
-        reach = _reach(state for n in use.node.all_input_nodes if (state := self._states[n]).changed)
-        if self._values[use.node] is UNKNOWN:
-            self._fail(own | reach, f"{site.name} needs example_inputs to be tried")
-            return _unchanged(UNKNOWN)
-        old = pytree.tree_map_only(Tensor, self._number_like, self._values[use.node])
+    def _operator(self, site: WeightSite, call: Call) -> _State:
+        own = self.result.doubled & frozenset({site.name})
+        reach = _reach(state for n in call.node.all_input_nodes if (state := self._states[n]).changed)
+        old = pytree.tree_map_only(Tensor, self._number_like, self._nodes.value(call.node))
         if call.source is None or site.name in self._opaque:
             self._fail(reach, f"its units are read by {site.name}, and {self._fixed[site.name]}")
             return _unchanged(old)
-        source, channel = self._states[call.source.node], call.output_axes[0] % old.dim()
-        beside = [n for n in use.node.all_input_nodes if n is not call.source.node and not (own and n is call.bias)]
+        source, channel = self._states[call.source], call.use.output_axes[0] % old.dim()
+        beside = [n for n in call.node.all_input_nodes if n is not call.source and not (own and n is call.bias)]
         self._fail(_reach(self._states[n] for n in beside), f"its units are read by {site.name} beside its activation")
         twins, columns = source.twins[0] if source.changed else None, None
         if twins is not None:
-            axis = call.source.axes[0] % source.old.dim()
-            if twins.is_uniform and twins.axis < axis == channel and call.name != "einsum":
+            axis = call.use.source_axes[0] % source.old.dim()
+            if twins.is_uniform and twins.axis < axis == channel and call.use.operator != "einsum":
                 if own:
                     self._fail(own, "it acts on each of many units by itself, and those are doubled")
                 return _wider(old, twins, source.reach)
@@ -188,16 +182,18 @@ class Trial:
         if columns is not None:
             self.result.columns[site.name] = columns
             self.read |= source.reach
-        return self._doubled(site, use, own, old, channel) if own else _unchanged(old)
+        return self._doubled(site, call, own, old, channel) if own else _unchanged(old)
 
-    def _doubled(self, site: WeightSite, use: Use, own: frozenset[str], old: Tensor, channel: int) -> _State:
+    def _doubled(self, site: WeightSite, call: Call, own: frozenset[str], old: Tensor, channel: int) -> _State:
         """What an operator returns whose postsynaptic units are doubled."""
-        doubled, bias, reach = adjacent(site.units), use.call.bias, own
-        if bias is not None:
+        doubled, bias, reach = adjacent(site.units), call.bias, own
+        if call.use.bias is not None and bias is None:
+            self._fail(reach, "its bias cannot be doubled")
+        elif bias is not None:
             is_vector = self._states[bias].old.dim() == 1
-            is_on_units = is_vector and (channel == old.dim() - 1 or use.call.name.startswith("conv"))
+            is_on_units = is_vector and (channel == old.dim() - 1 or call.use.operator.startswith("conv"))
             if is_on_units:
-                for _ in self._wider_constants(use.node, [bias], doubled, own):
+                for _ in self._wider_constants(call.node, [bias], doubled, own):
                     break
             reach |= self._states[bias].reach
             if not is_on_units or not alike(self._states[bias].twins[0], doubled):
@@ -210,7 +206,7 @@ class Trial:
         if site.name in self._fixed:
             reason = f", and {self._fixed[site.name]}"
         elif columns is None:
-            reason = ", which needs example_inputs to be tried"
+            reason = ", whose positions are not doubled alike"
         elif not torch.equal(columns.source * site.groups // columns.size, _groups(len(columns.source), site.groups)):
             reason = ", whose groups are not doubled alike"
         else:
@@ -278,7 +274,7 @@ class Trial:
         yield present, None
         if twins is None:
             return
-        has_sizes = operation(node, self._bio).kind in (*MOVES, Kind.NORM)
+        has_sizes = self._nodes.kind(node) in (*MOVES, Kind.NORM)
         others = list(scalings(present, Fraction(len(twins.source), twins.size))) if has_sizes else []
         yield from ((arguments, None) for arguments in others)
         for _ in self._wider_constants(node, node.all_input_nodes, twins, reach):
@@ -344,7 +340,7 @@ class Trial:
             return None
         for index in _unread(node, old):
             after[index] = before[index]
-        is_moved = operation(node, self._bio).kind in MOVES
+        is_moved = self._nodes.kind(node) in MOVES
         moved = (self._moved(node, arguments) if is_moved else None) or [None] * len(before)
         try:
             twins = [self._made_wider(node, *leaf) for leaf in zip(before, after, moved, strict=True)]
@@ -402,7 +398,7 @@ class Trial:
             self._constant.add(node)
             return self._randomised(attribute(self._bio, str(node.target)))
         inputs = {source: self._states[source].old for source in node.all_input_nodes}
-        if node.op != "placeholder" and not any(value is UNKNOWN for value in inputs.values()):
+        if node.op != "placeholder":
             tensors = {source for source, value in inputs.items() if isinstance(value, Tensor)}
             if tensors and tensors <= self._constant:
                 self._constant.add(node)
@@ -410,7 +406,7 @@ class Trial:
                 return self._call(node, (node.args, node.kwargs), "old")
             except Exception:  # noqa: BLE001 - on inputs of a shape that was guessed
                 pass
-        return pytree.tree_map_only(Tensor, self._number_like, self._values[node])
+        return pytree.tree_map_only(Tensor, self._number_like, self._nodes.value(node))
 
     def _call(self, node: fx.Node, arguments: Arguments, which: str, twins: Twins | None = None) -> Any:
         args, kwargs = fx.map_arg(arguments, lambda n: getattr(self._states[n], which))
@@ -471,18 +467,18 @@ class Trial:
 
     def _name(self, node: fx.Node) -> str:
         path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
-        name = operation(node, self._bio).name
+        name = self._nodes.name(node)
         return f"{name} in {path}" if path else name
 
     def _why(self, node: fx.Node) -> str:
         """Why a node does not go along."""
-        kind = operation(node, self._bio).kind
+        kind = self._nodes.kind(node)
         numbers = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, int)]
         if kind is Kind.LAYOUT and max(numbers, default=0) > 1:
             return f"{self._name(node)} has fixed sizes"
         others = [n for n in node.all_input_nodes if not self._states[n].changed]
         joined = sorted((n for n in others if isinstance(self._states[n].old, Tensor)), key=self._constant.__contains__)
-        if joined and kind in (Kind.MERGE, Kind.CONCATENATE, Kind.MIX):
+        if joined and kind in (Kind.MERGE, Kind.CONCATENATE, Kind.PRODUCT, Kind.ATTENTION):
             return f"{self._name(node)} joins its units with {self._origin(joined[0])}, not doubled"
         return f"its units reach {self._name(node)}, which computes something else of doubled ones"
 
@@ -497,7 +493,7 @@ class Trial:
             if node in self._uses:
                 return f"those of {self._uses[node][0].name}"
             sources = sorted(node.all_input_nodes, key=self._constant.__contains__)
-            if operation(node, self._bio).kind is Kind.UNKNOWN or not sources:
+            if self._nodes.kind(node) is Kind.UNKNOWN or not sources:
                 return f"the result of {self._name(node)}"
             node = sources[0]
 

@@ -1,0 +1,1 @@
+"""Analysis: what is understood of a model from one recorded run."""

@@ -1,0 +1,103 @@
+"""Activity: by which operator the numbers in each tensor of a run can be negative."""
+
+from __future__ import annotations
+
+from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, TAKES_NUMBERS, Kind, Sign, sign_of
+from biofx.analysis.recording import Depends, Operation, Recording, Value
+
+WEIGHTED = (Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING)
+
+
+class Activity:
+    """What each tensor of a run, at the time when an operator reads it, can be negative by.
+
+    Parameters that multiply activity are taken to be positive; `Units.scales` lists them.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self._found: dict[Value, str] = {}
+        self._read: dict[tuple[Operation, Value], str] = {}
+        for operation in recording.operations:
+            for value in operation.operands:
+                self._read[operation, value] = self._of(value)
+            sign = self._after(operation)
+            for output in operation.outputs:
+                self._found[output] = sign if output.is_activity else ""
+            for value in operation.written:
+                self._note_write(value, sign)
+
+    def of(self, value: Value) -> str:
+        """The operator by which a tensor can be negative when the run ends, or an empty string if it cannot."""
+        return self._of(value)
+
+    def read(self, operation: Operation, value: Value) -> str:
+        """The same of an operand, when an operator reads it."""
+        return self._read.get((operation, value), "")
+
+    def _of(self, value: Value) -> str:
+        if value not in self._found:
+            self._found[value] = _of_source(value)
+        return self._found[value]
+
+    def _note_write(self, value: Value, sign: str) -> None:
+        below: Value | None = value
+        while below is not None:
+            is_whole = below is value and below.view_of is None
+            self._found[below] = sign if is_whole else self._of(below) or sign
+            below = below.view_of
+
+    def _after(self, operation: Operation) -> str:
+        output = operation.outputs[0] if operation.outputs else None
+        if output is not None and operation.depends is Depends.NOTHING:
+            return operation.called if output.negative else ""
+        if operation.kind in WEIGHTED and any(v.depends is Depends.PARAMETERS for v in operation.operands):
+            return f"{operation.called} without activation"
+        sign = sign_of(operation.name)
+        if sign is Sign.ANY or _has_negative_number(operation):
+            return operation.called
+        if sign is Sign.NEVER or _is_even_power(operation) or _is_clamped(operation):
+            return ""
+        source = next((found for v in _sources(operation) if (found := self._of(v))), "")
+        return operation.called if source and sign is Sign.ODD else source
+
+
+def _of_source(value: Value) -> str:
+    if not value.is_activity:
+        return ""
+    if value.kind == "input":
+        return f"input {value.name}"
+    if value.kind in ("parameter", "unknown"):
+        return {"parameter": "parameter", "unknown": "a tensor that no operator made"}[value.kind]
+    return value.kind if value.negative else ""
+
+
+def _sources(operation: Operation) -> list[Value]:
+    """The operands whose signs matter."""
+    operands = [v for v in operation.operands if v.is_activity]
+    if operation.kind is Kind.ATTENTION:  # a weighted average
+        return [operation.argument("value")]
+    if operation.kind is Kind.KEEP:
+        return operands[:1]
+    if operation.name in PRODUCTS_OF_ENTRIES:
+        return [v for v in operands if v.depends is not Depends.PARAMETERS] or operands
+    return operands
+
+
+def _is_even_power(operation: Operation) -> bool:
+    exponent = operation.argument("exponent")
+    return operation.name == "pow" and isinstance(exponent, int | float) and exponent % 2 == 0
+
+
+def _is_clamped(operation: Operation) -> bool:
+    low = operation.argument("min") if operation.name.startswith("clamp") else operation.argument("min_val")
+    return operation.name in ("clamp", "clamp_min", "hardtanh") and _is_number(low) and low >= 0
+
+
+def _has_negative_number(operation: Operation) -> bool:
+    if operation.name not in TAKES_NUMBERS:
+        return False
+    return any(_is_number(value) and value < 0 for value in (*operation.args, *operation.kwargs.values()))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

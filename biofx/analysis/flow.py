@@ -1,0 +1,98 @@
+"""Flow: which weights a signal passes before others, how deep each lies, and which parameters scale what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import networkx
+
+from biofx.analysis.forms import Form, Forms
+from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, Kind
+from biofx.analysis.recording import Depends, Operation, Recording, Value
+
+
+class Flow:
+    """What a signal passes between weights.
+
+    Attributes:
+        depth: for each weight, the number of weights on the longest path to it, over that to the deepest one: from 0 for
+            the first to 1 for the last. Weights that read each other, as in a recurrent network, have one depth.
+        outputs: the weights after which no signal passes another weight.
+        scales: the parameters that multiply units on their way to a weight, each with the weights that they lead to.
+    """
+
+    def __init__(self, recording: Recording, forms: Forms) -> None:
+        self._forms = forms
+        self._names: list[str] = []
+        self._bits: dict[str, int] = {}
+        self._passed: dict[Value, int] = {}  # by tensor: the weights and scales that it has come from, as bits
+        weights = {read.parameter.name: None for read in forms.reads}
+        weights |= dict.fromkeys(forms.mixed)
+        of_operation: dict[Operation, list[str]] = {}
+        for read in forms.reads:
+            of_operation.setdefault(read.operation, []).append(read.parameter.name)
+        before = dict.fromkeys(weights, 0)
+        for operation in recording.operations:
+            passed = 0
+            for value in operation.operands:
+                passed |= self._passed.get(value, 0)
+            here = of_operation.get(operation, ())
+            for name in here:
+                before[name] |= passed
+            passed = passed if not here else 0
+            for name in (*here, *self._scaling(operation)):
+                passed |= self._bit(name)
+            for value in (*operation.outputs, *operation.written):
+                self._note(value, passed)
+        sources = {name: self._named(bits) for name, bits in before.items()}
+        graph = networkx.DiGraph()
+        graph.add_nodes_from(weights)
+        graph.add_edges_from((a, b) for b, found in sources.items() for a in found if a in weights)
+        self.depth, self.outputs = _depths(graph)
+        self.scales: dict[str, set[str]] = {}
+        for weight, found in sources.items():
+            for name in found:
+                if name not in weights:
+                    self.scales.setdefault(name, set()).add(weight)
+
+    def _bit(self, name: str) -> int:
+        if name not in self._bits:
+            self._bits[name] = 1 << len(self._names)
+            self._names.append(name)
+        return self._bits[name]
+
+    def _named(self, bits: int) -> list[str]:
+        return [name for name in self._names if bits & self._bits[name]]
+
+    def _note(self, value: Value, passed: int) -> None:
+        below: Value | None = value
+        while below is not None:
+            self._passed[below] = passed | (self._passed.get(below, 0) if below is not value or value.view_of else 0)
+            below = below.view_of
+
+    def _scaling(self, operation: Operation) -> Iterator[str]:
+        """The parameters that multiply activity in an operator."""
+        if not any(v.depends is Depends.INPUTS and v.is_activity for v in operation.operands):
+            return
+        factors: tuple[Value, ...] = ()
+        if operation.kind is Kind.NORM:
+            factors = (operation.argument("weight"),)
+        elif operation.kind is Kind.MERGE and operation.name in (*PRODUCTS_OF_ENTRIES, "addcmul"):
+            factors = operation.operands
+        for factor in factors:
+            form = self._forms.found.get(factor)
+            if isinstance(form, Form) and not form.remark:
+                yield form.parameter.name
+
+
+def _depths(graph: networkx.DiGraph[str]) -> tuple[dict[str, float], frozenset[str]]:
+    """Depth by longest paths between the groups of weights that read each other, and the weights that come last."""
+    groups = networkx.condensation(graph)
+    before: dict[int, int] = {}
+    for group in networkx.topological_sort(groups):
+        sizes = [before[earlier] + 1 for earlier in groups.predecessors(group)]
+        before[group] = max(sizes, default=0)
+    deepest = max(1, *before.values(), 0)
+    depth = {name: before[group] / deepest for name, group in groups.graph["mapping"].items()}
+    last = frozenset(name for name, group in groups.graph["mapping"].items() if not groups.out_degree(group))
+    return depth, last

@@ -1,0 +1,502 @@
+"""Forms: where the entries of parameters are in the tensors that a run makes of them, and which operators read them.
+
+A tensor in which every entry stands for one entry of a parameter is a *form* of it. It has a tensor of coordinates for
+each axis of the parameter: layouts are executed on these, and what acts on each entry by itself keeps them. So at the
+operator that reads a form as a weight, its coordinates tell which axis of the parameter went where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from biofx.analysis.layouts import CannotFollowError, compressed, execute, once, varies
+from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, Kind
+from biofx.analysis.recording import Depends, Operation, Recording, Value
+from biofx.weights.axes import GROUP, NEITHER, Axes, Factor, Role, factors_of
+
+PRE: Role = (True, False)
+POST: Role = (False, True)
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A tensor whose entries are those of a parameter.
+
+    Attributes:
+        parameter: the parameter's value.
+        shape: the parameter's shape.
+        coordinates: for each axis of the parameter, where on it an entry is, in the shape of the tensor.
+        remark: why an entry may have another sign than that of the parameter, or an empty string.
+    """
+
+    parameter: Value
+    shape: tuple[int, ...]
+    coordinates: tuple[Tensor, ...]
+    remark: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """A tensor that is computed from parameters, with entries that stand for no single entry of theirs.
+
+    Attributes:
+        parameters: the parameters.
+        reason: what computes it, as a clause.
+    """
+
+    parameters: frozenset[Value]
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One operator that reads a form as its weight.
+
+    Attributes:
+        operation: the operator.
+        form: the form.
+        weight: the tensor that has this form.
+        lengths: lengths of the form's axes, with one axis for groups and one for the units of a group.
+        coordinates: the form's coordinates in these lengths.
+        roles: for each of these axes what it runs over.
+        source: the activity that the operator multiplies the weight by; None if it looks up rows.
+        source_axes: its axes that run over presynaptic units, in the order of the units.
+        output: what the operator returns.
+        output_axes: its axes that run over postsynaptic units, in the order of the units.
+        groups: the number of groups into which the operator divides an axis of units.
+        padding: the index of the row that takes no part in learning, if there is one.
+        others: other activities that the operator multiplies.
+    """
+
+    operation: Operation
+    form: Form
+    weight: Value
+    lengths: tuple[int, ...]
+    coordinates: tuple[Tensor, ...]
+    roles: tuple[Role, ...]
+    source: Value | None
+    source_axes: tuple[int, ...]
+    output: Value
+    output_axes: tuple[int, ...]
+    groups: int = 1
+    padding: int | None = None
+    others: tuple[Value, ...] = ()
+
+    @property
+    def parameter(self) -> Value:
+        """The parameter that is read."""
+        return self.form.parameter
+
+    def axes(self) -> Axes | None:
+        """The axes of the parameter, as this operator sees them, or None if they cannot be told."""
+        factors: list[Factor] = []
+        for axis, length in enumerate(self.form.shape):
+            found = _factors(axis, length, self.coordinates[axis], self.roles)
+            if found is None:
+                return None
+            factors += found
+        return Axes(self.form.shape, tuple(factors))
+
+    def presynaptic_positions(self, axes: Axes) -> Tensor:
+        """The parameter's presynaptic unit at each presynaptic position of this use."""
+        return self._positions(axes.spread_presynaptic(torch.arange(axes.presynaptic_units)), 0)
+
+    def postsynaptic_positions(self, axes: Axes) -> Tensor:
+        """The parameter's postsynaptic unit at each postsynaptic position of this use."""
+        return self._positions(axes.spread(torch.arange(axes.units)), 1)
+
+    def _positions(self, units: Tensor, side: int) -> Tensor:
+        kept = [role[side] for role in self.roles]
+        index = []
+        for axis, coordinate in enumerate(self.coordinates):
+            for i, is_kept in enumerate(kept):
+                if not is_kept:
+                    coordinate = coordinate.narrow(i, 0, min(1, coordinate.shape[i]))
+            index.append(coordinate if units.shape[axis] > 1 else torch.zeros((), dtype=torch.int64))
+        found = units[tuple(index)] if index else units
+        shape = [length if is_kept else 1 for length, is_kept in zip(self.lengths, kept, strict=True)]
+        return found.expand(shape).flatten()
+
+
+def _factors(axis: int, length: int, coordinate: Tensor, roles: Sequence[Role]) -> list[Factor] | None:
+    """How an axis of a parameter is divided among the axes of a form, from the coordinates on it."""
+    along = [i for i in range(coordinate.dim()) if varies(coordinate, i)]
+    if not along:  # where one index of an axis was selected, each index has units of its own, as in a group
+        ones = [role for i, role in enumerate(roles) if coordinate.shape[i] == 1]
+        return [Factor(axis, length, *(GROUP if length > 1 else ones[0] if ones else NEITHER))]
+    kinds = {roles[i] for i in along}
+    if len(kinds) == 1:
+        return [Factor(axis, length, *kinds.pop())]
+    (small,) = once(coordinate)
+    origin = small[(0,) * small.dim()]
+    steps = {i: small.select(i, 1)[(0,) * (small.dim() - 1)] - origin for i in along}
+    straight: Tensor = origin
+    for i, step in steps.items():
+        straight = straight + step * torch.arange(small.shape[i]).view(
+            [-1 if i == j else 1 for j in range(small.dim())]
+        )
+    if not torch.equal(straight, small) or any(int(step) <= 0 for step in steps.values()):
+        return None
+    pieces = [(int(step), int(step) * coordinate.shape[i], roles[i]) for i, step in steps.items()]
+    return factors_of(axis, length, sorted(pieces))
+
+
+@dataclass(eq=False, repr=False)
+class Forms:
+    """The forms of all parameters in a recording.
+
+    Attributes:
+        recording: the recording.
+        is_nonnegative: whether a tensor cannot be negative.
+        reads: the operators that read a parameter as their weight.
+        mixed: why a parameter's entries are no entries of the weight that is computed from it, and the operator that
+            reads that weight, by the parameter's name.
+        biases: the parameters that are added to what an operator on weights returns, by the operator.
+        users: other operators that read a parameter, by its name.
+    """
+
+    recording: Recording
+    is_nonnegative: Callable[[Value], bool]
+    reads: list[Read] = field(default_factory=list)
+    mixed: dict[str, tuple[str, Operation]] = field(default_factory=dict)
+    biases: dict[Operation, str] = field(default_factory=dict)
+    users: dict[str, list[Operation]] = field(default_factory=dict)
+    found: dict[Value, Form | Mixture] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for value in self.recording.parameters.values():
+            self.found[value] = _of_parameter(value, self.recording.coordinates.get(value))
+        for operation in self.recording.operations:
+            if any(value in self.found for value in operation.operands):
+                self._follow(operation)
+
+    def _follow(self, operation: Operation) -> None:
+        kind = operation.kind
+        if kind is Kind.CONSTANT:
+            return
+        if kind in (Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING) or _looks_up(operation):
+            found = list(reads_of(operation, self.found))
+            if found and not self._is_computation(operation, found[0]):
+                self._read(operation, found)
+                return
+        result = self._after(operation)
+        if result is None:
+            for value in operation.operands:
+                if value in self.found:
+                    for parameter in _parameters(self.found[value]):
+                        self.users.setdefault(parameter.name, []).append(operation)
+            return
+        for output, form in zip(operation.outputs, result, strict=True):
+            if output.is_activity:
+                self.found[output] = form
+        for value in operation.written:
+            below = value.view_of
+            while below is not None:  # a part of it is something else now
+                self.found[below] = _mixture(operation, [*result, *filter(None, [self.found.get(below)])])
+                below = below.view_of
+
+    def _is_computation(self, operation: Operation, read: Read | Mixture) -> bool:
+        """Whether an operator multiplies parameters to make a weight of them, and not one of them by activity."""
+        if isinstance(read, Mixture):
+            return operation.depends is not Depends.INPUTS and operation.called not in _LAYERS
+        depends = [v.depends for v in (read.source, *read.others) if v is not None]
+        is_layer = operation.called in _LAYERS or operation.kind is not Kind.PRODUCT
+        return bool(depends) and max(depends) is not Depends.INPUTS and not is_layer
+
+    def _read(self, operation: Operation, found: list[Read | Mixture]) -> None:
+        for read in found:
+            if isinstance(read, Read):
+                self.reads.append(read)
+            else:
+                for parameter in read.parameters:
+                    self.mixed.setdefault(parameter.name, (read.reason, operation))
+        bias = bias_of(operation)
+        known = self.found.get(bias) if bias is not None else None
+        if isinstance(known, Form):
+            self.biases[operation] = known.parameter.name
+
+    def _after(self, operation: Operation) -> list[Form | Mixture] | None:
+        """What an operator makes of forms, for each output; None if it is no weight any more."""
+        if any(v.depends is Depends.INPUTS for v in (*operation.operands, *operation.outputs)):
+            return None
+        forms = [self.found[v] for v in operation.operands if v in self.found]
+        main = self.found.get(operation.operands[0])
+        count = len(operation.outputs)
+        if operation.kind is Kind.LAYOUT and isinstance(main, Form) and len(forms) == 1:
+            try:
+                return _moved(operation, main)
+            except CannotFollowError:
+                return None
+        if operation.kind is Kind.KEEP and isinstance(main, Form) and len(forms) == 1:
+            return [self._kept(operation, main)] * count
+        if operation.name == "_weight_norm_interface" and isinstance(main, Form):
+            return [replace(main, remark=DIRECTION), *[_mixture(operation, forms)] * (count - 1)]
+        if operation.kind is Kind.MERGE and count == 1 and (merged := self._merged(operation)) is not None:
+            return [merged]
+        return [_mixture(operation, forms)] * count
+
+    def _kept(self, operation: Operation, form: Form) -> Form:
+        if operation.name in _COPIES or form.remark:
+            return form
+        if operation.name in PRODUCTS_OF_ENTRIES:
+            numbers = [a for a in operation.args if isinstance(a, int | float)]
+            return form if all(a > 0 for a in numbers) else replace(form, remark=_times(str(numbers[0])))
+        return replace(form, remark=f"its operator reads it through {operation.called}")
+
+    def _merged(self, operation: Operation) -> Form | None:
+        """The form that goes on where entries of several tensors join: the one with the most entries."""
+        own = [v for v in operation.operands if isinstance(self.found.get(v), Form)]
+        if not own:
+            return None
+        main = max(own, key=lambda v: math.prod(self.found[v].parameter.shape))  # type: ignore[union-attr]
+        form = self.found[main]
+        assert isinstance(form, Form)
+        shape = operation.outputs[0].shape
+        if tuple(torch.broadcast_shapes(main.shape, shape)) != tuple(shape):
+            return None
+        padded = [c.expand(shape) for c in form.coordinates]
+        form = replace(form, coordinates=tuple(padded))
+        others = [v for v in operation.operands if v is not main and v.is_activity]
+        if form.remark:
+            return form
+        if operation.name in PRODUCTS_OF_ENTRIES:
+            is_divided = operation.operands[0] is main or operation.name == "mul"
+            doubtful = [v for v in others if not self._is_nonnegative(v, form.parameter)]
+            numbers = [a for a in operation.args if isinstance(a, int | float)]
+            if is_divided and not doubtful and all(a > 0 for a in numbers):
+                return form
+            factor = doubtful[0].name if doubtful and doubtful[0].name else "something"
+            return replace(
+                form, remark=_times(factor) if is_divided else f"its operator reads it through {operation.called}"
+            )
+        if operation.name in ("add", "sub", "rsub"):
+            return replace(form, remark="its operator reads the sum of it and something else")
+        return replace(form, remark=f"its operator reads it through {operation.called}")
+
+    def _is_nonnegative(self, value: Value, parameter: Value) -> bool:
+        """Whether a factor of a parameter's entries is never negative, or a positive norm of them, as σ is."""
+        form = self.found.get(value)
+        is_norm = isinstance(form, Mixture) and parameter in form.parameters and value.shape.numel() == 1
+        return self.is_nonnegative(value) or (is_norm and not value.negative)
+
+
+DIRECTION = "it is stored as a direction, and its length, which may become negative, apart"
+_COPIES = frozenset(["alias", "detach", "clone", "_to_copy", "lift_fresh", "contiguous", "native_dropout"])
+_LAYERS = frozenset(
+    [
+        "linear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "bilinear",
+        "embedding",
+        "embedding_bag",
+        "multi_head_attention_forward",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "lstm_cell",
+        "gru_cell",
+        "rnn_tanh_cell",
+        "rnn_relu_cell",
+    ]
+)
+
+
+def _times(factor: str) -> str:
+    return f"its operator reads it times {factor}, which may be negative"
+
+
+def _of_parameter(value: Value, known: tuple[Tensor, ...] | None) -> Form:
+    if known is not None:
+        return Form(value, tuple(int(c.max()) + 1 if c.numel() else 0 for c in known), tuple(map(compressed, known)))
+    rank = len(value.shape)
+    axes = [torch.arange(n).view([-1 if i == axis else 1 for i in range(rank)]) for axis, n in enumerate(value.shape)]
+    return Form(value, tuple(value.shape), tuple(axis.expand(value.shape) for axis in axes))
+
+
+def _moved(operation: Operation, form: Form) -> list[Form | Mixture]:
+    first = operation.operands[0]
+    moved = [
+        execute(operation, lambda value, c=coordinate: c if value is first else None)  # type: ignore[misc]
+        for coordinate in form.coordinates
+    ]
+    results = [tuple(compressed(m[i]) for m in moved) for i in range(len(operation.outputs))]
+    return [replace(form, coordinates=coordinates) for coordinates in results]
+
+
+def _parameters(form: Form | Mixture) -> frozenset[Value]:
+    return form.parameters if isinstance(form, Mixture) else frozenset((form.parameter,))
+
+
+def _mixture(operation: Operation, forms: Iterable[Form | Mixture]) -> Mixture:
+    parameters = frozenset[Value]().union(*map(_parameters, forms))
+    known = next((form for form in forms if isinstance(form, Mixture)), None)
+    reason = known.reason if known else f"{operation.described} computes the weight that its operator reads from it"
+    return Mixture(parameters, reason)
+
+
+# --- operators on weights ----------------------------------------------------------------------------------------
+
+
+def reads_of(operation: Operation, found: dict[Value, Form | Mixture]) -> Iterator[Read | Mixture]:
+    """How an operator reads forms as weights, and what is computed from parameters in other ways."""
+    if operation.name == "_trilinear":
+        yield from _trilinear(operation, found)
+        return
+    if _looks_up(operation) and isinstance(form := found.get(operation.operands[0]), Form):
+        rank = len(form.coordinates[0].shape)
+        axes = tuple(range(1 - rank, 0))
+        yield _read(
+            operation, operation.operands[0], form, (PRE, *[POST] * (rank - 1)), None, (), operation.outputs[0], axes
+        )
+        return
+    for name, others in _OPERANDS.get(operation.name, ()):
+        weight, source = operation.argument(name), operation.argument(others)
+        form = found.get(weight) if isinstance(weight, Value) else None
+        if form is None or (
+            isinstance(source, Value) and source in found and name != _WEIGHT.get(operation.name, name)
+        ):
+            continue
+        if isinstance(form, Mixture):
+            yield form
+        else:
+            yield _described(operation, weight, form, name, source)
+
+
+def _looks_up(operation: Operation) -> bool:
+    """Whether inputs choose rows of a tensor, as in an embedding."""
+    if operation.name == "index":
+        first, *others = operation.argument("indices")
+        is_rows = isinstance(first, Value) and first.dtype is not torch.bool and not any(others)
+        return is_rows and first.depends is Depends.INPUTS
+    if operation.name == "index_select":
+        return operation.argument("dim") == 0 and operation.argument("index").depends is Depends.INPUTS
+    return False
+
+
+# The operands that may be weights, each with the operand that is the activity then.
+_OPERANDS: dict[str, tuple[tuple[str, str], ...]] = {
+    "mm": (("mat2", "self"), ("self", "mat2")),
+    "bmm": (("mat2", "self"), ("self", "mat2")),
+    "addmm": (("mat2", "mat1"), ("mat1", "mat2")),
+    "baddbmm": (("batch2", "batch1"), ("batch1", "batch2")),
+    "addbmm": (("batch2", "batch1"), ("batch1", "batch2")),
+    "mv": (("self", "vec"), ("vec", "self")),
+    "addmv": (("mat", "vec"), ("vec", "mat")),
+    "dot": (("tensor", "self"), ("self", "tensor")),
+    "convolution": (("weight", "input"),),
+    "mkldnn_convolution": (("weight", "input"),),
+    "embedding": (("weight", "indices"),),
+    "_embedding_bag": (("weight", "indices"),),
+    "_embedding_bag_forward_only": (("weight", "indices"),),
+}
+_WEIGHT = {"mm": "mat2", "bmm": "mat2", "addmm": "mat2", "baddbmm": "batch2", "mv": "self"}  # if both are parameters
+
+
+def bias_of(operation: Operation) -> Value | None:
+    """The bias that an operator on weights adds."""
+    name = {"addmm": "self", "baddbmm": "self", "addmv": "self", "convolution": "bias"}.get(operation.name)
+    found = operation.argument(name) if name else None
+    return found if isinstance(found, Value) else None
+
+
+def _described(operation: Operation, weight: Value, form: Form, name: str, source: Value) -> Read:
+    output = operation.outputs[0]
+    if operation.kind is Kind.CONVOLUTION:
+        return _convolution(operation, weight, form, source, output)
+    if operation.kind is Kind.EMBEDDING:
+        rank, bag = len(form.coordinates[0].shape), operation.name != "embedding"
+        padding = operation.argument("padding_idx")
+        roles = (PRE, *[POST] * (rank - 1))
+        axes = tuple(range(1 - rank, 0)) if not bag else (-1,)
+        known = padding if padding is not None and padding >= 0 else None
+        return _read(operation, weight, form, roles, None, (), output, axes, padding=known)
+    rank = len(form.coordinates[0].shape) if form.coordinates else 0
+    is_right = name in ("mat2", "batch2", "vec", "tensor")
+    if rank == 1:
+        return _read(operation, weight, form, (PRE,), source, (-1,), output, ())
+    if operation.name in ("mv", "addmv"):
+        return _read(operation, weight, form, (POST, PRE), source, (-1,), output, (-1,))
+    axis = -1 if is_right else -2
+    roles: list[Role] = [PRE, POST] if is_right else [POST, PRE]
+    batch = [0] if rank == 3 and any(varies(c, 0) for c in form.coordinates) else []
+    roles = [GROUP if batch else NEITHER, *roles] if rank == 3 else roles
+    sums_over_batch = operation.name == "addbmm"
+    if sums_over_batch and batch:
+        roles[0] = PRE
+    return _read(
+        operation,
+        weight,
+        form,
+        tuple(roles),
+        source,
+        (*batch, axis),
+        output,
+        (*([] if sums_over_batch else batch), axis),
+    )
+
+
+def _convolution(operation: Operation, weight: Value, form: Form, source: Value, output: Value) -> Read:
+    transposed = bool(operation.argument("transposed"))
+    groups = int(operation.argument("groups"))
+    first, second, *kernel = form.coordinates[0].shape
+    lengths = (groups, first // groups, second, *kernel)
+    coordinates = tuple(c.reshape(lengths) if groups > 1 else c.unsqueeze(0) for c in form.coordinates)
+    roles = (GROUP, *((PRE, POST) if transposed else (POST, PRE)), *[NEITHER] * len(kernel))
+    return _read(
+        operation,
+        weight,
+        replace(form, coordinates=tuple(map(compressed, coordinates))),
+        roles,
+        source,
+        (1,),
+        output,
+        (1,),
+        groups,
+    )
+
+
+def _trilinear(operation: Operation, found: dict[Value, Form | Mixture]) -> Iterator[Read | Mixture]:
+    """`bilinear`, which multiplies a weight (out, in1, in2) by two activities."""
+    first, weight, second = (operation.argument(f"i{i}") for i in (1, 2, 3))
+    form = found.get(weight)
+    if isinstance(form, Form):
+        coordinates = (
+            tuple(c.squeeze(0) for c in form.coordinates) if form.coordinates[0].dim() == 4 else form.coordinates
+        )
+        form = replace(form, coordinates=coordinates)
+        yield _read(
+            operation, weight, form, (POST, PRE, PRE), first, (-1,), operation.outputs[0], (-1,), others=(second,)
+        )
+    elif form is not None:
+        yield form
+
+
+def _read(
+    operation: Operation,
+    weight: Value,
+    form: Form,
+    roles: Sequence[Role],
+    source: Value | None,
+    source_axes: tuple[int, ...],
+    output: Value,
+    output_axes: tuple[int, ...],
+    groups: int = 1,
+    padding: int | None = None,
+    others: tuple[Value, ...] = (),
+) -> Read:
+    lengths = tuple(form.coordinates[0].shape) if form.coordinates else ()
+    return Read(
+        operation, form, weight, lengths, form.coordinates, tuple(roles), source, source_axes, output, output_axes, groups,
+        padding, others,
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Layouts: operators that only move entries, executed on other tensors than those of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from biofx.analysis.recording import Depends, Operation, Value
+
+Look = Callable[[Value], Tensor | None]
+"""The tensor that takes the place of a value, or None if the value's own numbers do."""
+
+
+class CannotFollowError(Exception):
+    """An operator does with entries what depends on their values, or what is not known."""
+
+
+def execute(operation: Operation, look: Look) -> list[Tensor]:
+    """What an operator on layout makes of other tensors, one for each of its outputs.
+
+    Raises:
+        CannotFollowError: which entries it takes depends on the inputs, or is not known.
+    """
+    args, kwargs = pytree.tree_map_only(
+        Value, lambda value: _operand(value, look), (operation.args, operation.kwargs), is_leaf=_is_value
+    )
+    _refuse_choices(operation, args[0] if args else None)
+    try:
+        result = _execute(operation, args, kwargs)
+    except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
+        raise CannotFollowError(str(error)) from error
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, Value)
+
+
+def _operand(value: Value, look: Look) -> Tensor:
+    found = look(value)
+    found = value.data if found is None else found
+    if found is None:
+        raise CannotFollowError("a tensor has too many entries to be kept, or no values")
+    return found
+
+
+def _refuse_choices(operation: Operation, moved: Any) -> None:
+    """Entries that inputs choose are known only if those to choose from are the same."""
+    indices = [v for v in operation.operands if not v.is_activity and v.depends is Depends.INPUTS]
+    if not indices or not isinstance(moved, Tensor):
+        return
+    if operation.name == "index":
+        start, axes = 0, []
+        for index in operation.argument("indices"):
+            width = len(index.shape) if index is not None and index.dtype is torch.bool else 1
+            axes += range(start, start + width) if index is not None else ()
+            start += width
+    elif operation.name in ("_pack_padded_sequence", "_pad_packed_sequence"):
+        axes = list(range(moved.dim() - 1))
+    elif operation.name in ("gather", "index_select"):
+        axes = [operation.argument("dim")]
+    else:
+        axes = list(range(moved.dim()))
+    if any(varies(moved, axis) for axis in axes):
+        raise CannotFollowError("its inputs choose the units")
+
+
+def varies(tensor: Tensor, axis: int) -> bool:
+    """Whether the entries of a compressed tensor differ along an axis."""
+    return tensor.shape[axis] > 1 and tensor.stride(axis) != 0
+
+
+def compressed(tensor: Tensor) -> Tensor:
+    """A tensor that is expanded along all axes along which its entries do not differ."""
+    small = tensor
+    for axis in range(tensor.dim()):
+        if varies(small, axis):
+            first = small.narrow(axis, 0, 1)
+            if bool((small == first).all()):
+                small = first
+        elif small.shape[axis] > 1:
+            small = small.narrow(axis, 0, 1)
+    return small.expand(tensor.shape)
+
+
+def once(*tensors: Tensor, keep: int | None = None) -> tuple[Tensor, ...]:
+    """Tensors of one shape, with a length of 1 along the axes on which all are expanded, other than `keep`."""
+    for axis in range(tensors[0].dim()):
+        if axis != keep and tensors[0].shape[axis] > 1 and not any(varies(tensor, axis) for tensor in tensors):
+            tensors = tuple(tensor.narrow(axis, 0, 1) for tensor in tensors)
+    return tensors
+
+
+def _execute(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = operation.name
+    if name in _SPECIAL:
+        return _SPECIAL[name](operation, args, kwargs)
+    if name in _NOT_OF_INTEGERS:
+        return getattr(torch.ops.aten, name)(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+    return getattr(torch.ops.aten, name.removeprefix("unsafe_"))(*args, **kwargs)
+
+
+def _as_strided(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    source = operation.operands[0]
+    size, stride = operation.argument("size"), operation.argument("stride")
+    if operation.argument("storage_offset") or source.stride != tuple(
+        torch.empty(source.shape, device="meta").stride()
+    ):
+        raise CannotFollowError("it takes entries by their place in memory")
+    return args[0].contiguous().as_strided(size, stride)
+
+
+def _embed_diagonal(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return torch.diag_embed(*args, **kwargs)
+
+
+def _as_complex(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    real, imaginary = args[0].unbind(-1)
+    if not torch.equal(real, imaginary):
+        raise CannotFollowError("it makes one number of two units")
+    return real
+
+
+# Unit numbers are not laid out in memory as the values are, so a view may have to copy them.
+_SPECIAL: dict[str, Callable[[Operation, tuple[Any, ...], dict[str, Any]], Any]] = {
+    **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias"), lambda _, args, kwargs: args[0].reshape(args[1])),
+    "constant_pad_nd": lambda _, args, kwargs: F.pad(args[0], args[1]),  # with nobody, whatever the value
+    "as_strided": _as_strided,
+    "diag_embed": _embed_diagonal,
+    "view_as_real": lambda _, args, kwargs: args[0].unsqueeze(-1).expand(*args[0].shape, 2),
+    "view_as_complex": _as_complex,
+    "real": lambda _, args, kwargs: args[0],
+    "imag": lambda _, args, kwargs: args[0],
+}
+_NOT_OF_INTEGERS = frozenset(
+    ("im2col", *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)))
+)

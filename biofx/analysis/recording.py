@@ -1,0 +1,610 @@
+"""Recording: the dispatcher operators of one run of a model's own Python.
+
+Everything that biofx knows about a model is read off such a recording: which parameters are synapses, along which axes,
+whose units they read, how deep they are, and whether activity can be negative. The model runs, so loops, caches, islands,
+scripted modules, custom autograd functions and hooks are recorded like anything else: by the operators that they call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import inspect
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as global_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from biofx.analysis.operators import MAKES_CONSTANTS, Kind, argument_positions, decomposed, kind_of, name_of
+from biofx.trial import parameters_kept, undisturbed
+
+if TYPE_CHECKING:
+    from torch import fx
+
+LARGEST_INDEX = 1 << 22  # entries of an integer or boolean tensor that is kept, as operators on layout need its values
+
+
+class Depends(enum.IntEnum):
+    """What the numbers in a tensor depend on, not counting its shape."""
+
+    NOTHING = 0
+    PARAMETERS = 1
+    INPUTS = 2
+
+
+@dataclass(eq=False, slots=True, repr=False)
+class Value:
+    """A tensor of the run.
+
+    Attributes:
+        index: its place in the order in which tensors appeared.
+        shape: its shape.
+        stride: its strides, empty if it has none.
+        dtype: its dtype.
+        kind: `"parameter"`, `"buffer"`, `"input"`, `"constant"` (an attribute of a module), `"unknown"` (a tensor that
+            no operator of the run made, such as one that came from numpy) or `"result"`.
+        name: of a parameter, buffer, attribute or input.
+        depends: what its numbers depend on, when the run ended.
+        view_of: the value whose memory it shares, if an operator made it as a view.
+        producer: the operator that made it.
+        data: the numbers of integers and booleans, on the CPU, unless there are too many.
+        is_inside: whether a module of the model made it, or it was made of something that one did.
+        negative: whether it has negative numbers; known of tensors that depend on nothing, and of single numbers.
+    """
+
+    index: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    kind: str
+    name: str = ""
+    depends: Depends = Depends.NOTHING
+    view_of: Value | None = None
+    producer: Operation | None = None
+    data: Tensor | None = None
+    is_inside: bool = False
+    negative: bool = False
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.index} {self.name} {tuple(self.shape)}>"
+
+    @property
+    def is_activity(self) -> bool:
+        """Whether its numbers can be the activity of units."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+@dataclass(eq=False, slots=True, repr=False)
+class Operation:
+    """One call of a dispatcher operator.
+
+    Attributes:
+        operator: the operator.
+        name: its name without namespace, overload and the underscore of in-place operators.
+        kind: what it does to the units of its operands.
+        args: its positional arguments, with values for tensors.
+        kwargs: its keyword arguments.
+        outputs: the tensors that it returned, in order.
+        called: the function of PyTorch that the model called.
+        path: the module whose forward called it.
+        place: file and line of the call in the model's source, if there is one.
+        node: the node of a captured graph that it belongs to.
+        operands: the tensors among its arguments.
+        written: those of them that it changes in place.
+        depends: what its results depend on.
+    """
+
+    operator: Any
+    name: str
+    kind: Kind
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Value, ...]
+    called: str
+    path: str
+    place: tuple[str, int] | None
+    node: fx.Node | None
+    operands: tuple[Value, ...]
+    written: tuple[Value, ...]
+    depends: Depends
+
+    def __repr__(self) -> str:
+        return f"<{self.located}: {self.name}>"
+
+    def argument(self, name: str) -> Any:
+        """An argument by its name in the operator's schema; its default, or None, if it was not given."""
+        position, default = argument_positions(self.operator).get(name, (len(self.args), None))
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    @property
+    def described(self) -> str:
+        """The function that was called, and the module in which."""
+        return f"{self.called} in {self.path}" if self.path else self.called
+
+    @property
+    def located(self) -> str:
+        """The same, with the line of source."""
+        return f"{self.described} ({os.path.basename(self.place[0])}:{self.place[1]})" if self.place else self.described
+
+
+@dataclass(eq=False, repr=False)
+class Recording:
+    """One run of a model, or several after each other.
+
+    Attributes:
+        operations: the operators, in order.
+        parameters: the values of parameters, by the first name.
+        coordinates: for parameters in another layout than their own, where on each of their axes an entry is.
+        inputs: the values of inputs.
+        outputs: the tensors that the model returned.
+        first_call: the arguments of the model's first call; None if its forward was not called.
+        nodes: what the nodes of a captured graph computed, with values for tensors; empty if there is no graph.
+        operations_of: the operators of each node.
+        decisions: where Python saw numbers that depend on inputs: other inputs may take other ways there.
+        changed: what changed a parameter in place, by the parameter's name.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    parameters: dict[str, Value] = field(default_factory=dict)
+    coordinates: dict[Value, tuple[Tensor, ...]] = field(default_factory=dict)
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    first_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    nodes: dict[fx.Node, Any] = field(default_factory=dict)
+    operations_of: dict[fx.Node, list[Operation]] = field(default_factory=dict)
+    decisions: list[Operation] = field(default_factory=list)
+    changed: dict[str, Operation] = field(default_factory=dict)
+
+
+class Recorder(TorchDispatchMode):
+    """Records operators while it is active, on the thread that entered it.
+
+    Attributes:
+        recording: what was recorded so far.
+        node: the node of a captured graph that runs now.
+        called: the functions of PyTorch that run now.
+        failed: the function that failed first, and its module.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self.node: fx.Node | None = None
+        self.failed = ""
+        self._paths: dict[int, str] = {}
+        self._running: list[str] = []
+        self.called: list[str] = []
+        self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._places: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[StorageWeakRef, Value]] = {}
+        self._count = 0
+        self._kept: list[Tensor] = []  # what is known by name stays alive, so that no other tensor takes its address
+
+    # --- what is known before the run ----------------------------------------------------------------------------
+
+    def declare(self, tensor: Tensor, kind: str, name: str) -> Value:
+        """Say what a tensor is. A parameter that is computed, such as a weight from its synapses, is one from here on."""
+        value = self._new(tensor, kind, name)
+        if kind == "parameter":
+            value.depends = Depends.PARAMETERS
+            self.recording.parameters[name] = value
+        elif kind == "input":
+            value.depends = Depends.INPUTS
+            self.recording.inputs.append(value)
+        elif kind == "unknown":
+            value.depends = Depends.INPUTS
+        else:
+            value.negative = _has_negative(tensor)
+        self._kept.append(tensor)
+        return value
+
+    def declare_model(self, model: nn.Module) -> None:
+        """Say what the parameters, buffers and other tensors of a model are."""
+        for path, module in model.named_modules():
+            self._paths.setdefault(id(module), path)
+        for name, parameter in model.named_parameters():
+            self.declare(parameter, "parameter", name)
+        for name, buffer in model.named_buffers():
+            self.declare(buffer, "buffer", name)
+        for path, module in model.named_modules():
+            for key, attribute in vars(module).items():
+                for tensor in _tensors_in(attribute) if key not in _REGISTRIES else ():
+                    if tensor not in self._values:
+                        self.declare(tensor, "constant", f"{path}.{key}".lstrip("."))
+
+    def declare_inputs(self, named: Mapping[str, Any]) -> None:
+        """Say that tensors in some arguments are inputs, unless the model itself made them in an earlier call."""
+        for name, argument in named.items():
+            tensors = list(_tensors_in(argument))
+            for index, tensor in enumerate(tensors):
+                known = self._known(tensor)
+                if known is None or (known.kind in ("unknown", "result") and not known.is_inside):
+                    self.declare(tensor, "input", f"{name}[{index}]" if len(tensors) > 1 else name)
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value of a tensor. One that nothing of the run made starts as unknown."""
+        found = self._known(tensor)
+        return self.declare(tensor, "unknown", "") if found is None else found
+
+    def _known(self, tensor: Tensor) -> Value | None:
+        value: Value | None = self._values.get(tensor)
+        if value is None:
+            reference, value = self._places.get(_place_in_memory(tensor), (None, None))
+            if reference is None or reference.expired():
+                return None
+        return value
+
+    def _new(self, tensor: Tensor, kind: str, name: str = "") -> Value:
+        stride = tuple(tensor.stride()) if tensor.layout is torch.strided and not tensor.is_nested else ()
+        shape = torch.Size(()) if tensor.is_nested else tensor.shape
+        value = Value(self._count, shape, stride, tensor.dtype, kind, name)
+        self._count += 1
+        self._values[tensor] = value
+        place = _place_in_memory(tensor)
+        if place[0]:
+            self._places[place] = StorageWeakRef(tensor.untyped_storage()), value
+        if not value.is_activity and type(tensor) in (Tensor, nn.Parameter) and tensor.numel() <= LARGEST_INDEX:
+            value.data = None if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+        return value
+
+    def restart(self, model: nn.Module) -> None:
+        """Forget what was recorded."""
+        self.recording = Recording()
+        self._running.clear()
+        self.declare_model(model)
+
+    def has_unused(self) -> bool:
+        """Whether a parameter with more than one axis was not read."""
+        used = {value for operation in self.recording.operations for value in operation.operands}
+        return any(v not in used and len(v.shape) > 1 for v in self.recording.parameters.values())
+
+    # --- the run -------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and note it."""
+        kwargs = kwargs or {}
+        decomposition = decomposed(func)
+        if decomposition is not None:
+            with self:
+                return decomposition(*args, **kwargs)
+        recorded = pytree.tree_map_only(Tensor, self.value, (tuple(args), kwargs))
+        args, kwargs = self.intercept(func, args, kwargs)
+        result = func(*args, **kwargs)
+        operands = tuple(x for x in pytree.tree_leaves(recorded) if isinstance(x, Value))
+        returned = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        name = name_of(func)
+        if name == "lift_fresh" and operands[0].kind == "unknown":  # `torch.tensor` of numbers of Python
+            operands[0].kind, operands[0].depends = "constant", Depends.NOTHING
+        depends = max(map(_depends, operands), default=Depends.NOTHING)
+        if name in MAKES_CONSTANTS:
+            depends = Depends.NOTHING
+        operation = Operation(
+            operator=func,
+            name=name,
+            kind=kind_of(func),
+            args=recorded[0],
+            kwargs=recorded[1],
+            outputs=(),
+            called=self.called[-1] if self.called else name,
+            path=self._running[-1] if self._running else "",
+            place=_place_in_source(),
+            node=self.node,
+            operands=operands,
+            written=tuple(_written(func, *recorded)),
+            depends=depends,
+        )
+        operation.outputs = tuple(self._returned(tensor, operation, depends) for tensor in returned)
+        for value in operation.written:
+            self._note_write(value, operation, depends)
+        if name == "_local_scalar_dense" and depends is Depends.INPUTS:
+            self.recording.decisions.append(operation)
+        self.recording.operations.append(operation)
+        if self.node is not None:
+            self.recording.operations_of.setdefault(self.node, []).append(operation)
+        return result
+
+    def intercept(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments with which an operator runs; a subclass may give it others."""
+        return args, kwargs
+
+    def _returned(self, tensor: Tensor, operation: Operation, depends: Depends) -> Value:
+        value: Value | None = self._values.get(tensor)
+        if value is not None and value in operation.operands and _has_form(value, tensor):  # changed, or as it was
+            if not value.is_activity and value.data is not None:
+                value.data = None if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+            value.negative = depends is Depends.NOTHING and _has_negative(tensor)
+            return value
+        value = self._new(tensor, "result")
+        value.producer = operation
+        value.depends = depends
+        value.is_inside = bool(self._running) or any(operand.is_inside for operand in operation.operands)
+        if _returns_view(operation.operator) or (operation.kind is Kind.LAYOUT and operation.written):
+            operation.written = ()  # transpose_ and the like leave the entries as they are
+            value.view_of = operation.operands[0]
+            value.depends = _depends(operation.operands[0])
+        if depends is Depends.NOTHING or (depends is Depends.PARAMETERS and tensor.numel() == 1):
+            value.negative = _has_negative(tensor)
+        return value
+
+    def _note_write(self, value: Value, operation: Operation, depends: Depends) -> None:
+        """What is written into a view is in the memory of all values below it."""
+        while True:
+            value.depends = max(value.depends, depends)
+            if value.kind == "parameter":
+                self.recording.changed.setdefault(value.name, operation)
+            if value.view_of is None:
+                return
+            value = value.view_of
+
+    @property
+    def described(self) -> str:
+        """The function that runs, and the module in which."""
+        path = self._running[-1] if self._running else ""
+        return f"{self.called[-1]} in {path}" if path else self.called[-1]
+
+    # --- captured graphs -----------------------------------------------------------------------------------------
+
+    def enter_node(self, node: fx.Node) -> None:
+        """Say which node of a captured graph runs from here on, and so which module."""
+        stack = node.meta.get("nn_module_stack", {})
+        self.node = node
+        self._running[-1] = next((path for path, _ in reversed(stack.values())), "")
+
+    def note_node(self, node: fx.Node, result: Any) -> None:
+        """Note what a node returned."""
+        known = pytree.tree_map_only(Tensor, self.value, result)
+        self.recording.nodes[node] = known
+
+    def leave_graph(self) -> None:
+        """Say that the graph has run."""
+        self.node = None
+
+    # --- surroundings --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Know the modules and functions that run, and the arguments and results of the model."""
+        thread = threading.get_ident()
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == thread:
+                if not self._running and module is not model:
+                    self.declare_inputs({f"input {i}": argument for i, argument in enumerate(args)})
+                self._running.append(self._paths.get(id(module), type(module).__name__))
+
+        def leave(module: nn.Module, args: Any, result: Any) -> None:
+            if threading.get_ident() == thread and self._running:
+                self._running.pop()
+                if module is model:
+                    self.recording.outputs += map(self.value, _tensors_in(result))
+
+        def name_inputs(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if threading.get_ident() == thread and len(self._running) == 1:
+                if self.recording.first_call is None:
+                    self.recording.first_call = args, kwargs
+                self.declare_inputs(bound(module, args, kwargs))
+
+        handles = [
+            model.register_forward_pre_hook(name_inputs, with_kwargs=True, prepend=True),
+            global_hooks.register_module_forward_pre_hook(enter),
+            global_hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            with _Names(self):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Names(TorchFunctionMode):
+    """Notes which function of PyTorch is called, before it becomes several operators."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _short_name(func)
+        called = self._recorder.called
+        called.append(name)
+        try:  # oneDNN has recurrent layers in one piece
+            with torch.backends.mkldnn.flags(enabled=False) if name in _RECURRENT else contextlib.nullcontext():
+                return func(*args, **(kwargs or {}))
+        except Exception:
+            self._recorder.failed = self._recorder.failed or self._recorder.described
+            raise
+        finally:
+            called.pop()
+
+
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+
+def _depends(value: Value) -> Depends:
+    """What the numbers in a tensor depend on now: those of a view are in the tensor below it."""
+    depends = value.depends
+    while value.view_of is not None:
+        value = value.view_of
+        depends = max(depends, value.depends)
+    return depends
+
+
+# --- running a model ---------------------------------------------------------------------------------------------
+
+
+def record(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool = False) -> Recording:
+    """Record the operators of one run of a model.
+
+    The model's parameters, buffers, attributes, modes and gradients, and the random number generators, are afterwards
+    what they were. Recurrent layers and attention run operator by operator: their implementations in one piece are off.
+
+    Args:
+        model: any module. Not a graph whose weights passes rewrote: see `record_graph`.
+        run: calls the model, once or several times, with state carried from call to call.
+        training: whether the model runs in training mode.
+
+    Raises:
+        Exception: what forward raises.
+
+    Example:
+        >>> import torch
+        >>> from biofx.analysis.recording import record
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+        >>> [operation.name for operation in record(model, lambda m: m(torch.randn(1, 3))).operations]
+        ['t', 'addmm', 'relu']
+    """
+    recorder = Recorder()
+    with recording_of(recorder, model, training=training):
+        run(model)
+    return recorder.recording
+
+
+@contextlib.contextmanager
+def recording_of(recorder: Recorder, model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Record what runs in the block, and undo its side effects on a model."""
+    gradients = {p: p.grad for p in model.parameters()}
+    with contextlib.ExitStack() as stack:
+        for context in (parameters_kept(model), undisturbed(model), torch.no_grad(), _operator_by_operator()):
+            stack.enter_context(context)
+        model.train(training)
+        recorder.declare_model(model)
+        stack.enter_context(recorder.watching(model))
+        stack.enter_context(recorder)
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def _operator_by_operator() -> Iterator[None]:
+    """Turn off what runs a layer in one piece."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward by the name of its parameter."""
+    try:
+        arguments = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return {**{str(index): argument for index, argument in enumerate(args)}, **kwargs}
+    for name, value in list(arguments.items()):
+        parameter = inspect.signature(module.forward).parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name)
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            del arguments[name]
+            arguments |= {f"{name}[{index}]": item for index, item in enumerate(value)}
+    return arguments
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+_REGISTRIES = frozenset(vars(nn.Module()))
+_DEEPEST = 6  # how far into objects inside of objects tensors are looked for
+
+
+def _tensors_in(value: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:
+    """The tensors in an argument or attribute, in containers and in objects such as dataclasses and caches."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for item in list(value.values()):
+            yield from _tensors_in(item, depth - 1)
+    elif depth and isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors_in(item, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value):
+        yield from _tensors_in(vars(value), depth - 1)
+
+
+def _has_form(value: Value, tensor: Tensor) -> bool:
+    """Whether a tensor still has the shape and strides of its value."""
+    return value.shape == tensor.shape and (not value.stride or value.stride == tensor.stride())
+
+
+def _has_negative(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point() or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return bool((tensor.detach() < 0).any())
+
+
+def _place_in_memory(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
+    """Where a tensor lies; the storage is 0 if there is none to tell tensors apart by."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_nested:
+        return 0, 0, torch.Size(()), ()
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+@cache
+def _aliases(operator: Any) -> tuple[tuple[tuple[str, int], ...], bool]:
+    """The arguments that an operator writes to, by name and position, and whether it returns a view."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None:
+        return (), False
+    written = [
+        (a.name, i) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return tuple(written), views
+
+
+def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Value]:
+    for name, position in _aliases(operator)[0]:
+        argument = args[position] if position < len(args) else kwargs.get(name)
+        yield from (x for x in pytree.tree_leaves(argument) if isinstance(x, Value))
+
+
+def _returns_view(operator: Any) -> bool:
+    return _aliases(operator)[1]
+
+
+# --- names for people --------------------------------------------------------------------------------------------
+
+_REFLECTED = {f"r{name}": name for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod")}
+_OWN = tuple(
+    os.path.join(os.path.dirname(package.__file__), "")  # type: ignore[type-var]
+    for package in (torch, sys.modules[__package__.partition(".")[0]])
+)
+
+
+def _short_name(function: Any) -> str:
+    if isinstance(function, torch._ops.OpOverload):
+        return str(function._schema.name).rpartition("::")[2]
+    name = str(getattr(function, "__name__", function)).strip("_")
+    is_operator = str(getattr(function, "__name__", "")).startswith("__")
+    if is_operator:
+        return _REFLECTED.get(name, name)
+    return str(getattr(function, "__name__", function))
+
+
+def _place_in_source() -> tuple[str, int] | None:
+    """The innermost line outside of PyTorch and biofx that runs."""
+    for frame, line in traceback.walk_stack(None):
+        file = frame.f_code.co_filename
+        if not file.startswith(("<", *_OWN)) and not file.endswith(("contextlib.py",)):
+            return file, line
+    return None

@@ -1,0 +1,37 @@
+"""Remembering: what is understood of a model is kept with the transformed one, and with the nodes of its graph."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from biofx.analysis.activity import Activity
+from biofx.analysis.forms import Forms
+from biofx.analysis.graphs import annotate
+from biofx.analysis.understanding import Understanding, recorded
+from biofx.analysis.units import UnitAnalysis
+from biofx.islands import is_whole
+from biofx.provenance import record_of
+from biofx.weights.declared import declared
+
+
+def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
+    """Keep the facts of weights with a captured model, and how nodes of its graph use them.
+
+    Args:
+        bio: the captured model.
+        understood: what a run told of the model; None if it could not be run.
+    """
+    record = record_of(bio)
+    if understood is None:
+        record.weights, record.others = declared(bio)
+        return
+    record.weights, record.others = dict(understood.weights), dict(understood.others)
+    record.inputs, record.notes = understood.inputs, list(understood.notes)
+    if is_whole(bio):  # one node uses all of them
+        return
+    recording = understood.recording
+    if not recording.nodes:
+        recording = recorded(bio, understood.run)
+    activity = Activity(recording)
+    forms = Forms(recording, lambda value: not activity.of(value))
+    annotate(bio, recording, forms, UnitAnalysis(recording, forms, activity))

@@ -1,0 +1,117 @@
+"""Replay: a recorded run, again, with a look at what operators on weights are given, and other weights for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from biofx.analysis.forms import Form, Forms, Mixture, Read, bias_of
+from biofx.analysis.recording import Operation, Recorder, Recording, Value
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """An operator that is about to read a weight.
+
+    Attributes:
+        read: how it does.
+        source: the activity that arrives.
+        net_input: what it would return without its bias, given another weight in the shape of the parameter.
+    """
+
+    read: Read
+    source: Tensor
+    net_input: Callable[[Tensor], Tensor]
+
+
+See = Callable[[Moment], Tensor | None]
+"""Looks at a moment; returns the weight that the operator reads instead, if any."""
+
+
+class Replay(Recorder):
+    """Runs a model again on inputs on which it was recorded."""
+
+    def __init__(self, recording: Recording, forms: Forms, seen: Mapping[Read, See]) -> None:
+        super().__init__()
+        self._seen = {recording.operations.index(read.operation): (read, see) for read, see in seen.items()}
+        self._ways = {read: _way(read, forms) for read in seen}
+        self._needed = {v.index for way in self._ways.values() for step in way for v in step.operation.operands}
+        self._tensors: dict[int, Tensor] = {}
+
+    def _new(self, tensor: Tensor, kind: str, name: str = "") -> Value:
+        value = super()._new(tensor, kind, name)
+        if value.index in self._needed:
+            self._tensors[value.index] = tensor
+        return value
+
+    def intercept(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Show an operator that reads a weight, and let it read another."""
+        read, see = self._seen.get(len(self.recording.operations), (None, None))
+        if read is None or see is None or read.operation.operator is not func:
+            return args, kwargs
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        recorded, _ = pytree.tree_flatten((read.operation.args, read.operation.kwargs))
+        bias = bias_of(read.operation)
+
+        def given(new: Tensor, *, with_bias: bool) -> tuple[Any, Any]:
+            leaves = list(flat)
+            for index, value in enumerate(recorded):
+                if value is read.weight:
+                    leaves[index] = self._laid_out(read, new)
+                elif value is bias and bias is not None and not with_bias:
+                    leaves[index] = torch.zeros_like(flat[index])
+            result: tuple[Any, Any] = pytree.tree_unflatten(leaves, spec)
+            return result
+
+        def net_input(new: Tensor) -> Tensor:
+            own_args, own_kwargs = given(new, with_bias=False)
+            result: Tensor = func(*own_args, **own_kwargs)
+            return result
+
+        source = next(leaf for leaf, value in zip(flat, recorded, strict=True) if value is read.source)
+        new = see(Moment(read, source, net_input))
+        return (args, kwargs) if new is None else given(new, with_bias=True)
+
+    def _laid_out(self, read: Read, weight: Tensor) -> Tensor:
+        """A weight in the shape of the parameter as an operator reads it."""
+        current = weight
+        for step in self._ways[read]:
+            operands = {v: self._tensors.get(v.index) for v in step.operation.operands} | {step.given: current}
+            args, kwargs = pytree.tree_map_only(
+                Value, operands.__getitem__, (step.operation.args, step.operation.kwargs), is_leaf=_is_value
+            )
+            made = [x for x in pytree.tree_leaves(step.operation.operator(*args, **kwargs)) if isinstance(x, Tensor)]
+            current = made[step.operation.outputs.index(step.made)]
+        return current
+
+
+class _Step(NamedTuple):
+    """One operator between a parameter and the operator that reads it as its weight."""
+
+    operation: Operation
+    given: Value
+    made: Value
+
+
+def _way(read: Read, forms: Forms) -> list[_Step]:
+    """The operators from a parameter to the tensor that is read as its weight."""
+    steps: list[_Step] = []
+    made = read.weight
+    while made is not read.parameter and made.producer is not None:
+        given = next(v for v in made.producer.operands if _has_form(forms.found.get(v), read.parameter))
+        steps.insert(0, _Step(made.producer, given, made))
+        made = given
+    return steps
+
+
+def _has_form(form: Form | Mixture | None, parameter: Value) -> bool:
+    return isinstance(form, Form) and form.parameter is parameter
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, Value)

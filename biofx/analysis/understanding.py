@@ -1,0 +1,270 @@
+"""Understanding: what one recorded run tells of a model, put together."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from biofx.analysis import inputs as guesses
+from biofx.analysis.activity import Activity
+from biofx.analysis.flow import Flow
+from biofx.analysis.forms import Forms, Read
+from biofx.analysis.graphs import as_recorded_graph, shown
+from biofx.analysis.numbers import Population
+from biofx.analysis.operators import Kind
+from biofx.analysis.recording import Operation, Recorder, Recording, recording_of
+from biofx.analysis.units import Reading, UnitAnalysis
+from biofx.errors import ArgumentError
+from biofx.provenance import is_transformed
+from biofx.trial import is_function, split_inputs
+from biofx.weights.facts import NOT_A_SYNAPSE, WeightFacts
+from biofx.weights.fitness import why_unfit
+
+BY_FUNCTION = "given by a function"
+Run = Callable[[nn.Module], Any]
+"""Runs a model, once or several times."""
+
+
+@dataclass(eq=False, repr=False)
+class Understanding:
+    """What a run tells of a model.
+
+    Attributes:
+        recording: the run.
+        weights: the facts of every parameter that is made of synapses, by its name.
+        others: why other parameters are not, by name.
+        populations: the populations whose units reach a weight; the first is nobody.
+        owner: the index in `populations` of each unit, by its number.
+        classes: the number that stands for all units that need one sign with a unit, by its number.
+        readings: what each weight reads.
+        scales: the parameters that multiply units on their way to a weight, each with the weights that they lead to.
+        run: runs the model on the same inputs.
+        is_one_call: whether that is one call, and no function of the user's.
+        inputs: the inputs in words.
+        notes: what a reader should know of the run.
+    """
+
+    recording: Recording
+    forms: Forms = field(repr=False)
+    analysis: UnitAnalysis = field(repr=False)
+    weights: dict[str, WeightFacts]
+    others: dict[str, str]
+    populations: tuple[Population, ...]
+    owner: Tensor
+    classes: Tensor
+    readings: dict[str, Reading]
+    scales: dict[str, set[str]]
+    run: Run
+    is_one_call: bool
+    inputs: str
+    notes: list[str]
+
+    @property
+    def arguments(self) -> Any:
+        """The arguments of the model's first call, as example inputs."""
+        args, kwargs = self.recording.first_call or ((), {})
+        return kwargs if kwargs and not args else args
+
+
+def understand(model: nn.Module, example_inputs: Any = None) -> Understanding | None:
+    """What one run of a model tells of it; None if it runs with none of the inputs that are tried.
+
+    The run is in evaluation mode. If it leaves weights unused, one in training mode follows.
+
+    Args:
+        model: any module, transformed or not.
+        example_inputs: arguments of the model, as for `transform`: a tuple, a dict, one argument, or a function that
+            runs the model, once or several times. None: arguments that fit are guessed.
+
+    Raises:
+        ArgumentError: the example inputs do not fit the model.
+    """
+    found = runner(model, example_inputs)
+    if found is None:
+        return None
+    run, words = found
+    return read_off(model, recorded(model, run), run, words)
+
+
+def runner(model: nn.Module, example_inputs: Any) -> tuple[Run, str] | None:
+    """How a model is run, and its inputs in words."""
+    if is_function(example_inputs):
+        return example_inputs, getattr(example_inputs, "words", BY_FUNCTION)
+    if example_inputs is not None:
+        args, kwargs = split_inputs(example_inputs)
+        return call(args, kwargs), "given"
+    guess = guesses.guess(model)
+    return None if guess is None else (call(guess.args, guess.kwargs), guess.description)
+
+
+def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    """Runs a model on copies of some arguments."""
+
+    def run(model: nn.Module) -> Any:
+        own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+        return model(*own_args, **own_kwargs)
+
+    return run
+
+
+def recorded(model: nn.Module, run: Run) -> Recording:
+    """A run in evaluation mode, followed by one in training mode if weights were left unused."""
+    recorder = Recorder()
+    with recording_of(recorder, model), _as_graph(model, recorder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            run(model)
+        except RuntimeError as error:
+            if "grad" not in str(error):
+                raise ArgumentError(_failure(model, recorder, error)) from error
+            recorder.restart(model)  # forward takes gradients
+            with torch.enable_grad():
+                run(model)
+        except Exception as error:
+            if isinstance(error, ArgumentError):
+                raise
+            raise ArgumentError(_failure(model, recorder, error)) from error
+        if recorder.has_unused():
+            model.train()
+            with contextlib.suppress(Exception):  # such as batch norm of one sample
+                run(model)
+    return recorder.recording
+
+
+def _failure(model: nn.Module, recorder: Recorder, error: Exception) -> str:
+    where = f", at {recorder.failed}" if recorder.failed else ""
+    return f"{type(model).__name__} fails on example_inputs{where}: {error}"
+
+
+def _as_graph(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContextManager[None]:
+    if is_transformed(model):
+        assert isinstance(model, fx.GraphModule)
+        return as_recorded_graph(model, recorder)
+    return contextlib.nullcontext()
+
+
+# --- reading it off ----------------------------------------------------------------------------------------------
+
+
+def read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
+    """What a recording tells of a model."""
+    activity = Activity(recording)
+    forms = Forms(recording, lambda value: not activity.of(value))
+    analysis = UnitAnalysis(recording, forms, activity)
+    flow = Flow(recording, forms)
+    parameters = dict(model.named_parameters())
+    weights: dict[str, WeightFacts] = {}
+    others: dict[str, str] = {}
+    for name, parameter in parameters.items():
+        reason = _why_no_weight(name, parameter, recording, forms)
+        if reason is None:
+            weights[name] = _facts(name, forms, analysis, flow)
+        else:
+            others[name] = reason
+    readings = {name: reading for name, reading in analysis.readings.items() if name in weights}
+    carried = [x for reading in readings.values() for x in (reading.numbers, reading.sources)]
+    populations, owner = analysis.numbers.named(carried)
+    classes = analysis.numbers.classes(torch.arange(len(owner)))
+    scales = {name: found & weights.keys() for name, found in flow.scales.items() if found & weights.keys()}
+    return Understanding(
+        recording, forms, analysis, weights, others, populations, owner, classes, readings, scales, run, words != BY_FUNCTION, words,
+        list(_notes(recording)),
+    )  # fmt: skip
+
+
+def _facts(name: str, forms: Forms, analysis: UnitAnalysis, flow: Flow) -> WeightFacts:
+    reads = [read for read in forms.reads if read.parameter.name == name]
+    depth, is_output = flow.depth.get(name, 0.0), name in flow.outputs
+    if not reads:
+        reason, operation = forms.mixed[name]
+        return WeightFacts(
+            shown(operation), 1, None, reason, reason, False, 1, None, depth, is_output, operation.located
+        )
+    mixed = forms.mixed.get(name)
+    orientation, reading = analysis.judged(name), analysis.readings[name]
+    axes = orientation.axes if not mixed and not _differ(analysis, name) else None
+    paddings = {read.padding for read in reads if read.source is None}
+    return WeightFacts(
+        operator=", ".join(dict.fromkeys(shown(read.operation) for read in reads)),
+        uses=len(reads),
+        axes=axes,
+        why_no_axes=_why_no_axes(name, analysis, reads) if axes is None else "",
+        why_not_judged=mixed[0] if mixed else reading.remark,
+        is_free=bool(reading.is_free.all()),
+        groups=reads[0].groups,
+        padding=paddings.pop() if len(paddings) == 1 and len(reads) == 1 else None,
+        depth=depth,
+        is_output=is_output,
+        place=reads[0].operation.located,
+    )
+
+
+def _differ(analysis: UnitAnalysis, name: str) -> bool:
+    """Whether uses of a weight want different axes, and it is not told which of them decide."""
+    many = analysis.orientations[name]
+    return len(many) > 1 and (bool(analysis.readings[name].remark) or any(o.axes is None for o in many))
+
+
+def _why_no_axes(name: str, analysis: UnitAnalysis, reads: list[Read]) -> str:
+    many = analysis.orientations[name]
+    if len(many) > 1:
+        kinds = dict.fromkeys(f"{shown(o.reads[0].operation)} ({o.axes})" for o in many)
+        return f"shared by operators that want different axes: {', '.join(kinds)}"
+    return f"which of its axes run over units is lost on the way to {shown(reads[0].operation)}"
+
+
+def _why_no_weight(name: str, parameter: nn.Parameter, recording: Recording, forms: Forms) -> str | None:
+    """Why a parameter is not made of synapses, or None if it is."""
+    reads = [read for read in forms.reads if read.parameter.name == name]
+    is_used = bool(reads) or (name in forms.mixed and max(parameter.shape, default=1) < parameter.numel())
+    if not is_used and (parameter.dim() < 2 or name in forms.biases.values()):
+        return NOT_A_SYNAPSE
+    unfit = why_unfit(parameter)
+    if unfit is not None:
+        return unfit
+    if name in recording.changed:
+        return f"forward changes it in place, by {recording.changed[name].located}"
+    refusal = next((r for read in reads if (r := _refusal(read.operation))), None)
+    if refusal is not None:
+        return refusal
+    if is_used:
+        return None
+    if max(parameter.shape, default=1) == parameter.numel():
+        return NOT_A_SYNAPSE
+    users = forms.users.get(name, [])
+    if not users:
+        return "not used in forward"
+    names = list(dict.fromkeys(operation.described for operation in users))
+    if any(operation.kind in (Kind.ATTENTION, Kind.PRODUCT, Kind.CONVOLUTION) for operation in users):
+        return f"{' and '.join(names)} {'read' if names[1:] else 'reads'} it as an input, not as a weight"
+    return f"used by {', '.join(names)}, which biofx does not know as an operator on weights"
+
+
+def _refusal(operation: Operation) -> str | None:
+    """Why an operator's weight cannot be made of synapses."""
+    name = shown(operation)
+    if operation.kind is Kind.EMBEDDING and operation.argument("sparse"):
+        return f"{name} gives it a sparse gradient, and rules act on every entry"
+    if operation.kind is Kind.EMBEDDING and operation.argument("scale_grad_by_freq"):
+        return f"{name} divides its gradient by the frequency of tokens, which is a learning rule of its own"
+    factor = operation.argument("alpha") if operation.kind is Kind.PRODUCT else None
+    if isinstance(factor, int | float) and factor <= 0:
+        return f"{name} multiplies it with {factor}, not with a number above 0"
+    return None
+
+
+def _notes(recording: Recording) -> Iterator[str]:
+    places = list(dict.fromkeys(operation.located for operation in recording.decisions))
+    if places:
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        yield (
+            f"forward reads numbers that depend on its inputs ({', '.join(places[:3])}{more}); "
+            "what it does with other inputs was not seen"
+        )

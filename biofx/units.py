@@ -1,0 +1,232 @@
+"""Units: which unit feeds each presynaptic position of every weight, and who obeys Dale's principle."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from biofx.analysis.numbers import NOBODY, Population
+from biofx.analysis.understanding import Understanding, understand
+from biofx.analysis.units import Reading
+from biofx.capture import check_module
+from biofx.errors import ArgumentError, NotJudgedError
+from biofx.provenance import is_transformed, transformed, unwrapped
+from biofx.verdict import Verdict
+from biofx.weights.facts import NOT_RUN
+from biofx.weights.sites import WeightSite, find
+
+__all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]
+
+WIDTH = 100  # of a table
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The units of a network; `biofx.units` makes it, and as a string it is a table.
+
+    Attributes:
+        populations: the populations whose units reach a weight; the first is nobody.
+        owner: the index in `populations` of each unit, by its number; 0 for numbers that no unit has any more.
+        classes: the number that stands for all units that need one sign with a unit, by its number.
+        readings: what each weight reads, by the weight's name.
+        scales: the parameters that multiply units on their way to a weight, such as γ of a batch norm, each with the
+            weights that they lead to.
+        sites: the weights.
+        others: why other parameters are no weights.
+        inputs: the inputs with which the model ran, in words.
+        notes: what a reader should know of that run.
+    """
+
+    populations: tuple[Population, ...]
+    owner: Tensor
+    classes: Tensor
+    readings: dict[str, Reading]
+    scales: dict[str, set[str]]
+    sites: dict[str, WeightSite] = field(repr=False)
+    others: dict[str, str] = field(repr=False)
+    inputs: str
+    notes: list[str]
+
+    @classmethod
+    def of(cls, understood: Understanding, sites: Mapping[str, WeightSite]) -> Units:
+        """The units in what a run told of a model."""
+        readings = {name: reading for name, reading in understood.readings.items() if name in sites}
+        return cls(
+            understood.populations,
+            understood.owner,
+            understood.classes,
+            readings,
+            understood.scales,
+            dict(sites),
+            understood.others,
+            understood.inputs,
+            understood.notes,
+        )
+
+    def members(self, index: int) -> Tensor:
+        """The numbers of a population's units, in order, by its index in `populations`."""
+        return (self.owner == index).nonzero().flatten()
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """For each weight, whether it obeys Dale's principle, or why that cannot be judged.
+
+        Example:
+            >>> import biofx, torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> {name: verdict.kind for name, verdict in biofx.units(model, torch.randn(1, 3)).verdicts().items()}
+            {'0.weight': 'free', '2.weight': 'breaks'}
+        """
+        mixed = set(self._mixed().tolist())
+        return {name: self._verdict(name, site, mixed) for name, site in self.sites.items()}
+
+    def _verdict(self, name: str, site: WeightSite, mixed: set[int]) -> Verdict:
+        reason = self._why_not_judged(name, site)
+        if reason:
+            return Verdict("not judged", reason=reason)
+        reading = self.readings[name]
+        if bool(reading.is_free.all()):
+            return Verdict("free")
+        count = len(mixed & set(reading.classes[~reading.is_free].tolist()))
+        return Verdict("breaks", mixed=count) if count else Verdict("obeys")
+
+    def _why_not_judged(self, name: str, site: WeightSite) -> str:
+        if name not in self.readings:
+            return site.why_not_judged or NOT_RUN
+        if site.raw.is_meta:
+            return "it is on the meta device, and has no values"
+        return site.why_not_judged or self.readings[name].remark
+
+    def mixed(self) -> Tensor:
+        """The numbers of the units with outgoing weights of both signs, over all weights that read them.
+
+        Inputs are left out: they are no units of the network. If it returns no unit, the model, transformed, folded or
+        any other, obeys Dale's principle in every weight.
+
+        Raises:
+            NotJudgedError: no unit was found to be mixed, but some weights could not be judged; names them, with the
+                reasons. `verdicts` tells what is known of each weight.
+        """
+        found = self._mixed()
+        unjudged = {n: r for n, site in self.sites.items() if (r := self._why_not_judged(n, site))}
+        if not len(found) and unjudged:
+            raise NotJudgedError(unjudged)
+        return found
+
+    def _mixed(self) -> Tensor:
+        positive, negative = (torch.zeros(len(self.classes), dtype=torch.bool) for _ in range(2))
+        for name, reading in self.readings.items():
+            if self._why_not_judged(name, self.sites[name]):
+                continue
+            site = self.sites[name]
+            weight = site.outgoing(site.effective().detach()).cpu()
+            neural = ~reading.is_free
+            positive[reading.classes[neural & (weight > 0).any(1)]] = True
+            negative[reading.classes[neural & (weight < 0).any(1)]] = True
+        return (positive & negative).nonzero().flatten()
+
+    def __str__(self) -> str:
+        headers = ["weight", "operator", "positions", "presynaptic units", "activity", "note"]
+        notes: dict[str, int] = {}
+        rows = [self._row(name, site, notes) for name, site in self.sites.items()]
+        if not notes:
+            headers, rows = headers[:-1], [row[:-1] for row in rows]
+        lines = tabulate(rows, headers, disable_numparse=True, maxcolwidths=_widths(headers)).splitlines()
+        table = "\n".join(line.rstrip() for line in lines)
+        texts = [_wrapped(f"[{number}] {note}") for note, number in notes.items()]
+        run = [f"inputs: {self.inputs}"] if self.inputs != "given" else []
+        return "\n\n".join([table, *(["\n".join(texts)] if texts else []), *map(_wrapped, [*run, *self.notes])])
+
+    def _row(self, name: str, site: WeightSite, notes: dict[str, int]) -> list[str]:
+        reason = self._why_not_judged(name, site)
+        note = f"[{notes.setdefault(f'not judged: {reason}', len(notes) + 1)}]" if reason else ""
+        reading = self.readings.get(name)
+        if reading is None:
+            return [name, site.operator, "", "", "", note]
+        activity = f"any sign ({reading.signed_by})" if reading.signed_by else "≥ 0"
+        units = "" if reason else self.describe(reading.numbers)
+        return [name, site.operator, str(len(reading.numbers)), units, activity, note]
+
+    def describe(self, numbers: Tensor) -> str:
+        """Units in words, in the order of their first appearance."""
+        owners = self.owner[numbers]
+        parts = []
+        for index in dict.fromkeys(owners.tolist()):
+            mine = numbers[owners == index]
+            count = len(mine.unique())
+            repeated = f" × {len(mine) // count}" if len(mine) > count else ""
+            if len(mine) % count:
+                repeated = f" at {len(mine)} positions"
+            of = f" of {self.populations[index].size}" if count < self.populations[index].size else ""
+            parts.append(f"{count}{of}{repeated}: {self.populations[index].name}")
+        return ",\n".join(parts)
+
+
+def _widths(headers: list[str]) -> list[int | None]:
+    """Columns that together are narrower than a page."""
+    limits = {"weight": 28, "presynaptic units": 28, "activity": 22}
+    return [limits.get(header) for header in headers]
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def units(model: nn.Module, example_inputs: Any = None) -> Units:
+    """Which unit feeds each presynaptic position of every weight. Printed, the result is a table.
+
+    A *unit* is one neuron: a position on the feature axis of an activation, or a channel of a feature map. Columns:
+    the weight and its operator; its presynaptic positions; the units that feed them, by the weight whose outputs they
+    are (`16 × 49` are 16 units with 49 positions each, as after a flatten); whether their activity can be negative, and
+    by which operator; and a note where the units cannot be told.
+
+    The model's own Python runs once, in evaluation mode, and its operators are recorded: loops, caches, and code that no
+    graph holds are followed like anything else. Layouts are executed on the numbers of units. Activations,
+    normalisation, pooling and mixtures such as attention keep units. Units that merge (`a + b`) become the set of both,
+    so a unit keeps its identity over time: a leak, a gate or a running sum of itself makes no new one. What one column
+    of a weight reads, over all its uses and steps, has one sign: `classes` tells which units have to agree. An operator
+    that cannot be followed starts a new population, which all its readers share.
+
+    Args:
+        model: any module: transformed, folded, or any other. It stays as it is.
+        example_inputs: arguments of the model, as for `transform`; or a function that runs the model, for state that is
+            carried from call to call. Without them, arguments that fit are guessed, and shown below the table.
+
+    Raises:
+        ArgumentError: the example inputs do not fit the model, or none were given and none that were tried fit.
+
+    Example:
+        >>> import biofx, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10))
+        >>> print(biofx.units(model, example_inputs=torch.randn(1, 1, 8, 8)))
+        weight    operator    positions    presynaptic units    activity
+        --------  ----------  -----------  -------------------  ----------------------
+        0.weight  conv2d      1            1: input input       any sign (input input)
+        4.weight  linear      36           4 × 9: 0.weight      ≥ 0
+    """
+    wrapped = _as_transformed(model)
+    if wrapped is None:
+        check_module(model)
+    understood = understand(model if wrapped is None else wrapped, example_inputs)
+    if understood is None:
+        raise ArgumentError(f"{type(model).__name__}: {NOT_RUN}")
+    if wrapped is not None:
+        return Units.of(understood, find(wrapped)[0])
+    sites = {name: WeightSite(model, name, facts) for name, facts in understood.weights.items()}
+    return Units.of(understood, sites)
+
+
+def _as_transformed(model: Any) -> Any:
+    """The transformed model in a wrapper, or None if it is another model."""
+    try:
+        bare = unwrapped(model)
+    except ArgumentError:
+        return None
+    return transformed(bare) if is_transformed(bare) else None
