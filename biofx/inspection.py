@@ -54,6 +54,8 @@ def summary(bio: nn.Module) -> str:
         0.weight  linear      8 × 4    4    1       free
         2.weight  linear      2 × 8    1    1       free    split-synapses: excluded by pattern "2.*"
         <BLANKLINE>
+        inputs with which the model ran: guessed: input float32 (2, 4)
+        <BLANKLINE>
         not synapses: 0.bias, 1.weight, 1.bias, 2.bias
     """
     bio = transformed(bio)

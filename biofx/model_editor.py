@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from biofx import randomness
-from biofx.analysis.understanding import Understanding
-from biofx.chain import attribute
+from biofx.analysis.remembering import remember
+from biofx.analysis.understanding import Understanding, understand_again
+from biofx.chain import attribute, parameter_nodes
 from biofx.editor import Editor, owners
 from biofx.provenance import RunnablePass, record_of
 from biofx.units import Units
@@ -25,7 +26,7 @@ class ModelEditor:
         sites: those that the pass may touch.
         edits: an editor for each of them.
         excluded: parameters that no pass may touch, each with the reason.
-        understood: what a run told of the model, before this pass; None if it could not be run.
+        understood: what a run told of the model, before this pass or when it looked again; None if it could not be run.
         seed: seed of every random draw.
     """
 
@@ -44,7 +45,8 @@ class ModelEditor:
         self.all_sites = find(bio)[0]
         self.sites: dict[str, WeightSite] = {n: site for n, site in self.all_sites.items() if n not in excluded}
         self.places = owners(bio)
-        self.edits = {name: Editor(bio, site.node, by, seed, self.places) for name, site in self.sites.items()}
+        nodes = parameter_nodes(bio)
+        self.edits = {name: Editor(bio, nodes[name], by, seed, self.places) for name in self.sites}
         self._by = by
 
     @cached_property
@@ -52,9 +54,22 @@ class ModelEditor:
         """The unit analysis of the model; None if it could not be run."""
         return None if self.understood is None else Units.of(self.understood, self.all_sites)
 
+    def look_again(self) -> None:
+        """Run the model again, as its units are others now, and keep what that tells."""
+        if self.understood is not None:
+            self.understood = understand_again(self.bio, self.understood)
+            remember(self.bio, self.understood)
+        self.all_sites = find(self.bio)[0]
+        self.sites = {name: self.all_sites[name] for name in self.sites if name in self.all_sites}
+        vars(self).pop("units", None)
+
     def generator(self, *purpose: str) -> torch.Generator:
         """Random numbers that depend on the seed, the pass and the purpose only. A CPU generator."""
         return randomness.generator(self.seed, self._by.name, *purpose)
+
+    def note(self, text: str) -> None:
+        """Tell the user something about the model; `summary` shows it."""
+        record_of(self.bio).notes.append(text)
 
     def keep_nonnegative(self, parameter: str) -> None:
         """Keep a parameter that multiplies units from being negative: at every step, and in `verify`."""

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from biofx.analysis.remembering import remember
-from biofx.analysis.understanding import Understanding, understand
+from biofx.analysis.understanding import Understanding
 from biofx.compare import difference
 from biofx.errors import PipelineError, VerificationError
 from biofx.inspection import table
@@ -61,10 +60,9 @@ def run(
         compared = check and example_inputs is not None and pass_.preserves_function
         before = _outputs(bio, example_inputs) if compared else []
         with fixed_defaults():
-            _run_one(bio, pass_, ModelEditor(bio, pass_, seed, excluded, understood))
-            if pass_.changes_units and understood is not None:
-                understood = understand(bio, understood.run)
-                remember(bio, understood)
+            editor = ModelEditor(bio, pass_, seed, excluded, understood)
+            _run_one(bio, pass_, editor)
+            understood = editor.understood
             if check:
                 _verify_after(bio, pass_)
         if compared:

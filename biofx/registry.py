@@ -46,7 +46,8 @@ class Pass:
         name: the name in pipeline strings and tables.
         slot: where on the way from the stored weight to its operator the pass puts its nodes.
         moment: when the pass acts around `optimizer.step()`, if it does (see `biofx.attach`).
-        changes_units: whether the pass changes which units there are. Such a pass runs before all others.
+        changes_units: whether the pass changes which units there are. Such a pass runs before all others, and calls
+            `ModelEditor.look_again` when it has.
     """
 
     name: ClassVar[str]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import sys
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -102,29 +104,60 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Let a model compute on copies of its buffers while the block runs; restore its attributes and random numbers."""
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
     copies = {id(buffer): buffer.clone() for buffer in model.buffers()}
-    for module, buffers, _ in saved:
-        module._buffers.update({name: copies[id(b)] for name, b in buffers.items() if b is not None})
     try:
+        for module, buffers, _ in saved:
+            _put_buffers(module, {name: None if b is None else copies[id(b)] for name, b in buffers.items()})
         with unchanged(model), torch.random.fork_rng():
             yield
     finally:
         for module, buffers, mode in saved:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            _put_buffers(module, buffers)
             module.training = mode
+
+
+def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
+    """Make a module's buffers these."""
+    if isinstance(module._buffers, dict):  # a scripted module has no dictionary, and gets and loses none
+        module._buffers.clear()
+    for name, buffer in buffers.items():
+        module._buffers[name] = buffer
 
 
 @contextmanager
 def parameters_kept(model: nn.Module) -> Iterator[None]:
     """Undo what a forward does to parameters, such as those of a teacher, which follow those of its student."""
-    parameters = [(p, p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
+    kept = [_Kept(p, p.detach(), p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, version, value in parameters:
-                if parameter._version != version:
-                    parameter.copy_(value)
+            for parameter in kept:
+                parameter.restore()
+
+
+class _Kept(NamedTuple):
+    """A parameter with its memory, its version and its numbers."""
+
+    parameter: nn.Parameter
+    memory: Tensor
+    version: int
+    value: Tensor
+
+    def restore(self) -> None:
+        """Give the parameter back what it has not any more."""
+        memory, is_tensor = self.memory, type(self.memory) is Tensor and self.memory.layout is torch.strided
+        is_plain = is_tensor and not (memory.is_meta or memory.is_nested or memory.is_quantized)
+        if is_plain and not self._is_as_before():
+            self.parameter.data = self.memory
+            self.parameter.data.copy_(self.value)  # through `data`: a write that autograd counts has counted already
+        elif not is_plain and self.parameter._version != self.version:
+            self.parameter.copy_(self.value)
+
+    def _is_as_before(self) -> bool:
+        """Whether memory and numbers are the same; no version counts what is written through `data`."""
+        now = self.parameter.data
+        is_same = (now.dtype, now.device) == (self.value.dtype, self.value.device) and now.is_set_to(self.memory)
+        return is_same and torch.equal(now, self.value)
 
 
 @contextmanager
@@ -135,13 +168,37 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
         What the modules held before.
     """
     with LOCK:
-        before, state = Snapshot(model), random.getstate()
+        before, draws = Snapshot(model), Draws.now()
         with torch.random.fork_rng(devices=[]):
             try:
                 yield before
             finally:
-                random.setstate(state)
+                draws.restore()
                 before.restore()
+
+
+class Draws(NamedTuple):
+    """The states of the global random number generators of Python and, if it is imported, of NumPy."""
+
+    python: Any
+    numpy: bytes | None
+
+    @classmethod
+    def now(cls) -> Draws:
+        """What they are now."""
+        if "numpy" not in sys.modules:
+            return cls(random.getstate(), None)
+        from numpy import random as numpy  # which is not imported along with NumPy
+
+        return cls(random.getstate(), pickle.dumps(numpy.get_state(legacy=False)))
+
+    def restore(self) -> None:
+        """Let them draw the same again."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            from numpy import random as numpy
+
+            numpy.set_state(pickle.loads(self.numpy))
 
 
 class Change(NamedTuple):

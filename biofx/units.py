@@ -80,6 +80,7 @@ class Units:
             >>> import biofx, torch
             >>> from torch import nn
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> _ = model[2].weight.data.copy_(torch.tensor([[1.0, 1, 1, 1], [-1, 1, 1, 1]]))
             >>> {name: verdict.kind for name, verdict in biofx.units(model, torch.randn(1, 3)).verdicts().items()}
             {'0.weight': 'free', '2.weight': 'breaks'}
         """
@@ -186,8 +187,8 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     are (`16 × 49` are 16 units with 49 positions each, as after a flatten); whether their activity can be negative, and
     by which operator; and a note where the units cannot be told.
 
-    The model's own Python runs once, in evaluation mode, and its operators are recorded: loops, caches, and code that no
-    graph holds are followed like anything else. Layouts are executed on the numbers of units. Activations,
+    The model's own Python runs once, in evaluation mode, and its operators are recorded: loops, caches, and code that
+    no graph holds are followed like anything else. Layouts are executed on the numbers of units. Activations,
     normalisation, pooling and mixtures such as attention keep units. Units that merge (`a + b`) become the set of both,
     so a unit keeps its identity over time: a leak, a gate or a running sum of itself makes no new one. What one column
     of a weight reads, over all its uses and steps, has one sign: `classes` tells which units have to agree. An operator

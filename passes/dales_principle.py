@@ -286,14 +286,16 @@ class DalesPrinciple(Pass):
     def _set_weights(self, model: ModelEditor, units: Units, signs: Mapping[str, Tensor]) -> None:
         """Give the weights magnitudes, with the signs of their units."""
         sites = {name: model.sites[name] for name in signs}
-        for name, site in sites.items():
-            raw = site.raw.detach()
-            sign = site.spread_presynaptic(signs[name]).to(raw)
-            energy, agrees = float(raw.square().sum()), float(raw.square().where(raw * sign >= 0, 0).sum())
-            kept = "was kept" if self.assign == "closest" else "had these signs"
-            model.edits[name].remark(f"{agrees / energy:.0%} of its energy {kept}" if energy else "it has no energy")
+        agreeing = {name: _agreeing(site, signs[name]) for name, site in sites.items()}
         if self.assign == "closest":
+            for name, (kept, energy) in agreeing.items():
+                model.edits[name].remark(
+                    f"{kept / energy:.0%} of its energy was kept" if energy else "it has no energy"
+                )
             return
+        kept, energy = map(sum, zip(*agreeing.values(), strict=True)) if agreeing else (0.0, 0.0)
+        if energy:
+            model.note(f"{self.name}: {kept / energy:.0%} of the energy of the weights had the signs of their units")
         if self.balance is False:
             for name, site in sites.items():
                 sign = site.spread_presynaptic(signs[name]).to(site.raw)
@@ -303,6 +305,14 @@ class DalesPrinciple(Pass):
 
 
 FLOOR = 0.01  # of the mean magnitude: the least with which a softplus weight starts, since it never reaches 0
+
+
+def _agreeing(site: WeightSite, signs: Tensor) -> tuple[float, float]:
+    """The energy of the entries of a weight that have the signs of their units, and of all."""
+    raw = site.raw.detach()
+    energy = raw.square()
+    sign = site.spread_presynaptic(signs).to(raw)
+    return float(energy.where(raw * sign >= 0, 0).sum()), float(energy.sum())
 
 
 def _why_free(units: Units, reading: Reading) -> str:

@@ -11,8 +11,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from biofx.analysis.remembering import remember
-from biofx.analysis.understanding import understand
 from biofx.model_editor import ModelEditor
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import Slot
@@ -21,7 +19,7 @@ from biofx.signs.constraints import constrain, rectify
 from biofx.signs.scales import turn_over
 from biofx.units import Units
 from biofx.weights.facts import NOT_RUN
-from biofx.weights.sites import WeightSite, find
+from biofx.weights.sites import WeightSite
 from biofx.widening.plan import Widening
 from biofx.widening.search import find_widening
 from biofx.widening.twins import Twins
@@ -112,12 +110,11 @@ class MirrorUnits(Pass):
             if not is_doubled:
                 edit.remark(widening.left[name])
         widening.apply(model.bio, model.places)
-        understood = understand(model.bio, model.understood.run)
-        assert understood is not None
-        remember(model.bio, understood)
-        sites = find(model.bio)[0]
+        model.look_again()
+        assert model.understood is not None
+        readings = model.understood.readings
         for name, twins in widening.columns.items():
-            constrain(model.edits[name], sites[name], twins.sign, understood.readings[name].classes, "project")
+            constrain(model.edits[name], model.sites[name], twins.sign, readings[name].classes, "project")
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Project stored weights on their signs."""

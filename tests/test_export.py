@@ -183,7 +183,8 @@ def test_safetensors_holds_tensors_only(tmp_path):
 
 @pytest.mark.parametrize("suffix", biofx.export.__globals__["SUFFIXES"])
 def test_a_weight_without_elements(tmp_path, suffix):
-    bio = biofx.transform(nn.Linear(0, 3), [passes.SplitSynapses()], example_inputs=torch.randn(2, 0))
+    model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2))
+    bio = biofx.transform(model, [passes.SplitSynapses()], example_inputs=torch.randn(2, 0))
     biofx.export(bio, tmp_path / f"model{suffix}", example_inputs=torch.randn(2, 0))
     assert (tmp_path / f"model{suffix}").stat().st_size > 0
 

@@ -167,8 +167,12 @@ def test_a_model_that_is_folded_in_inference_mode_trains():
 
 
 def test_a_weight_without_elements():
-    bio = biofx.transform(nn.Linear(0, 3), PIPELINES["split"])
-    assert biofx.fold(bio).weight.shape == biofx.fold(bio, into=nn.Linear(0, 3)).weight.shape == (3, 0)
+    bio = biofx.transform(mlp(0, 3, 2), PIPELINES["split"])
+    for plain in (biofx.fold(bio), biofx.fold(bio, into=mlp(0, 3, 2))):
+        assert plain.get_parameter("0.weight").shape == (3, 0)
+        assert_close(plain(torch.randn(2, 0)), bio(torch.randn(2, 0)))
+    with pytest.raises(biofx.ArgumentError, match="weight: it has no entries"):
+        biofx.transform(nn.Linear(0, 3), PIPELINES["split"])
 
 
 def test_fold_into_an_instance():

@@ -3,11 +3,12 @@
 import collections
 import random
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from biofx.trial import Snapshot, run_from_seed, run_in_eval_mode, split_inputs, unchanged
+from biofx.trial import Snapshot, parameters_kept, run_from_seed, run_in_eval_mode, split_inputs, unchanged
 
 
 class Unclean(nn.Module):
@@ -58,6 +59,64 @@ def test_a_model_that_fails_is_left_as_it_was():
     assert not model.inplace.any()
 
 
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("none", None)
+        self.layer = nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        self.replaced = self.replaced + 1
+        return self.layer(x) + self.replaced
+
+
+@pytest.mark.parametrize("around", [lambda m: m, nn.Sequential], ids=["itself", "inside"])
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(3, 2), check_trace=False)]
+)
+def test_running_a_scripted_model_has_no_side_effects(compiled, around):
+    model = around(compiled(Scripted()))
+    buffers = dict(model.named_buffers())
+    values = {name: buffer.clone() for name, buffer in buffers.items()}
+    run_from_seed(model, torch.randn(3, 2), [], [])
+    assert run_in_eval_mode(model, torch.zeros(3, 2))[0].shape == (3, 2)
+    after = dict(model.named_buffers())
+    assert all(after[name] is buffer for name, buffer in buffers.items())
+    assert all(torch.equal(after[name], value) for name, value in values.items())
+    assert all(module.training for module in model.modules())
+
+
+WRITES = {
+    "in place": lambda p: p.add_(1),
+    "data": lambda p: p.data.add_(1),
+    "memory": lambda p: setattr(p, "data", p.data + 1),
+    "alias": lambda p: setattr(p, "data", p.data.clone()),
+    "shape": lambda p: setattr(p, "data", torch.ones(3)),
+    "dtype": lambda p: setattr(p, "data", p.data.double()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_forward_writes_into_parameters_is_undone(write):
+    model = nn.Linear(2, 2)
+    weight, value, memory = model.weight, model.weight.detach().clone(), model.weight.detach()
+    with parameters_kept(model), torch.no_grad():
+        write(model.weight)
+    assert model.weight is weight
+    assert torch.equal(weight, value)
+    assert weight.is_set_to(memory)
+
+
+def test_parameters_that_are_only_read_stay_good_for_a_backward_pass():
+    model, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
+    loss = model(x).sum()
+    with parameters_kept(model):
+        model(x)
+    loss.backward()  # which raises if a saved tensor was written to
+    assert x.grad is not None
+
+
 def test_one_seed_draws_the_same_numbers():
     model, x = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4)), torch.randn(8, 4)
     first, second = (run_from_seed(model, x, ["1.running_mean"], ["1.weight"]) for _ in range(2))
@@ -87,15 +146,19 @@ class Collecting(nn.Module):
         self.count += 1
         self.cache = x
         self.layer = nn.Identity()
-        return random.random()
+        return random.random() + numpy.random.random()
 
 
-def test_what_forward_stores_is_undone():
+def test_what_forward_stores_and_draws_is_undone():
     model, x = Collecting(), torch.ones(2)
+    numpy.random.seed(0)
+    expected = numpy.random.random()
+    numpy.random.seed(0)
     seen, layer, draws = model.seen, model.layer, random.getstate()
     with unchanged(model):
         model(x)
         assert model.count == 1
+    assert numpy.random.random() == expected
     assert (model.seen, model.count, hasattr(model, "cache"), model.layer) == ([], 0, False, layer)
     assert model.seen is seen
     assert random.getstate() == draws

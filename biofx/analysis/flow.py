@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import networkx
-
 from biofx.analysis.forms import Form, Forms
 from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, Kind
 from biofx.analysis.recording import Depends, Operation, Recording, Value
@@ -15,8 +13,8 @@ class Flow:
     """What a signal passes between weights.
 
     Attributes:
-        depth: for each weight, the number of weights on the longest path to it, over that to the deepest one: from 0 for
-            the first to 1 for the last. Weights that read each other, as in a recurrent network, have one depth.
+        depth: for each weight, the number of weights on the longest path to it, over that to the deepest one: from 0
+            for the first to 1 for the last. Weights that read each other, as in a recurrent network, have one depth.
         outputs: the weights after which no signal passes another weight.
         scales: the parameters that multiply units on their way to a weight, each with the weights that they lead to.
     """
@@ -26,11 +24,11 @@ class Flow:
         self._names: list[str] = []
         self._bits: dict[str, int] = {}
         self._passed: dict[Value, int] = {}  # by tensor: the weights and scales that it has come from, as bits
-        weights = {read.parameter.name: None for read in forms.reads}
-        weights |= dict.fromkeys(forms.mixed)
+        reads = [*forms.reads, *forms.computed]
+        weights = dict.fromkeys(name for read in reads for name in read.names)
         of_operation: dict[Operation, list[str]] = {}
-        for read in forms.reads:
-            of_operation.setdefault(read.operation, []).append(read.parameter.name)
+        for read in reads:
+            of_operation.setdefault(read.operation, []).extend(read.names)
         before = dict.fromkeys(weights, 0)
         for operation in recording.operations:
             passed = 0
@@ -45,10 +43,8 @@ class Flow:
             for value in (*operation.outputs, *operation.written):
                 self._note(value, passed)
         sources = {name: self._named(bits) for name, bits in before.items()}
-        graph = networkx.DiGraph()
-        graph.add_nodes_from(weights)
-        graph.add_edges_from((a, b) for b, found in sources.items() for a in found if a in weights)
-        self.depth, self.outputs = _depths(graph)
+        edges = [(a, b) for b, found in sources.items() for a in found if a in weights]
+        self.depth, self.outputs = _depths(list(weights), edges)
         self.scales: dict[str, set[str]] = {}
         for weight, found in sources.items():
             for name in found:
@@ -85,8 +81,13 @@ class Flow:
                 yield form.parameter.name
 
 
-def _depths(graph: networkx.DiGraph[str]) -> tuple[dict[str, float], frozenset[str]]:
+def _depths(weights: list[str], edges: list[tuple[str, str]]) -> tuple[dict[str, float], frozenset[str]]:
     """Depth by longest paths between the groups of weights that read each other, and the weights that come last."""
+    import networkx  # takes 0.2 s to import
+
+    graph: networkx.DiGraph[str] = networkx.DiGraph()
+    graph.add_nodes_from(weights)
+    graph.add_edges_from(edges)
     groups = networkx.condensation(graph)
     before: dict[int, int] = {}
     for group in networkx.topological_sort(groups):

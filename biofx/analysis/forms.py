@@ -32,12 +32,16 @@ class Form:
         shape: the parameter's shape.
         coordinates: for each axis of the parameter, where on it an entry is, in the shape of the tensor.
         remark: why an entry may have another sign than that of the parameter, or an empty string.
+        beside: what is computed from other parameters and joined with its entries, if anything.
+        is_stacked: whether the synapses of a connection lie next to each other, as entries of their own.
     """
 
     parameter: Value
     shape: tuple[int, ...]
     coordinates: tuple[Tensor, ...]
     remark: str = ""
+    beside: Mixture | None = None
+    is_stacked: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +50,29 @@ class Mixture:
 
     Attributes:
         parameters: the parameters.
-        reason: what computes it, as a clause.
+        made_by: the first operator after which entries stand for none of theirs.
     """
 
     parameters: frozenset[Value]
-    reason: str
+    made_by: Operation
+
+    @property
+    def reason(self) -> str:
+        """What computes it, as a clause."""
+        return f"{self.made_by.described} computes the weight that its operator reads from it"
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One operator that reads a parameter, but not as a weight.
+
+    Attributes:
+        operation: the operator.
+        made_by: the operator that computed what it reads, if its entries stand for none of the parameter.
+    """
+
+    operation: Operation
+    made_by: Operation | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +84,7 @@ class Read:
         form: the form.
         weight: the tensor that has this form.
         lengths: lengths of the form's axes, with one axis for groups and one for the units of a group.
+        parts: for each of these axes the form's axis.
         coordinates: the form's coordinates in these lengths.
         roles: for each of these axes what it runs over.
         source: the activity that the operator multiplies the weight by; None if it looks up rows.
@@ -71,12 +94,14 @@ class Read:
         groups: the number of groups into which the operator divides an axis of units.
         padding: the index of the row that takes no part in learning, if there is one.
         others: other activities that the operator multiplies.
+        mixture: what is read, if its entries stand for none of a parameter: its form is that of the tensor itself.
     """
 
     operation: Operation
     form: Form
     weight: Value
     lengths: tuple[int, ...]
+    parts: tuple[int, ...]
     coordinates: tuple[Tensor, ...]
     roles: tuple[Role, ...]
     source: Value | None
@@ -86,20 +111,64 @@ class Read:
     groups: int = 1
     padding: int | None = None
     others: tuple[Value, ...] = ()
+    mixture: Mixture | None = None
 
     @property
     def parameter(self) -> Value:
         """The parameter that is read."""
         return self.form.parameter
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters that are in what is read, the one whose entries it has first."""
+        own = [] if self.mixture is not None else [self.parameter.name]
+        mixtures = filter(None, (self.mixture, self.form.beside))
+        return (*own, *sorted({parameter.name for mixture in mixtures for parameter in mixture.parameters}))
+
     def axes(self) -> Axes | None:
         """The axes of the parameter, as this operator sees them, or None if they cannot be told."""
+        if not self.form.is_stacked and self._has_shared_entries():
+            return None
+        permuted = self._permuted()
+        if permuted is not None:
+            return permuted
         factors: list[Factor] = []
         for axis, length in enumerate(self.form.shape):
             found = _factors(axis, length, self.coordinates[axis], self.roles)
             if found is None:
                 return None
             factors += found
+        return Axes(self.form.shape, tuple(factors))
+
+    def _has_shared_entries(self) -> bool:
+        """Whether many units have the same entries, as in an expanded weight."""
+        of_units = [i for i, role in enumerate(self.roles) if any(role) and self.lengths[i] > 1]
+        return any(not any(varies(coordinate, i) for coordinate in self.coordinates) for i in of_units)
+
+    def _permuted(self) -> Axes | None:
+        """The axes, if the form is the parameter with its axes in another order."""
+        shape = self.form.coordinates[0].shape if self.form.coordinates else ()
+        places: dict[int, int] = {}
+        for axis, (length, coordinate) in enumerate(zip(self.form.shape, self.form.coordinates, strict=True)):
+            along = [i for i in range(len(shape)) if varies(coordinate, i)]
+            if length > 1 and (len(along) != 1 or shape[along[0]] != length or not _is_in_order(coordinate, along[0])):
+                return None
+            if length > 1:
+                places[axis] = along[0]
+        if len(set(places.values())) < len(places):
+            return None
+        single = iter([i for i in range(len(shape)) if i not in places.values() and shape[i] == 1])
+        places |= {
+            axis: i for axis in range(len(self.form.shape)) if axis not in places and (i := next(single, -1)) >= 0
+        }
+        if len(places) != len(self.form.shape) or len(shape) != len(places):
+            return None
+        factors = [
+            Factor(axis, self.lengths[index], *self.roles[index])
+            for axis, place in sorted(places.items())
+            for index, part in enumerate(self.parts)
+            if part == place
+        ]
         return Axes(self.form.shape, tuple(factors))
 
     def presynaptic_positions(self, axes: Axes) -> Tensor:
@@ -123,6 +192,11 @@ class Read:
         return found.expand(shape).flatten()
 
 
+def _is_in_order(coordinate: Tensor, axis: int) -> bool:
+    line = coordinate.movedim(axis, 0).reshape(coordinate.shape[axis], -1)[:, 0]
+    return torch.equal(line, torch.arange(len(line)))
+
+
 def _factors(axis: int, length: int, coordinate: Tensor, roles: Sequence[Role]) -> list[Factor] | None:
     """How an axis of a parameter is divided among the axes of a form, from the coordinates on it."""
     along = [i for i in range(coordinate.dim()) if varies(coordinate, i)]
@@ -134,15 +208,18 @@ def _factors(axis: int, length: int, coordinate: Tensor, roles: Sequence[Role]) 
         return [Factor(axis, length, *kinds.pop())]
     (small,) = once(coordinate)
     origin = small[(0,) * small.dim()]
-    steps = {i: small.select(i, 1)[(0,) * (small.dim() - 1)] - origin for i in along}
-    straight: Tensor = origin
-    for i, step in steps.items():
-        straight = straight + step * torch.arange(small.shape[i]).view(
-            [-1 if i == j else 1 for j in range(small.dim())]
-        )
-    if not torch.equal(straight, small) or any(int(step) <= 0 for step in steps.values()):
+    lines = {
+        i: small[tuple(slice(None) if i == j else slice(0, 1) for j in range(small.dim()))] - origin for i in along
+    }
+    if not torch.equal(sum(lines.values(), origin), small):  # each axis adds what it adds, whatever the others do
         return None
-    pieces = [(int(step), int(step) * coordinate.shape[i], roles[i]) for i, step in steps.items()]
+    pieces = []
+    for i, line in lines.items():
+        values = line.unique()
+        step = int(values[1] - values[0])
+        if not torch.equal(values, step * torch.arange(len(values))):
+            return None
+        pieces.append((step, step * len(values), roles[i]))
     return factors_of(axis, length, sorted(pieces))
 
 
@@ -156,6 +233,7 @@ class Forms:
         reads: the operators that read a parameter as their weight.
         mixed: why a parameter's entries are no entries of the weight that is computed from it, and the operator that
             reads that weight, by the parameter's name.
+        computed: the operators that read as their weight what is computed from parameters.
         biases: the parameters that are added to what an operator on weights returns, by the operator.
         users: other operators that read a parameter, by its name.
     """
@@ -164,13 +242,15 @@ class Forms:
     is_nonnegative: Callable[[Value], bool]
     reads: list[Read] = field(default_factory=list)
     mixed: dict[str, tuple[str, Operation]] = field(default_factory=dict)
+    computed: list[Read] = field(default_factory=list)
     biases: dict[Operation, str] = field(default_factory=dict)
-    users: dict[str, list[Operation]] = field(default_factory=dict)
+    users: dict[str, list[Use]] = field(default_factory=dict)
     found: dict[Value, Form | Mixture] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for value in self.recording.parameters.values():
-            self.found[value] = _of_parameter(value, self.recording.coordinates.get(value))
+            if value.shape.numel():
+                self.found[value] = _of_parameter(value, self.recording.coordinates.get(value))
         for operation in self.recording.operations:
             if any(value in self.found for value in operation.operands):
                 self._follow(operation)
@@ -185,11 +265,8 @@ class Forms:
                 self._read(operation, found)
                 return
         result = self._after(operation)
-        if result is None:
-            for value in operation.operands:
-                if value in self.found:
-                    for parameter in _parameters(self.found[value]):
-                        self.users.setdefault(parameter.name, []).append(operation)
+        if result is None or not any(output.is_activity for output in operation.outputs):
+            self._note_users(operation, operation.operands)
             return
         for output, form in zip(operation.outputs, result, strict=True):
             if output.is_activity:
@@ -197,25 +274,32 @@ class Forms:
         for value in operation.written:
             below = value.view_of
             while below is not None:  # a part of it is something else now
-                self.found[below] = _mixture(operation, [*result, *filter(None, [self.found.get(below)])])
+                before = [self.found[below]] if below in self.found else []
+                self.found[below] = _mixture(operation, [*result, *before])
                 below = below.view_of
 
-    def _is_computation(self, operation: Operation, read: Read | Mixture) -> bool:
+    def _note_users(self, operation: Operation, values: Iterable[Value]) -> None:
+        for value in values:
+            form = self.found.get(value)
+            made_by = form.made_by if isinstance(form, Mixture) else None
+            for parameter in _parameters(form) if form is not None else ():
+                self.users.setdefault(parameter.name, []).append(Use(operation, made_by))
+
+    def _is_computation(self, operation: Operation, read: Read) -> bool:
         """Whether an operator multiplies parameters to make a weight of them, and not one of them by activity."""
-        if isinstance(read, Mixture):
-            return operation.depends is not Depends.INPUTS and operation.called not in _LAYERS
         depends = [v.depends for v in (read.source, *read.others) if v is not None]
         is_layer = operation.called in _LAYERS or operation.kind is not Kind.PRODUCT
         return bool(depends) and max(depends) is not Depends.INPUTS and not is_layer
 
-    def _read(self, operation: Operation, found: list[Read | Mixture]) -> None:
+    def _read(self, operation: Operation, found: list[Read]) -> None:
         for read in found:
-            if isinstance(read, Read):
-                self.reads.append(read)
-            else:
-                for parameter in read.parameters:
-                    self.mixed.setdefault(parameter.name, (read.reason, operation))
+            (self.reads if read.mixture is None else self.computed).append(read)
+            for mixture in filter(None, (read.mixture, read.form.beside)):
+                for parameter in mixture.parameters:
+                    self.mixed.setdefault(parameter.name, (mixture.reason, operation))
         bias = bias_of(operation)
+        weights = [read.weight for read in found]
+        self._note_users(operation, [v for v in operation.operands if v is not bias and v not in weights])
         known = self.found.get(bias) if bias is not None else None
         if isinstance(known, Form):
             self.biases[operation] = known.parameter.name
@@ -227,7 +311,10 @@ class Forms:
         forms = [self.found[v] for v in operation.operands if v in self.found]
         main = self.found.get(operation.operands[0])
         count = len(operation.outputs)
-        if operation.kind is Kind.LAYOUT and isinstance(main, Form) and len(forms) == 1:
+        if operation.name in _MASKS and isinstance(main, Form):
+            return [main] * count
+        is_layout = operation.kind is Kind.LAYOUT and operation.name not in _FILLING
+        if is_layout and isinstance(main, Form) and len(forms) == 1:
             try:
                 return _moved(operation, main)
             except CannotFollowError:
@@ -260,8 +347,11 @@ class Forms:
         if tuple(torch.broadcast_shapes(main.shape, shape)) != tuple(shape):
             return None
         padded = [c.expand(shape) for c in form.coordinates]
-        form = replace(form, coordinates=tuple(padded))
         others = [v for v in operation.operands if v is not main and v.is_activity]
+        if any(_has_other_entries(self.found.get(v), form) for v in others):
+            return None
+        joined = [self.found[v] for v in (main, *others) if v in self.found]
+        form = replace(form, coordinates=tuple(padded), beside=_beside(operation, form, joined))
         if form.remark:
             return form
         if operation.name in PRODUCTS_OF_ENTRIES:
@@ -286,6 +376,8 @@ class Forms:
 
 
 DIRECTION = "it is stored as a direction, and its length, which may become negative, apart"
+_MASKS = frozenset(["tril", "triu"])  # layouts that multiply entries by 0 or 1
+_FILLING = frozenset(["constant_pad_nd", "diag_embed", "_pad_packed_sequence"])  # layouts that add entries
 _COPIES = frozenset(["alias", "detach", "clone", "_to_copy", "lift_fresh", "contiguous", "native_dropout"])
 _LAYERS = frozenset(
     [
@@ -318,10 +410,16 @@ def _times(factor: str) -> str:
 
 def _of_parameter(value: Value, known: tuple[Tensor, ...] | None) -> Form:
     if known is not None:
-        return Form(value, tuple(int(c.max()) + 1 if c.numel() else 0 for c in known), tuple(map(compressed, known)))
+        shape = tuple(int(c.max()) + 1 if c.numel() else 0 for c in known)
+        return Form(value, shape, tuple(map(compressed, known)), is_stacked=True)
     rank = len(value.shape)
     axes = [torch.arange(n).view([-1 if i == axis else 1 for i in range(rank)]) for axis, n in enumerate(value.shape)]
     return Form(value, tuple(value.shape), tuple(axis.expand(value.shape) for axis in axes))
+
+
+def _form(value: Value, known: Form | Mixture) -> Form:
+    """The form of a tensor; that of itself, if its entries are those of no parameter."""
+    return known if isinstance(known, Form) else _of_parameter(value, None)
 
 
 def _moved(operation: Operation, form: Form) -> list[Form | Mixture]:
@@ -335,20 +433,36 @@ def _moved(operation: Operation, form: Form) -> list[Form | Mixture]:
 
 
 def _parameters(form: Form | Mixture) -> frozenset[Value]:
-    return form.parameters if isinstance(form, Mixture) else frozenset((form.parameter,))
+    """The parameters in a tensor."""
+    if isinstance(form, Mixture):
+        return form.parameters
+    return frozenset((form.parameter,)).union(form.beside.parameters if form.beside else ())
 
 
 def _mixture(operation: Operation, forms: Iterable[Form | Mixture]) -> Mixture:
     parameters = frozenset[Value]().union(*map(_parameters, forms))
     known = next((form for form in forms if isinstance(form, Mixture)), None)
-    reason = known.reason if known else f"{operation.described} computes the weight that its operator reads from it"
-    return Mixture(parameters, reason)
+    return Mixture(parameters, known.made_by if known else operation)
+
+
+def _beside(operation: Operation, form: Form, joined: Iterable[Form | Mixture]) -> Mixture | None:
+    """What joins a form that is computed from other parameters."""
+    mixture = _mixture(operation, joined)
+    others = mixture.parameters - {form.parameter}
+    return replace(mixture, parameters=others) if others else None
+
+
+def _has_other_entries(other: Form | Mixture | None, form: Form) -> bool:
+    """Whether a tensor has entries of a form's parameter, in another layout."""
+    if not isinstance(other, Form) or other.parameter is not form.parameter:
+        return False
+    return not all(map(torch.equal, other.coordinates, form.coordinates))
 
 
 # --- operators on weights ----------------------------------------------------------------------------------------
 
 
-def reads_of(operation: Operation, found: dict[Value, Form | Mixture]) -> Iterator[Read | Mixture]:
+def reads_of(operation: Operation, found: dict[Value, Form | Mixture]) -> Iterator[Read]:
     """How an operator reads forms as weights, and what is computed from parameters in other ways."""
     if operation.name == "_trilinear":
         yield from _trilinear(operation, found)
@@ -367,10 +481,8 @@ def reads_of(operation: Operation, found: dict[Value, Form | Mixture]) -> Iterat
             isinstance(source, Value) and source in found and name != _WEIGHT.get(operation.name, name)
         ):
             continue
-        if isinstance(form, Mixture):
-            yield form
-        else:
-            yield _described(operation, weight, form, name, source)
+        read = _described(operation, weight, _form(weight, form), name, source)
+        yield replace(read, mixture=form) if isinstance(form, Mixture) else read
 
 
 def _looks_up(operation: Operation) -> bool:
@@ -417,10 +529,9 @@ def _described(operation: Operation, weight: Value, form: Form, name: str, sourc
     if operation.kind is Kind.EMBEDDING:
         rank, bag = len(form.coordinates[0].shape), operation.name != "embedding"
         padding = operation.argument("padding_idx")
-        roles = (PRE, *[POST] * (rank - 1))
         axes = tuple(range(1 - rank, 0)) if not bag else (-1,)
         known = padding if padding is not None and padding >= 0 else None
-        return _read(operation, weight, form, roles, None, (), output, axes, padding=known)
+        return _read(operation, weight, form, (PRE, *[POST] * (rank - 1)), None, (), output, axes, padding=known)
     rank = len(form.coordinates[0].shape) if form.coordinates else 0
     is_right = name in ("mat2", "batch2", "vec", "tensor")
     if rank == 1:
@@ -453,33 +564,24 @@ def _convolution(operation: Operation, weight: Value, form: Form, source: Value,
     lengths = (groups, first // groups, second, *kernel)
     coordinates = tuple(c.reshape(lengths) if groups > 1 else c.unsqueeze(0) for c in form.coordinates)
     roles = (GROUP, *((PRE, POST) if transposed else (POST, PRE)), *[NEITHER] * len(kernel))
-    return _read(
-        operation,
-        weight,
-        replace(form, coordinates=tuple(map(compressed, coordinates))),
-        roles,
-        source,
-        (1,),
-        output,
-        (1,),
-        groups,
+    read = _read(operation, weight, form, roles, source, (1,), output, (1,), groups)
+    return replace(
+        read, lengths=lengths, parts=(0, *range(len(lengths) - 1)), coordinates=tuple(map(compressed, coordinates))
     )
 
 
-def _trilinear(operation: Operation, found: dict[Value, Form | Mixture]) -> Iterator[Read | Mixture]:
+def _trilinear(operation: Operation, found: dict[Value, Form | Mixture]) -> Iterator[Read]:
     """`bilinear`, which multiplies a weight (out, in1, in2) by two activities."""
     first, weight, second = (operation.argument(f"i{i}") for i in (1, 2, 3))
-    form = found.get(weight)
-    if isinstance(form, Form):
-        coordinates = (
-            tuple(c.squeeze(0) for c in form.coordinates) if form.coordinates[0].dim() == 4 else form.coordinates
-        )
-        form = replace(form, coordinates=coordinates)
-        yield _read(
-            operation, weight, form, (POST, PRE, PRE), first, (-1,), operation.outputs[0], (-1,), others=(second,)
-        )
-    elif form is not None:
-        yield form
+    known = found.get(weight)
+    if known is None:
+        return
+    form = _form(weight, known)
+    coordinates = tuple(c.squeeze(0) for c in form.coordinates) if form.coordinates[0].dim() == 4 else form.coordinates
+    form = replace(form, coordinates=coordinates)
+    output = operation.outputs[0]
+    read = _read(operation, weight, form, (POST, PRE, PRE), first, (-1,), output, (-1,), others=(second,))
+    yield replace(read, mixture=known) if isinstance(known, Mixture) else read
 
 
 def _read(
@@ -497,6 +599,7 @@ def _read(
 ) -> Read:
     lengths = tuple(form.coordinates[0].shape) if form.coordinates else ()
     return Read(
-        operation, form, weight, lengths, form.coordinates, tuple(roles), source, source_axes, output, output_axes, groups,
-        padding, others,
+        operation, form, weight, lengths, tuple(range(len(lengths))), form.coordinates, tuple(roles), source,
+        source_axes,
+        output, output_axes, groups, padding, others,
     )  # fmt: skip

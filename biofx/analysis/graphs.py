@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from biofx.analysis.forms import Forms, Read
-from biofx.analysis.layouts import varies
-from biofx.analysis.recording import Depends, Operation, Recorder, Recording, Value
+from biofx.analysis.forms import Forms, Read, bias_of
+from biofx.analysis.layouts import CannotFollowError, execute, varies
+from biofx.analysis.operators import COPIES, Kind
+from biofx.analysis.recording import Operation, Recorder, Recording, Value
 from biofx.analysis.units import UnitAnalysis
 from biofx.chain import attribute, chain, compute, parameter_nodes
 from biofx.errors import ArgumentError
@@ -33,10 +34,11 @@ class NodeUse:
         units: number of postsynaptic units that the node returns.
         adjacent: number of units that lie next to each other on the last axis of units.
         output_axes: axes of what the node returns that run over postsynaptic units, in the order of the units, counted
-            from the end; none if it does not return the units of this weight.
+            from the end; none if it does not return the units of this weight, or does something else to them.
         source: position among the node's inputs of the activity that it multiplies the weight by, or None.
         source_axes: axes of that activity that run over presynaptic units, counted from the end.
-        bias: name of the bias that the operator adds, or None.
+        bias: position among the node's inputs of the bias that the operator adds; −1 if the node computes it, None if
+            there is none.
         is_embedding: whether it looks up rows.
     """
 
@@ -47,7 +49,7 @@ class NodeUse:
     output_axes: tuple[int, ...]
     source: int | None
     source_axes: tuple[int, ...]
-    bias: str | None
+    bias: int | None
     is_embedding: bool
 
 
@@ -138,17 +140,18 @@ def _stacked(node: fx.Node, shape: torch.Size) -> tuple[Tensor, ...] | None:
 
 def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, analysis: UnitAnalysis) -> None:
     """Note at each node how it uses weights."""
-    reads: dict[fx.Node, dict[str, list[Read]]] = {}
+    reads: dict[fx.Node, list[Read]] = {}
     for node in bio.graph.nodes:
         node.meta.pop(USES, None)
-    for read in forms.reads:
+    for read in (*forms.reads, *forms.computed):
         node = read.operation.node
         if node is not None:
-            reads.setdefault(node, {}).setdefault(read.parameter.name, []).append(read)
-    for node, by_weight in reads.items():
+            reads.setdefault(node, []).append(read)
+    for node, found in reads.items():
+        names = dict.fromkeys(name for read in found for name in read.names)
         node.meta[USES] = tuple(
-            _use(node, recording, forms, analysis, name, found, alone=len(by_weight) == 1)
-            for name, found in by_weight.items()
+            _use(node, recording, analysis, name, [r for r in found if name in r.names], alone=len(found) == 1)
+            for name in names
         )
 
 
@@ -161,7 +164,6 @@ def uses_of(node: fx.Node) -> tuple[NodeUse, ...]:
 def _use(
     node: fx.Node,
     recording: Recording,
-    forms: Forms,
     analysis: UnitAnalysis,
     name: str,
     reads: list[Read],
@@ -172,16 +174,16 @@ def _use(
     lengths = [n for n, role in zip(read.lengths, read.roles, strict=True) if role[1]]
     units = len(analysis.units_of(read).unique())
     source, axes = _source(node, recording, read) if len(reads) == 1 and not read.others else (None, ())
-    biases = [forms.biases[r.operation] for r in reads if r.operation in forms.biases] or _added(recording, node, forms)
+    bias, is_plain = _bias(node, recording, read)
     return NodeUse(
         parameter=name,
         operator=shown(read.operation),
         units=units,
         adjacent=lengths[-1] * (read.groups if len(lengths) > 1 else 1) if lengths else 1,
-        output_axes=_output_axes(node, analysis, read) if alone and len(reads) == 1 else (),
+        output_axes=_output_axes(node, analysis, read) if alone and is_plain and analysis.is_judged_by(read) else (),
         source=source,
         source_axes=axes,
-        bias=biases[0] if biases else None,
+        bias=bias,
         is_embedding=read.source is None,
     )
 
@@ -200,14 +202,15 @@ def shown(operation: Operation) -> str:
 
 def _output_axes(node: fx.Node, analysis: UnitAnalysis, read: Read) -> tuple[int, ...]:
     """The axes of what a node returns on which the weight's units are."""
-    numbers = analysis.outputs.get(node)
-    expected = analysis.numbers.classes(analysis.units_of(read))
-    if numbers is None or not numbers.dim():
+    numbers, units = analysis.outputs.get(node), analysis.units_of(read)
+    expected = analysis.numbers.classes(units)
+    if numbers is None or not numbers.dim() or not bool((units[1:] > units[:-1]).all()):
         return ()
     axes = [axis for axis in range(numbers.dim()) if varies(numbers, axis)]
     if not axes and len(expected) == 1 and bool((numbers == expected).all()):  # one unit: nothing varies
-        axes = [axis % numbers.dim() for axis in read.output_axes[-1:] if axis < 0] or [min(1, numbers.dim() - 1)]
-        return tuple(axis - numbers.dim() for axis in axes)
+        own = [axis if axis < 0 else axis - len(read.output.shape) for axis in read.output_axes[-1:]]
+        single = [axis for axis in range(-numbers.dim(), 0) if numbers.shape[axis] == 1]
+        return tuple([axis for axis in own if axis in single] or single[-len(own) :]) if own else ()
     others = [axis for axis in range(numbers.dim()) if axis not in axes]
     small = numbers.permute(*axes, *others).reshape([*[numbers.shape[a] for a in axes], -1])
     if not small.numel() or not torch.equal(analysis.numbers.classes(small[..., 0].flatten()), expected):
@@ -216,28 +219,68 @@ def _output_axes(node: fx.Node, analysis: UnitAnalysis, read: Read) -> tuple[int
 
 
 def _source(node: fx.Node, recording: Recording, read: Read) -> tuple[int | None, tuple[int, ...]]:
-    """The input of a node that an operator in it multiplies by a weight."""
-    if read.source is None:
+    """The input of a node that an operator in it multiplies by a weight, and its axes of presynaptic units."""
+    position, way = _given(node, recording, read.source)
+    if read.source is None or position is None:
         return None, ()
-    given = [recording.nodes.get(n) for n in node.all_input_nodes]
-    value: Value | None = read.source
+    shape = way[0].shape
+    place = torch.arange(shape.numel()).view(shape)
+    try:
+        for value in way[1:]:
+            place = _moved(value, place)
+    except CannotFollowError:
+        return None, ()
+    found: list[int] = []
+    for axis in read.source_axes:
+        line = place.movedim(axis, -1)[tuple(n // 2 for i, n in enumerate(place.shape) if i != axis % place.dim())]
+        steps = torch.unravel_index(line, shape) if line.numel() > 1 else ()
+        along = [i for i, step in enumerate(steps) if bool((step != step[0]).any())]
+        found += [i - len(shape) for i in along] if along else [axis if axis < 0 else axis - len(read.source.shape)]
+    return position, tuple(found)
+
+
+def _given(node: fx.Node, recording: Recording, value: Value | None) -> tuple[int | None, list[Value]]:
+    """The position of the input of a node that holds the entries of a tensor, and what they are in, from there on."""
+    inputs = [recording.nodes.get(n) for n in node.all_input_nodes]
+    way: list[Value] = []
     while value is not None:
-        for position, known in enumerate(given):
-            if known is value:
-                axes = tuple(a if a < 0 else a - len(read.source.shape) for a in read.source_axes)
-                return position, axes
+        way.insert(0, value)
+        position = next((i for i, known in enumerate(inputs) if known is value), None)
+        if position is not None:
+            return position, way
         made = value.producer
-        same = made is not None and made.node is node
-        value = (
-            next((v for v in made.operands if v.depends is Depends.INPUTS and v.is_activity), None) if same else None
-        )  # type: ignore[union-attr]
-    return None, ()
+        value = made.operands[0] if made is not None and made.node is node and _moves(made) and made.operands else None
+    return None, way
 
 
-def _added(recording: Recording, node: fx.Node, forms: Forms) -> list[str]:
-    """The parameters of one axis that a node adds to what its operator on weights returns."""
-    found = []
+def _moves(operation: Operation) -> bool:
+    """Whether an operator does nothing but move the entries of one tensor."""
+    return operation.kind is Kind.LAYOUT or operation.name in COPIES
+
+
+def _moved(value: Value, below: Tensor) -> Tensor:
+    """Entries of another tensor as an operator moves them."""
+    operation = value.producer
+    if operation is None or operation.name in COPIES:
+        return below
+    moved = execute(operation, lambda v: below if v is operation.operands[0] else None)
+    return moved[operation.outputs.index(value)]
+
+
+def _bias(node: fx.Node, recording: Recording, read: Read) -> tuple[int | None, bool]:
+    """The input that a node adds to what it multiplies, or −1 for another tensor; whether it does nothing else."""
+    added = [] if (own := bias_of(read.operation)) is None else [own]
+    returned, is_plain = {read.output}, True
     for operation in recording.operations_of.get(node, ()):
-        if operation.name == "add" and operation.depends is Depends.INPUTS:
-            found += [v.name for v in operation.operands if v.kind == "parameter" and len(v.shape) == 1]
-    return found
+        if operation is read.operation or operation.kind is Kind.CONSTANT:
+            continue
+        mine = [value for value in operation.operands if value in returned]
+        if operation.name == "add" and len(mine) == 1:
+            added += [value for value in operation.operands if value not in returned]
+        elif not _moves(operation):
+            is_plain = False
+            continue
+        if mine:
+            returned.update(operation.outputs)
+    position = _given(node, recording, added[0])[0] if len(added) == 1 else None
+    return (None if not added else -1 if position is None else position), is_plain

@@ -249,7 +249,7 @@ class _Forward:
         modules = [*model.modules()]
         self._layers = [(module, read) for module in modules for kinds, read in _LAYERS if isinstance(module, kinds)]
         known = {id(parameter) for layer, _ in self._layers for parameter in layer.parameters()}
-        self._bare = [weight for weight in model.parameters() if weight.dim() > 1 and id(weight) not in known]
+        self._bare = [p for p in model.parameters() if not p.is_nested and p.dim() > 1 and id(p) not in known]
         words = [m.num_embeddings for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
         self._vocabulary = min(8, *words) if words else 2
         recurrent = any(isinstance(module, nn.RNNBase | nn.MultiheadAttention) for module in modules)

@@ -55,7 +55,7 @@ def _refuse_choices(operation: Operation, moved: Any) -> None:
     if not indices or not isinstance(moved, Tensor):
         return
     if operation.name == "index":
-        start, axes = 0, []
+        start, axes = 0, list[int]()
         for index in operation.argument("indices"):
             width = len(index.shape) if index is not None and index.dtype is torch.bool else 1
             axes += range(start, start + width) if index is not None else ()
@@ -112,7 +112,8 @@ def _as_strided(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, A
         torch.empty(source.shape, device="meta").stride()
     ):
         raise CannotFollowError("it takes entries by their place in memory")
-    return args[0].contiguous().as_strided(size, stride)
+    result: Tensor = args[0].contiguous().as_strided(size, stride)
+    return result
 
 
 def _embed_diagonal(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -123,7 +124,8 @@ def _as_complex(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, A
     real, imaginary = args[0].unbind(-1)
     if not torch.equal(real, imaginary):
         raise CannotFollowError("it makes one number of two units")
-    return real
+    made: Tensor = real
+    return made
 
 
 # Unit numbers are not laid out in memory as the values are, so a view may have to copy them.

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from biofx.analysis.operators import COPIES, Kind
 from biofx.analysis.recording import Recording, Value
 from biofx.chain import callee
+from biofx.islands import is_island, island_path
 
 # Of several operators in one node, the kind of the first of these says what the node does.
 _ORDER = (
@@ -22,7 +23,8 @@ _ORDER = (
 class Nodes:
     """The nodes of a graph, as a run saw them."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, bio: fx.GraphModule, recording: Recording) -> None:
+        self._bio = bio
         self._recording = recording
 
     def value(self, node: fx.Node) -> Any:
@@ -31,6 +33,8 @@ class Nodes:
 
     def kind(self, node: fx.Node) -> Kind:
         """What a node does to units. One that calls no operator takes something apart, or asks for a size."""
+        if is_island(node):
+            return Kind.UNKNOWN
         operations = self._recording.operations_of.get(node, ())
         kinds = {operation.kind for operation in operations if operation.name not in COPIES}
         if not operations:
@@ -39,7 +43,9 @@ class Nodes:
         return next((kind for kind in _ORDER if kind in kinds), Kind.KEEP)
 
     def name(self, node: fx.Node) -> str:
-        """The function that a node calls."""
+        """The function that a node calls, or the class of the island."""
+        if is_island(node):
+            return type(self._bio.get_submodule(island_path(node))).__name__
         operations = self._recording.operations_of.get(node, ())
         return operations[0].called if operations else callee(node)
 

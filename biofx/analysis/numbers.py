@@ -24,8 +24,8 @@ class Population:
         name: where it comes from: the weight whose postsynaptic units they are, `input x`, or the operator that made or
             merged them, with the path of the module that calls it.
         origin: `"weight"`, `"input"` (also what is made of inputs only), `"merged"`, `"unknown"` (an operator that
-            cannot be followed), `"foreign"` (a tensor that no operator of the run made), `"constant"` (a parameter or constant that a weight reads) or `"shared"` (the positions
-            of a weight whose units cannot be told).
+            cannot be followed), `"foreign"` (a tensor that no operator of the run made), `"constant"` (a parameter or
+            constant that a weight reads) or `"shared"` (the positions of a weight whose units cannot be told).
         size: how many units it has.
     """
 
@@ -54,8 +54,8 @@ class _Block:
 class UnitNumbers:
     """The numbers that were given, and which of them are of one class.
 
-    A unit that others merge into is the *set* of the units in it: merging is associative, commutative and idempotent, so
-    a leak, a gate or a running sum of itself makes no new unit. Units that one column of a weight reads are of one
+    A unit that others merge into is the *set* of the units in it: merging is associative, commutative and idempotent,
+    so a leak, a gate or a running sum of itself makes no new unit. Units that one column of a weight reads are of one
     *class*, and have one sign; the lowest number stands for the class. Merges are those of classes.
     """
 
@@ -121,8 +121,14 @@ class UnitNumbers:
         result[two] = self._merge_pairs(maker, name, keys >> 32, keys & 0xFFFFFFFF)[inverse]
         return result
 
+    def are_open(self, numbers: Tensor) -> Tensor:
+        """Whether units are entries of inputs, or of what cannot be followed, of a class of their own so far."""
+        alone = torch.ones(len(self), dtype=torch.bool)
+        alone[: len(self.representative)] = torch.bincount(self.representative)[self.representative] == 1
+        return (self._is_elastic() & alone)[numbers]
+
     def may_be_one(self, rows: Tensor) -> bool:
-        """Whether units in each row are one, or entries of inputs or of what cannot be followed, which may turn out to be."""
+        """Whether units in each row are one, or may turn out to be: entries of inputs, and what cannot be followed."""
         rows = rows[(rows != rows.amax(1, keepdim=True)).any(1)] if rows.numel() else rows[:0]
         return bool(((rows == NOBODY) | self._is_elastic()[rows]).all())
 

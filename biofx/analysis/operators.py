@@ -53,7 +53,8 @@ _LAYOUT = _names(
     "view _unsafe_view reshape _reshape_alias t transpose permute expand unsqueeze squeeze slice select split "
     "split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk unbind flip roll repeat repeat_interleave "
     "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-    "replication_pad3d unfold im2col diagonal pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle tril "
+    "replication_pad3d unfold im2col diagonal pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle "
+    "tril "
     "triu rot90 as_strided index index_select gather take view_as_real view_as_complex real imag diag_embed "
     "_pack_padded_sequence _pad_packed_sequence"
 )
@@ -68,7 +69,8 @@ _NORMS = _names(
     "miopen_batch_norm native_group_norm _fused_rms_norm rms_norm"
 )
 _KEEP = COPIES | _names(
-    "native_dropout _softmax _safe_softmax softmax _log_softmax log_softmax rrelu_with_noise _prelu_kernel _fused_dropout "
+    "native_dropout _softmax _safe_softmax softmax _log_softmax log_softmax rrelu_with_noise _prelu_kernel "
+    "_fused_dropout "
     "_weight_norm_interface"
 )
 _REDUCTIONS = _names(
@@ -85,7 +87,8 @@ _WINDOWS = _names(
     "grid_sampler_2d grid_sampler_3d max_unpool2d max_unpool3d"
 )
 _WRITES = _names(
-    "copy index_put _index_put_impl index_add index_copy scatter scatter_add scatter_reduce masked_scatter slice_scatter "
+    "copy index_put _index_put_impl index_add index_copy scatter scatter_add scatter_reduce masked_scatter "
+    "slice_scatter "
     "select_scatter diagonal_scatter _unsafe_index_put"
 )
 _PRODUCTS = _names("mm bmm addmm baddbmm addbmm mv addmv dot vdot linear matmul _trilinear")
@@ -137,8 +140,10 @@ _ODD = _names(
 )
 _PASSED = _names(
     "add mul div true_divide maximum minimum fmax fmin where glu pow clamp clamp_min clamp_max hardtanh log1p sgn sign "
-    "reciprocal nan_to_num round floor ceil trunc masked_fill native_dropout _fused_dropout cumsum cumprod cummax cummin "
-    "sort topk kthvalue mode mean sum nansum amax amin max min median nanmedian prod lerp aminmax remainder fmod addcmul "
+    "reciprocal nan_to_num round floor ceil trunc masked_fill native_dropout _fused_dropout cumsum cumprod cummax "
+    "cummin sort topk kthvalue mode mean sum nansum amax amin max min median nanmedian prod lerp aminmax remainder "
+    "fmod "
+    "addcmul "
     "mm bmm addmm baddbmm addbmm mv addmv dot matmul max_unpool2d max_unpool3d relu6 ldexp"
 ) | (_LAYOUT | COPIES | _WRITES | _CONCATENATIONS | _ATTENTIONS)
 _OVERSHOOTING = _names("upsample_bicubic2d _upsample_bicubic2d_aa")
@@ -149,8 +154,10 @@ _SIGNS: dict[str, Sign] = {
 }
 
 PRODUCTS_OF_ENTRIES = _names("mul div true_divide")
-TAKES_NUMBERS = PRODUCTS_OF_ENTRIES | _names("add masked_fill where nan_to_num clamp_min constant_pad_nd full full_like "
-                                             "new_full fill arange linspace scalar_tensor")  # fmt: skip
+TAKES_NUMBERS = PRODUCTS_OF_ENTRIES | _names(
+    "add masked_fill where nan_to_num clamp_min constant_pad_nd full full_like new_full fill arange linspace "
+    "scalar_tensor"
+)
 """Operators whose numbers among the arguments take part as entries, so that negative ones show in the result."""
 
 

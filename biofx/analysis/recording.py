@@ -1,7 +1,7 @@
 """Recording: the dispatcher operators of one run of a model's own Python.
 
 Everything that biofx knows about a model is read off such a recording: which parameters are synapses, along which axes,
-whose units they read, how deep they are, and whether activity can be negative. The model runs, so loops, caches, islands,
+whose units they read, how deep they are, and whether activity can be negative. The model runs, so loops, caches,
 scripted modules, custom autograd functions and hooks are recorded like anything else: by the operators that they call.
 """
 
@@ -179,8 +179,10 @@ class Recorder(TorchDispatchMode):
         failed: the function that failed first, and its module.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording()
         self.node: fx.Node | None = None
         self.failed = ""
@@ -195,7 +197,7 @@ class Recorder(TorchDispatchMode):
     # --- what is known before the run ----------------------------------------------------------------------------
 
     def declare(self, tensor: Tensor, kind: str, name: str) -> Value:
-        """Say what a tensor is. A parameter that is computed, such as a weight from its synapses, is one from here on."""
+        """Say what a tensor is. A weight that is computed from its synapses is a parameter from here on."""
         value = self._new(tensor, kind, name)
         if kind == "parameter":
             value.depends = Depends.PARAMETERS
@@ -281,6 +283,9 @@ class Recorder(TorchDispatchMode):
                 return decomposition(*args, **kwargs)
         recorded = pytree.tree_map_only(Tensor, self.value, (tuple(args), kwargs))
         args, kwargs = self.intercept(func, args, kwargs)
+        calls_functions = isinstance(func, torch._ops.HigherOrderOperator) and name_of(func) not in _MAPS_ENTRIES
+        if calls_functions:
+            args, kwargs = pytree.tree_map_only(Callable, self._recorded, (args, kwargs))  # type: ignore[call-overload]
         result = func(*args, **kwargs)
         operands = tuple(x for x in pytree.tree_leaves(recorded) if isinstance(x, Value))
         returned = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
@@ -305,15 +310,26 @@ class Recorder(TorchDispatchMode):
             written=tuple(_written(func, *recorded)),
             depends=depends,
         )
+        if (name == "_local_scalar_dense" or name in _CHOOSES) and depends is Depends.INPUTS:
+            self.recording.decisions.append(operation)
+        if calls_functions and all(self._known(tensor) for tensor in returned):  # by operators in these functions
+            return result
         operation.outputs = tuple(self._returned(tensor, operation, depends) for tensor in returned)
         for value in operation.written:
             self._note_write(value, operation, depends)
-        if name == "_local_scalar_dense" and depends is Depends.INPUTS:
-            self.recording.decisions.append(operation)
         self.recording.operations.append(operation)
         if self.node is not None:
             self.recording.operations_of.setdefault(self.node, []).append(operation)
         return result
+
+    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that an operator calls, such as a branch of `cond`, with what it does recorded."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _Names(self), self:
+                return function(*args, **kwargs)
+
+        return call
 
     def intercept(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments with which an operator runs; a subclass may give it others."""
@@ -397,7 +413,8 @@ class Recorder(TorchDispatchMode):
                 self.declare_inputs(bound(module, args, kwargs))
 
         handles = [
-            model.register_forward_pre_hook(name_inputs, with_kwargs=True, prepend=True),
+            # A scripted module hides this method, but runs such hooks.
+            nn.Module.register_forward_pre_hook(model, name_inputs, with_kwargs=True, prepend=True),
             global_hooks.register_module_forward_pre_hook(enter),
             global_hooks.register_module_forward_hook(leave, always_call=True),
         ]
@@ -430,6 +447,8 @@ class _Names(TorchFunctionMode):
             called.pop()
 
 
+_CHOOSES = frozenset(("cond", "while_loop"))
+_MAPS_ENTRIES = frozenset(("flex_attention",))  # calls a function on single numbers
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 
@@ -463,7 +482,8 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool 
         >>> import torch
         >>> from biofx.analysis.recording import record
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
-        >>> [operation.name for operation in record(model, lambda m: m(torch.randn(1, 3))).operations]
+        >>> x = torch.randn(1, 3)
+        >>> [operation.name for operation in record(model, lambda m: m(x)).operations]
         ['t', 'addmm', 'relu']
     """
     recorder = Recorder()
@@ -547,16 +567,22 @@ def _has_form(value: Value, tensor: Tensor) -> bool:
 
 
 def _has_negative(tensor: Tensor) -> bool:
-    if tensor.is_meta or not tensor.is_floating_point() or type(tensor) not in (Tensor, nn.Parameter):
+    if tensor.is_meta or not tensor.is_floating_point() or not _is_plain(tensor):
         return False
     return bool((tensor.detach() < 0).any())
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor of PyTorch's own that lies in memory in strides."""
+    is_own = type(tensor) in (Tensor, nn.Parameter)
+    return is_own and not tensor.is_nested and tensor.layout is torch.strided
+
+
 def _place_in_memory(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
     """Where a tensor lies; the storage is 0 if there is none to tell tensors apart by."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_nested:
+    if not _is_plain(tensor):
         return 0, 0, torch.Size(()), ()
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.shape, tensor.stride()
 
 
 @cache
@@ -586,8 +612,8 @@ def _returns_view(operator: Any) -> bool:
 
 _REFLECTED = {f"r{name}": name for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod")}
 _OWN = tuple(
-    os.path.join(os.path.dirname(package.__file__), "")  # type: ignore[type-var]
-    for package in (torch, sys.modules[__package__.partition(".")[0]])
+    os.path.join(os.path.dirname(str(package.__file__)), "")
+    for package in (torch, sys.modules[str(__package__).partition(".")[0]])
 )
 
 

@@ -11,6 +11,7 @@ from biofx.analysis.understanding import Understanding, recorded
 from biofx.analysis.units import UnitAnalysis
 from biofx.islands import is_whole
 from biofx.provenance import record_of
+from biofx.randomness import fixed_defaults
 from biofx.weights.declared import declared
 
 
@@ -32,6 +33,7 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
     recording = understood.recording
     if not recording.nodes:
         recording = recorded(bio, understood.run)
-    activity = Activity(recording)
-    forms = Forms(recording, lambda value: not activity.of(value))
-    annotate(bio, recording, forms, UnitAnalysis(recording, forms, activity))
+    with fixed_defaults():
+        activity = Activity(recording)
+        forms = Forms(recording, lambda value: not activity.of(value))
+        annotate(bio, recording, forms, UnitAnalysis(recording, forms, activity))

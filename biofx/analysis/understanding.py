@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from biofx.analysis.recording import Operation, Recorder, Recording, recording_o
 from biofx.analysis.units import Reading, UnitAnalysis
 from biofx.errors import ArgumentError
 from biofx.provenance import is_transformed
+from biofx.randomness import fixed_defaults
 from biofx.trial import is_function, split_inputs
 from biofx.weights.facts import NOT_A_SYNAPSE, WeightFacts
 from biofx.weights.fitness import why_unfit
@@ -93,15 +95,30 @@ def understand(model: nn.Module, example_inputs: Any = None) -> Understanding | 
     return read_off(model, recorded(model, run), run, words)
 
 
+def understand_again(model: nn.Module, understood: Understanding) -> Understanding:
+    """What a run on the same inputs tells of a model that is another by now."""
+    return read_off(model, recorded(model, understood.run), understood.run, understood.inputs)
+
+
 def runner(model: nn.Module, example_inputs: Any) -> tuple[Run, str] | None:
     """How a model is run, and its inputs in words."""
     if is_function(example_inputs):
         return example_inputs, getattr(example_inputs, "words", BY_FUNCTION)
     if example_inputs is not None:
         args, kwargs = split_inputs(example_inputs)
+        _check_arguments(model, args, kwargs)
         return call(args, kwargs), "given"
     guess = guesses.guess(model)
     return None if guess is None else (call(guess.args, guess.kwargs), guess.description)
+
+
+def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+    except ValueError:  # a forward without a signature, as of TorchScript
+        pass
 
 
 def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
@@ -155,6 +172,11 @@ def _as_graph(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContex
 
 def read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
     """What a recording tells of a model."""
+    with fixed_defaults():
+        return _read_off(model, recording, run, words)
+
+
+def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
     activity = Activity(recording)
     forms = Forms(recording, lambda value: not activity.of(value))
     analysis = UnitAnalysis(recording, forms, activity)
@@ -174,8 +196,8 @@ def read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Un
     classes = analysis.numbers.classes(torch.arange(len(owner)))
     scales = {name: found & weights.keys() for name, found in flow.scales.items() if found & weights.keys()}
     return Understanding(
-        recording, forms, analysis, weights, others, populations, owner, classes, readings, scales, run, words != BY_FUNCTION, words,
-        list(_notes(recording)),
+        recording, forms, analysis, weights, others, populations, owner, classes, readings, scales, run,
+        words != BY_FUNCTION, words, list(_notes(recording)),
     )  # fmt: skip
 
 
@@ -230,26 +252,42 @@ def _why_no_weight(name: str, parameter: nn.Parameter, recording: Recording, for
     if unfit is not None:
         return unfit
     if name in recording.changed:
-        return f"forward changes it in place, by {recording.changed[name].located}"
-    refusal = next((r for read in reads if (r := _refusal(read.operation))), None)
+        return _change(recording.changed[name])
+    users = forms.users.get(name, [])
+    operations = [*(read.operation for read in reads), *(use.operation for use in users)]
+    refusal = next((reason for operation in operations if (reason := _refusal(operation))), None)
     if refusal is not None:
         return refusal
     if is_used:
         return None
     if max(parameter.shape, default=1) == parameter.numel():
         return NOT_A_SYNAPSE
-    users = forms.users.get(name, [])
     if not users:
         return "not used in forward"
-    names = list(dict.fromkeys(operation.described for operation in users))
-    if any(operation.kind in (Kind.ATTENTION, Kind.PRODUCT, Kind.CONVOLUTION) for operation in users):
+    direct = [use.operation for use in users if use.made_by is None]
+    if not direct:
+        pairs = [(use.operation, use.made_by) for use in users if use.made_by is not None]
+        ways = dict.fromkeys(f"{by.described} reads what {made.described} computes from it" for by, made in pairs)
+        return f"{' and '.join(ways)}, but not as a weight"
+    products = [o for o in direct if o.kind in (Kind.ATTENTION, Kind.PRODUCT, Kind.CONVOLUTION)]
+    names = list(dict.fromkeys(operation.described for operation in products or direct))
+    if products:
         return f"{' and '.join(names)} {'read' if names[1:] else 'reads'} it as an input, not as a weight"
     return f"used by {', '.join(names)}, which biofx does not know as an operator on weights"
 
 
+def _change(operation: Operation) -> str:
+    """Why a parameter that an operator changes is not made of synapses."""
+    if operation.name == "embedding_renorm":
+        return f"{shown(operation)} changes it in forward, as max_norm is set"
+    return f"forward changes it in place, by {operation.located}"
+
+
 def _refusal(operation: Operation) -> str | None:
-    """Why an operator's weight cannot be made of synapses."""
+    """Why a parameter that an operator reads cannot be made of synapses."""
     name = shown(operation)
+    if operation.name == "_to_copy" and not any(v.is_activity or v.dtype is torch.bool for v in operation.outputs):
+        return f"forward takes whole numbers from it, by {operation.located}, and the sum of synapses is rounded"
     if operation.kind is Kind.EMBEDDING and operation.argument("sparse"):
         return f"{name} gives it a sparse gradient, and rules act on every entry"
     if operation.kind is Kind.EMBEDDING and operation.argument("scale_grad_by_freq"):

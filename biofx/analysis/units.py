@@ -103,6 +103,7 @@ class UnitAnalysis:
             read: (name, i) for name, many in self.orientations.items() for i, o in enumerate(many) for read in o.reads
         }
         self._columns: dict[Read, Tensor] = {}
+        self._neural = torch.zeros(0, dtype=torch.bool)
         self._returned = self._returned_by_nodes()
         self._wanted = self._leading_to_weights()
         self._of_network = self._touched_by_weights()
@@ -128,6 +129,8 @@ class UnitAnalysis:
             if same is None:
                 known.append(same := Orientation(axes))
             same.reads.append(read)
+        for read in self._forms.computed:
+            self._reads.setdefault(read.operation, []).append(read)
         return found
 
     def _returned_by_nodes(self) -> dict[fx.Node, list[Value]]:
@@ -181,7 +184,8 @@ class UnitAnalysis:
                         self._hold(operation, value, found[0] if found else self._unknown(operation, value, 0))
             if operation.node in self._returned:
                 values = [v for v in self._returned[operation.node] if v in operation.outputs]
-                self.outputs |= {operation.node: self._of(value) for value in values[:1]}
+                if operation.node is not None and values:
+                    self.outputs[operation.node] = self._of(values[0])
 
     def _unite(self, rows: Tensor | None) -> None:
         """Make one class of what each position of a weight reads, unless it mixes positions."""
@@ -207,7 +211,8 @@ class UnitAnalysis:
         if rows.shape[0] < 2 or rows.shape[1] < 2:
             return False
         positions = torch.arange(len(rows))[:, None].expand_as(rows)
-        pairs = torch.unique(positions[rows != NOBODY] << 32 | rows[rows != NOBODY])
+        known = (rows != NOBODY) & ~self.numbers.are_open(rows)
+        pairs = torch.unique(positions[known] << 32 | rows[known])
         position, unit = pairs >> 32, pairs & 0xFFFFFFFF
         _, index, readers = torch.unique(unit, return_inverse=True, return_counts=True)
         of_position = torch.bincount(position, minlength=len(rows))
@@ -271,7 +276,7 @@ class UnitAnalysis:
         return touched
 
     def _hold(self, operation: Operation, value: Value, numbers: Tensor) -> None:
-        """Note the numbers of what an operator returns or changes. What is written into a view is in the tensor below."""
+        """Note the numbers of what an operator returns or changes; what is written into a view is in what is below."""
         if value.view_of is None:
             self._held[value] = _Held(numbers)
             return
@@ -288,10 +293,7 @@ class UnitAnalysis:
             made = view.producer
             assert made is not None
             try:
-                source = target
-                target = execute(made, lambda v, s=source, b=view.view_of: s if v is b else None)[
-                    made.outputs.index(view)
-                ]
+                target = execute(made, _in_place_of(view.view_of, target))[made.outputs.index(view)]
             except CannotFollowError:
                 self._held[root] = _Held(self._unknown(operation, root, len(operation.outputs)))
                 return
@@ -379,7 +381,7 @@ class UnitAnalysis:
         return [_expanded(result, v.shape) for v in operation.outputs]
 
     def _without_common_factors(self, operands: list[Tensor]) -> list[Tensor]:
-        """The operands of a product, but for one unit that multiplies many alike, as a norm does: it makes no new units."""
+        """The operands of a product, but for one unit that multiplies many alike: as a norm, it makes no new units."""
         return [x for x in operands if not self._is_one(x)] or operands
 
     def _is_one(self, numbers: Tensor) -> bool:
@@ -478,7 +480,7 @@ class UnitAnalysis:
 
     def _convolved(self, operation: Operation) -> list[Tensor | None]:
         """A convolution by a constant, one kernel for each channel, keeps units, as blurring does."""
-        numbers, given = self._first(operation), operation.operands[0]
+        given = operation.operands[0]
         groups = operation.argument("groups")
         if groups != given.shape[1] or operation.outputs[0].shape[1] != groups:
             raise CannotFollowError("it convolves by what is no parameter")
@@ -534,7 +536,8 @@ class UnitAnalysis:
         axes = [axis % numbers.dim() for axis in read.source_axes]
         (small,) = once(numbers.movedim(axes, list(range(len(axes)))))
         shape = [numbers.shape[axis] for axis in axes]
-        columns = small.expand(*shape, *small.shape[len(axes) :]).reshape(math.prod(shape), -1)
+        rest = small.shape[len(axes) :]
+        columns = small.expand(*shape, *rest).reshape(math.prod(shape), math.prod(rest))
         if columns.shape[1] > 1:
             columns = self.numbers.settled(columns)
             low, high = columns.amin(1, keepdim=True), columns.amax(1, keepdim=True)
@@ -552,8 +555,8 @@ class UnitAnalysis:
 
     def units_of(self, read: Read) -> Tensor:
         """The numbers of the postsynaptic units of a use, in order."""
-        name, index = self._of_read[read]
-        axes = self.orientations[name][index].axes
+        name, index = self._of_read.get(read, (", ".join(read.names), 0))
+        axes = self.orientations[name][index].axes if read in self._of_read else None
         if axes is None:  # each of its uses has units of its own
             count = math.prod(n for n, role in zip(read.lengths, read.roles, strict=True) if role[1])
             return self.numbers.base(("use", self._place[read.operation]), name, "weight", count)
@@ -563,8 +566,12 @@ class UnitAnalysis:
     # --- reading -------------------------------------------------------------------------------------------------
 
     def judged(self, name: str) -> Orientation:
-        """The uses of a weight that decide on its signs: those that read units, if others look up rows or read inputs."""
+        """The uses of a weight that decide on its signs: those that read units, if others read tokens or inputs."""
         return next(iter(self._deciding(name)), self.orientations[name][0])
+
+    def is_judged_by(self, read: Read) -> bool:
+        """Whether a use is one of those that decide on its weight's signs."""
+        return read not in self._of_read or read in self.judged(self._of_read[read][0]).reads
 
     def _deciding(self, name: str) -> list[Orientation]:
         many = self.orientations[name]
@@ -581,7 +588,7 @@ class UnitAnalysis:
     @property
     def _is_neural(self) -> Tensor:
         """By number: whether a unit of the network is in its class."""
-        if not hasattr(self, "_neural") or len(self._neural) != len(self.numbers):
+        if len(self._neural) != len(self.numbers):
             inputs = [i for i, p in enumerate(self.numbers.populations) if p.origin in ("input", "constant")]
             neural = ~torch.isin(self.numbers.owner(), torch.tensor(inputs))
             classes = self.numbers.classes(torch.arange(len(self.numbers)))
@@ -684,6 +691,10 @@ class UnitAnalysis:
 def _maker(value: Value) -> tuple[object, ...]:
     """What made the units of a tensor that is there before the run: an input of several calls is the same each time."""
     return (value.kind, value.name, value.shape) if value.kind == "input" else (value.kind, value.index)
+
+
+def _in_place_of(value: Value | None, tensor: Tensor) -> Callable[[Value], Tensor | None]:
+    return lambda other: tensor if other is value else None
 
 
 def _makes_views(operation: Operation) -> bool:

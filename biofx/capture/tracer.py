@@ -6,7 +6,6 @@ import inspect
 import itertools
 import linecache
 import operator
-import random
 import re
 import sys
 import threading
@@ -36,7 +35,7 @@ from biofx.capture.reparametrized import (
 from biofx.capture.stores import load, stored_attributes
 from biofx.errors import ArgumentError
 from biofx.references import HOOKS
-from biofx.trial import LOCK
+from biofx.trial import LOCK, Draws
 from biofx.weights.declared import places
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -178,7 +177,7 @@ class Tracer(fx.Tracer):
             self.root = root
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
-            self._states = torch.get_rng_state(), random.getstate()
+            self._states = torch.get_rng_state(), Draws.now()
             kept = [module for path, module in root.named_modules() if self.is_kept(path) or why_kept_whole(module)]
             asking = none_tests(self.refuse_to_ask, _MAY_ASK) if kept else nullcontext()
             recorded = _recorded_operators(self), _recorded_parameters(self), _recorded_loads(self, kept)
@@ -312,7 +311,7 @@ class Tracer(fx.Tracer):
             self.found[path] = self.whole[path]
         torch._C._set_grad_enabled(self._gradients[0])
         torch.set_rng_state(self._states[0])
-        random.setstate(self._states[1])
+        self._states[1].restore()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A value that nobody knows yet."""
@@ -493,7 +492,7 @@ def _gradient_mode() -> tuple[bool, bool]:
 
 def _random_state() -> tuple[Any, Any]:
     with torch._C._DisableTorchDispatch():  # it is asked for often, and no value of the model
-        return torch.get_rng_state().numpy().tobytes(), random.getstate()
+        return torch.get_rng_state().numpy().tobytes(), Draws.now()
 
 
 def merge_reads(graph: fx.Graph) -> None:

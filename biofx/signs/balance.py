@@ -257,6 +257,9 @@ class _Runs:
         with recording_of(recorder, self._bio), as_recorded_graph(self._bio, recorder), _in_double(self._bio):
             torch.manual_seed(0)
             run(self._bio)
+            refitted = [(parameter, parameter.detach().clone()) for parameter in self._bio.parameters()]
+        for parameter, value in refitted:  # a recording leaves parameters as they were
+            parameter.copy_(value)
         assert torch.equal(generator, torch.random.get_rng_state())
         return recorder.recording
 

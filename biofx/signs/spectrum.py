@@ -57,10 +57,10 @@ def balanced_recurrent(weight: Tensor, sign: Tensor, density: float, generator: 
     the energy $\sum_j w_{ij}^2$ that it had, and g the number that gives W the spectral radius ρ that it had.
 
     *Which synapses are kept.* Of each sign, a row keeps `density` times the number of its synapses of the *other* sign,
-    but at least `FEWEST`. So excitation by four of five units is sparse and strong, and inhibition dense and weak; all
-    columns have the same energy, and `density` is the fraction of all synapses. Columns that have few come first, so
-    that all have about equally many. A row draws its synapses at rates $(w^0_{ij})^2$, so it keeps one that has most of
-    its energy, and leaves out zeros.
+    if it has as many, and at least `FEWEST`. So excitation by four of five units is sparse and strong, and inhibition
+    dense and weak, and all columns have the same energy. Columns that have few synapses come first, so that all have
+    about equally many. A row draws its synapses at rates $(w^0_{ij})^2$, so it keeps one that has most of its energy,
+    and leaves out zeros.
 
     *What is preserved.* Signs, zero row sums and ρ hold to rounding. Entropy H and norm change; means over 32 draws
     of uniform or normal weights, 50% or 80% excitatory (in brackets: 16 draws of orthogonal ones, whose H was 1):
@@ -73,7 +73,7 @@ def balanced_recurrent(weight: Tensor, sign: Tensor, density: float, generator: 
     | \|w⁰\|·s | −0.09 (−0.15) | −0.06 (−0.10) | −0.04 (−0.07) | × 1 (1); ρ × 0.6 to 8 |
 
     *What cannot be balanced.* A row whose synapses have one sign keeps one of them: k would give W an eigenvalue √k
-    times the others. So a network of one sign becomes a permutation with gains, and the identity becomes diag(s), with
+    times the others. So a network of one sign becomes almost a permutation, and the identity becomes diag(s), with
     ρ, H and norm as before. Fewer units than `SMALLEST` keep all synapses, unbalanced. If ρ was 0, or if the norm had
     to change by more than `LARGEST` for it, rows keep their energy instead.
 
@@ -81,7 +81,7 @@ def balanced_recurrent(weight: Tensor, sign: Tensor, density: float, generator: 
         weight: free weights from n units to themselves, shape (n, n), rows postsynaptic; of stacked gates, one gate.
         sign: +1 or −1 for each presynaptic unit, shape (n,). Columns of units with 0 stay as they are, and ρ is that of
             the weights among the others.
-        density: fraction of the synapses that is kept, in (0, 1].
+        density: fraction of all synapses that is kept, in (0, 1], as long as rows have enough of both signs.
         generator: a CPU generator, which draws those that are kept.
     """
     old, s = weight.detach().double().cpu(), sign.detach().double().cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 
 from torch import nn
 
@@ -77,8 +77,8 @@ def _reason(parameter: nn.Parameter) -> str:
     return why_unfit(parameter) or f"not judged: {NOT_RUN}"
 
 
-def places(module: nn.Module, chosen: set[int]) -> dict[str, nn.Parameter]:
-    """Some parameters by every place in a module where one is registered, if a module does not keep it elsewhere too."""
+def places(module: nn.Module, chosen: Set[int]) -> dict[str, nn.Parameter]:
+    """Some parameters by every place where one is registered in a module, if no module keeps it elsewhere as well."""
     held = held_parameters(module)
     return {
         f"{path}.{key}".lstrip("."): parameter

@@ -13,6 +13,8 @@ def why_unfit(parameter: nn.Parameter) -> str | None:
         return f"it is a {type(parameter).__name__}, and biofx rewrites plain tensors only"
     if parameter.is_nested or parameter.layout is not torch.strided:
         return f"its layout is {'nested' if parameter.is_nested else parameter.layout}, and synapses need a dense one"
+    if not parameter.numel():
+        return "it has no entries"
     if not parameter.is_floating_point():
         return f"its dtype is {parameter.dtype}, and synapses are real numbers"
     return None

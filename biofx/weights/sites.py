@@ -37,9 +37,7 @@ class Call:
     @property
     def bias(self) -> fx.Node | None:
         """The node that holds or computes the bias, if there is one."""
-        if self.use.bias is None:
-            return None
-        return next((n for n in self.node.all_input_nodes if _holds(n, self.use.bias)), None)
+        return self.node.all_input_nodes[self.use.bias] if self.use.bias is not None and self.use.bias >= 0 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +80,11 @@ class WeightSite:
     def uses(self) -> tuple[fx.Node, ...]:
         """The nodes that use it."""
         return tuple(dict.fromkeys((*(call.node for call in self.calls), *self.inside)))
+
+    @property
+    def readers(self) -> tuple[fx.Node, ...]:
+        """The nodes that read the stored parameter."""
+        return () if self.node is None else tuple(self.node.users)
 
     @property
     def groups(self) -> int:
@@ -174,7 +177,7 @@ class WeightSite:
         if any(len(call.use.output_axes) != 1 for call in self.calls):
             return f"{self.operator} does not return its units on one axis"
         if any(call.use.units != self.units for call in self.calls):
-            return "each of its uses has a part of its units"
+            return "not each of its uses returns all of its units"
         return None
 
     @property
@@ -324,17 +327,13 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
         if name not in nodes:
             others[name] = "not used in the graph"
             continue
+        if not chain(nodes[name])[-1].users:
+            others[name] = "no operator uses it any more"
+            continue
         inside = tuple(node for node in chain(nodes[name])[-1].users if is_island(node) or parts.part_of(bio, node))
         own = tuple(call for call in calls.get(name, ()) if call.node not in inside)
         sites[name] = WeightSite(bio, name, facts, nodes[name], own, inside)
     return sites, others | dict(_packed(bio))
-
-
-def _holds(node: fx.Node, parameter: str) -> bool:
-    """Whether a node is the parameter, or the end of its chain."""
-    while node.op != "get_attr" and inserted(node) is not None and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node.op == "get_attr" and node.target == parameter
 
 
 def _is_split(links: list[fx.Node]) -> bool:

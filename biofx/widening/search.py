@@ -25,7 +25,7 @@ def find_widening(bio: fx.GraphModule, sites: dict[str, WeightSite], editable: C
         run: runs the model.
     """
     opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
-    nodes = Nodes(recorded(bio, run))
+    nodes = Nodes(bio, recorded(bio, run))
     left = {name: "something else reads it as well" for name in editable if _is_shared(bio, sites[name])}
     left |= {name: reason for name, reason in opaque.items() if name in editable}
     fixed = {name: left.get(name, "it may not change") for name in sites if name not in editable or name in left}
@@ -47,12 +47,12 @@ def _why_opaque(site: WeightSite) -> str | None:
     """Why it is not told on which axis of its input and of its output an operator has units, or None if it is."""
     if any(call.use.is_embedding for call in site.calls):
         return "the units of an embedding stay as they are"
-    if site.why_not_judged is not None or site.why_no_output is not None:
-        return site.why_not_judged or site.why_no_output
+    if site.why_no_output is not None:
+        return site.why_no_output
     if not all(site.chain[-1] in call.node.all_input_nodes for call in site.calls):
         return "its operator reads what forward computes from it"
     if any(len(call.use.source_axes) != 1 or call.source is None for call in site.calls):
-        return f"{site.operator} does not read its units on one axis"
+        return site.why_not_judged or f"{site.operator} does not read its units on one axis"
     return None
 
 
@@ -60,5 +60,5 @@ def _is_shared(bio: fx.GraphModule, site: WeightSite) -> bool:
     """Whether something else than its operator reads a weight, such as an embedding that is tied to it."""
     called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")}
     inside = {id(p) for path in called for p in bio.get_submodule(path).parameters()}
-    others = [user for user in site.node.users if user not in site.uses]
+    others = [user for user in site.readers if user not in site.uses]
     return id(site.raw) in inside or not all(n.target is getattr and n.args[1] in ("dtype", "device") for n in others)

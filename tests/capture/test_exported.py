@@ -5,6 +5,7 @@ import io
 import random
 from dataclasses import dataclass
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -600,8 +601,12 @@ class Counts(nn.Linear):
 
 
 class DrawsInPython(nn.Linear):
+    def __init__(self, draw):
+        super().__init__(4, 4)
+        self.draw = draw
+
     def forward(self, value):
-        return super().forward(value) * random.random()
+        return super().forward(value) * self.draw()
 
 
 class Chooses(nn.Linear):
@@ -682,7 +687,8 @@ class Checkpoints(nn.Sequential):
             r"decides by the values of a tensor.*\n  in 0 \(Decides\)\n  at .*y if y.sum",
         ),
         (nn.BatchNorm1d(4, momentum=None), "makes a Python number of them: Could not extract"),
-        (DrawsInPython(4, 4), "its forward draws random numbers from Python's random"),
+        (DrawsInPython(random.random), "its forward draws random numbers from Python or NumPy"),
+        (DrawsInPython(lambda: numpy.random.random()), "its forward draws random numbers from Python or NumPy"),
         (ReturnsAnything(4, 4), "forward returns an instance of Opaque, which torch.export cannot take apart"),
         (Chooses(4, 4), "forward uses cond, whose branches biofx cannot follow"),
         (Hooked(), r"0 \(Linear\) has hooks, which only run when the module itself is called"),

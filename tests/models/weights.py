@@ -86,6 +86,7 @@ KINDS = {
     "einsum, o first": _kind(
         "einsum", (4, 8), lambda x, w: torch.einsum("io, i...->o...", w, x), (4, 5, 3), (0, 1), 0, 0
     ),
+    "einsum, open axes": _kind("einsum", (4, 8), lambda x, w: torch.einsum("bi,i...->b...", x, w), (3, 4), (0, 1)),
     "aten.linear": _kind("linear", (8, 4), aten.linear.default, (3, 4), (1, 0)),
     "aten.mm": _kind("mm", (4, 8), aten.mm.default, (3, 4), (0, 1)),
     "aten.matmul": _kind("matmul", (4, 8), aten.matmul.default, (3, 5, 4), (0, 1)),
@@ -136,6 +137,8 @@ PATHS = {
     ),
     "cast": _kind("linear", (8, 4), lambda x, w: F.linear(x, w.to(x.dtype)), (3, 4), (1, 0)),
     "half and back": _kind("linear", (8, 4), lambda x, w: F.linear(x, w.float().type_as(x)), (3, 4), (1, 0)),
+    "gather": _kind("linear", (8, 4), lambda x, w: F.linear(x, w[list(range(8))]), (3, 4), (1, 0)),
+    "mask": _kind("linear", (8, 4), lambda x, w: F.linear(x, w.triu(-7)), (3, 4), (1, 0)),
     "scale": _kind("linear", (8, 4), lambda x, w: F.linear(x, w * 0.25), (3, 4), (1, 0)),
     "scale from the left": _kind("linear", (8, 4), lambda x, w: F.linear(x, 2 * w / 3), (3, 4), (1, 0)),
     "normalize": _kind("linear", (8, 4), lambda x, w: F.linear(x, F.normalize(w, dim=1)), (3, 4), (1, 0)),

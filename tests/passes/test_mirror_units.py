@@ -39,7 +39,6 @@ DOUBLED = {  # whose units are doubled, of how many weights
     "siamese": (3, 4),
     "graph_convolution": (2, 3),
 }
-NEED_EXAMPLES = {"graph_convolution": (0, 3)}  # the shape of an adjacency matrix does not follow from the weights
 
 
 def mirror(model, *x, **options):
@@ -120,8 +119,7 @@ def test_every_architecture_computes_what_it_did(name, examples):
     bio = biofx.transform(model, [passes.MirrorUnits()], example_inputs=x if examples else None)
     for a, b in zip(tensors(bio(*x)), tensors(model(*x)), strict=True):
         torch.testing.assert_close(a, b)
-    expected = DOUBLED if examples else DOUBLED | NEED_EXAMPLES
-    assert (len(doubled(bio, model)), len(biofx.weight_sites(bio))) == expected[name]
+    assert (len(doubled(bio, model)), len(biofx.weight_sites(bio))) == DOUBLED[name]
     if doubled(bio, model):
         assert_one_sign(bio, *x)
     biofx.verify(bio)
@@ -405,6 +403,7 @@ def test_a_module_that_cannot_be_wider():
     bio = mirror(Recurrent(), torch.randn(2, 5, 3))
     assert "its units reach LSTM in rnn, which computes something else" in left(bio, "fc.weight")
     assert "its units reach LSTM in rnn" in biofx.summary(bio)
+    assert "given by a function" not in biofx.summary(bio)
     assert bio.hidden.weight.shape == (10, 4)
     assert bio.head.weight.shape == (2, 10)
 
@@ -421,6 +420,40 @@ def test_queries_and_keys_stay_and_values_are_doubled():
     model, x = double("llama")
     names = doubled(mirror(model, *x), model)
     assert {n for n in names if "attention" in n} == {f"layers.{i}.attention.v_proj.weight" for i in (0, 1)}
+
+
+@torch.fx.wrap
+def alone(x, layer_weight, layer_bias):
+    return F.linear(x, layer_weight, layer_bias)
+
+
+@torch.fx.wrap
+def softmax_behind(x, layer_weight, layer_bias):
+    return F.linear(x, layer_weight, layer_bias).softmax(-1)
+
+
+class Wrapped(nn.Module):
+    """A weight in a function that is one node, by itself or with something that does not go along."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.more = more
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x))
+        if self.more:
+            return self.c(softmax_behind(x, self.b.weight, self.b.bias))
+        return self.c(alone(x, self.b.weight, self.b.bias))
+
+
+def test_a_function_that_is_one_node():
+    model, x = Wrapped(more=False), torch.randn(2, 6, 3)
+    assert doubled(mirror(model, x), model) == {"a.weight", "b.weight"}
+    model = Wrapped(more=True)
+    bio = mirror(model, x)
+    assert not doubled(bio, model)
+    assert left(bio, "b.weight") == "linear does not return its units on one axis"
 
 
 def test_a_shuffle_in_front_of_a_depthwise_convolution():

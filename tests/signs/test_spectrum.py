@@ -77,17 +77,17 @@ def test_the_spectrum_is_kept(kind, n, excitatory):
 def test_naive_signs_do_not_keep_it(kind, n, excitatory):
     old, sign = free(kind, n), signs(n, excitatory)
     naive = old.abs() * sign
-    assert spectral_radius(naive) != pytest.approx(spectral_radius(old), rel=0.1)
+    assert spectral_radius(naive) != pytest.approx(spectral_radius(old), rel=0.05)
     assert change(naive, old) > 1.4 * ENTROPY[kind]
     if excitatory == 0.8:
         assert gap(naive) > 3 * GAP
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dense_rows_that_sum_to_zero_have_no_such_entropy(kind):
-    """One singular value stands out, since all rows read through the same signs; and columns differ in energy."""
+def test_denser_rows_have_no_such_entropy(kind):
+    """One singular value stands out, because all rows read through the same signs; and columns differ in energy."""
     old, sign = free(kind, 64), signs(64, 0.8)
-    assert change(balanced(old, sign, 1.0), old) > 1.5 * change(balanced(old, sign), old) + 0.02
+    assert change(balanced(old, sign, 1.0), old) > change(balanced(old, sign), old) + 0.03
 
 
 def test_rows_keep_their_energies_relative_to_each_other():
@@ -153,10 +153,18 @@ def test_what_is_not_there_stays_away():
     assert change(new, old) < 0.03
 
 
-@pytest.mark.parametrize("old", [torch.zeros(9, 9), torch.ones(8).diag(-1)], ids=["zero", "chain"])
-def test_without_a_radius_rows_keep_their_energy(old):
-    n = len(old)
-    torch.testing.assert_close(balanced(old, signs(n, 0.5)).norm(dim=1), old.norm(dim=1))
+ALTERNATING = torch.tensor([1.0, -1.0] * 4)
+WITHOUT_RADIUS = {
+    "zero": torch.zeros(9, 9),
+    "chain": torch.ones(8).diag(-1),
+    "nilpotent": torch.ones(8).outer(ALTERNATING),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_RADIUS)
+def test_without_a_radius_rows_keep_their_energy(name):
+    old = WITHOUT_RADIUS[name]
+    torch.testing.assert_close(balanced(old, signs(len(old), 0.5)).norm(dim=1), old.norm(dim=1))
 
 
 def test_free_columns_stay_and_the_others_keep_the_radius_among_them():
@@ -186,11 +194,11 @@ def run(weight, h, steps, draw):
     return torch.stack(seen)
 
 
-@pytest.mark.parametrize(("kind", "n", "excitatory"), [case for case in EVERY if case[2] == 0.8])
-def test_activity_neither_explodes_nor_dies(kind, n, excitatory):
-    old, sign = free(kind, n), signs(n, excitatory)
+@pytest.mark.parametrize("kind", KINDS)
+def test_activity_neither_explodes_nor_dies(kind):
+    old, sign = free(kind, 64), signs(64, 0.8)
     before, after, naive = (
-        run(w, torch.zeros(16, n, dtype=torch.float64), 200, generator(0, "noise")).std((0, 1)).mean()
+        run(w, torch.zeros(16, 64, dtype=torch.float64), 200, generator(0, "noise")).std((0, 1)).mean()
         for w in (old, balanced(old, sign), old.abs() * sign)
     )
     assert float(after / before) == pytest.approx(1, abs=0.25)

@@ -647,7 +647,6 @@ UNKNOWN = {
     "module": (lambda x, m: m.layer(x), {"layer": Opaque()}, 4, "cumsum in layer"),
     "chosen": (lambda x: x.gather(-1, x.argsort(-1)[..., :3]), {}, 3, "gather"),
     "sorted": (lambda x: x.sort(-1)[0], {}, 4, "sort"),
-    "neighbours": (lambda x: F.local_response_norm(x.transpose(1, 2), 3).transpose(1, 2), {}, 4, "local_response_norm"),
 }
 
 
@@ -663,7 +662,16 @@ def test_what_cannot_be_followed_starts_units_that_all_readers_share(name):
     found = analysed(forward, torch.randn(2, 5, 4), **layers, d=nn.Conv1d(width, 2, 3), **children)
     for reader in "bcde":
         assert feeds(found, f"{reader}.weight") == run(operator, *range(width))
-    assert origin(found, operator) == ("merged" if name == "neighbours" else "unknown", width)
+    assert origin(found, operator) == ("unknown", width)
+
+
+def test_units_that_are_joined_with_their_neighbours_are_not_one():
+    layers = {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(6, 2, 1), "c": nn.Conv2d(6, 2, 1)}
+    found = analysed(
+        lambda m, x: (m.b(y := F.local_response_norm(m.a(x), 3)), m.c(y)), torch.randn(2, 3, 8, 7), **layers
+    )
+    assert torch.equal(found.readings["b.weight"].classes, found.readings["c.weight"].classes)
+    assert len(found.readings["b.weight"].classes.unique()) == 6
 
 
 def test_a_function_of_ones_own_is_run():
@@ -862,7 +870,7 @@ def test_scales_are_what_multiplies_units_on_their_way_to_a_weight():
             return self.last(self.b(F.group_norm(x, 2, self.weight, self.bias)))
 
     found = biofx.units(Scaled(), torch.randn(2, 3, 4, 4))
-    assert found.scales == dict.fromkeys(["norm.weight", "gamma", "weight"], {"b.weight"})
+    assert found.scales == {name: {"b.weight"} for name in ("norm.weight", "gamma", "weight")}
     assert found.readings["b.weight"].signed_by == "group_norm"
 
 

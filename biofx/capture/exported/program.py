@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,7 +24,7 @@ from biofx.capture.tracer import KeepWhole, StandIn, Tracer
 from biofx.capture.watching import watched
 from biofx.errors import CaptureError
 from biofx.parts import Part
-from biofx.trial import Snapshot, parameters_kept
+from biofx.trial import Draws, Snapshot, parameters_kept
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 
@@ -109,14 +108,14 @@ class _OnTensors(nn.Module):
         held = Snapshot(self.model)
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
-        drawn = random.getstate()
+        drawn = Draws.now()
         watcher.outputs = describe(self.model(*args, **kwargs), results)
         computed = computed_names(self.model)
         for path, name, _ in held.changes():
             if (path, name) not in computed and f"{path}.{name}".lstrip(".") not in before:
                 watcher.note_side_effect(path, f"changes the attribute {name}")
-        if random.getstate() != drawn:
-            watcher.note_side_effect("", "draws random numbers from Python's random")
+        if Draws.now() != drawn:
+            watcher.note_side_effect("", "draws random numbers from Python or NumPy")
         after = dict(self.model.named_buffers())
         watcher.assigned = [name for name in before if after.get(name) is not before[name]]
         for name in watcher.assigned:
