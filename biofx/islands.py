@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from biofx.analysis.recording import unrecorded
 from biofx.errors import CaptureError
 from biofx.members import Place, is_lost, present
 
@@ -61,7 +62,8 @@ def _copies(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     if module.training in modes:
         return {}
     modes.add(module.training)
-    return {name: w.detach().clone() for name, w in weights.items() if type(w) is Tensor}
+    with unrecorded():
+        return {name: w.detach().clone() for name, w in weights.items() if type(w) is Tensor}
 
 
 def _refuse_lost_changes(
@@ -71,7 +73,9 @@ def _refuse_lost_changes(
     for name, copy in copies.items():
         path, _, key = name.rpartition(".")
         stored = copy if has_failed else vars(module.get_submodule(path))["_parameters"][key]
-        if is_lost(weights[name], copy, stored):
+        with unrecorded():
+            is_forgotten = is_lost(weights[name], copy, stored)
+        if is_forgotten:
             _modes.pop(module)
             raise CaptureError(
                 f"the forward of {type(module).__name__}, an island, changes {name}, and such a change would be lost, "

@@ -24,6 +24,7 @@ from biofx.weights.sites import WeightSite, find
 __all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]
 
 WIDTH = 100  # of a table
+LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}  # of columns in a wide one
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,10 @@ class Units:
         rows = [self._row(name, site, notes) for name, site in self.sites.items()]
         if not notes:
             headers, rows = headers[:-1], [row[:-1] for row in rows]
-        lines = tabulate(rows, headers, disable_numparse=True, maxcolwidths=_widths(headers)).splitlines()
+        lines = tabulate(rows, headers, disable_numparse=True).splitlines()
+        if max(map(len, lines)) > WIDTH:
+            widths = [LIMITS.get(header) for header in headers]
+            lines = tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths).splitlines()
         table = "\n".join(line.rstrip() for line in lines)
         texts = [_wrapped(f"[{number}] {note}") for note, number in notes.items()]
         run = [f"inputs: {self.inputs}"] if self.inputs != "given" else []
@@ -167,12 +171,6 @@ class Units:
             of = f" of {self.populations[index].size}" if count < self.populations[index].size else ""
             parts.append(f"{count}{of}{repeated}: {self.populations[index].name}")
         return ",\n".join(parts)
-
-
-def _widths(headers: list[str]) -> list[int | None]:
-    """Columns that together are narrower than a page."""
-    limits = {"weight": 28, "presynaptic units": 28, "activity": 22}
-    return [limits.get(header) for header in headers]
 
 
 def _wrapped(text: str) -> str:

@@ -168,6 +168,21 @@ def check_summary(case: Case) -> None:
     assert {name for name, _ in case.model.named_parameters()} >= {*filter(None, plain)}
 
 
+def check_same_weights(cases: Sequence[Case]) -> None:
+    """What several front ends made of one model has the same signs, synapse by synapse, and the same weights."""
+    first, *others = (biofx.weight_sites(case.bio) for case in cases)
+    assert any(site.sign is not None for site in first.values())
+    for sites in others:
+        assert sites.keys() == first.keys()
+        for name, site in sites.items():
+            assert (site.sign is None) == (first[name].sign is None), name
+            if site.sign is not None:
+                assert torch.equal(site.sign.expand_as(site.raw), first[name].sign.expand_as(site.raw)), name
+            weight, expected = site.effective(), first[name].effective()
+            assert torch.equal(weight.sign(), expected.sign()), name
+            torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
 PROPERTIES = (
     check_function_is_preserved,
     check_fold,

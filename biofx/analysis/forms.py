@@ -272,11 +272,16 @@ class Forms:
             if output.is_activity:
                 self.found[output] = form
         for value in operation.written:
-            below = value.view_of
-            while below is not None:  # a part of it is something else now
-                before = [self.found[below]] if below in self.found else []
-                self.found[below] = _mixture(operation, [*result, *before])
-                below = below.view_of
+            self._write(operation, value, result)
+
+    def _write(self, operation: Operation, value: Value, made: list[Form | Mixture]) -> None:
+        """Note that a tensor, and all those in whose memory it is, have something else in them now."""
+        while value.view_of is not None:
+            value = value.view_of
+            before = [self.found[value]] if value in self.found else []
+            self.found[value] = _mixture(operation, [*made, *before])
+        if value.kind == "parameter":  # whatever it is now, who reads it does not read those that it was computed from
+            self.found[value] = replace(_mixture(operation, made), parameters=frozenset((value,)))
 
     def _note_users(self, operation: Operation, values: Iterable[Value]) -> None:
         for value in values:

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ class Recording:
         nodes: what the nodes of a captured graph computed, with values for tensors; empty if there is no graph.
         operations_of: the operators of each node.
         decisions: where Python saw numbers that depend on inputs: other inputs may take other ways there.
-        changed: what changed a parameter in place, by the parameter's name.
+        changed: what changed a parameter in place, by the parameter's name; None if its data was assigned.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -166,7 +167,7 @@ class Recording:
     nodes: dict[fx.Node, Any] = field(default_factory=dict)
     operations_of: dict[fx.Node, list[Operation]] = field(default_factory=dict)
     decisions: list[Operation] = field(default_factory=list)
-    changed: dict[str, Operation] = field(default_factory=dict)
+    changed: dict[str, Operation | None] = field(default_factory=dict)
 
 
 class Recorder(TorchDispatchMode):
@@ -277,6 +278,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and note it."""
         kwargs = kwargs or {}
+        if _paused.get():
+            return func(*args, **kwargs)
         decomposition = decomposed(func)
         if decomposition is not None:
             with self:
@@ -496,6 +499,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool 
 def recording_of(recorder: Recorder, model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Record what runs in the block, and undo its side effects on a model."""
     gradients = {p: p.grad for p in model.parameters()}
+    memory = {name: _place_in_memory(p.data) for name, p in model.named_parameters()}
     with contextlib.ExitStack() as stack:
         for context in (parameters_kept(model), undisturbed(model), torch.no_grad(), _operator_by_operator()):
             stack.enter_context(context)
@@ -508,6 +512,22 @@ def recording_of(recorder: Recorder, model: nn.Module, *, training: bool = False
         finally:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
+            for name, parameter in model.named_parameters():
+                if name in memory and _place_in_memory(parameter.data) != memory[name]:
+                    recorder.recording.changed.setdefault(name, None)
+
+
+_paused: ContextVar[bool] = ContextVar("_paused", default=False)
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Keep operators out of recordings that are no part of a forward, such as those that check what it does."""
+    token = _paused.set(True)
+    try:
+        yield
+    finally:
+        _paused.reset(token)
 
 
 @contextlib.contextmanager

@@ -276,8 +276,10 @@ def _why_no_weight(name: str, parameter: nn.Parameter, recording: Recording, for
     return f"used by {', '.join(names)}, which biofx does not know as an operator on weights"
 
 
-def _change(operation: Operation) -> str:
-    """Why a parameter that an operator changes is not made of synapses."""
+def _change(operation: Operation | None) -> str:
+    """Why a parameter that forward changes is not made of synapses."""
+    if operation is None:
+        return "forward assigns its data"
     if operation.name == "embedding_renorm":
         return f"{shown(operation)} changes it in forward, as max_norm is set"
     return f"forward changes it in place, by {operation.located}"

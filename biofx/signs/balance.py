@@ -28,6 +28,7 @@ from biofx.analysis.replay import Moment, Replay
 from biofx.analysis.understanding import Run, Understanding, call
 from biofx.chain import attribute
 from biofx.copying import copied
+from biofx.members import stored_weights
 from biofx.signs.spectrum import balanced_recurrent
 from biofx.weights.sites import WeightSite, find
 
@@ -246,8 +247,9 @@ class _Runs:
             site = self._sites[moment.read.parameter.name]
             if len(moment.source) < FEWEST:
                 return None
-            see(site, lambda weight: self._by_sample(moment, moment.net_input(_as_read(site, moment.read, weight))))
-            return _as_read(site, moment.read, site.effective())
+            with stored_weights():  # an island hands out what it runs with
+                see(site, lambda weight: self._by_sample(moment, moment.net_input(_as_read(site, moment.read, weight))))
+                return _as_read(site, moment.read, site.effective())
 
         replay = Replay(self._recording, self._forms, dict.fromkeys(self._first.values(), look))
         self._recorded(replay, self._run)

@@ -13,7 +13,6 @@ from biofx.weights.fitness import why_unfit
 
 PRE: Role = (True, False)
 POST: Role = (False, True)
-HELD = "a module keeps it in a list or a plain attribute as well, where it stays as it is"
 _CONVOLUTIONS = tuple(getattr(nn, f"Conv{n}d") for n in (1, 2, 3))
 _TRANSPOSED = tuple(getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3))
 

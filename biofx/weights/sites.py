@@ -13,8 +13,9 @@ from biofx.analysis.graphs import NodeUse, uses_of
 from biofx.chain import attribute, chain, evaluate, parameter_nodes
 from biofx.islands import described, is_island, island_path
 from biofx.provenance import Slot, inserted, record_of, transformed
+from biofx.references import held_parameters
 from biofx.weights.axes import Axes
-from biofx.weights.facts import WeightFacts
+from biofx.weights.facts import HELD, WeightFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,7 +326,8 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     others = dict(record.others)
     for name, facts in record.weights.items():
         if name not in nodes:
-            others[name] = "not used in the graph"
+            held = id(bio.get_parameter(name)) in held_parameters(bio)
+            others[name] = HELD if held else "not used in the graph"
             continue
         if not chain(nodes[name])[-1].users:
             others[name] = "no operator uses it any more"
