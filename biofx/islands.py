@@ -61,9 +61,11 @@ def _copies(module: nn.Module, weights: Mapping[str, Any]) -> dict[str, Tensor]:
     modes = _modes.setdefault(module, set())
     if module.training in modes:
         return {}
-    modes.add(module.training)
     with unrecorded():
-        return {name: w.detach().clone() for name, w in weights.items() if type(w) is Tensor}
+        copies = {name: w.detach().clone() for name, w in weights.items() if type(w) is Tensor}
+    if copies:  # else no weight is computed, and no change is lost
+        modes.add(module.training)
+    return copies
 
 
 def _refuse_lost_changes(

@@ -7,7 +7,7 @@ from torch import fx
 from biofx.analysis.activity import Activity
 from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import annotate
-from biofx.analysis.understanding import Understanding, recorded
+from biofx.analysis.understanding import Understanding, changed_in_training, recorded
 from biofx.analysis.units import UnitAnalysis
 from biofx.islands import is_whole
 from biofx.provenance import record_of
@@ -28,6 +28,9 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
         return
     record.weights, record.others = dict(understood.weights), dict(understood.others)
     record.inputs, record.notes = understood.inputs, list(understood.notes)
+    for name, reason in changed_in_training(bio, understood.run).items():
+        if record.weights.pop(name, None) is not None:
+            record.others[name] = reason
     if is_whole(bio):  # one node uses all of them
         return
     recording = understood.recording

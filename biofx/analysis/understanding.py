@@ -155,6 +155,16 @@ def recorded(model: nn.Module, run: Run) -> Recording:
     return recorder.recording
 
 
+def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:
+    """The parameters that a run in training mode changes, each with the reason why it is not made of synapses."""
+    recorder = Recorder()
+    with recording_of(recorder, model, training=True), _as_graph(model, recorder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(Exception):  # such as batch norm of one sample
+            run(model)
+    return {name: _change(operation) for name, operation in recorder.recording.changed.items()}
+
+
 def _failure(model: nn.Module, recorder: Recorder, error: Exception) -> str:
     where = f", at {recorder.failed}" if recorder.failed else ""
     return f"{type(model).__name__} fails on example_inputs{where}: {error}"
