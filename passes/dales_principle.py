@@ -262,19 +262,24 @@ class DalesPrinciple(Pass):
             elif energies is not None:
                 signs[numbers] = torch.where(energies[numbers, 0] >= energies[numbers, 1], 1.0, -1.0)
             else:
-                signs[numbers] = self._draw(model, population, len(numbers))
+                signs[numbers] = self._draw(model, population, len(numbers), len(members))
         if given:
             names = ", ".join(population.name for population in units.populations[1:])
             raise PipelineError(f"{self.name}: assign names {next(iter(given))!r}, but the populations are {names}")
         return torch.where(known != 0, known, signs)
 
-    def _draw(self, model: ModelEditor, population: Population, count: int) -> Tensor:
+    def _draw(self, model: ModelEditor, population: Population, count: int, members: int) -> Tensor:
         name = population.name
         if count == 1 and 0 < self.excitatory < 1:
+            problem, times = f"{name} is a population of one unit, which", ""
+            if members > 1:
+                problem, times = (
+                    f"the {members} units of {name} that a weight reads need one sign, so they",
+                    f" * {members}",
+                )
             raise PipelineError(
-                f"{self.name}: {name} is a population of one unit, which cannot be {self.excitatory:.0%} excitatory; "
-                f'give it a sign with assign={{"{name}": [1]}}, or leave the weights that read it alone with sites or '
-                "exclude"
+                f"{self.name}: {problem} cannot be {self.excitatory:.0%} excitatory; give it a sign with "
+                f'assign={{"{name}": [1]{times}}}, or leave the weights that read it alone with sites or exclude'
             )
         excitatory = round(self.excitatory * count)
         if 0 < self.excitatory < 1:
