@@ -66,7 +66,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
     original = {name: _connections(site).clone() for name, site in sites.items()}
-    blocks = {name: recurrent_blocks(units.readings[name]) for name in sites}
+    blocks = {name: _blocks(site, units.readings[name]) for name, site in sites.items()}
     biases = {name: bias for name, site in sites.items() if (bias := _bias(model, site)) is not None}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -97,6 +97,12 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
         model.sites[name].raw.copy_(site.raw)
         if name in biases and biases[name] not in model.excluded:
             model.value(biases[name]).copy_(attribute(bio, biases[name]))
+
+
+def _blocks(site: WeightSite, reading: Reading) -> list[Tensor] | None:
+    """The rows of a recurrent matrix; a recurrent convolution, with many synapses for each pair of units, has none."""
+    is_matrix = site.shape.numel() == site.units * site.presynaptic_units
+    return recurrent_blocks(reading) if is_matrix else None
 
 
 def recurrent_blocks(reading: Reading) -> list[Tensor] | None:

@@ -98,6 +98,24 @@ def test_every_net_input_keeps_its_mean_and_variance():
         assert float((variance / expected_variance).log().abs().mean().exp()) < 1.2
 
 
+def test_a_convolution_that_is_applied_again_is_balanced_by_rows():
+    class Again(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again = torch.nn.Conv2d(2, 20, 1), torch.nn.Conv2d(20, 20, 3, padding=1)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            for _ in range(2):
+                x = self.again(x).relu()
+            return x
+
+    x = torch.randn(2, 2, 6, 6)
+    bio = biofx.transform(Again(), [passes.DalesPrinciple()], example_inputs=x)
+    assert biofx.verify(bio)["again.weight"].kind == "obeys"
+    assert torch.isfinite(bio(x)).all()
+
+
 def test_synapses_keep_their_shares():
     """A split weight and a plain one compute the same after the same signs."""
     x = torch.randn(5, 4)
