@@ -181,4 +181,5 @@ def test_a_weight_that_is_not_finite(value, dtype):
 
 
 def test_a_weight_without_entries_is_valid():
-    biofx.verify(biofx.transform(nn.Linear(0, 2), [passes.FuzzyLearningRates()]))
+    model = nn.Sequential(nn.Linear(0, 2), nn.Linear(2, 2))
+    assert list(biofx.verify(biofx.transform(model, [passes.FuzzyLearningRates()]))) == ["1.weight"]

@@ -505,10 +505,9 @@ def recording_of(recorder: Recorder, model: nn.Module, *, training: bool = False
             stack.enter_context(context)
         model.train(training)
         recorder.declare_model(model)
-        stack.enter_context(recorder.watching(model))
-        stack.enter_context(recorder)
         try:
-            yield
+            with recorder.watching(model), recorder:
+                yield
         finally:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient

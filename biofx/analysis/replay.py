@@ -56,6 +56,8 @@ class Replay(Recorder):
             return args, kwargs
         flat, spec = pytree.tree_flatten((args, kwargs))
         recorded, _ = pytree.tree_flatten((read.operation.args, read.operation.kwargs))
+        if not self._are_same(flat, recorded):  # other weights made the model go another way
+            return args, kwargs
         bias = bias_of(read.operation)
 
         def given(new: Tensor, *, with_bias: bool) -> tuple[Any, Any]:
@@ -76,6 +78,11 @@ class Replay(Recorder):
         source = next(leaf for leaf, value in zip(flat, recorded, strict=True) if value is read.source)
         new = see(Moment(read, source, net_input))
         return (args, kwargs) if new is None else given(new, with_bias=True)
+
+    def _are_same(self, given: list[Any], recorded: list[Any]) -> bool:
+        """Whether an operator is given the tensors that it was given in the recorded run."""
+        now = [self.value(leaf).index if isinstance(leaf, Tensor) else None for leaf in given]
+        return now == [leaf.index if isinstance(leaf, Value) else None for leaf in recorded]
 
     def _laid_out(self, read: Read, weight: Tensor) -> Tensor:
         """A weight in the shape of the parameter as an operator reads it."""
