@@ -12,8 +12,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from biofx.analysis.numbers import NOBODY, Population
+from biofx.analysis.readings import Reading
 from biofx.analysis.understanding import Understanding, understand
-from biofx.analysis.units import Reading
 from biofx.capture import check_module
 from biofx.errors import ArgumentError, NotJudgedError
 from biofx.provenance import is_transformed, transformed, unwrapped

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from biofx.analysis.forms import Forms, Read, bias_of
 from biofx.analysis.layouts import CannotFollowError, execute, varies
 from biofx.analysis.operators import COPIES, Kind
+from biofx.analysis.readings import Readings
 from biofx.analysis.recording import Operation, Recorder, Recording, Value
-from biofx.analysis.units import UnitAnalysis
 from biofx.chain import attribute, chain, compute, parameter_nodes
 from biofx.errors import ArgumentError
 from biofx.provenance import Slot, inserted
@@ -138,7 +138,7 @@ def _stacked(node: fx.Node, shape: torch.Size) -> tuple[Tensor, ...] | None:
     return tuple(coordinates)
 
 
-def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, analysis: UnitAnalysis) -> None:
+def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, readings: Readings) -> None:
     """Note at each node how it uses weights."""
     reads: dict[fx.Node, list[Read]] = {}
     for node in bio.graph.nodes:
@@ -150,7 +150,7 @@ def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, analysis: 
     for node, found in reads.items():
         names = dict.fromkeys(name for read in found for name in read.names)
         node.meta[USES] = tuple(
-            _use(node, recording, analysis, name, [r for r in found if name in r.names], alone=len(found) == 1)
+            _use(node, recording, readings, name, [r for r in found if name in r.names], alone=len(found) == 1)
             for name in names
         )
 
@@ -164,7 +164,7 @@ def uses_of(node: fx.Node) -> tuple[NodeUse, ...]:
 def _use(
     node: fx.Node,
     recording: Recording,
-    analysis: UnitAnalysis,
+    readings: Readings,
     name: str,
     reads: list[Read],
     *,
@@ -172,7 +172,7 @@ def _use(
 ) -> NodeUse:
     read = reads[0]
     lengths = [n for n, role in zip(read.lengths, read.roles, strict=True) if role[1]]
-    units = len(analysis.units_of(read).unique())
+    units = len(readings.units.units_of(read).unique())
     source, axes = _source(node, recording, read) if len(reads) == 1 and not read.others else (None, ())
     bias, is_plain = _bias(node, recording, read)
     return NodeUse(
@@ -180,7 +180,7 @@ def _use(
         operator=shown(read.operation),
         units=units,
         adjacent=lengths[-1] * (read.groups if len(lengths) > 1 else 1) if lengths else 1,
-        output_axes=_output_axes(node, analysis, read) if alone and is_plain and analysis.is_judged_by(read) else (),
+        output_axes=_output_axes(node, readings, read) if alone and is_plain and readings.is_judged_by(read) else (),
         source=source,
         source_axes=axes,
         bias=bias,
@@ -200,10 +200,10 @@ def shown(operation: Operation) -> str:
     return SHOWN.get(name, name)
 
 
-def _output_axes(node: fx.Node, analysis: UnitAnalysis, read: Read) -> tuple[int, ...]:
+def _output_axes(node: fx.Node, readings: Readings, read: Read) -> tuple[int, ...]:
     """The axes of what a node returns on which the weight's units are."""
-    numbers, units = analysis.outputs.get(node), analysis.units_of(read)
-    expected = analysis.numbers.classes(units)
+    numbers, units = readings.units.outputs.get(node), readings.units.units_of(read)
+    expected = readings.units.numbers.classes(units)
     if numbers is None or not numbers.dim() or not bool((units[1:] > units[:-1]).all()):
         return ()
     axes = [axis for axis in range(numbers.dim()) if varies(numbers, axis)]
@@ -213,7 +213,7 @@ def _output_axes(node: fx.Node, analysis: UnitAnalysis, read: Read) -> tuple[int
         return tuple([axis for axis in own if axis in single] or single[-len(own) :]) if own else ()
     others = [axis for axis in range(numbers.dim()) if axis not in axes]
     small = numbers.permute(*axes, *others).reshape([*[numbers.shape[a] for a in axes], -1])
-    if not small.numel() or not torch.equal(analysis.numbers.classes(small[..., 0].flatten()), expected):
+    if not small.numel() or not torch.equal(readings.units.numbers.classes(small[..., 0].flatten()), expected):
         return ()
     return tuple(axis - numbers.dim() for axis in axes)
 

@@ -132,13 +132,26 @@ class UnitNumbers:
         rows = rows[(rows != rows.amax(1, keepdim=True)).any(1)] if rows.numel() else rows[:0]
         return bool(((rows == NOBODY) | self._is_elastic()[rows]).all())
 
-    def unite(self, rows: Tensor) -> bool:
-        """Make one class of the units in each row, shape (rows, units); whether they were several."""
+    def mix_positions(self, rows: Tensor) -> bool:
+        """Whether a row has several units of which another row has one, as what weights over tokens read."""
+        rows = self.classes(rows)
+        if rows.shape[0] < 2 or rows.shape[1] < 2:
+            return False
+        positions = torch.arange(len(rows))[:, None].expand_as(rows)
+        known = (rows != NOBODY) & ~self.are_open(rows)
+        pairs = torch.unique(positions[known] << 32 | rows[known])
+        position, unit = pairs >> 32, pairs & 0xFFFFFFFF
+        _, index, readers = torch.unique(unit, return_inverse=True, return_counts=True)
+        of_position = torch.bincount(position, minlength=len(rows))
+        return bool(((readers[index] > 1) & (of_position[position] > 1)).any())
+
+    def unite(self, rows: Tensor) -> None:
+        """Make one class of the units in each row, shape (rows, units)."""
         rows = self.classes(rows.reshape(rows.shape[0], -1))
         lowest = torch.where(rows == NOBODY, _HIGHEST, rows).amin(1, keepdim=True).expand_as(rows)
         differ = (rows != NOBODY) & (rows != lowest)
         if not bool(differ.any()):
-            return False
+            return
         pairs = torch.unique(lowest[differ] << 32 | rows[differ])
         edges = torch.stack([pairs >> 32, pairs & 0xFFFFFFFF])
         found = torch.arange(len(self))
@@ -149,7 +162,6 @@ class UnitNumbers:
             while not torch.equal(found, found[found]):
                 found = found[found]
         self.representative = found
-        return True
 
     def named(self, carried: Iterable[Tensor]) -> tuple[tuple[Population, ...], Tensor]:
         """The populations of some numbers, with names that tell them apart, and by number the index of its population.

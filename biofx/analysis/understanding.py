@@ -20,8 +20,9 @@ from biofx.analysis.forms import Forms, Read
 from biofx.analysis.graphs import as_recorded_graph, shown
 from biofx.analysis.numbers import Population
 from biofx.analysis.operators import Kind
+from biofx.analysis.readings import Reading, Readings
 from biofx.analysis.recording import Operation, Recorder, Recording, recording_of
-from biofx.analysis.units import Reading, UnitAnalysis
+from biofx.analysis.units import UnitAnalysis
 from biofx.errors import ArgumentError
 from biofx.provenance import is_transformed
 from biofx.randomness import fixed_defaults
@@ -55,7 +56,6 @@ class Understanding:
 
     recording: Recording
     forms: Forms = field(repr=False)
-    analysis: UnitAnalysis = field(repr=False)
     weights: dict[str, WeightFacts]
     others: dict[str, str]
     populations: tuple[Population, ...]
@@ -189,7 +189,7 @@ def read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Un
 def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
     activity = Activity(recording)
     forms = Forms(recording, lambda value: not activity.of(value))
-    analysis = UnitAnalysis(recording, forms, activity)
+    reads = Readings(recording, UnitAnalysis(recording, forms), activity)
     flow = Flow(recording, forms)
     parameters = dict(model.named_parameters())
     weights: dict[str, WeightFacts] = {}
@@ -197,21 +197,22 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
     for name, parameter in parameters.items():
         reason = _why_no_weight(name, parameter, recording, forms)
         if reason is None:
-            weights[name] = _facts(name, forms, analysis, flow)
+            weights[name] = _facts(name, forms, reads, flow)
         else:
             others[name] = reason
-    readings = {name: reading for name, reading in analysis.readings.items() if name in weights}
+    numbers = reads.units.numbers
+    readings = {name: reads.of(name) for name in reads.units.orientations if name in weights}
     carried = [x for reading in readings.values() for x in (reading.numbers, reading.sources)]
-    populations, owner = analysis.numbers.named(carried)
-    classes = analysis.numbers.classes(torch.arange(len(owner)))
+    populations, owner = numbers.named(carried)
+    classes = numbers.classes(torch.arange(len(owner)))
     scales = {name: found & weights.keys() for name, found in flow.scales.items() if found & weights.keys()}
     return Understanding(
-        recording, forms, analysis, weights, others, populations, owner, classes, readings, scales, run,
+        recording, forms, weights, others, populations, owner, classes, readings, scales, run,
         words != BY_FUNCTION, words, list(_notes(recording)),
     )  # fmt: skip
 
 
-def _facts(name: str, forms: Forms, analysis: UnitAnalysis, flow: Flow) -> WeightFacts:
+def _facts(name: str, forms: Forms, readings: Readings, flow: Flow) -> WeightFacts:
     reads = [read for read in forms.reads if read.parameter.name == name]
     depth, is_output = flow.depth.get(name, 0.0), name in flow.outputs
     if not reads:
@@ -220,14 +221,14 @@ def _facts(name: str, forms: Forms, analysis: UnitAnalysis, flow: Flow) -> Weigh
             shown(operation), 1, None, reason, reason, False, 1, None, depth, is_output, operation.located
         )
     mixed = forms.mixed.get(name)
-    orientation, reading = analysis.judged(name), analysis.readings[name]
-    axes = orientation.axes if not mixed and not _differ(analysis, name) else None
+    orientation, reading = readings.judged(name), readings.of(name)
+    axes = orientation.axes if not mixed and not _differ(readings, name) else None
     paddings = {read.padding for read in reads if read.source is None}
     return WeightFacts(
         operator=", ".join(dict.fromkeys(shown(read.operation) for read in reads)),
         uses=len(reads),
         axes=axes,
-        why_no_axes=_why_no_axes(name, analysis, reads) if axes is None else "",
+        why_no_axes=_why_no_axes(name, readings, reads) if axes is None else "",
         why_not_judged=mixed[0] if mixed else reading.remark,
         is_free=bool(reading.is_free.all()),
         groups=reads[0].groups,
@@ -238,14 +239,14 @@ def _facts(name: str, forms: Forms, analysis: UnitAnalysis, flow: Flow) -> Weigh
     )
 
 
-def _differ(analysis: UnitAnalysis, name: str) -> bool:
+def _differ(readings: Readings, name: str) -> bool:
     """Whether uses of a weight want different axes, and it is not told which of them decide."""
-    many = analysis.orientations[name]
-    return len(many) > 1 and (bool(analysis.readings[name].remark) or any(o.axes is None for o in many))
+    many = readings.units.orientations[name]
+    return len(many) > 1 and (bool(readings.of(name).remark) or any(o.axes is None for o in many))
 
 
-def _why_no_axes(name: str, analysis: UnitAnalysis, reads: list[Read]) -> str:
-    many = analysis.orientations[name]
+def _why_no_axes(name: str, readings: Readings, reads: list[Read]) -> str:
+    many = readings.units.orientations[name]
     if len(many) > 1:
         kinds = dict.fromkeys(f"{shown(o.reads[0].operation)} ({o.axes})" for o in many)
         return f"shared by operators that want different axes: {', '.join(kinds)}"

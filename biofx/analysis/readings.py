@@ -1,0 +1,176 @@
+"""Readings: whose units each weight reads, and why that cannot be told of some."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from biofx.analysis.activity import Activity
+from biofx.analysis.forms import Read
+from biofx.analysis.numbers import NOBODY
+from biofx.analysis.recording import Depends, Recording
+from biofx.analysis.units import Orientation, UnitAnalysis, maker_of
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a weight reads.
+
+    Attributes:
+        numbers: the unit behind each presynaptic position, int64, shape (presynaptic_units,). A position that reads
+            several units has one of them.
+        classes: the number that stands for all units that need one sign with it, in the same shape.
+        signed_by: the operator by which their activity can be negative, or an empty string if it cannot.
+        remark: why the units cannot be told, so that the positions are units of their own; empty if they can.
+        sources: the numbers of all units that reach the positions, also where they cannot be told.
+        is_free: for each position, whether it reads the network's inputs or constants only.
+        returns: for each postsynaptic unit of the weight, the position at which the weight reads it again, as recurrent
+            weights do; −1 if it does not.
+    """
+
+    numbers: Tensor
+    classes: Tensor
+    signed_by: str
+    remark: str
+    sources: Tensor
+    is_free: Tensor
+    returns: Tensor
+
+
+class Readings:
+    """What weights read, once the numbers of units have been sent to them.
+
+    Attributes:
+        units: the numbers of units.
+    """
+
+    def __init__(self, recording: Recording, units: UnitAnalysis, activity: Activity) -> None:
+        self._recording = recording
+        self.units = units
+        self._activity = activity
+        self._numbers = units.numbers
+        self._neural = torch.zeros(0, dtype=torch.bool)
+        self._found: dict[str, Reading] = {}
+
+    def of(self, name: str) -> Reading:
+        """What a weight reads."""
+        if name not in self._found:
+            self._found[name] = self._read(name)
+        return self._found[name]
+
+    def _read(self, name: str) -> Reading:
+        orientation = self.judged(name)
+        rows = self.units.rows(orientation)
+        remark = self._why_not_judged(name, orientation, rows)
+        first = orientation.reads[0]
+        reads = ((r.operation, r.source) for r in orientation.reads if r.source is not None)
+        signed = next(filter(None, (self._activity.read(operation, source) for operation, source in reads)), "")
+        axes = orientation.axes
+        count = axes.presynaptic_units if axes is not None else len(self.units.columns[first])
+        sources = rows[rows != NOBODY].unique() if rows is not None else torch.zeros(0, dtype=torch.int64)
+        if first.source is None and not remark:
+            numbers = self._numbers.base((name, "tokens"), f"tokens of {name}", "input", count)
+        elif remark or rows is None:
+            numbers = self._numbers.base((name, "positions"), f"positions of {name}", "shared", count)
+        else:
+            numbers = rows.amax(1)
+            if bool((numbers == NOBODY).any()):
+                own = self._numbers.base((name, "constants"), f"constants read by {name}", "constant", count)
+                numbers = torch.where(numbers == NOBODY, own, numbers)
+        is_free = torch.ones(count, dtype=torch.bool) if first.source is None else ~self._is_neural[numbers]
+        returns = self._returns(name, orientation, rows)
+        return Reading(
+            numbers, self._numbers.classes(numbers), signed, remark, sources, is_free & (not remark), returns
+        )
+
+    def judged(self, name: str) -> Orientation:
+        """The uses of a weight that decide on its signs: those that read units, if others read tokens or inputs."""
+        return next(iter(self._deciding(name)), self.units.orientations[name][0])
+
+    def is_judged_by(self, read: Read) -> bool:
+        """Whether a use is one of those that decide on its weight's signs."""
+        return read not in self.units.of_read or read in self.judged(self.units.of_read[read][0]).reads
+
+    def _deciding(self, name: str) -> list[Orientation]:
+        many = self.units.orientations[name]
+        if len(many) == 1:
+            return many
+        return [o for o in many if o.axes is None or not self._is_free(self.units.rows(o)).all()]
+
+    def _is_free(self, rows: Tensor | None) -> Tensor:
+        """For each row, whether it holds inputs and constants only."""
+        if rows is None:
+            return torch.ones(1, dtype=torch.bool)
+        return ~self._is_neural[self._numbers.classes(rows)].any(1)
+
+    @property
+    def _is_neural(self) -> Tensor:
+        """By number: whether a unit of the network is in its class."""
+        if len(self._neural) != len(self._numbers):
+            inputs = [i for i, p in enumerate(self._numbers.populations) if p.origin in ("input", "constant")]
+            neural = ~torch.isin(self._numbers.owner(), torch.tensor(inputs))
+            classes = self._numbers.classes(torch.arange(len(self._numbers)))
+            of_class = torch.zeros(len(self._numbers), dtype=torch.bool)
+            of_class[classes[neural]] = True
+            self._neural = of_class[classes]
+        return self._neural
+
+    def _returns(self, name: str, orientation: Orientation, rows: Tensor | None) -> Tensor:
+        """Where a weight reads its own postsynaptic units again."""
+        if orientation.axes is None:
+            return torch.zeros(0, dtype=torch.int64)
+        index = self.units.orientations[name].index(orientation)
+        own = self._numbers.base(("weight", name, index), name, "weight", orientation.axes.units)
+        found = torch.full((len(own),), -1)
+        if rows is None:
+            return found
+        for column in rows.unbind(1):
+            for part in self._numbers.parts_of(column):
+                is_own = (part >= own[0]) & (part <= own[-1]) if len(own) else part < 0
+                found[part[is_own] - own[0]] = is_own.nonzero().flatten()
+        return found
+
+    def _why_not_judged(self, name: str, orientation: Orientation, rows: Tensor | None) -> str:
+        first = orientation.reads[0]
+        deciding = self._deciding(name)
+        remark = next((r.form.remark for o in deciding for r in o.reads if r.form.remark), "")
+        if len(deciding) > 1:
+            kinds = ", ".join(dict.fromkeys(f"{o.reads[0].operation.called} ({o.axes})" for o in deciding))
+            return f"units read it along several of its axes, so all its entries would need one sign: {kinds}"
+        if orientation.axes is None:
+            return f"which of its axes run over units is lost on the way to {first.operation.called}"
+        if any(read.others for read in orientation.reads):
+            return f"{first.operation.called} multiplies several activities, so no unit acts with the sign of a weight"
+        if remark:
+            return remark
+        if rows is None:
+            return ""
+        if self._numbers.mix_positions(rows):
+            return "reads different units by the same synapses"
+        owner = self._numbers.owner()
+        origins = {self._numbers.populations[i].origin for i in owner[rows].unique().tolist()}
+        if "foreign" in origins:
+            return "reads a tensor that no operator of the run made, such as one from numpy or another thread"
+        if len(rows) > 1 and len(self._numbers.classes(rows.amax(1)).unique()) == 1 and len(rows.amax(1).unique()) > 1:
+            return "what it reads is read by other weights along other axes, so that all its units would need one sign"
+        state = self._carried_state(rows)
+        if state:
+            return (
+                f"it reads input {state}, which looks like a state that is carried from call to call; "
+                "give example_inputs a function that runs the model for several steps"
+            )
+        return ""
+
+    def _carried_state(self, rows: Tensor) -> str:
+        """The input that looks like a state, if a weight reads it and no unit of the network."""
+        if not bool(self._is_free(rows).all()):
+            return ""
+        inputs = [v for v in self._recording.inputs if v.is_activity]
+        shapes = [v.shape for v in self._recording.outputs if v.depends is Depends.INPUTS]
+        read = set(self._numbers.owner()[rows].unique().tolist())
+        for value in inputs[1:]:
+            if value.shape in shapes and self._numbers.population_of(maker_of(value)) in read:
+                return value.name
+        return ""
