@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.analysis.recording import unrecorded
+from biofx.analysis.recorder import unrecorded
 from biofx.errors import CaptureError
 from biofx.members import Place, is_lost, present
 

@@ -16,7 +16,8 @@ from biofx.analysis.forms import Forms, Read, bias_of
 from biofx.analysis.layouts import CannotFollowError, execute, varies
 from biofx.analysis.operators import COPIES, Kind
 from biofx.analysis.readings import Readings
-from biofx.analysis.recording import Operation, Recorder, Recording, Value
+from biofx.analysis.recorder import Recorder
+from biofx.analysis.recording import Operation, Recording, Value
 from biofx.chain import attribute, chain, compute, parameter_nodes
 from biofx.errors import ArgumentError
 from biofx.provenance import Slot, inserted

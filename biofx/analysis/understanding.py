@@ -21,7 +21,8 @@ from biofx.analysis.graphs import as_recorded_graph, shown
 from biofx.analysis.numbers import Population
 from biofx.analysis.operators import Kind
 from biofx.analysis.readings import Reading, Readings
-from biofx.analysis.recording import Operation, Recorder, Recording, recording_of
+from biofx.analysis.recorder import Recorder, recording_of
+from biofx.analysis.recording import Operation, Recording
 from biofx.analysis.units import UnitAnalysis
 from biofx.errors import ArgumentError
 from biofx.provenance import is_transformed

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from biofx.analysis.forms import Forms, Read
 from biofx.analysis.graphs import as_recorded_graph
-from biofx.analysis.recording import Depends, Recorder, Recording, recording_of
+from biofx.analysis.recorder import Recorder, recording_of
+from biofx.analysis.recording import Depends, Recording
 from biofx.analysis.replay import Moment, Replay
 from biofx.analysis.understanding import Run, Understanding, call
 from biofx.chain import attribute

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import biofx
-from biofx.analysis.recording import record
+from biofx.analysis.recorder import record
 from biofx.trial import Draws
 
 
@@ -72,4 +72,4 @@ def test_the_branch_that_a_conditional_takes_is_recorded_and_named_as_a_decision
     found = biofx.units(Chooses(), torch.randn(2, 4))
     assert [site.operator for site in found.sites.values()] == ["linear"] * 3
     assert [set(found.owner[r.numbers.flatten()].tolist()) for r in found.readings.values()] == [{1}, {2}, {3}]
-    assert "cond (test_recording" in found.notes[0]
+    assert "cond (test_recorder" in found.notes[0]
