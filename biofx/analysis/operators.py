@@ -102,7 +102,7 @@ _GATES = _names("_thnn_fused_lstm_cell _thnn_fused_gru_cell")
 _CONSTANTS = _names(
     "zeros ones full empty empty_strided arange range linspace logspace eye scalar_tensor rand randn randint randperm "
     "new_zeros new_ones new_full new_empty new_empty_strided zeros_like ones_like full_like empty_like rand_like "
-    "randn_like randint_like normal uniform bernoulli random exponential zero fill "
+    "randn_like randint_like normal uniform bernoulli random exponential cauchy log_normal geometric zero fill "
     "tril_indices triu_indices one_hot multinomial"
 )
 MAKES_CONSTANTS = _names(
@@ -127,7 +127,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(_ATTENTIONS, Kind.ATTENTION),
     **dict.fromkeys(_GATES, Kind.GATES),
     **dict.fromkeys(_CONSTANTS, Kind.CONSTANT),
-    "glu": Kind.MERGE,
+    **dict.fromkeys(_names("glu complex polar"), Kind.MERGE),
 }
 
 _NEVER_NEGATIVE = _names(

@@ -44,6 +44,7 @@ class Recorder(TorchDispatchMode):
         node: the node of a captured graph that runs now.
         called: the functions of PyTorch that run now.
         failed: the function that failed first, and its module.
+        handed_out: whether Python or NumPy was handed activity, so that tensors made there may depend on it.
     """
 
     supports_higher_order_operators = True
@@ -53,6 +54,7 @@ class Recorder(TorchDispatchMode):
         self.recording = Recording()
         self.node: fx.Node | None = None
         self.failed = ""
+        self.handed_out = False
         self._paths: dict[int, str] = {}
         self._running: list[str] = []
         self.called: list[str] = []
@@ -159,7 +161,11 @@ class Recorder(TorchDispatchMode):
         operands = tuple(x for x in pytree.tree_leaves(recorded) if isinstance(x, Value))
         returned = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         name = name_of(func)
-        if name == "lift_fresh" and operands[0].kind == "unknown":  # `torch.tensor` of numbers of Python
+        if (
+            name == "lift_fresh"
+            and operands[0].kind == "unknown"
+            and not (self.handed_out and operands[0].is_activity and operands[0].shape.numel() > 1)
+        ):  # `torch.tensor` of numbers of Python
             operands[0].kind, operands[0].depends = "constant", Depends.NOTHING
         depends = max(map(depends_of, operands), default=Depends.NOTHING)
         if name in MAKES_CONSTANTS:
@@ -239,6 +245,11 @@ class Recorder(TorchDispatchMode):
         path = self._running[-1] if self._running else ""
         return f"{self.called[-1]} in {path}" if path else self.called[-1]
 
+    def note_handed_out(self, tensor: Tensor) -> None:
+        """Note that Python or NumPy gets the numbers of a tensor."""
+        value = self.value(tensor)
+        self.handed_out |= value.is_activity and depends_of(value) is Depends.INPUTS
+
     # --- captured graphs -----------------------------------------------------------------------------------------
 
     def enter_node(self, node: fx.Node) -> None:
@@ -306,8 +317,10 @@ class _Names(TorchFunctionMode):
         name = _short_name(func)
         called = self._recorder.called
         called.append(name)
-        try:  # oneDNN has recurrent layers in one piece
-            with torch.backends.mkldnn.flags(enabled=False) if name in _RECURRENT else contextlib.nullcontext():
+        if name in _HANDS_OUT:
+            self._recorder.note_handed_out(args[0])
+        try:
+            with _without_onednn() if name in _RECURRENT else contextlib.nullcontext():
                 return func(*args, **(kwargs or {}))
         except Exception:
             self._recorder.failed = self._recorder.failed or self._recorder.described
@@ -316,8 +329,19 @@ class _Names(TorchFunctionMode):
             called.pop()
 
 
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Turn off oneDNN, which has recurrent layers in one piece; `flags` would set other things, too, and warn."""
+    enabled, *_ = torch.backends.mkldnn.set_flags(False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(enabled, _fp32_precision=None)
+
+
 _CHOOSES = frozenset(("cond", "while_loop"))
 _MAPS_ENTRIES = frozenset(("flex_attention",))  # calls a function on single numbers
+_HANDS_OUT = frozenset(("numpy", "array", "tolist", "dlpack"))
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 

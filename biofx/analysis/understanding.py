@@ -138,22 +138,27 @@ def recorded(model: nn.Module, run: Run) -> Recording:
     with recording_of(recorder, model), _as_graph(model, recorder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            run(model)
-        except RuntimeError as error:
-            if "grad" not in str(error):
-                raise ArgumentError(_failure(model, recorder, error)) from error
-            recorder.restart(model)  # forward takes gradients
-            with torch.enable_grad():
-                run(model)
+            _run_with_gradients_if_it_must(model, run, recorder)
+        except ArgumentError:
+            raise
         except Exception as error:
-            if isinstance(error, ArgumentError):
-                raise
             raise ArgumentError(_failure(model, recorder, error)) from error
         if recorder.has_unused():
             model.train()
             with contextlib.suppress(Exception):  # such as batch norm of one sample
                 run(model)
     return recorder.recording
+
+
+def _run_with_gradients_if_it_must(model: nn.Module, run: Run, recorder: Recorder) -> None:
+    try:
+        run(model)
+    except RuntimeError as error:
+        if "grad" not in str(error):
+            raise
+        recorder.restart(model)
+        with torch.enable_grad():
+            run(model)
 
 
 def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:

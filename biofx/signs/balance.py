@@ -30,7 +30,7 @@ from biofx.analysis.understanding import Run, Understanding, call
 from biofx.chain import attribute
 from biofx.copying import copied
 from biofx.members import stored_weights
-from biofx.signs.spectrum import balanced_recurrent
+from biofx.signs.spectrum import balanced_recurrent, singular_entropy, spectral_radius
 from biofx.weights.sites import WeightSite, find
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
         generator = model.generator(name)
         if (block := blocks[name]) is not None:
             _store(site, _balanced_blocks(site, original[name], signs[name], block, density, generator))
+            model.edits[name].remark(_spectra(site, original[name], block))
             continue
         sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
         rows = balanced(site.incoming(original[name]), sign, density, generator)
@@ -129,6 +130,17 @@ def _balanced_blocks(
         block = block.to(rows.device)
         rows[block] = balanced_recurrent(rows[block], sign.to(rows), density, generator)
     return site.from_incoming(rows)
+
+
+def _spectra(site: WeightSite, free: Tensor, blocks: list[Tensor]) -> str:
+    """What became of the spectrum of recurrent weights, in words; of each gate, if there are several."""
+    before, after = site.incoming(free), site.incoming(_connections(site))
+    measures = {"spectral radius": spectral_radius, "entropy of singular values": singular_entropy}
+    numbers = {
+        name: [", ".join(f"{measure(rows[block.to(rows.device)]):.3g}" for block in blocks) for rows in (before, after)]
+        for name, measure in measures.items()
+    }
+    return "; ".join(f"{name} {old} → {new}" for name, (old, new) in numbers.items())
 
 
 def balanced(weight: Tensor, sign: Tensor, density: float, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,9 @@
 Each network says which weights read the same units. Inputs are no units.
 """
 
+import re
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import biofx
 from biofx import passes
+from biofx.signs.spectrum import singular_entropy, spectral_radius
 
 STEPS, BATCH, INPUTS, UNITS = 5, 2, 4, 8
 
@@ -334,3 +338,18 @@ def test_excitatory_units_alone_project_to_the_readout():
     assert float(readout.min()) >= 0
     assert not readout[:, silent].any()
     assert sites["h.weight"].effective()[:, silent].any()
+
+
+def test_the_summary_reports_the_spectrum_of_recurrent_weights():
+    """Radius and entropy, of each gate."""
+    model = nn.Sequential(nn.GRU(INPUTS, UNITS, batch_first=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bio = biofx.transform(model, [passes.DalesPrinciple()], example_inputs=torch.randn(BATCH, STEPS, INPUTS))
+    (remark,) = [run.remarks["0.weight_hh_l0"] for run in bio.get_submodule("biofx").passes]
+    radii, entropies = re.findall(r"(?:radius|values) ([\d., ]+) → ([\d., ]+)", remark)
+    free = model[0].weight_hh_l0.chunk(3)
+    assert radii[0] == radii[1] == ", ".join(f"{spectral_radius(gate):.3g}" for gate in free)
+    assert entropies[0] == ", ".join(f"{singular_entropy(gate):.3g}" for gate in free)
+    signed = biofx.weight_sites(bio)["0.weight_hh_l0"].effective().chunk(3)
+    assert entropies[1] == ", ".join(f"{singular_entropy(gate):.3g}" for gate in signed)
