@@ -247,3 +247,9 @@ def test_a_model_on_the_meta_device_is_understood_without_its_memory():
 def test_a_run_that_fails_says_where():
     with pytest.raises(biofx.ArgumentError, match="Between fails on example_inputs, at view"):
         biofx.units(Between(lambda _, y: y.view(7, 7)), torch.randn(3, 4))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this device is there")
+def test_a_forward_that_asks_for_a_device_that_is_not_there():
+    with pytest.raises(biofx.ArgumentError, match="Between fails on example_inputs, at cuda"):
+        biofx.units(Between(lambda _, y: y.cuda()), torch.randn(3, 4))

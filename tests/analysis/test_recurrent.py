@@ -353,3 +353,30 @@ def test_the_summary_reports_the_spectrum_of_recurrent_weights():
     assert entropies[0] == ", ".join(f"{singular_entropy(gate):.3g}" for gate in free)
     signed = biofx.weight_sites(bio)["0.weight_hh_l0"].effective().chunk(3)
     assert entropies[1] == ", ".join(f"{singular_entropy(gate):.3g}" for gate in signed)
+
+
+def test_areas_that_share_recurrent_weights_share_signs():
+    """Unit j of both areas sends through column j, so both have its sign, and so have their readouts."""
+
+    class Areas(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(INPUTS, UNITS), nn.Linear(INPUTS, UNITS)
+            self.h = nn.Linear(UNITS, UNITS, bias=False)
+            self.out_a, self.out_b = nn.Linear(UNITS, 2), nn.Linear(UNITS, 2)
+
+        def forward(self, x):
+            a = b = x.new_zeros(len(x), UNITS)
+            for t in range(x.shape[1]):
+                a = F.relu(self.a(x[:, t]) + self.h(a))
+                b = F.relu(self.b(x[:, t]) + self.h(b))
+            return self.out_a(a) + self.out_b(b)
+
+    x = torch.randn(BATCH, STEPS, INPUTS)
+    found = biofx.units(Areas(), x)
+    classes = [found.readings[name].classes for name in ("h.weight", "out_a.weight", "out_b.weight")]
+    assert all(torch.equal(classes[0], other) for other in classes)
+    assert len(classes[0].unique()) == UNITS
+    assert not torch.equal(*(found.readings[name].numbers for name in ("out_a.weight", "out_b.weight")))
+    bio = biofx.transform(Areas(), [passes.DalesPrinciple()], example_inputs=x)
+    assert len(biofx.units(biofx.fold(bio), x).mixed()) == 0
