@@ -124,18 +124,22 @@ def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
 
 
 @contextmanager
-def parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward does to parameters, such as those of a teacher, which follow those of its student."""
-    kept = [_Kept(p, p.detach(), p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
+def parameters_kept(model: nn.Module) -> Iterator[list[Kept]]:
+    """Undo what a forward does to parameters, such as those of a teacher, which follow those of its student.
+
+    Yields:
+        The parameters with what they were.
+    """
+    kept = [Kept(p, p.detach(), p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
     try:
-        yield
+        yield kept
     finally:
         with torch.no_grad():
             for parameter in kept:
                 parameter.restore()
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """A parameter with its memory, its version and its numbers."""
 
     parameter: nn.Parameter
@@ -145,19 +149,27 @@ class _Kept(NamedTuple):
 
     def restore(self) -> None:
         """Give the parameter back what it has not any more."""
-        memory, is_tensor = self.memory, type(self.memory) is Tensor and self.memory.layout is torch.strided
-        is_plain = is_tensor and not (memory.is_meta or memory.is_nested or memory.is_quantized)
-        if is_plain and not self._is_as_before():
+        if self._is_plain and self._is_other():
             self.parameter.data = self.memory
             self.parameter.data.copy_(self.value)  # through `data`: a write that autograd counts has counted already
-        elif not is_plain and self.parameter._version != self.version:
+        elif not self._is_plain and self.parameter._version != self.version:
             self.parameter.copy_(self.value)
 
-    def _is_as_before(self) -> bool:
-        """Whether memory and numbers are the same; no version counts what is written through `data`."""
+    def is_changed(self) -> bool:
+        """Whether something was written into the parameter, or was put in its place."""
+        return self.parameter._version != self.version or (self._is_plain and self._is_other())
+
+    @property
+    def _is_plain(self) -> bool:
+        memory = self.memory
+        is_tensor = type(memory) is Tensor and memory.layout is torch.strided
+        return is_tensor and not (memory.is_meta or memory.is_nested or memory.is_quantized)
+
+    def _is_other(self) -> bool:
+        """Whether memory or numbers are other ones; no version counts what is written through `data`."""
         now = self.parameter.data
         is_same = (now.dtype, now.device) == (self.value.dtype, self.value.device) and now.is_set_to(self.memory)
-        return is_same and torch.equal(now, self.value)
+        return not (is_same and torch.equal(now, self.value))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor, fx
 from biofx.analysis.forms import Forms, Read, bias_of
 from biofx.analysis.layouts import CannotFollowError, execute, varies
 from biofx.analysis.operators import COPIES, Kind
-from biofx.analysis.readings import Readings
 from biofx.analysis.recorder import Recorder
 from biofx.analysis.recording import Operation, Recording, Value
+from biofx.analysis.units import UnitAnalysis
 from biofx.chain import attribute, chain, compute, parameter_nodes
 from biofx.errors import ArgumentError
 from biofx.provenance import Slot, inserted
+from biofx.weights.facts import WeightFacts
 
 USES = "biofx_uses"  # key in `node.meta`
 
@@ -139,8 +140,16 @@ def _stacked(node: fx.Node, shape: torch.Size) -> tuple[Tensor, ...] | None:
     return tuple(coordinates)
 
 
-def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, readings: Readings) -> None:
-    """Note at each node how it uses weights."""
+def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, weights: Mapping[str, WeightFacts]) -> None:
+    """Note at each node how it uses weights.
+
+    Args:
+        bio: the captured model.
+        recording: a run of its graph.
+        forms: the parameters in it, and what reads them.
+        weights: what is known of the weights.
+    """
+    units = UnitAnalysis(recording, forms, to_weights=False)
     reads: dict[fx.Node, list[Read]] = {}
     for node in bio.graph.nodes:
         node.meta.pop(USES, None)
@@ -150,9 +159,9 @@ def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, readings: 
             reads.setdefault(node, []).append(read)
     for node, found in reads.items():
         names = dict.fromkeys(name for read in found for name in read.names)
+        shows_units = len(found) == 1 and _decides(found[0], weights.get(found[0].parameter.name))
         node.meta[USES] = tuple(
-            _use(node, recording, readings, name, [r for r in found if name in r.names], alone=len(found) == 1)
-            for name in names
+            _use(node, recording, units, name, [r for r in found if name in r.names], shows_units) for name in names
         )
 
 
@@ -162,18 +171,20 @@ def uses_of(node: fx.Node) -> tuple[NodeUse, ...]:
     return found
 
 
+def _decides(read: Read, facts: WeightFacts | None) -> bool:
+    """Whether a use is one of those that decide on its weight's signs."""
+    if read.mixture is not None or facts is None or facts.axes is None:
+        return True
+    axes = read.axes()
+    return axes is not None and facts.axes.agree(axes)
+
+
 def _use(
-    node: fx.Node,
-    recording: Recording,
-    readings: Readings,
-    name: str,
-    reads: list[Read],
-    *,
-    alone: bool,
+    node: fx.Node, recording: Recording, analysis: UnitAnalysis, name: str, reads: list[Read], shows_units: bool
 ) -> NodeUse:
     read = reads[0]
     lengths = [n for n, role in zip(read.lengths, read.roles, strict=True) if role[1]]
-    units = len(readings.units.units_of(read).unique())
+    units = len(analysis.units_of(read).unique())
     source, axes = _source(node, recording, read) if len(reads) == 1 and not read.others else (None, ())
     bias, is_plain = _bias(node, recording, read)
     return NodeUse(
@@ -181,7 +192,7 @@ def _use(
         operator=shown(read.operation),
         units=units,
         adjacent=lengths[-1] * (read.groups if len(lengths) > 1 else 1) if lengths else 1,
-        output_axes=_output_axes(node, readings, read) if alone and is_plain and readings.is_judged_by(read) else (),
+        output_axes=_output_axes(node, analysis, read) if shows_units and is_plain else (),
         source=source,
         source_axes=axes,
         bias=bias,
@@ -201,10 +212,10 @@ def shown(operation: Operation) -> str:
     return SHOWN.get(name, name)
 
 
-def _output_axes(node: fx.Node, readings: Readings, read: Read) -> tuple[int, ...]:
+def _output_axes(node: fx.Node, analysis: UnitAnalysis, read: Read) -> tuple[int, ...]:
     """The axes of what a node returns on which the weight's units are."""
-    numbers, units = readings.units.outputs.get(node), readings.units.units_of(read)
-    expected = readings.units.numbers.classes(units)
+    numbers, units = analysis.outputs.get(node), analysis.units_of(read)
+    expected = analysis.numbers.classes(units)
     if numbers is None or not numbers.dim() or not bool((units[1:] > units[:-1]).all()):
         return ()
     axes = [axis for axis in range(numbers.dim()) if varies(numbers, axis)]
@@ -214,7 +225,7 @@ def _output_axes(node: fx.Node, readings: Readings, read: Read) -> tuple[int, ..
         return tuple([axis for axis in own if axis in single] or single[-len(own) :]) if own else ()
     others = [axis for axis in range(numbers.dim()) if axis not in axes]
     small = numbers.permute(*axes, *others).reshape([*[numbers.shape[a] for a in axes], -1])
-    if not small.numel() or not torch.equal(readings.units.numbers.classes(small[..., 0].flatten()), expected):
+    if not small.numel() or not torch.equal(analysis.numbers.classes(small[..., 0].flatten()), expected):
         return ()
     return tuple(axis - numbers.dim() for axis in axes)
 

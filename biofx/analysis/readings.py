@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from biofx.analysis.activity import Activity
-from biofx.analysis.forms import Read
 from biofx.analysis.numbers import NOBODY
 from biofx.analysis.recording import Depends, Recording
 from biofx.analysis.units import Orientation, UnitAnalysis, maker_of
@@ -88,10 +87,6 @@ class Readings:
     def judged(self, name: str) -> Orientation:
         """The uses of a weight that decide on its signs: those that read units, if others read tokens or inputs."""
         return next(iter(self._deciding(name)), self.units.orientations[name][0])
-
-    def is_judged_by(self, read: Read) -> bool:
-        """Whether a use is one of those that decide on its weight's signs."""
-        return read not in self.units.of_read or read in self.judged(self.units.of_read[read][0]).reads
 
     def _deciding(self, name: str) -> list[Orientation]:
         many = self.units.orientations[name]

@@ -7,9 +7,7 @@ from torch import fx
 from biofx.analysis.activity import Activity
 from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import annotate
-from biofx.analysis.readings import Readings
 from biofx.analysis.understanding import Understanding, changed_in_training, recorded
-from biofx.analysis.units import UnitAnalysis
 from biofx.islands import is_whole
 from biofx.provenance import record_of
 from biofx.randomness import fixed_defaults
@@ -40,4 +38,4 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
     with fixed_defaults():
         activity = Activity(recording)
         forms = Forms(recording, lambda value: not activity.of(value))
-        annotate(bio, recording, forms, Readings(recording, UnitAnalysis(recording, forms), activity))
+        annotate(bio, recording, forms, record.weights)

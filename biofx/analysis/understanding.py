@@ -27,7 +27,7 @@ from biofx.analysis.units import UnitAnalysis
 from biofx.errors import ArgumentError
 from biofx.provenance import is_transformed
 from biofx.randomness import fixed_defaults
-from biofx.trial import is_function, split_inputs
+from biofx.trial import is_function, parameters_kept, split_inputs, undisturbed
 from biofx.weights.facts import NOT_A_SYNAPSE, WeightFacts
 from biofx.weights.fitness import why_unfit
 
@@ -144,9 +144,7 @@ def recorded(model: nn.Module, run: Run) -> Recording:
         except Exception as error:
             raise ArgumentError(_failure(model, recorder, error)) from error
         if recorder.has_unused():
-            model.train()
-            with contextlib.suppress(Exception):  # such as batch norm of one sample
-                run(model)
+            _try_in_training(model, run)
     return recorder.recording
 
 
@@ -163,12 +161,21 @@ def _run_with_gradients_if_it_must(model: nn.Module, run: Run, recorder: Recorde
 
 def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:
     """The parameters that a run in training mode changes, each with the reason why it is not made of synapses."""
+    with parameters_kept(model) as kept, undisturbed(model), torch.no_grad():
+        _try_in_training(model, run)
+        if not any(parameter.is_changed() for parameter in kept):
+            return {}
     recorder = Recorder()
-    with recording_of(recorder, model, training=True), _as_graph(model, recorder), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with contextlib.suppress(Exception):  # such as batch norm of one sample
-            run(model)
+    with recording_of(recorder, model, training=True), _as_graph(model, recorder):
+        _try_in_training(model, run)
     return {name: _change(operation) for name, operation in recorder.recording.changed.items()}
+
+
+def _try_in_training(model: nn.Module, run: Run) -> None:
+    model.train()
+    with warnings.catch_warnings(), contextlib.suppress(Exception):  # such as batch norm of one sample
+        warnings.simplefilter("ignore")
+        run(model)
 
 
 def _failure(model: nn.Module, recorder: Recorder, error: Exception) -> str:

@@ -54,25 +54,31 @@ class UnitAnalysis:
     While they travel, numbers are tensors of int64 in the shape of the activation, expanded along axes on which they
     do not differ. Only tensors whose units reach a weight are looked at.
 
+    Args:
+        recording: the run.
+        forms: the parameters in it, and what reads them.
+        to_weights: whether numbers are followed to the weights that read them, or only to what nodes of a captured
+            graph return that have an operator on weights.
+
     Attributes:
         numbers: all numbers that were given.
         orientations: the uses of each weight, by its name.
-        of_read: the weight of each use, and the index among its orientations.
         columns: the units that each use multiplies by each of its columns, shape (positions, units).
         outputs: the units that each node of a captured graph returns that has an operator on weights.
     """
 
-    def __init__(self, recording: Recording, forms: Forms) -> None:
+    def __init__(self, recording: Recording, forms: Forms, *, to_weights: bool = True) -> None:
         self.numbers = UnitNumbers()
         self.outputs: dict[fx.Node, Tensor] = {}
         self._recording = recording
         self._forms = forms
+        self._to_weights = to_weights
         self._held: dict[Value, _Held] = {}
         self._views: dict[Operation, tuple[Tensor, int, list[Tensor]]] = {}  # numbers of all outputs of one operator
         self._reads: dict[Operation, list[Read]] = {}
         self._place = {operation: index for index, operation in enumerate(recording.operations)}
         self.orientations = self._oriented()
-        self.of_read = {
+        self._of_read = {
             read: (name, i) for name, many in self.orientations.items() for i, o in enumerate(many) for read in o.reads
         }
         self.columns: dict[Read, Tensor] = {}
@@ -83,7 +89,7 @@ class UnitAnalysis:
         for _ in range(PASSES):
             before = self.numbers.representative
             self._run()
-            for many in self.orientations.values():
+            for many in self.orientations.values() if to_weights else ():
                 for orientation in many:
                     self._unite(self.rows(orientation))
             if self.numbers.representative is before:
@@ -113,10 +119,9 @@ class UnitAnalysis:
 
     def _leading_to_weights(self) -> set[Value]:
         """The tensors whose units are carried to a weight, or returned by one; those below views stand for them."""
-        wanted = {
-            _below(v) for reads in self._reads.values() for r in reads for v in (r.source, r.output) if v is not None
-        }
-        wanted |= {_below(value) for values in self._returned.values() for value in values}
+        wanted = {_below(value) for values in self._returned.values() for value in values}
+        for read in (read for reads in self._reads.values() for read in reads if self._to_weights):
+            wanted.update(_below(v) for v in (read.source, read.output) if v is not None)
         for operation in reversed(self._recording.operations):
             if any(_below(v) in wanted for v in (*operation.outputs, *operation.written)):
                 wanted.update(map(_below, self._carried(operation)))
@@ -142,7 +147,7 @@ class UnitAnalysis:
         self._views.clear()
         for operation in self._recording.operations:
             reads = self._reads.get(operation, ())
-            for read in reads:
+            for read in reads if self._to_weights else ():
                 self.columns[read] = columns = self._read_columns(read)
                 self._unite(columns)
             if not any(_below(v) in self._wanted for v in (*operation.outputs, *operation.written)):
@@ -323,8 +328,8 @@ class UnitAnalysis:
 
     def units_of(self, read: Read) -> Tensor:
         """The numbers of the postsynaptic units of a use, in order."""
-        name, index = self.of_read.get(read, (", ".join(read.names), 0))
-        axes = self.orientations[name][index].axes if read in self.of_read else None
+        name, index = self._of_read.get(read, (", ".join(read.names), 0))
+        axes = self.orientations[name][index].axes if read in self._of_read else None
         if axes is None:  # each of its uses has units of its own
             count = math.prod(n for n, role in zip(read.lengths, read.roles, strict=True) if role[1])
             return self.numbers.base(("use", self._place[read.operation]), name, "weight", count)
