@@ -39,6 +39,9 @@ LARGEST_INDEX = 1 << 22  # entries of an integer or boolean tensor that is kept,
 class Recorder(TorchDispatchMode):
     """Records operators while it is active, on the thread that entered it.
 
+    Args:
+        most: the number of operators at which it stops the run by an error, or None for any number.
+
     Attributes:
         recording: what was recorded so far.
         node: the node of a captured graph that runs now.
@@ -49,8 +52,9 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._most = most
         self.recording = Recording()
         self.node: fx.Node | None = None
         self.failed = ""
@@ -148,6 +152,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if _paused.get():
             return func(*args, **kwargs)
+        if self._most is not None and len(self.recording.operations) >= self._most:
+            raise RuntimeError(f"the run has more than {self._most} operators")
         decomposition = decomposed(func)
         if decomposition is not None:
             with self:

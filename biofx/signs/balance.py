@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,6 +41,7 @@ LEAST = 8  # synapses of each kind that a row keeps, if it has them: fewer canno
 SAMPLES = 256  # in the batch on which net inputs are measured, at most, and
 POSITIONS = 4096  # as many as have so many positions in time and space, which are samples of a kind, but
 FEWEST = 32  # at least
+MORE, MARGIN = 2, 100  # operators than with the example inputs: if there are more, it was no axis of samples that grew
 SLACK = 0.9  # how much of the largest mean that a row can have for its variance it gets at most
 LARGEST = 4.0  # factor by which measuring may change the size of a row
 RECTIFIED = 1 / (torch.pi - 1)  # mean² / variance of a rectified normal variable
@@ -241,12 +242,13 @@ class _Runs:
         assert model.understood is not None
         self._bio = bio
         self._sites = sites
-        self._samples, self._run, self._recording = 0, model.understood.run, None
-        generator = model.generator("inputs")
-        for samples, run in _attempts(model.understood, generator):
+        self._batch = _Batch(0, 0, model.understood.run)
+        self._recording: Recording | None = None
+        most = len(model.understood.recording.operations) * MORE + MARGIN
+        for batch in _batches(model.understood, model.generator("inputs")):
             with contextlib.suppress(Exception):  # a model may take no other inputs than those of its example
-                self._recording = self._recorded(Recorder(), run)
-                self._samples, self._run = samples, run
+                self._recording = self._recorded(Recorder(most), batch.run)
+                self._batch = batch
                 break
         if self._recording is None:
             return
@@ -271,7 +273,7 @@ class _Runs:
                 return _as_read(site, moment.read, site.effective())
 
         replay = Replay(self._recording, self._forms, dict.fromkeys(self._first.values(), look))
-        self._recorded(replay, self._run)
+        self._recorded(replay, self._batch.run)
 
     def _recorded(self, recorder: Recorder, run: Run) -> Recording:
         generator = torch.random.get_rng_state()
@@ -289,10 +291,11 @@ class _Runs:
         axes = [axis % net.dim() for axis in moment.read.output_axes]
         net = net.movedim(axes, list(range(1, 1 + len(axes)))) if axes else net[:, None]
         net = net.flatten(1, max(1, len(axes))).unsqueeze(-1).flatten(2)
-        samples, positions = self._samples, len(net) // max(1, self._samples)
+        samples, axis = self._batch.samples, self._batch.axis
+        positions = len(net) // max(1, samples)
         if samples and positions > 1 and len(net) == samples * positions and net.shape[2] == 1:
-            net = net.view(samples, positions, -1).transpose(1, 2)
-        return net
+            net = net.view((positions, samples, -1) if axis else (samples, positions, -1)).transpose(1, 2)
+        return net.transpose(0, 2) if axis and net.shape[2] == samples else net
 
 
 def _tells(site: WeightSite, read: Read) -> bool:
@@ -309,31 +312,47 @@ def _as_read(site: WeightSite, read: Read, weight: Tensor) -> Tensor:
     return weight if weight.shape == read.parameter.shape else site.effective()
 
 
-def _attempts(understood: Understanding, generator: torch.Generator) -> Iterator[tuple[int, Run]]:
+class _Batch(NamedTuple):
+    """A way to run the model.
+
+    Attributes:
+        samples: the number of samples; 0 if the axis on which they are is not known.
+        axis: that axis of the inputs: 0, or 1 behind time.
+        run: runs it.
+    """
+
+    samples: int
+    axis: int
+    run: Run
+
+
+def _batches(understood: Understanding, generator: torch.Generator) -> Iterator[_Batch]:
     """Ways to run the model: on many normal samples, or on normal inputs like those of the example."""
     args, kwargs = understood.recording.first_call or ((), {})
     leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    batches = {len(x) if x.dim() else 0 for x in leaves}
-    if understood.is_one_call and len(batches) == 1 and batches.pop() > 0:
-        samples = max(_samples(x.shape) for x in leaves)
-        yield samples, _normal(understood, generator, samples)
+    for axis in (0, 1) if understood.is_one_call else ():
+        lengths = {x.shape[axis] if x.dim() > axis else 0 for x in leaves}
+        if len(lengths) == 1 and lengths.pop() > 0:
+            samples = max(_samples(x.shape, axis) for x in leaves)
+            yield _Batch(samples, axis, _normal(understood, generator, samples, axis))
     if understood.is_one_call:
-        yield 0, _normal(understood, generator, None)
-    yield 0, understood.run
+        yield _Batch(0, 0, _normal(understood, generator, None))
+    yield _Batch(0, 0, understood.run)
 
 
-def _normal(understood: Understanding, generator: torch.Generator, samples: int | None) -> Run:
+def _normal(understood: Understanding, generator: torch.Generator, samples: int | None, axis: int = 0) -> Run:
     """Runs a model on standard normal numbers in place of those of the example, and on integers that occur there."""
 
     def like(given: Tensor) -> Tensor:
-        shape = given.shape if samples is None else torch.Size((samples, *given.shape[1:]))
+        sizes = (samples if samples is not None and i == axis else n for i, n in enumerate(given.shape))
+        shape = torch.Size(sizes)
         if given.is_floating_point() and given.dim() > 1:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(given.device)
         if samples is None or given.is_floating_point() or not given.numel():
             return given
         values = given.flatten().cpu()
         if len(values.unique()) <= 2:  # a mask stays one
-            return given.repeat(-(-samples // len(given)), *[1] * (given.dim() - 1))[:samples]
+            return given.index_select(axis, torch.arange(samples, device=given.device) % given.shape[axis])
         chosen = torch.randint(len(values), shape, generator=generator)
         return values[chosen].to(given.device)
 
@@ -355,9 +374,10 @@ def _in_double(bio: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _samples(shape: torch.Size) -> int:
-    """Number of samples of a shape, whose first axis runs over samples and second over units, that tell enough."""
-    return max(FEWEST, min(SAMPLES, POSITIONS // max(1, shape[2:].numel())))
+def _samples(shape: torch.Size, axis: int) -> int:
+    """Number of samples that tell enough, for inputs whose axes are samples, units and space, or time and samples."""
+    positions = shape[0] if axis else shape[2:].numel()
+    return max(FEWEST, min(SAMPLES, POSITIONS // max(1, positions)))
 
 
 def _connections(site: WeightSite) -> Tensor:
