@@ -121,10 +121,10 @@ class Readings:
         found = torch.full((len(own),), -1)
         if rows is None:
             return found
-        for column in rows.unbind(1):
-            for part in self._numbers.parts_of(column):
-                is_own = (part >= own[0]) & (part <= own[-1]) if len(own) else part < 0
-                found[part[is_own] - own[0]] = is_own.nonzero().flatten()
+        positions = torch.arange(len(rows))[:, None].expand_as(rows).flatten()
+        for part in self._numbers.parts_of(rows.flatten()) if len(own) else ():
+            is_own = (part >= own[0]) & (part <= own[-1])
+            found[part[is_own] - own[0]] = positions[is_own]
         return found
 
     def _why_not_judged(self, name: str, orientation: Orientation, rows: Tensor | None) -> str:

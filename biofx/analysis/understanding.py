@@ -202,19 +202,22 @@ def read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Un
 def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
     activity = Activity(recording)
     forms = Forms(recording, lambda value: not activity.of(value))
-    reads = Readings(recording, UnitAnalysis(recording, forms), activity)
+    told = Readings(recording, UnitAnalysis(recording, forms), activity)
     flow = Flow(recording, forms)
     parameters = dict(model.named_parameters())
+    reads: dict[str, list[Read]] = {name: [] for name in parameters}
+    for read in forms.reads:
+        reads[read.parameter.name].append(read)
     weights: dict[str, WeightFacts] = {}
     others: dict[str, str] = {}
     for name, parameter in parameters.items():
-        reason = _why_no_weight(name, parameter, recording, forms)
+        reason = _why_no_weight(name, parameter, recording, forms, reads[name])
         if reason is None:
-            weights[name] = _facts(name, forms, reads, flow)
+            weights[name] = _facts(name, forms, reads[name], told, flow)
         else:
             others[name] = reason
-    numbers = reads.units.numbers
-    readings = {name: reads.of(name) for name in reads.units.orientations if name in weights}
+    numbers = told.units.numbers
+    readings = {name: told.of(name) for name in told.units.orientations if name in weights}
     carried = [x for reading in readings.values() for x in (reading.numbers, reading.sources)]
     populations, owner = numbers.named(carried)
     classes = numbers.classes(torch.arange(len(owner)))
@@ -225,8 +228,7 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
     )  # fmt: skip
 
 
-def _facts(name: str, forms: Forms, readings: Readings, flow: Flow) -> WeightFacts:
-    reads = [read for read in forms.reads if read.parameter.name == name]
+def _facts(name: str, forms: Forms, reads: list[Read], readings: Readings, flow: Flow) -> WeightFacts:
     depth, is_output = flow.depth.get(name, 0.0), name in flow.outputs
     if not reads:
         reason, operation = forms.mixed[name]
@@ -266,9 +268,10 @@ def _why_no_axes(name: str, readings: Readings, reads: list[Read]) -> str:
     return f"which of its axes run over units is lost on the way to {shown(reads[0].operation)}"
 
 
-def _why_no_weight(name: str, parameter: nn.Parameter, recording: Recording, forms: Forms) -> str | None:
+def _why_no_weight(
+    name: str, parameter: nn.Parameter, recording: Recording, forms: Forms, reads: list[Read]
+) -> str | None:
     """Why a parameter is not made of synapses, or None if it is."""
-    reads = [read for read in forms.reads if read.parameter.name == name]
     is_used = bool(reads) or (name in forms.mixed and max(parameter.shape, default=1) < parameter.numel())
     if not is_used and (parameter.dim() < 2 or name in forms.biases.values()):
         return NOT_A_SYNAPSE

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from biofx.analysis.forms import Forms, Read
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
-from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers
+from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
 from biofx.analysis.operators import Kind
 from biofx.analysis.recording import Depends, Operation, Recording, Value
 from biofx.analysis.rules import Rules, nobody
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import fx
 
 PASSES = 8  # times that numbers are sent through a recording, at most
-MANY = 1024  # uses of a weight on different units, of which repetitions are left out
 
 
 @dataclass(eq=False)
@@ -315,8 +314,7 @@ class UnitAnalysis:
             columns = self.numbers.settled(columns)
             low, high = columns.amin(1, keepdim=True), columns.amax(1, keepdim=True)
             columns = low if torch.equal(low, high) else columns
-            if 1 < columns.shape[1] <= MANY:
-                columns = torch.unique(columns, dim=1)
+            columns = different_columns(columns)
         return columns
 
     def _postsynaptic(self, operation: Operation, reads: Sequence[Read], value: Value, index: int) -> Tensor:
