@@ -12,22 +12,24 @@ from biofx.chain import chain, evaluate, parameter_nodes
 from biofx.copying import copied
 from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
+from biofx.fingerprint import fingerprint
 from biofx.islands import is_whole, island_nodes, island_path, island_weights
 from biofx.members import leave
-from biofx.provenance import RECORD, Slot, inserted, inserted_nodes, record_of, transformed
+from biofx.provenance import RECORD, Record, Slot, inserted, inserted_nodes, record_of, transformed
 from biofx.references import enclosed
 
 
 def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
-    """A plain model that computes what the transformed one computes, at the original's cost.
+    """A plain model of the original's class that computes what the transformed one computes, at the original's cost.
 
     Every chain becomes one weight with the values that its operator received; gains, signs and hooks are gone. Names,
     order and shapes in the state are the original's, so `original.load_state_dict(fold(bio).state_dict())` works; only
     units that `MirrorUnits` doubled stay doubled.
 
-    What passes put behind an operator is no weight, and stays in the graph of the folded model: the sums of
-    `GroupUnits`, and per-synapse activations, whose operator stays the wider one that computes them. With the state
-    alone, the original would compute something else, so `into` is refused.
+    What passes put behind an operator is no weight: the sums of `GroupUnits`, and per-synapse activations, whose
+    operator stays the wider one that computes them. Then the folded model is a `GraphModule` that computes them, as it
+    is if you edited the graph, or transformed a graph. With the state alone, the original would compute something else,
+    so `into` is refused.
 
     Args:
         bio: a model made by `biofx.transform`; it stays as it is.
@@ -35,8 +37,8 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
             new one.
 
     Returns:
-        `into`, or a new module that shares no tensor with `bio`, in the same mode: a `GraphModule`; if the model is one
-        island (see `biofx.summary`), an instance of its original class.
+        `into`, or a new module that shares no tensor with `bio`, in the same mode: an instance of the original's class,
+        with its Python, its hooks and its attributes as they are in `bio`.
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform` or cannot be copied, or `into` cannot hold what it
@@ -73,15 +75,24 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         _drop_observers(plain.graph)
         for start in parameter_nodes(plain).values():
             _fold_chain(plain, chain(start), places)
+        record = record_of(plain)
+        is_as_captured = fingerprint(plain.graph) == record.captured
         _drop_state(plain)
-        if is_whole(plain):
-            result = released(plain)
+        if record.model_class is not None and is_as_captured:
+            result = released(plain, record.model_class)
         else:
-            _call_islands_as_modules(plain)
-            leave(plain.modules())
-            plain.recompile()
+            _keep_graph(plain, record)
             result = plain
         return result if into is None else _fill(into, result)
+
+
+def _keep_graph(plain: CapturedModule, record: Record) -> None:
+    """Let the graph of a folded model compute what its Python does not."""
+    _keep_constants(plain, record)
+    if not is_whole(plain):
+        _call_islands_as_modules(plain)
+        leave(plain.modules())
+    plain.recompile()
 
 
 def why_not_weights_alone(bio: fx.GraphModule) -> str | None:
@@ -149,19 +160,18 @@ def _drop_state(plain: fx.GraphModule) -> None:
     for name in record_of(plain).state:
         path, _, leaf = name.rpartition(".")
         delattr(plain.get_submodule(path), leaf)
-    _keep_constants(plain)
     delattr(plain, RECORD)
     plain.meta.pop(RECORD, None)
     for node in plain.graph.nodes:
         node.meta.pop(RECORD, None)
 
 
-def _keep_constants(plain: fx.GraphModule) -> None:
+def _keep_constants(plain: fx.GraphModule, record: Record) -> None:
     """Constants of forward outlive the record that kept them."""
     for node in plain.graph.find_nodes(op="get_attr"):
         prefix, _, name = str(node.target).partition(".")
         if prefix == RECORD:
-            plain.register_buffer(name, getattr(record_of(plain), name), persistent=False)
+            plain.register_buffer(name, getattr(record, name), persistent=False)
             node.target = name
 
 

@@ -18,13 +18,13 @@ same learning rate. A unit's sign holds for the recurrent weights and for the re
    units that excite some of their targets and inhibit others, counted in the weights after `biofx.fold`,
 3. a plot, `decision.png`: choices by coherence, learning, the recurrent weight of a balanced network, its eigenvalues.
 
-What to expect, measured with the default options (before the last change to how balanced weights start): balanced
-networks end at 99.3% ("perceptual") and 99.0% ("context") of the accuracy of free ones, above the bar of 97%, and get
-to 85% after 1.7 and 1.1 times as many trials. With signs and nothing else, an eigenvalue of about 7 lets activity grow
-in every time step, as all units read the others through the same signs. Those networks stay near chance for the first
-1,500 and 2,000 trials, and need 2.7 and 2.2 times as many as free ones. AdamW and clipping get them out of it, so that
-in the end they are as good as balanced ones (99.5% and 98.7%): here signs alone cost time rather than accuracy. Free
-networks do not reach the ideal observer either, as their units are noisy and forget.
+What to expect, measured with the default options: balanced networks end at 99.3% ("perceptual") and 99.0% ("context")
+of the accuracy of free ones, above the bar of 97%, and get to 85% after 1.7 and 1.1 times as many trials. With signs
+and nothing else, an eigenvalue of about 7 lets activity grow in every time step, as all units read the others through
+the same signs. Those networks stay near chance for the first 1,500 and 2,000 trials, and need 2.7 and 2.2 times as many
+as free ones. AdamW and clipping get them out of it, so that in the end they are as good as balanced ones (99.5% and
+98.7%): here signs alone cost time rather than accuracy. Free networks do not reach the ideal observer either, as their
+units are noisy and forget.
 
 References:
     Song, Yang & Wang, Training excitatory-inhibitory recurrent neural networks for cognitive tasks, PLOS Computational

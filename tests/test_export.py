@@ -127,9 +127,9 @@ def test_dicts_in_and_out(tmp_path, suffix):
         ("model.onnx", None, ".onnx needs example_inputs"),
         ("folder.pt2", X, "folder.pt2 is a folder; give the path of a file"),
         ("folder.safetensors", None, "folder.safetensors is a folder; give the path of a file"),
-        ("model.pt2", (X, X), r"example_inputs do not fit ConvNet.forward\(.*\): too many positional arguments"),
-        ("model.onnx", (X, X), r"example_inputs do not fit ConvNet.forward\(.*\): too many positional arguments"),
-        ("model.onnx", {"y": X}, r"example_inputs do not fit ConvNet.forward\(.*\): missing a required argument: 'x'"),
+        ("model.pt2", (X, X), r"example_inputs do not fit ConvNet.forward.*: too many positional arguments"),
+        ("model.onnx", (X, X), r"example_inputs do not fit ConvNet.forward.*: too many positional arguments"),
+        ("model.onnx", {"y": X}, r"example_inputs do not fit ConvNet.forward.*: missing a required argument: 'x'"),
     ],
 )
 def test_bad_arguments(bio, tmp_path, name, inputs, message):

@@ -47,7 +47,8 @@ def test_a_folded_model_is_the_plain_model(zoo, pipeline):
     assert_close(plain(x), bio(x))
     model.load_state_dict(plain.state_dict(), strict=True)
     assert_close(model(x), bio(x))
-    assert "biofx" not in plain.code
+    assert type(plain) is type(model)
+    assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
     assert not any("gain" in name for name, _ in plain.named_buffers())
 
 
@@ -70,10 +71,66 @@ def test_mode_and_requires_grad_are_kept():
     assert [p.requires_grad for p in plain.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
-def test_a_folded_model_has_as_many_nodes_as_the_captured_one():
-    bio = biofx.transform(ConvNet(), PIPELINES["both"])
+def test_a_graph_that_was_edited_stays_as_it_was_captured_but_for_the_edit():
+    bio, x = biofx.transform(ConvNet().eval(), PIPELINES["both"]), torch.randn(4, 1, 8, 8)
     captured = biofx.capture.capture(ConvNet())
-    assert biofx.fold(bio).code == captured.code
+    (output,) = bio.graph.find_nodes(op="output")
+    with bio.graph.inserting_before(output):
+        output.args = (bio.graph.call_function(torch.neg, output.args),)
+    bio.recompile()
+    plain = biofx.fold(bio)
+    assert_close(plain(x), bio(x))
+    assert len(plain.graph.nodes) == len(captured.graph.nodes) + 1
+    assert "biofx" not in plain.code
+
+
+def test_a_graph_is_folded_to_a_graph():
+    model, x = torch.fx.symbolic_trace(ConvNet().eval()), torch.randn(4, 1, 8, 8)
+    plain = biofx.fold(biofx.transform(model, PIPELINES["both"]))
+    assert plain.code == biofx.capture.capture(model).code
+    assert_close(plain(x), model(x))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_a_container_is_one_again(frontend):
+    bio = biofx.transform(mlp(4, 8, 3), PIPELINES["both"], frontend=frontend, example_inputs=torch.randn(2, 4))
+    plain = biofx.fold(bio)
+    assert type(plain) is nn.Sequential
+    assert [type(m) for m in plain] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert plain[0].weight.shape == (8, 4)
+
+
+def test_what_is_done_to_layers_of_a_folded_model_takes_effect():
+    """Hooks, pruning, other layers and scripting, as of any model."""
+    x, seen = torch.randn(5, 4), []
+    plain = biofx.fold(biofx.transform(mlp(4, 8, 3), PIPELINES["both"]))
+    plain[0].register_forward_hook(lambda *_: seen.append("hook"))
+    plain(x)
+    assert seen == ["hook"]
+    plain[0]._forward_hooks.clear()
+    assert_close(torch.jit.script(plain)(x), plain(x))
+    nn.utils.prune.l1_unstructured(plain[0], "weight", amount=0.5)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    for _ in range(2):
+        plain(x).square().mean().backward()
+        optimizer.step()
+    plain[2] = nn.Linear(8, 7)
+    assert plain(x).shape == (5, 7)
+
+
+def test_attributes_set_since_the_transform_are_those_of_the_folded_model():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.scale = nn.Linear(2, 2), 1.0
+
+        def forward(self, x):
+            return self.fc(x) * self.scale
+
+    bio, x = biofx.transform(Scaled(), PIPELINES["split"]), torch.randn(3, 2)
+    plain = biofx.fold(bio)
+    bio.scale = 2.0
+    assert_close(biofx.fold(bio)(x), 2 * plain(x))
 
 
 def test_a_folded_model_trains_pickles_and_transforms_again():

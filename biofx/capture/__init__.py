@@ -133,13 +133,11 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     is_whole = "" in trace.tracer.whole
     detach_computed_attributes(model)
     bio = captured(model, trace.graph, is_whole=is_whole)
-    if is_whole:  # they run when the model is called, and its weights are known inside of the island
-        vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio)
-    else:
-        taken_hooks(bio, TRACEABLE_HOOKS)
+    # If the model is one island, they run when it is called, and its weights are known inside of it.
+    vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio) if is_whole else taken_hooks(bio, TRACEABLE_HOOKS)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
-    record = Record([name for name, _ in model.named_parameters()], trace.constants)
+    record = Record(model, bio.graph, trace.constants)
     record.islands = trace.tracer.whole
     bio.add_module(RECORD, record.train(model.training))
     return bio

@@ -13,6 +13,7 @@ from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
 
 from biofx.analysis.graphs import USES
+from biofx.capture.tracer import StandIn
 from biofx.copying import clones
 from biofx.errors import ArgumentError, CaptureError
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole
@@ -147,12 +148,20 @@ def captured(model: nn.Module, graph: fx.Graph, *, is_whole: bool = False) -> Ca
     return module
 
 
-def released(bio: CapturedModule) -> nn.Module:
-    """A model that is one island, as it was before it was captured: it shares the submodules and tensors of `bio`."""
-    model: nn.Module = object.__new__(vars(bio)[ORIGINAL_CLASS])
+def released(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
+    """A model as it was before it was captured: it shares the submodules and tensors of `bio`.
+
+    Args:
+        bio: the captured model.
+        model_class: the class that it had.
+    """
+    model: nn.Module = object.__new__(model_class)
     vars(model).update(_kept(bio))
-    vars(model).pop(ORIGINAL_CLASS)
+    vars(model).pop(ORIGINAL_CLASS, None)
     model._forward_pre_hooks.update(vars(model).pop(ORIGINAL_HOOKS))
+    for module in model.modules():
+        for name in [name for name, child in module._modules.items() if isinstance(child, StandIn)]:
+            del module._modules[name]
     leave(model.modules())
     list_weights(model)
     _bind_hooks(model, bio)

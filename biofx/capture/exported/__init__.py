@@ -28,6 +28,7 @@ from biofx.capture.reparametrized import taken_hooks
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
 from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
+from biofx.islands import ORIGINAL_HOOKS
 from biofx.provenance import RECORD, Record
 from biofx.references import HOOKS
 from biofx.trial import Trial, run_from_seed, split_inputs
@@ -66,8 +67,8 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
         if node.target in names:
             node.target = f"{RECORD}.{names[node.target]}"
     bio = captured(model, graph)
-    taken_hooks(bio)
-    record = Record([name for name, _ in model.named_parameters()], {names[k]: v for k, v in constants.items()})
+    vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio)
+    record = Record(model, bio.graph, {names[k]: v for k, v in constants.items()})
     bio.add_module(RECORD, record.train(model.training))
     _check_behaviours(bio, example_inputs, state, before)
     return bio
