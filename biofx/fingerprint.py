@@ -1,4 +1,4 @@
-"""Fingerprints: whether a graph is still the one that was captured."""
+"""Fingerprints: whether a graph is still the one that was captured, but for what passes inserted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from biofx.provenance import inserted
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 
 
@@ -16,6 +18,10 @@ def fingerprint(graph: fx.Graph) -> str:
     numbers: dict[fx.Node, str] = {}
     lines: list[str] = []
     for node in graph.nodes:
+        if inserted(node) is not None:
+            source = node.args[0] if node.args else None
+            numbers[node] = numbers[source] if isinstance(source, fx.Node) else ""
+            continue
         if node.op == "get_attr":  # they stand anywhere before their first use
             numbers[node] = f"@{node.target}"
             continue

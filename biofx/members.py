@@ -27,7 +27,7 @@ from biofx.chain import attribute, chain, evaluate, parameter_nodes
 from biofx.errors import CaptureError
 from biofx.provenance import Slot, inserted_nodes
 
-_HOME = "_biofx_home"  # where a member keeps its home
+HOME = "_biofx_home"  # where a member keeps its home
 
 Place = tuple[int, str]
 """A module, by its id, and the name of one of its parameters; the empty name stands for the module as a whole."""
@@ -66,9 +66,18 @@ class Home:
         places: every weight inside the module: path of its owner, from the module; its name there, and in the model.
     """
 
-    def __init__(self, bio: fx.GraphModule, places: list[tuple[str, str, str]]) -> None:
+    def __init__(self, bio: fx.GraphModule, module: nn.Module, places: list[tuple[str, str, str]]) -> None:
         self.bio = bio
         self.places = places
+        self._owners = {path: weakref.ref(module.get_submodule(path)) for path, _, _ in places}
+
+    def present_places(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+        """The owner of every weight that still is where it was, its name there, and in the model."""
+        children = dict(module.named_modules(remove_duplicate=False))
+        for path, key, name in self.places:
+            owner = self._owners[path]()
+            if owner is not None and children.get(path) is owner and key in vars(owner)["_parameters"]:
+                yield owner, key, name
 
 
 class EffectiveWeight:
@@ -161,8 +170,9 @@ def join(bio: fx.GraphModule) -> None:
         ]
         if module is bio:
             _give_attributes(type(bio), [key for owner, key, _ in places if not owner])
+            vars(bio)[HOME] = Home(bio, module, places)
         elif places:
-            _enter(module, Home(bio, places))
+            _enter(module, Home(bio, module, places))
 
 
 def leave(modules: Iterable[nn.Module]) -> None:
@@ -171,7 +181,7 @@ def leave(modules: Iterable[nn.Module]) -> None:
         if isinstance(module, Member):
             original = _original_form(module)
             vars(module).update(vars(original))
-            vars(module).pop(_HOME, None)
+            vars(module).pop(HOME, None)
             _set_class(module, type(original))
 
 
@@ -187,7 +197,7 @@ def _enter(module: nn.Module, home: Home) -> None:
                 f"{error}"
             ) from error
         return
-    vars(module)[_HOME] = home
+    vars(module)[HOME] = home
 
 
 def _set_class(module: Any, cls: type[nn.Module]) -> None:
@@ -198,7 +208,7 @@ def _set_class(module: Any, cls: type[nn.Module]) -> None:
 def _member_class(original: Any, keys: tuple[str, ...]) -> type[nn.Module]:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        home: Home | None = vars(self).get(_HOME)
+        home: Home | None = vars(self).get(HOME)
         if home is None or _has_values(self, home):
             return original.forward(self, *args, **kwargs)
         before = present.values
@@ -231,12 +241,13 @@ def _flat_weights(rnn: nn.RNNBase) -> list[Any]:
 
 def _has_values(module: nn.Module, home: Home) -> bool:
     """Whether an island or a module around this one has evaluated its weights."""
-    return any((id(module.get_submodule(path)), key) in present.values for path, key, _ in home.places)
+    return any((id(owner), key) in present.values for owner, key, _ in home.present_places(module))
 
 
 def _evaluated(module: nn.Module, home: Home) -> dict[Place, Tensor]:
     starts = parameter_nodes(home.bio)
-    names = dict.fromkeys(name for _, _, name in home.places)
+    places = list(home.present_places(module))
+    names = dict.fromkeys(name for _, _, name in places)
     for _, origin in inserted_nodes(home.bio.graph):
         if origin.slot is Slot.OUTPUT and origin.parameter in names:
             raise CaptureError(
@@ -249,7 +260,19 @@ def _evaluated(module: nn.Module, home: Home) -> dict[Place, Tensor]:
             values = {name: evaluate(home.bio, chain(starts[name])) for name in names}
     finally:
         present.values = before
-    return {(id(module.get_submodule(path)), key): values[name] for path, key, name in home.places}
+    return {(id(owner), key): values[name] for owner, key, name in places}
+
+
+@contextmanager
+def running_on_its_own(bio: nn.Module) -> Iterator[None]:
+    """Let all weights of a model read as the ends of their chains, while its Python forward runs."""
+    before = present.values
+    if (id(bio), "") not in before:
+        present.values = {**before, **_evaluated(bio, vars(bio)[HOME]), (id(bio), ""): True}
+    try:
+        yield
+    finally:
+        present.values = before
 
 
 def _is_of_user(frame: FrameType) -> bool:
@@ -259,7 +282,7 @@ def _is_of_user(frame: FrameType) -> bool:
 
 def _evaluated_alone(owner: nn.Module, key: str) -> Tensor:
     """An effective weight, without an island or a forward that has evaluated it."""
-    home: Home | None = vars(owner).get(_HOME)
+    home: Home | None = vars(owner).get(HOME)
     bio: Any = owner if home is None else home.bio
     stored = vars(owner)["_parameters"][key]
     name = next(name for name, parameter in bio.named_parameters() if parameter is stored)
@@ -339,7 +362,7 @@ def _not_saved_by_checkpoints() -> AbstractContextManager[Any]:
 def _original_form(member: Any) -> nn.Module:
     """The same module, with its own class and with the weights as they are stored."""
     original: nn.Module = object.__new__(type(member)._original)
-    vars(original).update({name: value for name, value in vars(member).items() if name != _HOME})
+    vars(original).update({name: value for name, value in vars(member).items() if name != HOME})
     list_weights(original)
     return original
 

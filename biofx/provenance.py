@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from biofx.errors import ArgumentError
-from biofx.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from biofx.weights.facts import WeightFacts
@@ -126,13 +125,14 @@ class Record(nn.Module):
 
     Args:
         model: the original model.
-        graph: the graph that was captured of it.
+        captured: fingerprint of the graph that was captured of it.
         constants: tensors that forward itself makes, by their names in the record.
 
     Attributes:
         original: names of the parameters of the original model.
         model_class: class of the original model; None if that was a graph.
         captured: fingerprint of the graph as it was captured.
+        traced: paths of the modules whose forward became a part of the graph.
         islands: modules whose Python forward the graph calls as it is, by path, each with the reason; the path of the
             model itself is empty.
         weights: what is known of every parameter that is made of synapses, by name.
@@ -147,11 +147,12 @@ class Record(nn.Module):
         by_hand: whether rules are called by hand (`BioConverter`) instead of by an optimizer.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
+    def __init__(self, model: nn.Module, captured: str, constants: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.original = tuple(name for name, _ in model.named_parameters())
         self.model_class = None if isinstance(model, fx.GraphModule) else type(model)
-        self.captured = fingerprint(graph)
+        self.captured = captured
+        self.traced: tuple[str, ...] = ()
         self.islands: dict[str, str] = {}
         self.weights: dict[str, WeightFacts] = {}
         self.others: dict[str, str] = {}

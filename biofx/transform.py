@@ -14,12 +14,14 @@ from torch import fx, nn
 
 from biofx import capture, pipeline
 from biofx.analysis.remembering import remember
-from biofx.analysis.understanding import understand
+from biofx.analysis.understanding import Run, Understanding, understand
 from biofx.capture import exported
 from biofx.capture.captured_module import REGISTRIES
 from biofx.compare import difference
 from biofx.copying import copied
 from biofx.errors import ArgumentError, CaptureError
+from biofx.guards import GUARD, Guard, Structure, structure
+from biofx.islands import is_whole
 from biofx.lifecycle import use_hooks
 from biofx.members import leave
 from biofx.provenance import is_transformed, record_of, transformed
@@ -29,10 +31,10 @@ from biofx.trial import is_function, run_in_eval_mode
 from biofx.weights.declared import declared
 from biofx.weights.sites import find
 
-FRONTENDS: dict[str, Callable[[nn.Module, Any, Collection[str]], fx.GraphModule]] = {
+FRONTENDS: dict[str, Callable[[nn.Module, Any, Collection[str], Run | None], fx.GraphModule]] = {
     "symbolic": capture.capture,
-    "module": capture.capture_whole,
-    "export": lambda model, example_inputs, synapses: exported.capture(model, example_inputs),
+    "module": lambda model, example_inputs, synapses, run: capture.capture_whole(model, example_inputs, synapses),
+    "export": lambda model, example_inputs, synapses, run: exported.capture(model, example_inputs),
 }
 
 
@@ -122,7 +124,7 @@ def transform(
         else:
             concrete = example_inputs if understood is None or not is_function(example_inputs) else understood.arguments
             weights = declared(source)[0] if understood is None else understood.weights
-            bio = FRONTENDS[frontend](source, concrete, weights)
+            bio = FRONTENDS[frontend](source, concrete, weights, None if understood is None else understood.run)
         assert isinstance(bio, fx.GraphModule)
         remember(bio, understood)
         if not record_of(bio).by_hand:
@@ -134,7 +136,17 @@ def transform(
         pipeline.run(
             bio, chosen, excluded, seed, understood, check=verify, example_inputs=example_inputs, print_between=printer
         )
+        if not is_whole(bio):
+            old: Guard | None = vars(source).get(GUARD) if again else None
+            vars(bio)[GUARD] = Guard(bio, _checked(frontend, understood) if old is None else old.structures)
     return bio
+
+
+def _checked(frontend: str, understood: Understanding | None) -> frozenset[Structure] | None:
+    """The structures of the arguments on which a graph was checked; None if it tells by itself which it takes."""
+    if frontend == "export" or (understood is not None and not understood.is_one_call):
+        return None
+    return frozenset() if understood is None else frozenset({structure(*understood.recording.first_call)})
 
 
 def _seed(seed: Any) -> int:

@@ -41,9 +41,9 @@ def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     with parameters_kept(model), undisturbed(model), torch.no_grad():
         model.eval()
         if is_function(example_inputs):
-            return _tensors(example_inputs(model))
+            return tensors_in(example_inputs(model))
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-        return _tensors(model(*args, **kwargs))
+        return tensors_in(model(*args, **kwargs))
 
 
 def is_function(example_inputs: Any) -> bool:
@@ -78,12 +78,13 @@ def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str],
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
     with parameters_kept(model), undisturbed(model), torch.enable_grad():
         torch.manual_seed(0)
-        outputs = _tensors(model(*args, **kwargs))
-        gradients = _gradients(outputs, {name: model.get_parameter(name) for name in parameters})
-        return Trial([x.detach() for x in (*outputs, *map(model.get_buffer, buffers))], gradients)
+        outputs = tensors_in(model(*args, **kwargs))
+        slopes = gradients(outputs, {name: model.get_parameter(name) for name in parameters})
+        return Trial([x.detach() for x in (*outputs, *map(model.get_buffer, buffers))], slopes)
 
 
-def _gradients(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def gradients(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The gradients, by the parameter, of something that depends on all outputs; None if they cannot be had."""
     learned = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     ends = [output for output in outputs if output.requires_grad]
     # Not ones: a softmax has no gradient of its sum.
@@ -95,7 +96,8 @@ def _gradients(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> dict
     return dict(zip(learned, found, strict=True))
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """The tensors that a model returns."""
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
 
 

@@ -20,6 +20,7 @@ from biofx.analysis.recording import Operation, Recording, Value
 from biofx.analysis.units import UnitAnalysis
 from biofx.chain import attribute, chain, compute, parameter_nodes
 from biofx.errors import ArgumentError
+from biofx.islands import is_whole
 from biofx.provenance import Slot, inserted
 from biofx.weights.facts import WeightFacts
 
@@ -81,7 +82,7 @@ def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str,
         ArgumentError: the arguments do not fit.
     """
     try:
-        bound = inspect.signature(type(bio).forward, follow_wrapped=False).bind(bio, *args, **kwargs)
+        bound = inspect.signature(type(bio).forward, follow_wrapped=not is_whole(bio)).bind(bio, *args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
     bound.apply_defaults()

@@ -19,18 +19,21 @@ With `"module"`, the whole model is one island from the start: all of its Python
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Set
+from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
+from biofx.capture.checking import Run, calls_of, disagreement
 from biofx.capture.modes import trace_modes
 from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, taken_hooks
 from biofx.capture.tracer import KeepWhole, MustBeNone
 from biofx.capture.tracing import Trace, trace_whole
 from biofx.errors import ArgumentError
+from biofx.fingerprint import fingerprint
 from biofx.islands import ORIGINAL_HOOKS
 from biofx.provenance import RECORD, Record
 from biofx.references import outside
@@ -96,7 +99,12 @@ def _check_names(model: nn.Module) -> None:
         raise ArgumentError(f'model has an attribute "{name}", a name that {user} needs; rename it')
 
 
-def capture(model: nn.Module, example_inputs: Any = None, synapses: Collection[str] | None = None) -> CapturedModule:
+def capture(
+    model: nn.Module,
+    example_inputs: Any = None,
+    synapses: Collection[str] | None = None,
+    run: Run | None = None,
+) -> CapturedModule:
     """Trace what can be traced of a model into a graph module that takes over its module tree.
 
     Args:
@@ -104,6 +112,8 @@ def capture(model: nn.Module, example_inputs: Any = None, synapses: Collection[s
         example_inputs: arguments of forward. An argument whose default is None, and which they do not contain, is None
             for the graph: it takes the path without it, and says so to a caller who passes it.
         synapses: names of the parameters that are synapses; None: those of which the classes of modules say so.
+        run: runs the model on inputs on which its graph has to compute what its Python does. Modules of which that does
+            not hold become islands.
 
     Returns:
         A graph module with the class, tree, state, mode, attributes and hooks of the model.
@@ -111,7 +121,8 @@ def capture(model: nn.Module, example_inputs: Any = None, synapses: Collection[s
     Raises:
         CaptureError: the class of the model does something that the result cannot inherit.
     """
-    return _assembled(model, _trace_what_can_be(model, _absent(model, example_inputs), _ids(model, synapses)))
+    trace = _trace_what_can_be(model, _absent(model, example_inputs), _ids(model, synapses), run)
+    return _assembled(model, trace)
 
 
 def capture_whole(
@@ -137,15 +148,21 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio) if is_whole else taken_hooks(bio, TRACEABLE_HOOKS)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
-    record = Record(model, bio.graph, trace.constants)
+    record = Record(model, fingerprint(bio.graph), trace.constants)
     record.islands = trace.tracer.whole
+    if not is_whole:
+        record.traced = ("", *dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter"))
     bio.add_module(RECORD, record.train(model.training))
     return bio
 
 
 def _absent(model: nn.Module, example_inputs: Any) -> set[str]:
+    return _absent_of(model, *split_inputs(example_inputs))
+
+
+def _absent_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """The optional arguments that a call does not give."""
     signature = inspect.signature(type(model).forward)
-    args, kwargs = split_inputs(example_inputs)
     try:
         given = signature.bind_partial(model, *args, **kwargs).arguments
     except TypeError as error:
@@ -155,18 +172,33 @@ def _absent(model: nn.Module, example_inputs: Any) -> set[str]:
     return {name for name in optional - refused if given.get(name) is None}
 
 
-def _trace_what_can_be(model: nn.Module, absent: Collection[str], synapses: Set[int]) -> Trace:
-    """Trace with those modules as islands that turn out not to fit into a graph; if need be, the model itself."""
-    whole: dict[str, str] = {}
+def _trace_what_can_be(
+    model: nn.Module, absent: Collection[str], synapses: Set[int], run: Run | None, whole: dict[str, str] | None = None
+) -> Trace:
+    """Trace with those modules as islands that turn out not to fit into a graph; if need be, the model itself.
+
+    Args:
+        model: the model.
+        absent: optional arguments that are None.
+        synapses: ids of the parameters that get chains.
+        run: runs the model on inputs on which graph and Python have to agree; None: nobody knows any.
+        whole: modules that are called as they are, each with the reason.
+    """
+    whole = dict(whole or {})
+    children = {module: set(module._modules) for module in model.modules()}
     while True:
         try:
             trace = trace_modes(model, absent, whole, synapses)
             around = {path: outside(model, path) for path in trace.tracer.whole}
             grown = {path: f"{inner} in it {REFERS}" for inner, path in around.items() if path is not None}
-            if not grown:
+            if grown:
+                raise KeepWhole(grown)
+            found = None if run is None else disagreement(model, trace, run)
+            if found is None:
                 return trace
-            raise KeepWhole(grown)
+            raise KeepWhole(_differing(model, trace, run, found, synapses))
         except KeepWhole as error:
+            _drop_stand_ins(children)
             for path, reason in error.reasons.items():
                 while path in whole:  # something outside of it made it do that
                     path = path.rpartition(".")[0]
@@ -174,3 +206,40 @@ def _trace_what_can_be(model: nn.Module, absent: Collection[str], synapses: Set[
                     return trace_whole(model, reason, synapses)
                 whole = {inner: why for inner, why in whole.items() if not inner.startswith(f"{path}.")}
                 whole[path] = reason
+
+
+def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, synapses: Set[int]) -> dict[str, str]:
+    """The smallest modules whose graphs differ from their Python, each with the difference; if none does, the model."""
+    assert run is not None
+    traced = dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter")
+    given = calls_of(model, iter(traced), run)
+    result: dict[str, str] = {}
+    for path in reversed(traced):  # inner modules come after those around them
+        if path not in given or any(inner.startswith(f"{path}.") for inner in result):
+            continue
+        module, (args, kwargs) = model.get_submodule(path), given[path]
+        children = {child: set(child._modules) for child in module.modules()}
+        inside = {inner.removeprefix(f"{path}."): why for inner, why in trace.tracer.whole.items()
+                  if inner.startswith(f"{path}.")}  # fmt: skip
+        try:
+            alone = trace_modes(module, _absent_of(module, args, kwargs), inside, synapses)
+            difference = disagreement(module, alone, lambda m, a=args, k=kwargs: _called(m, a, k))  # type: ignore[misc]
+        except KeepWhole:
+            continue
+        finally:
+            _drop_stand_ins(children)
+        if difference is not None:
+            result[path] = difference
+    return result or {"": found}
+
+
+def _called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    return module(*args, **kwargs)
+
+
+def _drop_stand_ins(children: Mapping[nn.Module, Set[str]]) -> None:
+    """Take from modules what a trace that is of no use gave to them."""
+    for module, names in children.items():
+        for name in module._modules.keys() - names:
+            del module._modules[name]

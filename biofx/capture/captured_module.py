@@ -8,16 +8,19 @@ from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.module import _WrappedHook
+from torch.utils import _pytree as pytree
 
 from biofx.analysis.graphs import USES
 from biofx.capture.tracer import StandIn
 from biofx.copying import clones
 from biofx.errors import ArgumentError, CaptureError
+from biofx.guards import GUARD
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole
-from biofx.members import ReadsEffective, join, leave, list_weights, methods_of_user
+from biofx.members import HOME, ReadsEffective, join, leave, list_weights, methods_of_user, running_on_its_own
 from biofx.provenance import RECORD, Record, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -63,11 +66,24 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
             hook(self, args)
         return cls.forward(_without_record(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
 
+    def run_python(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the Python forward of the model with its effective weights, instead of the graph."""
+        cls: Any = record_of(self).model_class
+        with running_on_its_own(self):
+            for hook in vars(self)[ORIGINAL_HOOKS].values():
+                hook(self, args)
+            return cls.forward(_without_record(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
+
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
         code = super().recompile()
+        cls = type(self)
         if is_whole(self):
-            type(self).forward = _entered_once(type(self).forward, vars(self)[ORIGINAL_CLASS].forward)
+            cls.forward = _entered_once(cls.forward, vars(self)[ORIGINAL_CLASS].forward)
+        else:
+            cls.forward = _guarded(cls.forward)
+        if GUARD in vars(self):
+            vars(self)[GUARD].forget()
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
@@ -170,7 +186,7 @@ def released(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
 
 def _kept(model: nn.Module) -> dict[str, Any]:
     """The attributes of a model that another of its form takes over; registries are its own."""
-    kept = {name: value for name, value in vars(model).items() if name not in _OF_GRAPH_MODULES}
+    kept = {name: value for name, value in vars(model).items() if name not in {*_OF_GRAPH_MODULES, GUARD, HOME}}
     return {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}
 
 
@@ -196,6 +212,25 @@ def _entered_once(forward: Callable[..., Any], original: Callable[..., Any]) -> 
         return self.original_forward(*args, **kwargs) if is_running(self) else forward(self, *args, **kwargs)
 
     return enter
+
+
+def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that runs the graph where its guard admits it, and else the model's Python."""
+
+    @functools.wraps(forward)
+    def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+        guard = vars(self).get(GUARD)
+        if guard is None or torch.compiler.is_compiling() or _is_traced(args, kwargs):
+            return forward(self, *args, **kwargs)
+        if is_running(self) or not guard.admits(self, args, kwargs):
+            return self.run_python(*args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return guarded
+
+
+def _is_traced(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
 
 
 def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
@@ -239,7 +274,7 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 
 def _attributes(module: fx.GraphModule) -> dict[str, Any]:
     # A recurrent layer lists its weights, for which a captured one has a property.
-    return {name: value for name, value in vars(module).items() if name not in ("_graph", *_FLAT_WEIGHTS)}
+    return {name: value for name, value in vars(module).items() if name not in ("_graph", HOME, *_FLAT_WEIGHTS)}
 
 
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:

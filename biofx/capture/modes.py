@@ -47,7 +47,7 @@ def trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str]
     mixed = [trace(model, absent, whole, synapses, half) for half in halves]
     traces = [training, evaluation, *mixed]
     for other in traces[1:]:
-        _check_same_path(training, other)
+        _check_same_path(model, training, other)
     _follow_modes(model, traces, ranks)
     return training
 
@@ -59,12 +59,16 @@ def _ranks(traces: list[Trace]) -> dict[str, int]:
     return {path: len(paths & {"", *around.get(path, ())} - {path}) for path in paths}
 
 
-def _check_same_path(a: Trace, b: Trace) -> None:
-    """Find the smallest module whose forward runs when two traces of a model part."""
+def _check_same_path(model: nn.Module, a: Trace, b: Trace) -> None:
+    """Find the smallest module whose forward runs when two traces of a model part, and others like it."""
     positions = [{node: i for i, node in enumerate(one.graph.nodes)} for one in (a, b)]
     for x, y in itertools.zip_longest(_path_of(a, positions[0]), _path_of(b, positions[1])):
         if x != y:
-            raise KeepWhole({(x or y)[0]: "its forward takes another path in training than in evaluation mode"})
+            parting = (x or y)[0]
+            kind = type(model.get_submodule(parting))
+            alike = [path for path in a.tracer.reads if parting and type(model.get_submodule(path)) is kind]
+            reason = "its forward takes another path in training than in evaluation mode"
+            raise KeepWhole(dict.fromkeys([parting, *alike], reason))
 
 
 def _path_of(trace: Trace, positions: dict[fx.Node, int]) -> Iterator[tuple[Any, ...]]:

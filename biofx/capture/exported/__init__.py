@@ -28,6 +28,7 @@ from biofx.capture.reparametrized import taken_hooks
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
 from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
+from biofx.fingerprint import fingerprint
 from biofx.islands import ORIGINAL_HOOKS
 from biofx.provenance import RECORD, Record
 from biofx.references import HOOKS
@@ -68,7 +69,8 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
             node.target = f"{RECORD}.{names[node.target]}"
     bio = captured(model, graph)
     vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio)
-    record = Record(model, bio.graph, {names[k]: v for k, v in constants.items()})
+    record = Record(model, fingerprint(bio.graph), {names[k]: v for k, v in constants.items()})
+    record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, StandIn))
     bio.add_module(RECORD, record.train(model.training))
     _check_behaviours(bio, example_inputs, state, before)
     return bio

@@ -1,0 +1,168 @@
+"""Checks: whether a graph computes what the Python does that it was traced from.
+
+Nothing can foresee every way in which Python looks at a value or remembers one. So both run, on the same inputs and
+with the same random numbers, in both modes and twice each: what forward remembers shows in the second call. A module
+whose graph differs keeps its Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from biofx.capture.tracing import Trace
+from biofx.chain import attribute
+from biofx.compare import difference
+from biofx.trial import gradients, parameters_kept, tensors_in, undisturbed
+
+MORE, FEW = 1.5, 1024  # a graph may save so many times as many numbers as Python, and so many more
+
+Run = Callable[[nn.Module], Any]
+"""Runs a model, once or several times."""
+
+
+def disagreement(model: nn.Module, trace: Trace, run: Run) -> str | None:
+    """How a graph differs from the Python that it was traced from, in words, or None if it does not.
+
+    Args:
+        model: the model; it is afterwards what it was.
+        trace: its graph.
+        run: runs the model.
+    """
+    for training in (False, True):
+        try:
+            expected = _behaviour(model, run, training)
+        except Exception:  # noqa: BLE001 - such as batch norm of one sample
+            continue
+        where = f"in {'training' if training else 'evaluation'} mode"
+        try:
+            with _running_graph(model, trace):
+                actual = _behaviour(model, run, training)
+        except Exception as error:  # noqa: BLE001 - forward is anybody's code
+            return f"its graph fails {where}: {' '.join(str(error).split())[:120]}"
+        found = difference(expected.tensors, actual.tensors)
+        if found is None and expected.slopes is not None and actual.slopes is not None:
+            found = difference(expected.slopes, actual.slopes)
+        if found is not None:
+            return f"its graph computes something else {where}: {found}"
+        if actual.saved > MORE * expected.saved + FEW:
+            return "its forward recomputes activity in the backward pass, to save memory, which a graph does not do"
+    return None
+
+
+def calls_of(model: nn.Module, paths: Iterator[str], run: Run) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of the first call of modules, by path, in a run in evaluation mode."""
+    found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if path not in found:
+                found[path] = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+
+        return hook
+
+    with parameters_kept(model), undisturbed(model), torch.no_grad(), contextlib.ExitStack() as stack:
+        model.eval()
+        for path in paths:
+            handle = model.get_submodule(path).register_forward_pre_hook(note(path), with_kwargs=True)
+            stack.callback(handle.remove)
+        with contextlib.suppress(Exception):
+            run(model)
+    return found
+
+
+class _Behaviour(NamedTuple):
+    """What two calls of a model do.
+
+    Attributes:
+        tensors: what they return, and what buffers are afterwards.
+        slopes: the gradients of parameters; None if they cannot be had.
+        saved: how many numbers autograd saves for the backward pass.
+    """
+
+    tensors: list[Tensor]
+    slopes: list[Tensor] | None
+    saved: int
+
+
+def _behaviour(model: nn.Module, run: Run, training: bool) -> _Behaviour:
+    parameters = {name: parameter for name, parameter in model.named_parameters() if not parameter.is_inference()}
+    saved = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += 0 if isinstance(tensor, nn.Parameter) else tensor.numel()
+        return tensor
+
+    with parameters_kept(model), undisturbed(model), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.train(training)
+        _seed()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = [tensor for _ in range(2) for tensor in tensors_in(run(model))]
+        slopes = gradients(outputs, parameters)
+        buffers = [buffer.detach().clone() for buffer in model.buffers()]
+    tensors = [*(x.detach() for x in outputs), *buffers]
+    return _Behaviour(tensors, None if slopes is None else list(slopes.values()), saved)
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        from numpy import random as numpy
+
+        numpy.seed(0)
+
+
+@contextlib.contextmanager
+def _running_graph(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Let calls of a model run its graph."""
+    made = {name: x.clone() if isinstance(x, Tensor) else x for name, x in trace.constants.items()}
+    own: Mapping[str, Any] = {**made, **trace.tracer.refusals}
+    signature = inspect.signature(type(model).forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        return _run(model, trace.graph, own, bound.arguments)
+
+    had = vars(model).get("forward")
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        if had is not None:
+            vars(model)["forward"] = had
+
+
+def _run(model: nn.Module, graph: fx.Graph, own: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op == "placeholder":
+            values[node] = given[target.lstrip("*")]
+            continue
+        if node.op == "get_attr":
+            values[node] = own[target] if target in own else attribute(model, target)
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "output":
+            return args[0]
+        if node.op == "call_module":
+            values[node] = (own[target] if target in own else model.get_submodule(target))(*args, **kwargs)
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], target)(*args[1:], **kwargs)
+        else:
+            values[node] = node.target(*args, **kwargs)
+    return None

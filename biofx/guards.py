@@ -1,0 +1,183 @@
+"""Guards: whether what was true when a graph was checked still is.
+
+A graph is a specialization of a model's Python. It runs where it was checked: on arguments like those of the check, and
+as long as modules, their attributes and their hooks are what they were. Otherwise the Python runs, with the same
+effective weights. Where a pass needs the graph, there is an error instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as global_hooks
+from torch.utils import _pytree as pytree
+
+from biofx.capture.stores import store
+from biofx.errors import CaptureError
+from biofx.fingerprint import fingerprint
+from biofx.provenance import Slot, inserted_nodes, record_of
+
+GUARD = "_biofx_guard"  # where a transformed model keeps it
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REGISTRIES = frozenset(vars(nn.Module()))
+_OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
+_DERIVED = frozenset({"_flat_weights", "_flat_weight_refs", "_compiled_call_impl"})
+_GLOBAL_HOOKS = [vars(global_hooks)[f"_global{name}"] for name in HOOKS]
+_DEEPEST = 4  # how far into objects inside of objects an argument is looked at
+
+Structure = tuple[Any, ...]
+
+
+class Guard:
+    """What was true when a graph was checked.
+
+    Args:
+        bio: the transformed model.
+        structures: those of the arguments on which it was checked; None for any.
+    """
+
+    def __init__(self, bio: fx.GraphModule, structures: frozenset[Structure] | None) -> None:
+        self.traced = record_of(bio).traced
+        self.structures = structures
+        self._own = {
+            (_target(node.args[0]), str(node.args[1]))
+            for node in bio.graph.nodes
+            if node.op == "call_function" and node.target is store
+        }
+        self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
+        self._needs: str | None = None
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_held": None, "_is_known": False}
+
+    def forget(self) -> None:
+        """Look anew at the graph and at the modules, which may be others."""
+        self._held: tuple[list[Any], list[Any]] | None = None
+        self._is_known = False
+
+    def admits(self, bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the graph runs on some arguments.
+
+        Raises:
+            CaptureError: it does not follow what changed, and a pass needs it.
+        """
+        if not self._is_known:
+            self._needs, self._is_known = _why_graph_is_needed(bio), True
+        changed = None if self._holds() else self._changed(bio)
+        if self._needs is not None:
+            if changed is not None:
+                raise CaptureError(
+                    f"{changed} since the transform, and {self._needs}, which does not follow that; change the "
+                    "original model, and transform it then"
+                )
+            return True
+        if changed is not None or any(_GLOBAL_HOOKS) or torch.is_autocast_enabled("cpu"):
+            return False
+        return self.structures is None or structure(args, kwargs) in self.structures
+
+    def _holds(self) -> bool:
+        """Whether nothing changed since the last look, as far as a glance tells."""
+        if self._held is None:
+            return False
+        try:
+            return bool(self._held[0] == self._held[1])
+        except (RuntimeError, ValueError):  # tensors and arrays are not compared
+            return False
+
+    def _changed(self, bio: fx.GraphModule) -> str | None:
+        """What is not as it was, in words; if nothing is, what there is now is looked for from here on."""
+        modules = {}
+        for path in self.traced:
+            try:
+                modules[path] = module = bio.get_submodule(path)
+            except AttributeError:
+                return f"{path} was removed"
+            for name, value in self._saved[path].items():
+                if not _is_same(self._now(module, name), value):
+                    what = f"{path}.{name}".lstrip(".")
+                    return f"{path or 'the model'} got hooks" if name in HOOKS else f"{what} changed"
+        holders = [holder for module in modules.values() for holder in _holders(module)]
+        self._held = holders, [holder.copy() for holder in holders]
+        return None
+
+    def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
+        kept = {
+            name: _copied(value)
+            for name, value in vars(module).items()
+            if name not in _REGISTRIES | _OF_GRAPHS | _DERIVED
+            and not name.startswith("_biofx")
+            and (path, name) not in self._own
+        }
+        hooks = {name: len(getattr(module, name)) for name in HOOKS}
+        forward = {"forward": vars(module).get("forward")}
+        return {**kept, **hooks, **forward, "_modules": dict(module._modules)}
+
+    def _now(self, module: nn.Module, name: str) -> Any:
+        if name in HOOKS:
+            return len(getattr(module, name))
+        return vars(module).get(name)
+
+
+def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
+    """The structure of arguments: their types, the dtypes and numbers of axes of tensors, and what is None."""
+    return tuple(_structure((args, dict(kwargs)), _DEEPEST))
+
+
+def _structure(value: Any, depth: int) -> Iterator[Any]:
+    leaves, spec = pytree.tree_flatten(value)
+    yield spec
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            yield type(leaf), leaf.dtype, leaf.dim()
+        elif depth and hasattr(leaf, "__dict__") and not callable(leaf) and not isinstance(leaf, type):
+            yield type(leaf)
+            yield from _structure(dict(vars(leaf)), depth - 1)
+        else:
+            yield leaf if isinstance(leaf, bool | str | None) else type(leaf)
+
+
+def _why_graph_is_needed(bio: fx.GraphModule) -> str | None:
+    """Why only the graph computes what a model does, or None if its Python does as well."""
+    record = record_of(bio)
+    for _, origin in inserted_nodes(bio.graph):
+        if origin.slot in (Slot.OUTPUT, Slot.OBSERVER):
+            return f"{origin.by} needs the graph"
+    if record.model_class is None:
+        return "the model is a graph"
+    return None if fingerprint(bio.graph) == record.captured else "its graph was edited"
+
+
+def _target(node: Any) -> str:
+    from biofx.islands import WHOLE
+
+    return "" if node.target == WHOLE else str(node.target)
+
+
+def _holders(module: nn.Module) -> Iterator[Any]:
+    """What is compared at each call: the attributes, children and hooks of a module, and containers among these."""
+    yield vars(module)
+    yield module._modules
+    yield from (getattr(module, name) for name in HOOKS)
+    yield from (value for name, value in vars(module).items() if name not in _REGISTRIES and type(value) in _CONTAINERS)
+
+
+_CONTAINERS = (dict, list, set)
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if type(value) in _CONTAINERS else value
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    if now is before:
+        return True
+    if isinstance(now, Tensor | nn.Module) or isinstance(before, Tensor | nn.Module):
+        return False
+    try:
+        return type(now) is type(before) and bool(now == before)
+    except (RuntimeError, ValueError, TypeError):
+        return False
