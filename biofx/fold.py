@@ -13,6 +13,7 @@ from biofx.copying import copied
 from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
 from biofx.fingerprint import fingerprint
+from biofx.guards import GUARD
 from biofx.islands import is_whole, island_nodes, island_path, island_weights
 from biofx.members import leave
 from biofx.provenance import RECORD, Record, Slot, inserted, inserted_nodes, record_of, transformed
@@ -76,7 +77,7 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         for start in parameter_nodes(plain).values():
             _fold_chain(plain, chain(start), places)
         record = record_of(plain)
-        is_as_captured = fingerprint(plain.graph) == record.captured
+        is_as_captured = rewired is None and fingerprint(plain.graph) == record.captured
         _drop_state(plain)
         if record.model_class is not None and is_as_captured:
             result = released(plain, record.model_class)
@@ -88,6 +89,7 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
 
 def _keep_graph(plain: CapturedModule, record: Record) -> None:
     """Let the graph of a folded model compute what its Python does not."""
+    vars(plain).pop(GUARD, None)
     _keep_constants(plain, record)
     if not is_whole(plain):
         _call_islands_as_modules(plain)

@@ -8,6 +8,7 @@ effective weights. Where a pass needs the graph, there is an error instead.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -37,10 +38,14 @@ class Guard:
     Args:
         bio: the transformed model.
         structures: those of the arguments on which it was checked; None for any.
+
+    Attributes:
+        compiles_graph: whether compilers see the graph: it was checked, or a pass needs it.
     """
 
     def __init__(self, bio: fx.GraphModule, structures: frozenset[Structure] | None) -> None:
-        self.traced = record_of(bio).traced
+        around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)  # with containers
+        self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around)]))
         self.structures = structures
         self._own = {
             (_target(node.args[0]), str(node.args[1]))
@@ -48,16 +53,16 @@ class Guard:
             if node.op == "call_function" and node.target is store
         }
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
-        self._needs: str | None = None
-        self.forget()
+        self.look_at(bio)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_held": None, "_is_known": False}
+        return vars(self) | {"_held": None}
 
-    def forget(self) -> None:
-        """Look anew at the graph and at the modules, which may be others."""
+    def look_at(self, bio: fx.GraphModule) -> None:
+        """Take note of the graph and the modules, which may be others now."""
+        self._needs = _why_graph_is_needed(bio)
+        self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
         self._held: tuple[list[Any], list[Any]] | None = None
-        self._is_known = False
 
     def admits(self, bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graph runs on some arguments.
@@ -65,8 +70,6 @@ class Guard:
         Raises:
             CaptureError: it does not follow what changed, and a pass needs it.
         """
-        if not self._is_known:
-            self._needs, self._is_known = _why_graph_is_needed(bio), True
         changed = None if self._holds() else self._changed(bio)
         if self._needs is not None:
             if changed is not None:
@@ -75,7 +78,8 @@ class Guard:
                     "original model, and transform it then"
                 )
             return True
-        if changed is not None or any(_GLOBAL_HOOKS) or torch.is_autocast_enabled("cpu"):
+        is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
+        if changed is not None or any(_GLOBAL_HOOKS) or is_autocast:
             return False
         return self.structures is None or structure(args, kwargs) in self.structures
 
@@ -129,7 +133,7 @@ def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
 
 def _structure(value: Any, depth: int) -> Iterator[Any]:
     leaves, spec = pytree.tree_flatten(value)
-    yield spec
+    yield str(spec)
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             yield type(leaf), leaf.dtype, leaf.dim()

@@ -6,6 +6,7 @@ the module while each of these weights reads as the end of its chain (`members.p
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from biofx.analysis.recorder import unrecorded
 from biofx.errors import CaptureError
-from biofx.members import Place, is_lost, present
+from biofx.members import Place, effective_weights, is_lost, present, present_weights
 
 WHOLE = "whole_model"  # what the graph of a model that is one island reads: the model itself
 ORIGINAL_CLASS = "_biofx_class"  # where such a model keeps the class whose forward it runs
@@ -42,15 +43,31 @@ def call_island(module: Any, weights: Mapping[str, Any], args: Any, kwargs: Any)
     for name, weight in weights.items():
         path, _, key = name.rpartition(".")
         values[id(module.get_submodule(path)), key] = weight
-    before, copies = present.values, _copies(module, weights)
-    present.values = {**before, **values}
-    has_failed = True
+    with no_lost_changes(module, weights), present_weights(values):
+        return module.original_forward(*args, **kwargs) if is_whole(module) else module(*args, **kwargs)
+
+
+def run_python(bio: Any, args: Any, kwargs: Any) -> Any:
+    """Run the Python forward of a transformed model on its effective weights, instead of its graph.
+
+    Raises:
+        CaptureError: forward changes one of the weights in place, which would be forgotten.
+    """
+    if is_running(bio):
+        return bio.original_forward(*args, **kwargs)
+    weights, values = effective_weights(bio)
+    with no_lost_changes(bio, weights), present_weights({**values, (id(bio), ""): True}):
+        return bio.original_forward(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def no_lost_changes(module: Any, weights: Mapping[str, Any]) -> Iterator[None]:
+    """Refuse that Python changes weights that are computed, in the block."""
+    copies, has_failed = _copies(module, weights), True
     try:
-        result = module.original_forward(*args, **kwargs) if is_whole(module) else module(*args, **kwargs)
+        yield
         has_failed = False
-        return result
     finally:
-        present.values = before
         _refuse_lost_changes(module, weights, copies, has_failed)
 
 
@@ -80,7 +97,7 @@ def _refuse_lost_changes(
         if is_forgotten:
             _modes.pop(module)
             raise CaptureError(
-                f"the forward of {type(module).__name__}, an island, changes {name}, and such a change would be lost, "
+                f"the forward of {type(module).__name__} changes {name}, and such a change would be lost, "
                 "as the weight is computed from its synapses at every call; transform the model with "
                 f"exclude=['*{name}']"
             )

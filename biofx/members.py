@@ -71,7 +71,7 @@ class Home:
         self.places = places
         self._owners = {path: weakref.ref(module.get_submodule(path)) for path, _, _ in places}
 
-    def present_places(self, module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    def present_places(self, module: nn.Module) -> Iterator[tuple[Any, str, str]]:
         """The owner of every weight that still is where it was, its name there, and in the model."""
         children = dict(module.named_modules(remove_duplicate=False))
         for path, key, name in self.places:
@@ -263,12 +263,18 @@ def _evaluated(module: nn.Module, home: Home) -> dict[Place, Tensor]:
     return {(id(owner), key): values[name] for owner, key, name in places}
 
 
+def effective_weights(bio: nn.Module) -> tuple[dict[str, Tensor], dict[Place, Any]]:
+    """All weights of a transformed model that are where they were, as its operators receive them: by name and place."""
+    home: Home = vars(bio)[HOME]
+    values = _evaluated(bio, home)
+    return {name: values[id(owner), key] for owner, key, name in home.present_places(bio)}, values
+
+
 @contextmanager
-def running_on_its_own(bio: nn.Module) -> Iterator[None]:
-    """Let all weights of a model read as the ends of their chains, while its Python forward runs."""
+def present_weights(values: Mapping[Place, Any]) -> Iterator[None]:
+    """Let weights read as these values while the block runs in this thread."""
     before = present.values
-    if (id(bio), "") not in before:
-        present.values = {**before, **_evaluated(bio, vars(bio)[HOME]), (id(bio), ""): True}
+    present.values = {**before, **values}
     try:
         yield
     finally:

@@ -55,9 +55,15 @@ def transform(
     The result is a `GraphModule` that trains in any PyTorch loop. The model is traced, each pass rewrites every weight
     (see `biofx.weight_sites`), and the graph is verified after each pass. Mode, dtype and device stay as they are.
 
-    A module whose forward cannot be traced (it decides by values, iterates over them, has hooks …) becomes an *island*:
-    its own Python forward is called, with the weights inside of it rewritten. `biofx.summary` names each island with
-    the reason. Passes that need an operator's output, such as `GroupUnits`, leave weights in islands alone.
+    A module whose forward cannot be traced (it decides by values, iterates over them, has hooks …), or whose graph does
+    not compute the same, becomes an *island*: its own Python forward is called, with the weights inside of it
+    rewritten. `biofx.summary` names each island with the reason. Passes that need an operator's output, such as
+    `GroupUnits`, leave weights in islands alone.
+
+    The model's Python is the truth. Its graph is checked against it, in both modes and in two calls each, on the
+    example inputs or on guessed ones. The graph runs on arguments of the same types and numbers of axes, as long as
+    modules, their attributes and their hooks are what they were; else the Python runs, with the same effective weights.
+    Where a pass or an edit of the graph makes the difference, what has changed is an error instead.
 
     Args:
         model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
@@ -65,10 +71,10 @@ def transform(
             name of a recipe. The order does not matter: passes run from the operator inwards.
         example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`; or
             a function that runs the model, once or several times, with state carried from call to call. The model runs
-            on them once, and that run tells whose units each weight reads. Capture and every pass that preserves the
-            function are checked on them. Without them, arguments that fit are guessed (`summary` shows which), and
-            nothing is checked.
-        frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands, without running the model.
+            on them, which tells whose units each weight reads. The graph, and every pass that preserves the function,
+            are checked on them. Without them, arguments that fit are guessed (`summary` shows which); if none is found,
+            the Python runs.
+        frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands.
             `"module"`: the whole model is one island, so that all of its Python code stays and only weights change, as
             for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which
             follows any Python whose decisions do not depend on values. The graph consists of dispatcher operators; it
@@ -146,7 +152,8 @@ def _checked(frontend: str, understood: Understanding | None) -> frozenset[Struc
     """The structures of the arguments on which a graph was checked; None if it tells by itself which it takes."""
     if frontend == "export" or (understood is not None and not understood.is_one_call):
         return None
-    return frozenset() if understood is None else frozenset({structure(*understood.recording.first_call)})
+    call = None if understood is None else understood.recording.first_call
+    return frozenset() if call is None else frozenset({structure(*call)})
 
 
 def _seed(seed: Any) -> int:

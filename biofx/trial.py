@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -83,7 +83,7 @@ def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str],
         return Trial([x.detach() for x in (*outputs, *map(model.get_buffer, buffers))], slopes)
 
 
-def gradients(outputs: Sequence[Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The gradients, by the parameter, of something that depends on all outputs; None if they cannot be had."""
     learned = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     ends = [output for output in outputs if output.requires_grad]

@@ -158,7 +158,8 @@ def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, weights: M
         node = read.operation.node
         if node is not None:
             reads.setdefault(node, []).append(read)
-    for node, found in reads.items():
+    for node, both in reads.items():
+        found = [read for read in both if read.operation not in recording.again] or both
         names = dict.fromkeys(name for read in found for name in read.names)
         shows_units = len(found) == 1 and _decides(found[0], weights.get(found[0].parameter.name))
         node.meta[USES] = tuple(

@@ -138,6 +138,7 @@ class Recording:
         operations_of: the operators of each node.
         decisions: where Python saw numbers that depend on inputs: other inputs may take other ways there.
         changed: what changed a parameter in place, by the parameter's name; None if its data was assigned.
+        again: the operators of another run, in training mode, for weights that the first one left unused.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -150,6 +151,7 @@ class Recording:
     operations_of: dict[fx.Node, list[Operation]] = field(default_factory=dict)
     decisions: list[Operation] = field(default_factory=list)
     changed: dict[str, Operation | None] = field(default_factory=dict)
+    again: set[Operation] = field(default_factory=set)
 
 
 def depends_of(value: Value) -> Depends:

@@ -144,7 +144,13 @@ def recorded(model: nn.Module, run: Run) -> Recording:
         except Exception as error:
             raise ArgumentError(_failure(model, recorder, error)) from error
         if recorder.has_unused():
+            recording = recorder.recording
+            before, nodes = len(recording.operations), dict(recording.nodes)
+            of_nodes = {node: list(operations) for node, operations in recording.operations_of.items()}
             _try_in_training(model, run)
+            recording.again.update(recording.operations[before:])
+            recording.nodes.update(nodes)
+            recording.operations_of.update(of_nodes)
     return recorder.recording
 
 
@@ -213,7 +219,8 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
     for name, parameter in parameters.items():
         reason = _why_no_weight(name, parameter, recording, forms, reads[name])
         if reason is None:
-            weights[name] = _facts(name, forms, reads[name], told, flow)
+            first = [read for read in reads[name] if read.operation not in recording.again]
+            weights[name] = _facts(name, forms, first or reads[name], told, flow)
         else:
             others[name] = reason
     numbers = told.units.numbers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from biofx.capture.tracer import StandIn
 from biofx.copying import clones
 from biofx.errors import ArgumentError, CaptureError
 from biofx.guards import GUARD
-from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole
-from biofx.members import HOME, ReadsEffective, join, leave, list_weights, methods_of_user, running_on_its_own
+from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole, run_python
+from biofx.members import HOME, ReadsEffective, join, leave, list_weights, methods_of_user
 from biofx.provenance import RECORD, Record, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -45,8 +45,9 @@ RESERVED = frozenset(
 class CapturedModule(ReadsEffective, fx.GraphModule):
     """What `biofx.transform` and `biofx.fold` return.
 
-    An instance is also one of the model's class: methods, properties and overrides such as `train` stay; only forward
-    is the graph's. A model that is a container, such as `torch.nn.Sequential`, is no container any more.
+    An instance is also one of the model's class: methods, properties and overrides such as `train` stay. Forward runs
+    the graph where it was checked and nothing has changed since (`biofx.guards`), and else the model's Python, with the
+    same effective weights. A model that is a container, such as `torch.nn.Sequential`, is no container any more.
 
     A plain `torch.fx.GraphModule` forgets when it is copied or pickled: `meta`, the hooks and the attributes of the
     root, which of its buffers are persistent, and the `meta` of nodes. This one does not.
@@ -60,19 +61,11 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
         return self
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Python forward of a model that is one island, as it was before the capture."""
-        cls = vars(self)[ORIGINAL_CLASS]
+        """Run the Python forward that the model had before the capture."""
+        cls: Any = vars(self).get(ORIGINAL_CLASS) or record_of(self).model_class
         for hook in vars(self)[ORIGINAL_HOOKS].values():
             hook(self, args)
         return cls.forward(_without_record(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
-
-    def run_python(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Python forward of the model with its effective weights, instead of the graph."""
-        cls: Any = record_of(self).model_class
-        with running_on_its_own(self):
-            for hook in vars(self)[ORIGINAL_HOOKS].values():
-                hook(self, args)
-            return cls.forward(_without_record(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
 
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
@@ -83,7 +76,7 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
         else:
             cls.forward = _guarded(cls.forward)
         if GUARD in vars(self):
-            vars(self)[GUARD].forget()
+            vars(self)[GUARD].look_at(self)
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
@@ -217,16 +210,24 @@ def _entered_once(forward: Callable[..., Any], original: Callable[..., Any]) -> 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward that runs the graph where its guard admits it, and else the model's Python."""
 
-    @functools.wraps(forward)
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         guard = vars(self).get(GUARD)
-        if guard is None or torch.compiler.is_compiling() or _is_traced(args, kwargs):
+        if guard is None or _is_traced(args, kwargs):
             return forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs) if guard.compiles_graph else _run_uncompiled(self, args, kwargs)
         if is_running(self) or not guard.admits(self, args, kwargs):
-            return self.run_python(*args, **kwargs)
+            return run_python(self, args, kwargs)
         return forward(self, *args, **kwargs)
 
-    return guarded
+    # Compilers count how often they have compiled one code object, and each model is to have its own count.
+    own = FunctionType(guarded.__code__.replace(), guarded.__globals__, closure=guarded.__closure__)
+    return functools.wraps(forward)(own)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _run_uncompiled(bio: CapturedModule, args: Any, kwargs: Any) -> Any:
+    return run_python(bio, args, kwargs)
 
 
 def _is_traced(args: Any, kwargs: Any) -> bool:

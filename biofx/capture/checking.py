@@ -49,9 +49,7 @@ def disagreement(model: nn.Module, trace: Trace, run: Run) -> str | None:
                 actual = _behaviour(model, run, training)
         except Exception as error:  # noqa: BLE001 - forward is anybody's code
             return f"its graph fails {where}: {' '.join(str(error).split())[:120]}"
-        found = difference(expected.tensors, actual.tensors)
-        if found is None and expected.slopes is not None and actual.slopes is not None:
-            found = difference(expected.slopes, actual.slopes)
+        found = difference(expected.tensors, actual.tensors) or _difference_of(expected.slopes, actual.slopes)
         if found is not None:
             return f"its graph computes something else {where}: {found}"
         if actual.saved > MORE * expected.saved + FEW:
@@ -85,12 +83,12 @@ class _Behaviour(NamedTuple):
 
     Attributes:
         tensors: what they return, and what buffers are afterwards.
-        slopes: the gradients of parameters; None if they cannot be had.
+        slopes: the gradients of parameters, by call; None if they cannot be had.
         saved: how many numbers autograd saves for the backward pass.
     """
 
     tensors: list[Tensor]
-    slopes: list[Tensor] | None
+    slopes: list[dict[str, Tensor] | None]
     saved: int
 
 
@@ -107,12 +105,30 @@ def _behaviour(model: nn.Module, run: Run, training: bool) -> _Behaviour:
         warnings.simplefilter("ignore")
         model.train(training)
         _seed()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = [tensor for _ in range(2) for tensor in tensors_in(run(model))]
-        slopes = gradients(outputs, parameters)
-        buffers = [buffer.detach().clone() for buffer in model.buffers()]
-    tensors = [*(x.detach() for x in outputs), *buffers]
-    return _Behaviour(tensors, None if slopes is None else list(slopes.values()), saved)
+        tensors, slopes = [], []
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                outputs = tensors_in(run(model))
+            tensors += [x.detach().clone() for x in outputs]
+            slopes.append(gradients(outputs, parameters))
+        tensors += [buffer.detach().clone() for buffer in model.buffers()]
+    return _Behaviour(tensors, slopes, saved)
+
+
+def _difference_of(expected: list[dict[str, Tensor] | None], actual: list[dict[str, Tensor] | None]) -> str | None:
+    """How gradients differ, in words, or None if they do not."""
+    for before, after in zip(expected, actual, strict=True):
+        if (before is None) != (after is None):
+            return "it has no gradients" if after is None else "it has gradients"
+        if before is not None and after is not None:
+            found = difference(_dense(before), _dense(after))
+            if found is not None:
+                return f"gradient of {found}"
+    return None
+
+
+def _dense(slopes: dict[str, Tensor]) -> list[Tensor]:
+    return [slope.to_dense() if slope.layout is not torch.strided else slope for slope in slopes.values()]
 
 
 def _seed() -> None:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import linecache
-import operator
 import re
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from biofx import islands
 from biofx.capture.explanation import describe
-from biofx.capture.none_tests import none_tests
 from biofx.capture.reparametrized import (
     TRACED_THROUGH,
     has_other_hooks,
@@ -32,7 +27,6 @@ from biofx.capture.reparametrized import (
     original_class,
     with_computing_hooks,
 )
-from biofx.capture.stores import load, stored_attributes
 from biofx.errors import ArgumentError
 from biofx.references import HOOKS
 from biofx.trial import LOCK, Draws
@@ -83,14 +77,7 @@ class KeepWhole(BaseException):  # a finding, on which capture acts; no `except 
 
 
 class Value(fx.Proxy):
-    """A proxy that notices if a forward asks for its type: the answer for the value would be another one."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """What `isinstance` looks at, if the type itself is not the one asked for."""
-        if _asks_for_type(sys._getframe(1)):
-            raise TypeError("isinstance(...) is asked about a value, which tracing does not have")
-        return type(self)
+    """A proxy that notices if a forward assigns attributes of a value, which a graph would not do."""
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return ValueAttribute(self, name)
@@ -111,17 +98,6 @@ class ValueAttribute(Value, fx.proxy.Attribute):
 
 
 _OF_PROXIES = ("node", "tracer", "root", "attr", "_node")
-_MAY_ASK = frozenset({"torch", "biofx", *sys.stdlib_module_names})
-
-
-def _asks_for_type(frame: FrameType) -> bool:
-    """Whether a line of a forward calls `isinstance`; functions of PyTorch that are written in C look at types, too."""
-    if "isinstance" not in frame.f_code.co_names:
-        return False
-    if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _MAY_ASK:
-        return False
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    return "isinstance" in line or not line
 
 
 class KeywordOnly(CodeGen):
@@ -167,7 +143,6 @@ class Tracer(fx.Tracer):
         self.refusals: dict[str, MustBeNone] = {}
         self.steps: list[tuple[str, str, Any]] = []
         self.reads: dict[str, list[str]] = {}
-        self._called: dict[str, fx.Proxy] = {}  # what modules that are called as they are returned last, by their path
         self._running = [""]  # paths of the modules whose forward runs now
         self._blocks: list[tuple[str, str]] = []  # `with` blocks that are open now, by the module that opened them
 
@@ -178,10 +153,7 @@ class Tracer(fx.Tracer):
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
             self._states = torch.get_rng_state(), Draws.now()
-            kept = [module for path, module in root.named_modules() if self.is_kept(path) or why_kept_whole(module)]
-            asking = none_tests(self.refuse_to_ask, _MAY_ASK) if kept else nullcontext()
-            recorded = _recorded_operators(self), _recorded_parameters(self), _recorded_loads(self, kept)
-            with _NoValues(self), recorded[0], recorded[1], recorded[2], asking:
+            with _NoValues(self), _recorded_operators(self), _recorded_parameters(self):
                 graph = super().trace(root, concrete_args)
             self._check_random()
         for node in graph.nodes:
@@ -260,44 +232,12 @@ class Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **others: Any) -> Any:
         """A call of a module, which is one of an island if there are weights inside."""
-        path = target if kind == "call_module" and target in self.whole else None
-        if path is not None:
-            module = self.root.get_submodule(path)
+        if kind == "call_module" and target in self.whole:
+            module = self.root.get_submodule(target)
             inside: dict[str, Any] = dict(places(module, self.synapses))
             if inside:
                 kind, target, args, kwargs = "call_function", islands.call_island, (module, inside, args, kwargs), {}
-        proxy = super().create_proxy(kind, target, args, kwargs, *more, **others)
-        if path is not None:
-            self._called[path] = proxy
-        return proxy
-
-    def is_kept(self, path: str) -> bool:
-        """Whether a module is called as it is, or is inside of one that is."""
-        return self._kept(path) is not None
-
-    def _kept(self, path: str) -> str | None:
-        return next((kept for kept in self.whole if path == kept or path.startswith(f"{kept}.")), None)
-
-    def refuse_to_ask(self, value: Any) -> None:
-        """A line asks whether a value is None, which a trace does not know of what a module returns that is kept."""
-        if not issubclass(type(value), fx.Proxy) or value.tracer is not self:
-            return
-        node = value.node
-        while node.op == "call_function" and node.target in (operator.getitem, getattr, load):
-            node = node.args[-1] if node.target is load else node.args[0]
-        if islands.is_island(node) or (node.op == "call_module" and node.target in self.whole):
-            reason = "its forward asks whether something is None that a module returns which is called as it is"
-            raise KeepWhole({self.running: reason})
-
-    def load(self, module: nn.Module, name: str) -> Any:
-        """A node for what a module that is called as it is keeps in an attribute, or None for any other module."""
-        kept = self._kept(self.path_of_module(module))
-        if kept is None:
-            return None
-        if kept not in self._called:
-            reason = f"its forward reads {name} of {kept}, which is called as it is, before it calls it"
-            raise KeepWhole({self.running: reason})
-        return load(module, name, self._called[kept])
+        return super().create_proxy(kind, target, args, kwargs, *more, **others)
 
     @property
     def running(self) -> str:
@@ -416,44 +356,6 @@ def _recorded_parameters(tracer: Tracer) -> Iterator[None]:
         yield
     finally:
         nn.Module.named_parameters = original  # type: ignore[method-assign]
-
-
-@contextmanager
-def _recorded_loads(tracer: Tracer, kept: Collection[nn.Module]) -> Iterator[None]:
-    """Let a read of what a module keeps that is called as it is be a node: its forward does not run in a trace."""
-    places: set[tuple[type, str]] = set()
-    for module in kept:
-        classes = {type(child) for child in module.modules() if not type(child).__module__.startswith("torch.")}
-        names = {name for cls in classes for name in stored_attributes(cls)}  # type: ignore[arg-type]
-        places.update((cls, name) for cls in classes for name in names)
-    defaults = {(cls, name): inspect.getattr_static(cls, name, _NOTHING) for cls, name in places}
-    own = {place: vars(place[0]).get(place[1], _NOTHING) for place in places}
-    thread = threading.get_ident()
-
-    def attribute(name: str, default: Any) -> property:
-        def read(module: nn.Module) -> Any:
-            found = tracer.load(module, name) if threading.get_ident() == thread else None
-            value = vars(module).get(name, default) if found is None else found
-            if value is _NOTHING:
-                raise AttributeError(name)  # on which Python asks the registries of the module
-            return value
-
-        return property(read, lambda module, value: vars(module).update({name: value}), lambda m: vars(m).pop(name))
-
-    patched = [place for place in places if not hasattr(defaults[place], "__get__")]  # no methods and properties
-    try:
-        for cls, name in patched:
-            setattr(cls, name, attribute(name, defaults[cls, name]))
-        yield
-    finally:
-        for cls, name in patched:
-            if own[cls, name] is _NOTHING:
-                delattr(cls, name)
-            else:
-                setattr(cls, name, own[cls, name])
-
-
-_NOTHING = object()
 
 
 class _NoValues(TorchDispatchMode):

@@ -1,0 +1,184 @@
+"""Guards: what changes after the transform is followed, or refused where a pass needs the graph; never ignored."""
+
+import copy
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+import biofx
+from biofx import passes
+
+X = torch.randn(5, 4)
+SPLIT = [passes.SplitSynapses(2), passes.FuzzyLearningRates()]
+
+
+class Network(nn.Module):
+    """Reads attributes, a configuration and a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.ModuleList(nn.Linear(4, 2) for _ in "ab")
+        self.task, self.scale, self.config, self.factors = 0, 1.0, SimpleNamespace(p=0.0), [1.0]
+
+    def forward(self, x):
+        y = F.dropout(self.body(x), self.config.p, self.training)
+        return self.heads[self.task](y) * self.scale * self.factors[0]
+
+
+def task(m):
+    m.task = 1
+
+
+def scale(m):
+    m.scale = 0.5
+
+
+def factor(m):
+    m.factors[0] = 3.0
+
+
+def configuration(m):
+    m.config = SimpleNamespace(p=0.9999999)
+
+
+def layer(m):
+    m.body[1] = nn.Tanh()
+
+
+def head(m):
+    m.heads[0] = nn.Linear(4, 7)
+
+
+def hook(m):
+    m.body[0].register_forward_hook(lambda module, args, output: output * 0)
+
+
+def hook_of_a_container(m):
+    m.body.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def forward(m):
+    original = m.body.forward
+    m.body.forward = lambda x: original(x) + 1
+
+
+def removed(m):
+    del m.body[1]
+
+
+CHANGES = [task, scale, factor, layer, hook, hook_of_a_container, forward, removed]
+
+
+def reloaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, copy.copy, reloaded], ids=["", "deep", "copy", "file"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_result_acts_as_on_the_model(change, copied):
+    model = Network()
+    bio = copied(biofx.transform(model, SPLIT))
+    for one in (model, bio):
+        change(one)
+    torch.testing.assert_close(bio(X), model(X))
+    if change is not forward:  # which refers to one instance
+        torch.testing.assert_close(biofx.fold(bio)(X), model(X))
+
+
+def test_dropout_that_is_turned_up_acts():
+    bio = biofx.transform(Network(), SPLIT)
+    configuration(bio)
+    assert torch.equal(bio(X), bio.heads[0].bias.expand(5, 2))
+
+
+def test_a_new_head_learns_beside_synapses():
+    bio = biofx.transform(Network(), SPLIT)
+    head(bio)
+    bio(X).sum().backward()
+    assert bio(X).shape == (5, 7)
+    assert bio.heads[0].weight.grad is not None
+    assert bio.get_parameter("body.0.weight").grad.shape == (2, 4, 4)
+
+
+def test_pruning_a_weight_of_the_result_is_found():
+    bio = biofx.transform(Network(), SPLIT)
+    prune.l1_unstructured(bio.heads[1], "weight", amount=1)
+    with pytest.raises(biofx.BiofxError, match=r"heads.1.weight.*(gone|any more)"):
+        biofx.verify(bio)
+
+
+def test_gradient_hooks_act_in_python_as_in_the_graph():
+    bio = biofx.transform(Network(), [passes.SplitSynapses(2), passes.FuzzyLearningRates(nu=0.5)], example_inputs=X)
+    gradients = []
+    for change in (lambda m: None, lambda m: setattr(m, "note", "for somebody"), hook_of_nothing):
+        change(bio)
+        bio.zero_grad()
+        bio(X).square().sum().backward()
+        gradients.append(bio.get_parameter("body.0.weight").grad.clone())
+    assert gradients[0].any()
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0])
+
+
+def hook_of_nothing(m):
+    m.body.register_forward_hook(lambda *_: None)
+
+
+def test_a_mode_a_dtype_and_more_axes_are_no_change_of_the_function():
+    model = Network()
+    bio = biofx.transform(model, SPLIT, example_inputs=X)
+    for x in (X, torch.randn(2, 3, 4), X[0]):
+        torch.testing.assert_close(bio.eval()(x), model.eval()(x))
+        torch.testing.assert_close(bio.train()(x), model.train()(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(bio(X), model(X), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(bio.double()(X.double()), model.double()(X.double()))
+
+
+@pytest.mark.parametrize("change", [task, layer, hook, head])
+def test_where_a_pass_needs_the_graph_a_change_is_refused(change):
+    bio = biofx.transform(Network(), [passes.SynapticScaling()])
+    bio(X)
+    change(bio)
+    with pytest.raises(
+        biofx.CaptureError, match=r"(changed|got hooks) since the transform, and synaptic-scaling needs"
+    ):
+        bio(X)
+
+
+def test_an_edited_graph_runs_and_does_not_follow_changes():
+    bio = biofx.transform(Network(), SPLIT)
+    (output,) = bio.graph.find_nodes(op="output")
+    with bio.graph.inserting_before(output):
+        output.args = (bio.graph.call_function(torch.neg, output.args),)
+    before = bio(X)
+    bio.recompile()
+    torch.testing.assert_close(bio(X), -before)
+    task(bio)
+    with pytest.raises(biofx.CaptureError, match="its graph was edited"):
+        bio(X)
+
+
+def test_a_global_hook_sees_all_modules():
+    bio, seen = biofx.transform(Network(), SPLIT, example_inputs=X), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        bio(X)
+    finally:
+        handle.remove()
+    assert seen.count("Linear") == 2
+
+
+def test_attributes_that_are_new_change_nothing():
+    bio = biofx.transform(Network(), [passes.SynapticScaling()])
+    before = bio(X)
+    bio.trainer = object()
+    torch.testing.assert_close(bio(X), before)
