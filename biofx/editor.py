@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx import chain, randomness
-from biofx.capture.modes import ByMode
+from biofx.capture.modes import is_training
 from biofx.chain import attribute
 from biofx.errors import PipelineError
+from biofx.islands import WHOLE
 from biofx.options import activation_function
 from biofx.provenance import RECORD, Inserted, RunnablePass, Slot, inserted, record_of
 
@@ -213,17 +214,27 @@ class Editor:
             state: the node of the buffer that it adds to.
         """
         self.changed = True
-        record = record_of(self._bio)
-        if "is_training" not in record._modules:
-            record.add_module("is_training", ByMode(True, False).train(self._bio.training))
         origin = self._origin(Slot.OBSERVER)
         for use in uses:
             after = max(use, state)
             with use.graph.inserting_after(after):
-                mode = use.graph.call_module(f"{RECORD}.is_training")
+                mode = use.graph.call_function(is_training, (self._whole_model(origin), use))
             with use.graph.inserting_after(mode):
                 node = use.graph.call_function(operator, (use, state, unit_axis, mode))
             mode.meta[RECORD] = node.meta[RECORD] = origin
+
+    def _whole_model(self, origin: Inserted) -> fx.Node:
+        """The node that reads the model itself, before all that may use it."""
+        graph = self._start.graph
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        for node in graph.find_nodes(op="get_attr", target=WHOLE):
+            if node is not first:
+                first.prepend(node)
+            return node
+        with graph.inserting_before(first):
+            node = graph.get_attr(WHOLE)
+        node.meta[RECORD] = origin
+        return node
 
     def _origin(self, slot: Slot) -> Inserted:
         return Inserted(self._by.name, self.name, slot)

@@ -16,7 +16,7 @@ from biofx.fingerprint import fingerprint
 from biofx.guards import GUARD
 from biofx.islands import is_whole, island_nodes, island_path, island_weights
 from biofx.members import leave
-from biofx.provenance import RECORD, Record, Slot, inserted, inserted_nodes, record_of, transformed
+from biofx.provenance import RECORD, Slot, inserted, inserted_nodes, record_of, transformed
 from biofx.references import enclosed
 
 
@@ -80,17 +80,18 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         is_as_captured = rewired is None and fingerprint(plain.graph) == record.captured
         _drop_state(plain)
         if record.model_class is not None and is_as_captured:
+            for name in record.constants:
+                del plain._buffers[name]
             result = released(plain, record.model_class)
         else:
-            _keep_graph(plain, record)
+            _keep_graph(plain)
             result = plain
         return result if into is None else _fill(into, result)
 
 
-def _keep_graph(plain: CapturedModule, record: Record) -> None:
+def _keep_graph(plain: CapturedModule) -> None:
     """Let the graph of a folded model compute what its Python does not."""
     vars(plain).pop(GUARD, None)
-    _keep_constants(plain, record)
     if not is_whole(plain):
         _call_islands_as_modules(plain)
         leave(plain.modules())
@@ -166,15 +167,6 @@ def _drop_state(plain: fx.GraphModule) -> None:
     plain.meta.pop(RECORD, None)
     for node in plain.graph.nodes:
         node.meta.pop(RECORD, None)
-
-
-def _keep_constants(plain: fx.GraphModule, record: Record) -> None:
-    """Constants of forward outlive the record that kept them."""
-    for node in plain.graph.find_nodes(op="get_attr"):
-        prefix, _, name = str(node.target).partition(".")
-        if prefix == RECORD:
-            plain.register_buffer(name, getattr(record, name), persistent=False)
-            node.target = name
 
 
 def _fill(into: nn.Module, plain: nn.Module) -> nn.Module:

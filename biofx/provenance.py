@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from biofx.weights.facts import WeightFacts
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-RECORD = "biofx"  # name of the Record among the children of a transformed model, and the key in `node.meta`
+RECORD = "biofx"  # the attribute of a transformed model that is its Record, and the key in `node.meta`
 
 
 class Slot(enum.IntEnum):
@@ -120,18 +120,19 @@ class PassRun:
     seconds: float
 
 
-class Record(nn.Module):
-    """The child `biofx` of a transformed model: what the compiler did.
+class Record:
+    """The attribute `biofx` of a transformed model: what the compiler did.
 
     Args:
         model: the original model.
         captured: fingerprint of the graph that was captured of it.
-        constants: tensors that forward itself makes, by their names in the record.
+        constants: names of the buffers for tensors that forward itself makes.
 
     Attributes:
         original: names of the parameters of the original model.
         model_class: class of the original model; None if that was a graph.
         captured: fingerprint of the graph as it was captured.
+        constants: names of the buffers for tensors that forward itself makes.
         traced: paths of the modules whose forward became a part of the graph.
         islands: modules whose Python forward the graph calls as it is, by path, each with the reason; the path of the
             model itself is empty.
@@ -147,11 +148,11 @@ class Record(nn.Module):
         by_hand: whether rules are called by hand (`BioConverter`) instead of by an optimizer.
     """
 
-    def __init__(self, model: nn.Module, captured: str, constants: dict[str, torch.Tensor]) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, captured: str, constants: Iterable[str]) -> None:
         self.original = tuple(name for name, _ in model.named_parameters())
         self.model_class = None if isinstance(model, fx.GraphModule) else type(model)
         self.captured = captured
+        self.constants = tuple(constants)
         self.traced: tuple[str, ...] = ()
         self.islands: dict[str, str] = {}
         self.weights: dict[str, WeightFacts] = {}
@@ -164,13 +165,11 @@ class Record(nn.Module):
         self.passes: list[PassRun] = []
         self.attached: set[str] = set()
         self.by_hand = False
-        for name, constant in constants.items():  # tensors that forward itself makes, met while tracing
-            self.register_buffer(name, constant, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"attached": set()}
 
-    def extra_repr(self) -> str:
+    def __str__(self) -> str:
         """The pipeline that made the model."""
         return ",".join(str(run.pass_) for run in self.passes)
 
@@ -217,8 +216,7 @@ def unwrapped(model: nn.Module) -> fx.GraphModule:
 
 def is_transformed(model: Any) -> bool:
     """Whether a model comes from `biofx.transform`; not one in which such a model is a module."""
-    children = model._modules if isinstance(model, nn.Module) else {}
-    return RECORD in children and isinstance(children[RECORD], Record)  # TorchScript's are no dictionary
+    return isinstance(model, nn.Module) and isinstance(vars(model).get(RECORD), Record)
 
 
 def record_of(bio: nn.Module) -> Record:
@@ -232,7 +230,7 @@ def record_of(bio: nn.Module) -> Record:
         raise ArgumentError(
             f"expected a model made by biofx.transform, got {given}; a graph that was traced again has lost its record"
         )
-    return cast(Record, bio._modules[RECORD])
+    return cast(Record, vars(bio)[RECORD])
 
 
 def inserted(node: fx.Node) -> Inserted | None:

@@ -138,9 +138,6 @@ def _ids(model: nn.Module, synapses: Collection[str] | None) -> Set[int]:
 
 
 def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
-    for node in trace.graph.find_nodes(op="get_attr"):
-        if node.target in trace.constants:
-            node.target = f"{RECORD}.{node.target}"
     is_whole = "" in trace.tracer.whole
     detach_computed_attributes(model)
     bio = captured(model, trace.graph, is_whole=is_whole)
@@ -148,11 +145,13 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio) if is_whole else taken_hooks(bio, TRACEABLE_HOOKS)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
+    for name, constant in trace.constants.items():
+        bio.register_buffer(name, constant, persistent=False)
     record = Record(model, fingerprint(bio.graph), trace.constants)
     record.islands = trace.tracer.whole
     if not is_whole:
         record.traced = ("", *dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter"))
-    bio.add_module(RECORD, record.train(model.training))
+    vars(bio)[RECORD] = record
     return bio
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -21,13 +22,12 @@ from biofx.errors import ArgumentError, CaptureError
 from biofx.guards import GUARD
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole, run_python
 from biofx.members import HOME, ReadsEffective, join, leave, list_weights, methods_of_user
-from biofx.provenance import RECORD, Record, record_of
+from biofx.provenance import RECORD, is_transformed, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
 # Their methods go through all children, and a captured model has more of them: the record, constants of each mode.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_OVERRIDES = ("train", "state_dict", "load_state_dict", "get_extra_state", "set_extra_state", "_apply")
 
 _FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
 
@@ -47,7 +47,7 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
 
     An instance is also one of the model's class: methods, properties and overrides such as `train` stay. Forward runs
     the graph where it was checked and nothing has changed since (`biofx.guards`), and else the model's Python, with the
-    same effective weights. A model that is a container, such as `torch.nn.Sequential`, is no container any more.
+    same effective weights.
 
     A plain `torch.fx.GraphModule` forgets when it is copied or pickled: `meta`, the hooks and the attributes of the
     root, which of its buffers are persistent, and the `meta` of nodes. This one does not.
@@ -65,7 +65,7 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
         cls: Any = vars(self).get(ORIGINAL_CLASS) or record_of(self).model_class
         for hook in vars(self)[ORIGINAL_HOOKS].values():
             hook(self, args)
-        return cls.forward(_without_record(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
+        return cls.forward(_without_stand_ins(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
 
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
@@ -87,7 +87,7 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
 
     def __copy__(self) -> CapturedModule:
         copied = _empty(type(self).__name__, _model_class(self))
-        shared = {name: copy.copy(value) for name, value in _attributes(self).items()}
+        shared = {n: value if n == RECORD else copy.copy(value) for n, value in _attributes(self).items()}
         _fill(copied, shared, copy.deepcopy(self.graph))
         return copied
 
@@ -97,7 +97,7 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
         Raises:
             ArgumentError: `strict`, and other passes made the model of the checkpoint; names the first difference.
         """
-        if strict and isinstance(self._modules.get(RECORD), Record):
+        if strict and is_transformed(self):
             _check_pipeline(self, state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -123,7 +123,7 @@ def _check_pipeline(bio: nn.Module, state_dict: Mapping[str, Any]) -> None:
     own = dict([*bio.named_parameters(remove_duplicate=False), *bio.named_buffers(remove_duplicate=False)])
 
     def refuse(difference: str) -> ArgumentError:
-        return ArgumentError(f"the checkpoint is of another pipeline than {record.extra_repr()}: {difference}")
+        return ArgumentError(f"the checkpoint is of another pipeline than {record}: {difference}")
 
     dimensions = [(state_dict[name].dim(), own[name].dim()) for name in record.original if name in state_dict]
     is_plain = not record.state.keys() & state_dict.keys() and all(given <= here for given, here in dimensions)
@@ -189,11 +189,11 @@ def _bind_hooks(module: nn.Module, model: nn.Module) -> None:
             registry.update({key: _bound_to(module, model, hook) for key, hook in registry.items()})
 
 
-def _without_record(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
+def _without_stand_ins(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
     """A container in which are the children of the original model only."""
     shell: nn.Module = object.__new__(container)
     vars(shell).update(vars(bio))
-    vars(shell)["_modules"] = {name: child for name, child in bio._modules.items() if name != RECORD}
+    vars(shell)["_modules"] = {n: child for n, child in bio._modules.items() if not isinstance(child, StandIn)}
     return shell
 
 
@@ -212,7 +212,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         guard = vars(self).get(GUARD)
-        if guard is None or _is_traced(args, kwargs):
+        if guard is None or "_is_replica" in vars(self) or _is_traced(args, kwargs):
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs) if guard.compiles_graph else _run_uncompiled(self, args, kwargs)
@@ -248,20 +248,13 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
     cls = type(model)
     if isinstance(model, fx.GraphModule):
         cls = cls.__mro__[cls.__mro__.index(fx.GraphModule) + 1]
-    if not issubclass(cls, _CONTAINERS):
-        return cls
-    lost = [name for name in _OVERRIDES if getattr(cls, name) is not getattr(nn.Module, name)]
-    if lost:
-        raise CaptureError(
-            f"{cls.__name__} is a container with a {lost[0]} of its own, and a captured model is no container; "
-            "make it an attribute of a torch.nn.Module that has this method"
-        )
-    return nn.Module
+    return cls
 
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
+    methods = methods_of_user(model_class) | ({"__getitem__": _item} if issubclass(model_class, nn.Sequential) else {})
     try:
-        cls: type[CapturedModule] = type(name, (CapturedModule, model_class), methods_of_user(model_class))
+        cls: type[CapturedModule] = type(name, (CapturedModule, model_class), methods)
     except TypeError as error:
         raise CaptureError(
             f"{model_class.__name__} does not allow subclasses, and a captured model is one: {error}; "
@@ -271,6 +264,14 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
     type(module).__name__ = name
     vars(module).update(vars(fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=tracer))))
     return module
+
+
+def _item(sequence: nn.Sequential, index: Any) -> nn.Module:
+    """A layer of a sequence, or a plain sequence of some: a slice would be of the class of the whole."""
+    if isinstance(index, slice):
+        return nn.Sequential(OrderedDict(list(sequence._modules.items())[index]))  # type: ignore[arg-type]
+    layer: nn.Module = nn.Sequential.__getitem__(sequence, index)
+    return layer
 
 
 def _attributes(module: fx.GraphModule) -> dict[str, Any]:

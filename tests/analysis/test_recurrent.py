@@ -346,7 +346,7 @@ def test_the_summary_reports_the_spectrum_of_recurrent_weights():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bio = biofx.transform(model, [passes.DalesPrinciple()], example_inputs=torch.randn(BATCH, STEPS, INPUTS))
-    (remark,) = [run.remarks["0.weight_hh_l0"] for run in bio.get_submodule("biofx").passes]
+    (remark,) = [run.remarks["0.weight_hh_l0"] for run in bio.biofx.passes]
     radii, entropies = re.findall(r"(?:radius|values) ([\d., ]+) → ([\d., ]+)", remark)
     free = model[0].weight_hh_l0.chunk(3)
     assert radii[0] == radii[1] == ", ".join(f"{spectral_radius(gate):.3g}" for gate in free)

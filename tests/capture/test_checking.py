@@ -203,7 +203,7 @@ def test_arguments_of_another_kind_take_the_way_that_the_model_takes(name, has_e
 
 def test_the_smallest_module_that_differs_keeps_its_python():
     bio = biofx.transform(around(state_in_place), SPLIT, example_inputs=torch.randn(3, 4))
-    islands: Mapping[str, str] = bio.get_submodule("biofx").islands
+    islands: Mapping[str, str] = bio.biofx.islands
     assert list(islands) == ["1"]
     assert "its graph computes something else in evaluation mode" in islands["1"]
     assert len(biofx.weight_sites(bio)) == 3
@@ -248,7 +248,7 @@ def test_many_layers_with_another_path_in_training_are_found_at_once():
 def test_dropout_and_batch_norm_stay_in_the_graph():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
     bio = biofx.transform(model, SPLIT, example_inputs=torch.randn(3, 4))
-    assert not bio.get_submodule("biofx").islands
+    assert not bio.biofx.islands
     x = torch.randn(5, 4)
     results = []
     for one in (model, bio):

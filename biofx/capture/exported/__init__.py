@@ -63,15 +63,17 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     before = _behaviours(model, example_inputs, state)
     training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
     graph, constants = _assembled(model, arguments, leaves, training, evaluation)
-    names = {name: unused_name(model, name) for name in constants}  # free in the model, too: `fold` moves them there
+    names = {name: unused_name(model, name) for name in constants}  # free in the model
     for node in graph.find_nodes(op="get_attr"):
         if node.target in names:
-            node.target = f"{RECORD}.{names[node.target]}"
+            node.target = names[node.target]
     bio = captured(model, graph)
     vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio)
-    record = Record(model, fingerprint(bio.graph), {names[k]: v for k, v in constants.items()})
+    for name, constant in constants.items():
+        bio.register_buffer(names[name], constant, persistent=False)
+    record = Record(model, fingerprint(bio.graph), names.values())
     record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, StandIn))
-    bio.add_module(RECORD, record.train(model.training))
+    vars(bio)[RECORD] = record
     _check_behaviours(bio, example_inputs, state, before)
     return bio
 
