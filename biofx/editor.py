@@ -227,14 +227,14 @@ class Editor:
         """The node that reads the model itself, before all that may use it."""
         graph = self._start.graph
         first = next(node for node in graph.nodes if node.op != "placeholder")
-        for node in graph.find_nodes(op="get_attr", target=WHOLE):
-            if node is not first:
-                first.prepend(node)
-            return node
-        with graph.inserting_before(first):
-            node = graph.get_attr(WHOLE)
-        node.meta[RECORD] = origin
-        return node
+        present: fx.Node | None = next(iter(graph.find_nodes(op="get_attr", target=WHOLE)), None)
+        if present is None:
+            with graph.inserting_before(first):
+                present = graph.get_attr(WHOLE)
+            present.meta[RECORD] = origin
+        elif present is not first:
+            first.prepend(present)
+        return present
 
     def _origin(self, slot: Slot) -> Inserted:
         return Inserted(self._by.name, self.name, slot)

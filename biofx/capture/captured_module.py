@@ -269,7 +269,7 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 def _item(sequence: nn.Sequential, index: Any) -> nn.Module:
     """A layer of a sequence, or a plain sequence of some: a slice would be of the class of the whole."""
     if isinstance(index, slice):
-        return nn.Sequential(OrderedDict(list(sequence._modules.items())[index]))  # type: ignore[arg-type]
+        return nn.Sequential(OrderedDict(list(sequence._modules.items())[index]))
     layer: nn.Module = nn.Sequential.__getitem__(sequence, index)
     return layer
 
