@@ -70,7 +70,7 @@ def test_methods_properties_and_overrides_stay():
     model, x = Model(), torch.randn(4, 3)
     for other in forms(biofx.transform(model, NEUTRAL)):
         assert isinstance(other, Model)
-        assert isinstance(other, torch.fx.GraphModule)
+        assert isinstance(other, torch.fx.GraphModule) or type(other) is Model  # which is folded
         assert type(other).__name__ == "Model"
         assert not other.train().norm.training
         assert other.training
@@ -105,19 +105,28 @@ def test_a_captured_layer_is_no_leaf():
     assert "scale_grad" in bio.code
 
 
-def test_a_captured_container_is_none_any_more():
-    bio = biofx.transform(nn.Sequential(nn.Linear(3, 3)), NEUTRAL)
-    assert type(bio).__name__ == "Sequential"
-    assert not isinstance(bio, nn.Sequential)
+def test_a_captured_container_stays_one():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    for bio in forms(biofx.transform(model, NEUTRAL)):
+        assert type(bio).__name__ == "Sequential"
+        assert isinstance(bio, nn.Sequential)
+        assert len(bio) == len(list(bio)) == len(list(bio.children())) == 3
+        assert [type(layer).__name__ for layer in bio] == ["Linear", "ReLU", "Linear"]
+        assert torch.equal(bio[2].bias, model[2].bias)
+        assert torch.equal(bio[:2](x), model[:2](x))
+        assert torch.equal(bio[-1](bio[:-1](x)), model(x))
+        bio.append(nn.Tanh())
+        assert torch.equal(bio(x), model(x).tanh())
 
 
-def test_a_container_whose_overrides_would_be_lost_is_refused():
+def test_overrides_of_a_container_stay():
     class Layers(nn.Sequential):
         def train(self, mode=True):
             return super().train(False)
 
-    with pytest.raises(biofx.CaptureError, match="Layers is a container with a train of its own.*attribute of a"):
-        biofx.transform(Layers(nn.Linear(3, 3)), NEUTRAL)
+    bio, x = biofx.transform(Layers(nn.Linear(3, 3), nn.Dropout(0.9)), NEUTRAL), torch.randn(5, 3)
+    assert not bio.train().training
+    assert torch.equal(bio(x), bio[0](x))
 
 
 def test_a_class_that_allows_no_subclass_is_refused():
