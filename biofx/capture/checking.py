@@ -129,7 +129,9 @@ def _difference_of(expected: list[dict[str, Tensor] | None], actual: list[dict[s
 
 
 def _dense(slopes: dict[str, Tensor]) -> list[Tensor]:
-    return [slope.to_dense() if slope.layout is not torch.strided else slope for slope in slopes.values()]
+    """Gradients as tensors that can be compared: those of nested and sparse parameters are of their kind."""
+    parts = [part for slope in slopes.values() for part in (slope.unbind() if slope.is_nested else [slope])]
+    return [part if part.layout is torch.strided else part.to_dense() for part in parts]
 
 
 def _seed() -> None:
