@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from biofx.capture.stores import store
 from biofx.errors import CaptureError
 from biofx.fingerprint import fingerprint
+from biofx.islands import WHOLE
 from biofx.provenance import Slot, inserted_nodes, record_of
 
 GUARD = "_biofx_guard"  # where a transformed model keeps it
@@ -156,8 +157,6 @@ def _why_graph_is_needed(bio: fx.GraphModule) -> str | None:
 
 
 def _target(node: Any) -> str:
-    from biofx.islands import WHOLE
-
     return "" if node.target == WHOLE else str(node.target)
 
 

@@ -60,10 +60,10 @@ def transform(
     rewritten. `biofx.summary` names each island with the reason. Passes that need an operator's output, such as
     `GroupUnits`, leave weights in islands alone.
 
-    The model's Python is the truth. Its graph is checked against it, in both modes and in two calls each, on the
-    example inputs or on guessed ones. The graph runs on arguments of the same types and numbers of axes, as long as
-    modules, their attributes and their hooks are what they were; else the Python runs, with the same effective weights.
-    Where a pass or an edit of the graph makes the difference, what has changed is an error instead.
+    The model's Python is the truth. Its graph is checked against it, in two calls in each mode that forward tells
+    apart, on the example inputs or on guessed ones. The graph runs on arguments of the same types and numbers of axes,
+    as long as modules, their attributes and their hooks are what they were; else the Python runs, with the same
+    effective weights. Where a pass or an edit of the graph makes the difference, what has changed is an error instead.
 
     Args:
         model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
