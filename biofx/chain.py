@@ -1,13 +1,17 @@
-"""Chains: the nodes between the `get_attr` of a weight and the operator that consumes it."""
+"""Chains: the nodes between the `get_attr` of a weight and the operator that consumes it.
+
+They show the links of the weight's synapses (`biofx.model.synapses`), and are made from these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from biofx.provenance import RECORD, Inserted, inserted
+from biofx.model.slots import Inserted
+from biofx.model.synapses import State, Synapses, stored_name, stored_parameters
+from biofx.provenance import RECORD, inserted
 
 
 def attribute(root: nn.Module, target: str) -> Any:
@@ -19,9 +23,17 @@ def attribute(root: nn.Module, target: str) -> Any:
 
 
 def parameter_nodes(bio: fx.GraphModule) -> dict[str, fx.Node]:
-    """The one `get_attr` node of every parameter that the graph reads, by the parameter's name."""
+    """The one `get_attr` node of every stored parameter that the graph reads, by its name in the original model."""
     nodes = {node.target: node for node in bio.graph.find_nodes(op="get_attr")}
-    return {name: nodes[name] for name, _ in bio.named_parameters() if name in nodes}
+    targets = {name: stored_name(bio, name) for name, _ in stored_parameters(bio)}
+    return {name: nodes[target] for name, target in targets.items() if target in nodes}
+
+
+def original_name(bio: nn.Module, node: fx.Node) -> str:
+    """The name in the original model of the parameter that a `get_attr` node reads."""
+    path, _, _ = str(node.target).rpartition(".")
+    is_stored = path != "" and isinstance(bio.get_submodule(path), Synapses)
+    return path.removesuffix("_synapses") if is_stored else str(node.target)
 
 
 def chain(start: fx.Node) -> list[fx.Node]:
@@ -39,20 +51,73 @@ def _is_link(node: fx.Node, previous: fx.Node) -> bool:
     return origin is not None and origin.slot.on_chain and node.op != "get_attr" and node.args[0] is previous
 
 
-def evaluate(bio: fx.GraphModule, nodes: list[fx.Node]) -> Tensor:
-    """Run a chain on the present values: the tensor that the operator receives, differentiable in the raw weight."""
-    values: dict[fx.Node, Any] = {}
+def show(start: fx.Node, target: str, synapses: Synapses) -> None:
+    """Let a graph show the synapses of a weight as they are now.
 
-    def value(node: fx.Node) -> Any:
-        return values[node] if node in values else attribute(bio, str(node.target))
+    Args:
+        start: the node of the weight.
+        target: the name of what the synapses store.
+        synapses: its synapses.
+    """
+    start.target = target
+    old = chain(start)
+    readers = [user for user in old[-1].users if user not in old]
+    for reader in readers:
+        reader.replace_input_with(old[-1], start)
+    _erase(old[1:])
+    end = start
+    for link in synapses.links:
+        args = tuple(state_node(start, a.key, link.origin) if isinstance(a, State) else a for a in link.args)
+        latest = max([end, *(arg for arg in args if isinstance(arg, fx.Node))])  # nodes compare by their place
+        with start.graph.inserting_after(latest):
+            end = start.graph.call_function(link.target, (end, *args))
+        end.meta[RECORD] = link.origin
+    for reader in readers:
+        reader.replace_input_with(start, end)
 
-    for node in nodes:
-        if node.op == "get_attr":
-            values[node] = value(node)
-            continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # links are functions, see `append`
-    return values[nodes[-1]]  # type: ignore[no-any-return]
+
+def hide(start: fx.Node, name: str) -> None:
+    """Let a graph read a plain parameter in the place of a chain.
+
+    Args:
+        start: the node of the weight.
+        name: the parameter's name.
+    """
+    links = chain(start)[1:]
+    if links:
+        links[-1].replace_all_uses_with(start)
+    _erase(links)
+    start.target = name
+
+
+def _erase(links: list[fx.Node]) -> None:
+    for node in reversed(links):
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in sources:
+            if source.op == "get_attr" and inserted(source) is not None and not source.users:
+                source.graph.erase_node(source)
+
+
+def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
+    """The `get_attr` of state of a weight, beside the weight's own.
+
+    Args:
+        start: the node of the weight.
+        key: the state's name.
+        origin: who reads it.
+    """
+    target = f"{str(start.target).rpartition('.')[0]}.{key}"
+    found = start.next
+    while found.op == "get_attr" and inserted(found) is not None:
+        if found.target == target:
+            return found
+        found = found.next
+    with start.graph.inserting_after(start):
+        found = start.graph.get_attr(target)
+    found.meta[RECORD] = origin
+    return found
+
 
 
 def compute(bio: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -62,31 +127,6 @@ def compute(bio: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def append(start: fx.Node, origin: Inserted, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
-    """Put `target(weight, *args)` into the chain at the place of its slot, behind what is there already.
-
-    All readers of the chain read the new node, directly or through the links behind it.
-    """
-    nodes = chain(start)
-    previous = [n for n in nodes if n is start or inserted(n).slot <= origin.slot][-1]  # type: ignore[union-attr]
-    readers = list(previous.users)
-    latest = max([previous, *(a for a in args if isinstance(a, fx.Node))])  # nodes compare by their place in the graph
-    with start.graph.inserting_after(latest):
-        node = start.graph.call_function(target, (previous, *args))
-    node.meta[RECORD] = origin
-    for reader in readers:
-        reader.replace_input_with(previous, node)
-    return node
-
-
-def read(start: fx.Node, origin: Inserted, target: str) -> fx.Node:
-    """A `get_attr` of state that belongs to a weight, beside the weight's own."""
-    with start.graph.inserting_after(start):
-        node = start.graph.get_attr(target)
-    node.meta[RECORD] = origin
-    return node
 
 
 def callee(node: fx.Node) -> str:

@@ -273,7 +273,7 @@ class Converted(CapturedModule):
     @torch.no_grad()
     def _scale_gradients(self, by: str) -> None:
         for weight in self._with_gradients(by):
-            weight.gradient.copy_(scale_learning(self, weight.site.chain, weight.gradient, weight.raw, by=by))
+            weight.gradient.copy_(scale_learning(weight.site.known_synapses, weight.gradient, weight.raw, by=by))
 
     @torch.no_grad()
     def _at_step(self, by: str, *, needs_gradients: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +11,13 @@ from torch import Tensor, fx, nn
 
 from biofx import chain, randomness
 from biofx.capture.modes import is_training
-from biofx.chain import attribute
 from biofx.errors import PipelineError
 from biofx.islands import WHOLE
+from biofx.model.owners import give_synapses
+from biofx.model.slots import Inserted, Slot
+from biofx.model.synapses import Link, State, Synapses, stored, stored_name, synapses_of
 from biofx.options import activation_function
-from biofx.provenance import RECORD, Inserted, RunnablePass, Slot, inserted, record_of
+from biofx.provenance import RECORD, RunnablePass, inserted, record_of
 
 Owners = dict[int, list[tuple[nn.Module, str]]]
 
@@ -50,14 +51,16 @@ class Editor:
         remarks: what else the user should know of the parameter.
     """
 
-    def __init__(self, bio: fx.GraphModule, start: fx.Node, by: RunnablePass, seed: int, places: Owners) -> None:
-        self.name = str(start.target)
+    def __init__(
+        self, bio: fx.GraphModule, name: str, start: fx.Node | None, by: RunnablePass, seed: int, places: Owners
+    ) -> None:
+        self.name = name
         self.generator: torch.Generator = randomness.generator(seed, by.name, self.name)
         self.changed = False
         self.reason: str | None = None
         self.remarks: list[str] = []
         self._bio = bio
-        self._start = start
+        self._start = start  # None: only modules that are called as they are read it
         self._by = by
         self._seed = seed
         self._places = places
@@ -66,88 +69,82 @@ class Editor:
     @property
     def raw(self) -> nn.Parameter:
         """The stored parameter."""
-        return self._bio.get_parameter(self.name)
+        return stored(self._bio, self.name)
+
+    def _synapses(self) -> Synapses:
+        """The parameter's synapses, which it has from now on."""
+        synapses = synapses_of(self._bio, self.name)
+        if synapses is None:
+            synapses = give_synapses(self._places[id(self.raw)], self.raw)
+            self._places[id(synapses.stored)] = [(synapses, synapses.stored_name)]
+            record_of(self._bio).synapses.add(self.name)
+            self._show()
+        return synapses
+
+    def _show(self) -> None:
+        synapses = synapses_of(self._bio, self.name)
+        if self._start is not None and synapses is not None:
+            chain.show(self._start, stored_name(self._bio, self.name), synapses)
 
     def on(self, start: fx.Node) -> Editor:
         """An editor for another parameter, given by its `get_attr` node, such as the bias that goes with a weight."""
-        return Editor(self._bio, start, self._by, self._seed, self._places)
+        return Editor(self._bio, chain.original_name(self._bio, start), start, self._by, self._seed, self._places)
 
-    def insert(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        """Put `target(weight, *args)` into the chain, in the pass's slot, behind what is there already.
+    def insert(self, target: Callable[..., Any], *args: Any) -> None:
+        """Put `target(weight, *args)` into the weight's chain, in the pass's slot, behind what is there already.
 
         Args:
             target: a dispatcher operator or a PyTorch function whose first argument is the weight.
-            args: its other arguments: constants, or nodes from `state`.
+            args: its other arguments: constants, or state (see `state`).
         """
         self.changed = True
-        return chain.append(self._start, self._origin(self._by.slot), target, args)
+        self._synapses().insert(Link(target, args, self._origin(self._by.slot)))
+        self._show()
 
-    def state(self, key: str, value: Tensor) -> fx.Node:
-        """Keep a tensor for this parameter (see `keep`), and return the node that reads it."""
+    def state(self, key: str, value: Tensor) -> State:
+        """Keep a tensor for this parameter (see `keep`), and return what stands for it among arguments."""
         self.keep(key, value)
-        return self.read(key)
-
-    def read(self, key: str) -> fx.Node:
-        """The node that reads a tensor that was kept for this parameter."""
-        return chain.read(self._start, self._origin(self._by.slot), f"{self.name}_{key}")
+        return State(key)
 
     def keep(self, key: str, value: Tensor) -> None:
-        """Keep a tensor for this parameter in a buffer named `<parameter>_<key>`, on the parameter's device.
+        """Keep a tensor for this parameter in the buffer `<parameter>_synapses.<key>`, on the parameter's device.
 
         Raises:
-            PipelineError: the model already has an attribute of that name.
+            PipelineError: there is something of that name.
         """
-        name = f"{self.name}_{key}"
-        path, _, leaf = name.rpartition(".")
-        owner = self._bio.get_submodule(path)
-        if hasattr(owner, leaf):
-            raise PipelineError(
-                f"{self._by.name} keeps its {key} in {name}, but the model has an attribute of that name"
-            )
-        owner.register_buffer(leaf, value.to(self.raw.device).contiguous())
-        record_of(self._bio).state[name] = self._by.name
+        self.changed = True
+        self._synapses().keep(key, value, self._by.name)
 
     def gain(self, value: Tensor | None = None) -> None:
         """Let the weight have a gain c for every synapse, and multiply it by `value`.
 
-        All rules share one gain, in the buffer `<parameter>_gain`, and one node `biofx.scale_grad` that applies it.
+        All rules share one gain, in the buffer `<parameter>_synapses.gain`, and one `biofx.scale_grad` that applies it.
 
         Args:
             value: factors, of the shape of `raw`; None asks for a gain, neutral if there is none yet.
         """
-        present = self._shared("gain")
+        self.changed = True
+        present = self._synapses().share("gain", self._by.name, links=True)
         if present is None:
             neutral = torch.ones_like(self.raw.detach(), memory_format=torch.contiguous_format)
             self.insert(torch.ops.biofx.scale_grad, self.state("gain", neutral if value is None else value))
-        elif value is not None:
-            path, _, leaf = f"{self.name}_gain".rpartition(".")
-            setattr(self._bio.get_submodule(path), leaf, present.to(value) * value)
+            return
+        if value is not None:
+            self._synapses().gain = present.to(value) * value
+        self._show()
 
     def count_steps(self) -> None:
-        """Let `biofx.attach` count the steps that the weight's optimizer takes, in the buffer `<parameter>_steps`.
+        """Let `biofx.attach` count the steps that the weight's optimizer takes.
 
-        With the seed, in `<parameter>_seed`, that is the position of all random numbers that rules draw at steps. The
-        seed is that of the first transform in which a pass needs it.
+        They are in the buffer `<parameter>_synapses.steps`. With the seed, beside it, that is the position of all
+        random numbers that rules draw at steps. The seed is that of the first transform in which a pass needs it.
         """
         self.changed = True
-        if self._shared("steps") is None:
+        if self._synapses().share("steps", self._by.name, links=False) is None:
             self.keep("steps", torch.zeros((), dtype=torch.int64))
             self.keep("seed", torch.tensor(self._seed, dtype=torch.int64))
-
-    def _shared(self, key: str) -> Tensor | None:
-        """State that several passes use: note that this pass does, too."""
-        name, state = f"{self.name}_{key}", record_of(self._bio).state
-        if name not in state:
-            return None
-        self.changed = True
-        state[name] = ", ".join(dict.fromkeys([*state[name].split(", "), self._by.name]))
-        for node in self._start.graph.find_nodes(op="get_attr", target=name):
-            # The node that applies the gain is shared like the gain; others that read shared state are one pass's own.
-            for sharing in (node, *(node.users if key == "gain" else ())):
-                origin = inserted(sharing)
-                if origin is not None:
-                    sharing.meta[RECORD] = replace(origin, by=state[name])
-        return attribute(self._bio, name)  # type: ignore[no-any-return]
+        else:
+            self._synapses().share("seed", self._by.name, links=False)
 
     def replace_raw(self, value: Tensor) -> None:
         """Store another tensor as the parameter, under all names that it is tied to."""
@@ -170,6 +167,7 @@ class Editor:
             target: a function whose first argument is what the node computes.
             args: its other arguments.
         """
+        self._rewire()
         with node.graph.inserting_after(node):
             return self._put_behind(node, node.graph.call_function(target, (node, *args)))
 
@@ -182,6 +180,7 @@ class Editor:
         """
         if isinstance(activation, str):
             activation = activation_function(activation)
+        self._rewire()
         if not isinstance(activation, nn.Module):
             return self.after(node, activation)
         if self._activation is None:
@@ -195,6 +194,10 @@ class Editor:
         with node.graph.inserting_after(node):
             return self._put_behind(node, node.graph.call_module(child, (node,)))
 
+    def _rewire(self) -> None:
+        """Note that only the graph computes what the operator of the parameter returns."""
+        self._synapses().rewired = self._by.name
+
     def _put_behind(self, node: fx.Node, new: fx.Node) -> fx.Node:
         self.changed = True
         new.meta[RECORD] = self._origin(Slot.OUTPUT)
@@ -204,28 +207,30 @@ class Editor:
                 reader.replace_input_with(node, new)
         return new
 
-    def observe(self, operator: Callable[..., Any], uses: Sequence[fx.Node], unit_axis: int, state: fx.Node) -> None:
+    def observe(self, operator: Callable[..., Any], uses: Sequence[fx.Node], unit_axis: int, state: State) -> None:
         """Let an observer look at what every use of the weight returns.
 
         Args:
             operator: an observer, `torch.ops.biofx.<name>` (see `biofx.operators.observer`).
             uses: the site's uses.
             unit_axis: axis of their output that runs over units.
-            state: the node of the buffer that it adds to.
+            state: the buffer that it adds to.
         """
         self.changed = True
         origin = self._origin(Slot.OBSERVER)
+        assert self._start is not None, f"{self.name}: what its operator returns is out of reach"
+        seen = chain.state_node(self._start, state.key, origin)
         for use in uses:
-            after = max(use, state)
+            after = max(use, seen)
             with use.graph.inserting_after(after):
                 mode = use.graph.call_function(is_training, (self._whole_model(origin), use))
             with use.graph.inserting_after(mode):
-                node = use.graph.call_function(operator, (use, state, unit_axis, mode))
+                node = use.graph.call_function(operator, (use, seen, unit_axis, mode))
             mode.meta[RECORD] = node.meta[RECORD] = origin
 
     def _whole_model(self, origin: Inserted) -> fx.Node:
         """The node that reads the model itself, before all that may use it."""
-        graph = self._start.graph
+        graph = self._bio.graph
         first = next(node for node in graph.nodes if node.op != "placeholder")
         present: fx.Node | None = next(iter(graph.find_nodes(op="get_attr", target=WHOLE)), None)
         if present is None:

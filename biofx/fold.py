@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx, nn
 
 from biofx.capture.captured_module import CapturedModule, released
-from biofx.chain import chain, evaluate, parameter_nodes
+from biofx.chain import hide, parameter_nodes
 from biofx.copying import copied
-from biofx.editor import owners, replace_parameter
 from biofx.errors import ArgumentError
 from biofx.fingerprint import fingerprint
 from biofx.guards import GUARD
-from biofx.islands import is_whole, island_nodes, island_path, island_weights
-from biofx.members import leave
-from biofx.provenance import RECORD, Slot, inserted, inserted_nodes, record_of, transformed
+from biofx.model.owners import take_synapses
+from biofx.model.slots import Slot
+from biofx.provenance import RECORD, inserted_nodes, record_of, transformed
 from biofx.references import enclosed
 
 
@@ -72,10 +69,11 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
                 "make the function a method, or give the original model as into"
             )
         plain = _copy(bio)
-        places = owners(plain)
         _drop_observers(plain.graph)
-        for start in parameter_nodes(plain).values():
-            _fold_chain(plain, chain(start), places)
+        for name, start in parameter_nodes(plain).items():
+            hide(start, name)
+        with torch.no_grad():
+            take_synapses(plain)
         record = record_of(plain)
         is_as_captured = rewired is None and fingerprint(plain.graph) == record.captured
         _drop_state(plain)
@@ -92,9 +90,6 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
 def _keep_graph(plain: CapturedModule) -> None:
     """Let the graph of a folded model compute what its Python does not."""
     vars(plain).pop(GUARD, None)
-    if not is_whole(plain):
-        _call_islands_as_modules(plain)
-        leave(plain.modules())
     plain.recompile()
 
 
@@ -117,39 +112,6 @@ def _copy(bio: fx.GraphModule) -> CapturedModule:
     return plain
 
 
-def _call_islands_as_modules(plain: fx.GraphModule) -> None:
-    """An island without rewritten weights is a module like any other."""
-    for node in list(island_nodes(plain.graph)):
-        module, _, args, kwargs = node.args
-        weights = island_weights(node).values()
-        with plain.graph.inserting_before(node):
-            call = plain.graph.call_module(island_path(node), args, kwargs)  # type: ignore[arg-type]
-        node.replace_all_uses_with(call)
-        plain.graph.erase_node(node)
-        for source in dict.fromkeys([module, *weights]):
-            if isinstance(source, fx.Node) and not source.users:
-                plain.graph.erase_node(source)
-
-
-def _fold_chain(plain: fx.GraphModule, nodes: list[fx.Node], places: Any) -> None:
-    start, *links = nodes
-    if not links:
-        return
-    with torch.no_grad():
-        weight = evaluate(plain, nodes)
-    parameter = plain.get_parameter(str(start.target))
-    # A chain of gradient hooks ends in a view of the parameter itself: same values, nothing to store.
-    if weight.shape != parameter.shape or not torch.equal(weight, parameter):
-        replace_parameter(places, parameter, weight)
-    links[-1].replace_all_uses_with(start)
-    for node in reversed(links):
-        sources = node.all_input_nodes
-        plain.graph.erase_node(node)
-        for source in sources:
-            if source.op == "get_attr" and inserted(source) is not None and not source.users:
-                plain.graph.erase_node(source)
-
-
 def _drop_observers(graph: fx.Graph) -> None:
     for node, origin in reversed(list(inserted_nodes(graph))):
         if origin.slot is Slot.OBSERVER:
@@ -160,9 +122,6 @@ def _drop_observers(graph: fx.Graph) -> None:
 
 
 def _drop_state(plain: fx.GraphModule) -> None:
-    for name in record_of(plain).state:
-        path, _, leaf = name.rpartition(".")
-        delattr(plain.get_submodule(path), leaf)
     delattr(plain, RECORD)
     plain.meta.pop(RECORD, None)
     for node in plain.graph.nodes:

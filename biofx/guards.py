@@ -20,7 +20,9 @@ from biofx.capture.stores import store
 from biofx.errors import CaptureError
 from biofx.fingerprint import fingerprint
 from biofx.islands import WHOLE
-from biofx.provenance import Slot, inserted_nodes, record_of
+from biofx.model.slots import Slot
+from biofx.model.synapses import Synapses, synapses_in
+from biofx.provenance import inserted_nodes, record_of
 
 GUARD = "_biofx_guard"  # where a transformed model keeps it
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -57,13 +59,20 @@ class Guard:
         self.look_at(bio)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_held": None}
+        return vars(self) | {"_held": None, "_synapses": None}
 
     def look_at(self, bio: fx.GraphModule) -> None:
         """Take note of the graph and the modules, which may be others now."""
         self._needs = _why_graph_is_needed(bio)
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
         self._held: tuple[list[Any], list[Any]] | None = None
+        self._synapses: tuple[Synapses, ...] | None = None
+
+    def synapses(self, bio: nn.Module) -> tuple[Synapses, ...]:
+        """The synapses of all weights."""
+        if self._synapses is None:
+            self._synapses = tuple(synapses_in(bio).values())
+        return self._synapses
 
     def admits(self, bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graph runs on some arguments.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
 
-from biofx.chain import chain, parameter_nodes
+from biofx import chain
 from biofx.errors import ArgumentError, LifecycleError
+from biofx.model.synapses import Synapses, stored, stored_name, synapses_in
 from biofx.operators import is_hook, is_marker, twin
 from biofx.plastic_weight import PlasticWeight, scale_learning
 from biofx.provenance import number_nodes, record_of, transformed
@@ -69,7 +70,7 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
         >>> attachment = biofx.attach(bio, optimizer)
         >>> bio(torch.randn(4, 8)).square().sum().backward()
         >>> optimizer.step()
-        >>> int(bio.weight_steps)
+        >>> int(bio.weight_synapses.steps)
         1
     """
     if isinstance(bio, Optimizer):
@@ -85,7 +86,7 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
         raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
     held = _held(optimizer)
     sites = {name: site for name, site in find(bio)[0].items() if id(site.raw) in held and site.passes}
-    if not sites and not any(id(bio.get_parameter(name)) in held for name in record.nonnegative):
+    if not sites and not any(id(stored(bio, name)) in held for name in record.nonnegative):
         if not any(run.weights for run in record.passes):
             raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
         raise ArgumentError(
@@ -122,7 +123,7 @@ class Attachment:
         self._on_update = not _is_linear(optimizer)
         _swap(bio, self._held, is_hook if self._on_update else is_marker)
         self._sites = {name: site for name, site in find(bio)[0].items() if name in sites}
-        self._chains = _chains(bio, self._held)
+        self._learning = _learning(bio, self._held)
         self._shapes = {name: site.raw.shape for name, site in self._sites.items()}
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
@@ -156,7 +157,7 @@ class Attachment:
             return None
         self._check_unchanged()
         # Before the optimizer does anything: one that takes a closure may move the weights before it calls it.
-        parameters = {name: self._bio.get_parameter(name) for name in self._chains} if self._on_update else {}
+        parameters = {name: each.stored for name, each in self._learning.items()} if self._on_update else {}
         self._step = _Step({name: p.detach().clone() for name, p in parameters.items()})
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -210,9 +211,10 @@ class Attachment:
         if step is None or step.weights is None:
             return
         for name, old in step.old.items():
-            parameter = self._bio.get_parameter(name)
+            synapses = self._learning[name]
+            parameter = synapses.stored
             if parameter.grad is not None:
-                change = scale_learning(self._bio, self._chains[name], parameter - old, old)
+                change = scale_learning(synapses, parameter - old, old)
                 parameter.copy_(old + change)
         counters = [steps for w in step.weights if (steps := w.site.state("steps")) is not None]
         try:
@@ -267,18 +269,23 @@ def _held(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _chains(bio: fx.GraphModule, held: set[int]) -> dict[str, list[fx.Node]]:
-    """The chains with gains, of weights and of biases that were split with them, by the parameter's name."""
-    chains = {name: chain(node) for name, node in parameter_nodes(bio).items() if id(bio.get_parameter(name)) in held}
-    return {name: c for name, c in chains.items() if any(is_hook(n.target) or is_marker(n.target) for n in c)}
+def _learning(bio: fx.GraphModule, held: set[int]) -> dict[str, Synapses]:
+    """The synapses with gains, of weights and of biases that were split with them, by the parameter's name."""
+    found = {name: each for name, each in synapses_in(bio).items() if id(each.stored) in held}
+    return {n: s for n, s in found.items() if any(is_hook(link.target) or is_marker(link.target) for link in s.links)}
 
 
 def _swap(bio: fx.GraphModule, held: set[int], which: Callable[[Any], bool]) -> None:
-    """Exchange hooks for markers, or back, in the chains of parameters."""
-    nodes = [node for nodes in _chains(bio, held).values() for node in nodes if which(node.target)]
-    for node in nodes:
-        node.target = twin(node.target)
-    if nodes:
+    """Exchange hooks for markers, or back, in the synapses of parameters."""
+    starts, has_changed = chain.parameter_nodes(bio), False
+    for name, synapses in _learning(bio, held).items():
+        links = [replace(link, target=twin(link.target)) if which(link.target) else link for link in synapses.links]
+        if links != [*synapses.links]:
+            synapses.links = tuple(links)
+            if name in starts:
+                chain.show(starts[name], stored_name(bio, name), synapses)
+            has_changed = True
+    if has_changed:
         number_nodes(bio)
 
 

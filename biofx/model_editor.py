@@ -10,8 +10,8 @@ from torch import fx
 from biofx import randomness
 from biofx.analysis.remembering import remember
 from biofx.analysis.understanding import Understanding, understand_again
-from biofx.chain import attribute, parameter_nodes
 from biofx.editor import Editor, owners
+from biofx.model.synapses import stored
 from biofx.provenance import RunnablePass, record_of
 from biofx.units import Units
 from biofx.weights.sites import WeightSite, find
@@ -45,8 +45,7 @@ class ModelEditor:
         self.all_sites = find(bio)[0]
         self.sites: dict[str, WeightSite] = {n: site for n, site in self.all_sites.items() if n not in excluded}
         self.places = owners(bio)
-        nodes = parameter_nodes(bio)
-        self.edits = {name: Editor(bio, nodes[name], by, seed, self.places) for name in self.sites}
+        self.edits = {name: Editor(bio, name, site.node, by, seed, self.places) for name, site in self.sites.items()}
         self._by = by
 
     @cached_property
@@ -77,4 +76,4 @@ class ModelEditor:
 
     def value(self, parameter: str) -> torch.nn.Parameter:
         """A parameter by its name."""
-        return attribute(self.bio, parameter)  # type: ignore[no-any-return]
+        return stored(self.bio, parameter)

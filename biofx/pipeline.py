@@ -13,8 +13,10 @@ from biofx.analysis.understanding import Understanding
 from biofx.compare import difference
 from biofx.errors import PipelineError, VerificationError
 from biofx.inspection import table
+from biofx.model.slots import Slot
+from biofx.model.synapses import stored
 from biofx.model_editor import ModelEditor
-from biofx.provenance import PassRun, Slot, number_nodes, record_of
+from biofx.provenance import PassRun, number_nodes, record_of
 from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
 from biofx.trial import run_in_eval_mode
@@ -123,7 +125,7 @@ def _run_one(bio: fx.GraphModule, pass_: Pass, model: ModelEditor) -> None:
     seconds = time.perf_counter() - start
     record = record_of(bio)
     record.passes.append(PassRun(pass_, model.seed, frozenset(changed), left, remarks, seconds))
-    record.shapes = {name: bio.get_parameter(name).shape for run in record.passes for name in run.weights}
+    record.shapes = {name: stored(bio, name).shape for run in record.passes for name in run.weights}
 
 
 def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:

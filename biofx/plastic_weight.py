@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from biofx import randomness
-from biofx.chain import attribute
+from biofx.model.synapses import Synapses
 from biofx.operators import apply_rule, is_hook, is_marker
-from biofx.provenance import inserted
 from biofx.signs.constraints import constraint_of
 from biofx.weights.sites import WeightSite
 
@@ -84,7 +82,7 @@ class PlasticWeight:
 
     def as_gradient(self, change: Tensor) -> Tensor:
         """What would have arrived in `gradient`, had the backward pass computed `change` behind the weight's hooks."""
-        return change if self.gains_on_update else scale_learning(self.site.bio, self.site.chain, change, self.raw)
+        return change if self.gains_on_update else scale_learning(self.site.known_synapses, change, self.raw)
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
         """Put new values where the mask says, and let the optimizer remember of them what it does of a new weight.
@@ -111,22 +109,17 @@ class PlasticWeight:
                 memory[mask] = initial.get(key, 0.0)
 
 
-def scale_learning(
-    bio: nn.Module, nodes: Sequence[fx.Node], change: Tensor, weight: Tensor, by: str | None = None
-) -> Tensor:
-    """What the rules on a chain make of a gradient, or of an update: every hook's or marker's rule, in turn.
+def scale_learning(synapses: Synapses, change: Tensor, weight: Tensor, by: str | None = None) -> Tensor:
+    """What the rules on a weight make of a gradient, or of an update: every hook's or marker's rule, in turn.
 
     Args:
-        bio: the transformed model.
-        nodes: the chain.
-        change: a gradient of, or a change to, the stored parameter.
-        weight: the stored parameter that it belongs to.
+        synapses: the synapses of the weight.
+        change: a gradient of, or a change to, what they store.
+        weight: what they store, or stored when it changed.
         by: apply only the rules of the pass of this name.
     """
-    for node in reversed(nodes):
-        origin = inserted(node)
-        chosen = by is None or (origin is not None and by in origin.by.split(", "))
-        if chosen and (is_hook(node.target) or is_marker(node.target)):
-            others = fx.map_arg(node.args[1:], lambda n: attribute(bio, str(n.target)))
-            change = apply_rule(node.target, change, weight, *others)
+    for link in reversed(synapses.links):
+        chosen = by is None or by in link.origin.by.split(", ")
+        if chosen and (is_hook(link.target) or is_marker(link.target)):
+            change = apply_rule(link.target, change, weight, *synapses.arguments(link))
     return change

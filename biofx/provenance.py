@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -11,64 +10,14 @@ import torch
 from torch import fx, nn
 
 from biofx.errors import ArgumentError
+from biofx.model.slots import Inserted, Slot
+from biofx.model.synapses import stored_parameters, synapses_of
 
 if TYPE_CHECKING:
     from biofx.weights.facts import WeightFacts
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 RECORD = "biofx"  # the attribute of a transformed model that is its Record, and the key in `node.meta`
-
-
-class Slot(enum.IntEnum):
-    """Where on the way from a stored weight to its operator a pass acts; the value is the canonical order.
-
-        raw [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → operator → output
-
-    The sign constraint and the sum are exclusive: one pass for each weight. Observers look at what the operator
-    returns.
-    """
-
-    HOOK = 1
-    SIGN = 2
-    SUM = 3
-    OUTPUT = 4
-    OBSERVER = 5
-
-    @property
-    def label(self) -> str:
-        """The slot's name in tables."""
-        return {
-            Slot.HOOK: "gradient hook",
-            Slot.SIGN: "sign constraint",
-            Slot.SUM: "sum over synapses",
-            Slot.OUTPUT: "operator output",
-            Slot.OBSERVER: "observer",
-        }[self]
-
-    @property
-    def on_chain(self) -> bool:
-        """Whether the slot lies between the stored weight and its operator."""
-        return self in (Slot.HOOK, Slot.SIGN, Slot.SUM)
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether only one pass may claim the slot of a weight."""
-        return self in (Slot.SIGN, Slot.SUM)
-
-
-@dataclass(frozen=True)
-class Inserted:
-    """Who inserted a node.
-
-    Attributes:
-        by: the pass's name; the names of all, joined by ", ", if several passes share the node.
-        parameter: the weight's name in the original model.
-        slot: where the node stands.
-    """
-
-    by: str
-    parameter: str
-    slot: Slot
 
 
 class RunnablePass(Protocol):
@@ -140,7 +89,7 @@ class Record:
         others: why other parameters are not, by name.
         inputs: the inputs with which the model ran to find that out, in words; empty if it did not run.
         notes: what a reader should know of that run.
-        state: names of the buffers that passes added, and the passes that use each, joined by ", ".
+        synapses: names of the weights that have synapses.
         shapes: the shapes in which the weights are stored that passes changed.
         nonnegative: the parameters that may not become negative, each with the pass that asks for it.
         passes: the passes that ran, in order.
@@ -159,7 +108,7 @@ class Record:
         self.others: dict[str, str] = {}
         self.inputs = ""
         self.notes: list[str] = []
-        self.state: dict[str, str] = {}
+        self.synapses: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
         self.nonnegative: dict[str, str] = {}
         self.passes: list[PassRun] = []
@@ -190,15 +139,16 @@ def transformed(model: nn.Module) -> fx.GraphModule:
 
 def changed_since(bio: nn.Module) -> Iterator[str]:
     """What passes rewrote or keep in a transformed model, and is not there any more, each in words."""
-    record, parameters = record_of(bio), dict(bio.named_parameters(remove_duplicate=False))
-    kept = dict(bio.named_buffers(remove_duplicate=False))
+    record = record_of(bio)
+    parameters = dict(stored_parameters(bio, remove_duplicate=False))
     for name, shape in record.shapes.items():
         if name not in parameters:
             yield f"{name}, which has synapses since the transform, is no parameter of the model any more"
+        elif name in record.synapses and synapses_of(bio, name) is None:
+            yield f"{name}, which has synapses since the transform, is a plain parameter now"
         elif parameters[name].shape != shape:
-            stored = tuple(parameters[name].shape)
-            yield f"{name}, which has synapses since the transform, was {tuple(shape)} then and is {stored} now"
-    yield from (f"{name}, which {by} keeps, is gone" for name, by in record.state.items() if name not in kept)
+            now = tuple(parameters[name].shape)
+            yield f"{name}, which has synapses since the transform, was {tuple(shape)} then and is {now} now"
 
 
 def unwrapped(model: nn.Module) -> fx.GraphModule:

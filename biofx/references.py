@@ -14,33 +14,13 @@ from torch import nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REGISTRIES = frozenset(vars(nn.Module())) - {*HOOKS}
-_FLAT_WEIGHTS = "_flat_weights"  # of recurrent layers, which look up what is in it before they use it
+_DERIVED = ("_flat_weights", "_compiled_call_impl")  # copies of a module make their own, or have none
 
 
-def outside(model: nn.Module, path: str) -> str | None:
-    """Path of the smallest module around an island that holds all it refers to; None if the island itself does.
-
-    An island runs with the weights inside of it rewritten; what it reaches in a list or in a plain attribute is not.
-
-    Args:
-        model: the model.
-        path: path of the island.
-    """
-    paths = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    for name, owner in model.named_modules():
-        paths.update((id(parameter), f"{name}.{key}".lstrip(".")) for key, parameter in owner._parameters.items())
-    island = model.get_submodule(path)
-    own = {id(module) for module in island.modules()} | {id(parameter) for parameter in island.parameters()}
-    found = path
-    for referred in _referred(island):
-        if id(referred) not in own and id(referred) in paths:
-            found = _common(found, paths[id(referred)])
-    return found if found != path else None
-
-
-def held_parameters(island: nn.Module) -> set[int]:
-    """The parameters, by id, that modules in an island keep in plain attributes: those stay what they are."""
-    return {id(referred) for referred in _referred(island) if isinstance(referred, nn.Parameter)}
+def held_parameters(model: nn.Module) -> set[int]:
+    """The parameters, by id, that modules keep in plain attributes: those stay what they are."""
+    found = (part for module in model.modules() for part in _parts(_attributes(module), nn.Parameter, set()))
+    return {id(parameter) for parameter in found}
 
 
 def enclosed(model: nn.Module) -> tuple[str, str] | None:
@@ -61,13 +41,8 @@ def enclosed(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def _referred(island: nn.Module) -> Iterator[nn.Module | nn.Parameter]:
-    for module in island.modules():
-        yield from _parts(_attributes(module), nn.Module | nn.Parameter, set())
-
-
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in (*_REGISTRIES, _FLAT_WEIGHTS)}
+    return {name: value for name, value in vars(module).items() if name not in (*_REGISTRIES, *_DERIVED)}
 
 
 def _parts(value: Any, kind: Any, seen: set[int]) -> Iterator[Any]:
@@ -101,13 +76,3 @@ def _cells(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # it is empty
             continue
-
-
-def _common(a: str, b: str) -> str:
-    """The path in which two paths begin."""
-    atoms = []
-    for x, y in zip(a.split("."), b.split("."), strict=False):
-        if x != y:
-            break
-        atoms.append(x)
-    return ".".join(atoms)

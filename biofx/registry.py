@@ -14,9 +14,9 @@ from typing import Any, ClassVar, TypeVar
 
 from biofx.editor import Editor
 from biofx.errors import ArgumentError, PipelineError
+from biofx.model.slots import Slot
 from biofx.model_editor import ModelEditor
 from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import Slot
 from biofx.weights.sites import WeightSite
 
 

@@ -23,7 +23,8 @@ from biofx.errors import ArgumentError, CaptureError
 from biofx.guards import GUARD, Guard, Structure, structure
 from biofx.islands import is_whole
 from biofx.lifecycle import use_hooks
-from biofx.members import leave
+from biofx.model.owners import release
+from biofx.model.synapses import stored_parameters
 from biofx.provenance import is_transformed, record_of, transformed
 from biofx.references import enclosed
 from biofx.registry import Pass, as_passes
@@ -33,7 +34,7 @@ from biofx.weights.sites import find
 
 FRONTENDS: dict[str, Callable[[nn.Module, Any, Collection[str], Run | None], fx.GraphModule]] = {
     "symbolic": capture.capture,
-    "module": lambda model, example_inputs, synapses, run: capture.capture_whole(model, example_inputs, synapses),
+    "module": lambda model, example_inputs, synapses, run: capture.capture_whole(model),
     "export": lambda model, example_inputs, synapses, run: exported.capture(model, example_inputs),
 }
 
@@ -219,7 +220,9 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 getattr(module, registry).clear()
                 getattr(module, registry).update(content)
             module.training = mode
-        leave(module for module, cls in classes if type(module) is not cls)
+        for module, cls in classes:
+            if type(module) is not cls:
+                release(module)
         if graph is not None and isinstance(model, fx.GraphModule):
             vars(record).update(fields)
             model.graph = graph
@@ -252,8 +255,8 @@ def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torc
 
 def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
     result: dict[str, str] = {}
-    canonical = {id(p): name for name, p in bio.named_parameters()}
-    names = {name: canonical[id(p)] for name, p in bio.named_parameters(remove_duplicate=False)}
+    canonical = {id(p): name for name, p in stored_parameters(bio)}
+    names = {name: canonical[id(p)] for name, p in stored_parameters(bio, remove_duplicate=False)}
     for pattern in patterns:
         matches = fnmatch.filter(names, pattern)
         if not matches:

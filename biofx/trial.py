@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from biofx.model.synapses import stored
+
 LOCK = threading.RLock()  # all threads share the random number generators, and torch.nn.Module, which tracing patches
 
 
@@ -79,7 +81,7 @@ def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str],
     with parameters_kept(model), undisturbed(model), torch.enable_grad():
         torch.manual_seed(0)
         outputs = tensors_in(model(*args, **kwargs))
-        slopes = gradients(outputs, {name: model.get_parameter(name) for name in parameters})
+        slopes = gradients(outputs, {name: stored(model, name) for name in parameters})
         return Trial([x.detach() for x in (*outputs, *map(model.get_buffer, buffers))], slopes)
 
 

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
-from biofx.chain import attribute, chain, parameter_nodes
+from biofx.chain import chain, parameter_nodes
 from biofx.errors import VerificationError
+from biofx.model.slots import Slot
+from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
 from biofx.operators import NAMESPACE
-from biofx.provenance import Slot, changed_since, inserted, inserted_nodes, record_of, unwrapped
+from biofx.provenance import changed_since, inserted, inserted_nodes, record_of, unwrapped
 from biofx.registry import Pass
 from biofx.signs.constraints import mixed_units
 from biofx.verdict import Verdict
@@ -49,7 +51,7 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
         >>> bio = biofx.transform(torch.nn.Linear(2, 2), [passes.FuzzyLearningRates()])
         >>> {name: str(verdict) for name, verdict in biofx.verify(bio).items()}
         {'weight': 'free'}
-        >>> bio.weight_gain[0, 0] = float("nan")
+        >>> bio.weight_synapses.gain[0, 0] = float("nan")
         >>> biofx.verify(bio)
         Traceback (most recent call last):
         biofx.errors.VerificationError: the transformed model is not valid:
@@ -84,12 +86,14 @@ def _chains(bio: fx.GraphModule) -> Iterator[str]:
         if count > 1:
             yield f"{name}: read by {count} nodes, must be read by one"
     on_chain: set[fx.Node] = set()
-    for start in parameter_nodes(bio).values():
-        nodes = chain(start)
+    for name, start in parameter_nodes(bio).items():
+        nodes, synapses = chain(start), synapses_of(bio, name)
         on_chain.update(nodes)
         slots = [origin.slot for n in nodes if (origin := inserted(n)) is not None]
         if slots != sorted(slots):
-            yield f"{start.target}: its chain is not in canonical order: {', '.join(s.label for s in slots)}"
+            yield f"{name}: its chain is not in canonical order: {', '.join(s.label for s in slots)}"
+        if [node.target for node in nodes[1:]] != [link.target for link in (synapses.links if synapses else ())]:
+            yield f"{name}: the graph does not compute it from its synapses as its module does"
     for node, origin in inserted_nodes(bio.graph):
         where = f"{origin.by}: {origin.parameter}: {node.name}"
         if not node.users and origin.slot is not Slot.OBSERVER:
@@ -110,7 +114,7 @@ def _namespace(node: fx.Node) -> str:
 
 
 def _parameters(bio: fx.GraphModule) -> Iterator[str]:
-    present = {name for name, _ in bio.named_parameters()}
+    present = {name for name, _ in stored_parameters(bio)}
     for name in record_of(bio).original:
         if name not in present:
             yield f"{name}: a parameter of the original model is gone"
@@ -118,17 +122,18 @@ def _parameters(bio: fx.GraphModule) -> Iterator[str]:
 
 def _passes(bio: fx.GraphModule) -> Iterator[str]:
     record = record_of(bio)
-    for weight in record.original:
-        name = f"{weight}_gain"
-        if name in record.state:
-            lowest, by = _lowest(attribute(bio, name)), record.state[name]
+    for weight, synapses in synapses_in(bio).items():
+        gain, by = synapses.state("gain"), synapses.users.get("gain")
+        if gain is not None:
+            lowest = _lowest(gain)
             if lowest is None:
                 yield f"{by}: {weight}: gain is not finite"
             elif lowest < 0:
                 yield f"{by}: {weight}: gain is negative ({lowest:g})"
     for name, by in record.nonnegative.items():
-        if bool((attribute(bio, name) < 0).any()):
-            yield f"{by}: {name}: it multiplies units, and is negative ({float(attribute(bio, name).detach().min()):g})"
+        lowest = _lowest(stored(bio, name))
+        if lowest is not None and lowest < 0:
+            yield f"{by}: {name}: it multiplies units, and is negative ({lowest:g})"
     sites = find(bio)[0]
     yield from mixed_units(sites)
     for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):

@@ -1,6 +1,7 @@
 """The mechanisms, one file each; and recipes, which put them together."""
 
 from biofx.editor import Editor
+from biofx.model.slots import Slot
 from biofx.passes.crystallize import Crystallize
 from biofx.passes.dales_principle import DalesPrinciple
 from biofx.passes.fuzzy_learning_rates import FuzzyLearningRates
@@ -13,7 +14,6 @@ from biofx.passes.split_synapses import SplitSynapses
 from biofx.passes.synaptic_scaling import SynapticScaling
 from biofx.passes.volume_dependent_learning_rates import VolumeDependentLearningRates
 from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, recipes, register, register_recipe, registered_passes
 from biofx.weights.sites import WeightSite
 

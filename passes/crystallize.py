@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from biofx.editor import Editor
+from biofx.model.slots import Slot
 from biofx.options import check_integer, check_number
 from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
 from biofx.weights.sites import WeightSite
 
@@ -57,7 +57,7 @@ class Crystallize(Pass):
         >>> for _ in range(2):
         ...     (1000 * bio(torch.ones(1))).sum().backward()  # a gradient far larger than the weight
         ...     optimizer.step()
-        >>> bio.weight_gain
+        >>> bio.weight_synapses.gain
         tensor([[0.2500]])
 
     References:

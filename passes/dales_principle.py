@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from biofx.errors import ArgumentError, PipelineError
+from biofx.model.slots import Slot
 from biofx.model_editor import ModelEditor
 from biofx.options import check_choice, check_number
 from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
 from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
@@ -95,7 +95,7 @@ class DalesPrinciple(Pass):
         >>> from biofx import passes
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 10), torch.nn.ReLU(), torch.nn.Linear(10, 3))
         >>> bio = biofx.transform(model, [passes.DalesPrinciple(excitatory=0.8)])
-        >>> bool((bio.get_parameter("2.weight").sign() * bio.get_buffer("2.weight_sign") >= 0).all())
+        >>> bool((bio.get_parameter("2.weight").sign() * bio.get_buffer("2.weight_synapses.sign") >= 0).all())
         True
         >>> int((biofx.weight_sites(bio)["2.weight"].sign > 0).sum())
         8

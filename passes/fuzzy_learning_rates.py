@@ -15,10 +15,10 @@ from torch import Tensor
 
 from biofx.editor import Editor
 from biofx.errors import ArgumentError
+from biofx.model.slots import Slot
 from biofx.operators import observer
 from biofx.options import check_choice, check_integer, check_number
 from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import Slot, record_of
 from biofx.registry import Moment, Pass, register
 from biofx.weights.sites import WeightSite
 
@@ -170,7 +170,7 @@ class FuzzyLearningRates(Pass):
         low, high = (float(x) for x in site.gain.aminmax())
         # A bound that the gain's dtype cannot hold is rounded to one that it can.
         lowest, highest = (float(torch.tensor(x, dtype=site.gain.dtype)) for x in (self.minimum, self.maximum))
-        if len(record_of(site.bio).state[site.state_name("gain")].split(", ")) > 1:
+        if len(site.known_synapses.users["gain"].split(", ")) > 1:
             lowest = 0.0  # another rule dampens the same gain
         if low < lowest or high > highest:
             yield f"gain is in [{low:g}, {high:g}], outside of [{self.minimum:g}, {self.maximum:g}]"

@@ -12,8 +12,8 @@ import torch
 
 from biofx.editor import Editor
 from biofx.errors import PipelineError
+from biofx.model.slots import Slot
 from biofx.options import check_activation, check_integer
-from biofx.provenance import Slot
 from biofx.registry import Pass, register
 from biofx.weights.sites import WeightSite
 

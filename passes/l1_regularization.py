@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from biofx.editor import Editor
+from biofx.model.slots import Slot
 from biofx.options import check_number
 from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
 from biofx.weights.sites import WeightSite
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from biofx.model.slots import Slot
 from biofx.model_editor import ModelEditor
 from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
 from biofx.signs.constraints import constrain, rectify
 from biofx.signs.scales import turn_over

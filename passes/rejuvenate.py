@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from biofx.editor import Editor
+from biofx.model.slots import Slot
 from biofx.options import check_choice, check_integer, check_number
 from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
 from biofx.weights.sites import WeightSite
 
@@ -65,7 +65,7 @@ class Rejuvenate(Pass):
         >>> before = bio.weight.detach().clone()
         >>> bio(torch.randn(1, 100)).sum().backward()
         >>> optimizer.step()
-        >>> int((bio.weight != before).sum()) == int(bio.weight_replaced) > 0
+        >>> int((bio.weight != before).sum()) == int(bio.weight_synapses.replaced) > 0
         True
 
     References:

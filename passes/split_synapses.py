@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from biofx.chain import attribute
 from biofx.editor import Editor
+from biofx.model.slots import Slot
 from biofx.options import check_activation, check_choice, check_flag, check_integer
-from biofx.provenance import Slot
 from biofx.registry import Pass, register
 from biofx.weights.sites import WeightSite
 

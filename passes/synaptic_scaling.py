@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from biofx.editor import Editor
+from biofx.model.slots import Slot
 from biofx.operators import observer
 from biofx.options import check_choice, check_number
 from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import Slot
 from biofx.registry import Moment, Pass, register
 from biofx.weights.sites import WeightSite
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from biofx import randomness
 from biofx.editor import Editor
+from biofx.model.slots import Slot
+from biofx.model.synapses import State
 from biofx.operators import gradient_hook
 from biofx.options import check_number
-from biofx.provenance import Slot
 from biofx.registry import Pass, register
 from biofx.weights.sites import WeightSite
 
@@ -88,7 +89,7 @@ class VolumeDependentLearningRates(Pass):
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Hook the factor to the gradient."""
         edit.count_steps()
-        position = (edit.read("seed"), edit.read("steps"), site.name)
+        position = (State("seed"), State("steps"), site.name)
         edit.insert(torch.ops.biofx.volume_grad, *position, self.base_lr, self.stability, self.variability)
 
 

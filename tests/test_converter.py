@@ -131,25 +131,25 @@ def test_volume_noise_is_new_at_every_call():
 
 def test_crystallize_and_scale_grad():
     bio = BioConverter()(Net())
-    before = bio.fc2.weight_gain.clone()
+    before = bio.fc2.weight_synapses.gain.clone()
     (backward(bio), bio.fc2.weight.grad.fill_(100.0))
     bio.crystallize()
-    torch.testing.assert_close(bio.fc2.weight_gain, 0.6 * before)
+    torch.testing.assert_close(bio.fc2.weight_synapses.gain, 0.6 * before)
     grad = backward(bio).fc2.weight.grad.clone()
     bio.scale_grad()
-    torch.testing.assert_close(bio.fc2.weight.grad, grad * bio.fc2.weight_homeostasis)
-    assert bio.fc2.weight_homeostasis.std() > 0
+    torch.testing.assert_close(bio.fc2.weight.grad, grad * bio.fc2.weight_synapses.homeostasis)
+    assert bio.fc2.weight_synapses.homeostasis.std() > 0
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_update_fuzzy_learning_rates(dynamic):
     converter = BioConverter(fuzzy_lr_distribution="temporal", fuzzy_lr_dynamic=dynamic, fuzzy_lr_update_freq=2)
     bio = converter(Net())
-    before = bio.fc1.weight_gain.clone()
+    before = bio.fc1.weight_synapses.gain.clone()
     bio.update_fuzzy_learning_rates(X)
-    assert torch.equal(bio.fc1.weight_gain, before)
+    assert torch.equal(bio.fc1.weight_synapses.gain, before)
     bio.update_fuzzy_learning_rates()
-    assert torch.equal(bio.fc1.weight_gain, before) is not dynamic
+    assert torch.equal(bio.fc1.weight_synapses.gain, before) is not dynamic
 
 
 def test_the_marker_skips_a_layer():
@@ -225,7 +225,7 @@ class TestAgainstTheReference:
         ours, theirs = self.pair(reference)
         for layer in ("conv", "fc1", "fc2"):
             gain = getattr(theirs, layer).bio_mod.fuzzy_learning_rate_parameters
-            getattr(ours, layer).weight_gain.copy_(gain)
+            getattr(ours, layer).weight_synapses.gain.copy_(gain)
         for model in (ours, theirs):
             model.fuzzy_learning_rates()
         for layer in ("conv", "fc1", "fc2"):
@@ -241,9 +241,9 @@ class TestAgainstTheReference:
         ours, theirs = self.pair(reference)
         for layer in ("conv", "fc1", "fc2"):
             gain = getattr(theirs, layer).bio_mod.fuzzy_learning_rate_parameters
-            getattr(ours, layer).weight_gain.copy_(gain)
+            getattr(ours, layer).weight_synapses.gain.copy_(gain)
         for model in (ours, theirs):
             model.crystallize()
         for layer in ("conv", "fc1", "fc2"):
             gain = getattr(theirs, layer).bio_mod.fuzzy_learning_rate_parameters
-            torch.testing.assert_close(getattr(ours, layer).weight_gain, gain.data)
+            torch.testing.assert_close(getattr(ours, layer).weight_synapses.gain, gain.data)

@@ -242,7 +242,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(name):
         unchanged = all(torch.equal(v, after[k]) for k, v in kept.items())
         assert unchanged is (step == 1)
         before = after
-    assert int(before["0.weight_steps"]) == 2
+    assert int(before["0.weight_synapses.steps"]) == 2
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "sgd-fused", "adam-fused"])
@@ -310,7 +310,7 @@ def test_weights_without_a_gradient_take_no_part(to_none):
     bio.trunk.weight.requires_grad_(True)
     F.cross_entropy(bio(IMAGES[:32])[0], LABELS[:32]).backward()
     optimizer.step()
-    assert int(bio.trunk.weight_steps) == 1
+    assert int(bio.trunk.weight_synapses.steps) == 1
     assert not torch.equal(bio.trunk.weight, before["trunk.weight"])
 
 
@@ -330,7 +330,7 @@ def test_several_optimizers_over_parts_of_the_model():
         first.step()
         first.step()
         second.step()
-    assert (int(bio.get_buffer("0.weight_steps")), int(bio.get_buffer("2.weight_steps"))) == (6, 3)
+    assert (int(bio.get_buffer("0.weight_synapses.steps")), int(bio.get_buffer("2.weight_synapses.steps"))) == (6, 3)
     biofx.verify(bio)
     a.detach()
     b.detach()
@@ -344,12 +344,12 @@ def test_detach_leaves_optimizer_and_model_as_before():
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
     assert bio.code == biofx.transform(network(), EVERYTHING).code
-    before = int(bio.get_buffer("0.weight_replaced"))
+    before = int(bio.get_buffer("0.weight_synapses.replaced"))
     train(bio, optimizer, 3)
-    assert int(bio.get_buffer("0.weight_replaced")) == before
+    assert int(bio.get_buffer("0.weight_synapses.replaced")) == before
     with biofx.attach(bio, optimizer):
         train(bio, optimizer, 1)
-    assert int(bio.get_buffer("0.weight_steps")) == 1
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 1
 
 
 def test_a_copy_of_an_attached_model_is_not_attached():
@@ -399,7 +399,7 @@ def test_observers_are_invisible_and_count_nothing_in_evaluation_mode():
     bio = biofx.transform(plain, ACTIVITY)
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(bio(x), plain(x))
-    assert not bio.stem.weight_active.any()
+    assert not bio.stem.weight_synapses.active.any()
     bio.train()
     plain.train()
     torch.manual_seed(0)
@@ -407,11 +407,11 @@ def test_observers_are_invisible_and_count_nothing_in_evaluation_mode():
     torch.manual_seed(0)
     given = gradients(bio, x)
     torch.testing.assert_close(given["norm.weight"], expected["norm.weight"])
-    assert bio.stem.weight_active.sum() > 0
+    assert bio.stem.weight_synapses.active.sum() > 0
     bio(x)
-    seen = bio.stem.weight_seen.clone()
+    seen = bio.stem.weight_synapses.seen.clone()
     bio.eval()(x)
-    assert torch.equal(bio.stem.weight_seen, seen)
+    assert torch.equal(bio.stem.weight_synapses.seen, seen)
 
 
 def test_a_model_with_observers_pickles_compiles_and_exports():
@@ -435,7 +435,7 @@ def test_an_unlearned_step_is_refused():
     bio, optimizer, _ = start()
     with pytest.raises(biofx.LifecycleError, match=r"without backward\(\): none of the 2 weights has a gradient"):
         optimizer.step()
-    assert int(bio.get_buffer("0.weight_steps")) == 0
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -497,8 +497,8 @@ def test_what_cannot_be_attached():
 @pytest.mark.parametrize(
     ("pipeline", "message"),
     [
-        ([passes.GroupUnits(1)], "it has 0.weight_gain, which no pass keeps here"),
-        ([*GAINS, passes.Rejuvenate()], "it has no 0.weight_replaced, which rejuvenate keeps here"),
+        ([passes.GroupUnits(1)], "it has 0.weight_synapses.gain, which no pass keeps here"),
+        ([*GAINS, passes.Rejuvenate()], "it has no 0.weight_synapses.replaced, which rejuvenate keeps here"),
         ([*GAINS, passes.SplitSynapses(2)], r"0.weight is \(32, 64\) in it and \(2, 32, 64\) here"),
     ],
 )
@@ -531,7 +531,7 @@ def test_an_overflow_that_the_scaler_skips_leaves_no_trace_in_the_activity():
         scaler.step(optimizer)
         scaler.update()
     assert all(torch.isfinite(x).all() for x in bio.state_dict().values())
-    assert int(bio.get_buffer("0.weight_steps")) == 3
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 3
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam"])
@@ -659,7 +659,7 @@ def test_one_optimizer_over_two_models_steps_for_one_of_them():
         biofx.attach(bio, optimizer)
     before = b.get_parameter("0.weight").detach().clone()
     train(a, optimizer, 2)
-    assert (int(a.get_buffer("0.weight_steps")), int(b.get_buffer("0.weight_steps"))) == (2, 0)
+    assert (int(a.get_buffer("0.weight_synapses.steps")), int(b.get_buffer("0.weight_synapses.steps"))) == (2, 0)
     assert torch.equal(b.get_parameter("0.weight"), before)
 
 
@@ -668,7 +668,7 @@ def test_frozen_weights_with_biases_that_train():
     for site in biofx.weight_sites(bio).values():
         site.raw.requires_grad_(False)
     train(bio, optimizer, 1)
-    assert int(bio.get_buffer("0.weight_steps")) == 0
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 0
 
 
 def test_a_second_transform_that_would_not_fit_is_refused():

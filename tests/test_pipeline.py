@@ -167,9 +167,9 @@ def test_nothing_is_skipped_silently():
 
 def test_state_that_would_hide_an_attribute_is_refused():
     model = nn.Linear(2, 2)
-    model.weight_gain = "mine"
+    model.weight_synapses.gain = "mine"
     with pytest.raises(
-        biofx.PipelineError, match="keeps its gain in weight_gain, but the model has an attribute of that"
+        biofx.PipelineError, match="keeps its gain in weight_synapses.gain, but the model has an attribute of that"
     ):
         biofx.transform(model, [passes.FuzzyLearningRates()])
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 import biofx
 from biofx import passes
-from biofx.provenance import Slot
+from biofx.model.slots import Slot
 from models.small import ConvNet, mlp
 
 BOTH = [passes.SplitSynapses(3), passes.FuzzyLearningRates()]
@@ -83,7 +83,7 @@ def test_the_seed_decides_and_a_new_layer_changes_no_other_draw():
 
     def draws(model, seed):
         bio = biofx.transform(model, BOTH, seed=seed)
-        return [bio.get_parameter("0.weight").data, bio.get_buffer("2.weight_gain")]
+        return [bio.get_parameter("0.weight").data, bio.get_buffer("2.weight_synapses.gain")]
 
     def equal(a, b):
         return [torch.equal(x, y) for x, y in zip(a, b, strict=True)]
@@ -208,8 +208,8 @@ def test_print_between_gets_the_graph_after_each_pass(capsys):
     texts = []
     biofx.transform(nn.Linear(2, 2), BOTH, print_between=texts.append)
     assert [t.partition(":")[0] for t in texts] == ["after split-synapses{synapses=3}", "after fuzzy-learning-rates"]
-    assert "biofx.scale_grad" not in texts[0].partition("weight_gain")[2]
-    assert "weight_gain" in texts[1]
+    assert "biofx.scale_grad" not in texts[0].partition("weight_synapses.gain")[2]
+    assert "weight_synapses.gain" in texts[1]
     assert capsys.readouterr().out == ""
     biofx.transform(nn.Linear(2, 2), BOTH, print_between=True)
     assert "after fuzzy-learning-rates:" in capsys.readouterr().out

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from biofx.analysis.forms import Forms, Read, bias_of
 from biofx.analysis.layouts import CannotFollowError, execute, varies
 from biofx.analysis.operators import COPIES, Kind
-from biofx.analysis.recorder import Recorder
+from biofx.analysis.recorder import Recorder, unrecorded
 from biofx.analysis.recording import Operation, Recording, Value
 from biofx.analysis.units import UnitAnalysis
 from biofx.chain import attribute, chain, compute, parameter_nodes
 from biofx.errors import ArgumentError
 from biofx.islands import is_whole
-from biofx.provenance import Slot, inserted
+from biofx.model import running
+from biofx.model.synapses import Synapses, synapses_in, synapses_of
 from biofx.weights.facts import WeightFacts
 
 USES = "biofx_uses"  # key in `node.meta`
@@ -60,17 +61,19 @@ class NodeUse:
 def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder) -> Iterator[None]:
     """Let a captured graph run node by node, whoever calls it, for a recorder.
 
-    At the end of its chain, the weight that passes compute is known as the parameter.
+    The weight that is computed from synapses is known as the parameter.
     """
+    known = _Known(bio, recorder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _run(bio, recorder, bound_to_graph(bio, args, kwargs))
+        return _run(bio, recorder, known, bound_to_graph(bio, args, kwargs))
 
     signature = inspect.signature(bio.forward)
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
     vars(bio)["forward"] = forward
     try:
-        yield
+        with running.weights(known):
+            yield
     finally:
         del vars(bio)["forward"]
 
@@ -89,21 +92,42 @@ def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str,
     return dict(bound.arguments)
 
 
-def _run(bio: fx.GraphModule, recorder: Recorder, given: dict[str, Any]) -> Any:
-    nodes = parameter_nodes(bio)
-    ends = {chain(node)[-1]: name for name, node in nodes.items()}
+class _Known(dict[nn.Module, Tensor]):
+    """Weights by their synapses, computed when they are read; a recorder knows them as the parameters."""
+
+    def __init__(self, bio: fx.GraphModule, recorder: Recorder) -> None:
+        super().__init__()
+        self._names = {synapses: name for name, synapses in synapses_in(bio).items()}
+        self._recorder = recorder
+
+    def get(self, synapses: Any, default: Any = None) -> Any:
+        """A weight."""
+        if synapses in self._names and synapses not in self:
+            self[synapses] = self.declare(synapses)
+        return super().get(synapses, default)
+
+    def declare(self, synapses: Synapses) -> Tensor:
+        """Compute a weight, and let the recorder know."""
+        with unrecorded():
+            weight = synapses()
+        if synapses.links:
+            value = self._recorder.declare(weight, "parameter", self._names[synapses])
+            coordinates = _stacked(synapses)
+            if coordinates is not None:
+                self._recorder.recording.coordinates[value] = coordinates
+        return weight
+
+
+def _run(bio: fx.GraphModule, recorder: Recorder, known: _Known, given: dict[str, Any]) -> Any:
+    known.clear()  # the weights may be others than in the last run
+    ends = {chain(node)[-1]: synapses_of(bio, name) for name, node in parameter_nodes(bio).items()}
     waiting = Counter(source for node in bio.graph.nodes for source in node.all_input_nodes)
     values: dict[fx.Node, Any] = {}
     result = None
     for node in bio.graph.nodes:
         recorder.enter_node(node)
-        values[node] = result = _value(bio, node, given, values)
-        name = ends.get(node)
-        if name is not None and node.op != "get_attr" and isinstance(result, Tensor):
-            value = recorder.declare(result, "parameter", name)
-            coordinates = _stacked(nodes[name], bio.get_parameter(name).shape)
-            if coordinates is not None:
-                recorder.recording.coordinates[value] = coordinates
+        synapses = ends.get(node)
+        values[node] = result = _value(bio, node, given, values) if synapses is None else known.get(synapses)
         recorder.note_node(node, result)
         for source in node.all_input_nodes:
             waiting[source] -= 1
@@ -122,22 +146,20 @@ def _value(bio: fx.GraphModule, node: fx.Node, given: dict[str, Any], values: di
     return compute(bio, node, args, kwargs)
 
 
-def _stacked(node: fx.Node, shape: torch.Size) -> tuple[Tensor, ...] | None:
+def _stacked(synapses: Synapses) -> tuple[Tensor, ...] | None:
     """Where the entries of a weight are if its synapses lie next to each other, as each has an activation of its own.
 
     None if the weight has its own shape.
     """
-    links = [n for n in chain(node) if (origin := inserted(n)) is not None and origin.slot is Slot.SUM]
-    layout = [
-        n for n in links if n.op == "call_function" and n.target in (torch.flatten, torch.unflatten, torch.movedim)
-    ]
-    if not layout:
+    links = [link for link in synapses.links if link.target in (torch.flatten, torch.unflatten, torch.movedim)]
+    if not links:
         return None
+    shape = synapses.stored.shape
     own = torch.Size(shape[1:])
     axes = [torch.arange(n).view([-1 if i == k else 1 for i in range(len(own))]) for k, n in enumerate(own)]
     coordinates = [axis.expand(shape) for axis in axes]
-    for link in layout:
-        coordinates = [link.target(c, *link.args[1:], **link.kwargs) for c in coordinates]  # type: ignore[operator]
+    for link in links:
+        coordinates = [link.target(c, *link.args) for c in coordinates]
     return tuple(coordinates)
 
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from biofx.analysis.operators import COPIES, Kind
 from biofx.analysis.recording import Recording, Value
 from biofx.chain import callee
-from biofx.islands import is_island, island_path
+from biofx.islands import island_path
 
 # Of several operators in one node, the kind of the first of these says what the node does.
 _ORDER = (
@@ -33,7 +33,7 @@ class Nodes:
 
     def kind(self, node: fx.Node) -> Kind:
         """What a node does to units. One that calls no operator takes something apart, or asks for a size."""
-        if is_island(node):
+        if island_path(self._bio, node) is not None:
             return Kind.UNKNOWN
         operations = self._recording.operations_of.get(node, ())
         kinds = {operation.kind for operation in operations if operation.name not in COPIES}
@@ -44,8 +44,9 @@ class Nodes:
 
     def name(self, node: fx.Node) -> str:
         """The function that a node calls, or the class of the island."""
-        if is_island(node):
-            return type(self._bio.get_submodule(island_path(node))).__name__
+        path = island_path(self._bio, node)
+        if path is not None:
+            return type(self._bio.get_submodule(path)).__name__
         operations = self._recording.operations_of.get(node, ())
         return operations[0].called if operations else callee(node)
 

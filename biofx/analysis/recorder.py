@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from biofx.analysis.operators import MAKES_CONSTANTS, Kind, decomposed, kind_of, name_of
 from biofx.analysis.recording import Depends, Operation, Recording, Value, depends_of
+from biofx.model.synapses import stored_parameters
 from biofx.trial import parameters_kept, undisturbed
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Recorder(TorchDispatchMode):
         """Say what the parameters, buffers and other tensors of a model are."""
         for path, module in model.named_modules():
             self._paths.setdefault(id(module), path)
-        for name, parameter in model.named_parameters():
+        for name, parameter in stored_parameters(model):
             self.declare(parameter, "parameter", name)
         for name, buffer in model.named_buffers():
             self.declare(buffer, "buffer", name)
@@ -386,7 +387,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool 
 def recording_of(recorder: Recorder, model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Record what runs in the block, and undo its side effects on a model."""
     gradients = {p: p.grad for p in model.parameters()}
-    memory = {name: _place_in_memory(p.data) for name, p in model.named_parameters()}
+    memory = {name: _place_in_memory(p.data) for name, p in stored_parameters(model)}
     with contextlib.ExitStack() as stack:
         for context in (parameters_kept(model), undisturbed(model), torch.no_grad(), _operator_by_operator()):
             stack.enter_context(context)
@@ -398,7 +399,7 @@ def recording_of(recorder: Recorder, model: nn.Module, *, training: bool = False
         finally:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
-            for name, parameter in model.named_parameters():
+            for name, parameter in stored_parameters(model):
                 if name in memory and _place_in_memory(parameter.data) != memory[name]:
                     recorder.recording.changed.setdefault(name, None)
 

@@ -25,6 +25,7 @@ from biofx.analysis.recorder import Recorder, recording_of
 from biofx.analysis.recording import Operation, Recording
 from biofx.analysis.units import UnitAnalysis
 from biofx.errors import ArgumentError
+from biofx.model.synapses import stored_parameters
 from biofx.provenance import is_transformed
 from biofx.randomness import fixed_defaults
 from biofx.trial import is_function, parameters_kept, split_inputs, undisturbed
@@ -210,7 +211,7 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
     forms = Forms(recording, lambda value: not activity.of(value))
     told = Readings(recording, UnitAnalysis(recording, forms), activity)
     flow = Flow(recording, forms)
-    parameters = dict(model.named_parameters())
+    parameters = dict(stored_parameters(model))
     reads: dict[str, list[Read]] = {name: [] for name in parameters}
     for read in forms.reads:
         reads[read.parameter.name].append(read)

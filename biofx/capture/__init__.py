@@ -8,8 +8,8 @@ The front end `"symbolic"` is symbolic tracing with four differences from `torch
 - A constant that depends on `training` keeps following `.train()` and `.eval()` of the module that it is read from
   (`ByMode`).
 - A module whose forward cannot be traced, or does what a graph does not hold, is an island: the smallest such module is
-  called as it is, with the weights inside of it rewritten (`islands.py`). So are modules that `torch.nn` calls in one
-  piece, such as recurrent layers. If it comes to that, the whole model is one island.
+  called as it is. Its weights are those of its modules, whoever reads them (`biofx.model`). So are modules that
+  `torch.nn` calls in one piece, such as recurrent layers. If it comes to that, the whole model is one island.
 - The result keeps the module tree of the model: its classes, attributes, buffers and the order of its state.
 
 With `"module"`, the whole model is one island from the start: all of its Python code stays. For `"export"`, see
@@ -36,11 +36,9 @@ from biofx.errors import ArgumentError
 from biofx.fingerprint import fingerprint
 from biofx.islands import ORIGINAL_HOOKS
 from biofx.provenance import RECORD, Record
-from biofx.references import outside
 from biofx.trial import split_inputs
 from biofx.weights.declared import declared
 
-REFERS = "refers to one of its other modules in a list or a plain attribute, and cannot be traced"
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing torch.distributed.fsdp takes long
 AS_ASKED = 'with frontend="module", the model keeps its Python forward'
 
@@ -125,11 +123,9 @@ def capture(
     return _assembled(model, trace)
 
 
-def capture_whole(
-    model: nn.Module, example_inputs: Any = None, synapses: Collection[str] | None = None
-) -> CapturedModule:
+def capture_whole(model: nn.Module) -> CapturedModule:
     """A graph module in which the whole model is one island; see `capture`."""
-    return _assembled(model, trace_whole(model, AS_ASKED, _ids(model, synapses)))
+    return _assembled(model, trace_whole(AS_ASKED))
 
 
 def _ids(model: nn.Module, synapses: Collection[str] | None) -> Set[int]:
@@ -188,10 +184,6 @@ def _trace_what_can_be(
     while True:
         try:
             trace = trace_modes(model, absent, whole, synapses)
-            around = {path: outside(model, path) for path in trace.tracer.whole}
-            grown = {path: f"{inner} in it {REFERS}" for inner, path in around.items() if path is not None}
-            if grown:
-                raise KeepWhole(grown)
             found = None if run is None else disagreement(model, trace, run)
             if found is None:
                 return trace
@@ -202,7 +194,7 @@ def _trace_what_can_be(
                 while path in whole:  # something outside of it made it do that
                     path = path.rpartition(".")[0]
                 if not path:
-                    return trace_whole(model, reason, synapses)
+                    return trace_whole(reason)
                 whole = {inner: why for inner, why in whole.items() if not inner.startswith(f"{path}.")}
                 whole[path] = reason
 

@@ -18,10 +18,13 @@ from torch.utils import _pytree as pytree
 from biofx.analysis.graphs import USES
 from biofx.capture.tracer import StandIn
 from biofx.copying import clones
-from biofx.errors import ArgumentError, CaptureError
+from biofx.errors import CaptureError
 from biofx.guards import GUARD
-from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_running, is_whole, run_python
-from biofx.members import HOME, ReadsEffective, join, leave, list_weights, methods_of_user
+from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
+from biofx.model import running
+from biofx.model.checkpoints import readable
+from biofx.model.owners import HasSynapses, list_weights, look_for_synapses
+from biofx.model.synapses import Synapses
 from biofx.provenance import RECORD, is_transformed, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -29,7 +32,7 @@ REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstan
 # Their methods go through all children, and a captured model has more of them: the record, constants of each mode.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-_FLAT_WEIGHTS = ("_flat_weights", "_flat_weight_refs")
+_DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")  # those of a copy are its own
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_GRAPH_MODULES = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES
@@ -42,7 +45,7 @@ RESERVED = frozenset(
 """What a captured model has and a module has not: names that a model cannot use for itself."""
 
 
-class CapturedModule(ReadsEffective, fx.GraphModule):
+class CapturedModule(HasSynapses, fx.GraphModule):
     """What `biofx.transform` and `biofx.fold` return.
 
     An instance is also one of the model's class: methods, properties and overrides such as `train` stay. Forward runs
@@ -71,10 +74,7 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
         """Generate the code of forward from the graph."""
         code = super().recompile()
         cls = type(self)
-        if is_whole(self):
-            cls.forward = _entered_once(cls.forward, vars(self)[ORIGINAL_CLASS].forward)
-        else:
-            cls.forward = _guarded(cls.forward)
+        cls.forward = _as_of(vars(self)[ORIGINAL_CLASS], cls.forward) if is_whole(self) else _guarded(cls.forward)
         if GUARD in vars(self):
             vars(self)[GUARD].look_at(self)
         return code
@@ -92,13 +92,13 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
         return copied
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a checkpoint of this model.
+        """Load a checkpoint of this model, or of the original one; see `torch.nn.Module.load_state_dict`.
 
         Raises:
             ArgumentError: `strict`, and other passes made the model of the checkpoint; names the first difference.
         """
-        if strict and is_transformed(self):
-            _check_pipeline(self, state_dict)
+        if is_transformed(self):
+            state_dict = readable(self, state_dict, str(record_of(self)), strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,28 +116,6 @@ class CapturedModule(ReadsEffective, fx.GraphModule):
         for node, kept in [*origins, *zip(others, calls, strict=True)]:
             node.meta.update(kept or {})
         _fill(self, attributes, traced.graph)
-
-
-def _check_pipeline(bio: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    record = record_of(bio)
-    own = dict([*bio.named_parameters(remove_duplicate=False), *bio.named_buffers(remove_duplicate=False)])
-
-    def refuse(difference: str) -> ArgumentError:
-        return ArgumentError(f"the checkpoint is of another pipeline than {record}: {difference}")
-
-    dimensions = [(state_dict[name].dim(), own[name].dim()) for name in record.original if name in state_dict]
-    is_plain = not record.state.keys() & state_dict.keys() and all(given <= here for given, here in dimensions)
-    if is_plain and (record.state or any(given < here for given, here in dimensions)):
-        raise ArgumentError("this looks like a checkpoint of the plain model; load it into that, before transform")
-    for name, by in record.state.items():
-        if name not in state_dict:
-            raise refuse(f"it has no {name}, which {by} keeps here")
-    for name in record.original:
-        if name in state_dict and state_dict[name].shape != own[name].shape:
-            raise refuse(f"{name} is {tuple(state_dict[name].shape)} in it and {tuple(own[name].shape)} here")
-    for name in state_dict:
-        if name not in own and any(name.startswith(f"{parameter}_") for parameter in record.original):
-            raise refuse(f"it has {name}, which no pass keeps here")
 
 
 def captured(model: nn.Module, graph: fx.Graph, *, is_whole: bool = False) -> CapturedModule:
@@ -171,7 +149,6 @@ def released(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
     for module in model.modules():
         for name in [name for name, child in module._modules.items() if isinstance(child, StandIn)]:
             del module._modules[name]
-    leave(model.modules())
     list_weights(model)
     _bind_hooks(model, bio)
     return model
@@ -179,7 +156,7 @@ def released(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
 
 def _kept(model: nn.Module) -> dict[str, Any]:
     """The attributes of a model that another of its form takes over; registries are its own."""
-    kept = {name: value for name, value in vars(model).items() if name not in {*_OF_GRAPH_MODULES, GUARD, HOME}}
+    kept = {name: value for name, value in vars(model).items() if name not in {*_OF_GRAPH_MODULES, GUARD, *_DERIVED}}
     return {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}
 
 
@@ -193,18 +170,21 @@ def _without_stand_ins(bio: CapturedModule, container: type[nn.Module]) -> nn.Mo
     """A container in which are the children of the original model only."""
     shell: nn.Module = object.__new__(container)
     vars(shell).update(vars(bio))
-    vars(shell)["_modules"] = {n: child for n, child in bio._modules.items() if not isinstance(child, StandIn)}
+    vars(shell)["_modules"] = {n: m for n, m in bio._modules.items() if not isinstance(m, StandIn | Synapses)}
     return shell
 
 
-def _entered_once(forward: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward with the signature of the original one, which runs if the model calls itself inside of its own."""
+def _as_of(original: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that calls the original one, with its signature."""
 
-    @functools.wraps(original)
-    def enter(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-        return self.original_forward(*args, **kwargs) if is_running(self) else forward(self, *args, **kwargs)
+    @functools.wraps(original.forward)
+    def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        with running.forward():
+            return forward(self, *args, **kwargs)
 
-    return enter
+    return call
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,9 +196,12 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs) if guard.compiles_graph else _run_uncompiled(self, args, kwargs)
-        if is_running(self) or not guard.admits(self, args, kwargs):
-            return run_python(self, args, kwargs)
-        return forward(self, *args, **kwargs)
+        for child in guard.synapses(self):
+            child.refuse_lost_change()
+        with running.forward():
+            if guard.admits(self, args, kwargs):
+                return forward(self, *args, **kwargs)
+            return self.original_forward(*args, **kwargs)
 
     # Compilers count how often they have compiled one code object, and each model is to have its own count.
     own = FunctionType(guarded.__code__.replace(), guarded.__globals__, closure=guarded.__closure__)
@@ -227,7 +210,8 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run_uncompiled(bio: CapturedModule, args: Any, kwargs: Any) -> Any:
-    return run_python(bio, args, kwargs)
+    with running.forward():
+        return bio.original_forward(*args, **kwargs)
 
 
 def _is_traced(args: Any, kwargs: Any) -> bool:
@@ -252,7 +236,7 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
-    methods = methods_of_user(model_class) | ({"__getitem__": _item} if issubclass(model_class, nn.Sequential) else {})
+    methods = {"__getitem__": _item} if issubclass(model_class, nn.Sequential) else {}
     try:
         cls: type[CapturedModule] = type(name, (CapturedModule, model_class), methods)
     except TypeError as error:
@@ -275,14 +259,14 @@ def _item(sequence: nn.Sequential, index: Any) -> nn.Module:
 
 
 def _attributes(module: fx.GraphModule) -> dict[str, Any]:
-    # A recurrent layer lists its weights, for which a captured one has a property.
-    return {name: value for name, value in vars(module).items() if name not in ("_graph", HOME, *_FLAT_WEIGHTS)}
+    return {name: value for name, value in vars(module).items() if name not in ("_graph", *_DERIVED)}
 
 
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:
     vars(module).update(attributes)
     module.graph = graph
-    join(module)
+    list_weights(module)
+    look_for_synapses(module)
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:

@@ -18,7 +18,6 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from biofx import islands
 from biofx.capture.explanation import describe
 from biofx.capture.reparametrized import (
     TRACED_THROUGH,
@@ -30,7 +29,6 @@ from biofx.capture.reparametrized import (
 from biofx.errors import ArgumentError
 from biofx.references import HOOKS
 from biofx.trial import LOCK, Draws
-from biofx.weights.declared import places
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -195,7 +193,7 @@ class Tracer(fx.Tracer):
             return False
         of_torch = original_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
         is_leaf = of_torch and not isinstance(m, nn.Sequential)
-        if is_leaf and places(m, self.synapses):
+        if is_leaf and any(id(p) in self.synapses for inner in m.modules() for p in inner._parameters.values()):
             self.whole[module_qualified_name] = ONE_PIECE
         return is_leaf
 
@@ -229,15 +227,6 @@ class Tracer(fx.Tracer):
             self._running.pop()
         self.steps.append((path, "exit", fx.node.map_aggregate(result, _node_of)))
         return result
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **others: Any) -> Any:
-        """A call of a module, which is one of an island if there are weights inside."""
-        if kind == "call_module" and target in self.whole:
-            module = self.root.get_submodule(target)
-            inside: dict[str, Any] = dict(places(module, self.synapses))
-            if inside:
-                kind, target, args, kwargs = "call_function", islands.call_island, (module, inside, args, kwargs), {}
-        return super().create_proxy(kind, target, args, kwargs, *more, **others)
 
     @property
     def running(self) -> str:

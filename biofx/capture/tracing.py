@@ -16,9 +16,8 @@ from biofx.capture.reparametrized import computed_names
 from biofx.capture.stores import add_store
 from biofx.capture.tracer import KeepWhole, Tracer, merge_reads
 from biofx.capture.watching import watched
-from biofx.islands import WHOLE, call_island
+from biofx.islands import WHOLE, call_python
 from biofx.trial import Change
-from biofx.weights.declared import places
 
 
 @dataclass(frozen=True)
@@ -118,15 +117,10 @@ def _is_same(first: Trace, second: Trace) -> bool:
     )
 
 
-def trace_whole(model: nn.Module, reason: str, synapses: Set[int]) -> Trace:
+def trace_whole(reason: str) -> Trace:
     """A graph in which the model is one island: it runs no forward, and takes all arguments as they come."""
-    tracer = Tracer(whole={"": reason})
     graph = fx.Graph(tracer_cls=Tracer)
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    inside = places(model, synapses)
-    stored = {name: graph.get_attr(name) for name in dict.fromkeys(names[id(p)] for p in inside.values())}
-    ends = {name: stored[names[id(parameter)]] for name, parameter in inside.items()}
     module = graph.get_attr(WHOLE)
-    graph.output(graph.call_function(call_island, (module, ends, args, kwargs)))
-    return Trace(graph, {}, tracer)
+    graph.output(graph.call_function(call_python, (module, args, kwargs)))
+    return Trace(graph, {}, Tracer(whole={"": reason}))

@@ -29,7 +29,6 @@ from biofx.analysis.replay import Moment, Replay
 from biofx.analysis.understanding import Run, Understanding, call
 from biofx.chain import attribute
 from biofx.copying import copied
-from biofx.members import stored_weights
 from biofx.signs.spectrum import balanced_recurrent, singular_entropy, spectral_radius
 from biofx.weights.sites import WeightSite, find
 
@@ -268,9 +267,8 @@ class _Runs:
             site = self._sites[moment.read.parameter.name]
             if len(moment.source) < FEWEST:
                 return None
-            with stored_weights():  # an island hands out what it runs with
-                see(site, lambda weight: self._by_sample(moment, moment.net_input(_as_read(site, moment.read, weight))))
-                return _as_read(site, moment.read, site.effective())
+            see(site, lambda weight: self._by_sample(moment, moment.net_input(_as_read(site, moment.read, weight))))
+            return _as_read(site, moment.read, site.effective())
 
         replay = Replay(self._recording, self._forms, dict.fromkeys(self._first.values(), look))
         self._recorded(replay, self._batch.run)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from biofx.editor import Editor
+from biofx.model.slots import Slot
 from biofx.operators import define_operator
-from biofx.provenance import Slot, inserted
 from biofx.weights.sites import WeightSite
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -122,10 +122,9 @@ def constrain(edit: Editor, site: WeightSite, sign: Tensor, units: Tensor, const
 
 def constraint_of(site: WeightSite) -> SignConstraint | None:
     """The constraint on a weight's signs, if there is one."""
-    for node in site.chain:
-        origin = inserted(node)
-        if origin is not None and origin.slot is Slot.SIGN:
-            return next((c for c in CONSTRAINTS.values() if c.operator is node.target), None)
+    for link in site.links:
+        if link.origin.slot is Slot.SIGN:
+            return next((c for c in CONSTRAINTS.values() if c.operator is link.target), None)
     return None
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx, nn
 
-from biofx.chain import attribute
+from biofx.chain import attribute, original_name
+from biofx.model.synapses import stored
 from biofx.model_editor import ModelEditor
 from biofx.provenance import record_of
 
@@ -52,7 +53,7 @@ def project_scales(bio: fx.GraphModule, held: Collection[int] | None = None) -> 
         held: ids of the parameters that may change; None for all.
     """
     for name in record_of(bio).nonnegative:
-        parameter = attribute(bio, name)
+        parameter = stored(bio, name)
         if held is None or id(parameter) in held:
             parameter.clamp_(min=0)
 
@@ -70,7 +71,9 @@ def turn_over(model: ModelEditor, scale: str) -> None:
     bias = site.calls[0].bias
     if site.calls[0].use.bias is not None and bias is None:
         return
-    if bias is not None and (bias.op != "get_attr" or len(bias.users) > 1 or str(bias.target) in model.excluded):
+    if bias is not None and (bias.op != "get_attr" or len(bias.users) > 1):
+        return
+    if bias is not None and original_name(model.bio, bias) in model.excluded:
         return
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight.dtype)
     site.raw.mul_(site.spread(sign))

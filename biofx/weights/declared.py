@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from biofx.references import held_parameters
 from biofx.weights.axes import GROUP, NEITHER, Axes, Role, axes_of
 from biofx.weights.facts import NOT_A_SYNAPSE, NOT_RUN, WeightFacts
 from biofx.weights.fitness import why_unfit
@@ -74,14 +73,3 @@ def _reason(parameter: nn.Parameter) -> str:
     if parameter.dim() < 2:
         return NOT_A_SYNAPSE
     return why_unfit(parameter) or f"not judged: {NOT_RUN}"
-
-
-def places(module: nn.Module, chosen: Set[int]) -> dict[str, nn.Parameter]:
-    """Some parameters by every place where one is registered in a module, if no module keeps it elsewhere as well."""
-    held = held_parameters(module)
-    return {
-        f"{path}.{key}".lstrip("."): parameter
-        for path, owner in module.named_modules()
-        for key, parameter in owner._parameters.items()
-        if parameter is not None and id(parameter) in chosen and id(parameter) not in held
-    }

@@ -10,9 +10,11 @@ from torch import Tensor, fx, nn
 
 from biofx import parts
 from biofx.analysis.graphs import NodeUse, uses_of
-from biofx.chain import attribute, chain, evaluate, parameter_nodes
-from biofx.islands import described, is_island, island_path
-from biofx.provenance import Slot, inserted, record_of, transformed
+from biofx.chain import chain, parameter_nodes
+from biofx.islands import described, island_path
+from biofx.model.slots import Slot
+from biofx.model.synapses import Link, Synapses, stored, synapses_of
+from biofx.provenance import inserted, record_of, transformed
 from biofx.references import held_parameters
 from biofx.weights.axes import Axes
 from biofx.weights.facts import HELD, WeightFacts
@@ -95,7 +97,8 @@ class WeightSite:
     @property
     def island(self) -> str | None:
         """Path of the first island inside of which the weight is used, or None; empty for the model itself."""
-        return next((island_path(node) for node in self.inside if is_island(node)), None)
+        paths = (island_path(self.bio, node) for node in self.inside)
+        return next((path for path in paths if path is not None), None)
 
     @property
     def surroundings(self) -> str | None:
@@ -103,7 +106,8 @@ class WeightSite:
         if not self.inside:
             return None
         node = self.inside[0]
-        return described(island_path(node)) if is_island(node) else parts.described(self.bio, node)
+        path = island_path(self.bio, node)
+        return parts.described(self.bio, node) if path is None else described(path)
 
     @property
     def why_out_of_reach(self) -> str | None:
@@ -115,12 +119,28 @@ class WeightSite:
     @property
     def raw(self) -> nn.Parameter:
         """The stored parameter: shape (Γ, *shape) if the weight is split into Γ synapses, else just shape."""
-        return attribute(self.bio, self.name)  # type: ignore[no-any-return]
+        return stored(self.bio, self.name)
+
+    @property
+    def learning(self) -> Synapses | None:
+        """What holds the stored parameter, its links and their state; None if no pass changed the weight."""
+        return synapses_of(self.bio, self.name)
+
+    @property
+    def known_synapses(self) -> Synapses:
+        """The same, of a weight that a pass changed."""
+        synapses = self.learning
+        assert synapses is not None, f"{self.name} has no synapses"
+        return synapses
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The steps from what is stored to the weight."""
+        return () if self.learning is None else self.learning.links
 
     def synaptic(self) -> Tensor:
         """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, differentiable."""
-        nodes = [n for n in self.chain if (origin := inserted(n)) is None or origin.slot <= Slot.SIGN]
-        return evaluate(self._graph, nodes) if nodes else self.raw
+        return self.raw if self.learning is None else self.learning(Slot.SIGN)
 
     def effective(self) -> Tensor:
         """What takes the parameter's place in the original model, differentiable in `raw`.
@@ -128,7 +148,7 @@ class WeightSite:
         That is what the operator receives, unless the original model itself transposes, casts or scales the parameter
         on the way.
         """
-        return evaluate(self._graph, self.chain) if self.chain else self.raw
+        return self.raw if self.learning is None else self.learning()
 
     @property
     def gain(self) -> Tensor | None:
@@ -148,7 +168,7 @@ class WeightSite:
     @property
     def is_split(self) -> bool:
         """Whether `raw` has a leading axis of synapses."""
-        return _is_split(self.chain)
+        return self.learning is not None and self.learning.is_split
 
     @property
     def shape(self) -> torch.Size:
@@ -248,25 +268,13 @@ class WeightSite:
         return [] if self.node is None else chain(self.node)
 
     @property
-    def _graph(self) -> fx.GraphModule:
-        assert isinstance(self.bio, fx.GraphModule)
-        return self.bio
-
-    @property
     def passes(self) -> tuple[str, ...]:
         """Names of the passes that changed this weight."""
         return tuple(run.pass_.name for run in record_of(self.bio).passes if self.name in run.weights)
 
-    def state_name(self, key: str) -> str:
-        """Name of the buffer that holds `key` for this weight."""
-        return f"{self.name}_{key}"
-
     def state(self, key: str) -> Tensor | None:
         """State that a pass keeps for this weight, or None."""
-        name = self.state_name(key)
-        if self.node is None:
-            return None
-        return attribute(self.bio, name) if name in record_of(self.bio).state else None
+        return None if self.learning is None else self.learning.state(key)
 
 
 def weight_sites(bio: nn.Module) -> dict[str, WeightSite]:
@@ -322,24 +330,31 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
     for node in bio.graph.nodes:
         for use in uses_of(node):
             calls.setdefault(use.parameter, []).append(Call(node, use))
+    callers, held = _callers(bio), held_parameters(bio)
     sites: dict[str, WeightSite] = {}
     others = dict(record.others)
     for name, facts in record.weights.items():
-        if name not in nodes:
-            held = id(bio.get_parameter(name)) in held_parameters(bio)
-            others[name] = HELD if held else "not used in the graph"
-            continue
-        if not chain(nodes[name])[-1].users:
-            others[name] = "no operator uses it any more"
-            continue
-        inside = tuple(node for node in chain(nodes[name])[-1].users if is_island(node) or parts.part_of(bio, node))
-        own = tuple(call for call in calls.get(name, ()) if call.node not in inside)
-        sites[name] = WeightSite(bio, name, facts, nodes[name], own, inside)
+        parameter = stored(bio, name)
+        readers = chain(nodes[name])[-1].users if name in nodes else ()
+        inside = (*(node for node in readers if parts.part_of(bio, node)), *callers.get(id(parameter), ()))
+        if id(parameter) in held and synapses_of(bio, name) is None:
+            others[name] = HELD
+        elif not readers and not inside:
+            others[name] = "no operator uses it any more" if name in nodes else "not used in the graph"
+        else:
+            own = tuple(call for call in calls.get(name, ()) if call.node not in inside)
+            sites[name] = WeightSite(bio, name, facts, nodes.get(name), own, inside)
     return sites, others | dict(_packed(bio))
 
 
-def _is_split(links: list[fx.Node]) -> bool:
-    return any(origin is not None and origin.slot is Slot.SUM for origin in map(inserted, links))
+def _callers(bio: fx.GraphModule) -> dict[int, list[fx.Node]]:
+    """The nodes that call a module whose Python reads a parameter, by the parameter's id."""
+    found: dict[int, list[fx.Node]] = {}
+    for node in bio.graph.nodes:
+        path = island_path(bio, node)
+        for parameter in bio.get_submodule(path).parameters() if path is not None else ():
+            found.setdefault(id(parameter), []).append(node)
+    return found
 
 
 def _packed(bio: fx.GraphModule) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from biofx.analysis.nodes import Nodes
 from biofx.analysis.operators import Kind
 from biofx.chain import attribute, compute
-from biofx.islands import island_nodes, island_path
+from biofx.islands import island_path
 from biofx.parts import described, part_of
 from biofx.weights.sites import Call, WeightSite
 from biofx.widening.plan import Widening
@@ -103,8 +103,8 @@ class Trial:
         self._states: dict[fx.Node, _State] = {}
         self._in_islands = {
             id(tensor)
-            for node in island_nodes(bio.graph)
-            for module in [bio.get_submodule(island_path(node))]
+            for path in (island_path(bio, node) for node in bio.graph.nodes)
+            for module in ([] if path is None else [bio.get_submodule(path)])
             for tensor in (*module.parameters(), *module.buffers())
         }
         self._constant: set[fx.Node] = set()  # what is made of parameters, and of no value that comes in

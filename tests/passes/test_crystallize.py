@@ -39,19 +39,19 @@ def run(pipeline, steps=1, gradient=1e3, lr=0.0, optimizer=torch.optim.SGD):
 
 
 def test_it_needs_no_other_rule():
-    assert torch.equal(run([passes.Crystallize(dampening=0.5)], steps=3).weight_gain, torch.full((2, 3), 0.125))
+    assert torch.equal(run([passes.Crystallize(dampening=0.5)], steps=3).weight_synapses.gain, torch.full((2, 3), 0.125))
 
 
 def test_every():
     bio = run([passes.Crystallize(dampening=0.5, every=3)], steps=8)
-    assert torch.equal(bio.weight_gain, torch.full((2, 3), 0.25))
+    assert torch.equal(bio.weight_synapses.gain, torch.full((2, 3), 0.25))
 
 
 def test_it_shares_the_gain_of_fuzzy_learning_rates():
     pipeline = [passes.FuzzyLearningRates(), passes.Crystallize(dampening=0.5)]
     bio = biofx.transform(nn.Linear(3, 2), pipeline)
-    drawn = biofx.transform(nn.Linear(3, 2), pipeline[:1]).weight_gain
-    assert torch.equal(bio.weight_gain, drawn)
+    drawn = biofx.transform(nn.Linear(3, 2), pipeline[:1]).weight_synapses.gain
+    assert torch.equal(bio.weight_synapses.gain, drawn)
     assert bio.code.count("scale_grad(") == 1
     assert "crystallize, fuzzy-learning-rates" in biofx.table(bio)
     biofx.verify(run(pipeline, steps=5))
@@ -59,7 +59,7 @@ def test_it_shares_the_gain_of_fuzzy_learning_rates():
 
 def test_gains_never_fall_below_the_floor():
     bio = run([passes.Crystallize(floor=0.01)], steps=40)
-    torch.testing.assert_close(bio.weight_gain, torch.full((2, 3), 0.01))
+    torch.testing.assert_close(bio.weight_synapses.gain, torch.full((2, 3), 0.01))
     biofx.verify(bio)
 
 
@@ -85,7 +85,7 @@ def test_a_refresh_leaves_crystallized_gains_alone():
         optimizer.zero_grad()
         (torch.tensor([1e3, 1e-2, 1e-2, 1e-2]) * bio(torch.ones(1, 3))).sum().backward()
         optimizer.step()
-    gain = bio.get_buffer("0.weight_gain")
+    gain = bio.get_buffer("0.weight_synapses.gain")
     assert (gain[0] < 0.01).all()
     assert (gain[1:] >= 0.5).all()
 

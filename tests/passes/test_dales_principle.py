@@ -225,7 +225,7 @@ def test_signs_stay_through_training(optimizer, constraint):
 
 def test_the_stored_weight_is_projected_so_that_no_synapse_dies():
     bio = biofx.transform(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)), [passes.DalesPrinciple()])
-    weight, sign = bio.get_parameter("2.weight"), bio.get_buffer("2.weight_sign")
+    weight, sign = bio.get_parameter("2.weight"), bio.get_buffer("2.weight_synapses.sign")
     optimizer = torch.optim.SGD(bio.parameters(), lr=1.0)
     biofx.attach(bio, optimizer)
     before = weight.detach().clone()
@@ -246,7 +246,7 @@ def test_a_checkpoint_and_a_copy_keep_the_signs():
     file.seek(0)
     for restored in (other, copy.deepcopy(bio), torch.load(file, weights_only=False)):
         biofx.verify(restored)
-        assert torch.equal(restored.get_buffer("left.weight_sign"), bio.get_buffer("left.weight_sign"))
+        assert torch.equal(restored.get_buffer("left.weight_synapses.sign"), bio.get_buffer("left.weight_synapses.sign"))
 
 
 def test_new_synapses_have_their_units_sign_and_absent_ones_stay_absent():
@@ -265,7 +265,7 @@ def test_new_synapses_have_their_units_sign_and_absent_ones_stay_absent():
 def test_verify_names_a_synapse_of_the_wrong_sign():
     bio = biofx.transform(Split(), [passes.DalesPrinciple(constraint="abs")])
     with torch.no_grad():
-        bio.get_buffer("left.weight_sign").neg_()
+        bio.get_buffer("left.weight_synapses.sign").neg_()
     with pytest.raises(biofx.VerificationError, match=r"left\.weight: \d+ of its presynaptic units are excitatory and"):
         biofx.verify(bio)
 
@@ -330,8 +330,8 @@ def test_a_second_transform_continues_the_signs_that_units_have():
     twice = biofx.transform(once, [passes.DalesPrinciple(sites="right.*", excitatory=0.8)], exclude="left.weight")
     biofx.verify(twice)
     assert obeys(twice)
-    assert torch.equal(twice.get_buffer("right.weight_sign"), once.get_buffer("left.weight_sign"))
-    against = tuple(int(-s) for s in once.get_buffer("left.weight_sign").flatten())
+    assert torch.equal(twice.get_buffer("right.weight_synapses.sign"), once.get_buffer("left.weight_synapses.sign"))
+    against = tuple(int(-s) for s in once.get_buffer("left.weight_synapses.sign").flatten())
     contrary = passes.DalesPrinciple(sites="right.*", assign={"stem.weight": against})
     with pytest.raises(biofx.PipelineError, match="differs from the signs that they have"):
         biofx.transform(once, [contrary], exclude="left.weight")

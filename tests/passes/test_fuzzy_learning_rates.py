@@ -22,7 +22,7 @@ KINDS = [("linear", "dense"), *((kind, grouping) for kind in CONVOLUTIONS for gr
 def gains(nu, distribution, shape=(400, 500), **options):
     model = nn.Linear(shape[1], shape[0], bias=False)
     bio = biofx.transform(model, [passes.FuzzyLearningRates(nu=nu, distribution=distribution, **options)])
-    return bio.weight_gain.double()
+    return bio.weight_synapses.gain.double()
 
 
 def test_there_are_ten():
@@ -81,7 +81,7 @@ def test_weight_adaptive_is_wide_for_small_weights():
     bio = biofx.transform(model, [passes.FuzzyLearningRates(nu=0.2, distribution="weight_adaptive", **WIDE)])
     relative = (model.weight.abs() / model.weight.abs().mean()).flatten()
     half_width = 0.2 * (2 - relative).clamp(0.5, 1.5)
-    deviation = (bio.weight_gain - 1).abs().flatten()
+    deviation = (bio.weight_synapses.gain - 1).abs().flatten()
     assert (deviation <= half_width * (1 + 1e-5)).all()
     for low, high in ((0, 0.5), (0.9, 1.1), (1.5, 10)):
         chosen = (relative >= low) & (relative < high)
@@ -110,8 +110,8 @@ def test_layer_adaptive_goes_by_the_graph_not_by_registration():
             return self.last(self.first(x))
 
     bio = biofx.transform(Backwards(), [passes.FuzzyLearningRates(nu=0.2, distribution="layer_adaptive")])
-    assert (bio.first.weight_gain - 1).abs().max() > 0.19
-    assert (bio.last.weight_gain - 1).abs().max() <= 0.1
+    assert (bio.first.weight_synapses.gain - 1).abs().max() > 0.19
+    assert (bio.last.weight_synapses.gain - 1).abs().max() <= 0.1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,14 +138,14 @@ def test_the_gain_scales_the_gradient_of_every_operator(kind, grouping):
     layer, x = layer_and_input(kind, grouping, dtype=torch.float64)
     bio = biofx.transform(layer, [passes.FuzzyLearningRates(distribution="lognormal")])
     expected, given = gradients(layer, x), gradients(bio, x)
-    assert torch.equal(given["weight"], expected["weight"] * bio.weight_gain)
+    assert torch.equal(given["weight"], expected["weight"] * bio.weight_synapses.gain)
     assert torch.equal(given["bias"], expected["bias"])
     assert torch.equal(bio(x), layer(x))
 
 
 def test_dtype_of_the_gain():
     bio = biofx.transform(nn.Linear(3, 3), [passes.FuzzyLearningRates(dtype="bfloat16")])
-    assert bio.weight_gain.dtype is torch.bfloat16
+    assert bio.weight_synapses.gain.dtype is torch.bfloat16
     biofx.verify(bio)
 
 
@@ -181,12 +181,12 @@ def trained(distribution, steps, every=2, **options):
     bio = biofx.transform(layer, [passes.FuzzyLearningRates(distribution=distribution, every=every, **options)])
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
     biofx.attach(bio, optimizer)
-    gains = [bio.weight_gain.clone()]
+    gains = [bio.weight_synapses.gain.clone()]
     for step in range(steps):
         optimizer.zero_grad()
         bio(torch.randn(4, 80, generator=torch.Generator().manual_seed(step))).sum().backward()
         optimizer.step()
-        gains.append(bio.weight_gain.clone())
+        gains.append(bio.weight_synapses.gain.clone())
     return bio, gains
 
 
@@ -227,11 +227,11 @@ def test_activity_gains_are_wide_for_silent_units():
         bio(x).sum().backward()
         optimizer.step()
     output = layer(x)
-    assert torch.equal(bio.weight_active, 2 * (output.abs() > 0.01).sum(0))
-    counts = bio.weight_active.double()
+    assert torch.equal(bio.weight_synapses.active, 2 * (output.abs() > 0.01).sum(0))
+    counts = bio.weight_synapses.active.double()
     a = (1 + 0.1 * (counts / counts.mean() - 1)).clamp(0.8, 1.2)
     half_width = (0.2 * (2 - a))[:, None]
-    deviation = (bio.weight_gain - 1).abs()
+    deviation = (bio.weight_synapses.gain - 1).abs()
     assert (deviation <= half_width * (1 + 1e-5)).all()
     assert deviation[:50].max() > 0.2 > deviation[50:].max()
     torch.testing.assert_close(deviation[:50].mean(), half_width[:50].mean().float() / 2, rtol=0.05, atol=0)

@@ -45,7 +45,7 @@ def test_gains_act_on_it_as_on_the_rest(optimizer):
         biofx.attach(bio, held)
         train(bio, held, steps=1)
         moved.append(bio.get_parameter("0.weight").detach() - plain[0].weight.detach())
-    gain = biofx.transform(plain, [gains]).get_buffer("0.weight_gain")
+    gain = biofx.transform(plain, [gains]).get_buffer("0.weight_synapses.gain")
     torch.testing.assert_close(moved[0], gain * moved[1])
 
 

@@ -107,7 +107,7 @@ def test_twins_by_hand():
     assert bio.get_parameter("0.bias").tolist() == [5, 5, -6, -6]
     # from:                                         x0 x0' x1 x1'
     assert bio.get_parameter("2.weight").tolist() == [[1, 0, 0, -2], [0, -3, 4, 0], [5, 0, 0, 0]]
-    assert bio.get_buffer("2.weight_sign").tolist() == [[1, -1, 1, -1]]
+    assert bio.get_buffer("2.weight_synapses.sign").tolist() == [[1, -1, 1, -1]]
     assert torch.equal(bio.get_parameter("2.bias"), model[2].bias)
     assert (bio.get_submodule("0").out_features, bio.get_submodule("2").in_features) == (4, 4)
 
@@ -622,7 +622,7 @@ def test_two_passes_that_give_signs():
 
 def test_a_unit_with_both_signs_is_found():
     bio = mirror(mlp(3, 4, 2))
-    bio.get_buffer("2.weight_units").zero_()
+    bio.get_buffer("2.weight_synapses.units").zero_()
     with pytest.raises(biofx.VerificationError, match="1 of its presynaptic units are excitatory and inhibitory"):
         biofx.verify(bio)
 

@@ -89,7 +89,7 @@ def test_only_replaced_entries_change_and_they_are_counted(rule):
     step(bio, optimizer)
     changed = bio.weight != before
     assert 0 < changed.sum() < changed.numel() / 2
-    assert int(bio.weight_replaced) == int(changed.sum())
+    assert int(bio.weight_synapses.replaced) == int(changed.sum())
     assert before.abs()[changed].mean() < before.abs()[~changed].mean()
 
 
@@ -126,7 +126,7 @@ def test_every():
     counts = []
     for _ in range(9):
         step(bio, optimizer)
-        counts.append(int(bio.weight_replaced))
+        counts.append(int(bio.weight_synapses.replaced))
     assert [i + 1 for i, (a, b) in enumerate(zip([0, *counts], counts, strict=False)) if a != b] == [4, 8]
 
 
@@ -185,7 +185,7 @@ class Signed(passes.Pass):
 def test_new_synapses_keep_the_sign_of_their_unit(rule):
     bio, optimizer = attached([passes.Rejuvenate(rule=rule, dre=3.0), Signed()], torch.optim.SGD, lr=0.0)
     before = bio.weight.detach().clone()
-    sign = bio.weight_sign
+    sign = bio.weight_synapses.sign
     for _ in range(3):
         step(bio, optimizer)
     assert (bio.weight != before).sum() > 100

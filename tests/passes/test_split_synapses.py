@@ -111,7 +111,7 @@ def test_per_synapse_activation(kind, grouping, bias):
     raw = [bio.weight, bio.bias] if bias else [bio.weight]
     wanted = torch.autograd.grad(expected.square().sum(), raw)
     given = torch.autograd.grad(bio(x).square().sum(), raw)
-    torch.testing.assert_close(given[0], wanted[0] * bio.weight_gain / 3)
+    torch.testing.assert_close(given[0], wanted[0] * bio.weight_synapses.gain / 3)
     if bias:
         torch.testing.assert_close(given[1], wanted[1] / 3)
 

@@ -42,7 +42,7 @@ def test_activity_is_measured_for_every_unit_of_every_operator(kind, grouping):
     bio, optimizer = attached(layer, memory=0.0)
     step(bio, optimizer, x)
     output = layer(x).abs().movedim(1, -1).flatten(0, -2)
-    torch.testing.assert_close(bio.weight_activity, output.mean(0))
+    torch.testing.assert_close(bio.weight_synapses.activity, output.mean(0))
 
 
 @pytest.mark.parametrize(("kind", "grouping"), KINDS)
@@ -52,7 +52,7 @@ def test_weights_are_scaled_by_their_postsynaptic_unit(kind, grouping):
     bio, optimizer = attached(layer, on="weight", target=1.0, strength=0.1)
     before = layer(x)
     step(bio, optimizer, x)
-    factor = 1 + 0.1 * (1 - bio.weight_activity)
+    factor = 1 + 0.1 * (1 - bio.weight_synapses.activity)
     torch.testing.assert_close(bio(x), (before.movedim(1, -1) * factor).movedim(-1, 1))
 
 
@@ -61,7 +61,7 @@ def test_gradients_are_scaled_by_their_postsynaptic_unit(kind, grouping):
     layer, x = layer_and_input(kind, grouping, dtype=torch.float64, bias=False)
     bio, optimizer = attached(layer, target=0.1, strength=0.1)
     step(bio, optimizer, x)
-    factor = (0.1 / bio.weight_activity).pow(0.1).clamp(0.5, 2)
+    factor = (0.1 / bio.weight_synapses.activity).pow(0.1).clamp(0.5, 2)
     assert factor.std() > 0
     expected = gradients(layer, x)["weight"]
     torch.testing.assert_close(gradients(bio, x)["weight"], expected * biofx.weight_sites(bio)["weight"].spread(factor))
@@ -73,7 +73,7 @@ def test_any_leading_dimensions(shape):
     bio, optimizer = attached(layer, memory=0.0)
     x = torch.randn(shape, dtype=torch.float64)
     step(bio, optimizer, x)
-    torch.testing.assert_close(bio.weight_activity, layer(x).abs().reshape(-1, 4).mean(0))
+    torch.testing.assert_close(bio.weight_synapses.activity, layer(x).abs().reshape(-1, 4).mean(0))
 
 
 def test_the_running_mean_and_accumulation():
@@ -82,9 +82,9 @@ def test_the_running_mean_and_accumulation():
     batches = torch.randn(6, 8, 6, dtype=torch.float64)
     step(bio, optimizer, batches[0], batches[1])
     first = layer(batches[:2]).abs().mean((0, 1))
-    torch.testing.assert_close(bio.weight_activity, first)
+    torch.testing.assert_close(bio.weight_synapses.activity, first)
     step(bio, optimizer, batches[2])
-    torch.testing.assert_close(bio.weight_activity, 0.75 * first + 0.25 * layer(batches[2]).abs().mean(0))
+    torch.testing.assert_close(bio.weight_synapses.activity, 0.75 * first + 0.25 * layer(batches[2]).abs().mean(0))
 
 
 def test_units_approach_the_target():
@@ -92,7 +92,7 @@ def test_units_approach_the_target():
     x = torch.randn(64, 20)
     for _ in range(200):
         step(bio, optimizer, x)
-    torch.testing.assert_close(bio.weight_activity, torch.full((10,), 2.0).double(), rtol=0.1, atol=0)
+    torch.testing.assert_close(bio.weight_synapses.activity, torch.full((10,), 2.0).double(), rtol=0.1, atol=0)
 
 
 def test_the_default_target_is_the_mean_of_the_population():
@@ -118,7 +118,7 @@ def test_the_observer_sees_units_also_behind_a_per_synapse_activation():
     biofx.attach(bio, optimizer)
     x = torch.randn(3, 2, 6, 6)
     step(bio, optimizer, x)
-    torch.testing.assert_close(bio.weight_activity, bio(x).abs().mean((0, 2, 3)).double())
+    torch.testing.assert_close(bio.weight_synapses.activity, bio(x).abs().mean((0, 2, 3)).double())
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_verify_finds_a_unit_that_is_excitatory_here_and_inhibitory_there():
     bio = biofx.transform(Shared(), [passes.DalesPrinciple(balance=False)])
     biofx.verify(bio)
     with torch.no_grad():
-        bio.get_buffer("right.weight_sign")[:, 3] *= -1
+        bio.get_buffer("right.weight_synapses.sign")[:, 3] *= -1
         bio.right.weight[:, 3] *= -1
     with pytest.raises(biofx.VerificationError) as error:
         biofx.verify(bio)

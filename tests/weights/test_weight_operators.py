@@ -152,8 +152,8 @@ def test_observers_see_every_unit(kind, x):
     ).train()
     bio(x)
     activity = network.layer(x).movedim(kind.output, -1).reshape(-1, 8).abs()
-    torch.testing.assert_close(bio.layer.weight_seen[:-1], activity.sum(0))
-    assert torch.equal(bio.layer.weight_active, (activity > 0.01).sum(0))
+    torch.testing.assert_close(bio.layer.weight_synapses.seen[:-1], activity.sum(0))
+    assert torch.equal(bio.layer.weight_synapses.active, (activity > 0.01).sum(0))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -372,7 +372,7 @@ def test_a_row_for_padding_is_no_synapse():
     bio(torch.randint(9, (4, 3))).sum().backward()
     optimizer.step()
     assert bio.words.weight[0].eq(1).all()
-    assert int(bio.words.weight_replaced) > 0
+    assert int(bio.words.weight_synapses.replaced) > 0
 
 
 # --- what is left alone ----------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The model: what a synaptic weight is."""

@@ -1,0 +1,113 @@
+"""Checkpoints: of a model with synapses, of the same in earlier versions of biofx, and of the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biofx.errors import ArgumentError
+from biofx.model.synapses import CHILD, Synapses, child_of
+
+
+def readable(model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, strict: bool) -> Mapping[str, Any]:
+    """A checkpoint under the names that a model has.
+
+    Weights of the original model are divided among the synapses, in the proportions of the present ones; what passes
+    keep stays as it is then.
+
+    Args:
+        model: the transformed model.
+        state_dict: the checkpoint.
+        pipeline: the passes that made the model.
+        strict: refuse a checkpoint that does not fit.
+
+    Raises:
+        ArgumentError: `strict`, and other passes made the model of the checkpoint; names the first difference. Or a
+            weight of the original model breaks the signs that its units have here.
+    """
+    result = dict(state_dict)
+    owned = list(_owned(model))
+    is_plain = all(not child.users or not _kept(name, child, result) for name, child in owned)
+    for name, child in owned:
+        place = _place(name)
+        for key in child.users:
+            _rename(result, f"{name}_{key}", f"{place}.{key}")  # of biofx 0.1
+            if is_plain and f"{place}.{key}" not in result:
+                result[f"{place}.{key}"] = getattr(child, key)
+        _rename(result, name, f"{place}.{child.stored_name}")
+        given = result.get(f"{place}.{child.stored_name}")
+        if isinstance(given, Tensor) and is_plain:
+            result[f"{place}.{child.stored_name}"] = _divided(name, child, given)
+    if strict:
+        _refuse_difference(model, owned, result, pipeline)
+    return result
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, Synapses]]:
+    """All synapses, by each of the names that their weight has in the original model."""
+    for path, owner in model.named_modules(remove_duplicate=False):
+        for key in owner._parameters:
+            child = child_of(owner, key)
+            if child is not None:
+                yield f"{path}.{key}".lstrip("."), child
+
+
+def _place(name: str) -> str:
+    path, _, key = name.rpartition(".")
+    return f"{path}.{CHILD.format(key)}".lstrip(".")
+
+
+def _kept(name: str, child: Synapses, state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has state of synapses, under today's name or an earlier one."""
+    return any(f"{_place(name)}.{key}" in state or f"{name}_{key}" in state for key in child.users)
+
+
+def _rename(state: dict[str, Any], old: str, new: str) -> None:
+    if old in state and new not in state:
+        state[new] = state.pop(old)
+
+
+def _divided(name: str, child: Synapses, weight: Tensor) -> Tensor:
+    """What synapses store if they are to make a weight of the original model."""
+    present = child.stored.detach()
+    if not child.is_computed or weight.shape == present.shape != child().shape:
+        return weight
+    if child.is_split:
+        sizes = present.abs().double()
+        total = sizes.sum(0)
+        shares = torch.where(total > 0, sizes / total.where(total > 0, 1.0), 1 / len(present))
+        stored = (weight.to(shares) * shares).to(present)
+    else:
+        stored = weight.to(present)
+    with torch.no_grad():
+        made = child(stored=stored)
+    if made.shape != weight.shape or not torch.allclose(made, weight.to(made), rtol=1e-4, atol=1e-6):
+        raise ArgumentError(
+            f"{name} of the checkpoint cannot be made of the synapses here, whose units have signs; "
+            "this looks like a checkpoint of the plain model; load it into that, before transform"
+        )
+    return stored
+
+
+def _refuse_difference(
+    model: nn.Module, owned: list[tuple[str, Synapses]], state: Mapping[str, Any], pipeline: str
+) -> None:
+    def refuse(difference: str) -> ArgumentError:
+        return ArgumentError(f"the checkpoint is of another pipeline than {pipeline}: {difference}")
+
+    own = model.state_dict()
+    for name, child in owned:
+        place = _place(name)
+        for key, by in child.users.items():
+            if f"{place}.{key}" not in state:
+                raise refuse(f"it has no {place}.{key}, which {by} keeps here")
+        given = state.get(f"{place}.{child.stored_name}")
+        if isinstance(given, Tensor) and given.shape != child.stored.shape:
+            raise refuse(f"{name} is {tuple(given.shape)} in it and {tuple(child.stored.shape)} here")
+    ends = CHILD.format("")
+    for name in state:
+        if name not in own and f"{ends}." in name:
+            raise refuse(f"it has {name}, which no pass keeps here")

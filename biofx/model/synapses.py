@@ -1,0 +1,296 @@
+"""Synapses: what a weight is made of. THE idea of biofx.
+
+    stored [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → the weight
+
+A module whose weight has synapses has a child for it, which holds the stored tensor, the links of this chain and their
+state. The module's attribute is the weight at the end of the chain, whoever reads it: a graph, Python, a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biofx.errors import PipelineError
+from biofx.model import running
+from biofx.model.handed_out import Change, handed_out
+from biofx.model.slots import Inserted, Slot
+
+CHILD = "{}_synapses"  # name of the child, by the name of the weight in its module
+
+
+@dataclass(frozen=True)
+class State:
+    """An argument of a link: a tensor that is kept with the weight.
+
+    Attributes:
+        key: its name.
+    """
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """One step of the way from what is stored to the weight: `target(weight, *args)`.
+
+    Attributes:
+        target: a dispatcher operator or a PyTorch function.
+        args: constants and state.
+        origin: who inserted it.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    origin: Inserted
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        name = getattr(self.target, "_qualified_op_name", None)  # of a dispatcher operator, which is not pickled itself
+        return _link, (self.target if name is None else str(name), self.args, self.origin)
+
+
+def _link(target: Any, args: tuple[Any, ...], origin: Inserted) -> Link:
+    if isinstance(target, str):
+        namespace, _, name = target.partition("::")
+        target = getattr(getattr(torch.ops, namespace), name)
+    return Link(target, args, origin)
+
+
+class Synapses(nn.Module):
+    """The synapses of one weight; its buffers are their state.
+
+    Args:
+        key: the weight's name in its module, which is the name of the stored tensor here.
+        stored: the stored tensor, shape (Γ, *shape) if there are Γ synapses for each connection, else just shape.
+
+    Attributes:
+        links: the steps from what is stored to the weight, in order.
+        users: the names of the passes that use each state, by its name, joined by ", ".
+        rewired: the pass that changes what the operator of the weight returns, which only the graph does; else empty.
+    """
+
+    def __init__(self, key: str, stored: nn.Parameter) -> None:
+        super().__init__()
+        self.links: tuple[Link, ...] = ()
+        self.users: dict[str, str] = {}
+        self.rewired = ""
+        self._change: Change | None = None
+        # An attribute of a module, such as `forward`, cannot be a parameter's name.
+        self._key = f"{key}_" if hasattr(self, key) else key
+        self.register_parameter(self._key, stored)
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The stored tensor."""
+        return getattr(self, self._key)  # type: ignore[no-any-return]  # replicas of data parallelism keep a plain one
+
+    @property
+    def stored_name(self) -> str:
+        """The name of the stored tensor in this module."""
+        return self._key
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the weight is computed from what is stored, and not the same numbers."""
+        return any(link.origin.slot > Slot.HOOK for link in self.links)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there is a leading axis of synapses."""
+        return any(link.origin.slot is Slot.SUM for link in self.links)
+
+    def forward(self, until: Slot = Slot.SUM, stored: Tensor | None = None) -> Tensor:
+        """Compute the weight, or what it is after the links up to a slot; differentiable in what is stored.
+
+        Args:
+            until: the last slot.
+            stored: what is stored; None: what is stored here.
+        """
+        return self._run([link for link in self.links if link.origin.slot <= until], stored)
+
+    def _run(self, links: Iterable[Link], stored: Tensor | None) -> Tensor:
+        value: Tensor = self.stored if stored is None else stored
+        for link in links:
+            value = link.target(value, *self.arguments(link))
+        return value
+
+    def arguments(self, link: Link) -> list[Any]:
+        """The arguments of a link beside the weight, as they are now."""
+        return [getattr(self, arg.key) if isinstance(arg, State) else arg for arg in link.args]
+
+    def read(self) -> Tensor:
+        """The weight, as the attribute of its module.
+
+        It is computed once in the outermost forward that runs. If it is the same numbers as what is stored, what is
+        written into it takes effect; else it refuses to be written.
+
+        Raises:
+            ArgumentError: the weight that was read last was changed, and that change is lost.
+        """
+        if torch.compiler.is_compiling():
+            return self.forward()
+        given = running.given(self)
+        if given is not None:
+            return given
+        self.refuse_lost_change()
+        if not self.links or not (self.is_computed or torch.is_grad_enabled()):
+            return self.stored
+        return running.once(self, self.stored, self._hand_out)
+
+    def _hand_out(self) -> Tensor:
+        weight = handed_out(self.forward(), self)
+        if self.is_computed:
+            self._change = Change.of(weight)
+        return weight
+
+    def refuse_lost_change(self) -> None:
+        """Refuse that somebody has written into a weight that is computed, by a way that it could not refuse itself.
+
+        Raises:
+            ArgumentError: somebody has.
+        """
+        change, self._change = self._change, None
+        if change is not None:
+            change.refuse()
+            self._change = change
+
+    def insert(self, link: Link) -> None:
+        """Put a link at the place of its slot, behind what is there already.
+
+        Raises:
+            PipelineError: the link does not do what its slot promises.
+        """
+        index = sum(each.origin.slot <= link.origin.slot for each in self.links)
+        self._refuse_broken_promise(link, self.links[:index])
+        self.links = (*self.links[:index], link, *self.links[index:])
+
+    @torch.no_grad()
+    def _refuse_broken_promise(self, link: Link, before: tuple[Link, ...]) -> None:
+        """Run a link, to see whether a hook is the identity, and whether a sign constraint keeps the shape."""
+        slot, value = link.origin.slot, self._run(before, self.stored)
+        for arg in link.args:
+            shape = getattr(self, arg.key).shape if isinstance(arg, State) else ()
+            if len(shape) > value.dim() or any(n not in (1, m) for n, m in zip(shape[::-1], value.shape[::-1])):
+                raise _broken(link, f"its {arg.key} has shape {tuple(shape)}, and the weight {tuple(value.shape)}")
+        result = link.target(value, *self.arguments(link))
+        if slot <= Slot.SIGN and result.shape != value.shape:
+            raise _broken(link, f"it makes shape {tuple(result.shape)} of {tuple(value.shape)}")
+        if slot is Slot.HOOK and not torch.allclose(result, value, rtol=0, atol=0, equal_nan=True):
+            raise _broken(link, "it changes the weight, and a gradient hook changes gradients alone")
+
+    def keep(self, key: str, value: Tensor, by: str) -> None:
+        """Keep a tensor as state.
+
+        Raises:
+            PipelineError: there is something of that name.
+        """
+        if hasattr(self, key):
+            raise PipelineError(f"{by} keeps its {key} with a weight, but there is something of that name")
+        self.register_buffer(key, value.to(self.stored.device).contiguous())
+        self.users[key] = by
+
+    def share(self, key: str, by: str, links: bool) -> Tensor | None:
+        """State that several passes use, or None: note that one more does, and that it shares the links on it."""
+        if key not in self.users:
+            return None
+        self.users[key] = ", ".join(dict.fromkeys([*self.users[key].split(", "), by]))
+        if links:
+            self.links = tuple(
+                replace(link, origin=replace(link.origin, by=self.users[key])) if State(key) in link.args else link
+                for link in self.links
+            )
+        return self.state(key)
+
+    def state(self, key: str) -> Tensor | None:
+        """State by its name, or None."""
+        return getattr(self, key) if key in self.users else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_change": None}
+
+    def extra_repr(self) -> str:
+        """The shape of what is stored, and the links."""
+        steps = [f"stored {tuple(self.stored.shape)}", *(_name(link.target) for link in self.links)]
+        return " → ".join(steps)
+
+
+def _broken(link: Link, what: str) -> PipelineError:
+    return PipelineError(
+        f"{link.origin.by}: {link.origin.parameter}: {_name(link.target)} cannot be a {link.origin.slot.label}: {what}"
+    )
+
+
+def _name(target: Any) -> str:
+    return str(getattr(target, "_qualified_op_name", getattr(target, "__name__", target))).replace("::", ".")
+
+
+def child_of(owner: nn.Module, key: str) -> Synapses | None:
+    """The synapses of a weight of a module, or None if it has none."""
+    child = owner._modules.get(CHILD.format(key))
+    return child if isinstance(child, Synapses) and owner._parameters.get(key) is None else None
+
+
+def synapses_of(model: nn.Module, name: str) -> Synapses | None:
+    """The synapses of a weight, by its name in the original model, or None if it has none."""
+    path, _, key = name.rpartition(".")
+    try:
+        return child_of(model.get_submodule(path), key)
+    except AttributeError:
+        return None
+
+
+def stored(model: nn.Module, name: str) -> nn.Parameter:
+    """The stored tensor of a parameter, by its name in the original model.
+
+    Raises:
+        AttributeError: there is no such parameter.
+    """
+    path, _, key = name.rpartition(".")
+    owner = model.get_submodule(path)
+    child, parameter = child_of(owner, key), owner._parameters.get(key)
+    if child is not None:
+        return child.stored
+    if parameter is None:
+        raise AttributeError(f"{type(owner).__name__} has no parameter {key}")
+    return parameter
+
+
+def stored_name(model: nn.Module, name: str) -> str:
+    """The name of the stored tensor of a parameter, by its name in the original model."""
+    path, _, key = name.rpartition(".")
+    child = synapses_of(model, name)
+    return name if child is None else f"{path}.{CHILD.format(key)}.{child.stored_name}".lstrip(".")
+
+
+def stored_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """All stored tensors, by the names that their parameters have in the original model, and in its order.
+
+    Args:
+        model: a model, transformed or not.
+        remove_duplicate: list each once, by its first name.
+    """
+    seen: set[int] = set()
+    for path, owner in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(owner, Synapses):
+            continue
+        for key, registered in owner._parameters.items():
+            child = child_of(owner, key) if registered is None else None
+            parameter = registered if child is None else child.stored
+            if parameter is not None and not (remove_duplicate and id(parameter) in seen):
+                seen.add(id(parameter))
+                yield f"{path}.{key}".lstrip("."), parameter
+
+
+def synapses_in(model: nn.Module) -> dict[str, Synapses]:
+    """All synapses, by the name of their weight in the original model; the first one, if it is tied."""
+    found: dict[Synapses, str] = {}
+    for path, owner in model.named_modules():
+        for key in owner._parameters:
+            child = child_of(owner, key)
+            if child is not None:
+                found.setdefault(child, f"{path}.{key}".lstrip("."))
+    return {name: child for child, name in found.items()}
