@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
+from biofx.analysis.interpreter import Interpreter
 from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, TAKES_NUMBERS, Kind, Sign, sign_of
 from biofx.analysis.recording import Depends, Operation, Recording, Value
 
 WEIGHTED = (Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING)
 
 
-class Activity:
-    """What each tensor of a run, at the time when an operator reads it, can be negative by.
+class Activity(Interpreter[str]):
+    """What each tensor of a run, at the time when an operator reads it, can be negative by; empty if it cannot.
 
     Parameters that multiply activity are taken to be positive; `Units.scales` lists them.
     """
 
     def __init__(self, recording: Recording) -> None:
-        self._found: dict[Value, str] = {}
+        super().__init__()
         self._read: dict[tuple[Operation, Value], str] = {}
-        for operation in recording.operations:
-            for value in operation.operands:
-                self._read[operation, value] = self._of(value)
-            sign = self._after(operation)
-            for output in operation.outputs:
-                self._found[output] = sign if output.is_activity else ""
-            for value in operation.written:
-                self._note_write(value, sign)
-
-    def of(self, value: Value) -> str:
-        """The operator by which a tensor can be negative when the run ends, or an empty string if it cannot."""
-        return self._of(value)
+        self.interpret(recording)
 
     def read(self, operation: Operation, value: Value) -> str:
-        """The same of an operand, when an operator reads it."""
+        """What an operand can be negative by when an operator reads it."""
         return self._read.get((operation, value), "")
 
-    def _of(self, value: Value) -> str:
-        if value not in self._found:
-            self._found[value] = _of_source(value)
-        return self._found[value]
+    def source(self, value: Value) -> str:
+        """What a tensor that no operator made can be negative by."""
+        if not value.is_activity:
+            return ""
+        if value.kind == "input":
+            return f"input {value.name}"
+        if value.kind in ("parameter", "unknown"):
+            return {"parameter": "parameter", "unknown": "a tensor that no operator made"}[value.kind]
+        return value.kind if value.negative else ""
 
-    def _note_write(self, value: Value, sign: str) -> None:
-        below: Value | None = value
-        while below is not None:
-            is_whole = below is value and below.view_of is None
-            self._found[below] = sign if is_whole else self._of(below) or sign
-            below = below.view_of
+    def joined(self, before: str, written: str) -> str:
+        """What memory can be negative by into a part of which something is written."""
+        return before or written
+
+    def after(self, operation: Operation) -> str:
+        """What an operator's result can be negative by."""
+        for value in operation.operands:
+            self._read[operation, value] = self.of(value)
+        is_activity = any(value.is_activity for value in (*operation.outputs, *operation.written))
+        return self._after(operation) if is_activity else ""
 
     def _after(self, operation: Operation) -> str:
         output = operation.outputs[0] if operation.outputs else None
@@ -57,18 +56,8 @@ class Activity:
             return operation.called
         if sign is Sign.NEVER or _is_even_power(operation) or _is_clamped(operation):
             return ""
-        source = next((found for v in _sources(operation) if (found := self._of(v))), "")
+        source = next((found for v in _sources(operation) if (found := self.of(v))), "")
         return operation.called if source and sign is Sign.ODD else source
-
-
-def _of_source(value: Value) -> str:
-    if not value.is_activity:
-        return ""
-    if value.kind == "input":
-        return f"input {value.name}"
-    if value.kind in ("parameter", "unknown"):
-        return {"parameter": "parameter", "unknown": "a tensor that no operator made"}[value.kind]
-    return value.kind if value.negative else ""
 
 
 def _sources(operation: Operation) -> list[Value]:

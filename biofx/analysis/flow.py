@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from biofx.analysis.forms import Form, Forms
+from biofx.analysis.interpreter import Interpreter
 from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, Kind
 from biofx.analysis.recording import Depends, Operation, Recording, Value
 
 
-class Flow:
+class Flow(Interpreter[int]):
     """What a signal passes between weights.
 
     Attributes:
@@ -20,29 +21,18 @@ class Flow:
     """
 
     def __init__(self, recording: Recording, forms: Forms) -> None:
+        super().__init__()  # by tensor: the weights and scales that it has come from, as bits
         self._forms = forms
         self._names: list[str] = []
         self._bits: dict[str, int] = {}
-        self._passed: dict[Value, int] = {}  # by tensor: the weights and scales that it has come from, as bits
         reads = [*forms.reads, *forms.computed]
         weights = dict.fromkeys(name for read in reads for name in read.names)
-        of_operation: dict[Operation, list[str]] = {}
+        self._weights_of: dict[Operation, list[str]] = {}
         for read in reads:
-            of_operation.setdefault(read.operation, []).extend(read.names)
-        before = dict.fromkeys(weights, 0)
-        for operation in recording.operations:
-            passed = 0
-            for value in operation.operands:
-                passed |= self._passed.get(value, 0)
-            here = of_operation.get(operation, ())
-            for name in here:
-                before[name] |= passed
-            passed = passed if not here else 0
-            for name in (*here, *self._scaling(operation)):
-                passed |= self._bit(name)
-            for value in (*operation.outputs, *operation.written):
-                self._note(value, passed)
-        sources = {name: self._named(bits) for name, bits in before.items()}
+            self._weights_of.setdefault(read.operation, []).extend(read.names)
+        self._before = dict.fromkeys(weights, 0)
+        self.interpret(recording)
+        sources = {name: self._named(bits) for name, bits in self._before.items()}
         edges = [(a, b) for b, found in sources.items() for a in found if a in weights]
         self.depth, self.outputs = _depths(list(weights), edges)
         self.scales: dict[str, set[str]] = {}
@@ -50,6 +40,27 @@ class Flow:
             for name in found:
                 if name not in weights:
                     self.scales.setdefault(name, set()).add(weight)
+
+    def source(self, value: Value) -> int:
+        """A tensor that no operator made comes from no weight."""
+        return 0
+
+    def joined(self, before: int, written: int) -> int:
+        """What is in a memory comes from all that is written into it."""
+        return before | written
+
+    def after(self, operation: Operation) -> int:
+        """What an operator's result has come from: its weights, or else what its operands have."""
+        passed = 0
+        for value in operation.operands:
+            passed |= self.of(value)
+        here = self._weights_of.get(operation, ())
+        for name in here:
+            self._before[name] |= passed
+        passed = passed if not here else 0
+        for name in (*here, *self._scaling(operation)):
+            passed |= self._bit(name)
+        return passed
 
     def _bit(self, name: str) -> int:
         if name not in self._bits:
@@ -59,12 +70,6 @@ class Flow:
 
     def _named(self, bits: int) -> list[str]:
         return [name for name in self._names if bits & self._bits[name]]
-
-    def _note(self, value: Value, passed: int) -> None:
-        below: Value | None = value
-        while below is not None:
-            self._passed[below] = passed | (self._passed.get(below, 0) if below is not value or value.view_of else 0)
-            below = below.view_of
 
     def _scaling(self, operation: Operation) -> Iterator[str]:
         """The parameters that multiply activity in an operator."""

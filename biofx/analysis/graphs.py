@@ -109,7 +109,7 @@ class _Known(dict[nn.Module, Tensor]):
     def declare(self, synapses: Synapses) -> Tensor:
         """Compute a weight, and let the recorder know."""
         with unrecorded():
-            weight = synapses()
+            weight: Tensor = synapses()
         if synapses.links:
             value = self._recorder.declare(weight, "parameter", self._names[synapses])
             coordinates = _stacked(synapses)

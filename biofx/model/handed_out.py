@@ -14,7 +14,8 @@ from biofx.model.running import is_transformed
 FOLD = "fold the model first (biofx.fold), and transform the result again"
 LOST = (
     "the weight is computed from its synapses, so this would be lost; change what is stored "
-    f"(biofx.weight_sites(bio)[name].raw), assign a torch.nn.Parameter to give the synapses up, or {FOLD}"
+    "(biofx.weight_sites(bio)[name].raw), assign a torch.nn.Parameter to give the synapses up, or, if forward does it, "
+    "transform the model without this weight (exclude=['*name'])"
 )
 
 
@@ -22,16 +23,35 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     raise ArgumentError(LOST)
 
 
+def _attribute(name: str, weight: Tensor) -> Any:
+    return getattr(Tensor, name).__get__(weight)
+
+
+def _of_stored(name: str) -> Any:
+    """An attribute that is the one of what is stored."""
+
+    def write(weight: Any, value: Any) -> None:
+        setattr(weight.synapses.stored, name, value)
+
+    return property(lambda weight: getattr(weight.synapses.stored, name), write)
+
+
 class HandedOut(Tensor):
-    """A weight whose numbers are those that are stored; what belongs to this tensor alone would be lost."""
+    """A weight whose numbers are those that are stored: what is written into it takes effect."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # as a parameter has it: operators return plain tensors
-
+    # As a parameter has it: operators return plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     synapses: Any  # what it is computed from
 
-    register_hook = register_post_accumulate_grad_hook = set_ = resize_ = _refuse
-    data = property(lambda self: Tensor.data.__get__(self), _refuse)
-    grad = property(lambda self: Tensor.grad.__get__(self), _refuse)
+    register_hook = register_post_accumulate_grad_hook = set_ = resize_ = _refuse  # what is of this tensor alone
+    data = _of_stored("data")
+    grad = _of_stored("grad")
+    requires_grad = _of_stored("requires_grad")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Change whether what is stored needs a gradient."""
+        self.requires_grad = requires_grad
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self._plain().clone()
@@ -47,7 +67,8 @@ class Computed(HandedOut):
     """A weight that is computed, so that nothing may be written into it."""
 
     data = property(lambda self: self.detach(), _refuse)
-    requires_grad = property(lambda self: Tensor.requires_grad.__get__(self), _refuse)
+    grad = property(lambda self: _attribute("grad", self), _refuse)
+    requires_grad = property(lambda self: _attribute("requires_grad", self), _refuse)
     __setitem__ = _refuse
 
     def detach(self) -> Tensor:

@@ -135,7 +135,7 @@ class HasSynapses:
         """A parameter by its name, or what is stored of a weight; see `torch.nn.Module.get_parameter`."""
         path, _, key = target.rpartition(".")
         child = child_of(self.get_submodule(path), key)  # type: ignore[attr-defined]
-        return super().get_parameter(target) if child is None else child.stored  # type: ignore[misc,no-any-return]
+        return super().get_parameter(target) if child is None else child.stored  # type: ignore[misc]
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The children that the original has; see `torch.nn.Module.named_children`."""
@@ -156,7 +156,7 @@ class Owner(HasSynapses):
         return reduced
 
 
-def _new(cls: type[nn.Module], keys: tuple[str, ...], *args: Any) -> Any:
+def _new(cls: Any, keys: tuple[str, ...], *args: Any) -> Any:
     return cls.__new__(_owner_class(cls, keys), *args)
 
 
@@ -174,8 +174,6 @@ def _own_class(owner: nn.Module) -> Any:
 def _owner_class(original: Any, keys: tuple[str, ...]) -> Any:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or running.is_open():
-            return original.forward(self, *args, **kwargs)
         for key in keys:
             child = child_of(self, key)
             if child is not None and child.rewired:
@@ -183,6 +181,8 @@ def _owner_class(original: Any, keys: tuple[str, ...]) -> Any:
                     f"{type(self).__name__} is called on its own, and {child.rewired} acts on what the operator of its "
                     f"{key} returns in the graph of the model; call the model itself"
                 )
+        if torch.compiler.is_compiling() or running.is_open():
+            return original.forward(self, *args, **kwargs)
         with running.forward():
             return original.forward(self, *args, **kwargs)
 

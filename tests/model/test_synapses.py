@@ -316,15 +316,34 @@ def test_a_write_into_a_weight_that_is_computed_raises(write):
     assert torch.equal(fc.weight_synapses(), weight)
 
 
-OF_THE_TENSOR = {"data =", "set_", "grad =", "register_hook", "requires_grad_", "requires_grad ="}
+OF_THE_TENSOR = {"set_", "register_hook"}
+OF_THE_PARAMETER = {"grad =", "requires_grad_", "requires_grad ="}
 
 
-@pytest.mark.parametrize("write", [write for name, write in WRITES.items() if name not in OF_THE_TENSOR])
+@pytest.mark.parametrize("write", [write for name, write in WRITES.items() if name not in OF_THE_TENSOR | OF_THE_PARAMETER])
 def test_a_write_into_a_weight_that_is_what_is_stored_takes_effect(write):
     fc, weight = layer(HOOK)
     without_gradients(write, fc.weight)
     assert not torch.equal(fc.weight_synapses.weight, weight)
     assert torch.equal(fc.weight, fc.weight_synapses.weight)
+
+
+@pytest.mark.parametrize("name", sorted(OF_THE_TENSOR))
+def test_what_belongs_to_one_tensor_is_refused(name):
+    fc, _ = layer(HOOK)
+    with pytest.raises(ArgumentError, match="would be lost"):
+        without_gradients(WRITES[name], fc.weight)
+
+
+def test_gradients_and_freezing_are_those_of_what_is_stored():
+    fc, _ = layer(HOOK)
+    fc(X).sum().backward()
+    assert fc.weight.grad is fc.weight_synapses.weight.grad is not None
+    fc.weight.grad = None
+    assert fc.weight_synapses.weight.grad is None
+    fc.weight.requires_grad_(False)
+    assert not fc.weight_synapses.weight.requires_grad
+    assert not fc(X)[0, 0].isnan()
 
 
 def test_reset_parameters_and_apply():
