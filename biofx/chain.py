@@ -32,7 +32,10 @@ def parameter_nodes(bio: fx.GraphModule) -> dict[str, fx.Node]:
 def original_name(bio: nn.Module, node: fx.Node) -> str:
     """The name in the original model of the parameter that a `get_attr` node reads."""
     path, _, _ = str(node.target).rpartition(".")
-    is_stored = path != "" and isinstance(bio.get_submodule(path), Synapses)
+    try:
+        is_stored = path != "" and isinstance(bio.get_submodule(path), Synapses)
+    except AttributeError:  # it was removed
+        is_stored = False
     return path.removesuffix("_synapses") if is_stored else str(node.target)
 
 

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import fx
 
+from biofx.chain import original_name
 from biofx.provenance import inserted
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 
 
-def fingerprint(graph: fx.Graph) -> str:
+def fingerprint(model: fx.GraphModule) -> str:
     """A digest of what a graph computes: its calls in order, with their arguments; names of nodes do not matter."""
     numbers: dict[fx.Node, str] = {}
     lines: list[str] = []
-    for node in graph.nodes:
+    for node in model.graph.nodes:
         if inserted(node) is not None:
             source = node.args[0] if node.args else None
             numbers[node] = numbers[source] if isinstance(source, fx.Node) else ""
             continue
         if node.op == "get_attr":  # they stand anywhere before their first use
-            numbers[node] = f"@{node.target}"
+            numbers[node] = f"@{original_name(model, node)}"
             continue
         numbers[node] = f"%{len(lines)}"
         lines.append(f"{node.op} {_described(node.target, numbers)} {_described((node.args, node.kwargs), numbers)}")

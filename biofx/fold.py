@@ -75,7 +75,7 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         with torch.no_grad():
             take_synapses(plain)
         record = record_of(plain)
-        is_as_captured = rewired is None and fingerprint(plain.graph) == record.captured
+        is_as_captured = rewired is None and fingerprint(plain) == record.captured
         _drop_state(plain)
         if record.model_class is not None and is_as_captured:
             for name in record.constants:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, chain
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
+from biofx.capture.module_globals import Namespace, reads
 from biofx.capture.stores import store
 from biofx.errors import CaptureError
 from biofx.fingerprint import fingerprint
@@ -57,9 +59,10 @@ class Guard:
         }
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
         self.look_at(bio)
+        self._globals = self._global_values(bio)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_held": None, "_synapses": None}
+        return vars(self) | {"_held": None, "_synapses": None, "_variables": None}
 
     def look_at(self, bio: fx.GraphModule) -> None:
         """Take note of the graph and the modules, which may be others now."""
@@ -67,6 +70,7 @@ class Guard:
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
         self._held: tuple[list[Any], list[Any]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
+        self._variables: dict[str, tuple[Namespace, str]] | None = None
 
     def synapses(self, bio: nn.Module) -> tuple[Synapses, ...]:
         """The synapses of all weights."""
@@ -81,6 +85,8 @@ class Guard:
             CaptureError: it does not follow what changed, and a pass needs it.
         """
         changed = None if self._holds() else self._changed(bio)
+        if changed is None:
+            changed = self._changed_global(bio)
         if self._needs is not None:
             if changed is not None:
                 raise CaptureError(
@@ -117,6 +123,24 @@ class Guard:
         holders = [holder for module in modules.values() for holder in _holders(module)]
         self._held = holders, [holder.copy() for holder in holders]
         return None
+
+    def _changed_global(self, bio: nn.Module) -> str | None:
+        """A module-level variable that is not as it was, in words."""
+        now = self._global_values(bio)
+        try:
+            if now == self._globals:
+                return None
+        except (RuntimeError, ValueError):  # one is a tensor by now
+            pass
+        names = (name for name in {**now, **self._globals} if not _is_same(now.get(name), self._globals.get(name)))
+        return next((f"the variable {name}, which forward reads, changed" for name in names), None)
+
+    def _global_values(self, bio: nn.Module) -> dict[str, Any]:
+        """The module-level variables that forward reads; functions by their name, as another process has others."""
+        if self._variables is None:
+            self._variables = reads(bio.get_submodule(path) for path in self.traced)
+        values = {name: namespace.get(key) for name, (namespace, key) in self._variables.items()}
+        return {n: v.__qualname__ if isinstance(v, FunctionType) else _copied(v) for n, v in values.items()}
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         kept = {
@@ -162,7 +186,7 @@ def _why_graph_is_needed(bio: fx.GraphModule) -> str | None:
             return f"{origin.by} needs the graph"
     if record.model_class is None:
         return "the model is a graph"
-    return None if fingerprint(bio.graph) == record.captured else "its graph was edited"
+    return None if fingerprint(bio) == record.captured else "its graph was edited"
 
 
 def _target(node: Any) -> str:

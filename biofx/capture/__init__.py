@@ -143,7 +143,7 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
         bio.add_module(name, refusal.train(model.training))
     for name, constant in trace.constants.items():
         bio.register_buffer(name, constant, persistent=False)
-    record = Record(model, fingerprint(bio.graph), trace.constants)
+    record = Record(model, fingerprint(bio), trace.constants)
     record.islands = trace.tracer.whole
     if not is_whole:
         record.traced = ("", *dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter"))

@@ -71,7 +71,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio)
     for name, constant in constants.items():
         bio.register_buffer(names[name], constant, persistent=False)
-    record = Record(model, fingerprint(bio.graph), names.values())
+    record = Record(model, fingerprint(bio), names.values())
     record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, StandIn))
     vars(bio)[RECORD] = record
     _check_behaviours(bio, example_inputs, state, before)
