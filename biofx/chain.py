@@ -122,7 +122,6 @@ def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
     return found
 
 
-
 def compute(bio: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
     """What a call, or the output, makes of arguments."""
     if node.op == "call_module":

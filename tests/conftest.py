@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from biofx import registry
+from biofx.model.synapses import stored_parameters
 from models.small import ZOO
 
 torch.set_num_threads(1)
@@ -51,6 +52,6 @@ def gradients(model: nn.Module, *inputs) -> dict[str, torch.Tensor]:
     """Gradients of `loss` by parameter name; the model's `.grad` is left empty."""
     model.zero_grad()
     loss(model(*inputs)).backward()
-    result = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    result = {name: p.grad.clone() for name, p in stored_parameters(model) if p.grad is not None}
     model.zero_grad()
     return result

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import biofx
 from biofx import passes
+from biofx.model.synapses import stored_parameters
 from conftest import loss, tensors, times_listed
 
 DALE = passes.DalesPrinciple(excitatory=0.5)
@@ -71,7 +72,7 @@ class Case:
         """Gradients by parameter name; `.grad` is left empty."""
         model.zero_grad()
         loss(self.run(model)).backward()
-        found = {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
+        found = {name: p.grad.to_dense().clone() for name, p in stored_parameters(model) if p.grad is not None}
         model.zero_grad()
         return found
 
@@ -145,7 +146,7 @@ def check_trains(case: Case) -> None:
     """All invariants hold, also after two steps with an optimizer attached; and the trained model folds."""
     biofx.verify(case.bio)
     bio = copy.deepcopy(case.bio).train()
-    before = {name: p.detach().clone() for name, p in bio.named_parameters()}
+    before = {name: p.detach().clone() for name, p in stored_parameters(bio)}
     optimizer = torch.optim.AdamW(bio.parameters(), lr=1e-3)
     biofx.attach(bio, optimizer)
     for _ in range(2):
@@ -154,7 +155,7 @@ def check_trains(case: Case) -> None:
         optimizer.step()
     biofx.verify(bio)
     assert all(torch.isfinite(p).all() for p in bio.parameters())
-    for name, p in bio.named_parameters():
+    for name, p in stored_parameters(bio):
         assert p.grad is None or not p.grad.any() or not torch.equal(p, before[name]), f"{name} does not learn"
     check_fold(case, bio.eval())
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import biofx
 from biofx import passes
+from biofx.model.synapses import stored_parameters
 from conftest import gradients, loss, tensors, times_listed
 from models.islands import ISLANDS, Around, Branch, Checkpointed, Encoder, Kernels, Recursive, Tokens
 
@@ -69,9 +70,9 @@ def test_the_function_is_preserved(kind, frontend):
 def test_all_weights_of_layers_are_rewritten(kind, frontend):
     bio = biofx.transform(network(kind), SPLIT, frontend=frontend)
     sites = biofx.weight_sites(bio)
-    matrices = {n for n, p in bio.named_parameters() if p.dim() > 2 and not n.endswith(("bias_k", "bias_v"))}
+    matrices = {n for n, p in stored_parameters(bio) if p.dim() > 2 and not n.endswith(("bias_k", "bias_v"))}
     assert matrices == {name for name, site in sites.items() if site.is_split}
-    left = {n for n, p in bio.named_parameters() if p.dim() == 2 and "bias" not in n}
+    left = {n for n, p in stored_parameters(bio) if p.dim() == 2 and "bias" not in n}
     assert left <= {"inner.sparse.weight", "inner.bounded.weight", "inner.own", "inner.b.weight_g"}
 
 
@@ -186,7 +187,7 @@ def test_fold_gives_the_plain_model(kind, frontend):
 def test_rules_act_at_steps(kind, frontend, optimizer):
     pipeline = "split-synapses,fuzzy-learning-rates,crystallize,rejuvenate{dre=1.0},l1-regularization"
     bio = biofx.transform(network(kind), pipeline, frontend=frontend)
-    held = optimizer([p for n, p in bio.named_parameters() if "sparse" not in n], lr=0.01)
+    held = optimizer([p for n, p in stored_parameters(bio) if "sparse" not in n], lr=0.01)
     biofx.attach(bio, held)
     before = copy.deepcopy(bio.state_dict())
     for _ in range(2):

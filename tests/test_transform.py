@@ -13,6 +13,7 @@ from torch import fx, nn
 import biofx
 from biofx import passes
 from biofx.model.slots import Slot
+from biofx.model.synapses import stored_parameters
 from models.small import ConvNet, mlp
 
 BOTH = [passes.SplitSynapses(3), passes.FuzzyLearningRates()]
@@ -62,7 +63,7 @@ def test_requires_grad_is_kept():
     model = mlp(3, 4, 2)
     model[0].weight.requires_grad_(False)
     bio = biofx.transform(model, BOTH)
-    assert {n: p.requires_grad for n, p in bio.named_parameters()} == {
+    assert {n: p.requires_grad for n, p in stored_parameters(bio)} == {
         n: p.requires_grad for n, p in model.named_parameters()
     }
     assert "0.weight (frozen)" in biofx.summary(bio)

@@ -23,7 +23,7 @@ from biofx.guards import GUARD
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
 from biofx.model import running
 from biofx.model.checkpoints import readable
-from biofx.model.owners import HasSynapses, list_weights, look_for_synapses
+from biofx.model.owners import HasSynapses, list_weights, look_for_synapses, methods_of_containers
 from biofx.model.synapses import Synapses
 from biofx.provenance import RECORD, is_transformed, record_of
 
@@ -236,7 +236,9 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
-    methods = {"__getitem__": _item} if issubclass(model_class, nn.Sequential) else {}
+    methods = methods_of_containers(model_class)
+    if issubclass(model_class, nn.Sequential):
+        methods["__getitem__"] = _item
     try:
         cls: type[CapturedModule] = type(name, (CapturedModule, model_class), methods)
     except TypeError as error:
@@ -253,7 +255,7 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 def _item(sequence: nn.Sequential, index: Any) -> nn.Module:
     """A layer of a sequence, or a plain sequence of some: a slice would be of the class of the whole."""
     if isinstance(index, slice):
-        return nn.Sequential(OrderedDict(list(sequence._modules.items())[index]))
+        return nn.Sequential(OrderedDict(list(sequence.named_children())[index]))
     layer: nn.Module = nn.Sequential.__getitem__(sequence, index)
     return layer
 

@@ -50,8 +50,6 @@ def why_not(owner: nn.Module, key: str) -> str | None:
     name = type(owner).__name__
     if hasattr(owner, CHILD.format(key)):
         return f"{name} has an attribute {CHILD.format(key)}, which is where biofx keeps the synapses of {key}"
-    if isinstance(owner, nn.Sequential | nn.ModuleList):
-        return f"{name} runs its children one after another, and the synapses of {key} would be one of them"
     if isinstance(owner, torch.jit.ScriptModule):
         return f"{name} is compiled by TorchScript, which reads {key} as it is stored"
     try:
@@ -143,6 +141,17 @@ class HasSynapses:
         return ((name, child) for name, child in found if not isinstance(child, Synapses))
 
 
+def methods_of_containers(original: type[nn.Module]) -> dict[str, Any]:
+    """What a container that has weights of its own says of its children: synapses are none of them."""
+
+    def children(self: nn.Module) -> list[nn.Module]:
+        return [child for child in self._modules.values() if not isinstance(child, Synapses)]
+
+    if not issubclass(original, nn.Sequential | nn.ModuleList):
+        return {}
+    return {"__iter__": lambda self: iter(children(self)), "__len__": lambda self: len(children(self))}
+
+
 class Owner(HasSynapses):
     """A base class of modules that have a class of their own beside it."""
 
@@ -187,7 +196,7 @@ def _owner_class(original: Any, keys: tuple[str, ...]) -> Any:
             return original.forward(self, *args, **kwargs)
 
     namespace = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    namespace |= {"_own_class": original, "_keys": keys, "forward": forward}
+    namespace |= {"_own_class": original, "_keys": keys, "forward": forward, **methods_of_containers(original)}
     cls = type(original)(original.__name__, (Owner, original), namespace)
     read_synapses(cls, keys)
     return cls

@@ -9,6 +9,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
+from biofx.model.synapses import stored_parameters
 from conftest import gradients, tensors
 from models.architectures import ARCHITECTURES
 from models.pretrained import PRETRAINED
@@ -189,7 +190,7 @@ def test_gradients_of_models_of_transformers_are_exact(pretrained, checkpointing
     for key, some in (("bio", bio), ("plain", model)):
         output = some(**inputs)
         sum(v.square().sum() for v in output.values() if torch.is_tensor(v)).backward()
-        found[key] = {name: p.grad for name, p in some.named_parameters() if p.grad is not None}
+        found[key] = {name: p.grad for name, p in stored_parameters(some) if p.grad is not None}
     assert found["bio"].keys() == found["plain"].keys()
     for name, gradient in found["bio"].items():
         torch.testing.assert_close(gradient, found["plain"][name].expand_as(gradient))

@@ -141,7 +141,12 @@ def test_tied_weights_share_their_synapses():
         (Slot.HOOK, torch.mul, (2.0,), "mul cannot be a gradient hook: it changes the weight"),
         (Slot.HOOK, torch.sum, (0,), r"cannot be a gradient hook: it makes shape \(4,\) of \(3, 4\)"),
         (Slot.SIGN, torch.sum, (0,), r"cannot be a sign constraint: it makes shape \(4,\) of \(3, 4\)"),
-        (Slot.HOOK, torch.ops.biofx.scale_grad, (State("gain"),), r"its gain has shape \(4, 3\), and the weight \(3, 4\)"),
+        (
+            Slot.HOOK,
+            torch.ops.biofx.scale_grad,
+            (State("gain"),),
+            r"its gain has shape \(4, 3\), and the weight \(3, 4\)",
+        ),
     ],
 )
 def test_a_link_does_what_its_slot_promises(slot, target, args, why):
@@ -320,7 +325,9 @@ OF_THE_TENSOR = {"set_", "register_hook"}
 OF_THE_PARAMETER = {"grad =", "requires_grad_", "requires_grad ="}
 
 
-@pytest.mark.parametrize("write", [write for name, write in WRITES.items() if name not in OF_THE_TENSOR | OF_THE_PARAMETER])
+@pytest.mark.parametrize(
+    "write", [write for name, write in WRITES.items() if name not in OF_THE_TENSOR | OF_THE_PARAMETER]
+)
 def test_a_write_into_a_weight_that_is_what_is_stored_takes_effect(write):
     fc, weight = layer(HOOK)
     without_gradients(write, fc.weight)

@@ -39,7 +39,9 @@ def run(pipeline, steps=1, gradient=1e3, lr=0.0, optimizer=torch.optim.SGD):
 
 
 def test_it_needs_no_other_rule():
-    assert torch.equal(run([passes.Crystallize(dampening=0.5)], steps=3).weight_synapses.gain, torch.full((2, 3), 0.125))
+    assert torch.equal(
+        run([passes.Crystallize(dampening=0.5)], steps=3).weight_synapses.gain, torch.full((2, 3), 0.125)
+    )
 
 
 def test_every():

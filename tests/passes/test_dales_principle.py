@@ -246,7 +246,9 @@ def test_a_checkpoint_and_a_copy_keep_the_signs():
     file.seek(0)
     for restored in (other, copy.deepcopy(bio), torch.load(file, weights_only=False)):
         biofx.verify(restored)
-        assert torch.equal(restored.get_buffer("left.weight_synapses.sign"), bio.get_buffer("left.weight_synapses.sign"))
+        assert torch.equal(
+            restored.get_buffer("left.weight_synapses.sign"), bio.get_buffer("left.weight_synapses.sign")
+        )
 
 
 def test_new_synapses_have_their_units_sign_and_absent_ones_stay_absent():
