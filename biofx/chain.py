@@ -140,3 +140,26 @@ def callee(node: fx.Node) -> str:
     if name is not None:
         return str(name).replace("::", ".").removeprefix("aten.")
     return str(getattr(node.target, "__name__", node.target))
+
+
+def number_nodes(bio: fx.GraphModule) -> None:
+    """Name the nodes in the order of the graph, so that generated code reads in order, and recompile."""
+    numbered = fx.Graph(tracer_cls=bio.graph._tracer_cls)
+    numbered.set_codegen(bio.graph._codegen)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in bio.graph.nodes:
+        args, kwargs = (fx.map_arg(a, copies.__getitem__) for a in (node.args, node.kwargs))
+        copies[node] = numbered.create_node(node.op, node.target, args, kwargs, name=_short_name(bio, node))
+        copies[node].meta = dict(node.meta)
+    bio.graph = numbered
+
+
+def _short_name(bio: nn.Module, node: fx.Node) -> str | None:
+    """The name of a node that reads a weight, or what is kept for it; None for those that fx names itself."""
+    name = None if node.op != "get_attr" else original_name(bio, node)
+    if name is None or name == node.target:
+        return None
+    synapses = bio.get_submodule(str(node.target).rpartition(".")[0])
+    key = str(node.target).rpartition(".")[2]
+    words = name if isinstance(synapses, Synapses) and key == synapses.stored_name else f"{name}_{key}"
+    return words.replace(".", "_") if words[0].isalpha() else "_" + words.replace(".", "_")

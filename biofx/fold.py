@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from biofx.capture.captured_module import CapturedModule, released
-from biofx.chain import hide, parameter_nodes
+from biofx.chain import hide, number_nodes, parameter_nodes
 from biofx.copying import copied
 from biofx.errors import ArgumentError
 from biofx.fingerprint import fingerprint
@@ -90,6 +90,7 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
 def _keep_graph(plain: CapturedModule) -> None:
     """Let the graph of a folded model compute what its Python does not."""
     vars(plain).pop(GUARD, None)
+    number_nodes(plain)
     plain.recompile()
 
 

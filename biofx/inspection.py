@@ -185,10 +185,10 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
         >>> from biofx import passes
         >>> bio = biofx.transform(torch.nn.Linear(4, 2), [passes.FuzzyLearningRates()])
         >>> print(biofx.table(bio))
-        node         calls             arguments            weight    slot           pass
-        -----------  ----------------  -------------------  --------  -------------  --------------------
-        weight_gain  weight_gain                            weight    gradient hook  fuzzy-learning-rates
-        scale_grad   biofx.scale_grad  weight, weight_gain  weight    gradient hook  fuzzy-learning-rates
+        node         calls                 arguments            weight    slot           pass
+        -----------  --------------------  -------------------  --------  -------------  --------------------
+        weight_gain  weight_synapses.gain                       weight    gradient hook  fuzzy-learning-rates
+        scale_grad   biofx.scale_grad      weight, weight_gain  weight    gradient hook  fuzzy-learning-rates
     """
     if only not in ("inserted", "all"):
         raise ArgumentError(f'table: only must be "inserted" or "all", got {only!r}')

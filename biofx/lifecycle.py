@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 from torch.optim import LBFGS, SGD, Optimizer, SparseAdam
 
 from biofx import chain
+from biofx.chain import number_nodes
 from biofx.errors import ArgumentError, LifecycleError
 from biofx.model.synapses import Synapses, stored, stored_name, synapses_in
 from biofx.operators import is_hook, is_marker, twin
 from biofx.plastic_weight import PlasticWeight, scale_learning
-from biofx.provenance import number_nodes, record_of, transformed
+from biofx.provenance import record_of, transformed
 from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
 from biofx.signs.scales import project_scales

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from biofx.analysis.understanding import Understanding
+from biofx.chain import number_nodes
 from biofx.compare import difference
 from biofx.errors import PipelineError, VerificationError
 from biofx.inspection import table
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored
 from biofx.model_editor import ModelEditor
-from biofx.provenance import PassRun, number_nodes, record_of
+from biofx.provenance import PassRun, record_of
 from biofx.randomness import fixed_defaults
 from biofx.registry import Pass
 from biofx.trial import run_in_eval_mode
@@ -34,7 +35,6 @@ def run(
     understood: Understanding | None,
     *,
     check: bool,
-    example_inputs: Any = None,
     print_between: Printer | None = None,
 ) -> None:
     """Run passes on a captured model, from the operator inwards, whatever the order in which they are given.
@@ -47,9 +47,9 @@ def run(
         passes: the passes.
         excluded: weights that no pass may touch, each with the reason.
         seed: seed of every random draw.
-        understood: what a run told of the model; None if it could not be run.
+        understood: what a run told of the model; None if it could not be run. Passes that preserve the function are
+            checked on the same run.
         check: verify the model after each pass.
-        example_inputs: inputs on which passes that preserve the function are checked.
         print_between: called with the graph's text after each pass.
 
     Raises:
@@ -59,8 +59,9 @@ def run(
     ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))
     _refuse_conflicts(bio, ordered, excluded)
     for pass_ in ordered:
-        compared = check and example_inputs is not None and pass_.preserves_function
-        before = _outputs(bio, example_inputs) if compared else []
+        run = None if understood is None else understood.run
+        compared = check and run is not None and pass_.preserves_function
+        before = _outputs(bio, pass_, run) if compared else []
         with fixed_defaults():
             editor = ModelEditor(bio, pass_, seed, excluded, understood)
             _run_one(bio, pass_, editor)
@@ -68,7 +69,7 @@ def run(
             if check:
                 _verify_after(bio, pass_)
         if compared:
-            _refuse_difference(pass_, before, _outputs(bio, example_inputs))
+            _refuse_difference(pass_, before, _outputs(bio, pass_, run))
         if print_between is not None:
             print_between(f"after {pass_}:\n{table(bio)}")
     number_nodes(bio)
@@ -135,14 +136,17 @@ def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
         raise VerificationError([f"after {pass_.name}: {v}" for v in error.violations]) from None
 
 
-def _outputs(bio: fx.GraphModule, example_inputs: Any) -> list[Tensor]:
+def _outputs(bio: fx.GraphModule, pass_: Pass, run: Any) -> list[Tensor]:
     bio.recompile()
-    return run_in_eval_mode(bio, example_inputs)
+    try:
+        return run_in_eval_mode(bio, run)
+    except Exception as error:
+        raise VerificationError([f"{pass_.name}: {type(bio).__name__} does not run any more: {error}"]) from error
 
 
 def _refuse_difference(pass_: Pass, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
     found = difference(before, after)
     if found is not None:
         raise VerificationError(
-            [f"{pass_.name} says that it preserves the function, but on the example inputs {found}"]
+            [f"{pass_.name} says that it preserves the function, but on the inputs with which the model ran {found}"]
         )

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from biofx.errors import ArgumentError
 from biofx.model.slots import Inserted, Slot
-from biofx.model.synapses import stored_parameters, synapses_of
+from biofx.model.synapses import stored_parameters, synapses_in, synapses_of
 
 if TYPE_CHECKING:
     from biofx.weights.facts import WeightFacts
@@ -149,6 +149,10 @@ def changed_since(bio: nn.Module) -> Iterator[str]:
         elif parameters[name].shape != shape:
             now = tuple(parameters[name].shape)
             yield f"{name}, which has synapses since the transform, was {tuple(shape)} then and is {now} now"
+    for name, synapses in synapses_in(bio).items():
+        for key, by in synapses.users.items():
+            if key not in synapses._buffers:
+                yield f"{key} of {name}, which {by} keeps, is gone"
 
 
 def unwrapped(model: nn.Module) -> fx.GraphModule:
@@ -194,15 +198,3 @@ def inserted_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Inserted]]:
         origin = inserted(node)
         if origin is not None:
             yield node, origin
-
-
-def number_nodes(bio: fx.GraphModule) -> None:
-    """Name the nodes in the order of the graph, so that generated code reads in order, and recompile."""
-    numbered = fx.Graph(tracer_cls=bio.graph._tracer_cls)
-    numbered.set_codegen(bio.graph._codegen)
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in bio.graph.nodes:
-        args, kwargs = (fx.map_arg(a, copies.__getitem__) for a in (node.args, node.kwargs))
-        copies[node] = numbered.create_node(node.op, node.target, args, kwargs)
-        copies[node].meta = dict(node.meta)
-    bio.graph = numbered

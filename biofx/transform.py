@@ -24,7 +24,7 @@ from biofx.guards import GUARD, Guard, Structure, structure
 from biofx.islands import is_whole
 from biofx.lifecycle import use_hooks
 from biofx.model.owners import release
-from biofx.model.synapses import stored_parameters
+from biofx.model.synapses import stored_parameters, synapses_in
 from biofx.provenance import is_transformed, record_of, transformed
 from biofx.references import enclosed
 from biofx.registry import Pass, as_passes
@@ -126,6 +126,7 @@ def transform(
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
         understood = understand(source, example_inputs)
+        old: Guard | None = vars(source).pop(GUARD, None)  # of an earlier transform
         if again:
             bio = source
         else:
@@ -140,11 +141,8 @@ def transform(
             _check_outputs(bio, example_inputs, expected)
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
-        pipeline.run(
-            bio, chosen, excluded, seed, understood, check=verify, example_inputs=example_inputs, print_between=printer
-        )
+        pipeline.run(bio, chosen, excluded, seed, understood, check=verify, print_between=printer)
         if not is_whole(bio):
-            old: Guard | None = vars(source).get(GUARD) if again else None
             vars(bio)[GUARD] = Guard(bio, _checked(frontend, understood) if old is None else old.structures)
     return bio
 
@@ -207,7 +205,9 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Give a model that is changed in place its tensors, children, classes and graph back if the block raises."""
     saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
     classes = [(m, type(m)) for m in model.modules()]
+    synapses = [(s, s.links, dict(s.users), s.rewired) for s in synapses_in(model).values()]
     graph: fx.Graph | None = None
+    guard = vars(model).get(GUARD)
     if is_transformed(model) and isinstance(model, fx.GraphModule):
         graph, record = model.graph, record_of(model)
         fields = {k: copy.copy(v) for k, v in vars(record).items()}
@@ -220,11 +220,14 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 getattr(module, registry).clear()
                 getattr(module, registry).update(content)
             module.training = mode
+        for each, links, users, rewired in synapses:
+            each.links, each.users, each.rewired = links, users, rewired
         for module, cls in classes:
             if type(module) is not cls:
                 release(module)
         if graph is not None and isinstance(model, fx.GraphModule):
             vars(record).update(fields)
+            vars(model)[GUARD] = guard
             model.graph = graph
         raise
 

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,7 @@ class Recorder(TorchDispatchMode):
         self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._places: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[StorageWeakRef, Value]] = {}
         self._count = 0
+        self._listed: dict[Value, nn.Parameter] = {}  # what `parameters()` gave to Python
         self._kept: list[Tensor] = []  # what is known by name stays alive, so that no other tensor takes its address
 
     # --- what is known before the run ----------------------------------------------------------------------------
@@ -113,6 +114,24 @@ class Recorder(TorchDispatchMode):
         """The value of a tensor. One that nothing of the run made starts as unknown."""
         found = self._known(tensor)
         return self.declare(tensor, "unknown", "") if found is None else found
+
+    def list_parameter(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Another tensor for a parameter that Python gets from `parameters()`, so that what reads it there is known."""
+        value = self._known(parameter)
+        if value is None or value.kind != "parameter":
+            return parameter
+        with unrecorded():
+            other = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        self._values[other] = value
+        self._listed[value] = parameter
+        self._kept.append(other)
+        return other
+
+    def _note_listed(self, tensors: Iterable[Tensor], operation: Operation) -> None:
+        for tensor in tensors:
+            value = self._known(tensor)
+            if value in self._listed and tensor is not self._listed[value]:
+                self.recording.listed.setdefault(value.name, operation)
 
     def _known(self, tensor: Tensor) -> Value | None:
         value: Value | None = self._values.get(tensor)
@@ -192,6 +211,8 @@ class Recorder(TorchDispatchMode):
             written=tuple(_written(func, *recorded)),
             depends=depends,
         )
+        if self._listed:
+            self._note_listed((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), operation)
         if (name == "_local_scalar_dense" or name in _CHOOSES) and depends is Depends.INPUTS:
             self.recording.decisions.append(operation)
         if calls_functions and all(self._known(tensor) for tensor in returned):  # by operators in these functions
@@ -306,11 +327,40 @@ class Recorder(TorchDispatchMode):
             global_hooks.register_module_forward_hook(leave, always_call=True),
         ]
         try:
-            with _Names(self):
+            with _Names(self), _listing(model, self):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _Registry(dict[str, Any]):
+    """The parameters of a module, which tells a recorder when Python goes through them."""
+
+    def __init__(self, parameters: dict[str, Any], recorder: Recorder) -> None:
+        super().__init__(parameters)
+        self._recorder = recorder
+
+    def items(self) -> Any:
+        """The parameters by name."""
+        return [(n, p if p is None else self._recorder.list_parameter(p)) for n, p in super().items()]
+
+    def values(self) -> Any:
+        """The parameters."""
+        return [parameter for _, parameter in self.items()]
+
+
+@contextlib.contextmanager
+def _listing(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Know which parameters Python gets from `parameters()`, which lists what is stored of a weight with synapses."""
+    own = [(vars(m), m._parameters) for m in model.modules() if type(vars(m).get("_parameters")) is dict]
+    for attributes, parameters in own:
+        attributes["_parameters"] = _Registry(parameters, recorder)
+    try:
+        yield
+    finally:
+        for attributes, parameters in own:
+            attributes["_parameters"] = parameters
 
 
 class _Names(TorchFunctionMode):

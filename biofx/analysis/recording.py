@@ -138,6 +138,7 @@ class Recording:
         operations_of: the operators of each node.
         decisions: where Python saw numbers that depend on inputs: other inputs may take other ways there.
         changed: what changed a parameter in place, by the parameter's name; None if its data was assigned.
+        listed: what computed with a parameter that forward took from `parameters()`, by the parameter's name.
         again: the operators of another run, in training mode, for weights that the first one left unused.
     """
 
@@ -151,6 +152,7 @@ class Recording:
     operations_of: dict[fx.Node, list[Operation]] = field(default_factory=dict)
     decisions: list[Operation] = field(default_factory=list)
     changed: dict[str, Operation | None] = field(default_factory=dict)
+    listed: dict[str, Operation] = field(default_factory=dict)
     again: set[Operation] = field(default_factory=set)
 
 

@@ -288,6 +288,8 @@ def _why_no_weight(
         return unfit
     if name in recording.changed:
         return _change(recording.changed[name])
+    if name in recording.listed:
+        return f"forward takes it from parameters(), which lists what is stored, for {recording.listed[name].located}"
     users = forms.users.get(name, [])
     operations = [*(read.operation for read in reads), *(use.operation for use in users)]
     refusal = next((reason for operation in operations if (reason := _refusal(operation))), None)

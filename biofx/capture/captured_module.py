@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from biofx.analysis.graphs import USES
 from biofx.capture.tracer import StandIn
+from biofx.chain import number_nodes
 from biofx.copying import clones
 from biofx.errors import CaptureError
 from biofx.guards import GUARD
@@ -116,6 +117,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         for node, kept in [*origins, *zip(others, calls, strict=True)]:
             node.meta.update(kept or {})
         _fill(self, attributes, traced.graph)
+        number_nodes(self)
 
 
 def captured(model: nn.Module, graph: fx.Graph, *, is_whole: bool = False) -> CapturedModule:
@@ -255,7 +257,9 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 def _item(sequence: nn.Sequential, index: Any) -> nn.Module:
     """A layer of a sequence, or a plain sequence of some: a slice would be of the class of the whole."""
     if isinstance(index, slice):
-        return nn.Sequential(OrderedDict(list(sequence.named_children())[index]))
+        return nn.Sequential(
+            OrderedDict([(n, m) for n, m in sequence.named_children() if not isinstance(m, Synapses)][index])
+        )
     layer: nn.Module = nn.Sequential.__getitem__(sequence, index)
     return layer
 

@@ -60,7 +60,7 @@ def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, tupl
     for name, value in names.globals.items():
         variables = {name: (function.__globals__, name, value)}
         if _has_attributes(value):
-            inner: Namespace = vars(value)  # type: ignore[assignment]  # of a class, it is a view
+            inner: Namespace = vars(value)  # of a class, it is a view
             parts = sorted(names.unbound & inner.keys())
             variables = {f"{name}.{part}": (inner, part, inner[part]) for part in parts}
         for label, (namespace, key, held) in variables.items():

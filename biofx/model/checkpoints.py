@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from biofx.errors import ArgumentError
 from biofx.model.synapses import CHILD, Synapses, child_of
 
+PLAIN = "this looks like a checkpoint of the plain model; load it into that, before transform"
+
 
 def readable(model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, strict: bool) -> Mapping[str, Any]:
     """A checkpoint under the names that a model has.
@@ -30,7 +32,8 @@ def readable(model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, str
     """
     result = dict(state_dict)
     owned = list(_owned(model))
-    is_plain = all(not child.users or not _kept(name, child, result) for name, child in owned)
+    ours = f"{CHILD.format('')}."
+    is_plain = not any(ours in name for name in state_dict) and not any(_kept(*each, result) for each in owned)
     for name, child in owned:
         place = _place(name)
         for key in child.users:
@@ -42,7 +45,9 @@ def readable(model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, str
         if isinstance(given, Tensor) and is_plain:
             result[f"{place}.{child.stored_name}"] = _divided(name, child, given)
     if strict:
-        _refuse_difference(model, owned, result, pipeline)
+        _refuse_difference(
+            model, owned, result, PLAIN if is_plain else f"the checkpoint is of another pipeline than {pipeline}"
+        )
     return result
 
 
@@ -61,8 +66,8 @@ def _place(name: str) -> str:
 
 
 def _kept(name: str, child: Synapses, state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has state of synapses, under today's name or an earlier one."""
-    return any(f"{_place(name)}.{key}" in state or f"{name}_{key}" in state for key in child.users)
+    """Whether a checkpoint has state of synapses under the name that it had in biofx 0.1."""
+    return any(f"{name}_{key}" in state for key in child.users)
 
 
 def _rename(state: dict[str, Any], old: str, new: str) -> None:
@@ -73,7 +78,7 @@ def _rename(state: dict[str, Any], old: str, new: str) -> None:
 def _divided(name: str, child: Synapses, weight: Tensor) -> Tensor:
     """What synapses store if they are to make a weight of the original model."""
     present = child.stored.detach()
-    if not child.is_computed or weight.shape == present.shape != child().shape:
+    if not child.is_computed or weight.shape != (present[0] if child.is_split else present).shape:
         return weight
     if child.is_split:
         sizes = present.abs().double()
@@ -85,18 +90,15 @@ def _divided(name: str, child: Synapses, weight: Tensor) -> Tensor:
     with torch.no_grad():
         made = child(stored=stored)
     if made.shape != weight.shape or not torch.allclose(made, weight.to(made), rtol=1e-4, atol=1e-6):
-        raise ArgumentError(
-            f"{name} of the checkpoint cannot be made of the synapses here, whose units have signs; "
-            "this looks like a checkpoint of the plain model; load it into that, before transform"
-        )
+        raise ArgumentError(f"{PLAIN}: {name} cannot be made of the synapses here, whose units have signs")
     return stored
 
 
 def _refuse_difference(
-    model: nn.Module, owned: list[tuple[str, Synapses]], state: Mapping[str, Any], pipeline: str
+    model: nn.Module, owned: list[tuple[str, Synapses]], state: Mapping[str, Any], title: str
 ) -> None:
     def refuse(difference: str) -> ArgumentError:
-        return ArgumentError(f"the checkpoint is of another pipeline than {pipeline}: {difference}")
+        return ArgumentError(f"{title}: {difference}")
 
     own = model.state_dict()
     for name, child in owned:

@@ -68,16 +68,11 @@ class Computed(HandedOut):
 
     data = property(lambda self: self.detach(), _refuse)
     grad = property(lambda self: _attribute("grad", self), _refuse)
-    requires_grad = property(lambda self: _attribute("requires_grad", self), _refuse)
     __setitem__ = _refuse
 
     def detach(self) -> Tensor:
         """The weight without its history, which refuses to be written as well."""
         return Tensor.detach(self).as_subclass(Computed)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        """Refuse to change whether it needs a gradient."""
-        return self if requires_grad == self.requires_grad else _refuse()
 
     def numpy(self, *, force: bool = False) -> Any:
         """The numbers as an array that cannot be written."""

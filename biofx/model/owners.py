@@ -9,7 +9,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -118,6 +118,8 @@ class HasSynapses:
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, in the place of synapses if there are any; see `torch.nn.Module.register_parameter`."""
+        if isinstance(param, HandedOut):
+            raise ArgumentError(f"{name} of {type(self).__name__} cannot be a weight that has synapses; {FOLD}")
         child = _child(self, name)
         if child is not None and param is not child.stored:
             del vars(self)["_modules"][CHILD.format(name)]
@@ -135,17 +137,12 @@ class HasSynapses:
         child = child_of(self.get_submodule(path), key)  # type: ignore[attr-defined]
         return super().get_parameter(target) if child is None else child.stored  # type: ignore[misc]
 
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The children that the original has; see `torch.nn.Module.named_children`."""
-        found: Iterator[tuple[str, nn.Module]] = super().named_children()  # type: ignore[misc]
-        return ((name, child) for name, child in found if not isinstance(child, Synapses))
-
 
 def methods_of_containers(original: type[nn.Module]) -> dict[str, Any]:
     """What a container that has weights of its own says of its children: synapses are none of them."""
 
     def children(self: nn.Module) -> list[nn.Module]:
-        return [child for child in self._modules.values() if not isinstance(child, Synapses)]
+        return [m for m in self._modules.values() if m is not None and not isinstance(m, Synapses)]
 
     if not issubclass(original, nn.Sequential | nn.ModuleList):
         return {}

@@ -103,7 +103,7 @@ class Synapses(nn.Module):
         """Whether there is a leading axis of synapses."""
         return any(link.origin.slot is Slot.SUM for link in self.links)
 
-    def forward(self, until: Slot = Slot.SUM, stored: Tensor | None = None) -> Tensor:
+    def forward(self, *, until: Slot = Slot.SUM, stored: Tensor | None = None) -> Tensor:
         """Compute the weight, or what it is after the links up to a slot; differentiable in what is stored.
 
         Args:
@@ -174,7 +174,9 @@ class Synapses(nn.Module):
         slot, value = link.origin.slot, self._run(before, self.stored)
         for arg in link.args:
             shape = getattr(self, arg.key).shape if isinstance(arg, State) else ()
-            if len(shape) > value.dim() or any(n not in (1, m) for n, m in zip(shape[::-1], value.shape[::-1])):
+            if len(shape) > value.dim() or any(
+                n not in (1, m) for n, m in zip(shape[::-1], value.shape[::-1], strict=False)
+            ):
                 raise _broken(link, f"its {arg.key} has shape {tuple(shape)}, and the weight {tuple(value.shape)}")
         result = link.target(value, *self.arguments(link))
         if slot <= Slot.SIGN and result.shape != value.shape:

@@ -140,7 +140,7 @@ class WeightSite:
 
     def synaptic(self) -> Tensor:
         """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, differentiable."""
-        return self.raw if self.learning is None else self.learning(Slot.SIGN)
+        return self.raw if self.learning is None else self.learning(until=Slot.SIGN)
 
     def effective(self) -> Tensor:
         """What takes the parameter's place in the original model, differentiable in `raw`.

@@ -380,7 +380,7 @@ ISLANDS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "reads": (Reads, ["inner"]),
     "calls_methods": (CallsMethods, ["inner"]),
     "shared": (Shared, ["inner.inner"]),
-    "hidden": (HasHidden, ["inner"]),
+    "hidden": (HasHidden, ["inner.child"]),
     "checkpointed": (lambda: Checkpointed(False), ["inner"]),
     "checkpointed_reentrant": (lambda: Checkpointed(True), ["inner"]),
     "checkpointed_function": (lambda: CheckpointedFunction(False), ["inner"]),
