@@ -18,6 +18,7 @@ from biofx.export import export
 from biofx.fold import fold
 from biofx.inspection import summary, table, to_networkx
 from biofx.lifecycle import Attachment, attach
+from biofx.model.sharding import shard_placement
 from biofx.transform import transform
 from biofx.units import Units, units
 from biofx.verdict import Verdict
@@ -46,6 +47,7 @@ __all__ = [
     "fold",
     "l1",
     "passes",
+    "shard_placement",
     "summary",
     "table",
     "to_networkx",

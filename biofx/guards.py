@@ -61,6 +61,11 @@ class Guard:
         self.look_at(bio)
         self._globals = self._global_values(bio)
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether only the graph computes what the model does."""
+        return self._needs is not None
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_held": None, "_synapses": None, "_variables": None}
 

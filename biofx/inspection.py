@@ -10,8 +10,9 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
-from biofx.chain import attribute, callee
+from biofx.chain import attribute, callee, parameter_nodes
 from biofx.errors import ArgumentError
+from biofx.model.synapses import State, synapses_in
 from biofx.operators import is_marker
 from biofx.provenance import RunnablePass, inserted, record_of, transformed
 from biofx.weights.facts import NOT_A_SYNAPSE
@@ -173,6 +174,9 @@ def _signs(sign: torch.Tensor | None) -> str:
 def table(bio: nn.Module, only: str = "inserted") -> str:
     """The graph as a table with one row for each node: its name, what it calls with what, and where it comes from.
 
+    Behind the nodes come the steps from what is stored to each weight that only the Python in islands reads, which are
+    no nodes of the graph.
+
     Args:
         bio: a model made by `biofx.transform`.
         only: `"inserted"` for the nodes that passes inserted, `"all"` for all nodes.
@@ -201,6 +205,11 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
         arguments = ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
         where = (origin.parameter, origin.slot.label, origin.by) if origin else ("", "", "")
         rows.append([node.name, callee(node), arguments, *where])
+    shown = parameter_nodes(bio)
+    for name, synapses in synapses_in(bio).items():
+        for link in synapses.links if name not in shown else ():
+            arguments = ", ".join(["…", *(str(arg.key if isinstance(arg, State) else arg) for arg in link.args)])
+            rows.append(["", link.name, arguments, name, link.origin.slot.label, link.origin.by])
     return _text(rows, ["node", "calls", "arguments", "weight", "slot", "pass"])
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from biofx.analysis.understanding import Understanding
+from biofx.analysis.understanding import Run, Understanding
 from biofx.chain import number_nodes
 from biofx.compare import difference
 from biofx.errors import PipelineError, VerificationError
@@ -56,11 +55,11 @@ def run(
         PipelineError: two passes exclude each other.
         VerificationError: a pass broke an invariant.
     """
+    run = _repeatable(bio, understood) if check else None
     ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))
     _refuse_conflicts(bio, ordered, excluded)
     for pass_ in ordered:
-        run = None if understood is None else understood.run
-        compared = check and run is not None and pass_.preserves_function
+        compared = run is not None and pass_.preserves_function
         before = _outputs(bio, pass_, run) if compared else []
         with fixed_defaults():
             editor = ModelEditor(bio, pass_, seed, excluded, understood)
@@ -79,6 +78,15 @@ def run(
             for run in record_of(bio).passes
         ]
     }
+
+
+def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> Run | None:
+    """How the model is run, if it does the same twice; not if a generator of its own draws random numbers."""
+    if understood is None:
+        return None
+    bio.recompile()
+    once, again = (run_in_eval_mode(bio, understood.run) for _ in range(2))
+    return understood.run if difference(once, again) is None else None
 
 
 def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
@@ -136,7 +144,7 @@ def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
         raise VerificationError([f"after {pass_.name}: {v}" for v in error.violations]) from None
 
 
-def _outputs(bio: fx.GraphModule, pass_: Pass, run: Any) -> list[Tensor]:
+def _outputs(bio: fx.GraphModule, pass_: Pass, run: Run | None) -> list[Tensor]:
     bio.recompile()
     try:
         return run_in_eval_mode(bio, run)

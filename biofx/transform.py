@@ -143,7 +143,10 @@ def transform(
         _check_weights(bio, excluded)
         pipeline.run(bio, chosen, excluded, seed, understood, check=verify, print_between=printer)
         if not is_whole(bio):
-            vars(bio)[GUARD] = Guard(bio, _checked(frontend, understood) if old is None else old.structures)
+            guard = Guard(bio, _checked(frontend, understood) if old is None else old.structures)
+            if understood is not None and not guard.needs_graph:
+                _check_python(bio, understood.run)
+            vars(bio)[GUARD] = guard
     return bio
 
 
@@ -227,7 +230,8 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 release(module)
         if graph is not None and isinstance(model, fx.GraphModule):
             vars(record).update(fields)
-            vars(model)[GUARD] = guard
+            if guard is not None:
+                vars(model)[GUARD] = guard
             model.graph = graph
         raise
 
@@ -253,6 +257,30 @@ def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torc
     raise CaptureError(
         f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
         'random numbers or has side effects that a graph does not hold; transform it with frontend="module"'
+    )
+
+
+def _check_python(bio: fx.GraphModule, run: Run) -> None:
+    """Refuse a model whose Python, with weights that have synapses, does not compute what its graph does."""
+    graph, again = (run_in_eval_mode(bio, run) for _ in range(2))
+    if difference(graph, again) is not None:  # a generator of its own draws random numbers
+        return
+    vars(bio)["forward"] = bio.original_forward
+    try:
+        found = difference(graph, run_in_eval_mode(bio, run))
+    except Exception as error:
+        raise CaptureError(_why_python_differs(bio, f"it fails: {error}")) from error
+    finally:
+        del vars(bio)["forward"]
+    if found is not None:
+        raise CaptureError(_why_python_differs(bio, found))
+
+
+def _why_python_differs(bio: fx.GraphModule, found: str) -> str:
+    return (
+        f"the Python of {type(bio).__name__} does not compute what its graph does, now that weights have synapses: "
+        f"{found}. It may take parameters from get_parameter() or _parameters, where there is what is stored; read "
+        "them as attributes, or exclude them"
     )
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import pickle
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -182,3 +184,75 @@ def test_attributes_that_are_new_change_nothing():
     before = bio(X)
     bio.trainer = object()
     torch.testing.assert_close(bio(X), before)
+
+
+class ByName(nn.Module):
+    """Looks a weight up where what is stored is, in a way that no run sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x @ self.get_parameter("fc.weight")
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_a_weight_that_forward_looks_up_by_name_is_no_silent_fault(frontend):
+    model = ByName()
+    with pytest.raises(biofx.BiofxError, match="does not run any more|does not compute what its graph does|output 0"):
+        biofx.transform(model, SPLIT, example_inputs=X, frontend=frontend)
+    bio = biofx.transform(model, "fuzzy-learning-rates", example_inputs=X, frontend=frontend)  # stored as it is
+    torch.testing.assert_close(bio(X), model(X))
+
+
+TEMPERATURE = 2.0
+OPTIONS = SimpleNamespace(power=1.0)
+
+
+def scaled(x):
+    return x * TEMPERATURE
+
+
+class Scheduled(nn.Module):
+    """Reads what a training script sets."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return scaled(self.fc(x)) * OPTIONS.power
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(sys.modules[__name__], "TEMPERATURE", 3.0),
+        lambda patch: patch.setattr(OPTIONS, "power", 0.5),
+        lambda patch: patch.setattr(sys.modules[__name__], "scaled", lambda x: x - 1),
+        lambda patch: patch.setattr(OPTIONS, "power", torch.tensor(2.0)),
+    ],
+    ids=["variable", "option", "function", "tensor"],
+)
+def test_module_level_variables_that_forward_reads_may_change(change, monkeypatch):
+    model = Scheduled()
+    bio = biofx.transform(model, SPLIT, example_inputs=X)
+    loaded = pickle.loads(pickle.dumps(bio))
+    before = bio(X)
+    with monkeypatch.context() as patch:
+        change(patch)
+        for other in (bio, copy.deepcopy(bio), loaded):
+            torch.testing.assert_close(other(X), model(X))
+        assert not torch.allclose(model(X), before)
+    torch.testing.assert_close(bio(X), before)
+    assert vars(bio)["_biofx_guard"].admits(bio, (X,), {})  # the graph runs again
+
+
+def test_where_a_pass_needs_the_graph_a_variable_that_changed_is_named(monkeypatch):
+    bio = biofx.transform(Scheduled(), [passes.SynapticScaling()], example_inputs=X)
+    monkeypatch.setattr(OPTIONS, "power", 3.0)
+    with pytest.raises(
+        biofx.CaptureError, match=r"the variable test_guards.OPTIONS.power, which forward reads, changed"
+    ):
+        bio(X)

@@ -241,6 +241,8 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
     methods = methods_of_containers(model_class)
     if issubclass(model_class, nn.Sequential):
         methods["__getitem__"] = _item
+    if hasattr(model_class, "save_pretrained"):  # of transformers, diffusers and the like
+        methods["save_pretrained"] = _save_folded
     try:
         cls: type[CapturedModule] = type(name, (CapturedModule, model_class), methods)
     except TypeError as error:
@@ -252,6 +254,14 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
     type(module).__name__ = name
     vars(module).update(vars(fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=tracer))))
     return module
+
+
+def _save_folded(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+    """Save the weights that synapses make, as those of the original model, which its class can load."""
+    from biofx.fold import fold  # which stands on this module
+
+    model: Any = fold(bio) if is_transformed(bio) else super(type(bio), bio)
+    return model.save_pretrained(*args, **kwargs)
 
 
 def _item(sequence: nn.Sequential, index: Any) -> nn.Module:

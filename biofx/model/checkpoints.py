@@ -100,7 +100,8 @@ def _refuse_difference(
     def refuse(difference: str) -> ArgumentError:
         return ArgumentError(f"{title}: {difference}")
 
-    own = model.state_dict()
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    own = {name for name, _ in tensors}
     for name, child in owned:
         place = _place(name)
         for key, by in child.users.items():

@@ -48,6 +48,13 @@ class Link:
     args: tuple[Any, ...]
     origin: Inserted
 
+    @property
+    def name(self) -> str:
+        """The target's name."""
+        return str(getattr(self.target, "_qualified_op_name", getattr(self.target, "__name__", self.target))).replace(
+            "::", "."
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         name = getattr(self.target, "_qualified_op_name", None)  # of a dispatcher operator, which is not pickled itself
         return _link, (self.target if name is None else str(name), self.args, self.origin)
@@ -216,18 +223,14 @@ class Synapses(nn.Module):
 
     def extra_repr(self) -> str:
         """The shape of what is stored, and the links."""
-        steps = [f"stored {tuple(self.stored.shape)}", *(_name(link.target) for link in self.links)]
+        steps = [f"stored {tuple(self.stored.shape)}", *(link.name for link in self.links)]
         return " → ".join(steps)
 
 
 def _broken(link: Link, what: str) -> PipelineError:
     return PipelineError(
-        f"{link.origin.by}: {link.origin.parameter}: {_name(link.target)} cannot be a {link.origin.slot.label}: {what}"
+        f"{link.origin.by}: {link.origin.parameter}: {link.name} cannot be a {link.origin.slot.label}: {what}"
     )
-
-
-def _name(target: Any) -> str:
-    return str(getattr(target, "_qualified_op_name", getattr(target, "__name__", target))).replace("::", ".")
 
 
 def child_of(owner: nn.Module, key: str) -> Synapses | None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import biofx
 from biofx import passes
 from biofx.capture import capture
+from biofx.model.synapses import stored_parameters
 from conftest import gradients, tensors
 from models.small import CONVOLUTIONS, GROUPS, ConvNet, Reused, layer_and_input
 
@@ -377,16 +378,14 @@ class ByName(nn.Module):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda m, y: y + sum(p.square().sum() for p in m.parameters()),
+        lambda m, y: y + sum(p.square().sum() for p in m.fc.parameters()),
         lambda m, y: y * dict(m.named_parameters())["fc.weight"].mean(),
-        lambda m, y: y + F.linear(y, m.fc._parameters["weight"]),
-        lambda m, y: y + m.fc._parameters["weight"].square().sum(),
         lambda m, y: y + m.state_dict()["fc.weight"].sum(),
         lambda m, y: y + m.fc._parameters["bias"].data * 2,
     ],
 )
 def test_parameters_that_are_found_by_name_are_no_constants(function):
-    model = ByName(function).double()
+    model = nn.Sequential(nn.Linear(3, 3), ByName(function)).double()
     bio, x = biofx.transform(model, NEUTRAL), torch.randn(2, 3, dtype=torch.float64)
     expected = gradients(model, x)
     assert gradients(bio, x).keys() == expected.keys()
@@ -398,9 +397,23 @@ def test_parameters_that_are_found_by_name_are_no_constants(function):
     assert same(bio(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, y: y + F.linear(y, m.fc._parameters["weight"]),
+        lambda m, y: y + m.fc._parameters["weight"].square().sum(),
+    ],
+)
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_a_weight_that_is_taken_from_the_registry_is_refused(function, frontend):
+    with pytest.raises(biofx.BiofxError, match="NoneType"):
+        biofx.transform(ByName(function), NEUTRAL, frontend=frontend)
+
+
 def test_a_module_that_computes_with_present_values_is_named_with_the_tensor():
-    bio = biofx.transform(ByName(lambda m, y: y + m.state_dict()["fc.weight"].sum()), NEUTRAL)
-    reason = "its forward computes with the present values of fc.weight, which a graph would keep"
+    model = ByName(lambda m, y: y + m.state_dict()["fc.bias"].sum())
+    bio = biofx.transform(model, NEUTRAL)
+    reason = "its forward computes with the present values of fc.bias, which a graph would keep"
     assert islands(bio) == {"": reason}
 
 
@@ -452,7 +465,7 @@ def test_a_reused_module_and_a_tied_weight_are_one_weight_each():
     sites = biofx.weight_sites(bio)
     assert list(sites) == ["step.weight", "first.weight"]
     assert [len(site.uses) for site in sites.values()] == [3, 2]
-    assert bio.second.weight is bio.first.weight
+    assert bio.second.weight_synapses is bio.first.weight_synapses
     assert len(bio.graph.find_nodes(op="call_function", target=torch.sum)) == 2
 
 
@@ -516,7 +529,7 @@ def test_attributes_and_constants_survive():
         assert isinstance(other.fc, nn.Linear)
         assert other.fc.in_features == 3
         assert same(other(x), model(x))
-        assert [k for k in other.state_dict() if "gain" not in k] == list(model.state_dict())
+        assert [name for name, _ in stored_parameters(other)] == list(model.state_dict())
     assert set(vars(model)) == set(vars(Configured()))
 
 
@@ -543,7 +556,7 @@ def test_buffers_are_state_not_constants():
     bio.mask.fill_(3)
     assert same(bio(x), 3 * before)
     assert bio.calls == 2
-    assert [k for k in bio.state_dict() if "gain" not in k] == list(model.state_dict())
+    assert [name for name, _ in stored_parameters(bio)] == list(model.state_dict())[1:]
     assert "unused.weight: not used in forward" in biofx.summary(bio)
 
 

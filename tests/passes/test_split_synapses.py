@@ -75,7 +75,7 @@ def test_synapses_keep_the_sign_of_their_connection():
 def test_equal_shares():
     model = nn.Linear(3, 2)
     bio = biofx.transform(model, [passes.SplitSynapses(4, init="equal")])
-    assert torch.equal(bio.weight, (model.weight / 4).expand(4, -1, -1))
+    assert torch.equal(bio.get_parameter("weight"), (model.weight / 4).expand(4, -1, -1))
 
 
 def test_a_connection_learns_as_fast_as_before():
@@ -92,8 +92,8 @@ def test_a_connection_learns_as_fast_as_before():
 def oracle(layer, bio, x, synapses, activation):
     """Σ_γ f(operator(x; w_γ, b_γ)), one synapse after the other."""
     result = 0
-    bias = bio.bias if layer.bias is not None else [None] * synapses
-    for weight, b in zip(bio.weight, bias, strict=True):
+    bias = bio.get_parameter("bias") if layer.bias is not None else [None] * synapses
+    for weight, b in zip(bio.get_parameter("weight"), bias, strict=True):
         single = {"weight": weight} if b is None else {"weight": weight, "bias": b}
         result = result + activation(torch.func.functional_call(layer, single, (x,)))
     return result
@@ -107,8 +107,8 @@ def test_per_synapse_activation(kind, grouping, bias):
     expected = oracle(layer, bio, x, 3, nn.functional.softplus)
     torch.testing.assert_close(bio(x), expected)
     if bias:
-        torch.testing.assert_close(bio.bias, (layer.bias / 3).expand(3, -1))
-    raw = [bio.weight, bio.bias] if bias else [bio.weight]
+        torch.testing.assert_close(bio.get_parameter("bias"), (layer.bias / 3).expand(3, -1))
+    raw = [bio.get_parameter(name) for name in (["weight", "bias"] if bias else ["weight"])]
     wanted = torch.autograd.grad(expected.square().sum(), raw)
     given = torch.autograd.grad(bio(x).square().sum(), raw)
     torch.testing.assert_close(given[0], wanted[0] * bio.weight_synapses.gain / 3)

@@ -78,7 +78,7 @@ def test_per_sample_gradients_add_up():
 
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, X)
     expected = gradients(bio, X)
-    torch.testing.assert_close(per_sample["0.weight"].sum(0), expected["0.weight"])
+    torch.testing.assert_close(per_sample["0.weight_synapses.weight"].sum(0), expected["0.weight"])
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_verify_finds_a_unit_that_is_excitatory_here_and_inhibitory_there():
     biofx.verify(bio)
     with torch.no_grad():
         bio.get_buffer("right.weight_synapses.sign")[:, 3] *= -1
-        bio.right.weight[:, 3] *= -1
+        bio.get_parameter("right.weight")[:, 3] *= -1
     with pytest.raises(biofx.VerificationError) as error:
         biofx.verify(bio)
     assert "left.weight: 1 of its presynaptic units are excitatory and inhibitory at once" in str(error.value)

@@ -89,7 +89,7 @@ def test_splitting_preserves_the_function_and_scales_gradients_exactly(layer, x)
 def test_folds_to_the_plain_weight(layer, x):
     bio = biofx.transform(layer, DIVERSE, example_inputs=(x,))
     with torch.no_grad():
-        bio.weight.add_(torch.randn_like(bio.weight) * 0.1)
+        bio.get_parameter("weight").add_(torch.randn_like(bio.get_parameter("weight")) * 0.1)
     plain = biofx.fold(bio)
     assert torch.equal(plain(x), bio(x))
     layer.load_state_dict(plain.state_dict(), strict=True)
@@ -165,7 +165,7 @@ def test_every_synapse_can_have_an_activation(name):
     if "add" in kind.name:  # their bias is a constant of eight values
         assert "its operator's bias is computed" in " ".join(biofx.summary(bio).split())
         return
-    expected = sum(torch.tanh(kind.function(x, synapse)) for synapse in bio.weight)
+    expected = sum(torch.tanh(kind.function(x, synapse)) for synapse in bio.get_parameter("weight"))
     torch.testing.assert_close(bio(x), expected)
     torch.testing.assert_close(biofx.fold(bio)(x), expected)
     biofx.verify(bio)

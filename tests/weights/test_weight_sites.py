@@ -63,7 +63,7 @@ def test_parameters_used_by_functional_operators():
 def test_attributes_of_a_split_weight():
     model = nn.Linear(4, 8)
     site = only_site(model, [passes.SplitSynapses(3), passes.FuzzyLearningRates()])
-    assert site.raw is site.bio.weight
+    assert site.raw is site.bio.weight_synapses.weight
     assert site.raw.shape == site.gain.shape == (3, 8, 4)
     assert (site.synapses, site.shape, site.sign) == (3, (8, 4), None)
     torch.testing.assert_close(site.effective(), model.weight)
@@ -178,7 +178,7 @@ def test_a_weight_with_other_readers_is_effective_everywhere():
     model = Regularised()
     bio = biofx.transform(model, SPLIT)
     torch.testing.assert_close(bio(torch.ones(3))[1], model(torch.ones(3))[1])
-    assert bio.fc.weight.shape == (3, 3, 3)
+    assert bio.get_parameter("fc.weight").shape == (3, 3, 3)
 
 
 def test_l1_is_the_sum_of_effective_magnitudes():
@@ -187,7 +187,7 @@ def test_l1_is_the_sum_of_effective_magnitudes():
     expected = sum(w.abs().sum() for name, w in model.named_parameters() if w.dim() > 1)
     torch.testing.assert_close(biofx.l1(bio), expected)
     biofx.l1(bio).backward()
-    torch.testing.assert_close(bio.head.weight.grad, (model.head.weight.sign() / 3).expand(3, -1, -1))
+    torch.testing.assert_close(bio.get_parameter("head.weight").grad, (model.head.weight.sign() / 3).expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("function", [biofx.weight_sites, biofx.l1, biofx.summary, biofx.verify, biofx.fold])
