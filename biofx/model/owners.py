@@ -152,13 +152,13 @@ def methods_of_containers(original: type[nn.Module]) -> dict[str, Any]:
 class Owner(HasSynapses):
     """A base class of modules that have a class of their own beside it."""
 
-    _own_class: type[nn.Module]
-    _keys: tuple[str, ...]
+    _biofx_class: type[nn.Module]
+    _biofx_keys: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_new, (self._own_class, self._keys, *reduced[1][1:]), *reduced[2:])
+            return (_new, (self._biofx_class, self._biofx_keys, *reduced[1][1:]), *reduced[2:])
         return reduced
 
 
@@ -173,7 +173,7 @@ def _child(owner: Any, key: str) -> Synapses | None:
 
 def _own_class(owner: nn.Module) -> Any:
     """The class that a module had before it had synapses."""
-    return type(owner)._own_class if isinstance(owner, Owner) else type(owner)
+    return type(owner)._biofx_class if isinstance(owner, Owner) else type(owner)
 
 
 @functools.cache
@@ -193,7 +193,7 @@ def _owner_class(original: Any, keys: tuple[str, ...]) -> Any:
             return original.forward(self, *args, **kwargs)
 
     namespace = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    namespace |= {"_own_class": original, "_keys": keys, "forward": forward, **methods_of_containers(original)}
+    namespace |= {"_biofx_class": original, "_biofx_keys": keys, "forward": forward, **methods_of_containers(original)}
     cls = type(original)(original.__name__, (Owner, original), namespace)
     read_synapses(cls, keys)
     return cls

@@ -411,10 +411,10 @@ def test_a_weight_that_is_taken_from_the_registry_is_refused(function, frontend)
 
 
 def test_a_module_that_computes_with_present_values_is_named_with_the_tensor():
-    model = ByName(lambda m, y: y + m.state_dict()["fc.bias"].sum())
+    model = nn.Sequential(nn.Linear(3, 3), ByName(lambda m, y: y + m.state_dict()["fc.weight"].sum()))
     bio = biofx.transform(model, NEUTRAL)
-    reason = "its forward computes with the present values of fc.bias, which a graph would keep"
-    assert islands(bio) == {"": reason}
+    reason = "its forward computes with the present values of 1.fc.weight, which a graph would keep"
+    assert islands(bio) == {"1": reason}
 
 
 def test_the_dtype_of_parameters_is_no_constant():
