@@ -23,7 +23,8 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
     """
     record = record_of(bio)
     if understood is None:
-        record.weights, record.others = declared(bio)
+        if not record.weights:  # else it is known from an earlier transform
+            record.weights, record.others = declared(bio)
         return
     record.weights, record.others = dict(understood.weights), dict(understood.others)
     record.inputs, record.notes = understood.inputs, list(understood.notes)
