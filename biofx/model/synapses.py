@@ -160,8 +160,9 @@ class Synapses(nn.Module):
         Raises:
             ArgumentError: somebody has.
         """
-        change, self._change = self._change, None
+        change = self._change
         if change is not None:
+            self._change = None  # said once
             change.refuse()
             self._change = change
 

@@ -171,3 +171,22 @@ def test_modules_are_what_they_were(frontend):
     assert isinstance(bio.decoder, Decoder)
     assert isinstance(copy.deepcopy(bio.decoder), Decoder)
     assert "(weight_synapses): Synapses(stored (2, 8, 2) → sum → biofx.scale_grad)" in repr(bio.decoder)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_models_of_transformers_generate_tie_and_save(frontend, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    options = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 32}
+    config = transformers.GPT2Config(**options, bos_token_id=None, eos_token_id=None)
+    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.arange(5)[None]
+    recipe = [passes.SplitSynapses(), passes.FuzzyLearningRates()]
+    bio = biofx.transform(model, recipe, frontend=frontend, example_inputs={"input_ids": ids})
+    texts = [m.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0) for m in (bio, model)]
+    assert torch.equal(*texts)
+    bio.tie_weights()
+    assert bio.lm_head.weight_synapses is bio.transformer.wte.weight_synapses
+    torch.testing.assert_close(bio(ids).logits, model(ids).logits)
+    with pytest.raises(biofx.ArgumentError, match="would be lost"):
+        bio.resize_token_embeddings(50)
+    bio.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path)(ids).logits, model(ids).logits)
