@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from biofx.capture.captured_module import CapturedModule
 from biofx.errors import ArgumentError, LifecycleError
 from biofx.lifecycle import use_markers
+from biofx.model.owners import become
 from biofx.plastic_weight import PlasticWeight, scale_learning
 from biofx.provenance import record_of
 from biofx.registry import Pass, registered_passes
@@ -285,7 +286,7 @@ class Converted(CapturedModule):
 
 
 def _with_methods(bio: nn.Module) -> Converted:
-    bio.__class__ = type(type(bio).__name__, (Converted, type(bio)), {})
+    become(bio, type(type(bio).__name__, (Converted, type(bio)), {}))
     assert isinstance(bio, Converted)
     return bio
 

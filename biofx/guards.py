@@ -7,6 +7,7 @@ effective weights. Where a pass needs the graph, there is an error instead.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, chain
 from types import FunctionType
@@ -17,8 +18,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
-from biofx.capture.module_globals import Namespace, reads
 from biofx.capture.stores import store
+from biofx.capture.variables import Variable, reads
 from biofx.errors import CaptureError
 from biofx.fingerprint import fingerprint
 from biofx.islands import WHOLE
@@ -59,7 +60,7 @@ class Guard:
         }
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
         self.look_at(bio)
-        self._globals = self._global_values(bio)
+        self._globals = copy.deepcopy(self._global_values(bio))
 
     @property
     def needs_graph(self) -> bool:
@@ -75,7 +76,7 @@ class Guard:
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
         self._held: tuple[list[Any], list[Any]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
-        self._variables: dict[str, tuple[Namespace, str]] | None = None
+        self._variables: dict[str, Variable] | None = None
 
     def synapses(self, bio: nn.Module) -> tuple[Synapses, ...]:
         """The synapses of all weights."""
@@ -130,7 +131,7 @@ class Guard:
         return None
 
     def _changed_global(self, bio: nn.Module) -> str | None:
-        """A module-level variable that is not as it was, in words."""
+        """A variable outside of the model that is not as it was, in words."""
         now = self._global_values(bio)
         try:
             if now == self._globals:
@@ -141,11 +142,11 @@ class Guard:
         return next((f"the variable {name}, which forward reads, changed" for name in names), None)
 
     def _global_values(self, bio: nn.Module) -> dict[str, Any]:
-        """The module-level variables that forward reads; functions by their name, as another process has others."""
+        """The variables outside of the model that forward reads; functions by their name, as they are pickled."""
         if self._variables is None:
             self._variables = reads(bio.get_submodule(path) for path in self.traced)
-        values = {name: namespace.get(key) for name, (namespace, key) in self._variables.items()}
-        return {n: v.__qualname__ if isinstance(v, FunctionType) else _copied(v) for n, v in values.items()}
+        values = {name: variable() for name, variable in self._variables.items()}
+        return {name: v.__qualname__ if isinstance(v, FunctionType) else v for name, v in values.items()}
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         kept = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 import textwrap
 import traceback
 from collections.abc import Iterator
@@ -33,7 +32,8 @@ def lines_of(error: BaseException) -> Iterator[Line]:
     """The lines that an error passed through, the innermost last."""
     for frame, number in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
-        yield Line(str(frame.f_globals.get("__name__", "")), file, number, linecache.getline(file, number).strip())
+        text = traceback.FrameSummary(file, number, frame.f_code.co_name).line
+        yield Line(str(frame.f_globals.get("__name__", "")), file, number, text or "")
 
 
 def describe(error: BaseException) -> str:

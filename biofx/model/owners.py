@@ -62,7 +62,7 @@ def why_not(owner: nn.Module, key: str) -> str | None:
 def release(owner: nn.Module) -> None:
     """Give a module that has no synapses any more its own class back."""
     if type(owner) is not _own_class(owner):
-        owner.__class__ = _own_class(owner)
+        become(owner, _own_class(owner))
     list_weights(owner)
 
 
@@ -82,6 +82,11 @@ def take_synapses(model: nn.Module) -> None:
             release(owner)
 
 
+def become(module: Any, cls: type[nn.Module]) -> None:
+    """Give a module a class that is laid out as its own: whoever refers to the module goes on referring to it."""
+    module.__class__ = cls
+
+
 def look_for_synapses(owner: nn.Module) -> None:
     """Let the attributes of a module that are weights with synapses read these."""
     keys = tuple(key for key in owner._parameters if child_of(owner, key) is not None)
@@ -93,7 +98,7 @@ def look_for_synapses(owner: nn.Module) -> None:
     if isinstance(owner, HasSynapses) and not isinstance(owner, Owner):  # the class is of this module alone
         read_synapses(type(owner), keys)
     else:
-        owner.__class__ = _owner_class(_own_class(owner), keys)
+        become(owner, _owner_class(_own_class(owner), keys))
 
 
 def list_weights(module: nn.Module) -> None:

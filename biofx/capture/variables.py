@@ -1,31 +1,33 @@
-"""Module-level variables that the forward of a model reads, such as a schedule that a training script sets."""
+"""Variables outside of a model that its forward reads, such as a schedule that a training script sets."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import nn
 
-Namespace = dict[str, Any]
+Variable = Callable[[], Any]
+"""Gives the value of a variable now."""
 
 # Nobody sets variables of these between two calls; they are by far the most that forwards refer to.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"})
 
 
-def reads(modules: Iterable[nn.Module]) -> dict[str, tuple[Namespace, str]]:
+def reads(modules: Iterable[nn.Module]) -> dict[str, Variable]:
     """The variables that the methods of some modules read, and the functions and methods that these call.
 
-    That is what they name: plain values, and attributes that they name of objects and Python modules of the user.
+    That is what they name, on the level of Python modules and in functions around them: plain values, and attributes
+    that they name of objects and Python modules of the user.
 
     Returns:
-        The namespace of each and its name there, by its name in words.
+        The variables, each by its name in words.
     """
-    found: dict[str, tuple[Namespace, str]] = {}
+    found: dict[str, Variable] = {}
     seen: set[Any] = set()
     for cls in dict.fromkeys(cls for module in modules for cls in type(module).__mro__ if _is_of_user(cls.__module__)):
         for method in vars(cls).values():
@@ -40,7 +42,7 @@ def _functions(value: Any) -> Iterator[FunctionType]:
         value = value.fget
     if isinstance(value, staticmethod | classmethod):
         value = value.__func__
-    if isinstance(value, functools.partial):
+    if isinstance(value, partial):
         value = value.func
     if isinstance(value, FunctionType):
         yield value
@@ -49,7 +51,7 @@ def _functions(value: Any) -> Iterator[FunctionType]:
             yield wrapped
 
 
-def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, tuple[Namespace, str]]]:
+def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, Variable]]:
     if function in seen or not _is_of_user(function.__module__):
         return
     seen.add(function)
@@ -57,17 +59,19 @@ def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, tupl
         names = inspect.getclosurevars(function)
     except ValueError:  # a cell that is empty as yet
         return
-    for name, value in names.globals.items():
-        variables = {name: (function.__globals__, name, value)}
+    variables = {name: partial(function.__globals__.get, name) for name in names.globals}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    variables |= {name: partial(getattr, cell, "cell_contents", None) for name, cell in cells}
+    for name, variable in variables.items():
+        parts: dict[str, Variable] = {name: variable}
+        value = variable()
         if _has_attributes(value):
-            inner: Namespace = vars(value)  # of a class, it is a view
-            parts = sorted(names.unbound & inner.keys())
-            variables = {f"{name}.{part}": (inner, part, inner[part]) for part in parts}
-        for label, (namespace, key, held) in variables.items():
-            if isinstance(held, FunctionType):
-                yield from _read_by(held, seen)
-            if isinstance(held, FunctionType) or _is_plain(held):
-                yield f"{function.__module__}.{label}", (namespace, key)
+            parts = {f"{name}.{key}": partial(vars(value).get, key) for key in names.unbound & vars(value).keys()}
+        for label, part in parts.items():
+            if isinstance(part(), FunctionType):
+                yield from _read_by(part(), seen)
+            if isinstance(part(), FunctionType) or _is_plain(part()):
+                yield f"{function.__module__}.{label}", part
 
 
 def _is_plain(value: Any) -> bool:
