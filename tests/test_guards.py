@@ -208,7 +208,7 @@ def test_a_weight_that_forward_looks_up_by_name_is_no_silent_fault(frontend):
 
 TEMPERATURE = 2.0
 OPTIONS = SimpleNamespace(power=1.0)
-LEVELS = {"offsets": [0.0]}
+LEVELS = {"offsets": {"first": 0.0}}
 
 
 def scaled(x):
@@ -223,7 +223,7 @@ class Scheduled(nn.Module):
         self.fc = nn.Linear(4, 4)
 
     def forward(self, x):
-        return scaled(self.fc(x)) * OPTIONS.power + LEVELS["offsets"][0]
+        return scaled(self.fc(x)) * OPTIONS.power + LEVELS["offsets"]["first"]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ class Scheduled(nn.Module):
         lambda patch: patch.setattr(OPTIONS, "power", 0.5),
         lambda patch: patch.setattr(sys.modules[__name__], "scaled", lambda x: x - 1),
         lambda patch: patch.setattr(OPTIONS, "power", torch.tensor(2.0)),
-        lambda patch: patch.setitem(LEVELS["offsets"], 0, 1.0),
+        lambda patch: patch.setitem(LEVELS["offsets"], "first", 1.0),
     ],
     ids=["variable", "option", "function", "tensor", "entry"],
 )
