@@ -142,11 +142,11 @@ class Guard:
         return next((f"the variable {name}, which forward reads, changed" for name in names), None)
 
     def _global_values(self, bio: nn.Module) -> dict[str, Any]:
-        """The variables outside of the model that forward reads; functions by their name, as they are pickled."""
+        """The variables outside of the model that forward reads, or what tells whether they are the same."""
         if self._variables is None:
             self._variables = reads(bio.get_submodule(path) for path in self.traced)
         values = {name: variable() for name, variable in self._variables.items()}
-        return {name: v.__qualname__ if isinstance(v, FunctionType) else v for name, v in values.items()}
+        return {name: _identity(value) for name, value in values.items()}
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         kept = {
@@ -205,6 +205,13 @@ def _holders(module: nn.Module) -> Iterator[Any]:
     yield module._modules
     yield from (getattr(module, name) for name in HOOKS)
     yield from (value for name, value in vars(module).items() if name not in _REGISTRIES and type(value) in _CONTAINERS)
+
+
+def _identity(value: Any) -> Any:
+    """What is equal for the same variable; of a function its name, as a function cannot be pickled."""
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    return value.__qualname__ if isinstance(value, FunctionType) else value
 
 
 _CONTAINERS = (dict, list, set)

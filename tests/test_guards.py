@@ -209,6 +209,7 @@ def test_a_weight_that_forward_looks_up_by_name_is_no_silent_fault(frontend):
 TEMPERATURE = 2.0
 OPTIONS = SimpleNamespace(power=1.0)
 LEVELS = {"offsets": {"first": 0.0}}
+MASK = torch.ones(4)
 
 
 def scaled(x):
@@ -223,7 +224,7 @@ class Scheduled(nn.Module):
         self.fc = nn.Linear(4, 4)
 
     def forward(self, x):
-        return scaled(self.fc(x)) * OPTIONS.power + LEVELS["offsets"]["first"]
+        return scaled(self.fc(x) * MASK) * OPTIONS.power + LEVELS["offsets"]["first"]
 
 
 @pytest.mark.parametrize(
@@ -234,8 +235,9 @@ class Scheduled(nn.Module):
         lambda patch: patch.setattr(sys.modules[__name__], "scaled", lambda x: x - 1),
         lambda patch: patch.setattr(OPTIONS, "power", torch.tensor(2.0)),
         lambda patch: patch.setitem(LEVELS["offsets"], "first", 1.0),
+        lambda patch: patch.setattr(sys.modules[__name__], "MASK", torch.zeros(4)),
     ],
-    ids=["variable", "option", "function", "tensor", "entry"],
+    ids=["variable", "option", "function", "tensor", "entry", "mask"],
 )
 def test_module_level_variables_that_forward_reads_may_change(change, monkeypatch):
     model = Scheduled()
@@ -249,6 +251,17 @@ def test_module_level_variables_that_forward_reads_may_change(change, monkeypatc
         assert not torch.allclose(model(X), before)
     torch.testing.assert_close(bio(X), before)
     assert vars(bio)["_biofx_guard"].admits(bio, (X,), {})  # the graph runs again
+
+
+def test_a_tensor_outside_of_the_model_may_be_written():
+    model = Scheduled()
+    bio = biofx.transform(model, SPLIT, example_inputs=X)
+    try:
+        for other in (bio, copy.deepcopy(bio)):
+            MASK.mul_(0.5)
+            torch.testing.assert_close(other(X), model(X))
+    finally:
+        MASK.fill_(1.0)
 
 
 def test_where_a_pass_needs_the_graph_a_variable_that_changed_is_named(monkeypatch):

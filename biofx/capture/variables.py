@@ -9,7 +9,7 @@ from functools import partial
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Variable = Callable[[], Any]
 """Gives the value of a variable now."""
@@ -21,8 +21,8 @@ _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"})
 def reads(modules: Iterable[nn.Module]) -> dict[str, Variable]:
     """The variables that the methods of some modules read, and the functions and methods that these call.
 
-    That is what they name, on the level of Python modules and in functions around them: plain values, and attributes
-    that they name of objects and Python modules of the user.
+    That is what they name, on the level of Python modules and in functions around them: plain values, tensors, and
+    attributes that they name of objects and Python modules of the user.
 
     Returns:
         The variables, each by its name in words.
@@ -70,7 +70,7 @@ def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, Vari
         for label, part in parts.items():
             if isinstance(part(), FunctionType):
                 yield from _read_by(part(), seen)
-            if isinstance(part(), FunctionType) or _is_plain(part()):
+            if isinstance(part(), FunctionType | Tensor) or _is_plain(part()):
                 yield f"{function.__module__}.{label}", part
 
 
