@@ -5,6 +5,8 @@ The networks are in `models.random_networks`, the properties in `differential`.
 
 from __future__ import annotations
 
+import copy
+import random
 from typing import Any
 
 import pytest
@@ -15,9 +17,11 @@ from torch import nn
 
 import biofx
 import differential
+from biofx import passes
 from biofx.transform import FRONTENDS
 from differential import DALE, RECIPES
-from models.random_networks import RandomNetwork, plans
+from models.python_blocks import KINDS
+from models.random_networks import RandomNetwork, plans, python_plans
 
 
 def check(plan: dict[str, Any], recipe: str, frontend: str) -> None:
@@ -37,6 +41,47 @@ def check(plan: dict[str, Any], recipe: str, frontend: str) -> None:
 @settings(deadline=None, max_examples=40, derandomize=True)
 def test_every_network_has_every_property(plan, recipe, frontend):
     check(plan, recipe, frontend)
+
+
+def calls(model: nn.Module, mode: bool, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What two calls of a model return, from one seed."""
+    torch.manual_seed(0)
+    random.seed(0)
+    model.train(mode)
+    return [model(x) for x in inputs]
+
+
+def check_python(plan: dict[str, Any], frontend: str) -> None:
+    """Two calls in each mode with and without gradients, a step of training, copies, and the folded model."""
+    torch.manual_seed(0)
+    model = RandomNetwork(**plan).double()
+    x, *inputs = (torch.randn(3, 2, 4, 4, dtype=torch.float64) for _ in range(3))
+    bio = biofx.transform(model, [passes.SplitSynapses(2)], example_inputs=(x,), frontend=frontend)
+    pairs = [(copy.deepcopy(model), bio), (copy.deepcopy(model), copy.deepcopy(bio)), (copy.deepcopy(model), bio)]
+    pairs[2] = (pairs[2][0], biofx.fold(bio))
+    for plain, other in pairs:
+        for mode in (False, True):
+            with torch.no_grad():
+                torch.testing.assert_close(calls(other, mode, inputs), calls(plain, mode, inputs))
+            torch.testing.assert_close(calls(other, mode, inputs), calls(plain, mode, inputs))
+        for each in (plain, other):
+            optimizer = torch.optim.SGD(each.parameters(), lr=1e-3)
+            sum(y.square().mean() for y in calls(each, True, inputs)).backward()
+            torch.nn.utils.clip_grad_value_(each.parameters(), 1e6)
+            optimizer.step()
+        torch.testing.assert_close(calls(other, False, inputs), calls(plain, False, inputs), rtol=1e-5, atol=1e-7)
+
+
+@given(plan=python_plans, frontend=st.sampled_from(["symbolic", "module"]))
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_networks_that_do_what_no_graph_holds(plan, frontend):
+    check_python(plan, frontend)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_each_kind_of_python(kind, frontend):
+    check_python({"vectors": (("python", kind, ("linear", "tanh", True)),)}, frontend)
 
 
 @pytest.mark.parametrize("synapses", [(2, 0), (2,), (2, slice(None), slice(3, None))])

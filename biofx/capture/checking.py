@@ -1,8 +1,8 @@
 """Checks: whether a graph computes what the Python does that it was traced from.
 
 Nothing can foresee every way in which Python looks at a value or remembers one. So both run, on the same inputs and
-with the same random numbers, twice in each mode: what forward remembers shows in the second call. A forward that does
-not ask for the mode runs in one. A module whose graph differs keeps its Python.
+with the same random numbers, twice in each mode, as what forward remembers shows in the second call, and once without
+gradients. A forward that does not ask for the mode runs in one. A module whose graph differs keeps its Python.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def calls_of(model: nn.Module, paths: Iterator[str], run: Run) -> dict[str, tupl
 
 
 class _Behaviour(NamedTuple):
-    """What two calls of a model do.
+    """What three calls of a model do, the last without gradients.
 
     Attributes:
-        tensors: what they return, and what buffers are afterwards.
+        tensors: what they return, with and without gradients, and what buffers are afterwards.
         slopes: the gradients of parameters, by call; None if they cannot be had.
         saved: how many numbers autograd saves for the backward pass.
     """
@@ -112,6 +112,8 @@ def _behaviour(model: nn.Module, run: Run, training: bool) -> _Behaviour:
                 outputs = tensors_in(run(model))
             tensors += [x.detach().clone() for x in outputs]
             slopes.append(gradients(outputs, parameters))
+        with torch.no_grad(), contextlib.suppress(Exception):  # such as a forward that takes gradients itself
+            tensors += [x.detach().clone() for x in tensors_in(run(model))]
         tensors += [buffer.detach().clone() for buffer in model.buffers()]
     return _Behaviour(tensors, slopes, saved)
 

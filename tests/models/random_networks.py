@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import python_blocks
+
 WIDTH = 4
 Plan = tuple[Any, ...]
 
@@ -201,6 +203,8 @@ def build(plan: Plan, kind: str) -> nn.Module:
         return Branches(build(rest[0], kind), build(rest[1], kind), mix)
     if name in ("residual", "island"):
         return {"residual": Residual, "island": Island}[name](build(rest[0], kind))
+    if name == "python":
+        return python_blocks.Block(build(rest[1], kind), rest[0])
     if name == "reused":
         return Reused(build(rest[0], kind), rest[1])
     if name == "tied":
@@ -296,6 +300,13 @@ vector_blocks: st.SearchStrategy[Plan] = st.recursive(
     around,
     max_leaves=4,
 )
+
+
+def with_python(blocks: st.SearchStrategy[Plan]) -> st.SearchStrategy[Plan]:
+    """Blocks around which Python does what no graph holds."""
+    return st.tuples(st.just("python"), st.sampled_from(python_blocks.KINDS), blocks)
+
+
 plans: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "images": st.lists(image_blocks, max_size=2).map(tuple),
@@ -305,3 +316,13 @@ plans: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     }
 )
 """Arguments of `RandomNetwork`."""
+
+python_plans: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {
+        "images": st.lists(st.one_of(image_blocks, with_python(image_blocks)), max_size=1).map(tuple),
+        "vectors": st.lists(
+            st.one_of(with_python(vector_blocks), with_python(with_python(vector_blocks))), min_size=1, max_size=2
+        ).map(tuple),
+    }
+)
+"""The same, with blocks in which Python does what no graph holds."""
