@@ -58,8 +58,8 @@ class SplitSynapses(Pass):
         >>> from biofx import passes
         >>> model = torch.nn.Conv2d(3, 8, kernel_size=3)
         >>> bio = biofx.transform(model, [passes.SplitSynapses(synapses=4)])
-        >>> bio.weight.shape
-        torch.Size([4, 8, 3, 3, 3])
+        >>> bio.weight_synapses.weight.shape, bio.weight.shape
+        (torch.Size([4, 8, 3, 3, 3]), torch.Size([8, 3, 3, 3]))
         >>> x = torch.randn(2, 3, 8, 8)
         >>> torch.allclose(bio(x), model(x), atol=1e-5)
         True

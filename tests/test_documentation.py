@@ -43,7 +43,7 @@ def test_readme_code_runs(capsys):
     for model in (plain, bio):
         model(x).sum().backward()
     name = "0.weight"
-    age = bio.get_buffer("0.weight_age")
+    age = bio.get_buffer("0.weight_synapses.age")
     torch.testing.assert_close(bio.get_parameter(name).grad, plain.get_parameter(name).grad * torch.exp(-2 * age))
 
 
