@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -12,8 +13,24 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copied(model: Model) -> Model:
-    """A copy of a model that shares nothing with it."""
+    """A copy of a model that shares nothing with it.
+
+    Raises:
+        TypeError: a module keeps something in a slot, which `copy.deepcopy` of a module forgets.
+    """
+    for path, name in _slots(model):
+        raise TypeError(f"{path}.{name}".lstrip(".") + " is in __slots__, which copies of a module do not have")
     return copy.deepcopy(model, dict(clones(model)))
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What modules keep outside of their dictionaries: path of the module, name."""
+    for path, module in model.named_modules():
+        for cls in type(module).__mro__:
+            names = vars(cls).get("__slots__", ())
+            for name in (names,) if isinstance(names, str) else names:
+                if name not in ("__dict__", "__weakref__") and hasattr(module, name):
+                    yield path, name
 
 
 def clones(model: nn.Module) -> dict[int, Tensor]:

@@ -23,8 +23,8 @@ from biofx.errors import ArgumentError, CaptureError
 from biofx.guards import GUARD, Guard, Structure, structure
 from biofx.islands import is_whole
 from biofx.lifecycle import use_hooks
-from biofx.model.owners import release
-from biofx.model.synapses import stored_parameters, synapses_in
+from biofx.model.owners import release, why_not
+from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.provenance import is_transformed, record_of, transformed
 from biofx.references import enclosed
 from biofx.registry import Pass, as_passes
@@ -285,8 +285,13 @@ def _why_python_differs(bio: fx.GraphModule, found: str) -> str:
 
 
 def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
-    result: dict[str, str] = {}
     canonical = {id(p): name for name, p in stored_parameters(bio)}
+    result = {
+        canonical[id(parameter)]: reason
+        for owner in bio.modules()
+        for key, parameter in owner._parameters.items()
+        if id(parameter) in canonical and not isinstance(owner, Synapses) and (reason := why_not(owner, key))
+    }
     names = {name: canonical[id(p)] for name, p in stored_parameters(bio, remove_duplicate=False)}
     for pattern in patterns:
         matches = fnmatch.filter(names, pattern)
@@ -304,4 +309,5 @@ def _check_weights(bio: fx.GraphModule, excluded: dict[str, str]) -> None:
         reasons = "".join(f"\n  - {name}: {reason}" for name, reason in others.items()) or " it has no parameters"
         raise ArgumentError(f"{type(bio).__name__} has no weight that biofx can give synapses:{reasons}")
     if not set(sites) - set(excluded):
-        raise ArgumentError(f"exclude leaves no weight; it matches all of {', '.join(sites)}")
+        reasons = "".join(f"\n  - {name}: {excluded[name]}" for name in sites)
+        raise ArgumentError(f"no weight is left to transform:{reasons}")

@@ -168,7 +168,7 @@ def test_nothing_is_skipped_silently():
 def test_state_that_would_hide_an_attribute_is_refused():
     model = nn.Linear(2, 2)
     model.weight_synapses = "mine"
-    with pytest.raises(biofx.CaptureError, match="has an attribute weight_synapses, which is where biofx keeps the"):
+    with pytest.raises(biofx.ArgumentError, match="has an attribute weight_synapses, which is where biofx keeps the"):
         biofx.transform(model, [passes.FuzzyLearningRates()])
 
 

@@ -121,7 +121,7 @@ def test_exclude():
 def test_exclude_by_any_name_of_a_tied_weight():
     model = mlp(2, 2, 2)
     model[2].weight = model[0].weight
-    with pytest.raises(biofx.ArgumentError, match="exclude leaves no weight"):
+    with pytest.raises(biofx.ArgumentError, match="no weight is left to transform"):
         biofx.transform(model, BOTH, exclude=["2.weight"])
 
 
@@ -255,7 +255,7 @@ def test_importing_biofx_does_not_import_the_heavy_optional_packages():
         ({"exclude": [1]}, r"exclude must be a glob pattern or a list of them, got \[1\]"),
         ({"print_between": 3}, "print_between must be True or a function of one string, got 3"),
         ({"exclude": "fc9"}, 'exclude pattern "fc9" matches no weight; the model has 0.weight, 2.weight'),
-        ({"exclude": "*"}, "exclude leaves no weight; it matches all of 0.weight, 2.weight"),
+        ({"exclude": "*"}, "no weight is left to transform"),
         ({"example_inputs": torch.randn(3, 5)}, "example_inputs do not fit Sequential.forward"),
         ({"example_inputs": (1, 2)}, "example_inputs do not fit Sequential.forward"),
     ],
@@ -391,3 +391,39 @@ def test_a_function_that_encloses_a_part_of_the_model(enclose, where, what, fron
     other = biofx.fold(bio, into=Chained())
     enclose(other)
     torch.testing.assert_close(other(x), expected)
+
+
+def test_a_layer_whose_class_refuses_subclasses_is_left_alone():
+    class Closed(nn.Linear):
+        def __init_subclass__(cls):
+            raise TypeError("it is closed")
+
+    model, x = nn.Sequential(nn.Linear(3, 3), Closed(3, 3)), torch.randn(2, 3)
+    bio = biofx.transform(model, [passes.SplitSynapses()])
+    assert [site.is_split for site in biofx.weight_sites(bio).values()] == [True, False]
+    assert "Closed does not allow subclasses, and a module with synapses gets one: it is closed" in biofx.summary(bio)
+    torch.testing.assert_close(bio(x), model(x))
+    torch.testing.assert_close(biofx.fold(bio)(x), model(x))
+
+
+def test_a_model_with_slots_is_transformed_in_place():
+    class Slots(nn.Module):
+        __slots__ = ("factor",)
+
+        def __init__(self):
+            super().__init__()
+            self.fc, self.factor = nn.Linear(3, 3), 2.0
+
+        def forward(self, x):
+            return self.fc(x) * self.factor
+
+    model, x = nn.Sequential(Slots()), torch.randn(2, 3)
+    y = model(x)
+    with pytest.raises(
+        biofx.CaptureError, match=r"0\.factor is in __slots__, .*inplace=True"
+    ):
+        biofx.transform(model, [passes.SplitSynapses()])
+    bio = biofx.transform(model, [passes.SplitSynapses()], inplace=True)
+    torch.testing.assert_close(bio(x), y)
+    with pytest.raises(biofx.ArgumentError, match="is in __slots__"):
+        biofx.fold(bio)
