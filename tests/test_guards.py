@@ -271,3 +271,20 @@ def test_where_a_pass_needs_the_graph_a_variable_that_changed_is_named(monkeypat
         biofx.CaptureError, match=r"the variable test_guards.OPTIONS.power, which forward reads, changed"
     ):
         bio(X)
+
+
+class TakesOptions(nn.Sequential):
+    """Takes what nobody can guess."""
+
+    def forward(self, options):
+        return super().forward(options["values"][0])
+
+
+def test_a_model_that_nobody_could_check_compiles_its_python():
+    model = TakesOptions(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    bio = biofx.transform(model, SPLIT)
+    assert not vars(bio)["_biofx_guard"].compiles_graph
+    compiled, given = torch.compile(bio, fullgraph=True, backend="aot_eager"), {"values": [X]}
+    torch.testing.assert_close(compiled(given), model(given))
+    compiled(given).sum().backward()
+    assert bio.get_parameter("0.weight").grad.any()

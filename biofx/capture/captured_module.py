@@ -197,7 +197,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
         if guard is None or "_is_replica" in vars(self) or _is_traced(args, kwargs):
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            return forward(self, *args, **kwargs) if guard.compiles_graph else _run_uncompiled(self, args, kwargs)
+            return (forward if guard.compiles_graph else type(self).original_forward)(self, *args, **kwargs)
         for child in guard.synapses(self):
             child.refuse_lost_change()
         with running.forward():
@@ -208,12 +208,6 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
     # Compilers count how often they have compiled one code object, and each model is to have its own count.
     own = FunctionType(guarded.__code__.replace(), guarded.__globals__, closure=guarded.__closure__)
     return functools.wraps(forward)(own)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _run_uncompiled(bio: CapturedModule, args: Any, kwargs: Any) -> Any:
-    with running.forward():
-        return bio.original_forward(*args, **kwargs)
 
 
 def _is_traced(args: Any, kwargs: Any) -> bool:
