@@ -78,6 +78,12 @@ def test_networks_that_do_what_no_graph_holds(plan, frontend):
     check_python(plan, frontend)
 
 
+def test_what_is_computed_again_in_the_backward_pass_changes_state_again():
+    """A checkpoint around batch norm counts each batch twice; its graph counted it once, without a word."""
+    plan = {"images": (("python", "checkpoint", ("norm", "batch")),), "vectors": (("linear", "tanh", True),)}
+    check_python(plan, "symbolic")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 def test_each_kind_of_python(kind, frontend):

@@ -419,9 +419,7 @@ def test_a_model_with_slots_is_transformed_in_place():
 
     model, x = nn.Sequential(Slots()), torch.randn(2, 3)
     y = model(x)
-    with pytest.raises(
-        biofx.CaptureError, match=r"0\.factor is in __slots__, .*inplace=True"
-    ):
+    with pytest.raises(biofx.CaptureError, match=r"0\.factor is in __slots__, .*inplace=True"):
         biofx.transform(model, [passes.SplitSynapses()])
     bio = biofx.transform(model, [passes.SplitSynapses()], inplace=True)
     torch.testing.assert_close(bio(x), y)
