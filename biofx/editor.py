@@ -60,7 +60,7 @@ class Editor:
         self.reason: str | None = None
         self.remarks: list[str] = []
         self._bio = bio
-        self._start = start  # None: only modules that are called as they are read it
+        self._start = start  # None if the graph does not read it, but only Python does
         self._by = by
         self._seed = seed
         self._places = places
@@ -136,8 +136,8 @@ class Editor:
     def count_steps(self) -> None:
         """Let `biofx.attach` count the steps that the weight's optimizer takes.
 
-        They are in the buffer `<parameter>_synapses.steps`. With the seed, beside it, that is the position of all
-        random numbers that rules draw at steps. The seed is that of the first transform in which a pass needs it.
+        Their number is in the buffer `<parameter>_synapses.steps`. Together with the seed, in the buffer beside it, it
+        decides which random numbers rules draw. The seed is that of the first transform in which a pass needs it.
         """
         self.changed = True
         if self._synapses().share("steps", self._by.name, links=False) is None:
@@ -242,4 +242,4 @@ class Editor:
         return present
 
     def _origin(self, slot: Slot) -> Inserted:
-        return Inserted(self._by.name, self.name, slot)
+        return Inserted((self._by.name,), self.name, slot)

@@ -24,7 +24,7 @@ from biofx.errors import CaptureError
 from biofx.fingerprint import fingerprint
 from biofx.islands import WHOLE
 from biofx.model.slots import Slot
-from biofx.model.synapses import Synapses, synapses_in
+from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 from biofx.provenance import inserted_nodes, record_of
 
 GUARD = "_biofx_guard"  # where a transformed model keeps it
@@ -122,6 +122,8 @@ class Guard:
                 modules[path] = module = bio.get_submodule(path)
             except AttributeError:
                 return f"{path} was removed"
+            for key in replaced_weights(module):
+                return f"{path}.{key}".lstrip(".") + " was replaced"
             for name, value in self._saved[path].items():
                 if not _is_same(self._now(module, name), value):
                     what = f"{path}.{name}".lstrip(".")
@@ -203,6 +205,8 @@ def _holders(module: nn.Module) -> Iterator[Any]:
     """What is compared at each call: the attributes, children and hooks of a module, and containers among these."""
     yield vars(module)
     yield module._modules
+    if has_synapses(module):
+        yield module._parameters  # `torch.func.functional_call` puts a tensor in the place of a weight there
     yield from (getattr(module, name) for name in HOOKS)
     yield from (value for name, value in vars(module).items() if name not in _REGISTRIES and type(value) in _CONTAINERS)
 

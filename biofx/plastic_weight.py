@@ -119,7 +119,7 @@ def scale_learning(synapses: Synapses, change: Tensor, weight: Tensor, by: str |
         by: apply only the rules of the pass of this name.
     """
     for link in reversed(synapses.links):
-        chosen = by is None or by in link.origin.by.split(", ")
+        chosen = by is None or by in link.origin.passes
         if chosen and (is_hook(link.target) or is_marker(link.target)):
             change = apply_rule(link.target, change, weight, *synapses.arguments(link))
     return change

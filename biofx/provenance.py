@@ -152,7 +152,7 @@ def changed_since(bio: nn.Module) -> Iterator[str]:
     for name, synapses in synapses_in(bio).items():
         for key, by in synapses.users.items():
             if key not in synapses._buffers:
-                yield f"{key} of {name}, which {by} keeps, is gone"
+                yield f"{key} of {name}, which {', '.join(by)} keeps, is gone"
 
 
 def unwrapped(model: nn.Module) -> fx.GraphModule:

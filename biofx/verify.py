@@ -105,7 +105,7 @@ def _chains(bio: fx.GraphModule) -> Iterator[str]:
         origin = inserted(node)
         if getattr(node.target, "namespace", _namespace(node)) == NAMESPACE and origin is None:
             yield f"{node.name} is a biofx operator that no pass inserted"
-        if origin is not None and not ran.issuperset(origin.by.split(", ")):
+        if origin is not None and not ran.issuperset(origin.passes):
             yield f"{origin.by}: {origin.parameter}: {node.name} was inserted by a pass that did not run"
 
 
@@ -123,7 +123,7 @@ def _parameters(bio: fx.GraphModule) -> Iterator[str]:
 def _passes(bio: fx.GraphModule) -> Iterator[str]:
     record = record_of(bio)
     for weight, synapses in synapses_in(bio).items():
-        gain, by = synapses.state("gain"), synapses.users.get("gain")
+        gain, by = synapses.state("gain"), ", ".join(synapses.users.get("gain", ()))
         if gain is not None:
             lowest = _lowest(gain)
             if lowest is None:

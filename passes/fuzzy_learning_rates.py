@@ -170,7 +170,7 @@ class FuzzyLearningRates(Pass):
         low, high = (float(x) for x in site.gain.aminmax())
         # A bound that the gain's dtype cannot hold is rounded to one that it can.
         lowest, highest = (float(torch.tensor(x, dtype=site.gain.dtype)) for x in (self.minimum, self.maximum))
-        if len(site.known_synapses.users["gain"].split(", ")) > 1:
+        if len(site.known_synapses.users["gain"]) > 1:
             lowest = 0.0  # another rule dampens the same gain
         if low < lowest or high > highest:
             yield f"gain is in [{low:g}, {high:g}], outside of [{self.minimum:g}, {self.maximum:g}]"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import prune
 
 import biofx
@@ -288,3 +289,18 @@ def test_a_model_that_nobody_could_check_compiles_its_python():
     torch.testing.assert_close(compiled(given), model(given))
     compiled(given).sum().backward()
     assert bio.get_parameter("0.weight").grad.any()
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_a_call_with_other_weights_by_the_names_of_the_original(frontend):
+    """The graph reads what is stored, and ignored such a weight without a word."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    bio, others = biofx.transform(model, SPLIT, example_inputs=(X,), frontend=frontend), {"0.weight": torch.zeros(4, 4)}
+    before = bio(X)
+    torch.testing.assert_close(functional_call(bio, others, (X,)), functional_call(model, others, (X,)))
+    torch.testing.assert_close(bio(X), before)
+    bio = biofx.transform(model, [passes.SynapticScaling()], example_inputs=(X,))
+    with pytest.raises(
+        biofx.CaptureError, match=r"0\.weight was replaced since the transform, and synaptic-scaling needs"
+    ):
+        functional_call(bio, others, (X,))

@@ -24,13 +24,12 @@ from biofx.guards import GUARD
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
 from biofx.model import running
 from biofx.model.checkpoints import readable
-from biofx.model.owners import HasSynapses, list_weights, look_for_synapses, methods_of_containers
-from biofx.model.synapses import Synapses
+from biofx.model.owners import HasSynapses, children_of, list_weights, look_for_synapses, methods_of_containers
 from biofx.provenance import RECORD, is_transformed, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
-# Their methods go through all children, and a captured model has more of them: the record, constants of each mode.
+# Their methods go through all children, and a captured model has more of them: synapses, constants of each mode.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 _DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")  # those of a copy are its own
@@ -75,7 +74,9 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         """Generate the code of forward from the graph."""
         code = super().recompile()
         cls = type(self)
-        cls.forward = _as_of(vars(self)[ORIGINAL_CLASS], cls.forward) if is_whole(self) else _guarded(cls.forward)
+        cls.forward = (
+            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward) if is_whole(self) else _guarded(cls.forward)
+        )
         if GUARD in vars(self):
             vars(self)[GUARD].look_at(self)
         return code
@@ -172,12 +173,12 @@ def _without_stand_ins(bio: CapturedModule, container: type[nn.Module]) -> nn.Mo
     """A container in which are the children of the original model only."""
     shell: nn.Module = object.__new__(container)
     vars(shell).update(vars(bio))
-    vars(shell)["_modules"] = {n: m for n, m in bio._modules.items() if not isinstance(m, StandIn | Synapses)}
+    vars(shell)["_modules"] = {n: m for n, m in children_of(bio).items() if not isinstance(m, StandIn)}
     return shell
 
 
-def _as_of(original: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that calls the original one, with its signature."""
+def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward with the signature of the original one, in which each weight is computed once."""
 
     @functools.wraps(original.forward)
     def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
@@ -261,9 +262,7 @@ def _save_folded(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
 def _item(sequence: nn.Sequential, index: Any) -> nn.Module:
     """A layer of a sequence, or a plain sequence of some: a slice would be of the class of the whole."""
     if isinstance(index, slice):
-        return nn.Sequential(
-            OrderedDict([(n, m) for n, m in sequence.named_children() if not isinstance(m, Synapses)][index])
-        )
+        return nn.Sequential(OrderedDict([*children_of(sequence).items()][index]))
     layer: nn.Module = nn.Sequential.__getitem__(sequence, index)
     return layer
 

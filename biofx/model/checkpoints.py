@@ -17,8 +17,8 @@ PLAIN = "this looks like a checkpoint of the plain model; load it into that, bef
 def readable(model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, strict: bool) -> Mapping[str, Any]:
     """A checkpoint under the names that a model has.
 
-    Weights of the original model are divided among the synapses, in the proportions of the present ones; what passes
-    keep stays as it is then.
+    Weights of the original model are divided among the synapses, in proportion to the present ones. The state that
+    passes keep stays as it is.
 
     Args:
         model: the transformed model.
@@ -37,7 +37,7 @@ def readable(model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, str
     for name, child in owned:
         place = _place(name)
         for key in child.users:
-            _rename(result, f"{name}_{key}", f"{place}.{key}")  # of biofx 0.1
+            _rename(result, f"{name}_{key}", f"{place}.{key}")
             if is_plain and f"{place}.{key}" not in result:
                 result[f"{place}.{key}"] = getattr(child, key)
         _rename(result, name, f"{place}.{child.stored_name}")
@@ -66,7 +66,7 @@ def _place(name: str) -> str:
 
 
 def _kept(name: str, child: Synapses, state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has state of synapses under the name that it had in biofx 0.1."""
+    """Whether a checkpoint has state of synapses under the name that it had earlier, such as `fc.weight_gain`."""
     return any(f"{name}_{key}" in state for key in child.users)
 
 
@@ -106,7 +106,7 @@ def _refuse_difference(
         place = _place(name)
         for key, by in child.users.items():
             if f"{place}.{key}" not in state:
-                raise refuse(f"it has no {place}.{key}, which {by} keeps here")
+                raise refuse(f"it has no {place}.{key}, which {', '.join(by)} keeps here")
         given = state.get(f"{place}.{child.stored_name}")
         if isinstance(given, Tensor) and given.shape != child.stored.shape:
             raise refuse(f"{name} is {tuple(given.shape)} in it and {tuple(child.stored.shape)} here")

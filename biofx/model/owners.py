@@ -145,13 +145,14 @@ class HasSynapses:
 
 def methods_of_containers(original: type[nn.Module]) -> dict[str, Any]:
     """What a container that has weights of its own says of its children: synapses are none of them."""
-
-    def children(self: nn.Module) -> list[nn.Module]:
-        return [m for m in self._modules.values() if m is not None and not isinstance(m, Synapses)]
-
     if not issubclass(original, nn.Sequential | nn.ModuleList):
         return {}
-    return {"__iter__": lambda self: iter(children(self)), "__len__": lambda self: len(children(self))}
+    return {"__iter__": lambda self: iter(children_of(self).values()), "__len__": lambda self: len(children_of(self))}
+
+
+def children_of(container: nn.Module) -> dict[str, nn.Module]:
+    """The children that a container had before its own weights had synapses, by name."""
+    return {name: child for name, child in container.named_children() if not isinstance(child, Synapses)}
 
 
 class Owner(HasSynapses):

@@ -48,11 +48,16 @@ class Inserted:
     """Who inserted a node.
 
     Attributes:
-        by: the pass's name; the names of all, joined by ", ", if several passes share the node.
+        passes: the pass's name; the names of all, if several passes share the node.
         parameter: the weight's name in the original model.
         slot: where the node stands.
     """
 
-    by: str
+    passes: tuple[str, ...]
     parameter: str
     slot: Slot
+
+    @property
+    def by(self) -> str:
+        """The names of the passes, in words."""
+        return ", ".join(self.passes)

@@ -76,14 +76,14 @@ class Synapses(nn.Module):
 
     Attributes:
         links: the steps from what is stored to the weight, in order.
-        users: the names of the passes that use each state, by its name, joined by ", ".
+        users: the names of the passes that use each state, by its name.
         rewired: the pass that changes what the operator of the weight returns, which only the graph does; else empty.
     """
 
     def __init__(self, key: str, stored: nn.Parameter) -> None:
         super().__init__()
         self.links: tuple[Link, ...] = ()
-        self.users: dict[str, str] = {}
+        self.users: dict[str, tuple[str, ...]] = {}
         self.rewired = ""
         self._change: Change | None = None
         # An attribute of a module, such as `forward`, cannot be a parameter's name.
@@ -201,16 +201,16 @@ class Synapses(nn.Module):
         if hasattr(self, key):
             raise PipelineError(f"{by} keeps its {key} with a weight, but there is something of that name")
         self.register_buffer(key, value.to(self.stored.device).contiguous())
-        self.users[key] = by
+        self.users[key] = (by,)
 
     def share(self, key: str, by: str, links: bool) -> Tensor | None:
         """State that several passes use, or None: note that one more does, and that it shares the links on it."""
         if key not in self.users:
             return None
-        self.users[key] = ", ".join(dict.fromkeys([*self.users[key].split(", "), by]))
+        self.users[key] = tuple(dict.fromkeys([*self.users[key], by]))
         if links:
             self.links = tuple(
-                replace(link, origin=replace(link.origin, by=self.users[key])) if State(key) in link.args else link
+                replace(link, origin=replace(link.origin, passes=self.users[key])) if State(key) in link.args else link
                 for link in self.links
             )
         return self.state(key)
@@ -238,6 +238,18 @@ def child_of(owner: nn.Module, key: str) -> Synapses | None:
     """The synapses of a weight of a module, or None if it has none."""
     child = owner._modules.get(CHILD.format(key))
     return child if isinstance(child, Synapses) and owner._parameters.get(key) is None else None
+
+
+def has_synapses(owner: nn.Module) -> bool:
+    """Whether a module has weights with synapses, which somebody may have replaced."""
+    return any(isinstance(child, Synapses) for child in owner._modules.values())
+
+
+def replaced_weights(owner: nn.Module) -> Iterator[str]:
+    """The names of weights of a module in whose place there is a tensor, although they have synapses."""
+    for key, parameter in owner._parameters.items():
+        if parameter is not None and isinstance(owner._modules.get(CHILD.format(key)), Synapses):
+            yield key
 
 
 def synapses_of(model: nn.Module, name: str) -> Synapses | None:
