@@ -55,7 +55,7 @@ def _is_link(node: fx.Node, previous: fx.Node) -> bool:
 
 
 def show(start: fx.Node, target: str, synapses: Synapses) -> None:
-    """Let a graph show the synapses of a weight as they are now.
+    """Draw the links of a weight into the graph, in place of those that are there.
 
     Args:
         start: the node of the weight.
@@ -103,7 +103,7 @@ def _erase(links: list[fx.Node]) -> None:
 
 
 def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
-    """The `get_attr` of state of a weight, beside the weight's own.
+    """The `get_attr` node that reads state of a weight; it stands behind the one that reads the weight.
 
     Args:
         start: the node of the weight.

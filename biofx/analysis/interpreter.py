@@ -1,9 +1,10 @@
 """The interpreter: sends what is known of tensors through a recording, operator by operator.
 
 A recording is straight-line code: loops, branches and calls have happened. So an interpreter is one loop over it. A
-domain says what it knows of a tensor that nothing made, what an operator makes of that, and what two pieces of
-knowledge about one memory are together. This one is for domains that know one thing of a tensor as a whole: what its
-activity can be negative by (`Activity`), and which weights a signal has passed (`Flow`).
+domain answers three questions: what is known of a tensor that no operator made, what is known of an operator's result,
+and what is known of memory after something was written into a part of it. This interpreter is for domains that know one
+thing of a tensor as a whole: what its activity can be negative by (`Activity`), and which weights a signal has passed
+(`Flow`).
 
 Two domains know something of every entry, and so have a memory of their own, in which a view is a view: the numbers of
 units (`UnitAnalysis`), which are sent through it again until they are settled, and the coordinates of parameters

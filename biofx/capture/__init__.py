@@ -8,8 +8,8 @@ The front end `"symbolic"` is symbolic tracing with four differences from `torch
 - A constant that depends on `training` keeps following `.train()` and `.eval()` of the module that it is read from
   (`ByMode`).
 - A module whose forward cannot be traced, or does what a graph does not hold, is an island: the smallest such module is
-  called as it is. Its weights are those of its modules, whoever reads them (`biofx.model`). So are modules that
-  `torch.nn` calls in one piece, such as recurrent layers. If it comes to that, the whole model is one island.
+  called as it is, and so are modules that `torch.nn` calls in one piece, such as recurrent layers. Their Python reads
+  the same weights as the graph (`biofx.model`). If it comes to that, the whole model is one island.
 - The result keeps the module tree of the model: its classes, attributes, buffers and the order of its state.
 
 With `"module"`, the whole model is one island from the start: all of its Python code stays. For `"export"`, see
