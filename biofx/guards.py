@@ -7,10 +7,8 @@ effective weights. Where a pass needs the graph, there is an error instead.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, chain
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,18 +18,20 @@ from torch.utils import _pytree as pytree
 
 from biofx.capture.stores import store
 from biofx.capture.variables import Variable, reads
+from biofx.contents import frozen, holders, is_holder
 from biofx.errors import CaptureError
 from biofx.fingerprint import fingerprint
 from biofx.islands import WHOLE
 from biofx.model.slots import Slot
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
-from biofx.provenance import inserted_nodes, record_of
+from biofx.provenance import RECORD, inserted_nodes, record_of
 
 GUARD = "_biofx_guard"  # where a transformed model keeps it
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REGISTRIES = frozenset(vars(nn.Module()))
 _OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 _DERIVED = frozenset({"_flat_weights", "_flat_weight_refs", "_compiled_call_impl"})
+_NOT_OF_USERS = _REGISTRIES | _OF_GRAPHS | _DERIVED | {RECORD}
 _GLOBAL_HOOKS = [vars(global_hooks)[f"_global{name}"] for name in HOOKS]
 _DEEPEST = 4  # how far into objects inside of objects an argument is looked at
 
@@ -60,7 +60,7 @@ class Guard:
         }
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
         self.look_at(bio)
-        self._globals = copy.deepcopy(self._global_values(bio))
+        self._globals = self._global_values(bio)
 
     @property
     def needs_graph(self) -> bool:
@@ -128,20 +128,18 @@ class Guard:
                 if not _is_same(self._now(module, name), value):
                     what = f"{path}.{name}".lstrip(".")
                     return f"{path or 'the model'} got hooks" if name in HOOKS else f"{what} changed"
-        holders = [holder for module in modules.values() for holder in _holders(module)]
-        self._held = holders, [holder.copy() for holder in holders]
+        seen: set[int] = set()
+        held = [holder for module in modules.values() for holder in _looked_at(module, seen)]
+        self._held = held, [holder.copy() for holder in held]
         return None
 
     def _changed_global(self, bio: nn.Module) -> str | None:
         """A variable outside of the model that is not as it was, in words."""
         now = self._global_values(bio)
-        try:
-            if now == self._globals:
-                return None
-        except (RuntimeError, ValueError):  # one is a tensor by now
-            pass
-        names = (name for name in {**now, **self._globals} if not _is_same(now.get(name), self._globals.get(name)))
-        return next((f"the variable {name}, which forward reads, changed" for name in names), None)
+        if now == self._globals:
+            return None
+        names = (name for name in {**now, **self._globals} if now.get(name) != self._globals.get(name))
+        return f"the variable {next(names)}, which forward reads, changed"
 
     def _global_values(self, bio: nn.Module) -> dict[str, Any]:
         """The variables outside of the model that forward reads, or what tells whether they are the same."""
@@ -151,13 +149,7 @@ class Guard:
         return {name: _identity(value) for name, value in values.items()}
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
-        kept = {
-            name: _copied(value)
-            for name, value in vars(module).items()
-            if name not in _REGISTRIES | _OF_GRAPHS | _DERIVED
-            and not name.startswith("_biofx")
-            and (path, name) not in self._own
-        }
+        kept = {name: _noted(value) for name, value in _attributes(module) if (path, name) not in self._own}
         hooks = {name: len(getattr(module, name)) for name in HOOKS}
         forward = {"forward": vars(module).get("forward")}
         return {**kept, **hooks, **forward, "_modules": dict(module._modules)}
@@ -165,7 +157,8 @@ class Guard:
     def _now(self, module: nn.Module, name: str) -> Any:
         if name in HOOKS:
             return len(getattr(module, name))
-        return vars(module).get(name)
+        value = vars(module).get(name)
+        return value if name == "_modules" else _noted(value)
 
 
 def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
@@ -201,28 +194,34 @@ def _target(node: Any) -> str:
     return "" if node.target == WHOLE else str(node.target)
 
 
-def _holders(module: nn.Module) -> Iterator[Any]:
-    """What is compared at each call: the attributes, children and hooks of a module, and containers among these."""
+def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:
+    """What is compared at each call: the attributes, children and hooks of a module, and what attributes hold."""
     yield vars(module)
     yield module._modules
     if has_synapses(module):
         yield module._parameters  # `torch.func.functional_call` puts a tensor in the place of a weight there
     yield from (getattr(module, name) for name in HOOKS)
-    yield from (value for name, value in vars(module).items() if name not in _REGISTRIES and type(value) in _CONTAINERS)
+    for _, value in _attributes(module):
+        yield from holders(value, seen)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes of a module that are the user's."""
+    for name, value in vars(module).items():
+        if name not in _NOT_OF_USERS and not name.startswith("_biofx"):
+            yield name, value
 
 
 def _identity(value: Any) -> Any:
-    """What is equal for the same variable; of a function its name, as a function cannot be pickled."""
+    """What is equal for the same value of a variable."""
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
-    return value.__qualname__ if isinstance(value, FunctionType) else value
+    return frozen(value)
 
 
-_CONTAINERS = (dict, list, set)
-
-
-def _copied(value: Any) -> Any:
-    return value.copy() if type(value) in _CONTAINERS else value
+def _noted(value: Any) -> Any:
+    """What tells of an attribute whether it is the same: its contents, or else itself."""
+    return frozen(value) if is_holder(value) else value
 
 
 def _is_same(now: Any, before: Any) -> bool:

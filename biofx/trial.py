@@ -6,17 +6,17 @@ import pickle
 import random
 import sys
 import threading
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from biofx.contents import holders
 from biofx.model.synapses import stored
 
 LOCK = threading.RLock()  # all threads share the random number generators, and torch.nn.Module, which tracing patches
@@ -243,7 +243,7 @@ class Snapshot:
         for path, module in model.named_modules():
             self._held.append((path, "", vars(module), dict(vars(module))))
             for name, value in vars(module).items():
-                self._look_into(path, name, value, with_objects=True)
+                self._held += [(path, name, holder, holder.copy()) for holder in holders(value, self._seen)]
 
     def restore(self) -> None:
         """Put everything back."""
@@ -265,31 +265,9 @@ class Snapshot:
                     name = str(key) if attribute in ("", *_REGISTRIES) else attribute
                     yield Change(path, name, attribute in ("", "_buffers"))
 
-    def _look_into(self, path: str, name: str, value: Any, with_objects: bool) -> None:
-        if id(value) in self._seen:
-            return
-        if type(value) in _CONTAINERS:
-            self._seen.add(id(value))
-            self._held.append((path, name, value, value.copy()))
-            for part in list(value.values() if isinstance(value, dict) else value):
-                self._look_into(path, name, part, with_objects)
-        elif with_objects and _is_plain_object(value):
-            self._seen.add(id(value))
-            self._held.append((path, name, vars(value), dict(vars(value))))
-            for part in list(vars(value).values()):
-                self._look_into(path, name, part, with_objects=False)
-
 
 _REGISTRIES = frozenset(vars(nn.Module()))
 _DERIVED = ("_flat_weights", "_flat_weight_refs")  # of recurrent layers, from their parameters
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
-
-
-def _is_plain_object(value: Any) -> bool:
-    """Whether a value is an object of somebody's own class, such as a configuration or a counter."""
-    if isinstance(value, nn.Module | Tensor | type | ModuleType) or not hasattr(value, "__dict__") or callable(value):
-        return False
-    return type(value).__module__.partition(".")[0] not in ("torch", "builtins", "functools", "enum")
 
 
 def _is_same(a: Any, b: Any) -> bool:

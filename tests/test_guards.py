@@ -304,3 +304,50 @@ def test_a_call_with_other_weights_by_the_names_of_the_original(frontend):
         biofx.CaptureError, match=r"0\.weight was replaced since the transform, and synaptic-scaling needs"
     ):
         functional_call(bio, others, (X,))
+
+
+class Settings:
+    """A configuration: an object in an attribute, or outside of the model."""
+
+    def __init__(self):
+        self.p, self.inner, self.options = 1.0, SimpleNamespace(q=1.0), {"a": [1.0]}
+
+
+OUTSIDE, TABLE = SimpleNamespace(deep=SimpleNamespace(r=1.0)), {"o": SimpleNamespace(z=1.0)}
+
+
+class Configured(nn.Module):
+    """Reads what is deep inside of objects and containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.settings, self.factors = nn.Linear(4, 4), Settings(), [[1.0]]
+
+    def forward(self, x):
+        inside = self.settings.p * self.settings.inner.q * self.settings.options["a"][0] * self.factors[0][0]
+        return self.fc(x) * inside * OUTSIDE.deep.r * TABLE["o"].z
+
+
+DEEP = {
+    "attribute of an object": lambda m, patch: setattr(m.settings, "p", 2.0),
+    "attribute of an attribute": lambda m, patch: setattr(m.settings.inner, "q", 3.0),
+    "list in a dictionary of an object": lambda m, patch: m.settings.options["a"].__setitem__(0, 4.0),
+    "list in a list": lambda m, patch: m.factors[0].__setitem__(0, 5.0),
+    "outside": lambda m, patch: patch.setattr(OUTSIDE.deep, "r", 6.0),
+    "outside, in a dictionary": lambda m, patch: patch.setattr(TABLE["o"], "z", 7.0),
+}
+
+
+@pytest.mark.parametrize("change", DEEP.values(), ids=DEEP)
+def test_what_is_deep_inside_of_objects_may_change(change, monkeypatch):
+    model = Configured()
+    bio = biofx.transform(model, SPLIT, example_inputs=(X,))
+    before = bio(X)
+    for other in (bio, copy.deepcopy(bio), pickle.loads(pickle.dumps(bio))):
+        assert vars(other)["_biofx_guard"].admits(other, (X,), {})
+        plain = copy.deepcopy(model)
+        with monkeypatch.context() as patch:
+            for each in (plain, other):
+                change(each, patch)
+            torch.testing.assert_close(other(X), plain(X))
+            assert not torch.allclose(other(X), before)

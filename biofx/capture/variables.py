@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from functools import partial
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
+from biofx.contents import is_holder
+
 Variable = Callable[[], Any]
 """Gives the value of a variable now."""
+
+_PLAIN = bool | int | float | complex | str | bytes | None
+_DEEPEST = 4  # how far into attributes of attributes
 
 # Nobody sets variables of these between two calls; they are by far the most that forwards refer to.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"})
@@ -62,22 +67,28 @@ def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, Vari
     variables = {name: partial(function.__globals__.get, name) for name in names.globals}
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     variables |= {name: partial(getattr, cell, "cell_contents", None) for name, cell in cells}
+    variables.pop("__class__", None)  # of `super()`
     for name, variable in variables.items():
-        parts: dict[str, Variable] = {name: variable}
-        value = variable()
-        if _has_attributes(value):
-            parts = {f"{name}.{key}": partial(vars(value).get, key) for key in names.unbound & vars(value).keys()}
-        for label, part in parts.items():
-            if isinstance(part(), FunctionType):
-                yield from _read_by(part(), seen)
-            if isinstance(part(), FunctionType | Tensor) or _is_plain(part()):
+        for label, part in _parts(name, variable, frozenset(names.unbound)):
+            value = part()
+            if isinstance(value, FunctionType):
+                yield from _read_by(value, seen)
+            if isinstance(value, _PLAIN | FunctionType | Tensor) or is_holder(value):
                 yield f"{function.__module__}.{label}", part
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list | dict | set | frozenset):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, bool | int | float | complex | str | bytes | None)
+def _parts(name: str, variable: Variable, names: Set[str], depth: int = _DEEPEST) -> Iterator[tuple[str, Variable]]:
+    """A variable, or, if it is an object with attributes, those of them that a function names, and of these."""
+    value = variable()
+    if not depth or not _has_attributes(value):
+        yield name, variable
+        return
+    for key in sorted(names & vars(value).keys()):
+        yield from _parts(f"{name}.{key}", partial(_attribute, variable, key), names, depth - 1)
+
+
+def _attribute(variable: Variable, key: str) -> Any:
+    return getattr(variable(), "__dict__", {}).get(key)
 
 
 def _has_attributes(value: Any) -> bool:
