@@ -13,6 +13,10 @@ class ArgumentError(BiofxError, ValueError):
     """An argument that cannot be meant."""
 
 
+class InputError(ArgumentError):
+    """Inputs of another form than those for which a graph was captured."""
+
+
 class CaptureError(BiofxError):
     """A model whose forward cannot be turned into a graph."""
 

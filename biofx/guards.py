@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from biofx.capture.stores import store
 from biofx.capture.variables import Variable, reads
-from biofx.contents import frozen, holders, is_holder
+from biofx.contents import frozen, holders, is_holder, named
 from biofx.errors import CaptureError
 from biofx.fingerprint import fingerprint
 from biofx.islands import WHOLE
@@ -142,11 +142,11 @@ class Guard:
         return f"the variable {next(names)}, which forward reads, changed"
 
     def _global_values(self, bio: nn.Module) -> dict[str, Any]:
-        """The variables outside of the model that forward reads, or what tells whether they are the same."""
+        """What the variables outside of the model hold that forward reads."""
         if self._variables is None:
             self._variables = reads(bio.get_submodule(path) for path in self.traced)
         values = {name: variable() for name, variable in self._variables.items()}
-        return {name: _identity(value) for name, value in values.items()}
+        return {name: frozen(value, named) for name, value in values.items()}
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         kept = {name: _noted(value) for name, value in _attributes(module) if (path, name) not in self._own}
@@ -210,13 +210,6 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
         if name not in _NOT_OF_USERS and not name.startswith("_biofx"):
             yield name, value
-
-
-def _identity(value: Any) -> Any:
-    """What is equal for the same value of a variable."""
-    if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
-    return frozen(value)
 
 
 def _noted(value: Any) -> Any:

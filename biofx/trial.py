@@ -9,15 +9,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from biofx.contents import holders
-from biofx.model.synapses import stored
+from biofx.contents import holders, is_array, put_back
 
 LOCK = threading.RLock()  # all threads share the random number generators, and torch.nn.Module, which tracing patches
 
@@ -51,38 +49,6 @@ def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 def is_function(example_inputs: Any) -> bool:
     """Whether example inputs are a function that runs the model."""
     return callable(example_inputs) and not isinstance(example_inputs, Tensor | nn.Module | dict)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a model computes.
-
-    Attributes:
-        tensors: those that it returns, and the buffers asked for.
-        gradients: of something that depends on all that it returns, by the parameter; None if they cannot be had.
-    """
-
-    tensors: list[Tensor]
-    gradients: dict[str, Tensor] | None
-
-
-def run_from_seed(model: nn.Module, example_inputs: Any, buffers: Sequence[str], parameters: Sequence[str]) -> Trial:
-    """What a model computes in the mode that it is in, with random numbers from one seed.
-
-    Neither the model's buffers and gradients, nor the inputs, nor the global random number generators change.
-
-    Args:
-        model: any module.
-        example_inputs: arguments of the model, as for `transform`.
-        buffers: the buffers whose values afterwards are returned as well, by name.
-        parameters: the parameters whose gradients are returned, by name.
-    """
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    with parameters_kept(model), undisturbed(model), torch.enable_grad():
-        torch.manual_seed(0)
-        outputs = tensors_in(model(*args, **kwargs))
-        slopes = gradients(outputs, {name: stored(model, name) for name in parameters})
-        return Trial([x.detach() for x in (*outputs, *map(model.get_buffer, buffers))], slopes)
 
 
 def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -248,8 +214,7 @@ class Snapshot:
     def restore(self) -> None:
         """Put everything back."""
         for _, _, holder, content in self._held:
-            holder.clear()
-            (holder.extend if isinstance(holder, list | deque) else holder.update)(content)
+            put_back(holder, content)
 
     def changes(self) -> Iterator[Change]:
         """What is something else by now."""
@@ -276,4 +241,6 @@ def _is_same(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, tuple | list | deque) and type(a) is type(b):
         return len(a) == len(b) and all(map(_is_same, a, b))
+    if is_array(a) and is_array(b):
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     return type(a) is type(b) and isinstance(a, int | float | complex | str | bytes | set) and bool(a == b)

@@ -4,11 +4,12 @@ import copy
 import pickle
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
-from biofx.contents import frozen, holders, is_holder
+from biofx.contents import frozen, holders, is_holder, named, put_back
 
 
 class Settings:
@@ -17,7 +18,9 @@ class Settings:
 
 
 def nested():
-    return Settings(a=1, b=[1, {"x": SimpleNamespace(y=2.0)}], c=({3},), d=torch.ones(2), e=nn.Linear(1, 1), f=len)
+    return Settings(
+        a=1, b=[1, {"x": SimpleNamespace(y=2.0)}], c=({3},), d=torch.ones(2), e=nn.Linear(1, 1), f=len, h=numpy.ones(3)
+    )
 
 
 CHANGES = [
@@ -26,6 +29,7 @@ CHANGES = [
     lambda v: setattr(v.b[1]["x"], "y", 3.0),
     lambda v: v.c[0].add(4),
     lambda v: setattr(v, "g", None),
+    lambda v: v.h.__setitem__(1, 5.0),
 ]
 
 
@@ -33,8 +37,9 @@ CHANGES = [
 def test_what_is_frozen_is_equal_as_long_as_nothing_changes(change):
     value = nested()
     before = frozen(value)
-    assert frozen(copy.deepcopy(value)) == before
-    assert pickle.loads(pickle.dumps(before)) == before
+    for other, other_before in (copy.deepcopy((value, before)), pickle.loads(pickle.dumps((value, before)))):
+        assert frozen(other) == other_before
+        assert frozen(other) != before  # it has a tensor and a module of its own
     change(value)
     assert frozen(value) != before
 
@@ -42,10 +47,13 @@ def test_what_is_frozen_is_equal_as_long_as_nothing_changes(change):
 @pytest.mark.parametrize("change", CHANGES)
 def test_holders_are_all_that_can_change(change):
     value = nested()
-    now = list(holders(value, set()))
+    unchanged, now = frozen(value), list(holders(value, set()))
     before = [holder.copy() for holder in now]
     change(value)
-    assert sum(new != old for new, old in zip(now, before, strict=True)) == 1
+    assert sum(not numpy.array_equal(new, old) for new, old in zip(now, before, strict=True)) == 1
+    for holder, content in zip(now, before, strict=True):
+        put_back(holder, content)
+    assert frozen(value) == unchanged
 
 
 def test_tensors_modules_and_functions_are_not_looked_into():
@@ -57,3 +65,25 @@ def test_what_holds_itself_comes_to_an_end():
     value.append(value)
     assert len(list(holders(value, set()))) == 1
     assert frozen(value) == frozen(value)
+
+
+def test_what_is_shared_is_frozen_once():
+    """It would be a tree of 2 ** 16 parts."""
+    value = [1]
+    for _ in range(16):
+        value = [value, value]
+    assert len(frozen(value)) < 200
+
+
+def test_what_is_named_is_equal_where_it_is_found_again():
+    def same(value):
+        return pickle.loads(pickle.dumps(frozen(value, named))) == frozen(value, named)
+
+    tensor = torch.ones(2)
+    assert all(map(same, (nested, [nested, Settings], {"a": tensor}, [nn.Linear(1, 1)])))
+    before = frozen([tensor], named)
+    assert frozen([torch.ones(2)], named) != before
+    tensor += 1
+    assert frozen([tensor], named) != before
+    doubles, triples = (lambda x: 2 * x), (lambda x: 3 * x)
+    assert frozen(doubles, named) != frozen(triples, named)

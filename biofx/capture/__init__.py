@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping, Set
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
-from biofx.capture.checking import Run, calls_of, disagreement
+from biofx.capture.checking import Run, called_with, calls_of, disagreement, forward_of
 from biofx.capture.modes import trace_modes
 from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, taken_hooks
 from biofx.capture.tracer import KeepWhole, MustBeNone
@@ -184,7 +184,7 @@ def _trace_what_can_be(
     while True:
         try:
             trace = trace_modes(model, absent, whole, synapses)
-            found = None if run is None else disagreement(model, trace, run)
+            found = None if run is None else _disagreement(model, trace, run)
             if found is None:
                 return trace
             raise KeepWhole(_differing(model, trace, run, found, synapses))
@@ -214,7 +214,7 @@ def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, syna
                   if inner.startswith(f"{path}.")}  # fmt: skip
         try:
             alone = trace_modes(module, _absent_of(module, args, kwargs), inside, synapses)
-            difference = disagreement(module, alone, lambda m, a=args, k=kwargs: _called(m, a, k))  # type: ignore[misc]
+            difference = _disagreement(module, alone, called_with(args, kwargs))
         except KeepWhole:
             continue
         finally:
@@ -224,9 +224,8 @@ def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, syna
     return result or {"": found}
 
 
-def _called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-    return module(*args, **kwargs)
+def _disagreement(model: nn.Module, trace: Trace, run: Run) -> str | None:
+    return disagreement(model, run, partial(forward_of, model, trace), by_mode=bool(trace.tracer.reads))
 
 
 def _drop_stand_ins(children: Mapping[nn.Module, Set[str]]) -> None:

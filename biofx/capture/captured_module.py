@@ -19,7 +19,7 @@ from biofx.analysis.graphs import USES
 from biofx.capture.tracer import StandIn
 from biofx.chain import number_nodes
 from biofx.copying import clones
-from biofx.errors import CaptureError
+from biofx.errors import CaptureError, InputError
 from biofx.guards import GUARD
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
 from biofx.model import running
@@ -203,7 +203,11 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             child.refuse_lost_change()
         with running.forward():
             if guard.admits(self, args, kwargs):
-                return forward(self, *args, **kwargs)
+                try:
+                    return forward(self, *args, **kwargs)
+                except InputError:  # which a graph raises before it does anything
+                    if guard.needs_graph:
+                        raise
             return self.original_forward(*args, **kwargs)
 
     # Compilers count how often they have compiled one code object, and each model is to have its own count.

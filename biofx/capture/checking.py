@@ -31,26 +31,34 @@ MORE, FEW = 1.5, 1024  # a graph may save so many times as many numbers as Pytho
 Run = Callable[[nn.Module], Any]
 """Runs a model, once or several times."""
 
+Forward = Callable[..., Any]
+"""What a model does with its arguments."""
 
-def disagreement(model: nn.Module, trace: Trace, run: Run) -> str | None:
+
+def disagreement(
+    model: nn.Module, run: Run, graph: Callable[[], Forward], python: Forward | None = None, by_mode: bool = True
+) -> str | None:
     """How a graph differs from the Python that it was traced from, in words, or None if it does not.
 
     Args:
         model: the model; it is afterwards what it was.
-        trace: its graph.
         run: runs the model.
+        graph: makes a forward that runs the graph.
+        python: a forward that runs the Python; None for the model's own.
+        by_mode: whether forward asks for the mode.
     """
     saves_more = False
     for training in (False, True):
-        if training and not (trace.tracer.reads or saves_more):
+        if training and not (by_mode or saves_more):
             continue
         try:
-            expected = _behaviour(model, run, training)
+            with running(model, python):
+                expected = _behaviour(model, run, training)
         except Exception:  # noqa: BLE001 - such as batch norm of one sample
             continue
         where = f"in {'training' if training else 'evaluation'} mode"
         try:
-            with _running_graph(model, trace):
+            with running(model, graph()):
                 actual = _behaviour(model, run, training)
         except Exception as error:  # noqa: BLE001 - forward is anybody's code
             return f"its graph fails {where}: {' '.join(str(error).split())[:120]}"
@@ -82,6 +90,16 @@ def calls_of(model: nn.Module, paths: Iterator[str], run: Run) -> dict[str, tupl
         with contextlib.suppress(Exception):
             run(model)
     return found
+
+
+def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    """A run on some arguments, which stay as they are."""
+
+    def run(model: nn.Module) -> Any:
+        own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+        return model(*own_args, **own_kwargs)
+
+    return run
 
 
 class _Behaviour(NamedTuple):
@@ -151,10 +169,21 @@ def _seed() -> None:
 
 
 @contextlib.contextmanager
-def _running_graph(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Let calls of a model run its graph."""
-    made = {name: x.clone() if isinstance(x, Tensor) else x for name, x in trace.constants.items()}
-    own: Mapping[str, Any] = {**made, **trace.tracer.refusals, WHOLE: model}
+def running(model: nn.Module, forward: Forward | None) -> Iterator[None]:
+    """Let calls of a model run another forward; None for its own."""
+    had = vars(model).get("forward")
+    if forward is not None:
+        vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        if had is not None:
+            vars(model)["forward"] = had
+
+
+def forward_of(model: nn.Module, trace: Trace) -> Forward:
+    """A forward that runs the graph of a model."""
     signature = inspect.signature(type(model).forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -162,14 +191,9 @@ def _running_graph(model: nn.Module, trace: Trace) -> Iterator[None]:
         bound.apply_defaults()
         return _run(model, trace.graph, own, bound.arguments)
 
-    had = vars(model).get("forward")
-    vars(model)["forward"] = forward
-    try:
-        yield
-    finally:
-        vars(model).pop("forward", None)
-        if had is not None:
-            vars(model)["forward"] = had
+    made = {name: x.clone() if isinstance(x, Tensor) else x for name, x in trace.constants.items()}
+    own: Mapping[str, Any] = {**made, **trace.tracer.refusals, WHOLE: model}
+    return forward
 
 
 def _run(model: nn.Module, graph: fx.Graph, own: Mapping[str, Any], given: Mapping[str, Any]) -> Any:

@@ -26,7 +26,8 @@ from biofx.capture.reparametrized import (
     original_class,
     with_computing_hooks,
 )
-from biofx.errors import ArgumentError
+from biofx.contents import is_array
+from biofx.errors import InputError
 from biofx.references import HOOKS
 from biofx.trial import LOCK, Draws
 
@@ -52,7 +53,7 @@ class MustBeNone(StandIn):
     def forward(self, value: Any) -> None:
         """Refuse a value that the graph would ignore."""
         if value is not None and not isinstance(value, fx.Proxy):  # a proxy: torch.fx.symbolic_trace of the graph
-            raise ArgumentError(
+            raise InputError(
                 f"forward was captured without its optional argument {self.argument!r}, so it cannot take one; "
                 f"transform the model with example_inputs that contain {self.argument!r}"
             )
@@ -277,6 +278,8 @@ class Tracer(fx.Tracer):
             self._check_random()
         if isinstance(a, dict) and not isinstance(a, fx.Proxy) and type(a).__module__ not in _PLAIN_DICTS:
             return self._create_dict_of_class(a)
+        if type(a).__module__ == "numpy" and hasattr(a, "item") and not is_array(a):
+            a = a.item()  # a number, by a name that generated code does not know
         return super().create_arg(a)
 
     def _create_dict_of_class(self, a: Any) -> Any:

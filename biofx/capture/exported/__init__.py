@@ -10,29 +10,27 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from biofx.capture.captured_module import CapturedModule, captured
+from biofx.capture.checking import called_with, disagreement
 from biofx.capture.explanation import lines_of
-from biofx.capture.exported.batch import batch_places, resized, same_for_one
 from biofx.capture.exported.both_modes import Either, merged
-from biofx.capture.exported.conditions import INSTEAD, CheckInputs, either
+from biofx.capture.exported.conditions import INSTEAD, CheckInputs
 from biofx.capture.exported.devices import follow_device, names_dtype
-from biofx.capture.exported.program import Export, Program, conditions_of, export, read
+from biofx.capture.exported.program import Program, export, read
 from biofx.capture.exported.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.reparametrized import taken_hooks
 from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
-from biofx.compare import difference
 from biofx.errors import ArgumentError, CaptureError
 from biofx.fingerprint import fingerprint
 from biofx.islands import ORIGINAL_HOOKS
 from biofx.provenance import RECORD, Record
 from biofx.references import HOOKS
-from biofx.trial import Trial, run_from_seed, split_inputs
+from biofx.trial import split_inputs
 
 _OUR_SIDE = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
 
@@ -59,8 +57,6 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     inputs = describe((given.args, given.kwargs), leaves)
     given.apply_defaults()
     arguments = {name: describe(value, []) for name, value in given.arguments.items()}
-    state = [name for name, _ in model.named_buffers()], [name for name, _ in model.named_parameters()]
-    before = _behaviours(model, example_inputs, state)
     training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
     graph, constants = _assembled(model, arguments, leaves, training, evaluation)
     names = {name: unused_name(model, name) for name in constants}  # free in the model
@@ -74,57 +70,26 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     record = Record(model, fingerprint(bio), names.values())
     record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, StandIn))
     vars(bio)[RECORD] = record
-    _check_behaviours(bio, example_inputs, state, before)
+    _check(bio, example_inputs)
     return bio
 
 
-_Mode = bool | None
-"""Training or evaluation mode of all modules; None: the mode that each is in."""
-
-
-_State = tuple[list[str], list[str]]
-"""The names of the buffers and of the parameters of the original model."""
-
-
-def _behaviours(model: nn.Module, example_inputs: Any, state: _State) -> dict[_Mode, Trial]:
-    """What it computes on the example inputs, in each mode in which it does not fail."""
-    modes: set[_Mode] = {module.training for module in model.modules()}
-    result: dict[_Mode, Trial] = {}
-    for mode in (True, False, *([None] if len(modes) > 1 else [])):
-        with suppress(Exception):  # such as a batch norm in training, on one example
-            result[mode] = _behaviour(model, example_inputs, state, mode)
-    return result
-
-
-def _behaviour(model: nn.Module, example_inputs: Any, state: _State, mode: _Mode) -> Trial:
-    before = {module: module.training for module in model.modules()}
-    try:
-        for module in before:
-            module.training = before[module] if mode is None else mode
-        return run_from_seed(model, example_inputs, *state)
-    finally:
-        for module in before:
-            module.training = before[module]
-
-
-def _check_behaviours(bio: CapturedModule, example_inputs: Any, state: _State, before: dict[_Mode, Trial]) -> None:
-    for mode, expected in before.items():
-        where = {True: "training", False: "evaluation", None: "its present"}[mode]
-        actual = _behaviour(bio, example_inputs, state, mode)
-        found = difference(expected.tensors, actual.tensors)
-        if found is not None:
-            raise CaptureError(
-                f"{type(bio).__name__} computes something else when exported, in {where} mode: {found} "
-                "(buffers count as outputs). Its forward takes decisions, draws random numbers or has side effects "
-                f"that a graph does not hold; {INSTEAD}"
-            )
-        for name, gradient in (expected.gradients or {}).items():
-            if actual.gradients is None or difference([gradient], [actual.gradients[name]]) is not None:
-                raise CaptureError(
-                    f"{name} has another gradient when {type(bio).__name__} is exported, in {where} mode. Its forward "
-                    "uses a torch.autograd.Function or a hook on a tensor, and torch.export drops their gradients; "
-                    f"{INSTEAD}"
+def _check(bio: CapturedModule, example_inputs: Any) -> None:
+    """Refuse a model that computes something else when exported."""
+    run = called_with(*split_inputs(example_inputs))
+    found = disagreement(bio, run, lambda: MethodType(type(bio).forward, bio), bio.original_forward)
+    if found is not None:
+        why = (
+            "Its forward takes decisions, draws random numbers, has side effects, or has gradients of its own "
+            "(a torch.autograd.Function, a hook on a tensor)"
+        )
+        for name, module in bio.named_modules():
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+                why = (
+                    f"{name or 'It'} is a torch.nn.TransformerEncoder, which returns zeros for padding when no "
+                    "gradients are needed; build it with enable_nested_tensor=False"
                 )
+        raise CaptureError(f"{type(bio).__name__} cannot be exported: {found}. {why}, or {INSTEAD}")
 
 
 def _refuse_hooks(model: nn.Module) -> None:
@@ -150,29 +115,11 @@ def _bind(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
 
 def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training: bool) -> Program:
     try:
-        exported = export(model, inputs, leaves, training)
+        return read(model, export(model, inputs, leaves, training))
+    except CaptureError:
+        raise
     except (Exception, KeepWhole) as error:
         raise CaptureError(_explain(model, error, "training" if training else "evaluation")) from error
-    return _for_one_and_for_many(model, exported, inputs, leaves, training)
-
-
-def _for_one_and_for_many(
-    model: nn.Module, exported: Export, inputs: Structure, leaves: list[Tensor], training: bool
-) -> Program:
-    """A graph that is right for a batch of one and for others, if there is one."""
-    places = batch_places(exported, leaves)
-    others = resized(leaves, places)
-    if all(condition.holds(others) for condition in conditions_of(exported)):
-        return read(model, exported)
-    try:
-        other = export(model, inputs, others, training)
-    except (Exception, KeepWhole):  # noqa: BLE001 - such as a batch norm in training, on one example
-        return read(model, exported)
-    is_one = sum(map(Tensor.numel, leaves)) < sum(map(Tensor.numel, others))
-    many, one = (other, exported) if is_one else (exported, other)
-    if not same_for_one(many, one, places):
-        return read(model, exported)
-    return replace(read(model, many), conditions=either(conditions_of(many), conditions_of(one)))
 
 
 def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
@@ -218,11 +165,11 @@ def _assembled(
 
     placeholders = _placeholders(graph, model.forward, arguments)
     names = [leaf for name, structure in arguments.items() for leaf in leaf_names(structure, name)]
-    check = CheckInputs(arguments, names, [leaf.dim() for leaf in leaves], training.conditions, evaluation.conditions)
-    graph.call_module(add_module("check_inputs", check), tuple(placeholders.values()))
+    check = CheckInputs(arguments, names, leaves, training.conditions, evaluation.conditions)
+    graph.call_module(add_module("check_inputs", check), tuple(placeholders[name] for name in arguments))
     sources: list[fx.Node] = []
-    for name, placeholder in placeholders.items():
-        sources += unpacked(graph, arguments[name], placeholder, add_module)
+    for name, structure in arguments.items():
+        sources += unpacked(graph, structure, placeholders[name], add_module)
     copies = dict(zip(body.find_nodes(op="placeholder"), sources, strict=True))
     graph.graph_copy(body, copies)
     returned = [fx.map_arg(tuple(values), copies.__getitem__) for values in results]
@@ -238,8 +185,7 @@ def _assembled(
     like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     if like is not None:
         follow_device(model, graph, like.device)
-        if names_dtype(model, graph, like.dtype):
-            check.hold_dtype(like)
+        check.follow_dtype(like, names_dtype(model, graph, like.dtype))
     return graph, constants
 
 
@@ -250,10 +196,12 @@ def _either(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, StandIn]
 
 
 def _placeholders(graph: fx.Graph, forward: Callable[..., Any], arguments: dict[str, Structure]) -> dict[str, fx.Node]:
-    """The arguments of forward, with their defaults."""
+    """The arguments of forward, with their defaults, in the order in which torch.fx traces them."""
     result = {}
     keyword_only = []
-    for name, parameter in inspect.signature(forward).parameters.items():
+    parameters = inspect.signature(forward).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].kind in variadic):
         stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
         stars = "**" if parameter.kind is parameter.VAR_KEYWORD else stars
         if parameter.kind is parameter.KEYWORD_ONLY:

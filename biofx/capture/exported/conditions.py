@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from biofx.capture.exported.structure import Structure, read
 from biofx.capture.tracer import StandIn
-from biofx.errors import ArgumentError, CaptureError
+from biofx.errors import CaptureError, InputError
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -97,17 +97,6 @@ def has_length(leaf: int, axis: int, relation: Callable[..., Any], number: int) 
     return Condition(f"{{{leaf}}}.shape[{axis}] {sign} {number}", Call(relation, (Size(leaf, axis), number)))
 
 
-def either(a: Sequence[Condition], b: Sequence[Condition]) -> list[Condition]:
-    """Conditions that hold if all of one list hold, or all of another."""
-    common = [condition for condition in a if condition in b]
-    rests = [[condition for condition in conditions if condition not in common] for conditions in (a, b)]
-    if not all(rests):
-        return common
-    text = " or ".join(" and ".join(condition.text for condition in rest) for rest in rests)
-    operands = [Call(_all, tuple(condition.expression for condition in rest)) for rest in rests]
-    return [*common, Condition(text, Call(_any, tuple(operands)))]
-
-
 def parsed(guard: str, inputs: str) -> Condition:
     """A guard of torch.export, such as `L['inputs'][0].size()[1] <= 16`.
 
@@ -184,13 +173,14 @@ class CheckInputs(StandIn):
     Attributes:
         arguments: the structure of each argument of forward, by its name.
         names: the name of each input tensor.
-        ranks: the number of axes of each.
+        kinds: the number of axes of each, and its dtype.
         in_training: the conditions on their shapes in training mode.
         in_evaluation: those in evaluation mode.
-        dtype: the dtype of the model, if the graph contains it.
+        dtype: the dtype that the model had.
+        is_named: whether the graph contains it.
     """
 
-    like: Tensor  # has the dtype that the model has now
+    like: Tensor | None  # has the dtype that the model has now
 
     _is_impure = True  # `fx.Graph.eliminate_dead_code` keeps it, although no node reads what it returns
 
@@ -198,44 +188,50 @@ class CheckInputs(StandIn):
         self,
         arguments: dict[str, Structure],
         names: Sequence[str],
-        ranks: Sequence[int],
+        leaves: Sequence[Tensor],
         in_training: Sequence[Condition],
         in_evaluation: Sequence[Condition],
     ) -> None:
         super().__init__()
         self.arguments = arguments
         self.names = tuple(names)
-        self.ranks = tuple(ranks)
+        self.kinds = tuple((leaf.dim(), leaf.dtype) for leaf in leaves)
         self.in_training = tuple(in_training)
         self.in_evaluation = tuple(in_evaluation)
         self.dtype: torch.dtype | None = None
+        self.is_named = False
+        self.register_buffer("like", None, persistent=False)
 
-    def hold_dtype(self, like: Tensor) -> None:
-        """Refuse inputs once the model is converted to another dtype than that of a tensor, which the graph names."""
-        self.dtype = like.dtype
-        self.register_buffer("like", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
+    def follow_dtype(self, like: Tensor, is_named: bool) -> None:
+        """Follow conversions of the model to another dtype than that of a tensor; refuse them if the graph names it."""
+        self.dtype, self.is_named = like.dtype, is_named
+        self.like = torch.empty(0, dtype=like.dtype, device=like.device)
 
     def forward(self, *values: Any) -> None:
         """Check the arguments of forward."""
-        if self.dtype is not None and self.like.dtype != self.dtype:
-            raise ArgumentError(
-                f"the graph contains {self.dtype}, in which it was captured, and the model is in {self.like.dtype}; "
+        own = None if self.like is None else self.like.dtype
+        if self.is_named and own != self.dtype:
+            raise InputError(
+                f"the graph contains {self.dtype}, in which it was captured, and the model is in {own}; "
                 "convert the original model, then transform it"
             )
         found = [read(self.arguments[name], value, name) for name, value in zip(self.arguments, values, strict=True)]
         leaves = [leaf for group in found for leaf in group]
         if any(isinstance(leaf, fx.Proxy) for leaf in leaves):  # torch.fx.symbolic_trace of the graph
             return
-        for name, leaf, rank in zip(self.names, leaves, self.ranks, strict=True):
+        for name, leaf, (rank, dtype) in zip(self.names, leaves, self.kinds, strict=True):
             if leaf.dim() != rank:
                 self._refuse(f"{rank} axes of {name}, which has {leaf.dim()}", leaves)
+            expected = own if dtype == self.dtype else dtype
+            if leaf.dtype != expected:
+                self._refuse(f"{expected} as the dtype of {name}, which is {leaf.dtype}", leaves)
         for condition in self.in_training if self.training else self.in_evaluation:
             if not condition.holds(leaves):
                 self._refuse(condition.text.format(*self.names), leaves)
 
     def _refuse(self, expected: str, leaves: Sequence[Tensor]) -> None:
         shapes = ", ".join(f"{name} has shape {tuple(x.shape)}" for name, x in zip(self.names, leaves, strict=True))
-        raise ArgumentError(
+        raise InputError(
             f"forward was captured for {expected}: {shapes}; "
             'transform the model with example_inputs of these shapes, or with frontend="module", which takes any'
         )

@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from biofx.capture.tracer import StandIn
-from biofx.errors import ArgumentError, CaptureError
+from biofx.errors import CaptureError, InputError
 
 LITERALS = (tuple, list, dict)  # what a graph can take apart, and return, without a module that does it
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -79,7 +79,7 @@ def read(structure: Structure, value: Any, name: str) -> list[Any]:
     """The leaves of a value that has to have the given structure.
 
     Raises:
-        ArgumentError: it has another one; names the first part that differs.
+        InputError: it has another one; names the first part that differs.
     """
     if isinstance(structure, Leaf):
         if not isinstance(value, torch.Tensor | fx.Proxy):
@@ -96,10 +96,10 @@ def read(structure: Structure, value: Any, name: str) -> list[Any]:
     return [leaf for leaves in found for leaf in leaves]
 
 
-def _mismatch(name: str, value: Any, expected: str) -> ArgumentError:
+def _mismatch(name: str, value: Any, expected: str) -> InputError:
     parts = _parts(value)
     found = repr(value) if isinstance(value, CONSTANTS) else _described(type(value), parts[1] if parts else ())
-    return ArgumentError(
+    return InputError(
         f"{name} is {found}, and forward was captured for {expected}; "
         f"transform the model with example_inputs that contain this {name}"
     )
