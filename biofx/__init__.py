@@ -17,8 +17,8 @@ from biofx.errors import (
 from biofx.export import export
 from biofx.fold import fold
 from biofx.inspection import summary, table, to_networkx
-from biofx.lifecycle import Attachment, attach
 from biofx.model.sharding import shard_placement
+from biofx.training.attachment import Attachment, attach, detach
 from biofx.transform import transform
 from biofx.units import Units, units
 from biofx.verdict import Verdict
@@ -43,6 +43,7 @@ __all__ = [
     "VerificationError",
     "WeightSite",
     "attach",
+    "detach",
     "export",
     "fold",
     "l1",

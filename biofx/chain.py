@@ -69,7 +69,7 @@ def show(start: fx.Node, target: str, synapses: Synapses) -> None:
         reader.replace_input_with(old[-1], start)
     _erase(old[1:])
     end = start
-    for link in synapses.links:
+    for link in synapses.acting:
         args = tuple(state_node(start, a.key, link.origin) if isinstance(a, State) else a for a in link.args)
         latest = max([end, *(arg for arg in args if isinstance(arg, fx.Node))])  # nodes compare by their place
         with start.graph.inserting_after(latest):

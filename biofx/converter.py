@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from biofx.capture.captured_module import CapturedModule
 from biofx.errors import ArgumentError, LifecycleError
-from biofx.lifecycle import use_markers
 from biofx.model.owners import become
 from biofx.plastic_weight import PlasticWeight, scale_learning
 from biofx.provenance import record_of
 from biofx.registry import Pass, registered_passes
 from biofx.signs.scales import project_scales
+from biofx.training.attachment import use_no_hooks
 from biofx.transform import transform
 from biofx.weights.sites import l1, weight_sites
 
@@ -151,7 +151,7 @@ class BioConverter:
             patterns = [f"{n}.*" if n else "*" for n in marked if [*module.get_submodule(n).parameters()]]
             module = transform(module, [groups], exclude=patterns)
         bio = transform(module, [rule for rule in rules if rule is not None])
-        use_markers(bio)  # rules act when they are called, not in the backward pass
+        use_no_hooks(bio)  # rules act when they are called, not in the backward pass
         converted = _with_methods(bio)
         converted.calls, converted.dynamic = Counter(), self.config.fuzzy_lr_dynamic
         return converted
@@ -258,7 +258,6 @@ class Converted(CapturedModule):
                 gradient=empty if site.raw.grad is None else site.raw.grad,
                 optimizer=None,
                 step=self.calls[by],
-                gains_on_update=True,
                 by=by,
             )
             for name, site in sites.items()

@@ -13,7 +13,6 @@ from torch import fx, nn
 from biofx.chain import attribute, callee, parameter_nodes
 from biofx.errors import ArgumentError
 from biofx.model.synapses import State, synapses_in
-from biofx.operators import is_marker
 from biofx.provenance import RunnablePass, inserted, record_of, transformed
 from biofx.weights.facts import NOT_A_SYNAPSE
 from biofx.weights.sites import WeightSite, find
@@ -74,7 +73,7 @@ def summary(bio: nn.Module) -> str:
     if unseen:
         parts.append("\n".join(["left alone:", *unseen]))
     acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
-    acting |= {name for name, site in sites.items() if any(is_marker(link.target) for link in site.links)}
+    acting |= {name for name, site in sites.items() if site.learning is not None and not site.learning.hooks_act}
     idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
     if idle:
         parts.append(_listed("no optimizer is attached, so nothing happens at its steps (biofx.attach)", idle))

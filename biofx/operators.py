@@ -9,7 +9,7 @@ forward pass and changes the weight's gradient; an *observer* looks at an activa
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,25 +23,28 @@ NAMESPACE = "biofx"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 GradientRule = Callable[..., Tensor]
+Factors = Callable[[Sequence[Tensor], Sequence[tuple[Any, ...]]], Sequence[Tensor]]
 _RULES: dict[str, GradientRule] = {}  # by the operator's name without its overload
+_FACTORS: dict[str, Factors] = {}  # by the operator's name
 
 
-def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
+def gradient_hook(schema: str, *, factors: Factors | None = None) -> Callable[[GradientRule], GradientRule]:
     r"""Define `torch.ops.biofx.<name>_grad`: the identity on a weight, and a rule for the weight's gradient.
 
     The operator computes $y = w$, without a copy, and in the backward pass
 
     $$\frac{\partial L}{\partial w} = \mathrm{rule}\!\left(\frac{\partial L}{\partial y}, \ldots\right).$$
 
-    The rule has to be linear in the gradient, with coefficients that do not depend on it: then it commutes with
-    gradient accumulation, with loss scaling and with the all-reduce of data parallelism.
+    The rule has to multiply every entry of the gradient by a factor that does not depend on it: then it commutes with
+    gradient accumulation, with loss scaling and with the all-reduce of data parallelism, and can act on an update.
 
-    Each hook has a twin, `torch.ops.biofx.<name>_update`, which does nothing at all. It marks a weight whose optimizer
-    normalises gradients, so that a gain on them would cancel: there `biofx.attach` applies the rule to the update.
+    While an optimizer is attached (`biofx.attach`), hooks sleep, and the factors act on its updates.
 
     Args:
         schema: the operator's signature in the dispatcher's language. The first argument is the weight and is
             aliased by the result: `"name_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)"`.
+        factors: computes the factors for many weights at once, `factors(weights, arguments)`, with the other arguments
+            of each; None: the rule is called on ones, weight by weight.
 
     Returns:
         A decorator for the rule, `rule(gradient, *others)`, with the arguments of the schema that follow the weight; if
@@ -63,7 +66,7 @@ def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
         tensor([-1., -1.])
     """
     name, _, signature = schema.partition("(")
-    packet, dot, overload = name.partition(".")
+    packet = name.partition(".")[0]
 
     def define(rule: GradientRule) -> GradientRule:
         takes_weight = _check_rule(rule, schema)
@@ -98,47 +101,43 @@ def gradient_hook(schema: str) -> Callable[[GradientRule], GradientRule]:
             scaled = scaled.to(weight.dtype)
             return weight.detach() + (scaled - scaled.detach())
 
-        def marker(weight: Tensor, *others: Any) -> Tensor:
-            return weight.view_as(weight)
-
         _RULES[packet] = rule
+        if factors is not None:
+            _FACTORS[packet] = factors
         define_operator(name, "(" + signature, hook)
-        define_operator(_twin(packet) + dot + overload, "(" + signature, marker)
         return rule
 
     return define
 
 
 def apply_rule(target: Any, gradient: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    """What the rule of a gradient hook, or of a marker, makes of a gradient or of an update."""
-    rule = _RULES[_name(target) if is_hook(target) else _twin(_name(target))]
+    """What the rule of a gradient hook makes of a gradient."""
+    rule = _RULES[_name(target)]
     return rule(gradient, weight, *others) if _takes_weight(rule) else rule(gradient, *others)
 
 
+def factors_of(target: Any, weights: Sequence[Tensor], arguments: Sequence[tuple[Any, ...]]) -> Sequence[Tensor]:
+    """The factors by which a gradient hook multiplies the entries of the gradients of some weights.
+
+    Args:
+        target: the hook.
+        weights: the weights.
+        arguments: the other arguments of the hook, for each weight.
+    """
+    many = _FACTORS.get(_name(target))
+    if many is not None:
+        return many(weights, arguments)
+    return [apply_rule(target, torch.ones_like(w), w, *others) for w, others in zip(weights, arguments, strict=True)]
+
+
 def is_hook(target: Any) -> bool:
-    """Whether a node with this target is a gradient hook that acts in the backward pass."""
+    """Whether a node with this target is a gradient hook."""
     return _name(target) in _RULES
-
-
-def is_marker(target: Any) -> bool:
-    """Whether a node with this target marks a weight whose updates are changed instead of its gradients."""
-    return _twin(_name(target)) in _RULES and not is_hook(target)
-
-
-def twin(target: Any) -> Any:
-    """The marker of a gradient hook, or the gradient hook of a marker."""
-    return getattr(torch.ops.biofx, _twin(_name(target)))
 
 
 def _name(target: Any) -> str:
     namespace, _, name = str(getattr(target, "_qualified_op_name", "")).partition("::")
     return name if namespace == NAMESPACE else ""
-
-
-def _twin(packet: str) -> str:
-    if packet.endswith("_grad"):
-        return packet.removesuffix("_grad") + "_update"
-    return packet.removesuffix("_update") + "_grad"
 
 
 def _takes_weight(rule: GradientRule) -> bool:
@@ -172,16 +171,29 @@ def define_operator(name: str, signature: str, kernel: Callable[..., Tensor]) ->
     _LIBRARY.impl(name, kernel, "FuncTorchBatched")  # vmap maps what the kernel calls
 
 
-@gradient_hook("scale_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)")
+def _gains(weights: Sequence[Tensor], arguments: Sequence[tuple[Any, ...]]) -> Sequence[Tensor]:
+    return [
+        gain if isinstance(gain, Tensor) else w.new_full((), gain)
+        for w, (gain,) in zip(weights, arguments, strict=True)
+    ]
+
+
+@gradient_hook("scale_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)", factors=_gains)
 def scale_grad(gradient: Tensor, gain: Tensor) -> Tensor:
     """Gain on every synapse: g ← c·g, with c broadcast against g."""
     return gradient * gain
 
 
-@gradient_hook("scale_grad.Scalar(Tensor(a) weight, float gain) -> Tensor(a)")
+@gradient_hook("scale_grad.Scalar(Tensor(a) weight, float gain) -> Tensor(a)", factors=_gains)
 def scale_grad_scalar(gradient: Tensor, gain: float) -> Tensor:
     """One gain for all synapses of a weight: g ← c·g, with a number c."""
     return gradient * gain
+
+
+@gradient_hook("share_grad(Tensor(a) weight, float share) -> Tensor(a)", factors=_gains)
+def share_grad(gradient: Tensor, share: float) -> Tensor:
+    """The share of each of several synapses in the gradient of their connection."""
+    return gradient * share
 
 
 Observation = Callable[[Tensor, Tensor], None]

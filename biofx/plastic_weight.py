@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from biofx import randomness
 from biofx.model.synapses import Synapses
-from biofx.operators import apply_rule, is_hook, is_marker
+from biofx.operators import apply_rule, is_hook
 from biofx.signs.constraints import constraint_of
 from biofx.weights.sites import WeightSite
 
@@ -22,10 +22,9 @@ class PlasticWeight:
     Attributes:
         site: the weight site.
         raw: the stored parameter.
-        gradient: its gradient as the optimizer sees it; a rule that acts before the step may change it in place.
+        gradient: its gradient as the optimizer sees it; a rule at `Moment.GRADIENT` may change it in place.
         optimizer: the optimizer that holds it; None if rules are called by hand.
         step: number of this step, counted from 1.
-        gains_on_update: whether gains act on the optimizer's update instead of on the gradient.
         by: name of the pass that looks at the weight.
     """
 
@@ -34,7 +33,6 @@ class PlasticWeight:
     gradient: Tensor
     optimizer: torch.optim.Optimizer | None
     step: int
-    gains_on_update: bool
     by: str = ""
 
     @property
@@ -80,10 +78,6 @@ class PlasticWeight:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return next((group for group in groups if any(p is self.raw for p in group["params"])), {})
 
-    def as_gradient(self, change: Tensor) -> Tensor:
-        """What would have arrived in `gradient`, had the backward pass computed `change` behind the weight's hooks."""
-        return change if self.gains_on_update else scale_learning(self.site.known_synapses, change, self.raw)
-
     def replace(self, mask: Tensor, values: Tensor) -> None:
         """Put new values where the mask says, and let the optimizer remember of them what it does of a new weight.
 
@@ -109,17 +103,16 @@ class PlasticWeight:
                 memory[mask] = initial.get(key, 0.0)
 
 
-def scale_learning(synapses: Synapses, change: Tensor, weight: Tensor, by: str | None = None) -> Tensor:
-    """What the rules on a weight make of a gradient, or of an update: every hook's or marker's rule, in turn.
+def scale_learning(synapses: Synapses, gradient: Tensor, weight: Tensor, by: str) -> Tensor:
+    """What the rules of a pass make of a gradient.
 
     Args:
         synapses: the synapses of the weight.
-        change: a gradient of, or a change to, what they store.
-        weight: what they store, or stored when it changed.
-        by: apply only the rules of the pass of this name.
+        gradient: a gradient of what they store.
+        weight: what they store.
+        by: the name of the pass.
     """
     for link in reversed(synapses.links):
-        chosen = by is None or by in link.origin.passes
-        if chosen and (is_hook(link.target) or is_marker(link.target)):
-            change = apply_rule(link.target, change, weight, *synapses.arguments(link))
-    return change
+        if by in link.origin.passes and is_hook(link.target):
+            gradient = apply_rule(link.target, gradient, weight, *synapses.arguments(link))
+    return gradient

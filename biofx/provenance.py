@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import WeakSet
 
 import torch
 from torch import fx, nn
@@ -14,6 +15,7 @@ from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import stored_parameters, synapses_in, synapses_of
 
 if TYPE_CHECKING:
+    from biofx.training.attachment import Attachment
     from biofx.weights.facts import WeightFacts
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
@@ -93,7 +95,7 @@ class Record:
         shapes: the shapes in which the weights are stored that passes changed.
         nonnegative: the parameters that may not become negative, each with the pass that asks for it.
         passes: the passes that ran, in order.
-        attached: the weights whose optimizer `biofx.attach` has connected; a copy of the model starts with none.
+        attachments: the connections with optimizers (`biofx.attach`); a copy of the model starts with none.
         by_hand: whether rules are called by hand (`BioConverter`) instead of by an optimizer.
     """
 
@@ -112,11 +114,19 @@ class Record:
         self.shapes: dict[str, torch.Size] = {}
         self.nonnegative: dict[str, str] = {}
         self.passes: list[PassRun] = []
-        self.attached: set[str] = set()
+        self.attachments: WeakSet[Attachment] = WeakSet()  # the optimizers hold them
         self.by_hand = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"attached": set()}
+        return {name: value for name, value in vars(self).items() if name != "attachments"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, attachments=WeakSet())
+
+    @property
+    def attached(self) -> set[str]:
+        """The weights on which rules act at the steps of an optimizer."""
+        return {name for attachment in self.attachments for name in attachment.weights}
 
     def __str__(self) -> str:
         """The pipeline that made the model."""

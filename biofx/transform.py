@@ -23,12 +23,12 @@ from biofx.copying import copied
 from biofx.errors import ArgumentError, CaptureError
 from biofx.guards import GUARD, Guard, Structure, structure
 from biofx.islands import is_whole
-from biofx.lifecycle import use_hooks
 from biofx.model.owners import release, why_not
 from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.provenance import is_transformed, record_of, transformed
 from biofx.references import enclosed
 from biofx.registry import Pass, as_passes
+from biofx.training.attachment import use_hooks
 from biofx.trial import is_function, run_in_eval_mode
 from biofx.weights.declared import declared
 from biofx.weights.sites import find

@@ -73,4 +73,4 @@ class L1Regularization(Pass):
         for weight in weights:
             towards_zero = -1 if weight.group.get("maximize") else 1
             pull = weight.without_padding(towards_zero * self.strength * weight.slope)
-            weight.gradient.add_(weight.as_gradient(pull))
+            weight.gradient.add_(pull)

@@ -114,7 +114,7 @@ class SplitSynapses(Pass):
 
     def _compensate(self, edit: Editor) -> None:
         if self.compensate and self.synapses > 1:
-            edit.insert(torch.ops.biofx.scale_grad, 1 / self.synapses)
+            edit.insert(torch.ops.biofx.share_grad, 1 / self.synapses)
 
 
 def dirichlet(synapses: int, shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -20,6 +20,7 @@ from biofx.capture.tracer import StandIn
 from biofx.chain import number_nodes
 from biofx.copying import clones
 from biofx.errors import CaptureError, InputError
+from biofx.forgotten import watch
 from biofx.guards import GUARD
 from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
 from biofx.model import running
@@ -280,6 +281,7 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
     module.graph = graph
     list_weights(module)
     look_for_synapses(module)
+    watch(module)
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:

@@ -76,6 +76,8 @@ class Synapses(nn.Module):
 
     Attributes:
         links: the steps from what is stored to the weight, in order.
+        hooks_act: whether gradient hooks act in the backward pass. They do not where rules act at the steps of an
+            optimizer, or are called by hand.
         users: the names of the passes that use each state, by its name.
         rewired: the pass that changes what the operator of the weight returns, which only the graph does; else empty.
     """
@@ -83,6 +85,7 @@ class Synapses(nn.Module):
     def __init__(self, key: str, stored: nn.Parameter) -> None:
         super().__init__()
         self.links: tuple[Link, ...] = ()
+        self.hooks_act = True
         self.users: dict[str, tuple[str, ...]] = {}
         self.rewired = ""
         self._change: Change | None = None
@@ -110,6 +113,26 @@ class Synapses(nn.Module):
         """Whether there is a leading axis of synapses."""
         return any(link.origin.slot is Slot.SUM for link in self.links)
 
+    @property
+    def shares(self) -> int:
+        """The number of synapses of a connection that together learn as fast as the connection would."""
+        return next((round(1 / link.args[0]) for link in self.links if link.target is torch.ops.biofx.share_grad), 1)
+
+    @property
+    def acting(self) -> tuple[Link, ...]:
+        """The links that act now, in order.
+
+        While hooks sleep, each of Γ synapses gets 1/√Γ of the gradient of its connection, so that all of them together
+        have the norm of that gradient.
+        """
+        if self.hooks_act:
+            return self.links
+        return tuple(
+            replace(link, args=(link.args[0] ** 0.5,)) if link.target is torch.ops.biofx.share_grad else link
+            for link in self.links
+            if link.origin.slot is not Slot.HOOK or link.target is torch.ops.biofx.share_grad
+        )
+
     def forward(self, *, until: Slot = Slot.SUM, stored: Tensor | None = None) -> Tensor:
         """Compute the weight, or what it is after the links up to a slot; differentiable in what is stored.
 
@@ -117,7 +140,7 @@ class Synapses(nn.Module):
             until: the last slot.
             stored: what is stored; None: what is stored here.
         """
-        return self._run([link for link in self.links if link.origin.slot <= until], stored)
+        return self._run([link for link in self.acting if link.origin.slot <= until], stored)
 
     def _run(self, links: Iterable[Link], stored: Tensor | None) -> Tensor:
         value: Tensor = self.stored if stored is None else stored
@@ -144,7 +167,7 @@ class Synapses(nn.Module):
         if given is not None:
             return given
         self.refuse_lost_change()
-        if not self.links or not (self.is_computed or torch.is_grad_enabled()):
+        if not self.acting or not (self.is_computed or torch.is_grad_enabled()):
             return self.stored
         return running.once(self, self.stored, self._hand_out)
 

@@ -1,0 +1,95 @@
+"""Where gains act: on what an optimizer does to weights, on the copies that it keeps of them too, or on gradients.
+
+An optimizer that keeps a copy of the weights, such as an average or one of higher precision, undoes what gains do to
+the weights. Which way is right cannot be told from its state, so a small weight is trained with each.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from biofx.errors import LifecycleError
+from biofx.model.slots import Inserted, Slot
+from biofx.model.synapses import Link, State, Synapses
+from biofx.training.update import Update
+
+STEPS = 40
+TOLERANCE = 0.05  # of the slope of displacement on gain
+
+
+class Acting(enum.Enum):
+    """On what gains act."""
+
+    UPDATE = "update"
+    COPIES = "update, and on the copies of weights in the optimizer's state"
+    GRADIENT = "gradient"
+
+
+def acting_with(optimizer: Optimizer) -> Acting | None:
+    """Where gains have to act for a weight to move by gain times the distance that it would have moved without.
+
+    Args:
+        optimizer: the optimizer; it stays as it is.
+
+    Returns:
+        The way; None if none could be tried, as another optimizer of its class could not be made or used.
+
+    Raises:
+        LifecycleError: none of them is right.
+    """
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return Acting.UPDATE
+    slopes = {}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain = _displacement(optimizer, None)
+            for acting in Acting:
+                slopes[acting] = _slope(_displacement(optimizer, acting), plain)
+                if abs(slopes[acting] - 1) < TOLERANCE:
+                    return acting
+    except Exception:  # noqa: BLE001 - the class is anybody's code
+        return None
+    raise LifecycleError(
+        f"attach: {type(optimizer).__name__} undoes gains, as it keeps copies of the weights: in {STEPS} steps on a "
+        f"small weight the slope of displacement on gain was {slopes[Acting.UPDATE]:.2f} with gains on its update, and "
+        f"{slopes[Acting.GRADIENT]:.2f} with gains on the gradient; use an optimizer that keeps no copy"
+    )
+
+
+def _displacement(optimizer: Optimizer, acting: Acting | None) -> Tensor:
+    """How far a small weight moves with random gradients that are the same at every call; None: without gains."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(16, 16, generator=generator)
+    synapses = Synapses("weight", nn.Parameter(start.clone()))
+    gain = _gain()
+    synapses.keep("gain", gain, "trial")
+    synapses.insert(Link(torch.ops.biofx.scale_grad, (State("gain"),), Inserted(("trial",), "weight", Slot.HOOK)))
+    weight = synapses.stored
+    one = type(optimizer)([weight], **copy.deepcopy(optimizer.defaults))
+    update = Update([synapses], one, with_copies=acting is Acting.COPIES)
+    for _ in range(STEPS):
+        weight.grad = 1 + 0.1 * torch.randn(16, 16, generator=generator)
+        if acting is Acting.GRADIENT:
+            weight.grad *= gain
+        update.begin()
+        one.step()
+        update.end([acting in (Acting.UPDATE, Acting.COPIES)])
+    return weight.detach() - start
+
+
+def _gain() -> Tensor:
+    return torch.linspace(0.7, 1.3, 256).view(16, 16)
+
+
+def _slope(moved: Tensor, plain: Tensor) -> float:
+    """The slope of displacement, relative to that without gains, on gain."""
+    ratio, gain = (moved / plain).flatten(), _gain().flatten()
+    ratio, gain = ratio / ratio.mean() - 1, gain / gain.mean() - 1
+    return float((ratio * gain).sum() / gain.square().sum())

@@ -1,0 +1,412 @@
+"""Attachments: rules act around `optimizer.step()`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import LBFGS, Optimizer, SparseAdam
+
+from biofx import chain
+from biofx.chain import number_nodes
+from biofx.errors import ArgumentError, LifecycleError
+from biofx.model.synapses import Synapses, stored, stored_name, synapses_in
+from biofx.operators import is_hook
+from biofx.plastic_weight import PlasticWeight
+from biofx.provenance import record_of, transformed
+from biofx.randomness import fixed_defaults
+from biofx.registry import Moment, Pass
+from biofx.signs.scales import project_scales
+from biofx.training.acting import Acting, acting_with
+from biofx.training.update import Update, factors
+from biofx.weights.sites import WeightSite, find
+
+
+def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
+    r"""Let the rules of a transformed model act around every `optimizer.step()`. No line of the training loop changes.
+
+    The optimizer's own step hooks are used, so this works with gradient accumulation (once for each step, on the
+    accumulated gradient), with `GradScaler` (gradients are unscaled, and a step that it skips changes nothing), and
+    after the all-reduce of data parallelism. The order at every step:
+
+    1. before it: `L1Regularization`, then `Crystallize`;
+    2. the optimizer's step, and gains on what it changed;
+    3. after it: `Rejuvenate`, `SynapticScaling`, refresh of the gains of `FuzzyLearningRates`, projection on signs
+       (`DalesPrinciple`, `MirrorUnits`), and of the parameters that multiply their units on what is not negative.
+
+    *Gains act on the update.* Adam and its like normalise every entry of the gradient, so a gain on it would cancel.
+    While an optimizer is attached, gradient hooks sleep, and for every optimizer alike
+
+    $$w \leftarrow w_\mathrm{old} + c \cdot (w_\mathrm{new} - w_\mathrm{old})$$
+
+    One step moves a synapse by its gain times the distance that it would have moved without, decoupled weight decay
+    included. Under momentum, a synapse whose gain becomes small stops at once, where one whose gradients become small
+    coasts on. What the optimizer keeps of the weights themselves (a slow copy, an average, one of higher precision)
+    moves like the weights. The reference package multiplies `.grad`, which is the same for `SGD` without momentum.
+
+    *The loop stays what it was.* `.grad` is what the backward pass computed, and `clip_grad_norm_` sees the norm that
+    the plain model would have. Of Γ synapses (`SplitSynapses`), each gets 1/√Γ of the gradient of their connection; in
+    the step the optimizer sees Γ·w and that gradient, and the change is divided by Γ, so the connection moves as the
+    plain one would.
+
+    Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
+    later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them.
+
+    Args:
+        bio: a model made by `biofx.transform`.
+        optimizer: an optimizer that holds parameters of `bio`. Several optimizers may hold parts of it: attach each.
+
+    Returns:
+        The attachment; `detach()` leaves model and optimizer as they were. It is also a context manager.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform`, no pass changed a weight of it, the optimizer holds none
+            of those weights, or it is a wrapper whose steps run no hooks.
+        LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients. At a step:
+            a gradient or weight that is not finite, if a rule acts on it; a sparse gradient; no `backward()` before; a
+            weight whose shape, or an optimizer whose parameters, changed since. Nothing has happened then.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(8, 2), [passes.FuzzyLearningRates(), passes.Rejuvenate()])
+        >>> optimizer = torch.optim.AdamW(bio.parameters(), lr=0.01)
+        >>> attachment = biofx.attach(bio, optimizer)
+        >>> bio(torch.randn(4, 8)).square().sum().backward()
+        >>> optimizer.step()
+        >>> int(bio.weight_synapses.steps)
+        1
+    """
+    if isinstance(bio, Optimizer):
+        raise ArgumentError("attach: the arguments are swapped; write attach(bio, optimizer)")
+    bio = transformed(bio)
+    record = record_of(bio)
+    if not isinstance(optimizer, Optimizer):
+        raise ArgumentError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, LBFGS | SparseAdam):
+        why = "evaluates the loss several times in a step" if isinstance(optimizer, LBFGS) else "needs sparse gradients"
+        raise LifecycleError(f"attach: {type(optimizer).__name__} {why}, so there is no one update for rules to act on")
+    if record.by_hand:
+        raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
+    held = _held(optimizer)
+    sites = {name: site for name, site in find(bio)[0].items() if id(site.raw) in held and site.passes}
+    if not sites and not any(id(stored(bio, name)) in held for name in record.nonnegative):
+        if not any(run.weights for run in record.passes):
+            raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
+        raise ArgumentError(
+            f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
+            "build it from bio.parameters(), after the transform"
+        )
+    _check_runs_hooks(optimizer)
+    for other in [*record.attachments]:
+        other.give_up(held)
+    return Attachment(bio, optimizer, sites)
+
+
+def detach(bio: nn.Module) -> None:
+    """End all attachments of a model: it and its optimizers are as they were before `attach`, with today's values.
+
+    Args:
+        bio: a model made by `biofx.transform`.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform`.
+
+    Example:
+        >>> import biofx, torch
+        >>> bio = biofx.transform(torch.nn.Linear(8, 2), "fuzzy-learning-rates")
+        >>> attachment = biofx.attach(bio, torch.optim.AdamW(bio.parameters()))
+        >>> biofx.detach(bio)
+        >>> attachment.weights
+        ()
+    """
+    for attachment in [*record_of(transformed(bio)).attachments]:
+        attachment.detach()
+
+
+def _check_runs_hooks(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that wraps another one without being one itself: its steps would run no hooks."""
+    # The constructor of Optimizer marks the step of a class that runs hooks so.
+    if getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return
+    inner = next((f".{name}" for name, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
+    what = f"attach the one that it wraps, its {inner}" if inner else "call super().__init__() in its class"
+    raise ArgumentError(f"attach: steps of {type(optimizer).__name__} run no hooks, so rules could not act; {what}")
+
+
+@dataclass(eq=False)
+class _Step:
+    """A step under way.
+
+    Attributes:
+        weights: the weights that take part, once their gradients are there.
+        gradients: what the backward pass computed, of parameters that have another gradient for the optimizer.
+    """
+
+    weights: list[PlasticWeight] | None = None
+    gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+
+
+class Attachment:
+    """The connection between a transformed model and an optimizer; `biofx.attach` makes it."""
+
+    def __init__(self, bio: fx.GraphModule, optimizer: Optimizer, sites: dict[str, WeightSite]) -> None:
+        self.optimizer = optimizer
+        self._bio = bio
+        self._held = _held(optimizer)
+        self._acting = acting_with(optimizer)
+        self._step: _Step | None = None
+        self._nested = 0  # steps of a base class in a step
+        self._hold(sites, {n: s for n, s in _with_hooks(bio).items() if id(s.stored) in self._held})
+        _let_hooks_act(bio, self._learning, act=False)
+        runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
+        self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
+        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._steps = optimizer.step
+        optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
+        record_of(bio).attachments.add(self)
+
+    def _hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
+        self._sites = sites
+        self._learning = learning
+        self._shapes = {name: site.raw.shape for name, site in sites.items()}
+        self._update = Update(learning.values(), self.optimizer, with_copies=self._acting is Acting.COPIES)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the weights on which rules act."""
+        return tuple(self._sites)
+
+    def detach(self) -> None:
+        """Leave the model and the optimizer as they were before `attach`; their values stay. Idempotent."""
+        self.give_up(self._held)
+
+    def give_up(self, parameters: set[int]) -> None:
+        """Let rules not act on some parameters any more, given by id; without any left, leave the optimizer alone."""
+        given = {name for name, synapses in self._learning.items() if id(synapses.stored) in parameters}
+        _let_hooks_act(self._bio, given, act=True)
+        self._hold(
+            {name: site for name, site in self._sites.items() if id(site.raw) not in parameters},
+            {name: synapses for name, synapses in self._learning.items() if name not in given},
+        )
+        if self._held <= parameters or not (self._sites or self._learning):
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            if vars(self.optimizer).get("step") == self._guarded:
+                del self.optimizer.step
+            record_of(self._bio).attachments.discard(self)
+
+    def __repr__(self) -> str:
+        where = (self._acting or Acting.UPDATE).value
+        return (
+            f"<{type(self.optimizer).__name__} on {', '.join(self.weights) or 'no weights'}; gains act on the {where}>"
+        )
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.detach()
+
+    def _guarded(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer's step; if it fails, no weight is left as the optimizer saw it."""
+        try:
+            return self._steps(*args, **kwargs)
+        except BaseException:
+            self._put_back()
+            self._update.undo()
+            self._step, self._nested = None, 0
+            raise
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self._step is not None:
+            self._nested += 1
+            return None
+        if _is_skipped(optimizer):
+            return None
+        self._check_unchanged()
+        self._step = _Step()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._prepare()
+            self._update.begin()
+            return None
+        # Before the optimizer does anything: it may move the weights before it calls the closure.
+        self._update.begin()
+
+        def evaluate_then_prepare() -> Any:  # the gradients come from the closure, so the rules wait for it
+            self._update.pause()
+            loss = closure()
+            self._prepare()
+            self._update.resume()
+            return loss
+
+        return (args[0], evaluate_then_prepare), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Act on the gradients, which are there now."""
+        assert self._step is not None
+        if self._step.weights is not None:
+            name = type(self.optimizer).__name__
+            raise LifecycleError(f"{name} evaluates its closure twice in a step, so there is no one gradient to act on")
+        weights = [w for site in self._sites.values() if (w := self._weight(site)) is not None]
+        if not weights and all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
+            raise LifecycleError(
+                f"optimizer.step() without backward(): none of the {len(self._sites)} weights has a gradient"
+            )
+        if self._rules and weights:
+            _check_finite(weights)
+        self._act(weights, before_step=True)
+        scale = _gradient_scale(self.optimizer)
+        for weight in weights:
+            if weight.gradient is not weight.raw.grad:
+                self._give(weight.raw, weight.gradient if scale is None else weight.gradient * scale)
+        for name, synapses in self._learning.items():  # biases that were split with their weights
+            if name not in self._sites and synapses.shares > 1 and synapses.stored.grad is not None:
+                self._give(synapses.stored, synapses.stored.grad * synapses.shares**0.5)
+        if self._acting is Acting.GRADIENT:
+            learning = [s for s in self._learning.values() if s.stored.grad is not None]
+            for synapses, gain in zip(learning, factors(learning, [s.stored.detach() for s in learning]), strict=True):
+                if gain is not None and synapses.stored.grad is not None:
+                    self._give(synapses.stored, synapses.stored.grad * gain)
+        self._step.weights = weights
+
+    def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Let the optimizer see another gradient than the backward pass computed."""
+        assert self._step is not None
+        assert parameter.grad is not None
+        self._step.gradients.append((parameter, parameter.grad))
+        parameter.grad = gradient.to(parameter.grad.dtype)
+
+    def _put_back(self) -> None:
+        """Give parameters the gradients back that the backward pass computed."""
+        for parameter, gradient in reversed(self._step.gradients if self._step is not None else []):
+            parameter.grad = gradient
+
+    def _weight(self, site: WeightSite) -> PlasticWeight | None:
+        """A weight that takes part in this step, or None if it has no gradient."""
+        raw, scale = site.raw, _gradient_scale(self.optimizer)
+        if raw.grad is None or raw.numel() == 0:
+            return None
+        if raw.grad.layout is not torch.strided:
+            raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
+        gradient = raw.grad if scale is None else raw.grad.float() / scale
+        shares = site.known_synapses.shares if site.learning is not None else 1
+        if shares > 1:
+            gradient = gradient * shares**0.5
+        elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
+            gradient = gradient.clone()
+        steps = site.state("steps")
+        return PlasticWeight(site, raw, gradient, self.optimizer, 1 if steps is None else int(steps) + 1)
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._nested:
+            self._nested -= 1
+            return
+        self._put_back()
+        step, self._step = self._step, None
+        if step is None or step.weights is None:
+            self._update.undo()
+            return
+        on_update = self._acting is not Acting.GRADIENT
+        self._update.end([on_update and s.stored.grad is not None for s in self._learning.values()])
+        if self._acting is None and (key := self._update.copied()) is not None:
+            raise LifecycleError(
+                f"{type(optimizer).__name__} keeps a copy of the weights ({key!r} in its state), which undoes gains, and "
+                "no other optimizer of its class could be made from its defaults to try where gains have to act; use "
+                "another optimizer, or let its constructor take what is in `defaults`"
+            )
+        counters = [steps for w in step.weights if (steps := w.site.state("steps")) is not None]
+        try:
+            self._act(step.weights, before_step=False)
+            project_scales(self._bio, self._held)
+        finally:
+            if counters:
+                torch._foreach_add_(counters, 1)
+
+    def _act(self, weights: Sequence[PlasticWeight], *, before_step: bool) -> None:
+        for pass_, names in self._rules:
+            chosen = [replace(w, by=pass_.name) for w in weights if w.name in names]
+            if chosen and pass_.moment is not None and pass_.moment.before_step is before_step:
+                with fixed_defaults():
+                    pass_.at_step(chosen)
+
+    def _check_unchanged(self) -> None:
+        """Refuse a step for which the attachment was not made."""
+        for name, site in self._sites.items():
+            if site.raw.shape != self._shapes[name]:
+                raise LifecycleError(
+                    f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(site.raw.shape)}; "
+                    "detach, build the optimizer again, and attach"
+                )
+        if _held(self.optimizer) != self._held:
+            raise LifecycleError(
+                "the optimizer holds other parameters than when it was attached; detach and attach again"
+            )
+
+
+def use_hooks(bio: nn.Module) -> None:
+    """Let all gains act in the backward pass, as they do while no optimizer is attached."""
+    _let_hooks_act(transformed(bio), _with_hooks(transformed(bio)), act=True)
+
+
+def use_no_hooks(bio: nn.Module) -> None:
+    """Let no gradient hook act in the backward pass, for those who call the rules themselves."""
+    bio = transformed(bio)
+    record_of(bio).by_hand = True
+    _let_hooks_act(bio, _with_hooks(bio), act=False)
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _with_hooks(bio: fx.GraphModule) -> dict[str, Synapses]:
+    """The synapses with gains, of weights and of biases that were split with them, by the parameter's name."""
+    return {n: s for n, s in synapses_in(bio).items() if any(is_hook(link.target) for link in s.links)}
+
+
+def _let_hooks_act(bio: fx.GraphModule, names: Collection[str], *, act: bool) -> None:
+    """Let the gradient hooks of some weights act in the backward pass, or sleep."""
+    starts, has_changed = chain.parameter_nodes(bio), False
+    for name, synapses in synapses_in(bio).items():
+        if name in names and synapses.hooks_act is not act:
+            synapses.hooks_act, has_changed = act, True
+            if name in starts:
+                chain.show(starts[name], stored_name(bio, name), synapses)
+    if has_changed:
+        number_nodes(bio)
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer is about to skip its step, as `GradScaler` found gradients that are not finite."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _gradient_scale(optimizer: Optimizer) -> Tensor | None:
+    """The loss scale that a fused optimizer takes out of the gradients itself."""
+    return getattr(optimizer, "grad_scale", None)
+
+
+def _check_finite(weights: Sequence[PlasticWeight]) -> None:
+    """Refuse to act on what is not finite: a rule would spread it, or hide it."""
+    kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw.detach() for w in weights]}
+    # The largest magnitudes: a sum of finite values can overflow. One look for all, as a device has to be waited for.
+    largest = [norm.float() for values in kinds.values() for norm in torch._foreach_norm(values, torch.inf)]
+    if bool(torch.isfinite(torch.stack(largest)).all()):
+        return
+    for what, values in kinds.items():
+        for weight, value in zip(weights, values, strict=True):
+            if not bool(torch.isfinite(value).all()):
+                raise LifecycleError(
+                    f"{weight.name}: its {what} is not finite, so rules cannot act on it; nothing was changed. "
+                    "Lower the learning rate, clip gradients, or use torch.amp.GradScaler in half precision"
+                )
