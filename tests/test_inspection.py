@@ -15,12 +15,12 @@ from conftest import times_listed
 from models.small import ConvNet, Reused, mlp
 
 GOLDEN = """\
-node          calls                 arguments            weight    slot               pass
-------------  --------------------  -------------------  --------  -----------------  --------------------
-weight_gain   weight_synapses.gain                       weight    gradient hook      fuzzy-learning-rates
-scale_grad    biofx.scale_grad      weight, weight_gain  weight    gradient hook      fuzzy-learning-rates
-sum_1         sum                   scale_grad, 0        weight    sum over synapses  split-synapses
-scale_grad_1  biofx.scale_grad      sum_1, 0.5           weight    sum over synapses  split-synapses"""
+node         calls                 arguments            weight    slot               pass
+-----------  --------------------  -------------------  --------  -----------------  --------------------
+weight_gain  weight_synapses.gain                       weight    gradient hook      fuzzy-learning-rates
+scale_grad   biofx.scale_grad      weight, weight_gain  weight    gradient hook      fuzzy-learning-rates
+sum_1        sum                   scale_grad, 0        weight    sum over synapses  split-synapses
+share_grad   biofx.share_grad      sum_1, 0.5           weight    sum over synapses  split-synapses"""
 
 
 @pytest.fixture

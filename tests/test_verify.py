@@ -56,7 +56,7 @@ def test_a_second_chain(bio):
     site.uses[0].update_arg(1, twice)
     text = violations(bio)
     assert "0.weight_synapses.weight: read by 2 nodes, must be read by one" in text
-    assert "0.weight: scale_grad_1 is not used by any node" in text
+    assert "0.weight: share_grad is not used by any node" in text
 
 
 def test_a_chain_out_of_order(bio):

@@ -319,7 +319,7 @@ class Attachment:
         self._update.end([on_update and s.stored.grad is not None for s in self._learning.values()])
         if self._acting is None and (key := self._update.copied()) is not None:
             raise LifecycleError(
-                f"{type(optimizer).__name__} keeps a copy of the weights ({key!r} in its state), which undoes gains, and "
+                f"{type(optimizer).__name__} keeps a copy of the weights ({key!r} in its state), which undoes gains; "
                 "no other optimizer of its class could be made from its defaults to try where gains have to act; use "
                 "another optimizer, or let its constructor take what is in `defaults`"
             )
