@@ -43,6 +43,8 @@ class SecondDevice(TorchFunctionMode):
             kwargs["copy"] = self._device(tensors[0]) != result_device
             function = Tensor.to
             args = args if name == "to" else (*args, CPU)
+        if name.startswith("_foreach_"):  # one call for each place in the lists
+            return self._many(name, function, args, kwargs)
         result_device = result_device or self._common(name, tensors)
         result = function(*args, **kwargs)
         for x in pytree.tree_leaves(result):
@@ -50,6 +52,17 @@ class SecondDevice(TorchFunctionMode):
                 known = x.untyped_storage()._cdata in self._storages
                 if not known or name == "__get__":  # the backward pass does not say where it leaves gradients
                     self._put(x, result_device)
+        return result
+
+    def _many(self, name, function, args, kwargs):
+        lists = [x for x in args if isinstance(x, list | tuple)]
+        devices = [
+            self._common(name, [x for x in place if issubclass(type(x), Tensor)]) for place in zip(*lists, strict=True)
+        ]
+        result = function(*args, **kwargs)
+        for x, device in zip(result or (), devices, strict=False):
+            if x.untyped_storage()._cdata not in self._storages:
+                self._put(x, device)
         return result
 
     def _asked(self, name, args, kwargs) -> torch.device | None:

@@ -19,7 +19,7 @@ def weight(request):
     bio(torch.randn(3, 4, dtype=torch.float64)).square().sum().backward()
     site = biofx.weight_sites(bio)["2.weight"]
     optimizer = torch.optim.SGD(bio.parameters())
-    return PlasticWeight(site, site.raw, site.raw.grad, optimizer, 1, False, "dales-principle")
+    return PlasticWeight(site, site.raw, site.raw.grad, optimizer, 1, "dales-principle")
 
 
 def test_the_value_is_what_the_operator_receives(weight):
@@ -28,7 +28,7 @@ def test_the_value_is_what_the_operator_receives(weight):
 
 def test_without_a_constraint_the_value_is_what_is_stored():
     site = biofx.weight_sites(biofx.transform(nn.Linear(3, 2), [passes.L1Regularization()]))["weight"]
-    plain = PlasticWeight(site, site.raw, torch.zeros(2, 3), None, 1, False)
+    plain = PlasticWeight(site, site.raw, torch.zeros(2, 3), None, 1)
     assert torch.equal(plain.value, site.raw)
     assert torch.equal(plain.slope, site.raw.sign())
 

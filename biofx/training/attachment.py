@@ -401,7 +401,10 @@ def _check_finite(weights: Sequence[PlasticWeight]) -> None:
     kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw.detach() for w in weights]}
     # The largest magnitudes: a sum of finite values can overflow. One look for all, as a device has to be waited for.
     largest = [norm.float() for values in kinds.values() for norm in torch._foreach_norm(values, torch.inf)]
-    if bool(torch.isfinite(torch.stack(largest)).all()):
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for norm in largest:
+        by_device.setdefault(norm.device, []).append(norm)
+    if all(bool(torch.isfinite(torch.stack(norms)).all()) for norms in by_device.values()):
         return
     for what, values in kinds.items():
         for weight, value in zip(weights, values, strict=True):

@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,9 +64,7 @@ class ResNet(nn.Module):
         widths = [base, base, 2 * base, 4 * base, 8 * base]
         self.stem, self.norm = nn.Conv2d(3, base, 3, padding=1, bias=False), nn.BatchNorm2d(base)
         stages = [
-            block
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
-            for block in (Block(a, b, 1 + (i > 0)), Block(b, b, 1))
+            block for i, (a, b) in enumerate(pairwise(widths)) for block in (Block(a, b, 1 + (i > 0)), Block(b, b, 1))
         ]
         self.stages, self.head = nn.Sequential(*stages), nn.Linear(widths[-1], 10)
 
