@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from biofx.model.slots import Inserted
-from biofx.model.synapses import State, Synapses, stored_name, stored_parameters
+from biofx.model.synapses import State, Synapses, stored_name, stored_parameters, synapses_of
 from biofx.provenance import RECORD, inserted
 
 
@@ -77,6 +77,24 @@ def show(start: fx.Node, target: str, synapses: Synapses) -> None:
         end.meta[RECORD] = link.origin
     for reader in readers:
         reader.replace_input_with(start, end)
+
+
+def show_all(bio: fx.GraphModule) -> None:
+    """Draw the links of all weights that the graph does not show as they act now."""
+    has_changed = False
+    for name, start in parameter_nodes(bio).items():
+        synapses = synapses_of(bio, name)
+        if synapses is not None and not _shows(start, synapses):
+            show(start, stored_name(bio, name), synapses)
+            has_changed = True
+    if has_changed:
+        number_nodes(bio)
+
+
+def _shows(start: fx.Node, synapses: Synapses) -> bool:
+    """Whether the chain of a weight is what acts now."""
+    drawn = [(n.target, tuple(a for a in n.args[1:] if not isinstance(a, fx.Node))) for n in chain(start)[1:]]
+    return drawn == [(ln.target, tuple(a for a in ln.args if not isinstance(a, State))) for ln in synapses.acting]
 
 
 def hide(start: fx.Node, name: str) -> None:

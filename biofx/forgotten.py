@@ -48,7 +48,7 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         idle = [run.pass_.name for run in record.passes if run.pass_.acts_at_step and run.weights & weights.keys()]
         hooks = [link for s in weights.values() for link in s.links if is_hook(link.target)]
         is_linear = type(optimizer) is SGD and not any(group["weight_decay"] for group in optimizer.param_groups)
-        if hooks and (not is_linear or any(not s.hooks_act for s in weights.values())):
+        if hooks and not is_linear:
             idle += [name for link in hooks for name in link.origin.passes]
         if idle:
             names = ", ".join(dict.fromkeys(idle))

@@ -73,7 +73,7 @@ def summary(bio: nn.Module) -> str:
     if unseen:
         parts.append("\n".join(["left alone:", *unseen]))
     acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
-    acting |= {name for name, site in sites.items() if site.learning is not None and not site.learning.hooks_act}
+    acting |= {name for name, site in sites.items() if site.learning is not None and site.learning.attached}
     idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
     if idle:
         parts.append(_listed("no optimizer is attached, so nothing happens at its steps (biofx.attach)", idle))

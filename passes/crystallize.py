@@ -18,6 +18,7 @@ from biofx.model.slots import Slot
 from biofx.options import check_integer, check_number
 from biofx.plastic_weight import PlasticWeight
 from biofx.registry import Moment, Pass, register
+from biofx.training.blocks import blocks
 from biofx.weights.sites import WeightSite
 
 
@@ -91,19 +92,35 @@ class Crystallize(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Dampen gains, every so many steps."""
-        for weight in weights:
-            if weight.step % self.every == 0:
-                gain = weight.state("gain")
-                gain.copy_(crystallize(gain, weight.value, weight.gradient, self.threshold, self.dampening, self.floor))
+        due = [weight for weight in weights if weight.step % self.every == 0]
+        if due:
+            gains = [weight.state("gain") for weight in due]
+            gradients = [weight.gradient for weight in due]
+            crystallize_(gains, [w.value for w in due], gradients, self.threshold, self.dampening, self.floor)
 
 
-def crystallize(
-    gain: Tensor, weight: Tensor, gradient: Tensor, threshold: float, dampening: float, floor: float
-) -> Tensor:
-    """The gains after one crystallization; all tensors have the shape of the stored weight."""
-    # In place, since a new tensor of this size costs more than the arithmetic.
-    magnitude, slope = weight.abs(), gradient.abs()
-    settled = slope > magnitude.mean()
-    settled |= slope < magnitude.mul_(threshold)
-    dampened = (gain * dampening).clamp_(min=floor)
-    return torch.where(settled, torch.minimum(gain, dampened, out=dampened), gain)
+def crystallize_(
+    gains: list[Tensor],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    threshold: float,
+    dampening: float,
+    floor: float,
+) -> None:
+    """Crystallize gains once, in place; of each weight, all three tensors have the shape of what is stored."""
+    means = torch._foreach_norm(weights, 1)
+    torch._foreach_div_(means, [float(weight.numel()) for weight in weights])
+    for gain, weight, gradient, mean in blocks(gains, weights, gradients, means):
+        # Arithmetic instead of comparisons and `where`, which cost ten times as much on a CPU.
+        silent, wild = torch._foreach_abs(weight), torch._foreach_abs(gradient)
+        torch._foreach_mul_(silent, threshold)
+        torch._foreach_sub_(silent, wild)  # above 0 where |g| < θ·|w|
+        torch._foreach_sub_(wild, mean)  # above 0 where |g| is larger than a typical weight
+        torch._foreach_maximum_(silent, wild)
+        torch._foreach_sign_(silent)
+        torch._foreach_clamp_min_(silent, 0)  # 1 where it settles, else 0
+        lowest = torch._foreach_clamp_max(gain, floor)  # a gain below the floor stays
+        torch._foreach_mul_(silent, dampening - 1)
+        torch._foreach_add_(silent, 1)
+        torch._foreach_mul_(gain, silent)
+        torch._foreach_maximum_(gain, lowest)

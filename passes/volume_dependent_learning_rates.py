@@ -6,6 +6,7 @@ m = \eta\, e^{-s\,|w| / (|w| + 1)}$$
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from biofx import randomness
+from biofx import noise
 from biofx.editor import Editor
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
@@ -95,17 +96,15 @@ class VolumeDependentLearningRates(Pass):
 
 def volume_factor(weight: Tensor, noise: Tensor, base_lr: float, stability: float, variability: float) -> Tensor:
     """|n| with n = m·(1 + v·noise), for standard normal noise."""
-    # In place, since a new tensor of this size costs more than the arithmetic; v/(v+1) = 1 − 1/(v+1).
-    mean = weight.abs().add_(1).reciprocal_().sub_(1).mul_(stability).exp_().mul_(base_lr)
-    return mean.mul_(noise.mul(variability).add_(1)).abs_()
+    # In place, since a new tensor of this size costs more than the arithmetic; exp(−s·a/(a+1)) = exp(s/(a+1))/exp(s).
+    mean = weight.abs().add_(1).reciprocal_().mul_(stability).exp_().mul_(base_lr * math.exp(-stability))
+    return mean.addcmul_(mean, noise, value=variability).abs_()
 
 
 @torch.library.custom_op("biofx::standard_normal", mutates_args=())
 def standard_normal(like: Tensor, seed: Tensor, steps: Tensor, site: str) -> Tensor:
     """Noise of the shape, dtype and device of `like`, which follows from seed, number of steps and site."""
-    generator = randomness.generator(int(seed), VolumeDependentLearningRates.name, site, int(steps))
-    drawn = torch.randn(like.shape, generator=generator)
-    return drawn.to(like.device, like.dtype)
+    return noise.normal(like, seed, steps, VolumeDependentLearningRates.name, site)
 
 
 @standard_normal.register_fake
@@ -121,9 +120,17 @@ def _(info: Any, in_dims: Sequence[int | None], like: Tensor, seed: Tensor, step
     return torch.stack([standard_normal(*model, site) for model in models]), 0
 
 
+def _factors(weights: Sequence[Tensor], arguments: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    return [
+        volume_factor(weight, standard_normal(weight, seed, steps, site), *options)
+        for weight, (seed, steps, site, *options) in zip(weights, arguments, strict=True)
+    ]
+
+
 @gradient_hook(
     "volume_grad(Tensor(a) weight, Tensor seed, Tensor steps, str site,"
-    " float base_lr, float stability, float variability) -> Tensor(a)"
+    " float base_lr, float stability, float variability) -> Tensor(a)",
+    factors=_factors,
 )
 def volume_grad(
     gradient: Tensor,
@@ -136,5 +143,5 @@ def volume_grad(
     variability: float,
 ) -> Tensor:
     """Volume-dependent factor on every synapse: g ← g·|n|."""
-    noise = standard_normal(weight.detach(), seed, steps, site)
-    return gradient * volume_factor(weight.detach(), noise, base_lr, stability, variability)
+    drawn = standard_normal(weight.detach(), seed, steps, site)
+    return gradient * volume_factor(weight.detach(), drawn, base_lr, stability, variability)

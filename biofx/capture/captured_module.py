@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from biofx.analysis.graphs import USES
 from biofx.capture.tracer import StandIn
-from biofx.chain import number_nodes
+from biofx.chain import number_nodes, show_all
 from biofx.copying import clones
 from biofx.errors import CaptureError, InputError
 from biofx.forgotten import watch
@@ -86,6 +86,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         copied = _empty(type(self).__name__, _model_class(self))
         memo.update({id(self): copied, **{key: clone for key, clone in clones(self).items() if key not in memo}})
         _fill(copied, copy.deepcopy(_attributes(self), memo), copy.deepcopy(self.graph))
+        show_all(copied)  # no optimizer is attached to a copy
         return copied
 
     def __copy__(self) -> CapturedModule:
@@ -120,6 +121,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             node.meta.update(kept or {})
         _fill(self, attributes, traced.graph)
         number_nodes(self)
+        show_all(self)  # it may have been attached to an optimizer
 
 
 def captured(model: nn.Module, graph: fx.Graph, *, is_whole: bool = False) -> CapturedModule:

@@ -76,8 +76,9 @@ class Synapses(nn.Module):
 
     Attributes:
         links: the steps from what is stored to the weight, in order.
-        hooks_act: whether gradient hooks act in the backward pass. They do not where rules act at the steps of an
-            optimizer, or are called by hand.
+        attached: whether rules act at the steps of an optimizer. Then gradient hooks sleep, and so does a projection on
+            signs, as every step leaves weights behind that have them. A copy is not attached.
+        by_hand: whether rules are called by hand, so that hooks sleep.
         users: the names of the passes that use each state, by its name.
         rewired: the pass that changes what the operator of the weight returns, which only the graph does; else empty.
     """
@@ -85,7 +86,8 @@ class Synapses(nn.Module):
     def __init__(self, key: str, stored: nn.Parameter) -> None:
         super().__init__()
         self.links: tuple[Link, ...] = ()
-        self.hooks_act = True
+        self.attached = False
+        self.by_hand = False
         self.users: dict[str, tuple[str, ...]] = {}
         self.rewired = ""
         self._change: Change | None = None
@@ -125,12 +127,12 @@ class Synapses(nn.Module):
         While hooks sleep, each of Γ synapses gets 1/√Γ of the gradient of its connection, so that all of them together
         have the norm of that gradient.
         """
-        if self.hooks_act:
-            return self.links
+        if not self.attached:
+            return tuple(link for link in self.links if not self.by_hand or link.origin.slot is not Slot.HOOK)
         return tuple(
             replace(link, args=(link.args[0] ** 0.5,)) if link.target is torch.ops.biofx.share_grad else link
             for link in self.links
-            if link.origin.slot is not Slot.HOOK or link.target is torch.ops.biofx.share_grad
+            if link.origin.slot is not Slot.HOOK and link.target is not torch.ops.biofx.project_sign
         )
 
     def forward(self, *, until: Slot = Slot.SUM, stored: Tensor | None = None) -> Tensor:
@@ -243,7 +245,7 @@ class Synapses(nn.Module):
         return getattr(self, key) if key in self.users else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_change": None}
+        return vars(self) | {"_change": None, "attached": False}
 
     def extra_repr(self) -> str:
         """The shape of what is stored, and the links."""

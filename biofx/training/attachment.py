@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -12,14 +12,14 @@ from torch import Tensor, fx, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from biofx import chain
-from biofx.chain import number_nodes
 from biofx.errors import ArgumentError, LifecycleError
-from biofx.model.synapses import Synapses, stored, stored_name, synapses_in
+from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.operators import is_hook
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import record_of, transformed
 from biofx.randomness import fixed_defaults
 from biofx.registry import Moment, Pass
+from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.signs.scales import project_scales
 from biofx.training.acting import Acting, acting_with
 from biofx.training.update import Update, factors
@@ -162,7 +162,8 @@ class Attachment:
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._hold(sites, {n: s for n, s in _with_hooks(bio).items() if id(s.stored) in self._held})
-        _let_hooks_act(bio, self._learning, act=False)
+        _make_feasible(sites.values())
+        _set_attached(bio, {*sites, *self._learning}, attached=True)
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -188,7 +189,8 @@ class Attachment:
     def give_up(self, parameters: set[int]) -> None:
         """Let rules not act on some parameters any more, given by id; without any left, leave the optimizer alone."""
         given = {name for name, synapses in self._learning.items() if id(synapses.stored) in parameters}
-        _let_hooks_act(self._bio, given, act=True)
+        given |= {name for name, site in self._sites.items() if id(site.raw) in parameters}
+        _set_attached(self._bio, given, attached=False)
         self._hold(
             {name: site for name, site in self._sites.items() if id(site.raw) not in parameters},
             {name: synapses for name, synapses in self._learning.items() if name not in given},
@@ -354,14 +356,16 @@ class Attachment:
 
 def use_hooks(bio: nn.Module) -> None:
     """Let all gains act in the backward pass, as they do while no optimizer is attached."""
-    _let_hooks_act(transformed(bio), _with_hooks(transformed(bio)), act=True)
+    _set_attached(transformed(bio), synapses_in(bio), attached=False)
 
 
 def use_no_hooks(bio: nn.Module) -> None:
     """Let no gradient hook act in the backward pass, for those who call the rules themselves."""
     bio = transformed(bio)
     record_of(bio).by_hand = True
-    _let_hooks_act(bio, _with_hooks(bio), act=False)
+    for synapses in synapses_in(bio).values():
+        synapses.by_hand = True
+    chain.show_all(bio)
 
 
 def _held(optimizer: Optimizer) -> set[int]:
@@ -373,16 +377,21 @@ def _with_hooks(bio: fx.GraphModule) -> dict[str, Synapses]:
     return {n: s for n, s in synapses_in(bio).items() if any(is_hook(link.target) for link in s.links)}
 
 
-def _let_hooks_act(bio: fx.GraphModule, names: Collection[str], *, act: bool) -> None:
-    """Let the gradient hooks of some weights act in the backward pass, or sleep."""
-    starts, has_changed = chain.parameter_nodes(bio), False
+def _set_attached(bio: fx.GraphModule, names: Collection[str], *, attached: bool) -> None:
+    """Let rules on some weights act at the steps of an optimizer, or in the backward pass."""
     for name, synapses in synapses_in(bio).items():
-        if name in names and synapses.hooks_act is not act:
-            synapses.hooks_act, has_changed = act, True
-            if name in starts:
-                chain.show(starts[name], stored_name(bio, name), synapses)
-    if has_changed:
-        number_nodes(bio)
+        if name in names and synapses.attached is not attached:
+            synapses.attached = attached
+    chain.show_all(bio)
+
+
+@torch.no_grad()
+def _make_feasible(sites: Iterable[WeightSite]) -> None:
+    """Store weights with the signs of their units, as each step does: the projection in forward sleeps from now on."""
+    for site in sites:
+        constraint, sign = constraint_of(site), site.sign
+        if constraint is CONSTRAINTS["project"] and sign is not None:
+            site.raw.copy_(constraint.store(site.raw, sign))
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:
@@ -399,11 +408,11 @@ def _gradient_scale(optimizer: Optimizer) -> Tensor | None:
 def _check_finite(weights: Sequence[PlasticWeight]) -> None:
     """Refuse to act on what is not finite: a rule would spread it, or hide it."""
     kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw.detach() for w in weights]}
-    # The largest magnitudes: a sum of finite values can overflow. One look for all, as a device has to be waited for.
-    largest = [norm.float() for values in kinds.values() for norm in torch._foreach_norm(values, torch.inf)]
+    # Norms cost a fraction of looking at every entry. They can overflow, so they only acquit. There is one look for all
+    # of a device, as it has to be waited for.
     by_device: dict[torch.device, list[Tensor]] = {}
-    for norm in largest:
-        by_device.setdefault(norm.device, []).append(norm)
+    for norm in torch._foreach_norm([x for values in kinds.values() for x in values], 2):
+        by_device.setdefault(norm.device, []).append(norm.float())
     if all(bool(torch.isfinite(torch.stack(norms)).all()) for norms in by_device.values()):
         return
     for what, values in kinds.items():

@@ -100,7 +100,6 @@ class Update:
         if not weights:
             return
         gains = factors(self._synapses, self._old)
-        whole: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         for synapses, weight, old, gain, takes_part in zip(
             self._synapses, weights, self._old, gains, taking_part, strict=True
         ):
@@ -110,11 +109,7 @@ class Update:
                 weight.mul_(gain) if takes_part and gain is not None else None
                 torch.add(old, change, alpha=1 / synapses.shares, out=weight)
             elif takes_part and gain is not None:
-                for part, tensor in zip(whole, (old, weight, gain.to(weight.dtype)), strict=True):
-                    part.append(tensor)
-        if whole[0]:
-            torch._foreach_lerp_(*whole)  # a gain of 1 is exact to the bit
-            torch._foreach_copy_(whole[1], whole[0])
+                torch.lerp(old, weight, gain.to(weight.dtype), out=weight)  # a gain of 1 is exact to the bit
         if self._with_copies:
             self._move_copies(gains, taking_part)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from biofx.passes.crystallize import crystallize
+from biofx.passes.crystallize import crystallize_
 from models.small import mlp
 
 
@@ -23,8 +23,29 @@ def test_the_formula():
         0.001,  # the floor
         0.0005,  # already below it
     ]
-    given = crystallize(gain, weight, gradient, threshold=4.5e-5, dampening=0.6, floor=1e-3)
-    torch.testing.assert_close(given, torch.tensor(expected).double())
+    crystallize_([gain], [weight], [gradient], threshold=4.5e-5, dampening=0.6, floor=1e-3)
+    torch.testing.assert_close(gain, torch.tensor(expected).double())
+
+
+def slowly(gain, weight, gradient, threshold, dampening, floor):
+    """The formula with comparisons, entry by entry."""
+    settled = (gradient.abs() < threshold * weight.abs()) | (gradient.abs() > weight.abs().mean())
+    return torch.where(settled, torch.minimum(gain, (gain * dampening).clamp(min=floor)), gain)
+
+
+def test_many_weights_of_any_size_and_layout_at_once():
+    torch.manual_seed(0)
+    shapes = [(3,), (700, 800), (2, 3, 5, 5), (1, 1), (64, 64), (40, 3, 3, 3), (2, 30, 40)]
+    weights, gradients = ([torch.randn(shape).double() for shape in shapes] for _ in range(2))
+    gains = [torch.rand(shape).double() for shape in shapes]
+    for tensors in (weights, gradients, gains):
+        tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+    weights[5] = weights[5].to(memory_format=torch.channels_last)  # the others are not
+    options = {"threshold": 0.1, "dampening": 0.6, "floor": 1e-3}
+    expected = [slowly(*each, **options) for each in zip(gains, weights, gradients, strict=True)]
+    crystallize_(gains, weights, gradients, **options)
+    for given, wanted in zip(gains, expected, strict=True):
+        torch.testing.assert_close(given, wanted)
 
 
 def run(pipeline, steps=1, gradient=1e3, lr=0.0, optimizer=torch.optim.SGD):

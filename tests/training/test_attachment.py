@@ -1,4 +1,4 @@
-"""Lifecycle: rules around `optimizer.step()`, with any optimizer, exactly once."""
+"""Attachments: rules around `optimizer.step()`, with any optimizer, exactly once."""
 
 import copy
 import gc
@@ -367,9 +367,9 @@ def test_a_copy_of_an_attached_model_is_not_attached():
 
 RESUME = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 torch.set_num_threads(1)
-import test_lifecycle as t
+import test_attachment as t
 bio, optimizer, _ = t.start(t.{pipeline}, {name!r})
 saved = torch.load({path!r})
 bio.load_state_dict(saved["model"])
@@ -392,7 +392,9 @@ def test_a_fresh_process_resumes_bit_for_bit(tmp_path, pipeline, name):
     path = str(tmp_path / "checkpoint.pt")
     torch.save({"model": bio.state_dict(), "optimizer": optimizer.state_dict()}, path)
     train(bio, optimizer, 5, start=7)
-    script = RESUME.format(tests=str(Path(__file__).parent), path=path, pipeline=pipeline, name=name)
+    script = RESUME.format(
+        tests=[str(Path(__file__).parents[i]) for i in (0, 1)], path=path, pipeline=pipeline, name=name
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
     assert_same_states(torch.load(path + ".after"), states(bio, optimizer))
 
