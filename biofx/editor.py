@@ -16,6 +16,7 @@ from biofx.islands import WHOLE
 from biofx.model.owners import give_synapses
 from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import Link, State, Synapses, stored, stored_name, synapses_of
+from biofx.operators import is_hook, multiplies_entries
 from biofx.options import activation_function
 from biofx.provenance import RECORD, RunnablePass, inserted, record_of
 
@@ -96,9 +97,19 @@ class Editor:
         Args:
             target: a dispatcher operator or a PyTorch function whose first argument is the weight.
             args: its other arguments: constants, or state (see `state`).
+
+        Raises:
+            PipelineError: the target does not do what the pass's slot promises.
         """
         self.changed = True
-        self._synapses().insert(Link(target, args, self._origin(self._by.slot)))
+        link = Link(target, args, self._origin(self._by.slot))
+        synapses = self._synapses()
+        synapses.insert(link)
+        if is_hook(target) and not multiplies_entries(target, synapses.stored, *synapses.arguments(link)):
+            raise PipelineError(
+                f"{self._by.name}: {self.name}: {link.name} does not multiply every entry of a gradient by a "
+                "factor that does not depend on it, so it cannot act on the update of an optimizer (biofx.attach)"
+            )
         self._show()
 
     def state(self, key: str, value: Tensor) -> State:

@@ -130,6 +130,17 @@ def factors_of(target: Any, weights: Sequence[Tensor], arguments: Sequence[tuple
     return [apply_rule(target, torch.ones_like(w), w, *others) for w, others in zip(weights, arguments, strict=True)]
 
 
+@torch.no_grad()
+def multiplies_entries(target: Any, weight: Tensor, *others: Any) -> bool:
+    """Whether the rule of a gradient hook multiplies every entry of a gradient by a factor, as far as a try tells."""
+    if _name(target) in _FACTORS:
+        return True
+    gradient = torch.arange(weight.numel(), device=weight.device).view(weight.shape).cos().to(weight.dtype)
+    ones = torch.ones_like(gradient)
+    given, factors = (apply_rule(target, g, weight, *others) for g in (gradient, ones))
+    return torch.allclose(given, gradient * factors, rtol=1e-2, atol=1e-5, equal_nan=True)
+
+
 def is_hook(target: Any) -> bool:
     """Whether a node with this target is a gradient hook."""
     return _name(target) in _RULES

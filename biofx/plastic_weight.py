@@ -48,7 +48,7 @@ class PlasticWeight:
 
     @property
     def value(self) -> Tensor:
-        """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint."""
+        """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, or that itself."""
         return self.site.synaptic().detach()
 
     @property

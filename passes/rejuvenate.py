@@ -111,9 +111,10 @@ class Rejuvenate(Pass):
             if sign is not None:
                 signs = sign.expand_as(value)[mask]
                 new = torch.where(signs == 0, new, new.abs() * signs)
+            old = value if sign is None else value.clone()
             weight.replace(mask, new)
             if sign is not None:
-                weight.assign(with_totals_of(weight.site, value, weight.value, sign))
+                weight.assign(with_totals_of(weight.site, old, weight.value, sign))
             weight.state("replaced").add_(len(new))
 
 

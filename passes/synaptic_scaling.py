@@ -112,20 +112,27 @@ class SynapticScaling(Pass):
         """Update the running means, and scale weights or the factors on gradients by them."""
         strength = STRENGTH[self.on] if self.strength is None else self.strength
         for weight in weights:
-            seen, activity = weight.state("seen"), weight.state("activity")
-            if seen[-1] > 0 and torch.isfinite(seen).all():  # what overflowed is no activity
-                mean = seen[:-1] / seen[-1]
-                activity.copy_(torch.where(activity == UNSEEN, mean, self.memory * activity + (1 - self.memory) * mean))
-            seen.zero_()
-            if (activity == UNSEEN).any():  # nothing was seen yet: the forward passes were in evaluation mode
-                continue
-            target = activity.mean() if self.target is None else torch.as_tensor(self.target).to(activity)
+            activity = weight.state("activity")
+            update_activity(activity, weight.state("seen"), self.memory)
+            # Nothing is decided on the host, which would have to wait for a GPU. Nothing is known yet if all forward
+            # passes were in evaluation mode.
+            is_known = (activity != UNSEEN).all()
+            target = activity.mean() if self.target is None else activity.new_full((), self.target)
             if self.on == "weight":
-                factor = weight.site.spread(weight_factor(activity, target, strength))
-                weight.assign(weight.value * factor.to(weight.raw.dtype))
+                factor = weight_factor(activity, target, strength).where(is_known, 1)
+                weight.assign(weight.value * weight.site.spread(factor).to(weight.raw.dtype))
             else:
-                factor = weight.state("homeostasis")
-                factor.copy_(weight.site.spread(gradient_factor(activity, target, strength)).view_as(factor))
+                factor, present = gradient_factor(activity, target, strength), weight.state("homeostasis")
+                present.copy_(torch.where(is_known, weight.site.spread(factor).view_as(present), present))
+
+
+def update_activity(activity: Tensor, seen: Tensor, memory: float) -> None:
+    """Move the running means of units towards what was seen since the last step, and forget that."""
+    is_new = (seen[-1] > 0) & torch.isfinite(seen).all()  # what overflowed is no activity
+    mean = seen[:-1] / seen[-1]
+    moved = torch.where(activity == UNSEEN, mean, memory * activity + (1 - memory) * mean)
+    activity.copy_(torch.where(is_new, moved, activity))
+    seen.zero_()
 
 
 def gradient_factor(activity: Tensor, target: Tensor, strength: float) -> Tensor:
@@ -142,5 +149,7 @@ def weight_factor(activity: Tensor, target: Tensor, strength: float) -> Tensor:
 @observer("sum_activity")
 def sum_activity(activity: Tensor, seen: Tensor) -> None:
     """Add up the activity of every unit, and in the last entry the number of positions."""
-    seen[:-1] += activity.abs().sum(0, dtype=seen.dtype)
+    # A float64 pass over every activity costs several times as much; the sums of calls are added up in float64.
+    dtype = torch.promote_types(activity.dtype, torch.float32)
+    seen[:-1] += torch.linalg.vector_norm(activity, 1, dim=0, dtype=dtype)
     seen[-1] += len(activity)

@@ -23,7 +23,7 @@ def test_inspect(capsys):
     assert 'excluded by pattern "head*"' in out
     assert "scale_grad" not in out
     main(["inspect", "models.small:ConvNet", "--passes", "split-synapses", "--nodes"])
-    assert "biofx.scale_grad" in capsys.readouterr().out
+    assert "biofx.share_grad" in capsys.readouterr().out
 
 
 def test_export(capsys, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -256,3 +257,21 @@ def test_a_rule_must_take_the_arguments_of_its_schema():
     with pytest.raises(biofx.ArgumentError, match=r"the rule takes \['rate'\] after the gradient.*gain"):
         operators.gradient_hook("wrong_for_test_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)")(lambda g, rate: g)
     assert not hasattr(torch.ops.biofx, "wrong_for_test_grad")
+
+
+@operators.gradient_hook("normalize_grad(Tensor(a) weight) -> Tensor(a)")
+def normalize_grad(gradient):
+    return gradient / gradient.norm()
+
+
+def test_a_rule_that_is_no_factor_on_every_entry_is_refused():
+    @dataclass(frozen=True)
+    class Normalizing(passes.Pass):
+        name = "normalizing"
+        slot = passes.Slot.HOOK
+
+        def rewrite(self, site, edit):
+            edit.insert(torch.ops.biofx.normalize_grad)
+
+    with pytest.raises(biofx.PipelineError, match="weight: biofx.normalize_grad does not multiply every entry"):
+        biofx.transform(nn.Linear(3, 2), [Normalizing()])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -167,7 +169,7 @@ class Attachment:
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
-        self._steps = optimizer.step
+        self._guarded = _guarded(self, optimizer)
         optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
         record_of(bio).attachments.add(self)
 
@@ -199,7 +201,7 @@ class Attachment:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
-            if vars(self.optimizer).get("step") == self._guarded:
+            if vars(self.optimizer).get("step") is self._guarded:
                 del self.optimizer.step
             record_of(self._bio).attachments.discard(self)
 
@@ -215,15 +217,11 @@ class Attachment:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.detach()
 
-    def _guarded(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer's step; if it fails, no weight is left as the optimizer saw it."""
-        try:
-            return self._steps(*args, **kwargs)
-        except BaseException:
-            self._put_back()
-            self._update.undo()
-            self._step, self._nested = None, 0
-            raise
+    def undo(self) -> None:
+        """Leave no weight and no gradient as the optimizer saw it, as its step failed."""
+        self._put_back()
+        self._update.undo()
+        self._step, self._nested = None, 0
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self._step is not None:
@@ -257,7 +255,10 @@ class Attachment:
         if self._step.weights is not None:
             name = type(self.optimizer).__name__
             raise LifecycleError(f"{name} evaluates its closure twice in a step, so there is no one gradient to act on")
-        weights = [w for site in self._sites.values() if (w := self._weight(site)) is not None]
+        counters = {name: steps for name, site in self._sites.items() if (steps := site.state("steps")) is not None}
+        counts = dict(zip(counters, map(int, _on_host([*counters.values()])), strict=True))
+        found = (self._weight(site, counts.get(name, 0) + 1) for name, site in self._sites.items())
+        weights = [weight for weight in found if weight is not None]
         if not weights and all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
             raise LifecycleError(
                 f"optimizer.step() without backward(): none of the {len(self._sites)} weights has a gradient"
@@ -291,8 +292,8 @@ class Attachment:
         for parameter, gradient in reversed(self._step.gradients if self._step is not None else []):
             parameter.grad = gradient
 
-    def _weight(self, site: WeightSite) -> PlasticWeight | None:
-        """A weight that takes part in this step, or None if it has no gradient."""
+    def _weight(self, site: WeightSite, step: int) -> PlasticWeight | None:
+        """A weight that takes part in this step, by its number, or None if it has no gradient."""
         raw, scale = site.raw, _gradient_scale(self.optimizer)
         if raw.grad is None or raw.numel() == 0:
             return None
@@ -304,8 +305,7 @@ class Attachment:
             gradient = gradient * shares**0.5
         elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
             gradient = gradient.clone()
-        steps = site.state("steps")
-        return PlasticWeight(site, raw, gradient, self.optimizer, 1 if steps is None else int(steps) + 1)
+        return PlasticWeight(site, raw, gradient, self.optimizer, step)
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -352,6 +352,34 @@ class Attachment:
             raise LifecycleError(
                 "the optimizer holds other parameters than when it was attached; detach and attach again"
             )
+
+
+def _guarded(attachment: Attachment, optimizer: Optimizer) -> MethodType:
+    """The step of an optimizer, undone if it fails; a method of the optimizer, as schedulers take it apart."""
+    step = optimizer.step
+
+    @functools.wraps(step)  # schedulers mark a step that they know
+    def guarded(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(*args, **kwargs)
+        except BaseException:
+            attachment.undo()
+            raise
+
+    return MethodType(guarded, optimizer)
+
+
+def _on_host(numbers: Sequence[Tensor]) -> list[float]:
+    """Numbers that are on devices; those of a kind are waited for at once."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, number in enumerate(numbers):
+        kinds.setdefault((number.device, number.dtype), []).append(index)
+    result = [0.0] * len(numbers)
+    for indices in kinds.values():
+        values = torch.stack([numbers[index] for index in indices]).tolist()
+        for index, value in zip(indices, values, strict=True):
+            result[index] = value
+    return result
 
 
 def use_hooks(bio: nn.Module) -> None:
@@ -407,13 +435,10 @@ def _gradient_scale(optimizer: Optimizer) -> Tensor | None:
 
 def _check_finite(weights: Sequence[PlasticWeight]) -> None:
     """Refuse to act on what is not finite: a rule would spread it, or hide it."""
-    kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw.detach() for w in weights]}
-    # Norms cost a fraction of looking at every entry. They can overflow, so they only acquit. There is one look for all
-    # of a device, as it has to be waited for.
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for norm in torch._foreach_norm([x for values in kinds.values() for x in values], 2):
-        by_device.setdefault(norm.device, []).append(norm.float())
-    if all(bool(torch.isfinite(torch.stack(norms)).all()) for norms in by_device.values()):
+    kinds: dict[str, list[Tensor]] = {"gradient": [w.gradient for w in weights], "weight": [w.raw for w in weights]}
+    # Norms cost a fraction of looking at every entry. They can overflow, so they only acquit.
+    norms = torch._foreach_norm([x for values in kinds.values() for x in values], 2)
+    if all(map(math.isfinite, _on_host(norms))):
         return
     for what, values in kinds.items():
         for weight, value in zip(weights, values, strict=True):

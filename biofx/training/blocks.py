@@ -22,8 +22,8 @@ def blocks(*tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
         >>> import torch
         >>> from biofx.training.blocks import blocks
         >>> weights, means = [torch.zeros(2, 3), torch.zeros(4)], [torch.tensor(1.0), torch.tensor(2.0)]
-        >>> [[part.shape for part in parts] for parts in next(blocks(weights, means))]
-        [[torch.Size([6]), torch.Size([4])], [torch.Size([]), torch.Size([])]]
+        >>> [[tuple(part.shape) for part in parts] for parts in next(blocks(weights, means))]
+        [[(2, 3), (4,)], [(), ()]]
     """
     found: list[tuple[Tensor, ...]] = []
     count = 0
@@ -47,10 +47,10 @@ def _cut(group: tuple[Tensor, ...], whole: list[Tensor], size: int) -> Iterator[
         yield group
         return
     count = whole[0].numel()
-    flat = [x.as_strided((count,), (1,)) if x.dim() else x for x in group]
     if count <= size:
-        yield tuple(flat)
+        yield group
         return
+    flat = [x.as_strided((count,), (1,)) if x.dim() else x for x in group]
     for start in range(0, count, size):
         yield tuple(x[start : start + size] if x.dim() else x for x in flat)
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from biofx.model.synapses import Synapses
 from biofx.operators import factors_of, is_hook
+from biofx.training.blocks import blocks
 
 CLOSE = 0.1  # the relative distance from a weight below which what an optimizer remembers is a copy of the weight
 
@@ -46,12 +47,7 @@ class Update:
 
     @property
     def _weights(self) -> list[Tensor]:
-        return [synapses.stored.detach() for synapses in self._synapses]
-
-    def _split(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
-        """Those of connections of several synapses, each with their number."""
-        pairs = [(w, float(s.shares)) for w, s in zip(weights, self._synapses, strict=True) if s.shares > 1]
-        return [w for w, _ in pairs], [number for _, number in pairs]
+        return [synapses.stored for synapses in self._synapses]
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -68,9 +64,10 @@ class Update:
 
     @torch.no_grad()
     def _scale_split(self, *, up: bool) -> None:
-        weights, numbers = self._split(self._weights)
-        if weights:
-            (torch._foreach_mul_ if up else torch._foreach_div_)(weights, numbers)
+        split = [synapses for synapses in self._synapses if synapses.shares > 1]
+        if split:
+            scale = torch._foreach_mul_ if up else torch._foreach_div_
+            scale([synapses.stored for synapses in split], [float(synapses.shares) for synapses in split])
 
     def pause(self) -> None:
         """Put the weights back while a closure runs the model."""
@@ -96,22 +93,26 @@ class Update:
             taking_part: for each weight, whether it has a gradient.
         """
         self._is_open = False
-        weights = self._weights
-        if not weights:
-            return
         gains = factors(self._synapses, self._old)
-        for synapses, weight, old, gain, takes_part in zip(
-            self._synapses, weights, self._old, gains, taking_part, strict=True
-        ):
+        whole: list[tuple[Tensor, ...]] = []
+        split: list[tuple[Tensor, ...]] = []
+        for synapses, old, gain, takes_part in zip(self._synapses, self._old, gains, taking_part, strict=True):
+            own = gain.to(old.dtype) if takes_part and gain is not None else None
             if synapses.shares > 1:
-                start = old * synapses.shares
-                change = weight.sub_(start)
-                weight.mul_(gain) if takes_part and gain is not None else None
-                torch.add(old, change, alpha=1 / synapses.shares, out=weight)
-            elif takes_part and gain is not None:
-                torch.lerp(old, weight, gain.to(weight.dtype), out=weight)  # a gain of 1 is exact to the bit
+                one, shares = old.new_ones(()), old.new_tensor(float(synapses.shares))
+                split.append((synapses.stored, old, one if own is None else own, shares))
+            elif own is not None:
+                whole.append((synapses.stored, old, own))
         if self._with_copies:
             self._move_copies(gains, taking_part)
+        for weights, olds, factor in blocks(*zip(*whole, strict=True)):
+            torch._foreach_lerp_(olds, weights, factor)  # a gain of 1 is exact to the bit
+            torch._foreach_copy_(weights, olds)
+        for weights, olds, factor, numbers in blocks(*zip(*split, strict=True)):
+            torch._foreach_sub_(weights, torch._foreach_mul(olds, numbers))
+            torch._foreach_mul_(weights, factor)
+            torch._foreach_div_(weights, numbers)
+            torch._foreach_add_(weights, olds)
 
     def copied(self) -> str | None:
         """The key in the optimizer's state under which it keeps a copy of a weight, or None."""

@@ -939,3 +939,22 @@ def test_a_copy_of_the_weights_is_found_where_nothing_could_be_tried():
     biofx.attach(bio, optimizer)
     with pytest.raises(biofx.LifecycleError, match=r"keeps a copy of the weights \('master' in its state\)"):
         train(bio, optimizer, 1)
+
+
+@pytest.mark.parametrize("first", ["scheduler", "attachment"])
+def test_schedulers_and_attachments_in_any_order(first):
+    bio = biofx.transform(network(), [passes.SplitSynapses(2), *GAINS])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if first == "attachment":
+            biofx.attach(bio, optimizer)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        if first == "scheduler":
+            biofx.attach(bio, optimizer)
+        for _ in range(3):
+            train(bio, optimizer, 1)
+            scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.0125
+    biofx.detach(bio)
+    train(bio, optimizer, 1)

@@ -1,0 +1,73 @@
+"""What a step costs where nobody has a GPU to measure it: operators that are dispatched, and waits for the device.
+
+A GPU computes while the host goes on, so what makes a step long there is what the host has to do: every operator is a
+launch, and every number that is read on the host is a wait.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import biofx
+
+LAYERS = 40
+WAIT = "aten._local_scalar_dense.default"
+COSTS = {  # what a step adds at most: operators, operators for each weight, waits
+    "fuzzy-learning-rates": (5, 0, 0),
+    "crystallize": (35, 1, 1),
+    "l1-regularization": (10, 7, 1),
+    "split-synapses": (10, 9, 0),
+    "volume-dependent-learning-rates": (10, 12, 0),
+    "fuzzy-learning-rates,volume-dependent-learning-rates,crystallize": (45, 14, 1),
+    "rejuvenate{every=100}": (10, 1, 1),
+    "synaptic-scaling": (10, 40, 1),
+}
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators_of_a_step(model, optimizer):
+    x = torch.randn(4, 16)
+    for counting in (False, False, True):
+        mode = Operators() if counting else torch.enable_grad()
+        with mode:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    return mode.count
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(*[layer for _ in range(LAYERS) for layer in (nn.Linear(16, 16), nn.ReLU())])
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model = layers()
+    return operators_of_a_step(model, torch.optim.SGD(model.parameters(), lr=0.01, foreach=True))
+
+
+@pytest.mark.parametrize("pipeline", COSTS)
+def test_what_a_step_adds(pipeline, plain):
+    bio = biofx.transform(layers(), pipeline, example_inputs=(torch.randn(4, 16),))
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.01, foreach=True)
+    biofx.attach(bio, optimizer)
+    count = operators_of_a_step(bio, optimizer)
+    once, for_each, waits = COSTS[pipeline]
+    added = sum(count.values()) - sum(plain.values())
+    assert added <= once + for_each * LAYERS, count - plain
+    assert count[WAIT] - plain[WAIT] <= waits
