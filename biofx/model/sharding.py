@@ -22,6 +22,9 @@ def shard_placement(bio: nn.Module) -> Callable[[nn.Parameter], Shard | None]:
     of its connections, which `fully_shard` wants to be a multiple of the number of processes, and leaves all other
     parameters to it.
 
+    A weight in several synapses is computed, so autograd keeps it between forward and backward, unsharded. Where that
+    is too much memory, checkpoint the blocks (`torch.utils.checkpoint`): the weight is computed again.
+
     Args:
         bio: a model made by `biofx.transform`.
 
