@@ -233,7 +233,11 @@ class Attachment:
         self._step = _Step()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._prepare()
+            try:
+                self._prepare()
+            except BaseException:
+                self.undo()
+                raise
             self._update.begin()
             return None
         # Before the optimizer does anything: it may move the weights before it calls the closure.
