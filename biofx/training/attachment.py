@@ -47,8 +47,11 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
 
     One step moves a synapse by its gain times the distance that it would have moved without, decoupled weight decay
     included. Under momentum, a synapse whose gain becomes small stops at once, where one whose gradients become small
-    coasts on. What the optimizer keeps of the weights themselves (a slow copy, an average, one of higher precision)
-    moves like the weights. The reference package multiplies `.grad`, which is the same for `SGD` without momentum.
+    coasts on. The reference package multiplies `.grad`, which is the same for `SGD` without momentum.
+
+    *Optimizers that keep a copy of the weights* (a slow one, an average, one of higher precision) would undo gains. One
+    of the same class is tried on a small weight: gains act on the copy as well, or on the gradient, or the optimizer is
+    refused.
 
     *The loop stays what it was.* `.grad` is what the backward pass computed, and `clip_grad_norm_` sees the norm that
     the plain model would have. Of Γ synapses (`SplitSynapses`), each gets 1/√Γ of the gradient of their connection; in
@@ -68,7 +71,8 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, no pass changed a weight of it, the optimizer holds none
             of those weights, or it is a wrapper whose steps run no hooks.
-        LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients. At a step:
+        LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients, and
+            optimizers that undo gains whatever these act on. At a step:
             a gradient or weight that is not finite, if a rule acts on it; a sparse gradient; no `backward()` before; a
             weight whose shape, or an optimizer whose parameters, changed since. Nothing has happened then.
 
@@ -104,9 +108,10 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
             "build it from bio.parameters(), after the transform"
         )
     _check_runs_hooks(optimizer)
+    acting = acting_with(optimizer)  # which may refuse: nothing has changed until then
     for other in [*record.attachments]:
         other.give_up(held)
-    return Attachment(bio, optimizer, sites)
+    return Attachment(bio, optimizer, sites, acting)
 
 
 def detach(bio: nn.Module) -> None:
@@ -156,11 +161,13 @@ class _Step:
 class Attachment:
     """The connection between a transformed model and an optimizer; `biofx.attach` makes it."""
 
-    def __init__(self, bio: fx.GraphModule, optimizer: Optimizer, sites: dict[str, WeightSite]) -> None:
+    def __init__(
+        self, bio: fx.GraphModule, optimizer: Optimizer, sites: dict[str, WeightSite], acting: Acting | None
+    ) -> None:
         self.optimizer = optimizer
         self._bio = bio
         self._held = _held(optimizer)
-        self._acting = acting_with(optimizer)
+        self._acting = acting
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._hold(sites, {n: s for n, s in _with_hooks(bio).items() if id(s.stored) in self._held})
@@ -332,6 +339,8 @@ class Attachment:
         counters = [steps for w in step.weights if (steps := w.site.state("steps")) is not None]
         try:
             self._act(step.weights, before_step=False)
+            projected = {name for rule, names in self._rules if rule.moment is Moment.PROJECTION for name in names}
+            _make_feasible(weight.site for weight in step.weights if weight.name not in projected)
             project_scales(self._bio, self._held)
         finally:
             if counters:
@@ -412,7 +421,7 @@ def _with_hooks(bio: fx.GraphModule) -> dict[str, Synapses]:
 def _set_attached(bio: fx.GraphModule, names: Collection[str], *, attached: bool) -> None:
     """Let rules on some weights act at the steps of an optimizer, or in the backward pass."""
     for name, synapses in synapses_in(bio).items():
-        if name in names and synapses.attached is not attached:
+        if name in names:
             synapses.attached = attached
     chain.show_all(bio)
 

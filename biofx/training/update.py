@@ -42,9 +42,6 @@ class Update:
         self._looked_at: set[tuple[int, str]] = set()
         self._is_open = False
 
-    def __len__(self) -> int:
-        return len(self._synapses)
-
     @property
     def _weights(self) -> list[Tensor]:
         return [synapses.stored for synapses in self._synapses]

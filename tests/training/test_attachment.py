@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -924,6 +925,10 @@ def test_an_optimizer_that_undoes_gains_is_refused():
     with pytest.raises(biofx.LifecycleError, match="LookaheadAdam undoes gains, as it keeps copies of the weights"):
         biofx.attach(bio, LookaheadAdam(bio.parameters(), lr=0.01))
     assert bio.code == code
+    attachment = biofx.attach(bio, torch.optim.Adam(bio.parameters()))
+    with pytest.raises(biofx.LifecycleError, match="LookaheadAdam undoes gains"):
+        biofx.attach(bio, LookaheadAdam(bio.parameters(), lr=0.01))
+    assert attachment.weights == ("0.weight", "2.weight")
 
 
 class NoDefaults(Master):
@@ -958,3 +963,21 @@ def test_schedulers_and_attachments_in_any_order(first):
     assert optimizer.param_groups[0]["lr"] == 0.0125
     biofx.detach(bio)
     train(bio, optimizer, 1)
+
+
+def test_signs_of_a_pass_without_a_rule_hold_through_steps():
+    """A projection in forward sleeps while an optimizer is attached, so every step sees to the signs."""
+
+    @dataclass(frozen=True)
+    class Positive(passes.Pass):
+        name = "positive"
+        slot = passes.Slot.SIGN
+
+        def rewrite(self, site, edit):
+            edit.insert(torch.ops.biofx.project_sign, edit.state("sign", torch.ones_like(site.raw)))
+
+    bio = biofx.transform(network(), [Positive()])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.5)
+    biofx.attach(bio, optimizer)
+    train(bio, optimizer, 5)
+    assert all((site.effective() >= 0).all() for site in biofx.weight_sites(bio).values())
