@@ -16,7 +16,7 @@ from biofx.model.synapses import stored, stored_parameters, synapses_in, synapse
 from biofx.operators import NAMESPACE
 from biofx.provenance import changed_since, inserted, inserted_nodes, record_of, unwrapped
 from biofx.registry import Pass
-from biofx.signs.constraints import mixed_units
+from biofx.signs.constraints import mixed_units, wrong_signs
 from biofx.verdict import Verdict
 from biofx.weights.sites import WeightSite, find
 
@@ -135,6 +135,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
         if lowest is not None and lowest < 0:
             yield f"{by}: {name}: it multiplies units, and is negative ({lowest:g})"
     sites = find(bio)[0]
+    yield from wrong_signs(sites)
     yield from mixed_units(sites)
     for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):
         if _lowest(sites[name].raw) is None:

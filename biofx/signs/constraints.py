@@ -128,6 +128,15 @@ def constraint_of(site: WeightSite) -> SignConstraint | None:
     return None
 
 
+def wrong_signs(sites: dict[str, WeightSite]) -> Iterator[str]:
+    """The weights in which synapses have another sign than their unit, one sentence for each."""
+    for name, site in sites.items():
+        if site.sign is not None and constraint_of(site) is not None:
+            count = int((site.synaptic().detach() * site.sign < 0).sum())
+            if count:
+                yield f"{name}: {count} of its synapses have another sign than their unit"
+
+
 def mixed_units(sites: dict[str, WeightSite]) -> Iterator[str]:
     """The units with outgoing weights of both signs, over all weights that read them, one sentence for each weight.
 

@@ -981,3 +981,15 @@ def test_signs_of_a_pass_without_a_rule_hold_through_steps():
     biofx.attach(bio, optimizer)
     train(bio, optimizer, 5)
     assert all((site.effective() >= 0).all() for site in biofx.weight_sites(bio).values())
+
+
+def test_verify_finds_signs_that_were_overwritten_between_two_steps():
+    bio, optimizer, _ = start([passes.DalesPrinciple(balance=False)], "sgd")
+    with torch.no_grad():
+        bio.get_submodule("2").weight.fill_(1.0)
+    with pytest.raises(
+        biofx.VerificationError, match=r"2.weight: \d+ of its synapses have another sign than their unit"
+    ):
+        biofx.verify(bio)
+    train(bio, optimizer, 1)
+    biofx.verify(bio)
