@@ -1,7 +1,7 @@
-"""Noise: normal numbers that follow from a counter: seed, step, purpose, and the place of the entry.
+"""Noise: random numbers that follow from a counter: seed, step, purpose, and the place of the entry.
 
 Nothing is stored, and nothing depends on what was drawn before: a part of a tensor, such as the shard of a rank, gets
-the numbers that it has in the whole. On a CPU they are sums of two tables of normal numbers, at offsets that are hashes
+the numbers that it has in the whole. On a CPU they are sums of two tables of random numbers, at offsets that are hashes
 of the counter; elsewhere they are hashes of the counter themselves, so that no number has to be moved.
 """
 
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,42 +22,85 @@ from biofx.randomness import generator
 TABLE, BLOCK = 1 << 22, 1 << 20  # lengths of a table, and of what is read from one place of it
 
 
-def normal(like: Tensor, seed: Tensor, steps: Tensor, *purpose: str, start: int = 0) -> Tensor:
-    """Standard normal numbers of the shape, dtype and device of a tensor, contiguous.
+@dataclass(frozen=True)
+class Counter:
+    """What the noise of a tensor follows from.
+
+    Attributes:
+        seed: the user's seed, an integer on the tensor's device.
+        steps: the number of the step, an integer on the tensor's device.
+        purpose: who draws: a pass, a weight, and what for.
+        start: the index of the first entry, if the tensor is a part of another one.
+    """
+
+    seed: Tensor
+    steps: Tensor
+    purpose: tuple[str, ...]
+    start: int = 0
+
+    def at(self, start: int) -> Counter:
+        """The counter of the part that begins at an entry."""
+        return replace(self, start=self.start + start)
+
+
+def normal(likes: Sequence[Tensor], counters: Sequence[Counter]) -> list[Tensor]:
+    """Standard normal numbers of the shape, dtype and device of each tensor, contiguous.
 
     Args:
-        like: the tensor.
-        seed: the user's seed, an integer on the device.
-        steps: the number of the step, an integer on the device.
-        purpose: who draws: a pass, a weight.
-        start: the index of the first entry, if `like` is a part of a tensor.
+        likes: the tensors, at least one, on one device.
+        counters: the counter of each.
     """
-    count = like.numel()
-    if like.device.type == "cpu":
-        flat = from_tables(count, int(seed), int(steps), *purpose, start=start)
-    else:
-        flat = from_words(count, seed, steps, words_of(*purpose), start=start)
-    return flat.to(like.dtype).view(like.shape)
+    if likes[0].device.type == "cpu":
+        return _of_dtype(_sums(likes, counters, _normal_tables), likes)
+    return _split(normal_from_words(likes, counters), likes)
 
 
-def from_tables(count: int, seed: int, step: int, *purpose: str, start: int = 0) -> Tensor:
-    """Normal numbers as sums of two tables of them."""
-    first, second = _tables()
-    result = torch.empty(count, dtype=torch.float32, device="cpu")
-    place = start
-    while place < start + count:
+def uniform(likes: Sequence[Tensor], counters: Sequence[Counter]) -> list[Tensor]:
+    """Numbers in [0, 1), of the shape, dtype and device of each tensor, contiguous; arguments as of `normal`."""
+    if likes[0].device.type == "cpu":
+        sums = _sums(likes, counters, _uniform_tables)
+        torch._foreach_sub_(sums, torch._foreach_floor(sums))
+        return _of_dtype(sums, likes)
+    return _split(uniform_from_words(likes, counters), likes)
+
+
+def _of_dtype(drawn: list[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
+    return [x.to(like.dtype) for x, like in zip(drawn, likes, strict=True)]
+
+
+# --- On a CPU: tables
+
+
+def _sums(likes: Sequence[Tensor], counters: Sequence[Counter], tables: Callable[[], list[Tensor]]) -> list[Tensor]:
+    # One read for all of them; a number that is read alone costs as much as thousands of entries.
+    seeds, steps = (torch.stack(x).tolist() for x in zip(*((c.seed, c.steps) for c in counters), strict=True))
+    summands: tuple[list[Tensor], list[Tensor]] = [], []
+    for which, (table, terms) in enumerate(zip(tables(), summands, strict=True)):
+        for like, counter, seed, step in zip(likes, counters, seeds, steps, strict=True):
+            terms.append(_read(table, like, counter, seed, step, which))
+    return list(torch._foreach_add(*summands))
+
+
+def _read(table: Tensor, like: Tensor, counter: Counter, seed: int, step: int, which: int) -> Tensor:
+    """The summands from one table, of the shape of a tensor."""
+    parts, place, end = [], counter.start, counter.start + like.numel()
+    while place < end or not parts:
         block, inside = divmod(place, BLOCK)
-        length = min(BLOCK - inside, start + count - place)
-        a, b = (word % (TABLE - BLOCK) + inside for word in words_of(seed, step, *purpose, block))
-        torch.add(first[a : a + length], second[b : b + length], out=result[place - start :][:length])
+        length = min(BLOCK - inside, end - place)
+        offset = words_of(seed, step, *counter.purpose, block)[which] % (TABLE - BLOCK) + inside
+        parts.append(table[offset : offset + length])
         place += length
-    return result.mul_(0.5**0.5)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(like.shape)
 
 
 @functools.cache
-def _tables() -> tuple[Tensor, Tensor]:
-    first, second = (torch.randn(TABLE, generator=generator(0, "table", number), device="cpu") for number in (1, 2))
-    return first, second
+def _normal_tables() -> list[Tensor]:
+    return [torch.randn(TABLE, generator=generator(0, "table", i), device="cpu").mul_(0.5**0.5) for i in (1, 2)]
+
+
+@functools.cache
+def _uniform_tables() -> list[Tensor]:
+    return [torch.rand(TABLE, generator=generator(0, "table", i), device="cpu") for i in (3, 4)]
 
 
 def words_of(*purpose: str | int) -> tuple[int, int]:
@@ -63,16 +109,50 @@ def words_of(*purpose: str | int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def from_words(count: int, seed: Tensor, steps: Tensor, purpose: tuple[int, int], start: int = 0) -> Tensor:
-    """Normal numbers as hashes of the counter, by Box and Muller."""
-    first, second = map(_signed, purpose)
-    seed, steps = seed.to(torch.int32), steps.to(torch.int32)
-    key = _mixed(_mixed(steps + first) ^ seed)
+# --- Elsewhere: words
+
+
+def normal_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> Tensor:
+    """Standard normal numbers as hashes of the counters, by Box and Muller, for all tensors side by side."""
+    radius, angle = _words(likes, counters)
+    return torch.sqrt(-2 * torch.log(_fraction(radius))) * torch.cos(_fraction(angle) * (2 * math.pi))
+
+
+def uniform_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> Tensor:
+    """Numbers between 0 and 1 as hashes of the counters, for all tensors side by side."""
+    return _fraction(_words(likes, counters)[0])
+
+
+def _words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[Tensor, Tensor]:
+    """Two words for every entry of all tensors, side by side."""
+    device = likes[0].device
+    seeds = torch.stack([c.seed for c in counters]).to(torch.int32)
+    steps = torch.stack([c.steps for c in counters]).to(torch.int32)
+    hashes = [tuple(map(_signed, words_of(*c.purpose))) for c in counters]
+    first, second = (_on_device(device, torch.int32, column) for column in zip(*hashes, strict=True))
+    key = _mixed(_mixed(steps + first) ^ seeds)
     other = _mixed(_mixed(steps ^ second) + key)
-    index = torch.arange(start, start + count, dtype=torch.int32, device=seed.device)
-    radius = _mixed(_mixed(index + key) ^ other)
-    angle = _mixed(radius + other)
-    return torch.sqrt(-2 * torch.log(_uniform(radius))) * torch.cos(_uniform(angle) * (2 * math.pi))
+    ends = tuple(itertools.accumulate(like.numel() for like in likes))
+    shifts = tuple(c.start - end + like.numel() for c, end, like in zip(counters, ends, likes, strict=True))
+    index = torch.arange(ends[-1], dtype=torch.int32, device=device)
+    if len(likes) > 1:
+        tensor = torch.bucketize(index, _on_device(device, torch.int32, ends), right=True, out_int32=True)
+        key, other = key[tensor], other[tensor]
+        index = index + _on_device(device, torch.int32, shifts)[tensor]
+    else:
+        index = index + shifts[0]
+    word = _mixed(_mixed(index + key) ^ other)
+    return word, _mixed(word + other)
+
+
+@functools.lru_cache(maxsize=4096)  # so that no step has to copy numbers to the device
+def _on_device(device: torch.device, dtype: torch.dtype, numbers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def _split(flat: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([like.numel() for like in likes])
+    return [part.view(like.shape).to(like.dtype) for part, like in zip(parts, likes, strict=True)]
 
 
 def _signed(word: int) -> int:
@@ -91,6 +171,6 @@ def _mixed(words: Tensor) -> Tensor:
     return words ^ _shifted(words, 15)
 
 
-def _uniform(words: Tensor) -> Tensor:
+def _fraction(words: Tensor) -> Tensor:
     """Numbers between 0 and 1, neither of them included: 23 bits of words."""
     return _shifted(words, 9).float() * 2**-23 + 2**-24

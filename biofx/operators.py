@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +18,40 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
+from biofx import noise
 from biofx.errors import ArgumentError
 
 NAMESPACE = "biofx"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 GradientRule = Callable[..., Tensor]
-Factors = Callable[[Sequence[Tensor], Sequence[tuple[Any, ...]]], Sequence[Tensor]]
-_RULES: dict[str, GradientRule] = {}  # by the operator's name without its overload
-_FACTORS: dict[str, Factors] = {}  # by the operator's name
+Factors = Callable[..., Sequence[Tensor]]
+COUNTER = ("Tensor seed", "Tensor steps", "str site")  # arguments of a hook with noise
 
 
-def gradient_hook(schema: str, *, factors: Factors | None = None) -> Callable[[GradientRule], GradientRule]:
+@dataclass(frozen=True)
+class _Hook:
+    """A gradient hook.
+
+    Attributes:
+        rule: its rule, on the arguments of the operator.
+        own_rule: its rule, on the noise in place of the counter; the same, if it takes none.
+        factors: the factors for many weights at once, or None.
+        is_noisy: whether it takes noise.
+    """
+
+    rule: GradientRule
+    own_rule: GradientRule
+    factors: Factors | None
+    is_noisy: bool
+
+
+_HOOKS: dict[str, _Hook] = {}  # by the operator's name without its overload
+
+
+def gradient_hook(
+    schema: str, *, factors: Factors | None = None, noisy: bool = False
+) -> Callable[[GradientRule], GradientRule]:
     r"""Define `torch.ops.biofx.<name>_grad`: the identity on a weight, and a rule for the weight's gradient.
 
     The operator computes $y = w$, without a copy, and in the backward pass
@@ -43,8 +66,11 @@ def gradient_hook(schema: str, *, factors: Factors | None = None) -> Callable[[G
     Args:
         schema: the operator's signature in the dispatcher's language. The first argument is the weight and is
             aliased by the result: `"name_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)"`.
-        factors: computes the factors for many weights at once, `factors(weights, arguments)`, with the other arguments
-            of each; None: the rule is called on ones, weight by weight.
+        factors: computes the factors for many weights at once: `factors(weights, *others)`, where `weights` and every
+            other tensor is a list with one for each weight. None: the rule is called on ones, weight by weight.
+        noisy: whether the rule takes standard normal noise, one number for each entry, that is new at every step of
+            the optimizer. Then the arguments after the weight are `Tensor seed, Tensor steps, str site`, and the rule
+            and `factors` get the noise in place of these three.
 
     Returns:
         A decorator for the rule, `rule(gradient, *others)`, with the arguments of the schema that follow the weight; if
@@ -68,8 +94,9 @@ def gradient_hook(schema: str, *, factors: Factors | None = None) -> Callable[[G
     name, _, signature = schema.partition("(")
     packet = name.partition(".")[0]
 
-    def define(rule: GradientRule) -> GradientRule:
-        takes_weight = _check_rule(rule, schema)
+    def define(own_rule: GradientRule) -> GradientRule:
+        takes_weight = _check_rule(own_rule, schema, noisy)
+        rule = _with_noise(own_rule, packet) if noisy else own_rule
 
         class Hook(torch.autograd.Function):
             @staticmethod
@@ -101,39 +128,42 @@ def gradient_hook(schema: str, *, factors: Factors | None = None) -> Callable[[G
             scaled = scaled.to(weight.dtype)
             return weight.detach() + (scaled - scaled.detach())
 
-        _RULES[packet] = rule
-        if factors is not None:
-            _FACTORS[packet] = factors
+        _HOOKS[packet] = _Hook(rule, own_rule, factors, noisy)
         define_operator(name, "(" + signature, hook)
-        return rule
+        return own_rule
 
     return define
 
 
 def apply_rule(target: Any, gradient: Tensor, weight: Tensor, *others: Any) -> Tensor:
     """What the rule of a gradient hook makes of a gradient."""
-    rule = _RULES[_name(target)]
+    rule = _HOOKS[name_of(target)].rule
     return rule(gradient, weight, *others) if _takes_weight(rule) else rule(gradient, *others)
 
 
-def factors_of(target: Any, weights: Sequence[Tensor], arguments: Sequence[tuple[Any, ...]]) -> Sequence[Tensor]:
+def factors_of(target: Any, weights: list[Tensor], others: Sequence[Any]) -> Sequence[Tensor]:
     """The factors by which a gradient hook multiplies the entries of the gradients of some weights.
 
     Args:
-        target: the hook.
+        target: the hook, or its name.
         weights: the weights.
-        arguments: the other arguments of the hook, for each weight.
+        others: the other arguments of its rule: a list with one tensor for each weight, or what all have in common.
     """
-    many = _FACTORS.get(_name(target))
-    if many is not None:
-        return many(weights, arguments)
-    return [apply_rule(target, torch.ones_like(w), w, *others) for w, others in zip(weights, arguments, strict=True)]
+    hook = _HOOKS[target if isinstance(target, str) else name_of(target)]
+    if hook.factors is not None:
+        return hook.factors(weights, *others)
+    rule = hook.own_rule
+    own = [[x[index] if isinstance(x, list) else x for x in others] for index in range(len(weights))]
+    return [
+        rule(torch.ones_like(w), *([w] if _takes_weight(rule) else []), *args)
+        for w, args in zip(weights, own, strict=True)
+    ]
 
 
 @torch.no_grad()
 def multiplies_entries(target: Any, weight: Tensor, *others: Any) -> bool:
     """Whether the rule of a gradient hook multiplies every entry of a gradient by a factor, as far as a try tells."""
-    if _name(target) in _FACTORS:
+    if _HOOKS[name_of(target)].factors is not None:
         return True
     gradient = torch.arange(weight.numel(), device=weight.device).view(weight.shape).cos().to(weight.dtype)
     ones = torch.ones_like(gradient)
@@ -143,10 +173,45 @@ def multiplies_entries(target: Any, weight: Tensor, *others: Any) -> bool:
 
 def is_hook(target: Any) -> bool:
     """Whether a node with this target is a gradient hook."""
-    return _name(target) in _RULES
+    return name_of(target) in _HOOKS
 
 
-def _name(target: Any) -> str:
+def is_noisy(target: Any) -> bool:
+    """Whether the rule of a hook takes noise."""
+    return is_hook(target) and _HOOKS[name_of(target)].is_noisy
+
+
+def _with_noise(rule: GradientRule, name: str) -> GradientRule:
+    """A rule that draws its noise itself."""
+
+    def drawing(gradient: Tensor, weight: Tensor, seed: Tensor, steps: Tensor, site: str, *others: Any) -> Tensor:
+        drawn = torch.ops.biofx.standard_normal(weight.detach(), seed, steps, name, site)
+        return rule(gradient, weight.detach(), drawn, *others)
+
+    return drawing
+
+
+@torch.library.custom_op("biofx::standard_normal", mutates_args=())
+def standard_normal(like: Tensor, seed: Tensor, steps: Tensor, hook: str, site: str) -> Tensor:
+    """Noise of the shape, dtype and device of `like`, which follows from seed, number of steps, hook and site."""
+    return noise.normal([like], [noise.Counter(seed, steps, (hook, site))])[0]
+
+
+@standard_normal.register_fake
+def _(like: Tensor, seed: Tensor, steps: Tensor, hook: str, site: str) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@standard_normal.register_vmap
+def _(info: Any, in_dims: Sequence[int | None], like: Tensor, seed: Tensor, steps: Tensor, *purpose: str) -> Any:
+    """Models that are mapped over draw as they do on their own."""
+    mapped = zip((like, seed, steps), in_dims, strict=False)
+    models = zip(*(x.unbind(dim) if dim is not None else [x] * info.batch_size for x, dim in mapped), strict=True)
+    return torch.stack([standard_normal(*model, *purpose) for model in models]), 0
+
+
+def name_of(target: Any) -> str:
+    """The name of a target, if it is an operator of biofx, without its overload; else empty."""
     namespace, _, name = str(getattr(target, "_qualified_op_name", "")).partition("::")
     return name if namespace == NAMESPACE else ""
 
@@ -155,12 +220,19 @@ def _takes_weight(rule: GradientRule) -> bool:
     return list(inspect.signature(rule).parameters)[1:2] == ["weight"]
 
 
-def _check_rule(rule: GradientRule, schema: str) -> bool:
+def _check_rule(rule: GradientRule, schema: str, noisy: bool) -> bool:
     parsed = torch._C.parse_schema(schema)
     if not parsed.name.endswith("_grad"):
         raise ArgumentError(f"operators.gradient_hook: the name of a hook ends in _grad, got {parsed.name!r}")
     takes_weight = _takes_weight(rule)
     expected = [argument.name for argument in parsed.arguments][1:]
+    if noisy:
+        if not takes_weight or [f"{a.type} {a.name}" for a in parsed.arguments[1:4]] != [*COUNTER]:
+            raise ArgumentError(
+                f"operators.gradient_hook: a noisy rule takes the weight and the noise after the gradient, and its "
+                f"schema has {', '.join(COUNTER)} after the weight; got {schema!r}"
+            )
+        expected = ["noise", *expected[3:]]
     given = list(inspect.signature(rule).parameters)[2 if takes_weight else 1 :]
     if given != expected:
         raise ArgumentError(
@@ -182,11 +254,8 @@ def define_operator(name: str, signature: str, kernel: Callable[..., Tensor]) ->
     _LIBRARY.impl(name, kernel, "FuncTorchBatched")  # vmap maps what the kernel calls
 
 
-def _gains(weights: Sequence[Tensor], arguments: Sequence[tuple[Any, ...]]) -> Sequence[Tensor]:
-    return [
-        gain if isinstance(gain, Tensor) else w.new_full((), gain)
-        for w, (gain,) in zip(weights, arguments, strict=True)
-    ]
+def _gains(weights: Sequence[Tensor], gains: Sequence[Tensor] | float) -> Sequence[Tensor]:
+    return [w.new_full((), gains) for w in weights] if isinstance(gains, float | int) else gains
 
 
 @gradient_hook("scale_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)", factors=_gains)

@@ -110,7 +110,8 @@ def crystallize_(
     """Crystallize gains once, in place; of each weight, all three tensors have the shape of what is stored."""
     means = torch._foreach_norm(weights, 1)
     torch._foreach_div_(means, [float(weight.numel()) for weight in weights])
-    for gain, weight, gradient, mean in blocks(gains, weights, gradients, means):
+    for block in blocks(gains, weights, gradients, means):
+        gain, weight, gradient, mean = block.parts
         # Arithmetic instead of comparisons and `where`, which cost ten times as much on a CPU.
         silent, wild = torch._foreach_abs(weight), torch._foreach_abs(gradient)
         torch._foreach_mul_(silent, threshold)

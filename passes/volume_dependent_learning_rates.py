@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from biofx import noise
 from biofx.editor import Editor
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
@@ -96,52 +95,36 @@ class VolumeDependentLearningRates(Pass):
 
 def volume_factor(weight: Tensor, noise: Tensor, base_lr: float, stability: float, variability: float) -> Tensor:
     """|n| with n = m·(1 + v·noise), for standard normal noise."""
-    # In place, since a new tensor of this size costs more than the arithmetic; exp(−s·a/(a+1)) = exp(s/(a+1))/exp(s).
-    mean = weight.abs().add_(1).reciprocal_().mul_(stability).exp_().mul_(base_lr * math.exp(-stability))
-    return mean.addcmul_(mean, noise, value=variability).abs_()
+    mean = base_lr * torch.exp(-stability * weight.abs() / (weight.abs() + 1))
+    return (mean * (1 + variability * noise)).abs()
 
 
-@torch.library.custom_op("biofx::standard_normal", mutates_args=())
-def standard_normal(like: Tensor, seed: Tensor, steps: Tensor, site: str) -> Tensor:
-    """Noise of the shape, dtype and device of `like`, which follows from seed, number of steps and site."""
-    return noise.normal(like, seed, steps, VolumeDependentLearningRates.name, site)
-
-
-@standard_normal.register_fake
-def _(like: Tensor, seed: Tensor, steps: Tensor, site: str) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-@standard_normal.register_vmap
-def _(info: Any, in_dims: Sequence[int | None], like: Tensor, seed: Tensor, steps: Tensor, site: str) -> Any:
-    """Models that are mapped over draw as they do on their own."""
-    mapped = zip((like, seed, steps), in_dims, strict=False)
-    models = zip(*(x.unbind(dim) if dim is not None else [x] * info.batch_size for x, dim in mapped), strict=True)
-    return torch.stack([standard_normal(*model, site) for model in models]), 0
-
-
-def _factors(weights: Sequence[Tensor], arguments: Sequence[tuple[Any, ...]]) -> list[Tensor]:
-    return [
-        volume_factor(weight, standard_normal(weight, seed, steps, site), *options)
-        for weight, (seed, steps, site, *options) in zip(weights, arguments, strict=True)
-    ]
+def volume_factors(
+    weights: list[Tensor], noise: list[Tensor], base_lr: float, stability: float, variability: float
+) -> Sequence[Tensor]:
+    """The same for many weights, in few operations."""
+    # exp(−s·a/(a+1)) = exp(s/(a+1))/exp(s); in place, since a new tensor costs more than the arithmetic.
+    means = torch._foreach_abs(weights)
+    torch._foreach_add_(means, 1)
+    torch._foreach_reciprocal_(means)
+    torch._foreach_mul_(means, stability)
+    torch._foreach_exp_(means)
+    torch._foreach_mul_(means, base_lr * math.exp(-stability))
+    factors = torch._foreach_mul(noise, variability)
+    torch._foreach_add_(factors, 1)
+    torch._foreach_mul_(factors, means)
+    torch._foreach_abs_(factors)
+    return list(factors)
 
 
 @gradient_hook(
     "volume_grad(Tensor(a) weight, Tensor seed, Tensor steps, str site,"
     " float base_lr, float stability, float variability) -> Tensor(a)",
-    factors=_factors,
+    factors=volume_factors,
+    noisy=True,
 )
 def volume_grad(
-    gradient: Tensor,
-    weight: Tensor,
-    seed: Tensor,
-    steps: Tensor,
-    site: str,
-    base_lr: float,
-    stability: float,
-    variability: float,
+    gradient: Tensor, weight: Tensor, noise: Tensor, base_lr: float, stability: float, variability: float
 ) -> Tensor:
     """Volume-dependent factor on every synapse: g ← g·|n|."""
-    drawn = standard_normal(weight.detach(), seed, steps, site)
-    return gradient * volume_factor(weight.detach(), drawn, base_lr, stability, variability)
+    return gradient * volume_factor(weight, noise, base_lr, stability, variability)

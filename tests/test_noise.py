@@ -1,4 +1,4 @@
-"""Noise: normal numbers that follow from a counter, whatever was drawn before."""
+"""Noise: random numbers that follow from a counter, whatever was drawn before."""
 
 import math
 
@@ -6,16 +6,21 @@ import pytest
 import torch
 
 from biofx import noise
+from biofx.noise import Counter
 
 COUNT = 1 << 18
 
 
+def counter(seed, step, site, start=0):
+    return Counter(torch.tensor(seed), torch.tensor(step), ("test", site), start)
+
+
 def tables(count, seed, step, site, start=0):
-    return noise.from_tables(count, seed, step, "test", site, start=start)
+    return noise.normal([torch.empty(count)], [counter(seed, step, site, start)])[0]
 
 
 def words(count, seed, step, site, start=0):
-    return noise.from_words(count, torch.tensor(seed), torch.tensor(step), noise.words_of("test", site), start=start)
+    return noise.normal_from_words([torch.empty(count)], [counter(seed, step, site, start)])
 
 
 SOURCES = pytest.mark.parametrize("draw", [tables, words])
@@ -61,20 +66,53 @@ def test_a_part_has_the_numbers_that_it_has_in_the_whole(draw, cut):
     assert torch.equal(draw(cut, 3, 5, "a"), whole[:cut])
 
 
+UNIFORM = pytest.mark.parametrize(
+    "draw",
+    [
+        lambda like, counter: noise.uniform([like], [counter])[0],
+        lambda like, counter: noise.uniform_from_words([like], [counter]),
+    ],
+    ids=["tables", "words"],
+)
+
+
+@UNIFORM
+def test_uniform_numbers(draw):
+    u = torch.cat([draw(torch.empty(COUNT), counter(0, step, "a")) for step in range(4)]).double()
+    n = len(u)
+    assert 0 <= u.min() < 1e-5
+    assert 1 - 1e-5 < u.max() < 1
+    counts = torch.histc(u, 64, 0, 1)
+    assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 63 + 5 * math.sqrt(2 * 63)
+    for lag in (1, 2, 64, 1000):
+        assert abs(((u - 0.5)[lag:] * (u - 0.5)[:-lag]).mean() * 12) < 4.5 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("draw", [noise.normal, noise.uniform])
+def test_many_tensors_have_the_numbers_of_each(draw):
+    likes = [torch.empty(7, 9), torch.empty(20), torch.empty(0), torch.empty(3, 1, 2).double()]
+    counters = [counter(0, 5, name, start) for start, name in enumerate("abcd")]
+    together = draw(likes, counters)
+    for like, own, drawn in zip(likes, counters, together, strict=True):
+        assert (drawn.shape, drawn.dtype) == (like.shape, like.dtype)
+        assert torch.equal(draw([like], [own])[0], drawn)
+
+
+@pytest.mark.parametrize("draw", [noise.normal_from_words, noise.uniform_from_words])
+def test_many_tensors_have_the_words_of_each(draw):
+    likes = [torch.empty(7, 9), torch.empty(20), torch.empty(3, 1, 2)]
+    counters = [counter(seed, 5, name, 3 * seed) for seed, name in enumerate("abc")]
+    alone = [draw([like], [own]) for like, own in zip(likes, counters, strict=True)]
+    assert torch.equal(draw(likes, counters), torch.cat(alone))
+
+
 def test_large_counters():
     z = words(1000, 2**40 + 1, 2**40 + 3, "a")
     assert torch.isfinite(z).all()
     assert z.std() > 0.9
 
 
-def test_it_has_the_shape_and_dtype_asked_for():
-    like = torch.empty(3, 5, dtype=torch.float64)
-    z = noise.normal(like, torch.tensor(1), torch.tensor(2), "pass", "site")
-    assert (z.shape, z.dtype) == (like.shape, like.dtype)
-    assert torch.equal(z, noise.normal(like, torch.tensor(1), torch.tensor(2), "pass", "site"))
-
-
 def test_words_are_the_same_when_compiled():
-    arguments = 1000, torch.tensor(1), torch.tensor(2), noise.words_of("a")
-    compiled = torch.compile(noise.from_words, fullgraph=True)
-    torch.testing.assert_close(compiled(*arguments), noise.from_words(*arguments), rtol=1e-5, atol=1e-5)
+    arguments = [torch.empty(1000), torch.empty(300)], [counter(1, 2, "a"), counter(1, 2, "b", 5)]
+    compiled = torch.compile(noise.normal_from_words)
+    torch.testing.assert_close(compiled(*arguments), noise.normal_from_words(*arguments), rtol=1e-5, atol=1e-5)

@@ -24,7 +24,8 @@ from biofx.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.signs.scales import project_scales
 from biofx.training.acting import Acting, acting_with
-from biofx.training.update import Update, factors
+from biofx.training.factors import factors
+from biofx.training.update import Update
 from biofx.weights.sites import WeightSite, find
 
 

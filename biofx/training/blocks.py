@@ -3,60 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-CPU, OTHER = 1 << 18, 1 << 26  # entries in a block; every operation on a GPU is a kernel that has to be launched
+CPU, OTHER = 1 << 18, 1 << 24  # entries in a block; every operation on a GPU is a kernel that has to be launched
 
 
-def blocks(*tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+@dataclass(frozen=True)
+class Place:
+    """Where a part comes from.
+
+    Attributes:
+        index: the place of its tensor in the list.
+        start: the index of its first entry, in the tensor's memory.
+    """
+
+    index: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parts of tensors.
+
+    Attributes:
+        parts: for each list of tensors, the parts that belong together.
+        places: where they come from.
+    """
+
+    parts: tuple[list[Tensor], ...]
+    places: list[Place]
+
+
+def blocks(*tensors: Sequence[Tensor], in_order: bool = False) -> Iterator[Block]:
     """Parts of tensors, for multi-tensor operations: large ones are cut, small ones are put together.
 
     Args:
         tensors: lists of the same length. At one place, all have one shape, or one entry, which every part gets.
-
-    Yields:
-        For each list, the parts that belong together.
+        in_order: cut only tensors whose entries lie in memory in the order of their indices.
 
     Example:
         >>> import torch
         >>> from biofx.training.blocks import blocks
         >>> weights, means = [torch.zeros(2, 3), torch.zeros(4)], [torch.tensor(1.0), torch.tensor(2.0)]
-        >>> [[tuple(part.shape) for part in parts] for parts in next(blocks(weights, means))]
+        >>> [[tuple(part.shape) for part in parts] for parts in next(blocks(weights, means)).parts]
         [[(2, 3), (4,)], [(), ()]]
     """
     found: list[tuple[Tensor, ...]] = []
+    places: list[Place] = []
     count = 0
-    for group in zip(*tensors, strict=True):
+    for index, group in enumerate(zip(*tensors, strict=True)):
         whole = [x for x in group if x.dim()]
         size = OTHER if any(x.device.type != "cpu" for x in whole) else CPU
-        for parts in _cut(group, whole, size):
+        for start, parts in _cut(group, whole, size, in_order):
             found.append(parts)
+            places.append(Place(index, start))
             count += max(part.numel() for part in parts)
             if count >= size:
-                yield tuple(map(list, zip(*found, strict=True)))
-                found, count = [], 0
+                yield Block(tuple(map(list, zip(*found, strict=True))), places)
+                found, places, count = [], [], 0
     if found:
-        yield tuple(map(list, zip(*found, strict=True)))
+        yield Block(tuple(map(list, zip(*found, strict=True))), places)
 
 
-def _cut(group: tuple[Tensor, ...], whole: list[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
+def _cut(
+    group: tuple[Tensor, ...], whole: list[Tensor], size: int, in_order: bool
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """The parts of the tensors of one weight."""
-    is_dense = all(x.stride() == whole[0].stride() and x.shape == whole[0].shape and _is_dense(x) for x in whole)
-    if not whole or not is_dense:
-        yield group
+    first = whole[0] if whole else None
+    is_alike = all(first is not None and (x.stride(), x.shape) == (first.stride(), first.shape) for x in whole)
+    if first is None or first.numel() <= size or not is_alike or not _is_dense(first, in_order):
+        yield 0, group
         return
-    count = whole[0].numel()
-    if count <= size:
-        yield group
-        return
+    count = first.numel()
     flat = [x.as_strided((count,), (1,)) if x.dim() else x for x in group]
     for start in range(0, count, size):
-        yield tuple(x[start : start + size] if x.dim() else x for x in flat)
+        yield start, tuple(x[start : start + size] if x.dim() else x for x in flat)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the entries lie side by side in memory, in whatever order of axes."""
+def _is_dense(tensor: Tensor, in_order: bool) -> bool:
+    """Whether the entries lie side by side in memory."""
+    if tensor.is_contiguous() or in_order:
+        return tensor.is_contiguous()
     expected = 1
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if length != 1 and stride != expected:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from biofx.model.synapses import Synapses
-from biofx.operators import factors_of, is_hook
 from biofx.training.blocks import blocks
+from biofx.training.factors import Hook, Learning, combined, draw, factors, learning_of
 
 CLOSE = 0.1  # the relative distance from a weight below which what an optimizer remembers is a copy of the weight
 
@@ -90,26 +89,20 @@ class Update:
             taking_part: for each weight, whether it has a gradient.
         """
         self._is_open = False
-        gains = factors(self._synapses, self._old)
-        whole: list[tuple[Tensor, ...]] = []
-        split: list[tuple[Tensor, ...]] = []
-        for synapses, old, gain, takes_part in zip(self._synapses, self._old, gains, taking_part, strict=True):
-            own = gain.to(old.dtype) if takes_part and gain is not None else None
-            if synapses.shares > 1:
-                one, shares = old.new_ones(()), old.new_tensor(float(synapses.shares))
-                split.append((synapses.stored, old, one if own is None else own, shares))
-            elif own is not None:
-                whole.append((synapses.stored, old, own))
         if self._with_copies:
-            self._move_copies(gains, taking_part)
-        for weights, olds, factor in blocks(*zip(*whole, strict=True)):
-            torch._foreach_lerp_(olds, weights, factor)  # a gain of 1 is exact to the bit
-            torch._foreach_copy_(weights, olds)
-        for weights, olds, factor, numbers in blocks(*zip(*split, strict=True)):
-            torch._foreach_sub_(weights, torch._foreach_mul(olds, numbers))
-            torch._foreach_mul_(weights, factor)
-            torch._foreach_div_(weights, numbers)
-            torch._foreach_add_(weights, olds)
+            self._move_copies(taking_part)
+        alike: dict[tuple[tuple[Hook, ...], int], list[tuple[Tensor, Tensor, Learning]]] = {}
+        for synapses, old, takes_part in zip(self._synapses, self._old, taking_part, strict=True):
+            own = learning_of(synapses) if takes_part else Learning((), (), ())
+            if own.hooks or synapses.shares > 1:
+                alike.setdefault((own.hooks, synapses.shares), []).append((synapses.stored, old, own))
+        for (hooks, shares), rows in alike.items():
+            weights, olds, members = zip(*rows, strict=True)
+            tensors = zip(*(own.tensors for own in members), strict=True)
+            for block in blocks(weights, olds, *tensors, in_order=any(hook.is_noisy for hook in hooks)):
+                drawn = draw(block.parts[1], block.places, members)
+                own, before, *others = block.parts
+                move(hooks, shares, own, before, others, drawn)
 
     def copied(self) -> str | None:
         """The key in the optimizer's state under which it keeps a copy of a weight, or None."""
@@ -130,7 +123,8 @@ class Update:
                 if place in self._copies:
                     yield place, memory
 
-    def _move_copies(self, gains: Sequence[Tensor | None], taking_part: Sequence[bool]) -> None:
+    def _move_copies(self, taking_part: Sequence[bool]) -> None:
+        gains = factors(self._synapses, self._old)
         for (index, key), memory in [*self._found()]:
             gain = gains[index]
             if gain is not None and taking_part[index]:
@@ -138,27 +132,33 @@ class Update:
                 memory.copy_(before + gain.to(memory) * (memory - before))
 
 
-def factors(synapses: Sequence[Synapses], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """The factor on the learning of every synapse, for each weight; None for one without gains.
+def move(
+    hooks: tuple[Hook, ...],
+    shares: int,
+    weights: list[Tensor],
+    olds: list[Tensor],
+    tensors: Sequence[list[Tensor]],
+    drawn: Sequence[list[Tensor]],
+) -> None:
+    """Let the hooks of weights act on what an optimizer did to them, in place; `olds` are overwritten.
 
     Args:
-        synapses: the synapses of the weights.
-        weights: what they store, or stored when the change was computed.
+        hooks: the hooks, which all weights have.
+        shares: the number Γ of synapses of a connection.
+        weights: what the optimizer left: Γ times the synapses.
+        olds: the synapses before.
+        tensors: what the hooks take of each weight.
+        drawn: their noise.
     """
-    result: list[Tensor | None] = [None] * len(weights)
-    rounds: dict[tuple[Any, int], list[tuple[int, tuple[Any, ...]]]] = {}  # all hooks of a kind at once
-    for index, each in enumerate(synapses):
-        count: Counter[Any] = Counter()
-        for link in each.links:
-            if is_hook(link.target) and link.target is not torch.ops.biofx.share_grad:
-                rounds.setdefault((link.target, count[link.target]), []).append((index, tuple(each.arguments(link))))
-                count[link.target] += 1
-    for (target, _), found in rounds.items():
-        own = factors_of(target, [weights[index] for index, _ in found], [arguments for _, arguments in found])
-        for (index, _), factor in zip(found, own, strict=True):
-            before = result[index]
-            result[index] = factor if before is None else before * factor
-    return result
+    gains = combined(hooks, olds, tensors, drawn) if hooks else []
+    if shares == 1:
+        torch._foreach_lerp_(olds, weights, gains)  # a gain of 1 is exact to the bit
+    else:
+        torch._foreach_add_(weights, olds, alpha=-shares)
+        if hooks:
+            torch._foreach_mul_(weights, gains)
+        torch._foreach_add_(olds, weights, alpha=1 / shares)
+    torch._foreach_copy_(weights, olds)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

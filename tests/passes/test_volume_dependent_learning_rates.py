@@ -7,7 +7,7 @@ import torch
 
 import biofx
 from biofx import passes
-from biofx.passes.volume_dependent_learning_rates import volume_factor
+from biofx.passes.volume_dependent_learning_rates import volume_factor, volume_factors
 from conftest import gradients
 from models.small import mlp
 
@@ -27,6 +27,7 @@ def test_the_formula():
     w, z = torch.tensor([0.0, 1.0, -3.0]).double(), torch.tensor([0.0, 1.0, -6.0]).double()
     expected = [0.1, 0.1 * math.exp(-1) * 1.2, 0.1 * math.exp(-1.5) * abs(1 - 1.2)]
     torch.testing.assert_close(volume_factor(w, z, 0.1, 2.0, 0.2), torch.tensor(expected).double())
+    torch.testing.assert_close(volume_factors([w], [z], 0.1, 2.0, 0.2), [torch.tensor(expected).double()])
 
 
 def test_without_variability_it_is_a_function_of_the_weight():

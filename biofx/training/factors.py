@@ -1,0 +1,120 @@
+"""Factors on the learning of synapses: what the gradient hooks of many weights come to, in few operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biofx import noise, operators
+from biofx.model.synapses import Synapses
+from biofx.noise import Counter
+from biofx.training.blocks import Place
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A gradient hook, without what differs from weight to weight.
+
+    Attributes:
+        name: its name.
+        others: the arguments of its rule beside weight and noise; None stands for a tensor of the weight's own.
+        is_noisy: whether its rule takes noise.
+    """
+
+    name: str
+    others: tuple[Any, ...]
+    is_noisy: bool
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The gradient hooks of a weight.
+
+    Attributes:
+        hooks: the hooks, in order.
+        tensors: the tensors that stand for None in their arguments.
+        counters: what the noise of the noisy ones follows from.
+    """
+
+    hooks: tuple[Hook, ...]
+    tensors: tuple[Tensor, ...]
+    counters: tuple[Counter, ...]
+
+
+def learning_of(synapses: Synapses) -> Learning:
+    """The gradient hooks of a weight, but for the share of each of several synapses."""
+    hooks: list[Hook] = []
+    tensors: list[Tensor] = []
+    counters: list[Counter] = []
+    for link in synapses.links:
+        if not operators.is_hook(link.target) or link.target is torch.ops.biofx.share_grad:
+            continue
+        name, others, is_noisy = (
+            operators.name_of(link.target),
+            synapses.arguments(link),
+            operators.is_noisy(link.target),
+        )
+        if is_noisy:
+            seed, steps, site, *others = others
+            counters.append(Counter(seed, steps, (name, site)))
+        tensors.extend(x for x in others if isinstance(x, Tensor))
+        hooks.append(Hook(name, tuple(None if isinstance(x, Tensor) else x for x in others), is_noisy))
+    return Learning(tuple(hooks), tuple(tensors), tuple(counters))
+
+
+def draw(likes: Sequence[Tensor], places: Sequence[Place], members: Sequence[Learning]) -> list[list[Tensor]]:
+    """The noise of parts of weights, a list for each noisy hook.
+
+    Args:
+        likes: the parts.
+        places: where they come from.
+        members: the hooks of all weights, which have the same ones.
+    """
+    return [
+        noise.normal(likes, [members[place.index].counters[which].at(place.start) for place in places])
+        for which in range(len(members[0].counters))
+    ]
+
+
+def combined(
+    hooks: Sequence[Hook], weights: list[Tensor], tensors: Iterable[list[Tensor]], drawn: Iterable[list[Tensor]]
+) -> list[Tensor]:
+    """The product of the factors of all hooks, for weights that have the same ones.
+
+    Args:
+        hooks: the hooks; at least one.
+        weights: the weights, or parts of them.
+        tensors: the tensors that stand for None in their arguments, a list for each.
+        drawn: the noise, a list for each noisy hook.
+    """
+    own, noises = iter(tensors), iter(drawn)
+    result: list[Tensor] | None = None
+    for hook in hooks:
+        arguments: list[Any] = [next(noises)] if hook.is_noisy else []
+        arguments += [next(own) if x is None else x for x in hook.others]
+        factors = [
+            f.to(w.dtype) for f, w in zip(operators.factors_of(hook.name, weights, arguments), weights, strict=True)
+        ]
+        result = factors if result is None else list(torch._foreach_mul(result, factors))
+    assert result is not None
+    return result
+
+
+def factors(synapses: Sequence[Synapses], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """The factor on the learning of every synapse, for each weight; None for one without hooks.
+
+    Args:
+        synapses: the synapses of the weights.
+        weights: what they store, or stored when the change was computed.
+    """
+    result: list[Tensor | None] = []
+    for each, weight in zip(synapses, weights, strict=True):
+        own = learning_of(each)
+        drawn = draw([weight], [Place(0, 0)], [own])
+        tensors = [[x] for x in own.tensors]
+        result.append(combined(own.hooks, [weight], tensors, drawn)[0] if own.hooks else None)
+    return result
