@@ -83,7 +83,8 @@ def _sums(likes: Sequence[Tensor], counters: Sequence[Counter], tables: Callable
 
 def _read(table: Tensor, like: Tensor, counter: Counter, seed: int, step: int, which: int) -> Tensor:
     """The summands from one table, of the shape of a tensor."""
-    parts, place, end = [], counter.start, counter.start + like.numel()
+    parts: list[Tensor] = []
+    place, end = counter.start, counter.start + like.numel()
     while place < end or not parts:
         block, inside = divmod(place, BLOCK)
         length = min(BLOCK - inside, end - place)

@@ -101,8 +101,8 @@ class Update:
             tensors = zip(*(own.tensors for own in members), strict=True)
             for block in blocks(weights, olds, *tensors, in_order=any(hook.is_noisy for hook in hooks)):
                 drawn = draw(block.parts[1], block.places, members)
-                own, before, *others = block.parts
-                move(hooks, shares, own, before, others, drawn)
+                moved, before, *others = block.parts
+                move(hooks, shares, moved, before, others, drawn)
 
     def copied(self) -> str | None:
         """The key in the optimizer's state under which it keeps a copy of a weight, or None."""
