@@ -141,16 +141,19 @@ def apply_rule(target: Any, gradient: Tensor, weight: Tensor, *others: Any) -> T
     return rule(gradient, weight, *others) if _takes_weight(rule) else rule(gradient, *others)
 
 
-def factors_of(target: Any, weights: list[Tensor], others: Sequence[Any]) -> Sequence[Tensor]:
+def factors_of(
+    target: Any, weights: list[Tensor], others: Sequence[Any], *, one_by_one: bool = False
+) -> Sequence[Tensor]:
     """The factors by which a gradient hook multiplies the entries of the gradients of some weights.
 
     Args:
         target: the hook, or its name.
         weights: the weights.
         others: the other arguments of its rule: a list with one tensor for each weight, or what all have in common.
+        one_by_one: whether to call the rule for one weight after the other.
     """
     hook = _HOOKS[target if isinstance(target, str) else name_of(target)]
-    if hook.factors is not None:
+    if hook.factors is not None and not one_by_one:
         return hook.factors(weights, *others)
     rule = hook.own_rule
     own = [[x[index] if isinstance(x, list) else x for x in others] for index in range(len(weights))]

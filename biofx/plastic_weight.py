@@ -26,6 +26,7 @@ class PlasticWeight:
         optimizer: the optimizer that holds it; None if rules are called by hand.
         step: number of this step, counted from 1.
         by: name of the pass that looks at the weight.
+        compiled: whether to compile what a rule does to entries.
     """
 
     site: WeightSite
@@ -34,6 +35,7 @@ class PlasticWeight:
     optimizer: torch.optim.Optimizer | None
     step: int
     by: str = ""
+    compiled: bool = False
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from biofx.model.slots import Slot
 from biofx.options import check_integer, check_number
 from biofx.plastic_weight import PlasticWeight
 from biofx.registry import Moment, Pass, register
-from biofx.training.blocks import blocks
+from biofx.training.compiling import over_blocks
 from biofx.weights.sites import WeightSite
 
 
@@ -96,7 +96,8 @@ class Crystallize(Pass):
         if due:
             gains = [weight.state("gain") for weight in due]
             gradients = [weight.gradient for weight in due]
-            crystallize_(gains, [w.value for w in due], gradients, self.threshold, self.dampening, self.floor)
+            options = self.threshold, self.dampening, self.floor
+            crystallize_(gains, [w.value for w in due], gradients, *options, compiled=due[0].compiled)
 
 
 def crystallize_(
@@ -106,22 +107,45 @@ def crystallize_(
     threshold: float,
     dampening: float,
     floor: float,
+    *,
+    compiled: bool = False,
 ) -> None:
     """Crystallize gains once, in place; of each weight, all three tensors have the shape of what is stored."""
     means = torch._foreach_norm(weights, 1)
     torch._foreach_div_(means, [float(weight.numel()) for weight in weights])
-    for block in blocks(gains, weights, gradients, means):
-        gain, weight, gradient, mean = block.parts
-        # Arithmetic instead of comparisons and `where`, which cost ten times as much on a CPU.
-        silent, wild = torch._foreach_abs(weight), torch._foreach_abs(gradient)
-        torch._foreach_mul_(silent, threshold)
-        torch._foreach_sub_(silent, wild)  # above 0 where |g| < θ·|w|
-        torch._foreach_sub_(wild, mean)  # above 0 where |g| is larger than a typical weight
-        torch._foreach_maximum_(silent, wild)
-        torch._foreach_sign_(silent)
-        torch._foreach_clamp_min_(silent, 0)  # 1 where it settles, else 0
-        lowest = torch._foreach_clamp_max(gain, floor)  # a gain below the floor stays
-        torch._foreach_mul_(silent, dampening - 1)
-        torch._foreach_add_(silent, 1)
-        torch._foreach_mul_(gain, silent)
-        torch._foreach_maximum_(gain, lowest)
+    options = {"threshold": threshold, "dampening": dampening, "floor": floor}
+    over_blocks(dampened, dampen_, gains, weights, gradients, means, compiled=compiled, **options)
+
+
+def dampened(
+    gain: Tensor, weight: Tensor, gradient: Tensor, mean: Tensor, *, threshold: float, dampening: float, floor: float
+) -> Tensor:
+    """The gain of synapses after crystallization, for the mean magnitude of their weight."""
+    settles = (gradient.abs() < threshold * weight.abs()) | (gradient.abs() > mean)
+    return torch.where(settles, torch.minimum(gain, (dampening * gain).clamp(min=floor)), gain)
+
+
+def dampen_(
+    gains: list[Tensor],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    *,
+    threshold: float,
+    dampening: float,
+    floor: float,
+) -> None:
+    """The same for many weights, in place."""
+    # Arithmetic instead of comparisons and `where`, which cost ten times as much on a CPU.
+    silent, wild = torch._foreach_abs(weights), torch._foreach_abs(gradients)
+    torch._foreach_mul_(silent, threshold)
+    torch._foreach_sub_(silent, wild)  # above 0 where |g| < θ·|w|
+    torch._foreach_sub_(wild, means)  # above 0 where |g| is larger than a typical weight
+    torch._foreach_maximum_(silent, wild)
+    torch._foreach_sign_(silent)
+    torch._foreach_clamp_min_(silent, 0)  # 1 where it settles, else 0
+    lowest = torch._foreach_clamp_max(gains, floor)  # a gain below the floor stays
+    torch._foreach_mul_(silent, dampening - 1)
+    torch._foreach_add_(silent, 1)
+    torch._foreach_mul_(gains, silent)
+    torch._foreach_maximum_(gains, lowest)

@@ -24,12 +24,13 @@ from biofx.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.signs.scales import project_scales
 from biofx.training.acting import Acting, acting_with
+from biofx.training.compiling import check_compiler
 from biofx.training.factors import factors
 from biofx.training.update import Update
 from biofx.weights.sites import WeightSite, find
 
 
-def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
+def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> Attachment:  # noqa: A002 - torch's word
     r"""Let the rules of a transformed model act around every `optimizer.step()`. No line of the training loop changes.
 
     The optimizer's own step hooks are used, so this works with gradient accumulation (once for each step, on the
@@ -65,6 +66,8 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
     Args:
         bio: a model made by `biofx.transform`.
         optimizer: an optimizer that holds parameters of `bio`. Several optimizers may hold parts of it: attach each.
+        compile: whether to compile what rules do to entries: fewer passes over memory, after some seconds in the first
+            steps. The numbers are the same to rounding. It needs what `torch.compile` needs, such as a C++ compiler.
 
     Returns:
         The attachment; `detach()` leaves model and optimizer as they were. It is also a context manager.
@@ -73,7 +76,7 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
         ArgumentError: `bio` was not made by `biofx.transform`, no pass changed a weight of it, the optimizer holds none
             of those weights, or it is a wrapper whose steps run no hooks.
         LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients, and
-            optimizers that undo gains whatever these act on. At a step:
+            optimizers that undo gains whatever these act on; `compile`, where nothing can be compiled. At a step:
             a gradient or weight that is not finite, if a rule acts on it; a sparse gradient; no `backward()` before; a
             weight whose shape, or an optimizer whose parameters, changed since. Nothing has happened then.
 
@@ -109,10 +112,13 @@ def attach(bio: nn.Module, optimizer: Optimizer) -> Attachment:
             "build it from bio.parameters(), after the transform"
         )
     _check_runs_hooks(optimizer)
+    if compile:
+        for device in {parameter.device for parameter in bio.parameters()}:
+            check_compiler(device)
     acting = acting_with(optimizer)  # which may refuse: nothing has changed until then
     for other in [*record.attachments]:
         other.give_up(held)
-    return Attachment(bio, optimizer, sites, acting)
+    return Attachment(bio, optimizer, sites, acting, compiled=compile)
 
 
 def detach(bio: nn.Module) -> None:
@@ -163,9 +169,16 @@ class Attachment:
     """The connection between a transformed model and an optimizer; `biofx.attach` makes it."""
 
     def __init__(
-        self, bio: fx.GraphModule, optimizer: Optimizer, sites: dict[str, WeightSite], acting: Acting | None
+        self,
+        bio: fx.GraphModule,
+        optimizer: Optimizer,
+        sites: dict[str, WeightSite],
+        acting: Acting | None,
+        *,
+        compiled: bool,
     ) -> None:
         self.optimizer = optimizer
+        self._compiled = compiled
         self._bio = bio
         self._held = _held(optimizer)
         self._acting = acting
@@ -185,7 +198,9 @@ class Attachment:
         self._sites = sites
         self._learning = learning
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
-        self._update = Update(learning.values(), self.optimizer, with_copies=self._acting is Acting.COPIES)
+        self._update = Update(
+            learning.values(), self.optimizer, with_copies=self._acting is Acting.COPIES, compiled=self._compiled
+        )
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -231,6 +246,7 @@ class Attachment:
         self._update.undo()
         self._step, self._nested = None, 0
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # rules compile their own arithmetic
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self._step is not None:
             self._nested += 1
@@ -317,8 +333,9 @@ class Attachment:
             gradient = gradient * shares**0.5
         elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
             gradient = gradient.clone()
-        return PlasticWeight(site, raw, gradient, self.optimizer, step)
+        return PlasticWeight(site, raw, gradient, self.optimizer, step, compiled=self._compiled)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._nested:

@@ -36,12 +36,13 @@ class Block:
     places: list[Place]
 
 
-def blocks(*tensors: Sequence[Tensor], in_order: bool = False) -> Iterator[Block]:
+def blocks(*tensors: Sequence[Tensor], in_order: bool = False, cpu: int = CPU) -> Iterator[Block]:
     """Parts of tensors, for multi-tensor operations: large ones are cut, small ones are put together.
 
     Args:
         tensors: lists of the same length. At one place, all have one shape, or one entry, which every part gets.
         in_order: cut only tensors whose entries lie in memory in the order of their indices.
+        cpu: the number of entries in a block on a CPU.
 
     Example:
         >>> import torch
@@ -55,7 +56,7 @@ def blocks(*tensors: Sequence[Tensor], in_order: bool = False) -> Iterator[Block
     count = 0
     for index, group in enumerate(zip(*tensors, strict=True)):
         whole = [x for x in group if x.dim()]
-        size = OTHER if any(x.device.type != "cpu" for x in whole) else CPU
+        size = OTHER if any(x.device.type != "cpu" for x in whole) else cpu
         for start, parts in _cut(group, whole, size, in_order):
             found.append(parts)
             places.append(Place(index, start))
@@ -71,15 +72,26 @@ def _cut(
     group: tuple[Tensor, ...], whole: list[Tensor], size: int, in_order: bool
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """The parts of the tensors of one weight."""
-    first = whole[0] if whole else None
-    is_alike = all(first is not None and (x.stride(), x.shape) == (first.stride(), first.shape) for x in whole)
-    if first is None or first.numel() <= size or not is_alike or not _is_dense(first, in_order):
+    flat = lines(group, in_order) if whole and whole[0].numel() > size else None
+    if flat is None:
         yield 0, group
         return
-    count = first.numel()
-    flat = [x.as_strided((count,), (1,)) if x.dim() else x for x in group]
-    for start in range(0, count, size):
+    for start in range(0, whole[0].numel(), size):
         yield start, tuple(x[start : start + size] if x.dim() else x for x in flat)
+
+
+def lines(group: Sequence[Tensor], in_order: bool = False) -> list[Tensor] | None:
+    """Tensors of one weight as vectors that share their memory, numbers as they are; None if that cannot be.
+
+    Args:
+        group: the tensors.
+        in_order: ask for entries that lie in memory in the order of their indices.
+    """
+    whole = [x for x in group if x.dim()]
+    is_alike = all((x.stride(), x.shape) == (whole[0].stride(), whole[0].shape) for x in whole)
+    if not whole or not is_alike or not _is_dense(whole[0], in_order):
+        return None
+    return [x.as_strided((x.numel(),), (1,)) if x.dim() else x for x in group]
 
 
 def _is_dense(tensor: Tensor, in_order: bool) -> bool:

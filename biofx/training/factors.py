@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,26 +81,25 @@ def draw(likes: Sequence[Tensor], places: Sequence[Place], members: Sequence[Lea
 
 
 def combined(
-    hooks: Sequence[Hook], weights: list[Tensor], tensors: Iterable[list[Tensor]], drawn: Iterable[list[Tensor]]
+    hooks: Sequence[Hook], weights: list[Tensor], others: Sequence[list[Tensor]], *, one_by_one: bool = False
 ) -> list[Tensor]:
     """The product of the factors of all hooks, for weights that have the same ones.
 
     Args:
         hooks: the hooks; at least one.
         weights: the weights, or parts of them.
-        tensors: the tensors that stand for None in their arguments, a list for each.
-        drawn: the noise, a list for each noisy hook.
+        others: the tensors that stand for None in their arguments, a list for each, and then the noise of the noisy
+            ones, a list for each.
+        one_by_one: whether to call the rule of each hook for one weight after the other.
     """
-    own, noises = iter(tensors), iter(drawn)
-    result: list[Tensor] | None = None
+    own, noises = iter(others), iter(others[sum(x is None for hook in hooks for x in hook.others) :])
+    result: list[Tensor] = []
     for hook in hooks:
         arguments: list[Any] = [next(noises)] if hook.is_noisy else []
         arguments += [next(own) if x is None else x for x in hook.others]
-        factors = [
-            f.to(w.dtype) for f, w in zip(operators.factors_of(hook.name, weights, arguments), weights, strict=True)
-        ]
-        result = factors if result is None else list(torch._foreach_mul(result, factors))
-    assert result is not None
+        given = operators.factors_of(hook.name, weights, arguments, one_by_one=one_by_one)
+        factors = [factor.to(weight.dtype) for factor, weight in zip(given, weights, strict=True)]
+        result = list(torch._foreach_mul(result, factors)) if result else factors
     return result
 
 
@@ -116,5 +115,5 @@ def factors(synapses: Sequence[Synapses], weights: Sequence[Tensor]) -> list[Ten
         own = learning_of(each)
         drawn = draw([weight], [Place(0, 0)], [own])
         tensors = [[x] for x in own.tensors]
-        result.append(combined(own.hooks, [weight], tensors, drawn)[0] if own.hooks else None)
+        result.append(combined(own.hooks, [weight], [*tensors, *drawn])[0] if own.hooks else None)
     return result

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from biofx.model.synapses import Synapses
-from biofx.training.blocks import blocks
+from biofx.training import blocks, compiling
 from biofx.training.factors import Hook, Learning, combined, draw, factors, learning_of
 
 CLOSE = 0.1  # the relative distance from a weight below which what an optimizer remembers is a copy of the weight
@@ -30,12 +30,16 @@ class Update:
         synapses: the synapses with gains.
         optimizer: the optimizer that holds them.
         with_copies: whether gains act as well on what the optimizer keeps of the weights themselves.
+        compiled: whether to compile what gains do.
     """
 
-    def __init__(self, synapses: Iterable[Synapses], optimizer: Optimizer, *, with_copies: bool = False) -> None:
+    def __init__(
+        self, synapses: Iterable[Synapses], optimizer: Optimizer, *, with_copies: bool = False, compiled: bool = False
+    ) -> None:
         self._synapses = list(synapses)
         self._optimizer = optimizer
         self._with_copies = with_copies
+        self._compiled = compiled
         self._old: list[Tensor] = []
         self._copies: dict[tuple[int, str], Tensor] = {}  # by the place of the weight and the key in the state: before
         self._looked_at: set[tuple[int, str]] = set()
@@ -99,10 +103,11 @@ class Update:
         for (hooks, shares), rows in alike.items():
             weights, olds, members = zip(*rows, strict=True)
             tensors = zip(*(own.tensors for own in members), strict=True)
-            for block in blocks(weights, olds, *tensors, in_order=any(hook.is_noisy for hook in hooks)):
+            is_noisy, size = any(hook.is_noisy for hook in hooks), compiling.CPU if self._compiled else blocks.CPU
+            for block in blocks.blocks(weights, olds, *tensors, in_order=is_noisy, cpu=size):
                 drawn = draw(block.parts[1], block.places, members)
-                moved, before, *others = block.parts
-                move(hooks, shares, moved, before, others, drawn)
+                entries = *block.parts, *drawn
+                compiling.change(moved, move_, *entries, compiled=self._compiled, hooks=hooks, shares=shares)
 
     def copied(self) -> str | None:
         """The key in the optimizer's state under which it keeps a copy of a weight, or None."""
@@ -132,33 +137,33 @@ class Update:
                 memory.copy_(before + gain.to(memory) * (memory - before))
 
 
-def move(
-    hooks: tuple[Hook, ...],
-    shares: int,
-    weights: list[Tensor],
-    olds: list[Tensor],
-    tensors: Sequence[list[Tensor]],
-    drawn: Sequence[list[Tensor]],
-) -> None:
-    """Let the hooks of weights act on what an optimizer did to them, in place; `olds` are overwritten.
+def moved(weight: Tensor, old: Tensor, *others: Tensor, hooks: tuple[Hook, ...], shares: int) -> Tensor:
+    """What a weight is after its hooks acted on what an optimizer did to it.
 
     Args:
-        hooks: the hooks, which all weights have.
+        weight: what the optimizer left: Γ times the synapses.
+        old: the synapses before.
+        others: what the hooks take of the weight, and then their noise.
+        hooks: the hooks.
         shares: the number Γ of synapses of a connection.
-        weights: what the optimizer left: Γ times the synapses.
-        olds: the synapses before.
-        tensors: what the hooks take of each weight.
-        drawn: their noise.
     """
-    gains = combined(hooks, olds, tensors, drawn) if hooks else []
+    gain = combined(hooks, [old], [[x] for x in others], one_by_one=True)[0] if hooks else torch.ones_like(old)
+    return torch.lerp(old, weight, gain) if shares == 1 else old + (weight - shares * old) * gain / shares
+
+
+def move_(
+    weights: list[Tensor], olds: list[Tensor], *others: list[Tensor], hooks: tuple[Hook, ...], shares: int
+) -> None:
+    """The same for many weights that have the same hooks, in place."""
+    gains = combined(hooks, olds, others) if hooks else []
     if shares == 1:
-        torch._foreach_lerp_(olds, weights, gains)  # a gain of 1 is exact to the bit
+        after = torch._foreach_lerp(olds, weights, gains)  # a gain of 1 is exact to the bit
     else:
-        torch._foreach_add_(weights, olds, alpha=-shares)
+        by = torch._foreach_add(weights, olds, alpha=-shares)
         if hooks:
-            torch._foreach_mul_(weights, gains)
-        torch._foreach_add_(olds, weights, alpha=1 / shares)
-    torch._foreach_copy_(weights, olds)
+            torch._foreach_mul_(by, gains)
+        after = torch._foreach_add(olds, by, alpha=1 / shares)
+    torch._foreach_copy_(weights, after)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

@@ -33,7 +33,8 @@ def slowly(gain, weight, gradient, threshold, dampening, floor):
     return torch.where(settled, torch.minimum(gain, (gain * dampening).clamp(min=floor)), gain)
 
 
-def test_many_weights_of_any_size_and_layout_at_once():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_many_weights_of_any_size_and_layout_at_once(compiled):
     torch.manual_seed(0)
     shapes = [(3,), (700, 800), (2, 3, 5, 5), (1, 1), (64, 64), (40, 3, 3, 3), (2, 30, 40)]
     weights, gradients = ([torch.randn(shape).double() for shape in shapes] for _ in range(2))
@@ -43,7 +44,7 @@ def test_many_weights_of_any_size_and_layout_at_once():
     weights[5] = weights[5].to(memory_format=torch.channels_last)  # the others are not
     options = {"threshold": 0.1, "dampening": 0.6, "floor": 1e-3}
     expected = [slowly(*each, **options) for each in zip(gains, weights, gradients, strict=True)]
-    crystallize_(gains, weights, gradients, **options)
+    crystallize_(gains, weights, gradients, **options, compiled=compiled)
     for given, wanted in zip(gains, expected, strict=True):
         torch.testing.assert_close(given, wanted)
 
