@@ -17,7 +17,7 @@ from biofx.plastic_weight import PlasticWeight, scale_learning
 from biofx.provenance import record_of
 from biofx.registry import Pass, registered_passes
 from biofx.signs.scales import project_scales
-from biofx.training.attachment import use_no_hooks
+from biofx.training.sleeping import use_no_hooks
 from biofx.transform import transform
 from biofx.weights.sites import l1, weight_sites
 

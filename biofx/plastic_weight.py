@@ -48,6 +48,11 @@ class PlasticWeight:
         assert value is not None, f"{self.by} keeps no {key} for {self.name}"
         return value
 
+    def own_state(self) -> list[Tensor]:
+        """All that the pass keeps for the weight."""
+        synapses = self.site.known_synapses
+        return [self.state(key) for key, users in synapses.users.items() if self.by in users]
+
     @property
     def value(self) -> Tensor:
         """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, or that itself."""

@@ -28,7 +28,7 @@ from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.provenance import is_transformed, record_of, transformed
 from biofx.references import enclosed
 from biofx.registry import Pass, as_passes
-from biofx.training.attachment import use_hooks
+from biofx.training.sleeping import use_hooks
 from biofx.trial import is_function, run_in_eval_mode
 from biofx.weights.declared import declared
 from biofx.weights.sites import find

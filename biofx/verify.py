@@ -58,6 +58,8 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
           - fuzzy-learning-rates: weight: gain is not finite
     """
     bio = unwrapped(bio)
+    for attachment in record_of(bio).attachments:
+        attachment.check()
     violations = list(changed_since(bio)) or list(_graph(bio)) or [*_chains(bio), *_parameters(bio), *_passes(bio)]
     if violations:
         raise VerificationError(violations)

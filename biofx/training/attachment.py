@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import MethodType, TracebackType
 from typing import Any
@@ -13,10 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from biofx import chain
 from biofx.errors import ArgumentError, LifecycleError
-from biofx.model.synapses import Synapses, stored, synapses_in
-from biofx.operators import is_hook
+from biofx.model.synapses import Synapses, stored
 from biofx.plastic_weight import PlasticWeight
 from biofx.provenance import record_of, transformed
 from biofx.randomness import fixed_defaults
@@ -25,7 +22,10 @@ from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.signs.scales import project_scales
 from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
+from biofx.training.counting import Counters, is_captured
 from biofx.training.factors import factors
+from biofx.training.finite import Finite, taken_back
+from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.update import Update
 from biofx.weights.sites import WeightSite, find
 
@@ -159,10 +159,12 @@ class _Step:
     Attributes:
         weights: the weights that take part, once their gradients are there.
         gradients: what the backward pass computed, of parameters that have another gradient for the optimizer.
+        finite: whether all gradients and weights are finite, for each device that is not waited for.
     """
 
     weights: list[PlasticWeight] | None = None
     gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    finite: dict[torch.device, Tensor] = field(default_factory=dict)
 
 
 class Attachment:
@@ -184,9 +186,11 @@ class Attachment:
         self._acting = acting
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
-        self._hold(sites, {n: s for n, s in _with_hooks(bio).items() if id(s.stored) in self._held})
+        self._counters = Counters()
+        self._finite = Finite()
+        self._hold(sites, {n: s for n, s in with_hooks(bio).items() if id(s.stored) in self._held})
         _make_feasible(sites.values())
-        _set_attached(bio, {*sites, *self._learning}, attached=True)
+        set_attached(bio, {*sites, *self._learning}, attached=True)
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -208,14 +212,30 @@ class Attachment:
         return tuple(self._sites)
 
     def detach(self) -> None:
-        """Leave the model and the optimizer as they were before `attach`; their values stay. Idempotent."""
+        """Leave the model and the optimizer as they were before `attach`; their values stay. Idempotent.
+
+        Raises:
+            LifecycleError: a gradient or weight was not finite at an earlier step, after everything is done.
+        """
         self.give_up(self._held)
+        self.check()
+
+    def check(self) -> None:
+        """Wait for the device, and raise if a gradient or weight was not finite at an earlier step.
+
+        Steps on a CPU are checked at once. Others do not wait: the error comes at one of the steps that follow, here,
+        or from `detach` and `verify`.
+
+        Raises:
+            LifecycleError: something was not finite. Rules did not act at that step.
+        """
+        self._finite.check()
 
     def give_up(self, parameters: set[int]) -> None:
         """Let rules not act on some parameters any more, given by id; without any left, leave the optimizer alone."""
         given = {name for name, synapses in self._learning.items() if id(synapses.stored) in parameters}
         given |= {name for name, site in self._sites.items() if id(site.raw) in parameters}
-        _set_attached(self._bio, given, attached=False)
+        set_attached(self._bio, given, attached=False)
         self._hold(
             {name: site for name, site in self._sites.items() if id(site.raw) not in parameters},
             {name: synapses for name, synapses in self._learning.items() if name not in given},
@@ -238,7 +258,10 @@ class Attachment:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.detach()
+        if error is None:
+            self.detach()
+        else:
+            self.give_up(self._held)
 
     def undo(self) -> None:
         """Leave no weight and no gradient as the optimizer saw it, as its step failed."""
@@ -253,6 +276,7 @@ class Attachment:
             return None
         if _is_skipped(optimizer):
             return None
+        self._finite.refuse_if_known()
         self._check_unchanged()
         self._step = _Step()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -284,7 +308,7 @@ class Attachment:
             name = type(self.optimizer).__name__
             raise LifecycleError(f"{name} evaluates its closure twice in a step, so there is no one gradient to act on")
         counters = {name: steps for name, site in self._sites.items() if (steps := site.state("steps")) is not None}
-        counts = dict(zip(counters, map(int, _on_host([*counters.values()])), strict=True))
+        counts = self._counters.read(counters)
         found = (self._weight(site, counts.get(name, 0) + 1) for name, site in self._sites.items())
         weights = [weight for weight in found if weight is not None]
         if not weights and all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
@@ -292,8 +316,8 @@ class Attachment:
                 f"optimizer.step() without backward(): none of the {len(self._sites)} weights has a gradient"
             )
         if self._rules and weights:
-            _check_finite(weights)
-        self._act(weights, before_step=True)
+            self._step.finite = self._finite.look(weights)
+        self._act(weights, self._step.finite, before_step=True)
         scale = _gradient_scale(self.optimizer)
         for weight in weights:
             if weight.gradient is not weight.raw.grad:
@@ -347,29 +371,35 @@ class Attachment:
             self._update.undo()
             return
         on_update = self._acting is not Acting.GRADIENT
-        self._update.end([on_update and s.stored.grad is not None for s in self._learning.values()])
+        self._update.end([on_update and s.stored.grad is not None for s in self._learning.values()], step.finite)
         if self._acting is None and (key := self._update.copied()) is not None:
             raise LifecycleError(
                 f"{type(optimizer).__name__} keeps a copy of the weights ({key!r} in its state), which undoes gains; "
                 "no other optimizer of its class could be made from its defaults to try where gains have to act; use "
                 "another optimizer, or let its constructor take what is in `defaults`"
             )
-        counters = [steps for w in step.weights if (steps := w.site.state("steps")) is not None]
+        counters = {w.name: steps for w in step.weights if (steps := w.site.state("steps")) is not None}
         try:
-            self._act(step.weights, before_step=False)
+            self._act(step.weights, step.finite, before_step=False)
             projected = {name for rule, names in self._rules if rule.moment is Moment.PROJECTION for name in names}
-            _make_feasible(weight.site for weight in step.weights if weight.name not in projected)
-            project_scales(self._bio, self._held)
+            others = [weight for weight in step.weights if weight.name not in projected]
+            with taken_back(step.finite, (weight.raw for weight in others)):
+                _make_feasible(weight.site for weight in others)
+            with taken_back(step.finite, (stored(self._bio, name) for name in record_of(self._bio).nonnegative)):
+                project_scales(self._bio, self._held)
         finally:
-            if counters:
-                torch._foreach_add_(counters, 1)
+            self._counters.add(counters)
 
-    def _act(self, weights: Sequence[PlasticWeight], *, before_step: bool) -> None:
+    def _act(self, weights: Sequence[PlasticWeight], finite: dict[torch.device, Tensor], *, before_step: bool) -> None:
         for pass_, names in self._rules:
             chosen = [replace(w, by=pass_.name) for w in weights if w.name in names]
-            if chosen and pass_.moment is not None and pass_.moment.before_step is before_step:
-                with fixed_defaults():
-                    pass_.at_step(chosen)
+            if not chosen or pass_.moment is None or pass_.moment.before_step is not before_step:
+                continue
+            _refuse_captured(pass_)
+            changing = [x for w in chosen for x in w.own_state()] if finite else []
+            changing += [w.gradient if before_step else w.raw for w in chosen]
+            with fixed_defaults(), taken_back(finite, changing):
+                pass_.at_step(chosen)
 
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
@@ -400,48 +430,18 @@ def _guarded(attachment: Attachment, optimizer: Optimizer) -> MethodType:
     return MethodType(guarded, optimizer)
 
 
-def _on_host(numbers: Sequence[Tensor]) -> list[float]:
-    """Numbers that are on devices; those of a kind are waited for at once."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, number in enumerate(numbers):
-        kinds.setdefault((number.device, number.dtype), []).append(index)
-    result = [0.0] * len(numbers)
-    for indices in kinds.values():
-        values = torch.stack([numbers[index] for index in indices]).tolist()
-        for index, value in zip(indices, values, strict=True):
-            result[index] = value
-    return result
-
-
-def use_hooks(bio: nn.Module) -> None:
-    """Let all gains act in the backward pass, as they do while no optimizer is attached."""
-    _set_attached(transformed(bio), synapses_in(bio), attached=False)
-
-
-def use_no_hooks(bio: nn.Module) -> None:
-    """Let no gradient hook act in the backward pass, for those who call the rules themselves."""
-    bio = transformed(bio)
-    record_of(bio).by_hand = True
-    for synapses in synapses_in(bio).values():
-        synapses.by_hand = True
-    chain.show_all(bio)
+def _refuse_captured(pass_: Pass) -> None:
+    """Refuse a rule that does not act at every step while a CUDA graph is captured, which is one step for all."""
+    every = getattr(pass_, "every", 1)
+    if every != 1 and is_captured():
+        raise LifecycleError(
+            f"{pass_.name} acts every {every} steps, and a CUDA graph replays the step that was captured; "
+            "use every=1, or do not capture the optimizer's step"
+        )
 
 
 def _held(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _with_hooks(bio: fx.GraphModule) -> dict[str, Synapses]:
-    """The synapses with gains, of weights and of biases that were split with them, by the parameter's name."""
-    return {n: s for n, s in synapses_in(bio).items() if any(is_hook(link.target) for link in s.links)}
-
-
-def _set_attached(bio: fx.GraphModule, names: Collection[str], *, attached: bool) -> None:
-    """Let rules on some weights act at the steps of an optimizer, or in the backward pass."""
-    for name, synapses in synapses_in(bio).items():
-        if name in names:
-            synapses.attached = attached
-    chain.show_all(bio)
 
 
 @torch.no_grad()
@@ -462,19 +462,3 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 def _gradient_scale(optimizer: Optimizer) -> Tensor | None:
     """The loss scale that a fused optimizer takes out of the gradients itself."""
     return getattr(optimizer, "grad_scale", None)
-
-
-def _check_finite(weights: Sequence[PlasticWeight]) -> None:
-    """Refuse to act on what is not finite: a rule would spread it, or hide it."""
-    kinds: dict[str, list[Tensor]] = {"gradient": [w.gradient for w in weights], "weight": [w.raw for w in weights]}
-    # Norms cost a fraction of looking at every entry. They can overflow, so they only acquit.
-    norms = torch._foreach_norm([x for values in kinds.values() for x in values], 2)
-    if all(map(math.isfinite, _on_host(norms))):
-        return
-    for what, values in kinds.items():
-        for weight, value in zip(weights, values, strict=True):
-            if not bool(torch.isfinite(value).all()):
-                raise LifecycleError(
-                    f"{weight.name}: its {what} is not finite, so rules cannot act on it; nothing was changed. "
-                    "Lower the learning rate, clip gradients, or use torch.amp.GradScaler in half precision"
-                )

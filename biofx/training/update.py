@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from biofx.model.synapses import Synapses
 from biofx.training import blocks, compiling
 from biofx.training.factors import Hook, Learning, combined, draw, factors, learning_of
+from biofx.training.finite import taken_back
 
 CLOSE = 0.1  # the relative distance from a weight below which what an optimizer remembers is a copy of the weight
 
@@ -86,11 +87,12 @@ class Update:
                 weight.copy_(old)
 
     @torch.no_grad()
-    def end(self, taking_part: Sequence[bool]) -> None:
+    def end(self, taking_part: Sequence[bool], finite: dict[torch.device, Tensor] | None = None) -> None:
         """Let gains act on what the optimizer did.
 
         Args:
             taking_part: for each weight, whether it has a gradient.
+            finite: for each device that is not waited for, whether all is finite there, so that gains may act.
         """
         self._is_open = False
         if self._with_copies:
@@ -101,12 +103,29 @@ class Update:
             if own.hooks or synapses.shares > 1:
                 alike.setdefault((own.hooks, synapses.shares), []).append((synapses.stored, old, own))
         for (hooks, shares), rows in alike.items():
-            weights, olds, members = zip(*rows, strict=True)
-            tensors = zip(*(own.tensors for own in members), strict=True)
-            is_noisy, size = any(hook.is_noisy for hook in hooks), compiling.CPU if self._compiled else blocks.CPU
-            for block in blocks.blocks(weights, olds, *tensors, in_order=is_noisy, cpu=size):
-                drawn = draw(block.parts[1], block.places, members)
-                entries = *block.parts, *drawn
+            if finite and shares > 1:  # first what the optimizer did, which stays, and then what hooks make of it
+                self._move(rows, (), shares, {})
+                self._move(rows, hooks, 1, finite)
+            else:
+                self._move(rows, hooks, shares, finite or {})
+
+    def _move(
+        self,
+        rows: Sequence[tuple[Tensor, Tensor, Learning]],
+        hooks: tuple[Hook, ...],
+        shares: int,
+        finite: dict[torch.device, Tensor],
+    ) -> None:
+        """Move weights that have the same hooks."""
+        if not hooks and shares == 1:
+            return
+        weights, olds, members = zip(*rows, strict=True)
+        tensors = zip(*(own.tensors for own in members), strict=True) if hooks else ()
+        is_noisy, size = any(hook.is_noisy for hook in hooks), compiling.CPU if self._compiled else blocks.CPU
+        for block in blocks.blocks(weights, olds, *tensors, in_order=is_noisy, cpu=size):
+            drawn = draw(block.parts[1], block.places, members) if is_noisy else []
+            entries = *block.parts, *drawn
+            with taken_back(finite, block.parts[0]):
                 compiling.change(moved, move_, *entries, compiled=self._compiled, hooks=hooks, shares=shares)
 
     def copied(self) -> str | None:

@@ -1,0 +1,139 @@
+"""Whether gradients and weights are finite: a rule would spread what is not, or hide it.
+
+On a CPU that is known before the step, which is refused. A step on another device does not wait for the answer: what
+rules do is taken back there where the answer is no, and the error comes as soon as the host knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biofx.errors import LifecycleError
+from biofx.plastic_weight import PlasticWeight
+from biofx.training import blocks
+from biofx.training.counting import is_captured, on_host
+
+HELP = "Lower the learning rate, clip gradients, or use torch.amp.GradScaler in half precision"
+
+
+def is_waited_for(device: torch.device) -> bool:
+    """Whether a number on a device is read at once."""
+    return device.type == "cpu"
+
+
+class Finite:
+    """What is known about the steps of an attachment."""
+
+    def __init__(self) -> None:
+        self._found: dict[torch.device, _Found] = {}
+
+    def look(self, weights: Sequence[PlasticWeight]) -> dict[torch.device, Tensor]:
+        """Look at gradients and weights.
+
+        Args:
+            weights: the weights.
+
+        Returns:
+            For each device that is not waited for, whether all are finite.
+
+        Raises:
+            LifecycleError: something on another one is not finite.
+        """
+        groups: dict[torch.device, list[PlasticWeight]] = {}
+        for weight in weights:
+            groups.setdefault(weight.raw.device, []).append(weight)
+        result = {}
+        for device, group in groups.items():
+            if is_waited_for(device):
+                _refuse(group)
+            else:
+                result[device] = self._found.setdefault(device, _Found(device)).look(group)
+        return result
+
+    def refuse_if_known(self) -> None:
+        """Raise for an earlier step, if the host knows already that something was not finite."""
+        for found in self._found.values():
+            found.refuse(wait=False)
+
+    def check(self) -> None:
+        """Wait until the host knows about all steps, and raise if something was not finite."""
+        for found in self._found.values():
+            found.refuse(wait=True)
+
+
+class _Found:
+    """The first thing on a device that was not finite."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._places: list[str] = []
+        self._first = torch.full((), -1, device=device)  # its place in the list; -1 if there is none
+        self._host = torch.full((), -1, device="cpu", pin_memory=device.type == "cuda")
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+
+    def look(self, weights: Sequence[PlasticWeight]) -> Tensor:
+        kinds = [("gradient", [w.gradient for w in weights]), ("weight", [w.raw.detach() for w in weights])]
+        self._places = [f"{weight.name}: its {what}" for what, _ in kinds for weight in weights]
+        tensors = [x for _, values in kinds for x in values]
+        is_finite = torch.isfinite(torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)]))
+        now = torch.where(is_finite.all(), -1, is_finite.logical_not().int().argmax())
+        self._first.copy_(torch.where(self._first < 0, now, self._first))
+        if not is_captured():
+            self._host.copy_(self._first, non_blocking=True)
+            if self._arrived is not None:
+                self._arrived.record()
+        return is_finite.all()
+
+    def refuse(self, *, wait: bool) -> None:
+        if wait:
+            self._host.copy_(self._first)
+        elif self._arrived is not None and not self._arrived.query():
+            return
+        place: Any = self._host.tolist()  # without an operator, as it is on the host
+        if place >= 0:
+            self._first.fill_(-1)
+            self._host.fill_(-1)
+            raise LifecycleError(
+                f"{self._places[place]} was not finite at an earlier step, so rules did not act at that step; {HELP}"
+            )
+
+
+@contextlib.contextmanager
+def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let what is done to tensors take effect only on devices on which all is finite.
+
+    Args:
+        finite: whether it is, for each device that is not waited for.
+        tensors: the tensors.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in dict.fromkeys(tensors):
+        if tensor.device in finite:
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
+    before = {kind: list(torch._foreach_clone(own)) for kind, own in kinds.items()}
+    yield
+    for (device, dtype), own in kinds.items():
+        for block in blocks.blocks(own, before[device, dtype]):
+            now, old = (torch.cat([part.reshape(-1) for part in parts]) for parts in block.parts)
+            chosen = torch.where(finite[device], now, old).split([part.numel() for part in block.parts[0]])
+            parts = [x.view(part.shape) for x, part in zip(chosen, block.parts[0], strict=True)]
+            torch._foreach_copy_(block.parts[0], parts)
+
+
+def _refuse(weights: Sequence[PlasticWeight]) -> None:
+    kinds: dict[str, list[Tensor]] = {"gradient": [w.gradient for w in weights], "weight": [w.raw for w in weights]}
+    # Norms cost a fraction of looking at every entry. They can overflow, so they only acquit.
+    norms = torch._foreach_norm([x for values in kinds.values() for x in values], 2)
+    if all(map(math.isfinite, on_host(norms))):
+        return
+    for what, values in kinds.items():
+        for weight, value in zip(weights, values, strict=True):
+            if not bool(torch.isfinite(value).all()):
+                raise LifecycleError(
+                    f"{weight.name}: its {what} is not finite, so rules cannot act on it; nothing was changed. {HELP}"
+                )

@@ -1,0 +1,39 @@
+"""Which gradient hooks act: those of weights that no optimizer is attached to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx, nn
+
+from biofx import chain
+from biofx.model.synapses import Synapses, synapses_in
+from biofx.operators import is_hook
+from biofx.provenance import record_of, transformed
+
+
+def use_hooks(bio: nn.Module) -> None:
+    """Let all gains act in the backward pass, as they do while no optimizer is attached."""
+    set_attached(transformed(bio), synapses_in(bio), attached=False)
+
+
+def use_no_hooks(bio: nn.Module) -> None:
+    """Let no gradient hook act in the backward pass, for those who call the rules themselves."""
+    bio = transformed(bio)
+    record_of(bio).by_hand = True
+    for synapses in synapses_in(bio).values():
+        synapses.by_hand = True
+    chain.show_all(bio)
+
+
+def with_hooks(bio: fx.GraphModule) -> dict[str, Synapses]:
+    """The synapses with gains, of weights and of biases that were split with them, by the parameter's name."""
+    return {n: s for n, s in synapses_in(bio).items() if any(is_hook(link.target) for link in s.links)}
+
+
+def set_attached(bio: fx.GraphModule, names: Collection[str], *, attached: bool) -> None:
+    """Let rules on some weights act at the steps of an optimizer, or in the backward pass."""
+    for name, synapses in synapses_in(bio).items():
+        if name in names:
+            synapses.attached = attached
+    chain.show_all(bio)

@@ -1,0 +1,116 @@
+"""Steps on a device that is not waited for: nothing is read there, and what is not finite stops the rules alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from training.test_costs import WAIT, operators_of_a_step
+
+import biofx
+from biofx.errors import LifecycleError
+from biofx.training import finite
+
+RULES = (
+    "split-synapses{synapses=2},fuzzy-learning-rates{distribution=lognormal},volume-dependent-learning-rates,"
+    "l1-regularization{strength=0.01},crystallize,synaptic-scaling{on=weight},dales-principle{balance=False}"
+)
+
+
+@pytest.fixture
+def without_waiting(monkeypatch):
+    monkeypatch.setattr(finite, "is_waited_for", lambda device: False)
+
+
+def trained(pipeline, broken=(), steps=3):
+    """A model, its optimizer and its weights after every step; at some steps a gradient is not finite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    bio = biofx.transform(model, pipeline, example_inputs=(torch.randn(5, 6),))
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1, momentum=0.9)
+    attachment = biofx.attach(bio, optimizer)
+    after = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        bio(torch.randn(5, 6)).square().sum().backward()
+        if step in broken:
+            biofx.weight_sites(bio)["0.weight"].raw.grad.view(-1)[3] = float(broken[step])
+        optimizer.step()
+        after.append(copy.deepcopy(bio.state_dict()))
+    return bio, optimizer, attachment, after
+
+
+def test_the_numbers_are_those_of_a_step_that_waits(monkeypatch):
+    *_, waited = trained(RULES)
+    monkeypatch.setattr(finite, "is_waited_for", lambda device: False)
+    *_, other = trained(RULES)
+    torch.testing.assert_close(other, waited, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("without_waiting")
+def test_nothing_is_read():
+    bio, optimizer, *_ = trained(RULES, steps=1)
+    counted = operators_of_a_step(bio, optimizer, torch.randn(4, 6))
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    own = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    assert counted[WAIT] == operators_of_a_step(plain, own, torch.randn(4, 6))[WAIT]
+
+
+@pytest.mark.usefixtures("without_waiting")
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_step_that_is_not_finite_is_the_optimizers_alone(value):
+    pipeline = "fuzzy-learning-rates,crystallize,synaptic-scaling{on=weight}"
+    bio, *_, (before, after) = trained(pipeline, broken={1: value}, steps=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    own = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    # The optimizer's own step, from the same weights with the same gradients and momentum.
+    for (name, parameter), trained_one in zip(model.named_parameters(), _parameters(bio), strict=True):
+        parameter.data.copy_(before[_stored(bio, name)])
+        parameter.grad = trained_one.grad.clone()
+    momentum = _momentum_before(pipeline)
+    for parameter, buffer in zip(model.parameters(), momentum, strict=True):
+        own.state[parameter]["momentum_buffer"] = buffer
+    own.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.data, after[_stored(bio, name)], rtol=0, atol=0, equal_nan=True)
+    for key in before:
+        if key.endswith("gain"):
+            assert torch.equal(before[key], after[key])
+
+
+def _stored(bio, name):
+    return next(key for key in bio.state_dict() if key in (name, f"{name}_synapses.{name.rpartition('.')[2]}"))
+
+
+def _parameters(bio):
+    """Parameters in the order of the original's."""
+    return [bio.get_parameter(name) for name in ("0.weight", "0.bias", "2.weight", "2.bias")]
+
+
+def _momentum_before(pipeline):
+    bio, optimizer, *_ = trained(pipeline, steps=1)
+    return [optimizer.state[p]["momentum_buffer"] for p in _parameters(bio)]
+
+
+@pytest.mark.usefixtures("without_waiting")
+@pytest.mark.parametrize("ask", ["step", "check", "detach", "verify"])
+def test_it_is_told_as_soon_as_the_host_knows(ask):
+    bio, optimizer, attachment, _ = trained(RULES, broken={2: "nan"})
+    asked = {
+        "step": optimizer.step,
+        "check": attachment.check,
+        "detach": attachment.detach,
+        "verify": lambda: biofx.verify(bio),
+    }
+    with pytest.raises(LifecycleError, match=r"0\.weight: its gradient was not finite at an earlier step"):
+        asked[ask]()
+    attachment.check()  # said once
+
+
+@pytest.mark.usefixtures("without_waiting")
+def test_an_error_on_the_way_out_is_not_hidden():
+    *_, attachment, _ = trained(RULES, broken={2: "nan"})
+    with pytest.raises(ZeroDivisionError), attachment:
+        raise ZeroDivisionError
+    assert not attachment.weights
