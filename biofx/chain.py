@@ -125,10 +125,10 @@ def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
 
     Args:
         start: the node of the weight.
-        key: the state's name.
+        key: the state's name; empty for the synapses that keep it.
         origin: who reads it.
     """
-    target = f"{str(start.target).rpartition('.')[0]}.{key}"
+    target = f"{str(start.target).rpartition('.')[0]}.{key}".rstrip(".")
     found = start.next
     while found.op == "get_attr" and inserted(found) is not None:
         if found.target == target:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from biofx import chain, randomness
-from biofx.capture.modes import is_training
 from biofx.errors import PipelineError
-from biofx.islands import WHOLE
 from biofx.model.owners import give_synapses
 from biofx.model.slots import Inserted, Slot
-from biofx.model.synapses import Link, State, Synapses, stored, stored_name, synapses_of
+from biofx.model.synapses import Link, State, Synapses, is_observed, stored, stored_name, synapses_of
 from biofx.operators import is_hook, multiplies_entries
 from biofx.options import activation_function
 from biofx.provenance import RECORD, RunnablePass, inserted, record_of
+
+if TYPE_CHECKING:
+    from biofx.weights.sites import WeightSite
 
 Owners = dict[int, list[tuple[nn.Module, str]]]
 
@@ -218,39 +219,25 @@ class Editor:
                 reader.replace_input_with(node, new)
         return new
 
-    def observe(self, operator: Callable[..., Any], uses: Sequence[fx.Node], unit_axis: int, state: State) -> None:
+    def observe(self, operator: Callable[..., Any], site: WeightSite, key: str) -> None:
         """Let an observer look at what every use of the weight returns.
 
         Args:
             operator: an observer, `torch.ops.biofx.<name>` (see `biofx.operators.observer`).
-            uses: the site's uses.
-            unit_axis: axis of their output that runs over units.
-            state: the buffer that it adds to.
+            site: the weight, whose operator returns its units on one axis (`why_no_output` is None).
+            key: the name of the state that it adds to.
         """
-        self.changed = True
-        origin = self._origin(Slot.OBSERVER)
+        raw, origin, (unit_axis,) = site.raw, self._origin(Slot.OBSERVER), site.calls[0].use.output_axes
+        dtype = torch.promote_types(raw.dtype, torch.float32)
+        self.keep(key, torch.zeros((2, 2, site.units), device=raw.device, dtype=dtype))
         assert self._start is not None, f"{self.name}: what its operator returns is out of reach"
-        seen = chain.state_node(self._start, state.key, origin)
-        for use in uses:
-            after = max(use, seen)
-            with use.graph.inserting_after(after):
-                mode = use.graph.call_function(is_training, (self._whole_model(origin), use))
-            with use.graph.inserting_after(mode):
-                node = use.graph.call_function(operator, (use, seen, unit_axis, mode))
-            mode.meta[RECORD] = node.meta[RECORD] = origin
-
-    def _whole_model(self, origin: Inserted) -> fx.Node:
-        """The node that reads the model itself, before all that may use it."""
-        graph = self._bio.graph
-        first = next(node for node in graph.nodes if node.op != "placeholder")
-        present: fx.Node | None = next(iter(graph.find_nodes(op="get_attr", target=WHOLE)), None)
-        if present is None:
-            with graph.inserting_before(first):
-                present = graph.get_attr(WHOLE)
-            present.meta[RECORD] = origin
-        elif present is not first:
-            first.prepend(present)
-        return present
+        seen, synapses = (chain.state_node(self._start, each, origin) for each in (key, ""))
+        for use in site.outputs:
+            with use.graph.inserting_after(max(use, seen, synapses)):
+                looks = use.graph.call_function(is_observed, (synapses, key, use))
+            with use.graph.inserting_after(looks):
+                node = use.graph.call_function(operator, (use, seen, unit_axis, looks))
+            looks.meta[RECORD] = node.meta[RECORD] = origin
 
     def _origin(self, slot: Slot) -> Inserted:
         return Inserted((self._by.name,), self.name, slot)

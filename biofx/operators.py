@@ -3,12 +3,13 @@
 An inserted node calls an operator of the dispatcher, not a Python function: it survives pickling and re-tracing,
 `torch.compile(fullgraph=True)` takes it, a training `torch.export` keeps it together with its gradient, and an
 inference export decomposes hooks to nothing. There are two kinds: a *gradient hook* is a view of a weight in the
-forward pass and changes the weight's gradient; an *observer* looks at an activation and changes a buffer.
+forward pass and changes the weight's gradient; an *observer* looks at an activation and adds to a buffer.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -279,11 +280,19 @@ def share_grad(gradient: Tensor, share: float) -> Tensor:
     return gradient * share
 
 
-Observation = Callable[[Tensor, Tensor], None]
+Observation = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 def observer(name: str) -> Callable[[Observation], Observation]:
-    """Define `torch.ops.biofx.<name>(activity, state, unit_axis, training)`, which adds what it sees to a buffer.
+    r"""Define `torch.ops.biofx.<name>(activity, state, unit_axis, training)`, which adds what it sees to a buffer.
+
+    The buffer `state` has shape (2, 2, units), and 0 is its start. After calls $k = 1, 2, \ldots$
+
+    $$\mathrm{state}_0 + \mathrm{state}_1 = \Bigl(\sum_k \mathrm{look}(z_k),\ \sum_k n_k\Bigr)$$
+
+    with $n_k$ the number of positions of the activity $z_k$, which are all elements of batch, time and space. Sums are
+    compensated (Kahan): $\mathrm{state}_1$ is what rounding took from $\mathrm{state}_0$. So numbers of the same sign
+    add up to about a unit in the last place, however many there are, and whole numbers exactly, up to 2⁴⁸ in float32.
 
     It sees nothing in evaluation mode, and nothing while a backward pass runs: activation checkpointing computes an
     activation again there, and must not count it twice.
@@ -292,16 +301,31 @@ def observer(name: str) -> Callable[[Observation], Observation]:
         name: the operator's name.
 
     Returns:
-        A decorator for `observe(activity, state)`, which gets the activity with shape (positions, units), detached,
-        where positions are all elements of batch, time and space, and changes `state` in place.
+        A decorator for `look(activity, positions)`: it gets the activity as the operator returned it, in whichever
+        layout, and returns a number for each unit, shape (units,), a sum over the dimensions `positions`; this has to
+        be in float32 at least. There is always such a dimension. The function itself is returned unchanged.
+
+    Example:
+        >>> import torch
+        >>> from biofx import operators
+        >>> @operators.observer("sum_squares")
+        ... def sum_squares(activity, positions):
+        ...     return activity.square().sum(positions)
+        >>> state = torch.zeros(2, 2, 3)
+        >>> torch.ops.biofx.sum_squares(torch.full((5, 3, 4), 0.5), state, 1, True)
+        >>> state.sum(0)
+        tensor([[ 5.,  5.,  5.],
+                [20., 20., 20.]])
     """
 
-    def define(observe: Observation) -> Observation:
+    def define(look: Observation) -> Observation:
         def kernel(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
             if training and torch._C._current_graph_task_id() == -1:
                 with torch._C._AutoDispatchBelowAutograd():  # no gradients, and no tangents in the state
-                    units = activity.detach().movedim(unit_axis, -1)
-                    observe(units.flatten(0, -2) if units.dim() > 1 else units[None], state)
+                    axis = _from_behind(unit_axis, activity)
+                    activity = activity[None]
+                    positions = tuple(d for d in range(-activity.dim(), 0) if d != axis)
+                    _add(state, look(activity, positions), math.prod(activity.shape[d] for d in positions))
 
         _LIBRARY.define(f"{name}(Tensor activity, Tensor(a!) state, int unit_axis, bool training) -> ()")
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -309,15 +333,28 @@ def observer(name: str) -> Callable[[Observation], Observation]:
         operator = getattr(torch.ops.biofx, name)
 
         def below_transform(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
-            axis = unit_axis if unit_axis < 0 else unit_axis - activity.dim()  # counted from behind any batch
+            axis = _from_behind(unit_axis, activity)
             for seen_activity, seen_state in _below_transform(activity, state):
                 operator(seen_activity, seen_state, axis, training)
 
         # Nothing is differentiated here, so every transform of torch.func just hands down what it wraps.
         _LIBRARY.impl(name, below_transform, "FuncTorchDynamicLayerFrontMode")
-        return observe
+        return look
 
     return define
+
+
+def _from_behind(axis: int, activity: Tensor) -> int:
+    """An axis, counted from behind any batch that comes before."""
+    return axis if axis < 0 else axis - activity.dim()
+
+
+def _add(state: Tensor, sums: Tensor, positions: int) -> None:
+    """Add to an observer's state: to the totals, and what rounding takes from them to the rest."""
+    total, rest = state
+    added, before = rest + torch.stack((sums, torch.full_like(sums, positions))), total.clone()
+    total += added
+    torch.sub(added, total - before, out=rest)
 
 
 def _below_transform(activity: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

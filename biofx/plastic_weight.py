@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,9 +43,14 @@ class PlasticWeight:
         """The weight's name in the original model."""
         return self.site.name
 
+    @cached_property
+    def synapses(self) -> Synapses:
+        """What holds the stored parameter, its links and their state."""
+        return self.site.known_synapses
+
     def state(self, key: str) -> Tensor:
         """A tensor that the pass keeps for the weight."""
-        value = self.site.state(key)
+        value = self.synapses.state(key)
         assert value is not None, f"{self.by} keeps no {key} for {self.name}"
         return value
 

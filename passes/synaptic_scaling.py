@@ -15,7 +15,7 @@ from torch import Tensor
 from biofx.editor import Editor
 from biofx.model.slots import Slot
 from biofx.operators import observer
-from biofx.options import check_choice, check_number
+from biofx.options import check_choice, check_integer, check_number
 from biofx.plastic_weight import PlasticWeight
 from biofx.registry import Moment, Pass, register
 from biofx.weights.sites import WeightSite
@@ -32,12 +32,13 @@ class SynapticScaling(Pass):
     | on | rule |
     |---|---|
     | `"gradient"` | incoming gradient of unit i times clip((t/a_i)^ε, 0.5, 2) |
-    | `"weight"` | w_i· ← w_i·clip(1 + ε·(t − a_i), 0.5, 2) after every step |
+    | `"weight"` | w_i· ← w_i·clip(1 + ε·(t − a_i), 0.5, 2) after the step |
 
     with a_i the running mean activity of unit i, t the `target`, and ε the `strength`. Activity is the mean of
     \|z_i\|, the magnitude of what the operator returns for the unit, over batch, time and space; an observer node adds
-    it up in training mode, over all micro-batches since the last step. At every step of the optimizer (`biofx.attach`)
-    the running mean moves by a fraction 1 − `memory` towards it; the first step sets it.
+    it up in training mode, over all micro-batches since the last step. After every `every` steps of the optimizer
+    (`biofx.attach`) the running mean moves by a fraction 1 − `memory` towards it; the first such step sets it. Between,
+    observers do not look.
 
     The factor on gradients is one number for each unit and starts neutral. A unit whose activity is 0 takes the bound,
     2.
@@ -49,6 +50,8 @@ class SynapticScaling(Pass):
         strength: ε, above 0; None is 0.5 on the gradient and 0.01 on the weight.
         on: `"gradient"` or `"weight"`.
         memory: weight of the past in the running mean, in [0, 1).
+        every: steps from one look to the next, at least 1: the rule acts at every such step, on what its forward passes
+            showed.
 
     Raises:
         ArgumentError: an option out of its range.
@@ -81,6 +84,7 @@ class SynapticScaling(Pass):
     strength: float | None = None
     on: str = "gradient"
     memory: float = 0.9
+    every: int = 1
 
     def __post_init__(self) -> None:
         if self.target is not None:
@@ -89,6 +93,7 @@ class SynapticScaling(Pass):
             check_number(self, "strength", above=0)
         check_choice(self, "on", STRENGTH)
         check_number(self, "memory", at_least=0, below=1)
+        check_integer(self, "every", at_least=1)
 
     @property
     def preserves_function(self) -> bool:
@@ -100,56 +105,75 @@ class SynapticScaling(Pass):
         if site.why_no_output is not None:
             edit.leave(site.why_no_output)
             return
-        device, (unit_axis,) = site.raw.device, site.calls[0].use.output_axes
-        seen = edit.state("seen", torch.zeros(site.units + 1, device=device, dtype=torch.float64))
-        edit.observe(torch.ops.biofx.sum_activity, site.outputs, unit_axis, seen)
-        edit.keep("activity", torch.full((site.units,), UNSEEN, device=device, dtype=torch.float64))
+        edit.observe(torch.ops.biofx.sum_activity, site, "seen")
+        device, dtype = site.raw.device, site.raw.dtype
+        unseen = torch.full((site.units,), UNSEEN, device=device, dtype=torch.promote_types(dtype, torch.float32))
+        edit.keep("activity", unseen)
         if self.on == "gradient":
-            neutral = site.spread(torch.ones(site.units, device=device, dtype=site.raw.dtype))
+            neutral = site.spread(torch.ones(site.units, device=device, dtype=dtype))
             edit.insert(torch.ops.biofx.scale_grad, edit.state("homeostasis", neutral))
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Update the running means, and scale weights or the factors on gradients by them."""
-        strength = STRENGTH[self.on] if self.strength is None else self.strength
+        due = [weight for weight in weights if weight.step % self.every == 0]
+        for device in {weight.raw.device for weight in due}:
+            self._scale([weight for weight in due if weight.raw.device == device])
         for weight in weights:
-            activity = weight.state("activity")
-            update_activity(activity, weight.state("seen"), self.memory)
-            # Nothing is decided on the host, which would have to wait for a GPU. Nothing is known yet if all forward
-            # passes were in evaluation mode.
-            is_known = (activity != UNSEEN).all()
-            target = activity.mean() if self.target is None else activity.new_full((), self.target)
-            if self.on == "weight":
-                factor = weight_factor(activity, target, strength).where(is_known, 1)
-                weight.assign(weight.value * weight.site.spread(factor).to(weight.raw.dtype))
-            else:
-                factor, present = gradient_factor(activity, target, strength), weight.state("homeostasis")
-                present.copy_(torch.where(is_known, weight.site.spread(factor).view_as(present), present))
+            if weight.step % self.every and "seen" not in weight.synapses.resting:
+                weight.state("seen").zero_()  # its observers could not know that this step would not be due
+            weight.synapses.rest("seen", (weight.step + 1) % self.every != 0)
+
+    def _scale(self, weights: Sequence[PlasticWeight]) -> None:
+        """Act on weights of one device, on all units at once: nothing is decided on the host, which would wait."""
+        means, seen = ([weight.state(key) for weight in weights] for key in ("activity", "seen"))
+        activity = moved(torch.cat(means), torch.cat(seen, -1), self.memory)
+        sizes = [len(mean) for mean in means]
+        torch._foreach_copy_(means, activity.split(sizes))
+        torch._foreach_zero_(seen)
+        target = population_means(activity, sizes) if self.target is None else self.target
+        strength = STRENGTH[self.on] if self.strength is None else self.strength
+        factor = gradient_factor if self.on == "gradient" else weight_factor
+        # Nothing is known yet if all forward passes were in evaluation mode.
+        by_unit = torch.where(activity == UNSEEN, 1.0, factor(activity, target, strength)).split(sizes)
+        factors = [weight.site.spread(own) for weight, own in zip(weights, by_unit, strict=True)]
+        if self.on == "gradient":
+            torch._foreach_copy_([weight.state("homeostasis") for weight in weights], factors)
+            return
+        for weight, own in zip(weights, factors, strict=True):
+            weight.assign(weight.value * own)
 
 
-def update_activity(activity: Tensor, seen: Tensor, memory: float) -> None:
-    """Move the running means of units towards what was seen since the last step, and forget that."""
-    is_new = (seen[-1] > 0) & torch.isfinite(seen).all()  # what overflowed is no activity
-    mean = seen[:-1] / seen[-1]
-    moved = torch.where(activity == UNSEEN, mean, memory * activity + (1 - memory) * mean)
-    activity.copy_(torch.where(is_new, moved, activity))
-    seen.zero_()
+def moved(activity: Tensor, seen: Tensor, memory: float) -> Tensor:
+    """The running means of units, moved towards what was seen since the last step, shape (2, 2, units)."""
+    sums, positions = seen.sum(0)
+    mean = sums / positions
+    after = torch.where(activity == UNSEEN, mean, mean.lerp(activity, memory))
+    return torch.where(mean + positions < torch.inf, after, activity)  # not if nothing was seen, or it overflowed
 
 
-def gradient_factor(activity: Tensor, target: Tensor, strength: float) -> Tensor:
+def population_means(activity: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The mean activity over the units of the same weight, for every unit; an unknown activity counts as 0."""
+    means = torch._foreach_norm(activity.relu().split(sizes), 1)
+    torch._foreach_div_(means, [float(size) for size in sizes])
+    return torch.cat([mean.expand(size) for mean, size in zip(means, sizes, strict=True)])
+
+
+def gradient_factor(activity: Tensor, target: Tensor | float, strength: float) -> Tensor:
     """clip((t/a)^ε, 0.5, 2) for every unit; 2 for a silent one, 1 if the target is silence as well."""
-    ratio = torch.where(activity > 0, target / activity, torch.where(target > 0, torch.inf, 1.0))
-    return ratio.pow(strength).clamp(0.5, 2)
+    ratio: Tensor = target / activity
+    return ratio.nan_to_num(nan=1.0, posinf=torch.inf).pow(strength).clamp(0.5, 2)
 
 
-def weight_factor(activity: Tensor, target: Tensor, strength: float) -> Tensor:
+def weight_factor(activity: Tensor, target: Tensor | float, strength: float) -> Tensor:
     """clip(1 + ε·(t − a), 0.5, 2) for every unit: a weight keeps its sign, and no unit is silenced for ever."""
     return (1 + strength * (target - activity)).clamp(0.5, 2)
 
 
 @observer("sum_activity")
-def sum_activity(activity: Tensor, seen: Tensor) -> None:
-    """Add up the activity of every unit, and in the last entry the number of positions."""
-    # A float64 pass over every activity costs several times as much; the sums of calls are added up in float64.
+def sum_activity(activity: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """The sum of the magnitudes of every unit."""
     dtype = torch.promote_types(activity.dtype, torch.float32)
-    seen[:-1] += torch.linalg.vector_norm(activity, 1, dim=0, dtype=dtype)
-    seen[-1] += len(activity)
+    if activity.is_cpu:  # where vector_norm takes 4 to 5 times as long if units lie side by side in memory
+        return activity.abs().sum(positions, dtype=dtype)
+    sums: Tensor = torch.linalg.vector_norm(activity, 1, positions, dtype=dtype)
+    return sums

@@ -165,6 +165,53 @@ def test_observers_see_the_same_under_every_transform(plain, way):
     assert len(seen(bio.state_dict())) == 4
 
 
+LAYOUTS = {
+    "units": lambda x: x[0, :, 0, 0],
+    "units last": lambda x: x[:, :, 0, 0],
+    "sequences": lambda x: x[..., 0].transpose(1, 2).contiguous(),
+    "channels first": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "every second position": lambda x: x[::2, :, 1::2],
+    "broadcast": lambda x: x[:, :, :1, :1].expand(-1, -1, 3, 4),
+    "no positions": lambda x: x[:0],
+}
+AXES = {"units": 0, "sequences": 2}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_observers_reduce_any_layout(layout, dtype):
+    x = LAYOUTS[layout](0.03 * torch.randn(5, 7, 6, 4)).to(dtype)
+    axis = AXES.get(layout, 1)
+    units = x.movedim(axis, -1).reshape(-1, 7)
+    wide = torch.promote_types(dtype, torch.float32)
+    for unit_axis in (axis, axis - x.dim()):
+        seen, active = torch.zeros(2, 2, 2, 7, dtype=wide)
+        torch.ops.biofx.sum_activity(x, seen, unit_axis, True)
+        torch.ops.biofx.count_active(x, active, unit_axis, True)
+        positions = torch.full((7,), float(len(units)), dtype=wide)
+        torch.testing.assert_close(seen.sum(0), torch.stack((units.abs().sum(0, dtype=wide), positions)))
+        assert torch.equal(active.sum(0), torch.stack(((units.abs() > 0.01).sum(0).to(wide), positions)))
+
+
+def test_observations_add_up_to_a_unit_in_the_last_place():
+    different = torch.rand(50, 1, 8)
+    state = torch.zeros(2, 2, 8)
+    for _ in range(400):
+        for x in different:
+            torch.ops.biofx.sum_activity(x, state, 1, True)
+    expected = 400 * different.double().sum(0)
+    assert ((state.sum(0)[:1] - expected).abs() <= torch.finfo(torch.float32).eps * expected).all()
+
+
+def test_counts_are_exact_beyond_the_whole_numbers_of_float32():
+    state = torch.zeros(2, 2, 1)
+    state[0] = 2**24
+    for _ in range(1001):
+        torch.ops.biofx.count_active(torch.ones(1, 1), state, 1, True)
+    assert (state.double().sum(0) == 2**24 + 1001).all()
+
+
 def test_an_ensemble_of_models_learns_as_each_does_on_its_own(plain):
     pipeline = biofx.registry.parse("cortex")
     models = [biofx.transform(plain, pipeline, seed=seed).train() for seed in range(3)]

@@ -11,7 +11,6 @@ from torch import fx, nn
 
 from biofx.capture.tracer import KeepWhole, StandIn, unused_name
 from biofx.capture.tracing import Trace, trace
-from biofx.islands import WHOLE
 
 
 class ByMode(StandIn):
@@ -32,19 +31,6 @@ class ByMode(StandIn):
     def extra_repr(self) -> str:
         """Both constants."""
         return f"train={self.in_training!r}, eval={self.in_evaluation!r}"
-
-
-def is_training(model: nn.Module, of: Any) -> Any:
-    """Whether a model is in training mode; one node in the graph.
-
-    Args:
-        model: the model.
-        of: a value that the model computes: under a tracer, a proxy.
-    """
-    if not isinstance(of, fx.Proxy):
-        return model.training
-    read = of.tracer.create_proxy("get_attr", WHOLE, (), {})
-    return of.tracer.create_proxy("call_function", is_training, (read, of), {})
 
 
 def trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str], synapses: Set[int]) -> Trace:

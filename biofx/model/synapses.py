@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from biofx.errors import PipelineError
 from biofx.model import running
@@ -79,6 +79,8 @@ class Synapses(nn.Module):
         attached: whether rules act at the steps of an optimizer. Then gradient hooks sleep, and so does a projection on
             signs, as every step leaves weights behind that have them. A copy is not attached.
         by_hand: whether rules are called by hand, so that hooks sleep.
+        resting: the states to which observers add nothing now, by name, as their rule does not act at the next step. A
+            copy knows of none, and neither does what loads a checkpoint, as its next step is another.
         users: the names of the passes that use each state, by its name.
         rewired: the pass that changes what the operator of the weight returns, which only the graph does; else empty.
     """
@@ -88,6 +90,7 @@ class Synapses(nn.Module):
         self.links: tuple[Link, ...] = ()
         self.attached = False
         self.by_hand = False
+        self.resting: tuple[str, ...] = ()  # a constant for torch.compile, which keeps one graph for each
         self.users: dict[str, tuple[str, ...]] = {}
         self.rewired = ""
         self._change: Change | None = None
@@ -245,12 +248,35 @@ class Synapses(nn.Module):
         return getattr(self, key) if key in self.users else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_change": None, "attached": False}
+        return vars(self) | {"_change": None, "attached": False, "resting": ()}
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # PyTorch's way for a module to take part in loading
+        super()._load_from_state_dict(*args)
+        self.resting = ()
+
+    def rest(self, key: str, resting: bool) -> None:
+        """Let the observers of a state look at what the weight's operator returns, or not."""
+        if resting is not (key in self.resting):
+            self.resting = (*self.resting, key) if resting else tuple(each for each in self.resting if each != key)
 
     def extra_repr(self) -> str:
         """The shape of what is stored, and the links."""
         steps = [f"stored {tuple(self.stored.shape)}", *(link.name for link in self.links)]
         return " → ".join(steps)
+
+
+def is_observed(synapses: Synapses, key: str, of: Any) -> Any:
+    """Whether the observers of a state look now: in training mode, unless they rest; one node in the graph.
+
+    Args:
+        synapses: the synapses of the weight whose operator they look at.
+        key: the state's name.
+        of: what they look at: under a tracer, a proxy.
+    """
+    if not isinstance(of, fx.Proxy):
+        return synapses.training and key not in synapses.resting
+    read = of.tracer.create_proxy("get_attr", of.tracer.path_of_module(synapses), (), {})  # type: ignore[attr-defined]
+    return of.tracer.create_proxy("call_function", is_observed, (read, key, of), {})
 
 
 def _broken(link: Link, what: str) -> PipelineError:

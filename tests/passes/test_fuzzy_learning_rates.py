@@ -227,8 +227,9 @@ def test_activity_gains_are_wide_for_silent_units():
         bio(x).sum().backward()
         optimizer.step()
     output = layer(x)
-    assert torch.equal(bio.weight_synapses.active, 2 * (output.abs() > 0.01).sum(0))
-    counts = bio.weight_synapses.active.double()
+    counts, positions = bio.weight_synapses.active.double().sum(0)
+    assert torch.equal(counts, 2.0 * (output.abs() > 0.01).sum(0))
+    assert (positions == 32).all()
     a = (1 + 0.1 * (counts / counts.mean() - 1)).clamp(0.8, 1.2)
     half_width = (0.2 * (2 - a))[:, None]
     deviation = (bio.weight_synapses.gain - 1).abs()

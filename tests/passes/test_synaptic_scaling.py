@@ -1,10 +1,12 @@
 """SynapticScaling: homeostasis through gradients or weights."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import biofx
 from biofx import passes
@@ -93,7 +95,7 @@ def test_units_approach_the_target():
     x = torch.randn(64, 20)
     for _ in range(200):
         step(bio, optimizer, x)
-    torch.testing.assert_close(bio.weight_synapses.activity, torch.full((10,), 2.0).double(), rtol=0.1, atol=0)
+    torch.testing.assert_close(bio.weight_synapses.activity, torch.full((10,), 2.0), rtol=0.1, atol=0)
 
 
 def test_the_default_target_is_the_mean_of_the_population():
@@ -119,7 +121,90 @@ def test_the_observer_sees_units_also_behind_a_per_synapse_activation():
     biofx.attach(bio, optimizer)
     x = torch.randn(3, 2, 6, 6)
     step(bio, optimizer, x)
-    torch.testing.assert_close(bio.weight_synapses.activity, bio(x).abs().mean((0, 2, 3)).double())
+    torch.testing.assert_close(bio.weight_synapses.activity, bio(x).abs().mean((0, 2, 3)))
+
+
+def test_only_every_so_many_steps_are_looked_at_and_act():
+    layer = nn.Linear(6, 4, bias=False).double()
+    bio, optimizer = attached(layer, on="weight", target=1.0, strength=0.1, memory=0.75, every=3)
+    batches, (synapses,) = torch.randn(6, 8, 6, dtype=torch.float64), [bio.weight_synapses]
+    for batch in batches[:2]:
+        step(bio, optimizer, batch)
+    assert torch.equal(bio.weight, layer.weight)
+    assert not synapses.seen.any()
+    first = layer(batches[1:3]).abs().mean((0, 1))
+    step(bio, optimizer, *batches[1:3])  # two micro-batches
+    torch.testing.assert_close(synapses.activity, first)
+    scaled = layer.weight * (1 + 0.1 * (1 - first[:, None]))
+    torch.testing.assert_close(bio.weight.detach(), scaled.detach())
+    bio(batches[3])
+    assert not synapses.seen.any()
+    for batch in batches[3:]:
+        step(bio, optimizer, batch)
+    last = (batches[5] @ scaled.T).abs().mean(0)
+    torch.testing.assert_close(synapses.activity, 0.75 * first + 0.25 * last)
+
+
+def test_observers_of_other_rules_look_on():
+    layer = nn.Linear(6, 4)
+    pipeline = [passes.SynapticScaling(every=5), passes.FuzzyLearningRates(distribution="activity", every=100)]
+    bio = biofx.transform(layer, pipeline)
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+    biofx.attach(bio, optimizer)
+    for _ in range(4):
+        step(bio, optimizer, torch.randn(8, 6))
+    assert (bio.weight_synapses.active.sum(0)[1] == 32).all()
+
+
+def test_a_compiled_model_has_two_graphs_whatever_the_number_of_steps():
+    torch._dynamo.reset()
+    bio, optimizer = attached(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), memory=0.0, every=3)
+    counter = CompileCounter()
+    compiled = torch.compile(bio, backend=counter, fullgraph=True)
+    for x in torch.randn(12, 8, 6):
+        step(compiled, optimizer, x)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6])
+@pytest.mark.parametrize("into", ["new", "same"])
+def test_a_run_resumes_from_a_checkpoint_bit_for_bit(steps, into):
+    layer, batches = nn.Linear(6, 4), torch.randn(14, 8, 6)
+
+    def run(bio, optimizer, batches):
+        for batch in batches:
+            step(bio, optimizer, batch)
+        return bio.state_dict()
+
+    options = {"lr": 0.1, "on": "weight", "target": 1.0, "every": 3}
+    bio, optimizer = attached(layer, **options)
+    saved = copy.deepcopy(run(bio, optimizer, batches[:steps]))
+    expected = copy.deepcopy(run(bio, optimizer, batches[steps:]))
+    if into == "new":
+        bio, optimizer = attached(layer, **options)
+    else:  # at another number of steps
+        run(bio, optimizer, batches[:2])
+    bio.load_state_dict(saved)
+    assert_same(run(bio, optimizer, batches[steps:]), expected)
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_a_copy_looks_at_every_step_until_it_knows_better():
+    bio, optimizer = attached(nn.Linear(6, 4), every=10)
+    step(bio, optimizer, torch.randn(8, 6))
+    bio(torch.randn(8, 6))
+    assert not bio.weight_synapses.seen.any()
+    twin = copy.deepcopy(bio)
+    twin(torch.randn(8, 6))
+    assert twin.weight_synapses.seen.any()
+    own = torch.optim.SGD(twin.parameters(), lr=0.0)
+    biofx.attach(twin, own)
+    step(twin, own, torch.randn(8, 6))
+    assert not twin.weight_synapses.seen.any()
 
 
 @pytest.mark.parametrize(
@@ -128,6 +213,7 @@ def test_the_observer_sees_units_also_behind_a_per_synapse_activation():
         ({"target": 0}, "target must be a number > 0, got 0"),
         ({"strength": -1}, "strength must be a number > 0, got -1"),
         ({"on": "bias"}, "on must be one of gradient, weight, got 'bias'"),
+        ({"every": 0}, "every must be an integer ≥ 1, got 0"),
         ({"memory": 1}, "memory must be a number ≥ 0 and < 1, got 1"),
         ({"target": math.nan}, "target must be a number > 0, got nan"),
     ],

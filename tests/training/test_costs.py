@@ -23,7 +23,7 @@ COSTS = {  # what a step adds at most: operators, operators for each weight, wai
     "volume-dependent-learning-rates": (10, 12, 0),
     "fuzzy-learning-rates,volume-dependent-learning-rates,crystallize": (45, 14, 1),
     "rejuvenate{every=100}": (10, 1, 1),
-    "synaptic-scaling": (10, 40, 1),
+    "synaptic-scaling": (40, 5, 0),
 }
 
 

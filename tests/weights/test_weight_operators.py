@@ -152,8 +152,11 @@ def test_observers_see_every_unit(kind, x):
     ).train()
     bio(x)
     activity = network.layer(x).movedim(kind.output, -1).reshape(-1, 8).abs()
-    torch.testing.assert_close(bio.layer.weight_synapses.seen[:-1], activity.sum(0))
-    assert torch.equal(bio.layer.weight_synapses.active, (activity > 0.01).sum(0))
+    seen, active = (state.sum(0) for state in (bio.layer.weight_synapses.seen, bio.layer.weight_synapses.active))
+    torch.testing.assert_close(seen[0], activity.sum(0))
+    assert torch.equal(active[0], (activity > 0.01).sum(0).double())
+    assert torch.equal(seen[1], torch.full((8,), len(activity)).double())
+    assert torch.equal(active[1], seen[1])
 
 
 @pytest.mark.parametrize("name", KINDS)
