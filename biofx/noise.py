@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,16 +44,17 @@ class Counter:
         return replace(self, start=self.start + start)
 
 
-def normal(likes: Sequence[Tensor], counters: Sequence[Counter]) -> list[Tensor]:
+def normal(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bool = False) -> list[Tensor]:
     """Standard normal numbers of the shape, dtype and device of each tensor, contiguous.
 
     Args:
         likes: the tensors, at least one, on one device.
         counters: the counter of each.
+        compiled: whether to compile what is computed; on a CPU, numbers are read from tables.
     """
     if likes[0].device.type == "cpu":
         return _of_dtype(_sums(likes, counters, _normal_tables), likes)
-    return _split(normal_from_words(likes, counters), likes)
+    return _split(normal_from_words(likes, counters, compiled=compiled), likes)
 
 
 def uniform(likes: Sequence[Tensor], counters: Sequence[Counter]) -> list[Tensor]:
@@ -113,19 +115,34 @@ def words_of(*purpose: str | int) -> tuple[int, int]:
 # --- Elsewhere: words
 
 
-def normal_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> Tensor:
-    """Standard normal numbers as hashes of the counters, by Box and Muller, for all tensors side by side."""
-    radius, angle = _words(likes, counters)
-    return torch.sqrt(-2 * torch.log(_fraction(radius))) * torch.cos(_fraction(angle) * (2 * math.pi))
+def normal_from_words(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bool = False) -> Tensor:
+    """Standard normal numbers as hashes of the counters, by Box and Muller, for all tensors side by side.
+
+    Args:
+        likes: the tensors.
+        counters: the counter of each.
+        compiled: whether to compute them in one compiled kernel, in place of about 50.
+    """
+    return (_compiled(_normal) if compiled else _normal)(*_keys(likes, counters))
 
 
 def uniform_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> Tensor:
     """Numbers between 0 and 1 as hashes of the counters, for all tensors side by side."""
-    return _fraction(_words(likes, counters)[0])
+    return _fraction(_words(*_keys(likes, counters))[0])
 
 
-def _words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[Tensor, Tensor]:
-    """Two words for every entry of all tensors, side by side."""
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)
+
+
+def _normal(*keys: Any) -> Tensor:
+    radius, angle = _words(*keys)
+    return torch.sqrt(-2 * torch.log(_fraction(radius))) * torch.cos(_fraction(angle) * (2 * math.pi))
+
+
+def _keys(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """What words are computed from: two keys of each tensor, where it ends, what its places lack, and all entries."""
     device = likes[0].device
     seeds = torch.stack([c.seed for c in counters]).to(torch.int32)
     steps = torch.stack([c.steps for c in counters]).to(torch.int32)
@@ -135,15 +152,16 @@ def _words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[Tensor
     other = _mixed(_mixed(steps ^ second) + key)
     ends = tuple(itertools.accumulate(like.numel() for like in likes))
     shifts = tuple(c.start - end + like.numel() for c, end, like in zip(counters, ends, likes, strict=True))
-    index = torch.arange(ends[-1], dtype=torch.int32, device=device)
-    if len(likes) > 1:
-        tensor = torch.bucketize(index, _on_device(device, torch.int32, ends), right=True, out_int32=True)
-        key, other = key[tensor], other[tensor]
-        index = index + _on_device(device, torch.int32, shifts)[tensor]
-    else:
-        index = index + shifts[0]
-    word = _mixed(_mixed(index + key) ^ other)
-    return word, _mixed(word + other)
+    return key, other, _on_device(device, torch.int32, ends), _on_device(device, torch.int32, shifts), ends[-1]
+
+
+def _words(key: Tensor, other: Tensor, ends: Tensor, shifts: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Two words for every entry of all tensors, side by side."""
+    index = torch.arange(count, dtype=torch.int32, device=key.device)
+    tensor = torch.bucketize(index, ends, right=True, out_int32=True)
+    index = index + shifts[tensor]
+    word = _mixed(_mixed(index + key[tensor]) ^ other[tensor])
+    return word, _mixed(word + other[tensor])
 
 
 @functools.lru_cache(maxsize=4096)  # so that no step has to copy numbers to the device

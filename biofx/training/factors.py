@@ -66,16 +66,21 @@ def learning_of(synapses: Synapses) -> Learning:
     return Learning(tuple(hooks), tuple(tensors), tuple(counters))
 
 
-def draw(likes: Sequence[Tensor], places: Sequence[Place], members: Sequence[Learning]) -> list[list[Tensor]]:
+def draw(
+    likes: Sequence[Tensor], places: Sequence[Place], members: Sequence[Learning], *, compiled: bool = False
+) -> list[list[Tensor]]:
     """The noise of parts of weights, a list for each noisy hook.
 
     Args:
         likes: the parts.
         places: where they come from.
         members: the hooks of all weights, which have the same ones.
+        compiled: whether to compile what is computed.
     """
     return [
-        noise.normal(likes, [members[place.index].counters[which].at(place.start) for place in places])
+        noise.normal(
+            likes, [members[place.index].counters[which].at(place.start) for place in places], compiled=compiled
+        )
         for which in range(len(members[0].counters))
     ]
 
