@@ -69,7 +69,8 @@ def check_python(plan: dict[str, Any], frontend: str) -> None:
     """The transformed model, a copy of it, and the folded model behave as the model does."""
     torch.manual_seed(0)
     model = RandomNetwork(**plan).double()
-    x, *inputs = (torch.randn(3, 2, 4, 4, dtype=torch.float64) for _ in range(3))
+    # What depends on values goes other ways with larger inputs than with those of the transform.
+    x, *inputs = (scale * torch.randn(3, 2, 4, 4, dtype=torch.float64) for scale in (1, 1, 10))
     bio = biofx.transform(model, [passes.SplitSynapses(2)], example_inputs=(x,), frontend=frontend)
     others = (copy.deepcopy(bio), biofx.fold(bio), bio)
     before, after = behaviour(model, inputs)
@@ -89,6 +90,13 @@ def test_what_is_computed_again_in_the_backward_pass_changes_state_again():
     """A checkpoint around batch norm counts each batch twice; its graph counted it once, without a word."""
     plan = {"images": (("python", "checkpoint", ("norm", "batch")),), "vectors": (("linear", "tanh", True),)}
     check_python(plan, "symbolic")
+
+
+def test_what_differs_behind_units_that_are_silent_in_evaluation_mode():
+    """Asks whether gradients are on: they were for the graph, and no output of the check depended on it."""
+    island = ("island", ("python", "training", ("python", "in_place", ("linear", "gelu", True))))
+    plan = {"vectors": (("python", "gradients", ("linear", "tanh", True)), island)}
+    check_python(plan | {"images": (("conv", 2, "circular", "tanh"),)}, "symbolic")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -209,6 +209,19 @@ def test_the_smallest_module_that_differs_keeps_its_python():
     assert len(biofx.weight_sites(bio)) == 3
 
 
+def test_what_differs_behind_silent_units_is_found():
+    """The example inputs silence all units behind a module that asks for gradients, and other inputs do not."""
+    layers = around(lambda m, y: y * 2 if torch.is_grad_enabled() else y)
+    model = nn.Sequential(*layers[:2], nn.Linear(4, 4), *layers[2:]).double()
+    nn.init.constant_(model[2].bias, -100.0)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    bio = biofx.transform(model, SPLIT, example_inputs=(x,))
+    with torch.no_grad():
+        assert model[:4](1000 * x).any()
+        assert not model[:4](x).any()
+        torch.testing.assert_close(bio(1000 * x), model(1000 * x))
+
+
 def test_the_original_works_as_before():
     CACHE.clear()
     model, x = around(cached), torch.randn(3, 4)
