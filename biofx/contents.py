@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set, tuple})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # most of what modules hold, told apart at a glance
 _NAMESPACES = (SimpleNamespace, Namespace)
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "biofx"})  # their objects are not looked into
 _DEEPEST = 20  # how far into what holds something that holds something
@@ -21,7 +22,7 @@ _DEEPEST = 20  # how far into what holds something that holds something
 
 def is_holder(value: Any) -> bool:
     """Whether what a value holds can be looked into."""
-    return type(value) in (*_CONTAINERS, tuple) or _is_plain_object(value) or is_array(value)
+    return _inside(value) is not None
 
 
 def is_array(value: Any) -> bool:
@@ -37,15 +38,15 @@ def holders(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[Any]:
         seen: ids of what was looked into already.
         depth: how far to look.
     """
-    if not depth or id(value) in seen or not is_holder(value):
+    holder = _inside(value)
+    if holder is None or not depth or id(value) in seen:
         return
     seen.add(id(value))
-    holder = vars(value) if _is_plain_object(value) else value
     if type(holder) is not tuple:
         yield holder
-    if not is_array(holder):
-        for part in list(holder.values() if isinstance(holder, dict) else holder):
-            yield from holders(part, seen, depth - 1)
+    parts = holder.values() if isinstance(holder, dict) else () if is_array(holder) else holder
+    for part in list(parts):
+        yield from holders(part, seen, depth - 1)
 
 
 def put_back(holder: Any, content: Any) -> None:
@@ -96,7 +97,8 @@ def _frozen(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], dept
     if isinstance(value, _PLAIN):
         yield type(value).__name__, value
         return
-    if not depth or not is_holder(value):
+    holder = _inside(value)
+    if holder is None or not depth:
         yield opaque(value)
         return
     yield type(value).__module__, type(value).__qualname__
@@ -108,7 +110,6 @@ def _frozen(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], dept
         return
     if type(value) is not tuple:  # an equal one may be the same one in another process
         seen[id(value)] = len(seen)
-    holder = vars(value) if _is_plain_object(value) else value
     yield len(holder)
     if isinstance(holder, set):
         yield frozenset(frozen(part, opaque) for part in holder)
@@ -117,8 +118,17 @@ def _frozen(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], dept
         yield from _frozen(part, opaque, seen, depth - 1)
 
 
+def _inside(value: Any) -> Any:
+    """What holds the parts of a value: the value itself, or the dictionary of an object; None if it has no parts."""
+    if type(value) in _ATOMS:
+        return None
+    if type(value) in _CONTAINERS or is_array(value):
+        return value
+    return vars(value) if _is_plain_object(value) else None
+
+
 def _is_plain_object(value: Any) -> bool:
     """Whether a value is an object of somebody's own class, such as a configuration or a counter."""
-    if isinstance(value, nn.Module | Tensor | type | ModuleType) or not hasattr(value, "__dict__") or callable(value):
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or not hasattr(value, "__dict__") or callable(value):
         return False
     return type(value) in _NAMESPACES or type(value).__module__.partition(".")[0] not in _NOT_OF_USERS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -26,12 +27,20 @@ from biofx.weights.sites import find
 Printer = Callable[[str], object]
 
 
+class Trial(NamedTuple):
+    """How a model is run, and what it returned the last time."""
+
+    run: Run
+    outputs: list[Tensor]
+
+
 def run(
     bio: fx.GraphModule,
     passes: Sequence[Pass],
     excluded: dict[str, str],
     seed: int,
     understood: Understanding | None,
+    trial: Trial | None,
     *,
     check: bool,
     print_between: Printer | None = None,
@@ -46,8 +55,8 @@ def run(
         passes: the passes.
         excluded: weights that no pass may touch, each with the reason.
         seed: seed of every random draw.
-        understood: what a run told of the model; None if it could not be run. Passes that preserve the function are
-            checked on the same run.
+        understood: what a run told of the model; None if it could not be run.
+        trial: the run on which passes that preserve the function are checked; None if there is none.
         check: verify the model after each pass.
         print_between: called with the graph's text after each pass.
 
@@ -55,20 +64,17 @@ def run(
         PipelineError: two passes exclude each other.
         VerificationError: a pass broke an invariant.
     """
-    run = _repeatable(bio, understood) if check else None
     ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))
     _refuse_conflicts(bio, ordered, excluded)
     for pass_ in ordered:
-        compared = run is not None and pass_.preserves_function
-        before = _outputs(bio, pass_, run) if compared else []
         with fixed_defaults():
             editor = ModelEditor(bio, pass_, seed, excluded, understood)
             _run_one(bio, pass_, editor)
             understood = editor.understood
             if check:
                 _verify_after(bio, pass_)
-        if compared:
-            _refuse_difference(pass_, before, _outputs(bio, pass_, run))
+        if check and trial is not None:
+            trial = _refuse_difference(bio, pass_, trial)
         if print_between is not None:
             print_between(f"after {pass_}:\n{table(bio)}")
     number_nodes(bio)
@@ -80,13 +86,11 @@ def run(
     }
 
 
-def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> Run | None:
-    """How the model is run, if it does the same twice; not if a generator of its own draws random numbers."""
-    if understood is None:
-        return None
+def trial_of(bio: fx.GraphModule, run: Run) -> Trial | None:
+    """A run that can be compared with later ones; None if a generator of the model's own draws random numbers."""
     bio.recompile()
-    once, again = (run_in_eval_mode(bio, understood.run) for _ in range(2))
-    return understood.run if difference(once, again) is None else None
+    once, again = (run_in_eval_mode(bio, run) for _ in range(2))
+    return Trial(run, again) if difference(once, again) is None else None
 
 
 def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
@@ -144,17 +148,16 @@ def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
         raise VerificationError([f"after {pass_.name}: {v}" for v in error.violations]) from None
 
 
-def _outputs(bio: fx.GraphModule, pass_: Pass, run: Run | None) -> list[Tensor]:
+def _refuse_difference(bio: fx.GraphModule, pass_: Pass, trial: Trial) -> Trial:
+    """Run a model after a pass, which may have to preserve what the last run returned."""
     bio.recompile()
     try:
-        return run_in_eval_mode(bio, run)
+        outputs = run_in_eval_mode(bio, trial.run)
     except Exception as error:
         raise VerificationError([f"{pass_.name}: {type(bio).__name__} does not run any more: {error}"]) from error
-
-
-def _refuse_difference(pass_: Pass, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-    found = difference(before, after)
+    found = difference(trial.outputs, outputs) if pass_.preserves_function else None
     if found is not None:
         raise VerificationError(
             [f"{pass_.name} says that it preserves the function, but on the inputs with which the model ran {found}"]
         )
+    return Trial(trial.run, outputs)

@@ -27,7 +27,7 @@ import torch
 from torch import fx, nn
 
 from biofx.capture.captured_module import RESERVED, CapturedModule, captured
-from biofx.capture.checking import Run, called_with, calls_of, disagreement, forward_of
+from biofx.capture.checking import Run, called_with, calls_of, disagreement, forward_of, parts_of
 from biofx.capture.modes import trace_modes
 from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, taken_hooks
 from biofx.capture.tracer import KeepWhole, MustBeNone
@@ -225,7 +225,8 @@ def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, syna
 
 
 def _disagreement(model: nn.Module, trace: Trace, run: Run) -> str | None:
-    return disagreement(model, run, partial(forward_of, model, trace), by_mode=bool(trace.tracer.reads))
+    graph, by_mode = partial(forward_of, model, trace), bool(trace.tracer.reads)
+    return disagreement(model, run, graph, by_mode=by_mode, parts=parts_of(trace))
 
 
 def _drop_stand_ins(children: Mapping[nn.Module, Set[str]]) -> None:

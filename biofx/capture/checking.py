@@ -2,8 +2,9 @@
 
 Nothing can foresee every way in which Python looks at a value or remembers one. So both run, on the same inputs and
 with the same random numbers, twice in each mode, as what forward remembers shows in the second call, and once without
-gradients. A forward that neither asks for the mode nor computes activity again in the backward pass runs in one. A
-module whose graph differs keeps its Python.
+gradients. A forward that neither asks for the mode nor computes activity again in the backward pass runs in one. What
+modules inside return is compared as well: behind units that are silent, nothing of it may be left in what the model
+returns. A module whose graph differs keeps its Python.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,12 @@ Forward = Callable[..., Any]
 
 
 def disagreement(
-    model: nn.Module, run: Run, graph: Callable[[], Forward], python: Forward | None = None, by_mode: bool = True
+    model: nn.Module,
+    run: Run,
+    graph: Callable[[], Forward],
+    python: Forward | None = None,
+    by_mode: bool = True,
+    parts: Collection[str] = (),
 ) -> str | None:
     """How a graph differs from the Python that it was traced from, in words, or None if it does not.
 
@@ -46,6 +52,7 @@ def disagreement(
         graph: makes a forward that runs the graph.
         python: a forward that runs the Python; None for the model's own.
         by_mode: whether forward asks for the mode.
+        parts: paths of modules inside, whose forward hooks the graph calls on what they return.
     """
     saves_more = False
     for training in (False, True):
@@ -53,16 +60,20 @@ def disagreement(
             continue
         try:
             with running(model, python):
-                expected = _behaviour(model, run, training)
+                expected = _behaviour(model, run, training, parts)
         except Exception:  # noqa: BLE001 - such as batch norm of one sample
             continue
         where = f"in {'training' if training else 'evaluation'} mode"
         try:
             with running(model, graph()):
-                actual = _behaviour(model, run, training)
+                actual = _behaviour(model, run, training, parts)
         except Exception as error:  # noqa: BLE001 - forward is anybody's code
             return f"its graph fails {where}: {' '.join(str(error).split())[:120]}"
-        found = difference(expected.tensors, actual.tensors) or _difference_of(expected.slopes, actual.slopes)
+        found = (
+            difference(expected.tensors, actual.tensors)
+            or _difference_of(expected.slopes, actual.slopes)
+            or _difference_inside(expected.parts, actual.parts)
+        )
         if found is not None:
             return f"its graph computes something else {where}: {found}"
         saves_more = actual.saved > expected.saved  # what Python computes again, may change its state again
@@ -109,14 +120,16 @@ class _Behaviour(NamedTuple):
         tensors: what they return, with and without gradients, and what buffers are afterwards.
         slopes: the gradients of parameters, by call; None if they cannot be had.
         saved: how many numbers autograd saves for the backward pass.
+        parts: what modules inside return in the last call, in order, each with its path.
     """
 
     tensors: list[Tensor]
     slopes: list[dict[str, Tensor] | None]
     saved: int
+    parts: list[tuple[str, list[Tensor]]]
 
 
-def _behaviour(model: nn.Module, run: Run, training: bool) -> _Behaviour:
+def _behaviour(model: nn.Module, run: Run, training: bool, parts: Collection[str]) -> _Behaviour:
     parameters = {name: parameter for name, parameter in model.named_parameters() if not parameter.is_inference()}
     saved = 0
 
@@ -135,10 +148,25 @@ def _behaviour(model: nn.Module, run: Run, training: bool) -> _Behaviour:
                 outputs = tensors_in(run(model))
             tensors += [x.detach().clone() for x in outputs]
             slopes.append(gradients(outputs, parameters))
-        with torch.no_grad(), contextlib.suppress(Exception):  # such as a forward that takes gradients itself
+        # Suppressed is the exception of, say, a forward that takes gradients itself.
+        with torch.no_grad(), contextlib.suppress(Exception), _returned_by(model, parts) as returned:
             tensors += [x.detach().clone() for x in tensors_in(run(model))]
         tensors += [buffer.detach().clone() for buffer in model.buffers()]
-    return _Behaviour(tensors, slopes, saved)
+    return _Behaviour(tensors, slopes, saved, returned)
+
+
+@contextlib.contextmanager
+def _returned_by(model: nn.Module, paths: Collection[str]) -> Iterator[list[tuple[str, list[Tensor]]]]:
+    """Copies of the tensors that modules return while the block runs: later operators may write into them."""
+    found: list[tuple[str, list[Tensor]]] = []
+
+    def note(path: str) -> Callable[..., None]:
+        return lambda module, args, result: found.append((path, [x.detach().clone() for x in tensors_in(result)]))
+
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.callback(model.get_submodule(path).register_forward_hook(note(path)).remove)
+        yield found
 
 
 def _difference_of(expected: list[dict[str, Tensor] | None], actual: list[dict[str, Tensor] | None]) -> str | None:
@@ -151,6 +179,14 @@ def _difference_of(expected: list[dict[str, Tensor] | None], actual: list[dict[s
             if found is not None:
                 return f"gradient of {found}"
     return None
+
+
+def _difference_inside(expected: list[tuple[str, list[Tensor]]], actual: list[tuple[str, list[Tensor]]]) -> str | None:
+    """How what modules inside return differs, in words, or None if it does not."""
+    if [path for path, _ in expected] != [path for path, _ in actual]:
+        return "other modules return"
+    pairs = ((path, difference(old, new)) for (path, old), (_, new) in zip(expected, actual, strict=True))
+    return next((f"{found} in {path}" for path, found in pairs if found is not None), None)
 
 
 def _dense(slopes: dict[str, Tensor]) -> list[Tensor]:
@@ -182,37 +218,74 @@ def running(model: nn.Module, forward: Forward | None) -> Iterator[None]:
             vars(model)["forward"] = had
 
 
+def parts_of(trace: Trace) -> list[str]:
+    """The modules whose forward hooks `forward_of` calls, by path."""
+    return list(dict.fromkeys(path for returned in _returns(trace).values() for path, _ in returned))
+
+
+def _returns(trace: Trace) -> dict[fx.Node, list[tuple[str, Any]]]:
+    """The modules that a trace went through, and what they return, by the node after which they do."""
+    found: dict[fx.Node, list[tuple[str, Any]]] = {}
+    last, *_ = nodes = dict.fromkeys(trace.graph.nodes)
+    merged: set[str] = set()  # those that return what is another node by now, such as another read of a weight
+    for path, kind, what in trace.tracer.steps:
+        if kind == "node" and what in nodes:
+            last = what
+        elif kind == "exit":
+            found.setdefault(last, []).append((path, what))
+            fx.map_arg(what, (inside := list[fx.Node]()).append)
+            if any(node not in nodes for node in inside):
+                merged.add(path)
+    return {node: [each for each in returned if each[0] not in merged] for node, returned in found.items()}
+
+
 def forward_of(model: nn.Module, trace: Trace) -> Forward:
-    """A forward that runs the graph of a model."""
+    """A forward that runs the graph of a model, and calls the forward hooks of the modules that it goes through."""
     signature = inspect.signature(type(model).forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(model, *args, **kwargs)
         bound.apply_defaults()
-        return _run(model, trace.graph, own, bound.arguments)
+        return _run(model, trace.graph, own, bound.arguments, returns)
 
+    returns = _returns(trace)
     made = {name: x.clone() if isinstance(x, Tensor) else x for name, x in trace.constants.items()}
     own: Mapping[str, Any] = {**made, **trace.tracer.refusals, WHOLE: model}
     return forward
 
 
-def _run(model: nn.Module, graph: fx.Graph, own: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+def _run(
+    model: nn.Module,
+    graph: fx.Graph,
+    own: Mapping[str, Any],
+    given: Mapping[str, Any],
+    returns: Mapping[fx.Node, list[tuple[str, Any]]],
+) -> Any:
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        target = str(node.target)
-        if node.op == "placeholder":
-            values[node] = given[target.lstrip("*")]
-            continue
-        if node.op == "get_attr":
-            values[node] = own[target] if target in own else attribute(model, target)
-            continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.op == "output":
-            return args[0]
-        if node.op == "call_module":
-            values[node] = (own[target] if target in own else model.get_submodule(target))(*args, **kwargs)
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], target)(*args[1:], **kwargs)
-        else:
-            values[node] = node.target(*args, **kwargs)
-    return None
+        values[node] = _value(model, node, own, given, values)
+        for path, what in returns.get(node, ()):
+            module = model.get_submodule(path)
+            for hook in tuple(module._forward_hooks.values()):
+                hook(module, (), fx.map_arg(what, values.__getitem__))
+    return values[node]
+
+
+def _value(
+    model: nn.Module, node: fx.Node, own: Mapping[str, Any], given: Mapping[str, Any], values: Mapping[fx.Node, Any]
+) -> Any:
+    """What a node computes; the output node, what the graph returns."""
+    target = str(node.target)
+    if node.op == "placeholder":
+        return given[target.lstrip("*")]
+    if node.op == "get_attr":
+        return own[target] if target in own else attribute(model, target)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.op == "output":
+        return args[0]
+    if node.op == "call_module":
+        return (own[target] if target in own else model.get_submodule(target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    function: Any = node.target
+    return function(*args, **kwargs)

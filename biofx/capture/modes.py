@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from biofx.capture.tracer import KeepWhole, StandIn, unused_name
-from biofx.capture.tracing import Trace, trace
+from biofx.capture.tracing import Trace, is_same, trace
 
 
 class ByMode(StandIn):
@@ -35,11 +35,11 @@ class ByMode(StandIn):
 
 def trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str], synapses: Set[int]) -> Trace:
     """One graph for all modes: where traces in different modes differ in a constant, it has a `ByMode` module."""
-    training = trace(model, absent, whole, synapses, evaluating=())
+    training = _trace(model, absent, whole, synapses, evaluating=())
     if not training.tracer.reads:
         return training
     modules = dict(model.named_modules())
-    evaluation = trace(model, absent, whole, synapses, evaluating=modules.values())
+    evaluation = _trace(model, absent, whole, synapses, evaluating=modules.values())
     ranks = _ranks([training, evaluation])
     # Which module does a constant depend on? A trace for each bit of the ranks tells, with half of them in evaluation.
     bits = range(max(ranks.values()).bit_length())
@@ -50,6 +50,34 @@ def trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str]
         _check_same_path(model, training, other)
     _follow_modes(model, traces, ranks)
     return training
+
+
+def _trace(
+    model: nn.Module,
+    absent: Collection[str],
+    whole: dict[str, str],
+    synapses: Set[int],
+    evaluating: Collection[nn.Module],
+) -> Trace:
+    """Trace with and without gradients, which has to make the same graph.
+
+    That forward asks for them would show in no run in which what it does with the answer is silent.
+    """
+    with torch.enable_grad():
+        first = trace(model, absent, whole, synapses, evaluating)
+    with torch.no_grad():
+        second = trace(model, absent, whole, synapses, evaluating)
+    if not is_same(first, second):
+        steps = itertools.zip_longest(_written(first), _written(second))
+        parting = next(((x or y)[0] for x, y in steps if x != y), "")
+        raise KeepWhole({parting: "its forward does something else without gradients"})
+    return first
+
+
+def _written(trace: Trace) -> Iterator[tuple[str, str]]:
+    """What happened in a trace, each with the module whose forward ran."""
+    for module, kind, what in trace.tracer.steps:
+        yield module, f"{kind} {what.format_node() if isinstance(what, fx.Node) else what}"
 
 
 def _ranks(traces: list[Trace]) -> dict[str, int]:

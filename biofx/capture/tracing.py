@@ -93,7 +93,7 @@ def _add_stores(model: nn.Module, first: Trace, changes: Sequence[Change], again
         with watched(model, again):
             second = _traced(model, again)
             second.graph.lint()
-        if not all(c.is_assigned for c in changes) or not _is_same(first, second) or str(first.graph) != text:
+        if not all(c.is_assigned for c in changes) or not is_same(first, second) or str(first.graph) != text:
             raise KeepWhole(reasons)
         with first.graph.inserting_before(output):
             for change in changes:
@@ -107,7 +107,7 @@ def _add_stores(model: nn.Module, first: Trace, changes: Sequence[Change], again
         raise KeepWhole(reasons) from error
 
 
-def _is_same(first: Trace, second: Trace) -> bool:
+def is_same(first: Trace, second: Trace) -> bool:
     """Whether two runs have the same graph."""
     constants = zip(first.constants.values(), second.constants.values(), strict=False)
     return (

@@ -1,6 +1,7 @@
 """Graphs are checked against the Python that they were traced from. What differs stays Python."""
 
 import copy
+import itertools
 import random
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -207,6 +208,30 @@ def test_the_smallest_module_that_differs_keeps_its_python():
     assert list(islands) == ["1"]
     assert "its graph computes something else in evaluation mode" in islands["1"]
     assert len(biofx.weight_sites(bio)) == 3
+
+
+def test_what_differs_behind_silent_units_is_found():
+    """A count that no snapshot restores is another one in each call, and nothing of it reaches the output."""
+    count = itertools.count(1)
+    layers = around(lambda m, y: y * next(count))
+    model = nn.Sequential(*layers[:2], nn.Linear(4, 4), *layers[2:])
+    nn.init.constant_(model[2].bias, -1e6)
+    x = torch.randn(3, 4)
+    bio = biofx.transform(model, SPLIT, example_inputs=(x,))
+    assert not model[:4](x).any()
+    assert list(bio.biofx.islands) == ["1"]
+
+
+def test_a_forward_that_asks_for_gradients_is_found_by_tracing():
+    """On the example inputs, its own units are silent, so that no run tells."""
+    model = around(lambda m, y: F.relu(y) * (2 if torch.is_grad_enabled() else 3)).double()
+    nn.init.constant_(model[1].fc.bias, -100.0)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    bio = biofx.transform(model, SPLIT, example_inputs=(x,))
+    assert bio.biofx.islands == {"1": "its forward does something else without gradients"}
+    with torch.no_grad():
+        assert model[:2](1000 * x).any()
+        torch.testing.assert_close(bio(1000 * x), model(1000 * x))
 
 
 def test_the_original_works_as_before():
