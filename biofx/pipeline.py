@@ -35,7 +35,7 @@ def run(
     *,
     check: bool,
     print_between: Printer | None = None,
-) -> None:
+) -> list[Tensor] | None:
     """Run passes on a captured model, from the operator inwards, whatever the order in which they are given.
 
     A pass that changes the shape of a weight thus runs before one that draws a number for each of its entries; one that
@@ -51,24 +51,28 @@ def run(
         check: verify the model after each pass.
         print_between: called with the graph's text after each pass.
 
+    Returns:
+        What the model returns now, if it is known: if it does the same twice, and each pass preserved that.
+
     Raises:
         PipelineError: two passes exclude each other.
         VerificationError: a pass broke an invariant.
     """
-    run = _repeatable(bio, understood) if check else None
+    outputs = _repeatable(bio, understood) if check and any(p.preserves_function for p in passes) else None
+    repeats = outputs is not None
     ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))
     _refuse_conflicts(bio, ordered, excluded)
     for pass_ in ordered:
-        compared = run is not None and pass_.preserves_function
-        before = _outputs(bio, pass_, run) if compared else []
+        run = understood.run if understood is not None and repeats else None
+        if run is not None and outputs is None and pass_.preserves_function:  # the pass before this one did not
+            outputs = _outputs(bio, pass_, run)
         with fixed_defaults():
             editor = ModelEditor(bio, pass_, seed, excluded, understood)
             _run_one(bio, pass_, editor)
             understood = editor.understood
             if check:
                 _verify_after(bio, pass_)
-        if compared:
-            _refuse_difference(pass_, before, _outputs(bio, pass_, run))
+        outputs = None if run is None or outputs is None else _unchanged(bio, pass_, run, outputs)
         if print_between is not None:
             print_between(f"after {pass_}:\n{table(bio)}")
     number_nodes(bio)
@@ -78,15 +82,16 @@ def run(
             for run in record_of(bio).passes
         ]
     }
+    return outputs
 
 
-def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> Run | None:
-    """How the model is run, if it does the same twice; not if a generator of its own draws random numbers."""
+def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> list[Tensor] | None:
+    """What the model returns, if it does so twice; not if a generator of its own draws random numbers."""
     if understood is None:
         return None
     bio.recompile()
     once, again = (run_in_eval_mode(bio, understood.run) for _ in range(2))
-    return understood.run if difference(once, again) is None else None
+    return once if difference(once, again) is None else None
 
 
 def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
@@ -152,9 +157,14 @@ def _outputs(bio: fx.GraphModule, pass_: Pass, run: Run | None) -> list[Tensor]:
         raise VerificationError([f"{pass_.name}: {type(bio).__name__} does not run any more: {error}"]) from error
 
 
-def _refuse_difference(pass_: Pass, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+def _unchanged(bio: fx.GraphModule, pass_: Pass, run: Run, before: list[Tensor]) -> list[Tensor] | None:
+    """What the model returns after a pass, which is the same if the pass says so; None if it does not."""
+    if not pass_.preserves_function:
+        return None
+    after = _outputs(bio, pass_, run)
     found = difference(before, after)
     if found is not None:
         raise VerificationError(
             [f"{pass_.name} says that it preserves the function, but on the inputs with which the model ran {found}"]
         )
+    return after
