@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -133,13 +133,18 @@ def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
 
 
 @contextmanager
-def parameters_kept(model: nn.Module) -> Iterator[list[Kept]]:
+def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[list[Kept]]:
     """Undo what a forward does to parameters, such as those of a teacher, which follow those of its student.
+
+    Args:
+        model: the model.
+        but: parameters that are to change.
 
     Yields:
         The parameters with what they were.
     """
-    kept = [Kept.now(p) for p in model.parameters() if not p.is_inference()]
+    free = set(map(id, but))
+    kept = [Kept.now(p) for p in model.parameters() if not p.is_inference() and id(p) not in free]
     try:
         yield kept
     finally:
