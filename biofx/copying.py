@@ -12,15 +12,25 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def copied(model: Model) -> Model:
+def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
     """A copy of a model that shares nothing with it.
+
+    Args:
+        model: the model.
+        dtype: of the parameters and buffers of the copy that are floating-point numbers; None: as they are.
 
     Raises:
         TypeError: a module keeps something in a slot, which `copy.deepcopy` of a module forgets.
     """
     for path, name in _slots(model):
         raise TypeError(f"{path}.{name}".lstrip(".") + " is in __slots__, which copies of a module do not have")
-    return copy.deepcopy(model, dict(clones(model)))
+    return copy.deepcopy(model, clones(model) | ({} if dtype is None else _converted(model, dtype)))
+
+
+def _converted(model: nn.Module, dtype: torch.dtype) -> dict[int, Tensor]:
+    """Parameters and buffers in another dtype, by id; one after the other, so that nothing is there three times."""
+    tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point() and x.dtype is not dtype]
+    return {id(x): _clone(x, dtype) for x in tensors}
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -51,6 +61,6 @@ def _has_strides(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
-def _clone(tensor: Tensor) -> Tensor:
-    clone = tensor.detach().clone()
+def _clone(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    clone = tensor.detach().to(dtype, copy=True)
     return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -27,24 +26,16 @@ from biofx.weights.sites import find
 Printer = Callable[[str], object]
 
 
-class Trial(NamedTuple):
-    """How a model is run, and what it returned the last time."""
-
-    run: Run
-    outputs: list[Tensor]
-
-
 def run(
     bio: fx.GraphModule,
     passes: Sequence[Pass],
     excluded: dict[str, str],
     seed: int,
     understood: Understanding | None,
-    trial: Trial | None,
     *,
     check: bool,
     print_between: Printer | None = None,
-) -> None:
+) -> list[Tensor] | None:
     """Run passes on a captured model, from the operator inwards, whatever the order in which they are given.
 
     A pass that changes the shape of a weight thus runs before one that draws a number for each of its entries; one that
@@ -55,26 +46,33 @@ def run(
         passes: the passes.
         excluded: weights that no pass may touch, each with the reason.
         seed: seed of every random draw.
-        understood: what a run told of the model; None if it could not be run.
-        trial: the run on which passes that preserve the function are checked; None if there is none.
+        understood: what a run told of the model; None if it could not be run. Passes that preserve the function are
+            checked on the same run.
         check: verify the model after each pass.
         print_between: called with the graph's text after each pass.
+
+    Returns:
+        What the model returns now, if it is known: if it does the same twice, and each pass preserved that.
 
     Raises:
         PipelineError: two passes exclude each other.
         VerificationError: a pass broke an invariant.
     """
+    outputs = _repeatable(bio, understood) if check and any(p.preserves_function for p in passes) else None
+    repeats = outputs is not None
     ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))
     _refuse_conflicts(bio, ordered, excluded)
     for pass_ in ordered:
+        run = understood.run if understood is not None and repeats else None
+        if run is not None and outputs is None and pass_.preserves_function:  # the pass before this one did not
+            outputs = _outputs(bio, pass_, run)
         with fixed_defaults():
             editor = ModelEditor(bio, pass_, seed, excluded, understood)
             _run_one(bio, pass_, editor)
             understood = editor.understood
             if check:
                 _verify_after(bio, pass_)
-        if check and trial is not None:
-            trial = _refuse_difference(bio, pass_, trial)
+        outputs = None if run is None or outputs is None else _unchanged(bio, pass_, run, outputs)
         if print_between is not None:
             print_between(f"after {pass_}:\n{table(bio)}")
     number_nodes(bio)
@@ -84,13 +82,16 @@ def run(
             for run in record_of(bio).passes
         ]
     }
+    return outputs
 
 
-def trial_of(bio: fx.GraphModule, run: Run) -> Trial | None:
-    """A run that can be compared with later ones; None if a generator of the model's own draws random numbers."""
+def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> list[Tensor] | None:
+    """What the model returns, if it does so twice; not if a generator of its own draws random numbers."""
+    if understood is None:
+        return None
     bio.recompile()
-    once, again = (run_in_eval_mode(bio, run) for _ in range(2))
-    return Trial(run, again) if difference(once, again) is None else None
+    once, again = (run_in_eval_mode(bio, understood.run) for _ in range(2))
+    return once if difference(once, again) is None else None
 
 
 def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
@@ -148,16 +149,22 @@ def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
         raise VerificationError([f"after {pass_.name}: {v}" for v in error.violations]) from None
 
 
-def _refuse_difference(bio: fx.GraphModule, pass_: Pass, trial: Trial) -> Trial:
-    """Run a model after a pass, which may have to preserve what the last run returned."""
+def _outputs(bio: fx.GraphModule, pass_: Pass, run: Run | None) -> list[Tensor]:
     bio.recompile()
     try:
-        outputs = run_in_eval_mode(bio, trial.run)
+        return run_in_eval_mode(bio, run)
     except Exception as error:
         raise VerificationError([f"{pass_.name}: {type(bio).__name__} does not run any more: {error}"]) from error
-    found = difference(trial.outputs, outputs) if pass_.preserves_function else None
+
+
+def _unchanged(bio: fx.GraphModule, pass_: Pass, run: Run, before: list[Tensor]) -> list[Tensor] | None:
+    """What the model returns after a pass, which is the same if the pass says so; None if it does not."""
+    if not pass_.preserves_function:
+        return None
+    after = _outputs(bio, pass_, run)
+    found = difference(before, after)
     if found is not None:
         raise VerificationError(
             [f"{pass_.name} says that it preserves the function, but on the inputs with which the model ran {found}"]
         )
-    return Trial(trial.run, outputs)
+    return after

@@ -7,8 +7,9 @@ import random
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from biofx.contents import holders, is_array, put_back
+from biofx.lazy_copies import is_untouched, lazy_copy, settle
 
 LOCK = threading.RLock()  # all threads share the random number generators, and torch.nn.Module, which tracing patches
 
@@ -52,16 +54,49 @@ def is_function(example_inputs: Any) -> bool:
 
 
 def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The gradients, by the parameter, of something that depends on all outputs; None if they cannot be had."""
-    learned = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    """What gradients of something that depends on all outputs are like, by the parameter; None if they cannot be had.
+
+    Of each gradient that there is, its sketch (see `sketch`) is kept, and it is freed before the next one is computed.
+    """
     ends = [output for output in outputs if output.requires_grad]
     # Not ones: a softmax has no gradient of its sum.
     starts = [torch.arange(x.numel(), device=x.device).reshape(x.shape).cos().to(x.dtype) for x in ends]
+    sketches: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[Tensor], Tensor | None]:
+        def hook(gradient: Tensor) -> Tensor | None:
+            sketches[name] = sketch(gradient)
+            is_strided = gradient.layout is torch.strided and not gradient.is_nested
+            return gradient.new_zeros(()).expand_as(gradient) if is_strided else None
+
+        return hook
+
+    learned = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    handles = [parameter.register_hook(note(name)) for name, parameter in learned.items()]
     try:
-        found = torch.autograd.grad(ends, [*learned.values()], starts, allow_unused=True, materialize_grads=True)
+        torch.autograd.grad(ends, [*learned.values()], starts, allow_unused=True)
     except RuntimeError:  # such as an operator that has no gradient
-        return None if ends else {name: torch.zeros_like(parameter) for name, parameter in learned.items()}
-    return dict(zip(learned, found, strict=True))
+        return None if ends else {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sketches
+
+
+DEEP = 64  # numbers that are added up in a sketch
+
+
+def sketch(tensor: Tensor) -> Tensor:
+    """Sums of `DEEP` numbers of a tensor each, with random signs: one that differs by d makes a sum differ by d."""
+    parts = tensor.detach().unbind() if tensor.is_nested else [tensor.detach()]
+    return torch.cat([_sketch(part if part.layout is torch.strided else part.to_dense()) for part in parts])
+
+
+def _sketch(tensor: Tensor) -> Tensor:
+    flat = tensor.flatten()
+    signs = torch.randint(0, 2, (DEEP,), generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(flat)
+    deep = len(flat) - len(flat) % DEEP
+    return torch.cat([signs @ flat[:deep].view(DEEP, -1), flat[deep:]])
 
 
 def tensors_in(outputs: Any) -> list[Tensor]:
@@ -73,7 +108,8 @@ def tensors_in(outputs: Any) -> list[Tensor]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Let a model compute on copies of its buffers while the block runs; restore its attributes and random numbers."""
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
-    copies = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    buffers_of_all = list(model.buffers())
+    copies = {id(buffer): lazy_copy(buffer) for buffer in buffers_of_all}
     try:
         for module, buffers, _ in saved:
             _put_buffers(module, {name: None if b is None else copies[id(b)] for name, b in buffers.items()})
@@ -83,6 +119,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, buffers, mode in saved:
             _put_buffers(module, buffers)
             module.training = mode
+        copies.clear()
+        for buffer in buffers_of_all:
+            settle(buffer)
 
 
 def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
@@ -94,13 +133,18 @@ def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
 
 
 @contextmanager
-def parameters_kept(model: nn.Module) -> Iterator[list[Kept]]:
+def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[list[Kept]]:
     """Undo what a forward does to parameters, such as those of a teacher, which follow those of its student.
+
+    Args:
+        model: the model.
+        but: parameters that are to change.
 
     Yields:
         The parameters with what they were.
     """
-    kept = [Kept(p, p.detach(), p._version, p.detach().clone()) for p in model.parameters() if not p.is_inference()]
+    free = set(map(id, but))
+    kept = [Kept.now(p) for p in model.parameters() if not p.is_inference() and id(p) not in free]
     try:
         yield kept
     finally:
@@ -109,21 +153,32 @@ def parameters_kept(model: nn.Module) -> Iterator[list[Kept]]:
                 parameter.restore()
 
 
-class Kept(NamedTuple):
-    """A parameter with its memory, its version and its numbers."""
+@dataclass(eq=False)
+class Kept:
+    """A parameter with its memory, its version and its numbers; these take memory if they are written to."""
 
     parameter: nn.Parameter
     memory: Tensor
     version: int
-    value: Tensor
+    value: Tensor | None
+
+    @classmethod
+    def now(cls, parameter: nn.Parameter) -> Kept:
+        """What a parameter is now."""
+        with torch.no_grad():
+            value = lazy_copy(parameter)
+        return cls(parameter, parameter.detach(), parameter._version, value)
 
     def restore(self) -> None:
-        """Give the parameter back what it has not any more."""
+        """Give the parameter back what it has not any more, and forget what it was."""
+        assert self.value is not None
         if self._is_plain and self._is_other():
             self.parameter.data = self.memory
             self.parameter.data.copy_(self.value)  # through `data`: a write that autograd counts has counted already
         elif not self._is_plain and self.parameter._version != self.version:
             self.parameter.copy_(self.value)
+        self.value = None
+        settle(self.parameter)
 
     def is_changed(self) -> bool:
         """Whether something was written into the parameter, or was put in its place."""
@@ -137,9 +192,10 @@ class Kept(NamedTuple):
 
     def _is_other(self) -> bool:
         """Whether memory or numbers are other ones; no version counts what is written through `data`."""
+        assert self.value is not None
         now = self.parameter.data
         is_same = (now.dtype, now.device) == (self.value.dtype, self.value.device) and now.is_set_to(self.memory)
-        return not (is_same and torch.equal(now, self.value))
+        return not (is_same and (is_untouched(now) or torch.equal(now, self.value)))
 
 
 @contextmanager

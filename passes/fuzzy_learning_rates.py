@@ -132,7 +132,7 @@ class FuzzyLearningRates(Pass):
             nu = layer_adaptive_spread(self.nu, site.depth)
         elif self.distribution == "weight_adaptive":
             nu = weight_adaptive_spread(self.nu, site.synaptic().detach().float().cpu())
-        gain = DISTRIBUTIONS[self.distribution](site.raw.shape, nu, edit.generator).clamp(self.minimum, self.maximum)
+        gain = DISTRIBUTIONS[self.distribution](site.raw.shape, nu, edit.generator).clamp_(self.minimum, self.maximum)
         dtype = getattr(torch, self.dtype) if self.dtype else site.raw.dtype
         edit.gain(gain.to(site.raw.device, dtype))
         if self.distribution == "activity":
@@ -187,30 +187,31 @@ def baseline(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tenso
 
 def uniform(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tensor:
     """U(1−ν, 1+ν); ν is a number, or broadcasts against the shape and is where the result is to be."""
-    drawn = 2 * torch.rand(shape, generator=generator) - 1
-    return 1 + (drawn.to(nu.device) if isinstance(nu, Tensor) else drawn) * nu
+    drawn = torch.rand(shape, generator=generator).mul_(2).sub_(1)
+    return (drawn.to(nu.device) if isinstance(nu, Tensor) else drawn).mul_(nu).add_(1)
 
 
 def normal(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tensor:
     """N(1, ν²)."""
-    return 1 + nu * torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator).mul_(nu).add_(1)
 
 
 def lognormal(shape: torch.Size, nu: float, generator: torch.Generator) -> Tensor:
     """Exp N(−s²/2, s²) with s² = ln(1+ν²): mean 1, standard deviation ν."""
     variance = math.log1p(nu**2)
-    return torch.exp(math.sqrt(variance) * torch.randn(shape, generator=generator) - variance / 2)
+    return torch.randn(shape, generator=generator).mul_(math.sqrt(variance)).sub_(variance / 2).exp_()
 
 
 def gamma(shape: torch.Size, nu: float, generator: torch.Generator) -> Tensor:
     """Gamma with shape parameter 1/ν² and scale ν²: mean 1, standard deviation ν."""
-    return nu**2 * torch._standard_gamma(torch.full(shape, nu**-2), generator=generator)
+    return torch._standard_gamma(torch.full(shape, nu**-2), generator=generator).mul_(nu**2)
 
 
 def beta(shape: torch.Size, nu: float, generator: torch.Generator) -> Tensor:
     """1 + (2·B − 1)·ν with B ~ Beta(1/ν, 1/ν), drawn as a ratio of gamma variables."""
     pair = torch._standard_gamma(torch.full((2, *shape), 1 / nu), generator=generator)
-    return 1 + (2 * pair[0] / pair.sum(0) - 1) * nu
+    total = pair.sum(0)
+    return torch.div(pair[0].mul_(2), total, out=total).sub_(1).mul_(nu).add_(1)
 
 
 def layer_adaptive_spread(nu: float, depth: float) -> float:
@@ -239,7 +240,8 @@ def count_active(activity: Tensor, positions: tuple[int, ...]) -> Tensor:
 def weight_adaptive_spread(nu: float, weight: Tensor) -> Tensor:
     """ν_w = ν·clamp(2 − |w|/mean|w|, 0.5, 1.5), elementwise; a weight of zeros counts as average."""
     magnitude = weight.abs()
-    return nu * (2 - (magnitude / magnitude.mean()).nan_to_num(nan=1.0)).clamp(0.5, 1.5)
+    relative = magnitude.div_(magnitude.mean()).nan_to_num_(nan=1.0)
+    return relative.neg_().add_(2).clamp_(0.5, 1.5).mul_(nu)
 
 
 DYNAMIC = ("weight_adaptive", "temporal", "activity")

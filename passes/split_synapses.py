@@ -95,7 +95,8 @@ class SplitSynapses(Pass):
             edit.leave(reason)
             return
         shares = dirichlet if self.init == "dirichlet" else equal
-        edit.replace_raw(split(site.raw, shares(self.synapses, site.raw.shape, edit.generator)))
+        dtype = torch.promote_types(site.raw.dtype, torch.float32)
+        edit.replace_raw(split(site.raw, shares(self.synapses, site.raw.shape, edit.generator, dtype)))
         if self.activation is None:
             edit.insert(torch.sum, 0)
         self._compensate(edit)
@@ -117,23 +118,28 @@ class SplitSynapses(Pass):
             edit.insert(torch.ops.biofx.share_grad, 1 / self.synapses)
 
 
-def dirichlet(synapses: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def dirichlet(
+    synapses: int, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Tensor:
     r"""Shares π of Γ synapses in every connection, uniform on the simplex: shape (Γ, \*shape), summing to 1 over Γ.
 
     Independent exponential variables, divided by their sum, are Dirichlet(1, …, 1).
     """
-    waiting = torch.empty(synapses, *shape).exponential_(generator=generator).double()
-    return waiting / waiting.sum(0)
+    uniform = torch.empty(synapses, *shape).uniform_(2**-25, 1, generator=generator)  # never 0, nor 1
+    waiting = uniform.to(dtype).neg_().log1p_()  # which takes a quarter of the time of exponential_; signs cancel
+    return waiting.div_(waiting.sum(0))
 
 
-def equal(synapses: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def equal(
+    synapses: int, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Tensor:
     r"""Equal shares: shape (Γ, \*shape)."""
-    return torch.full((synapses, *shape), 1 / synapses, dtype=torch.float64)
+    return torch.full((synapses, *shape), 1 / synapses, dtype=dtype)
 
 
 def split(weight: Tensor, shares: Tensor) -> Tensor:
-    r"""Synapses w_γ = π_γ·w of a weight: shape (Γ, \*shape), in the weight's dtype and on its device."""
-    return (weight.double().cpu() * shares).to(weight.device, weight.dtype)
+    r"""Synapses w_γ = π_γ·w of a weight, in the place of the shares: (Γ, \*shape), in its dtype and on its device."""
+    return shares.mul_(weight.detach().to(shares)).to(weight.device, weight.dtype)
 
 
 def _why_no_activation(site: WeightSite) -> str | None:

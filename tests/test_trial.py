@@ -118,7 +118,7 @@ def test_parameters_that_are_only_read_stay_good_for_a_backward_pass():
 
 def test_an_operator_without_a_gradient_has_none_to_compare():
     weight = nn.Parameter(torch.ones(2))
-    assert bool((gradients([weight.argsort()], {"weight": weight})["weight"] == 0).all())
+    assert gradients([weight.argsort()], {"weight": weight}) == {}
 
 
 class Collecting(nn.Module):

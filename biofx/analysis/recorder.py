@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -434,12 +434,14 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool 
 
 
 @contextlib.contextmanager
-def recording_of(recorder: Recorder, model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Record what runs in the block, and undo its side effects on a model."""
+def recording_of(
+    recorder: Recorder, model: nn.Module, *, training: bool = False, but: Collection[nn.Parameter] = ()
+) -> Iterator[None]:
+    """Record what runs in the block, and undo its side effects on a model, but for parameters that are to change."""
     gradients = {p: p.grad for p in model.parameters()}
     memory = {name: _place_in_memory(p.data) for name, p in stored_parameters(model)}
     with contextlib.ExitStack() as stack:
-        for context in (parameters_kept(model), undisturbed(model), torch.no_grad(), _operator_by_operator()):
+        for context in (parameters_kept(model, but), undisturbed(model), torch.no_grad(), _operator_by_operator()):
             stack.enter_context(context)
         model.train(training)
         recorder.declare_model(model)

@@ -23,8 +23,9 @@ from torch.utils import _pytree as pytree
 
 from biofx.capture.tracing import Trace
 from biofx.chain import attribute
-from biofx.compare import difference
+from biofx.compare import difference, difference_of
 from biofx.islands import WHOLE
+from biofx.lazy_copies import lazy_copy
 from biofx.trial import gradients, parameters_kept, tensors_in, undisturbed
 
 MORE, FEW = 1.5, 1024  # a graph may save so many times as many numbers as Python, and so many more
@@ -118,7 +119,7 @@ class _Behaviour(NamedTuple):
 
     Attributes:
         tensors: what they return, with and without gradients, and what buffers are afterwards.
-        slopes: the gradients of parameters, by call; None if they cannot be had.
+        slopes: sketches of the gradients of parameters, by call; None if they cannot be had.
         saved: how many numbers autograd saves for the backward pass.
         parts: what modules inside return in the last call, in order, each with its path.
     """
@@ -151,7 +152,8 @@ def _behaviour(model: nn.Module, run: Run, training: bool, parts: Collection[str
         # Suppressed is the exception of, say, a forward that takes gradients itself.
         with torch.no_grad(), contextlib.suppress(Exception), _returned_by(model, parts) as returned:
             tensors += [x.detach().clone() for x in tensors_in(run(model))]
-        tensors += [buffer.detach().clone() for buffer in model.buffers()]
+        with torch.no_grad():
+            tensors += map(lazy_copy, model.buffers())
     return _Behaviour(tensors, slopes, saved, returned)
 
 
@@ -175,9 +177,11 @@ def _difference_of(expected: list[dict[str, Tensor] | None], actual: list[dict[s
         if (before is None) != (after is None):
             return "it has no gradients" if after is None else "it has gradients"
         if before is not None and after is not None:
-            found = difference(_dense(before), _dense(after))
-            if found is not None:
-                return f"gradient of {found}"
+            for name, some in {**before, **after}.items():
+                none = torch.zeros_like(some)
+                found = difference_of(before.get(name, none), after.get(name, none))
+                if found is not None:
+                    return f"gradient of {name} {found}"
     return None
 
 
@@ -187,12 +191,6 @@ def _difference_inside(expected: list[tuple[str, list[Tensor]]], actual: list[tu
         return "other modules return"
     pairs = ((path, difference(old, new)) for (path, old), (_, new) in zip(expected, actual, strict=True))
     return next((f"{found} in {path}" for path, found in pairs if found is not None), None)
-
-
-def _dense(slopes: dict[str, Tensor]) -> list[Tensor]:
-    """Gradients as tensors that can be compared: those of nested and sparse parameters are of their kind."""
-    parts = [part for slope in slopes.values() for part in (slope.unbind() if slope.is_nested else [slope])]
-    return [part if part.layout is torch.strided else part.to_dense() for part in parts]
 
 
 def _seed() -> None:

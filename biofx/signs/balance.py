@@ -46,6 +46,7 @@ LARGEST = 4.0  # factor by which measuring may change the size of a row
 RECTIFIED = 1 / (torch.pi - 1)  # mean² / variance of a rectified normal variable
 STILL = 1e-26  # below this fraction of mean², a variance is rounding
 TINY = 1e-300
+BLOCK = 2**18  # entries of a weight that are computed at once: there are a dozen temporaries of their size
 
 
 def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], density: float) -> None:
@@ -62,18 +63,20 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
         signs: signs of the presynaptic units, +1, −1 or 0 where free, by the weight's name.
         density: fraction of each row's synapses that do not start at 0.
     """
-    bio = copied(model.bio).double()  # deep networks tell samples apart in the eighth digit
+    bio = copied(model.bio, torch.float64)  # deep networks tell samples apart in the eighth digit
     found = find(bio)[0]
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
-    original = {name: _connections(site).clone() for name, site in sites.items()}
     blocks = {name: _blocks(site, units.readings[name]) for name, site in sites.items()}
     biases = {name: bias for name, site in sites.items() if (bias := _bias(model, site)) is not None}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def original(name: str) -> Tensor:
+        return _connections(model.sites[name]).double()
+
     def measure(site: WeightSite, net_input: NetInput) -> None:
         sign = site.spread_presynaptic(signs[site.name])
-        net = net_input(original[site.name] * (sign != 0))
+        net = net_input(original(site.name) * (sign != 0))
         targets[site.name] = net.mean((0, 2)), net.var(0, correction=0).mean(1)
 
     def refit(site: WeightSite, net_input: NetInput) -> None:
@@ -83,16 +86,17 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
             _refit(site, net_input, signs[site.name], *targets[site.name], held)
 
     measured = {name: site for name, site in sites.items() if blocks[name] is None}
-    runs = _Runs(model, bio, measured)
+    changing = [*(site.raw for site in sites.values()), *(attribute(bio, bias) for bias in biases.values())]
+    runs = _Runs(model, bio, measured, changing)
     runs.show(measure)
     for name, site in sites.items():
         generator = model.generator(name)
         if (block := blocks[name]) is not None:
-            _store(site, _balanced_blocks(site, original[name], signs[name], block, density, generator))
-            model.edits[name].remark(_spectra(site, original[name], block))
+            _store(site, _balanced_blocks(site, original(name), signs[name], block, density, generator))
+            model.edits[name].remark(_spectra(site, original(name), block))
             continue
         sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
-        rows = balanced(site.incoming(original[name]), sign, density, generator)
+        rows = balanced(site.incoming(original(name)), sign, density, generator)
         _store(site, site.from_incoming(rows))
     runs.show(refit)
     for name, site in sites.items():
@@ -156,6 +160,12 @@ def balanced(weight: Tensor, sign: Tensor, density: float, generator: torch.Gene
         density: fraction of the synapses of each sign that is kept in each row, but at least `LEAST`.
         generator: chooses those that are kept.
     """
+    rows = max(1, BLOCK // max(1, weight.shape[1]))
+    blocks = zip(weight.split(rows), sign.split(rows), strict=True)
+    return torch.cat([_balanced(*block, density, generator) for block in blocks])
+
+
+def _balanced(weight: Tensor, sign: Tensor, density: float, generator: torch.Generator) -> Tensor:
     old = weight.double() * (sign != 0)
     size = old.abs()
     kept = size * sparse(sign, density, generator)
@@ -211,7 +221,9 @@ def _refit(
     sign = site.spread_presynaptic(signs).expand(site.shape)
     x, y = net_input(weight * (sign > 0)), net_input(-weight * (sign < 0))
     mx, my = x.mean(0, keepdim=True), y.mean(0, keepdim=True)
-    xx, yy, xy = (v.mean((0, 2)) for v in ((x - mx).square(), (y - my).square(), (x - mx) * (y - my)))
+    x, y = x.sub_(mx), y.sub_(my)
+    xx, yy, xy = ((u * v).mean((0, 2)) for u, v in ((x, x), (y, y), (x, y)))
+    del x, y
     mx, my = mx.mean((0, 2)), my.mean((0, 2))
     a, b = scales(mx, my, xx, yy, xy, mean, variance, LARGEST)
     still = ~(torch.minimum(variance, xx + yy) > STILL * (mean.square() + mx.square() + my.square()))
@@ -237,10 +249,13 @@ NetInput = Callable[[Tensor], Tensor]
 class _Runs:
     """Runs of a copy of the network on normal inputs, in which the first use of each weight is looked at."""
 
-    def __init__(self, model: ModelEditor, bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
+    def __init__(
+        self, model: ModelEditor, bio: fx.GraphModule, sites: Mapping[str, WeightSite], changing: list[nn.Parameter]
+    ) -> None:
         assert model.understood is not None
         self._bio = bio
         self._sites = sites
+        self._changing = changing
         self._batch = _Batch(0, 0, model.understood.run)
         self._recording: Recording | None = None
         most = len(model.understood.recording.operations) * MORE + MARGIN
@@ -275,12 +290,10 @@ class _Runs:
 
     def _recorded(self, recorder: Recorder, run: Run) -> Recording:
         generator = torch.random.get_rng_state()
-        with recording_of(recorder, self._bio), as_recorded_graph(self._bio, recorder), _in_double(self._bio):
+        recording = recording_of(recorder, self._bio, but=self._changing)
+        with recording, as_recorded_graph(self._bio, recorder), _in_double(self._bio):
             torch.manual_seed(0)
             run(self._bio)
-            refitted = [(parameter, parameter.detach().clone()) for parameter in self._bio.parameters()]
-        for parameter, value in refitted:  # a recording leaves parameters as they were
-            parameter.copy_(value)
         assert torch.equal(generator, torch.random.get_rng_state())
         return recorder.recording
 

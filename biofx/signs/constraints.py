@@ -132,8 +132,9 @@ def wrong_signs(sites: dict[str, WeightSite]) -> Iterator[str]:
     """The weights in which synapses have another sign than their unit, one sentence for each."""
     for name, site in sites.items():
         if site.sign is not None and constraint_of(site) is not None:
-            count = int((site.synaptic().detach() * site.sign < 0).sum())
-            if count:
+            agreement = site.synaptic().detach() * site.sign
+            if agreement.numel() and bool(agreement.amin() < 0):
+                count = int((agreement < 0).sum())
                 yield f"{name}: {count} of its synapses have another sign than their unit"
 
 
@@ -150,8 +151,11 @@ def mixed_units(sites: dict[str, WeightSite]) -> Iterator[str]:
             continue
         constrained = site.outgoing(sign.expand(site.shape))[:, 0] != 0
         weight = site.outgoing(site.effective().detach())
-        for has, value in ((weight > 0, 1.0), (weight < 0, -1.0)):
-            for unit in units[has.any(1) & constrained].tolist():
+        if not weight.numel():
+            continue
+        lowest, highest = weight.aminmax(dim=1)
+        for has, value in ((highest > 0, 1.0), (lowest < 0, -1.0)):
+            for unit in units[has & constrained].tolist():
                 signs.setdefault(unit, set()).add(value)
                 readers.setdefault(unit, []).append(site.name)
     mixed = Counter(name for unit, found in signs.items() if len(found) > 1 for name in dict.fromkeys(readers[unit]))
