@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import chain
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
@@ -21,12 +22,24 @@ _DEEPEST = 20  # how far into what holds something that holds something
 
 def is_holder(value: Any) -> bool:
     """Whether what a value holds can be looked into."""
-    return type(value) in (*_CONTAINERS, tuple) or _is_plain_object(value) or is_array(value)
+    cls: Any = type(value)
+    return _holds(cls)
+
+
+@lru_cache(maxsize=2**9)
+def _holds(cls: Any) -> bool:
+    return cls in (*_CONTAINERS, tuple) or _is_plain(cls) or _is_array(cls)
 
 
 def is_array(value: Any) -> bool:
     """Whether a value is an array of NumPy, which need not be installed."""
-    return (type(value).__module__, type(value).__name__) == ("numpy", "ndarray")
+    cls: Any = type(value)
+    return _is_array(cls)
+
+
+@lru_cache(maxsize=2**9)
+def _is_array(cls: Any) -> bool:
+    return (cls.__module__, cls.__name__) == ("numpy", "ndarray")
 
 
 def holders(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[Any]:
@@ -37,15 +50,17 @@ def holders(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[Any]:
         seen: ids of what was looked into already.
         depth: how far to look.
     """
-    if not depth or id(value) in seen or not is_holder(value):
+    cls: Any = type(value)
+    if not depth or id(value) in seen or not _holds(cls):
         return
     seen.add(id(value))
-    holder = vars(value) if _is_plain_object(value) else value
-    if type(holder) is not tuple:
+    holder = vars(value) if _is_plain(cls) else value
+    if cls is not tuple:
         yield holder
-    if not is_array(holder):
+    if not _is_array(cls):
         for part in list(holder.values() if isinstance(holder, dict) else holder):
-            yield from holders(part, seen, depth - 1)
+            if is_holder(part):
+                yield from holders(part, seen, depth - 1)
 
 
 def put_back(holder: Any, content: Any) -> None:
@@ -118,7 +133,14 @@ def _frozen(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], dept
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether a value is an object of somebody's own class, such as a configuration or a counter."""
-    if isinstance(value, nn.Module | Tensor | type | ModuleType) or not hasattr(value, "__dict__") or callable(value):
+    cls: Any = type(value)
+    return _is_plain(cls)
+
+
+@lru_cache(maxsize=2**9)
+def _is_plain(cls: Any) -> bool:
+    """Whether a class is somebody's own, of plain objects such as a configuration or a counter."""
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    if issubclass(cls, nn.Module | Tensor | type | ModuleType) or "__dict__" not in names or "__call__" in names:
         return False
-    return type(value) in _NAMESPACES or type(value).__module__.partition(".")[0] not in _NOT_OF_USERS
+    return cls in _NAMESPACES or cls.__module__.partition(".")[0] not in _NOT_OF_USERS
