@@ -18,7 +18,7 @@ def lazy_copy(tensor: Tensor) -> Tensor:
     """
     if _is_alone(tensor):
         try:
-            return tensor._lazy_clone()  # type: ignore[attr-defined,no-any-return]
+            return tensor._lazy_clone()
         except RuntimeError:  # its memory is not PyTorch's own, but comes from a file or another process
             pass
     return tensor.clone()
@@ -26,7 +26,7 @@ def lazy_copy(tensor: Tensor) -> Tensor:
 
 def is_untouched(tensor: Tensor) -> bool:
     """Whether a tensor certainly has the numbers that it had when it was copied lazily."""
-    return _is_plain(tensor) and bool(torch._C._is_cow_tensor(tensor))
+    return _is_plain(tensor) and bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
 
 
 def settle(tensor: Tensor) -> None:
@@ -41,7 +41,7 @@ def _is_alone(tensor: Tensor) -> bool:
 
 
 def _uses(tensor: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -208,6 +208,8 @@ def _copy(model: nn.Module) -> nn.Module:
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Give a model that is changed in place its tensors, children, classes and graph back if the block raises."""
     saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
+    # Passes put others in the place of weights, but write into biases, scales and statistics.
+    values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers()) if _is_vector(x)]
     classes = [(m, type(m)) for m in model.modules()]
     synapses = [(s, s.links, dict(s.users), s.rewired) for s in synapses_in(model).values()]
     graph: fx.Graph | None = None
@@ -224,6 +226,10 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 getattr(module, registry).clear()
                 getattr(module, registry).update(content)
             module.training = mode
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
         for each, links, users, rewired in synapses:
             each.links, each.users, each.rewired = links, users, rewired
         for module, cls in classes:
@@ -235,6 +241,10 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
                 vars(model)[GUARD] = guard
             model.graph = graph
         raise
+
+
+def _is_vector(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and tensor.dim() < 2
 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:

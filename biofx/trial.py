@@ -6,7 +6,7 @@ import pickle
 import random
 import sys
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from biofx.contents import holders, is_array, put_back
+from biofx.contents import holders, is_array, is_holder, put_back
 from biofx.lazy_copies import is_untouched, lazy_copy, settle
 
 LOCK = threading.RLock()  # all threads share the random number generators, and torch.nn.Module, which tracing patches
@@ -265,12 +265,16 @@ class Snapshot:
         for path, module in model.named_modules():
             self._held.append((path, "", vars(module), dict(vars(module))))
             for name, value in vars(module).items():
-                self._held += [(path, name, holder, holder.copy()) for holder in holders(value, self._seen)]
+                if type(value) in (dict, OrderedDict) and not value:  # as most registries of modules are
+                    self._held.append((path, name, value, _EMPTY))
+                elif is_holder(value):
+                    self._held += [(path, name, holder, holder.copy()) for holder in holders(value, self._seen)]
 
     def restore(self) -> None:
         """Put everything back."""
         for _, _, holder, content in self._held:
-            put_back(holder, content)
+            if is_array(holder) or holder or content:
+                put_back(holder, content)
 
     def changes(self) -> Iterator[Change]:
         """What is something else by now."""
@@ -287,6 +291,7 @@ class Snapshot:
                     yield Change(path, name, attribute in ("", "_buffers"))
 
 
+_EMPTY: dict[Any, Any] = {}
 _REGISTRIES = frozenset(vars(nn.Module()))
 _DERIVED = ("_flat_weights", "_flat_weight_refs")  # of recurrent layers, from their parameters
 

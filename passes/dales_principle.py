@@ -304,7 +304,7 @@ class DalesPrinciple(Pass):
         if self.balance is False:
             for name, site in sites.items():
                 sign = site.spread_presynaptic(signs[name]).to(site.raw)
-                site.raw.copy_(torch.where(sign == 0, site.raw, site.raw.abs() * sign))
+                model.edits[name].replace_raw(torch.where(sign == 0, site.raw, site.raw.abs() * sign))
         else:
             balance(model, units, signs, self.density)
 

@@ -130,9 +130,7 @@ def dirichlet(
     return waiting.div_(waiting.sum(0))
 
 
-def equal(
-    synapses: int, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def equal(synapses: int, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
     r"""Equal shares: shape (Γ, \*shape)."""
     return torch.full((synapses, *shape), 1 / synapses, dtype=dtype)
 

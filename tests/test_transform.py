@@ -185,6 +185,16 @@ class Failing(passes.Pass):
         edit.insert(torch.ops.biofx.scale_grad, 0.5)
 
 
+class FailingLast(passes.Pass):
+    """Fails behind passes that give weights their signs."""
+
+    name = "failing-last"
+    slot = Slot.HOOK
+
+    def rewrite(self, site, edit):
+        raise RuntimeError("on purpose")
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("again", [True, False])
 def test_a_failed_transform_leaves_the_model_as_it_was(inplace, again):
@@ -203,6 +213,17 @@ def test_a_failed_transform_leaves_the_model_as_it_was(inplace, again):
     if again:
         assert (model.code, str(model.biofx)) == (code, record)
         biofx.verify(model)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_signs_that_are_given_in_place_are_taken_back_if_a_later_pass_fails(balance):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model[1].weight.data[0] = -1.0  # turned over, with the weights before it
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    signs = passes.DalesPrinciple(balance=balance, sites=["3.weight", "5.weight"])
+    with pytest.raises(RuntimeError, match="on purpose"):
+        biofx.transform(model, [signs, FailingLast()], inplace=True, example_inputs=torch.randn(3, 4))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_print_between_gets_the_graph_after_each_pass(capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from biofx.trial import Snapshot, gradients, parameters_kept, run_in_eval_mode, split_inputs, unchanged
+from biofx.trial import Snapshot, gradients, parameters_kept, run_in_eval_mode, sketch, split_inputs, unchanged
 
 
 class Unclean(nn.Module):
@@ -119,6 +119,32 @@ def test_parameters_that_are_only_read_stay_good_for_a_backward_pass():
 def test_an_operator_without_a_gradient_has_none_to_compare():
     weight = nn.Parameter(torch.ones(2))
     assert gradients([weight.argsort()], {"weight": weight}) == {}
+
+
+@pytest.mark.parametrize("size", [3, 64, 1000])
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_sketch_shows_every_entry_that_differs(size, index):
+    one = torch.randn(size)
+    other = one.clone()
+    other[index] += 0.5
+    gap = (sketch(one) - sketch(other)).abs()
+    assert len(gap) < 64 + size / 64 + 1
+    assert float(gap.max()) == pytest.approx(0.5, abs=1e-5)
+    assert int((gap > 1e-5).sum()) == 1
+
+
+def test_gradients_do_not_pile_up():
+    layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+    x = torch.ones(1, 4)
+    for layer in layers:
+        x = layer(x)
+    seen = []
+    for layer in layers:
+        layer.weight.register_hook(lambda gradient: seen.append(gradient.detach().clone()))
+    found = gradients([x], dict(layers.named_parameters()))
+    assert [layer.weight.grad for layer in layers] == [None] * 3
+    for gradient, name in zip(seen, ["2.weight", "1.weight", "0.weight"], strict=True):
+        assert torch.equal(found[name], sketch(gradient))
 
 
 class Collecting(nn.Module):

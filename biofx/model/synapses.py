@@ -217,9 +217,8 @@ class Synapses(nn.Module):
         result = link.target(value, *self.arguments(link))
         if slot <= Slot.SIGN and result.shape != value.shape:
             raise _broken(link, f"it makes shape {tuple(result.shape)} of {tuple(value.shape)}")
-        if slot is Slot.HOOK and not result.is_set_to(value):
-            if not torch.allclose(result, value, rtol=0, atol=0, equal_nan=True):
-                raise _broken(link, "it changes the weight, and a gradient hook changes gradients alone")
+        if slot is Slot.HOOK and not (result.is_set_to(value) or _are_equal(result, value)):
+            raise _broken(link, "it changes the weight, and a gradient hook changes gradients alone")
 
     def keep(self, key: str, value: Tensor, by: str) -> None:
         """Keep a tensor as state.
@@ -278,6 +277,10 @@ def is_observed(synapses: Synapses, key: str, of: Any) -> Any:
         return synapses.training and key not in synapses.resting
     read = of.tracer.create_proxy("get_attr", of.tracer.path_of_module(synapses), (), {})  # type: ignore[attr-defined]
     return of.tracer.create_proxy("call_function", is_observed, (read, key, of), {})
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _broken(link: Link, what: str) -> PipelineError:

@@ -100,7 +100,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
         _store(site, site.from_incoming(rows))
     runs.show(refit)
     for name, site in sites.items():
-        model.sites[name].raw.copy_(site.raw)
+        model.edits[name].replace_raw(site.raw.to(model.sites[name].raw))
         if name in biases and biases[name] not in model.excluded:
             model.value(biases[name]).copy_(attribute(bio, biases[name]))
 

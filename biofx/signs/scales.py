@@ -76,7 +76,7 @@ def turn_over(model: ModelEditor, scale: str) -> None:
     if bias is not None and original_name(model.bio, bias) in model.excluded:
         return
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight.dtype)
-    site.raw.mul_(site.spread(sign))
+    model.edits[site.name].replace_raw(site.raw * site.spread(sign))
     if bias is not None:
         attribute(model.bio, str(bias.target)).mul_(sign)
     if norm.running_mean is not None:
