@@ -194,7 +194,7 @@ class Converted(CapturedModule):
     gradient at all says so.
 
     Called by hand, rules do not look for values that are not finite, and know no optimizer whose memory of replaced
-    synapses they could clear; how often they were called is not in `state_dict`. `biofx.attach` has all of this.
+    synapses they could clear; how often each was called is not in `state_dict`. `biofx.attach` has all of this.
     """
 
     calls: Counter[str]
@@ -203,8 +203,7 @@ class Converted(CapturedModule):
     def volume_dependent_lr(self) -> None:
         """Multiply gradients by the factors of `VolumeDependentLearningRates`, with new noise at every call."""
         self._scale_gradients("volume-dependent-learning-rates")
-        for weight in self._weights("volume-dependent-learning-rates"):
-            weight.state("steps").add_(1)
+        _count_call(self._weights("volume-dependent-learning-rates"))
 
     def fuzzy_learning_rates(self) -> None:
         """Multiply gradients by the gains of `FuzzyLearningRates`."""
@@ -281,7 +280,14 @@ class Converted(CapturedModule):
         pass_ = next(run.pass_ for run in record_of(self).passes if run.pass_.name == by)
         assert isinstance(pass_, Pass)
         if pass_.acts_at_step:
-            pass_.at_step(self._with_gradients(by) if needs_gradients else self._weights(by))
+            weights = self._with_gradients(by) if needs_gradients else self._weights(by)
+            pass_.at_step(weights)
+            _count_call(weights)
+
+
+def _count_call(weights: list[PlasticWeight]) -> None:
+    """Let noise be new at the next call, as it is at the next step of an optimizer."""
+    torch._foreach_add_([weight.state("steps") for weight in weights], 1)
 
 
 def _with_methods(bio: nn.Module) -> Converted:

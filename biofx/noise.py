@@ -11,7 +11,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +66,18 @@ def uniform(likes: Sequence[Tensor], counters: Sequence[Counter]) -> list[Tensor
     return _split(uniform_from_words(likes, counters), likes)
 
 
+def pairs(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[list[Tensor], list[Tensor]]:
+    """Two independent normal numbers of variance ½ for each entry, not to be changed; arguments as of `normal`.
+
+    The sum of their squares is exponential, with mean 1, and independent of the ratio between them.
+    """
+    if likes[0].device.type == "cpu":
+        first, second = _read(likes, counters, _normal_tables())
+        return _of_dtype(first, likes), _of_dtype(second, likes)
+    one, two = pairs_from_words(likes, counters)
+    return _split(one, likes), _split(two, likes)
+
+
 def _of_dtype(drawn: list[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
     return [x.to(like.dtype) for x, like in zip(drawn, likes, strict=True)]
 
@@ -74,26 +86,43 @@ def _of_dtype(drawn: list[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _sums(likes: Sequence[Tensor], counters: Sequence[Counter], tables: Callable[[], list[Tensor]]) -> list[Tensor]:
-    # One read for all of them; a number that is read alone costs as much as thousands of entries.
+    return list(torch._foreach_add(*_read(likes, counters, tables())))
+
+
+def _read(
+    likes: Sequence[Tensor], counters: Sequence[Counter], tables: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What stands in each of two tables for the entries of tensors, as views of the tables where that can be."""
+    # One read of the counters for all of them; a number that is read alone costs as much as thousands of entries.
     seeds, steps = (torch.stack(x).tolist() for x in zip(*((c.seed, c.steps) for c in counters), strict=True))
-    summands: tuple[list[Tensor], list[Tensor]] = [], []
-    for which, (table, terms) in enumerate(zip(tables(), summands, strict=True)):
-        for like, counter, seed, step in zip(likes, counters, seeds, steps, strict=True):
-            terms.append(_read(table, like, counter, seed, step, which))
-    return list(torch._foreach_add(*summands))
+    found: tuple[list[Tensor], list[Tensor]] = [], []
+    for like, counter, seed, step in zip(likes, counters, seeds, steps, strict=True):
+        places = [*_places(counter, like.numel(), seed, step)]
+        for which, (table, terms) in enumerate(zip(tables, found, strict=True)):
+            if len(places) == 1:  # one operator for each of many weights
+                terms.append(table.as_strided(like.shape, _strides(like.shape), places[0][0][which]))
+            else:
+                parts = [table[offsets[which] : offsets[which] + length] for offsets, length in places]
+                terms.append(torch.cat(parts).view(like.shape))
+    return found
 
 
-def _read(table: Tensor, like: Tensor, counter: Counter, seed: int, step: int, which: int) -> Tensor:
-    """The summands from one table, of the shape of a tensor."""
-    parts: list[Tensor] = []
-    place, end = counter.start, counter.start + like.numel()
-    while place < end or not parts:
+def _places(counter: Counter, count: int, seed: int, step: int) -> Iterator[tuple[tuple[int, int], int]]:
+    """From where in both tables a tensor is read, and how many entries from each place."""
+    place, left = counter.start, count
+    while True:
         block, inside = divmod(place, BLOCK)
-        length = min(BLOCK - inside, end - place)
-        offset = words_of(seed, step, *counter.purpose, block)[which] % (TABLE - BLOCK) + inside
-        parts.append(table[offset : offset + length])
-        place += length
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(like.shape)
+        length = min(BLOCK - inside, left)
+        first, second = (word % (TABLE - BLOCK) + inside for word in words_of(seed, step, *counter.purpose, block))
+        yield (first, second), length
+        place, left = place + length, left - length
+        if not left:
+            return
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 @functools.cache
@@ -124,6 +153,13 @@ def normal_from_words(likes: Sequence[Tensor], counters: Sequence[Counter], *, c
         compiled: whether to compute them in one compiled kernel, in place of about 50.
     """
     return (_compiled(_normal) if compiled else _normal)(*_keys(likes, counters))
+
+
+def pairs_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[Tensor, Tensor]:
+    """Pairs of normal numbers of variance ½ as hashes of the counters, for all tensors side by side."""
+    radius, angle = (_fraction(words) for words in _words(*_keys(likes, counters)))
+    radius, angle = torch.sqrt(-torch.log(radius)), angle * (2 * math.pi)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
 def uniform_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from biofx import randomness
 from biofx.model.synapses import Synapses
+from biofx.noise import Counter
 from biofx.operators import apply_rule, is_hook
 from biofx.signs.constraints import constraint_of
 from biofx.weights.sites import WeightSite
@@ -56,8 +57,12 @@ class PlasticWeight:
 
     def own_state(self) -> list[Tensor]:
         """All that the pass keeps for the weight."""
-        synapses = self.site.known_synapses
-        return [self.state(key) for key, users in synapses.users.items() if self.by in users]
+        return [self.state(key) for key, users in self.synapses.users.items() if self.by in users]
+
+    @property
+    def sign(self) -> Tensor | None:
+        """Sign of the unit behind every synapse, as `WeightSite.sign`."""
+        return self.synapses.state("sign")
 
     @property
     def value(self) -> Tensor:
@@ -67,12 +72,12 @@ class PlasticWeight:
     @property
     def slope(self) -> Tensor:
         """Derivative of every synapse's magnitude with respect to what is stored for it."""
-        raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.site.sign
+        raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.sign
         return raw.sign() if constraint is None or sign is None else constraint.slope(raw, sign)
 
     def assign(self, value: Tensor) -> None:
         """Store weights, one for every synapse; what has another sign than its unit becomes zero."""
-        constraint, sign = constraint_of(self.site), self.site.sign
+        constraint, sign = constraint_of(self.site), self.sign
         self.raw.copy_(value if constraint is None or sign is None else constraint.store(value, sign))
 
     def without_padding(self, values: Tensor) -> Tensor:
@@ -81,8 +86,16 @@ class PlasticWeight:
             values[..., self.site.padding, :] = 0
         return values
 
+    def counter(self, purpose: str) -> Counter:
+        """What noise for every synapse follows from (`biofx.noise`): the seed, the step, the pass, the weight's name.
+
+        Args:
+            purpose: what it is for; for each of them it is independent.
+        """
+        return Counter(self.state("seed"), self.state("steps"), (self.by, self.name, purpose))
+
     def generator(self) -> torch.Generator:
-        """Random numbers that depend on the seed, the pass, the weight's name and the step only."""
+        """Random numbers of the CPU, to be waited for, that follow from the same as those of `counter`."""
         return randomness.generator(int(self.state("seed")), self.by, self.name, self.step)
 
     @property
@@ -92,28 +105,62 @@ class PlasticWeight:
         return next((group for group in groups if any(p is self.raw for p in group["params"])), {})
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
-        """Put new values where the mask says, and let the optimizer remember of them what it does of a new weight.
+        """Put new weights where a mask says, and let the optimizer remember of them what it does of a new weight.
 
         Args:
             mask: bool, of the shape of `raw`.
-            values: one for each entry that the mask selects, in order.
+            values: weights, of the shape of `raw`; those where the mask is False are not looked at.
+
+        Example:
+            >>> import biofx, torch
+            >>> from dataclasses import dataclass
+            >>> from biofx import passes
+            >>> @dataclass(frozen=True)
+            ... class Prune(passes.Pass):
+            ...     name = "prune"
+            ...     slot = passes.Slot.HOOK
+            ...     moment = passes.Moment.TURNOVER
+            ...
+            ...     def rewrite(self, site, edit):
+            ...         pass
+            ...
+            ...     def at_step(self, weights):
+            ...         for weight in weights:
+            ...             weight.replace(weight.value.abs() < 0.1, torch.zeros_like(weight.value))
+            >>> bio = biofx.transform(torch.nn.Linear(50, 50), [Prune()])
+            >>> attachment = biofx.attach(bio, torch.optim.SGD(bio.parameters(), lr=0.0))
+            >>> bio(torch.ones(1, 50)).sum().backward()
+            >>> attachment.optimizer.step()
+            >>> bool((bio.weight == 0).any())
+            True
         """
-        values = values.to(self.raw.device, self.raw.dtype)
-        constraint, sign = constraint_of(self.site), self.site.sign
-        if constraint is not None and sign is not None:
-            values = constraint.store(values, sign.expand_as(self.raw)[mask])
-        self.raw[mask] = values
-        if self.optimizer is None:
-            return
+        constraint, sign = constraint_of(self.site), self.sign
+        values = values if constraint is None or sign is None else constraint.store(values, sign)
+        self.raw.copy_(torch.where(mask, values.to(self.raw), self.raw))
+        self.forget(mask)
+
+    def forget(self, mask: Tensor) -> None:
+        """Let the optimizer remember of some synapses what it does of new ones, as they are stored now.
+
+        Args:
+            mask: bool, of the shape of `raw`.
+        """
         # What is not listed starts from 0: momentum and moments.
         initial = {
             "sum": self.group.get("initial_accumulator_value", 0.0),  # Adagrad
             "step_size": self.group.get("lr", 0.0),  # Rprop
-            "ax": values,  # ASGD: average of the weight
         }
-        for key, memory in self.optimizer.state.get(self.raw, {}).items():
-            if isinstance(memory, Tensor) and memory.shape == self.raw.shape:
-                memory[mask] = initial.get(key, 0.0)
+        for key, memory in self.memories.items():
+            if key == "ax":  # ASGD: average of the weight
+                memory.copy_(torch.where(mask, self.raw, memory))
+            else:
+                memory.masked_fill_(mask, initial.get(key, 0.0))
+
+    @property
+    def memories(self) -> dict[str, Tensor]:
+        """What the optimizer remembers of every synapse, by its key."""
+        state = {} if self.optimizer is None else self.optimizer.state.get(self.raw, {})
+        return {k: m for k, m in state.items() if isinstance(m, Tensor) and m.shape == self.raw.shape}
 
 
 def scale_learning(synapses: Synapses, gradient: Tensor, weight: Tensor, by: str) -> Tensor:

@@ -5,7 +5,6 @@ $$P(\text{replaced}) = e^{-\mathrm{dre}\,|w| / \sigma(w)}$$
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,12 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from biofx import noise
 from biofx.editor import Editor
 from biofx.model.slots import Slot
 from biofx.options import check_choice, check_integer, check_number
 from biofx.plastic_weight import PlasticWeight
 from biofx.registry import Moment, Pass, register
+from biofx.training.blocks import blocks, wide
 from biofx.weights.sites import WeightSite
+
+EQUAL = 1e-5  # the variance, relative to the mean square, that may come from rounding
 
 
 @register
@@ -97,25 +100,110 @@ class Rejuvenate(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Replace synapses, every so many steps."""
-        choose, draw = RULES[self.rule]
+        alike: dict[tuple[torch.device, torch.dtype], list[PlasticWeight]] = {}
         for weight in weights:
-            if weight.step % self.every:
-                continue
-            generator = weight.generator()
-            value, sign = weight.value, weight.site.sign
-            mask = choose(value, self.dre, generator)
-            if sign is not None:
-                mask &= value != 0
-            mask = weight.without_padding(mask)
-            new = draw(value, int(mask.sum()), generator).to(value.device, value.dtype)
-            if sign is not None:
-                signs = sign.expand_as(value)[mask]
-                new = torch.where(signs == 0, new, new.abs() * signs)
-            old = value if sign is None else value.clone()
-            weight.replace(mask, new)
-            if sign is not None:
-                weight.assign(with_totals_of(weight.site, old, weight.value, sign))
-            weight.state("replaced").add_(len(new))
+            if weight.step % self.every == 0 and weight.raw.numel():
+                alike.setdefault((weight.raw.device, weight.raw.dtype), []).append(weight)
+        for group in alike.values():
+            _turn_over(group, RULES[self.rule], self.dre)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of turnover, for many weights at once: a synapse is replaced where X·scale > |w|, for a random X.
+
+    Attributes:
+        numbers: the scale of each weight, and what else new synapses depend on.
+        random: X, from pairs of noise.
+        renewed: new synapses, from the second of each pair, other normal noise, and these numbers.
+    """
+
+    numbers: Callable[[list[Tensor], float], tuple[list[Tensor], ...]]
+    random: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+    renewed: Callable[..., list[Tensor]]
+
+
+def _turn_over(weights: list[PlasticWeight], rule: Rule, dre: float) -> None:
+    """Replace synapses of weights on one device and of one dtype."""
+    values, signs = [weight.value for weight in weights], [weight.sign for weight in weights]
+    scales, *numbers = rule.numbers(values, dre)
+    scales = [*map(_without_absent, weights, values, scales)]
+    # Under Dale's principle the totals of the old weights are needed, so the new ones are stored at the end.
+    targets = [w.raw if sign is None else v.clone() for w, v, sign in zip(weights, values, signs, strict=True)]
+    which, new = ([weight.counter(purpose) for weight in weights] for purpose in ("which", "new"))
+    is_asked = [sign is not None or bool(w.memories) for w, sign in zip(weights, signs, strict=True)]
+    masks: list[list[Tensor]] = [[] for _ in weights]
+    for block in blocks(values, targets, scales, *numbers, in_order=True):
+        likes = [wide(x) for x in block.parts[0]]
+        pairs = noise.pairs(likes, [which[place.index].at(place.start) for place in block.places])
+        normal = noise.normal(likes, [new[place.index].at(place.start) for place in block.places])
+        chosen = turn_over_(rule, pairs, normal, *block.parts)
+        _count([weights[place.index].state("replaced") for place in block.places], chosen)
+        for place, mask in zip(block.places, chosen, strict=True):
+            if is_asked[place.index]:
+                masks[place.index].append(mask.bool())
+    for weight, old, target, parts in zip(weights, values, targets, masks, strict=True):
+        if parts:
+            _finish(weight, old, target, parts[0] if len(parts) == 1 else torch.cat(parts).view(old.shape))
+
+
+def turn_over_(
+    rule: Rule,
+    pairs: tuple[list[Tensor], list[Tensor]],
+    normal: list[Tensor],
+    weights: list[Tensor],
+    targets: list[Tensor],
+    scales: list[Tensor],
+    *numbers: list[Tensor],
+) -> list[Tensor]:
+    """Replace synapses of weights, or of parts of them.
+
+    Args:
+        rule: the rule.
+        pairs: pairs of noise.
+        normal: standard normal noise, which is overwritten.
+        weights: the synapses.
+        targets: where new ones are put.
+        scales: the scale of each weight, or of each of its synapses.
+        numbers: the other numbers of the rule.
+
+    Returns:
+        1 for the synapses that are replaced, 0 for others.
+    """
+    # Arithmetic instead of comparisons and `where`, which cost several times as much on a CPU.
+    chosen = rule.random(*pairs)
+    torch._foreach_mul_(chosen, scales)
+    torch._foreach_sub_(chosen, torch._foreach_abs(weights))
+    torch._foreach_sign_(chosen)
+    torch._foreach_clamp_min_(chosen, 0)
+    new = rule.renewed(pairs[1], normal, *numbers)
+    dtype = targets[0].dtype
+    torch._foreach_lerp_(targets, [x.to(dtype) for x in new], [x.to(dtype) for x in chosen])  # exact for 0 and 1
+    return chosen
+
+
+def _count(counts: list[Tensor], chosen: list[Tensor]) -> None:
+    """Count replacements."""
+    # The norm of zeros and ones is the root of their number: to the unit, up to four million at once.
+    found = torch.stack(torch._foreach_norm(chosen, 2)).square().round().to(torch.int64)
+    torch._foreach_add_(counts, found.unbind())
+
+
+def _without_absent(weight: PlasticWeight, value: Tensor, scale: Tensor) -> Tensor:
+    """The scale of every synapse: 0 for what is none."""
+    if weight.sign is None and weight.site.padding is None:
+        return scale
+    present = wide(torch.ones_like(value) if weight.sign is None else (value != 0).to(value.dtype))
+    return weight.without_padding(present) * scale
+
+
+def _finish(weight: PlasticWeight, old: Tensor, new: Tensor, mask: Tensor) -> None:
+    """Give new synapses the signs of their units, and let the optimizer forget the old ones."""
+    sign = weight.sign
+    if sign is not None:
+        signed = torch.where(mask & (sign != 0), new.abs() * sign, new)
+        weight.assign(with_totals_of(weight.site, old, signed, sign))
+    weight.forget(mask)
 
 
 def with_totals_of(site: WeightSite, old: Tensor, new: Tensor, sign: Tensor) -> Tensor:
@@ -131,41 +219,63 @@ def with_totals_of(site: WeightSite, old: Tensor, new: Tensor, sign: Tensor) -> 
     return new * factor
 
 
-def turnover_probability(weight: Tensor, dre: float) -> Tensor:
-    """P = exp(−dre·|w|/σ(w)), elementwise; 0 if all weights are equal."""
-    spread = weight.std(correction=0)
-    probability = weight.abs().mul_(-dre).div_(spread).exp_()
-    return probability if spread > 0 else torch.zeros_like(weight)
+def lognormal_numbers(weights: list[Tensor], dre: float) -> tuple[list[Tensor], ...]:
+    """For each weight σ(w)/dre, and mean and standard deviation of ln|w| if |w| were lognormal.
+
+    The lognormal variable has the mean and the standard deviation of |w|.
+    """
+    dtype, counts = wide(weights[0]).dtype, [float(weight.numel()) for weight in weights]
+    sums = [weight.sum(dtype=dtype) for weight in weights]
+    sizes, norms = (torch._foreach_norm(weights, order, dtype=dtype) for order in (1, 2))
+    roots = [count**0.5 for count in counts]
+    found = torch._foreach_div([*sums, *sizes, *norms], [*counts, *counts, *roots])
+    mean, size, root = torch.stack(found).view(3, -1)
+    variance = (root - mean) * (root + mean)
+    variance = torch.where(variance > EQUAL * root**2, variance, 0)
+    half = (root / size).nan_to_num(nan=1.0).clamp_min(1).log()  # of the variance of ln|w|; 0 for a weight of zeros
+    columns = variance.sqrt() / dre, size.log() - half, (2 * half).sqrt()
+    return tuple(list(column.unbind()) for column in columns)
 
 
-def choose_exponentially(weight: Tensor, dre: float, generator: torch.Generator) -> Tensor:
-    """Mask of the synapses to replace, each with its turnover probability."""
-    uniform = torch.rand(weight.shape, generator=generator).to(weight.device)
-    return uniform < turnover_probability(weight.float(), dre)
+def exponential(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Exponential numbers of mean 1: X·σ/dre > |w| has probability exp(−dre·|w|/σ)."""
+    squares = list(torch._foreach_mul(first, first))
+    torch._foreach_addcmul_(squares, second, second)
+    return squares
 
 
-def draw_lognormal(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """New weights of either sign, with a lognormal magnitude of the mean and standard deviation of |w|."""
-    magnitude = weight.float().abs()
-    mean, deviation = float(magnitude.mean()), float(magnitude.std(correction=0))
-    variance = math.log1p((deviation / mean) ** 2) if mean > 0 else 0.0
-    size = torch.exp(math.sqrt(variance) * torch.randn(count, generator=generator) - variance / 2) * mean
-    return size * (2.0 * torch.randint(2, (count,), generator=generator) - 1)
+def lognormal(
+    second: list[Tensor], normal: list[Tensor], centers: list[Tensor], deviations: list[Tensor]
+) -> list[Tensor]:
+    """New synapses ± lognormal; the sign of one of a pair is independent of the sum of their squares."""
+    torch._foreach_mul_(normal, deviations)
+    torch._foreach_add_(normal, centers)
+    torch._foreach_exp_(normal)
+    torch._foreach_mul_(normal, torch._foreach_sign(second))
+    return normal
 
 
-def choose_by_threshold(weight: Tensor, dre: float, generator: torch.Generator) -> Tensor:
-    """Mask of the synapses that are smaller than a normal variable of standard deviation M/dre."""
-    magnitude = weight.float().abs()
-    threshold = torch.randn(weight.shape, generator=generator).to(weight.device).abs() * (magnitude.max() / dre)
-    return threshold > magnitude
+def uniform_numbers(weights: list[Tensor], dre: float) -> tuple[list[Tensor], ...]:
+    """For each weight √2·M/dre and M, with M = max|w|."""
+    lowest, highest = (torch.stack(each) for each in zip(*map(torch.aminmax, weights), strict=True))
+    largest = wide(torch.maximum(-lowest, highest))
+    return list((2**0.5 / dre * largest).unbind()), list(largest.unbind())
 
 
-def draw_uniform(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """New weights, U(−M, M)."""
-    return (2 * torch.rand(count, generator=generator) - 1) * float(weight.abs().max())
+def half_normal(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Magnitudes of normal numbers of variance ½."""
+    return list(torch._foreach_abs(first))
 
 
-RULES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "exponential": (choose_exponentially, draw_lognormal),
-    "threshold": (choose_by_threshold, draw_uniform),
+def uniform(second: list[Tensor], normal: list[Tensor], largest: list[Tensor]) -> list[Tensor]:
+    """New synapses U(−M, M): erf(z/√2) is U(−1, 1) for a standard normal z."""
+    torch._foreach_mul_(normal, 0.5**0.5)
+    torch._foreach_erf_(normal)
+    torch._foreach_mul_(normal, largest)
+    return normal
+
+
+RULES = {
+    "exponential": Rule(lognormal_numbers, exponential, lognormal),
+    "threshold": Rule(uniform_numbers, half_normal, uniform),
 }

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import passes
+from biofx import noise, passes
 from second_device import CPU, SECOND, SecondDevice
 
 PIPELINES = [
@@ -41,6 +41,7 @@ class Network(nn.Module):
 
 @pytest.fixture
 def second_device():
+    noise._on_device.cache_clear()  # what another test put on the device is not known to be there
     with SecondDevice() as mode:
         yield mode
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from biofx import noise
 from biofx.noise import Counter
@@ -116,3 +117,43 @@ def test_words_are_the_same_when_compiled():
     arguments = [torch.empty(1000), torch.empty(300)], [counter(1, 2, "a"), counter(1, 2, "b", 5)]
     compiled, plain = (noise.normal_from_words(*arguments, compiled=c) for c in (True, False))
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
+
+
+PAIRS = pytest.mark.parametrize(
+    "draw",
+    [
+        lambda like, counter: [x[0] for x in noise.pairs([like], [counter])],
+        lambda like, counter: noise.pairs_from_words([like], [counter]),
+    ],
+    ids=["tables", "words"],
+)
+
+
+@PAIRS
+def test_pairs_are_normal_and_independent(draw):
+    a, b = draw(torch.empty(COUNT), counter(0, 3, "a"))
+    for x in (a, b):
+        assert stats.kstest((x[::8] * 2**0.5).numpy(), stats.norm.cdf).pvalue > 1e-3
+    assert abs((a * b).mean()) < 4.5 * 0.5 / math.sqrt(COUNT)
+    assert abs((a.square() * b.square()).mean() - 0.25) < 4.5 * 0.75 / math.sqrt(COUNT)
+
+
+@PAIRS
+def test_their_squares_add_up_to_an_exponential_number_that_does_not_depend_on_signs(draw):
+    a, b = draw(torch.empty(COUNT), counter(0, 4, "a"))
+    for sign in (-1, 1):
+        chosen = b.sign() == sign
+        sums = (a.square() + b.square())[chosen]
+        assert stats.kstest(sums[::4].numpy(), stats.expon.cdf).pvalue > 1e-3
+        for tail in (4.0, 6.0, 8.0):
+            expected = math.exp(-tail)
+            error = 4.5 * math.sqrt(expected / len(sums))
+            assert abs((sums > tail).double().mean() - expected) < error
+
+
+@PAIRS
+@pytest.mark.parametrize("cut", [0, 1000, noise.BLOCK - 5, noise.BLOCK + 7])
+def test_a_part_has_the_pairs_that_it_has_in_the_whole(draw, cut):
+    whole = draw(torch.empty(noise.BLOCK + 100), counter(3, 5, "a"))
+    part = draw(torch.empty(8, 8), counter(3, 5, "a", start=cut))
+    assert all(torch.equal(x.flatten(), y[cut : cut + 64]) for x, y in zip(part, whole, strict=True))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import passes
+from biofx import noise, passes
 from biofx.plastic_weight import PlasticWeight
 
 CONSTRAINTS = ["project", "abs", "softplus"]
@@ -43,11 +43,56 @@ def test_an_assigned_value_is_what_the_operator_receives(weight):
 @torch.no_grad()
 def test_so_is_a_replaced_one(weight):
     mask = torch.rand(6, 10) < 0.5
-    new = torch.rand(int(mask.sum()), dtype=torch.float64) * weight.site.sign.expand(6, 10)[mask]
+    new = torch.rand(6, 10, dtype=torch.float64) * weight.site.sign
     others = weight.value[~mask]
-    weight.replace(mask, new)
-    torch.testing.assert_close(weight.site.effective()[mask], new)
+    weight.replace(mask, torch.where(mask, new, torch.nan))
+    torch.testing.assert_close(weight.site.effective()[mask], new[mask])
     assert torch.equal(weight.value[~mask], others)
+
+
+MEMORIES = {  # what an optimizer remembers of a synapse, and what of a new one
+    "momentum_buffer": (torch.float64, 0.0),
+    "exp_avg": (torch.bfloat16, 0.0),
+    "codes": (torch.uint8, 0),
+    "sum": (torch.float64, 0.25),
+    "step_size": (torch.float64, 0.125),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", [*MEMORIES, "ax"])
+def test_the_optimizer_forgets_what_is_replaced_whatever_it_was(key):
+    bio = biofx.transform(nn.Linear(5, 4).double(), [passes.Rejuvenate()])
+    site = biofx.weight_sites(bio)["weight"]
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.125)
+    optimizer.param_groups[0]["initial_accumulator_value"] = 0.25
+    dtype, initial = MEMORIES.get(key, (torch.float64, None))
+    memory = torch.full((4, 5), 3, dtype=dtype)
+    if dtype.is_floating_point:
+        memory[0], memory[1], memory[2] = torch.inf, torch.nan, -torch.inf
+    before = memory.clone()
+    optimizer.state[site.raw] = {key: memory, "step": torch.tensor(7.0)}
+    mask = torch.arange(20).view(4, 5) % 2 == 0
+    PlasticWeight(site, site.raw, torch.zeros(4, 5), optimizer, 1, "rejuvenate").replace(mask, torch.ones(4, 5))
+    assert (memory[mask] == (1 if initial is None else initial)).all()
+    assert torch.equal(memory[~mask].nan_to_num(7), before[~mask].nan_to_num(7))
+    assert optimizer.state[site.raw]["step"] == 7
+
+
+def test_noise_follows_from_pass_weight_purpose_and_step():
+    bio = biofx.transform(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), [passes.Rejuvenate()])
+    sites = biofx.weight_sites(bio)
+
+    def drawn(name="0.weight", by="rejuvenate", purpose="which"):
+        raw = sites[name].raw
+        weight = PlasticWeight(sites[name], raw, torch.zeros_like(raw), None, 1, by)
+        return noise.normal([raw.detach()], [weight.counter(purpose)])[0]
+
+    first = drawn()
+    assert torch.equal(first, drawn())
+    others = [drawn(name="1.weight"), drawn(by="crystallize"), drawn(purpose="new")]
+    sites["0.weight"].state("steps").add_(1)
+    assert all((first != other).any() for other in [*others, drawn()])
 
 
 def test_the_slope_is_the_derivative_of_the_magnitude_of_what_is_stored(weight):

@@ -68,6 +68,11 @@ def blocks(*tensors: Sequence[Tensor], in_order: bool = False, cpu: int = CPU) -
         yield Block(tuple(map(list, zip(*found, strict=True))), places)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in single precision, if it has less; else itself."""
+    return tensor if tensor.element_size() >= 4 else tensor.float()
+
+
 def _cut(
     group: tuple[Tensor, ...], whole: list[Tensor], size: int, in_order: bool
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

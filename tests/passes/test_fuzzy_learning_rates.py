@@ -11,6 +11,7 @@ from torch import nn
 import biofx
 from biofx import passes
 from biofx.passes.fuzzy_learning_rates import DISTRIBUTIONS, layer_adaptive_spread, weight_adaptive_spread
+from biofx.training import blocks
 from conftest import gradients
 from models.small import CONVOLUTIONS, GROUPS, layer_and_input, mlp
 
@@ -89,7 +90,7 @@ def test_weight_adaptive_is_wide_for_small_weights():
 
 
 def test_weight_adaptive_of_a_weight_of_zeros_is_uniform():
-    assert torch.equal(weight_adaptive_spread(0.2, torch.zeros(3)), torch.full((3,), 0.2))
+    assert torch.equal(weight_adaptive_spread(0.2, [torch.zeros(3)])[0], torch.full((3,), 0.2))
 
 
 def test_layer_adaptive_narrows_to_half_with_depth():
@@ -206,10 +207,38 @@ def test_temporal_gains_decay_and_are_stirred_every_tenth_time():
     assert noise.std() == pytest.approx(0.03 / math.sqrt(3), rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["temporal", "weight_adaptive"])
+def test_a_refresh_follows_from_the_entry_not_from_how_a_weight_is_cut(name, monkeypatch):
+    torch.manual_seed(0)
+    state = nn.Linear(80, 100).state_dict()
+    results = []
+    for size in (1 << 18, 1000):
+        monkeypatch.setattr(blocks, "CPU", size)
+        torch.manual_seed(0)
+        bio, gains = trained(name, 20, every=2, nu=0.3)
+        assert torch.equal(bio.weight, state["weight"])
+        results.append(gains[-1])
+    assert torch.equal(*results)
+
+
+def test_dampened_gains_are_not_refreshed():
+    layer = nn.Linear(80, 100)
+    bio = biofx.transform(layer, [passes.FuzzyLearningRates(distribution="weight_adaptive", every=1)])
+    gain = bio.weight_synapses.gain
+    gain[:50] = 0.01
+    before = gain.clone()
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+    biofx.attach(bio, optimizer)
+    bio(torch.randn(4, 80)).sum().backward()
+    optimizer.step()
+    assert torch.equal(gain[:50], before[:50])
+    assert (gain[50:] != before[50:]).double().mean() > 0.99
+
+
 def test_weight_adaptive_gains_are_redrawn_for_the_present_weights():
     bio, g = trained("weight_adaptive", 4, every=2, nu=0.2)
     assert [torch.equal(a, b) for a, b in pairwise(g)] == [True, False, True, False]
-    half_width = weight_adaptive_spread(0.2, bio.weight.detach())
+    half_width = weight_adaptive_spread(0.2, [bio.weight.detach()])[0]
     assert ((g[-1] - 1).abs() <= half_width * (1 + 1e-5)).all()
 
 

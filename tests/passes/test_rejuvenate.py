@@ -1,71 +1,82 @@
 """Rejuvenate: which synapses are replaced, by what, and what the optimizer forgets."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import biofx
-from biofx import passes
-from biofx.passes.rejuvenate import (
-    choose_by_threshold,
-    choose_exponentially,
-    draw_lognormal,
-    draw_uniform,
-    turnover_probability,
-)
+from biofx import noise, passes
+from biofx.passes.rejuvenate import RULES, turn_over_
+from biofx.training import blocks
 
 W = torch.randn(400, 500, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.3
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def turned_over(rule, weight, dre, seed=0):
+    """Where synapses of a weight are replaced, and the new weight."""
+    new, purpose = weight.clone(), noise.Counter(torch.tensor(seed), torch.tensor(0), ("which",))
+    pairs = noise.pairs([weight], [purpose])
+    normal = noise.normal([weight], [noise.Counter(purpose.seed, purpose.steps, ("new",))])
+    scales, *numbers = RULES[rule].numbers([weight], dre)
+    return turn_over_(RULES[rule], pairs, normal, [weight], [new], scales, *numbers)[0].bool(), new
 
 
-def test_the_probability():
-    w = torch.tensor([0.0, 1.0, -2.0]).double()
-    deviation = w.std(correction=0)
-    torch.testing.assert_close(turnover_probability(w, 4.0), torch.exp(-4 * w.abs() / deviation))
-    assert not turnover_probability(torch.zeros(5), 4.0).any()
-    assert not turnover_probability(torch.ones(5), 4.0).any()
+def probability(rule, weight, dre):
+    if rule == "exponential":
+        return torch.exp(-dre * weight.abs() / weight.std(correction=0))
+    return torch.erfc(weight.abs() * dre / (weight.abs().max() * math.sqrt(2)))
 
 
-@pytest.mark.parametrize("dre", [2.0, 8.0])
-def test_the_observed_rate_is_the_probability(dre):
+@pytest.mark.parametrize(
+    ("rule", "dre"), [("exponential", 2.0), ("exponential", 8.0), ("threshold", 5.0), ("threshold", 14.0)]
+)
+def test_the_observed_rate_is_the_probability(rule, dre):
     """In bins of the weight's size, within five standard errors."""
-    mask, probability = choose_exponentially(W, dre, generator()), turnover_probability(W, dre)
+    mask, expected_for_each = turned_over(rule, W, dre)[0], probability(rule, W, dre)
     for low, high in ((0.0, 0.05), (0.05, 0.1), (0.1, 0.3), (0.3, 1.0)):
         chosen = (W.abs() >= low) & (W.abs() < high)
-        expected = probability[chosen].mean()
+        expected = expected_for_each[chosen].mean()
         error = 5 * math.sqrt(expected * (1 - expected) / chosen.sum())
         assert abs(mask[chosen].double().mean() - expected) < error + 1e-9
 
 
-def test_the_observed_rate_of_the_threshold_rule():
-    """P(|N(0, M/dre)| > |w|) = erfc(|w|·dre/(M·√2)), within five standard errors."""
-    mask = choose_by_threshold(W, 14.0, generator())
-    probability = torch.erfc(W.abs() * 14.0 / (W.abs().max() * math.sqrt(2)))
-    for low, high in ((0.0, 0.05), (0.05, 0.1), (0.1, 0.3)):
-        chosen = (W.abs() >= low) & (W.abs() < high)
-        expected = probability[chosen].mean()
-        error = 5 * math.sqrt(expected * (1 - expected) / chosen.sum())
-        assert abs(mask[chosen].double().mean() - expected) < error + 1e-9
-
-
-def test_the_moments_of_new_lognormal_weights():
-    new = draw_lognormal(W, 200_000, generator()).double()
+def test_new_lognormal_weights():
+    """Mean and deviation, the whole distribution, and signs, none of which depends on the weight that was there."""
+    mask, weight = turned_over("exponential", W, 0.5)
+    new, old = weight[mask], W[mask]
     mean, deviation = W.abs().mean(), W.abs().std(correction=0)
+    assert len(new) > 100_000
     assert abs(new.abs().mean() - mean) < 5 * deviation / math.sqrt(len(new))
-    torch.testing.assert_close(new.std(correction=0), (mean**2 + deviation**2).sqrt(), rtol=0.02, atol=0)
+    torch.testing.assert_close(new.abs().std(), deviation, rtol=0.03, atol=0)
+    shape = math.sqrt(math.log1p(float(deviation / mean) ** 2))
+    distribution = stats.lognorm(shape, scale=float(mean) * math.exp(-(shape**2) / 2))
+    assert stats.kstest(new.abs()[::10].numpy(), distribution.cdf).pvalue > 1e-3
     assert abs((new > 0).double().mean() - 0.5) < 5 * 0.5 / math.sqrt(len(new))
+    for a, b in ((new.abs(), new.sign()), (new.abs(), old.abs()), (new.sign(), old.sign()), (new.sign(), old.abs())):
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / math.sqrt(len(new))
 
 
 def test_new_uniform_weights():
-    new = draw_uniform(W, 200_000, generator()).double()
-    largest = W.abs().max()
-    assert new.abs().max() <= largest
-    torch.testing.assert_close(new.std(), largest / math.sqrt(3), rtol=0.01, atol=0)
+    mask, weight = turned_over("threshold", W, 1.0)
+    new, largest = weight[mask], float(W.abs().max())
+    assert len(new) > 100_000
+    assert stats.kstest(new[::10].numpy(), stats.uniform(-largest, 2 * largest).cdf).pvalue > 1e-3
+    assert abs(torch.corrcoef(torch.stack([new, W[mask]]))[0, 1]) < 5 / math.sqrt(len(new))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("value", [0.0, 0.25, -3.0])
+@pytest.mark.parametrize("dre", [0.1, 1.0])
+def test_equal_weights_have_no_spread(rule, value, dre):
+    """Under the exponential rule; weights of zeros are left by both."""
+    mask, new = turned_over(rule, torch.full((1000, 1000), value), dre)
+    assert bool(mask.any()) is (rule == "threshold" and value != 0)
+    assert torch.isfinite(new).all()
+    assert torch.equal(new[~mask], torch.full_like(new, value)[~mask])
 
 
 def attached(pipeline, optimizer, dtype=torch.float32, **options):
@@ -119,6 +130,52 @@ def test_the_optimizer_forgets_replaced_synapses_only(name):
             assert (given[replaced] == (0.5 if key == "sum" else 0.0)).all()
             compared += 1
     assert compared == {"momentum": 1, "adam": 3, "rmsprop": 3, "adagrad": 1}[name]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_turnover_follows_from_the_entry_not_from_how_a_weight_is_cut(rule, monkeypatch):
+    results = []
+    for size in (1 << 18, 500):
+        monkeypatch.setattr(blocks, "CPU", size)
+        bio, optimizer = attached([passes.Rejuvenate(rule=rule, dre=4.0)], torch.optim.Adam, lr=0.01)
+        for _ in range(3):
+            step(bio, optimizer)
+        state = optimizer.state[bio.weight]
+        results.append([bio.weight, bio.weight_synapses.replaced, state["exp_avg"], state["exp_avg_sq"]])
+    assert results[0][1] > 300
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_steps_and_weights_turn_over_independently():
+    bio = biofx.transform(nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 60)), [passes.Rejuvenate(dre=1.0)])
+    with torch.no_grad():
+        bio[1].weight.copy_(bio[0].weight)
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+    biofx.attach(bio, optimizer)
+    start, masks = bio[0].weight.detach().clone(), []
+    for _ in range(2):
+        with torch.no_grad():
+            for layer in bio:
+                layer.weight.copy_(start)
+        optimizer.zero_grad()
+        bio(torch.ones(2, 60)).sum().backward()
+        optimizer.step()
+        masks += [layer.weight != start for layer in bio]
+    rates = [mask.double().mean() for mask in masks]
+    expected = torch.exp(-start.abs() / start.std(correction=0)).square().mean()
+    for i, j in itertools.combinations(range(4), 2):
+        both = (masks[i] & masks[j]).double().mean()
+        assert abs(both - expected) < 5 * math.sqrt(expected / start.numel()) < (min(rates) - expected) / 2
+
+
+def test_no_token_stays_none():
+    bio = biofx.transform(nn.Sequential(nn.Embedding(50, 8, padding_idx=3), nn.Linear(8, 2)), [passes.Rejuvenate(1e-3)])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+    biofx.attach(bio, optimizer)
+    bio(torch.arange(50)).sum().backward()
+    optimizer.step()
+    assert not bio[0].weight[3].any()
+    assert 0.9 * 49 * 8 < int(bio[0].weight_synapses.replaced) <= 49 * 8
 
 
 def test_every():
