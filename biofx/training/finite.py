@@ -73,8 +73,9 @@ class _Found:
     def __init__(self, device: torch.device) -> None:
         self._places: list[str] = []
         self._first = torch.full((), -1, device=device)  # its place in the list; -1 if there is none
-        self._host = torch.full((), -1, device="cpu", pin_memory=device.type == "cuda")
-        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+        is_asynchronous = device.type == "cuda" and torch.cuda.is_available()
+        self._host = torch.full((), -1, device="cpu", pin_memory=is_asynchronous)
+        self._arrived = torch.cuda.Event() if is_asynchronous else None
 
     def look(self, weights: Sequence[PlasticWeight]) -> Tensor:
         kinds = [("gradient", [w.gradient for w in weights]), ("weight", [w.raw.detach() for w in weights])]

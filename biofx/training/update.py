@@ -97,12 +97,12 @@ class Update:
         self._is_open = False
         if self._with_copies:
             self._move_copies(taking_part)
-        alike: dict[tuple[tuple[Hook, ...], int], list[tuple[Tensor, Tensor, Learning]]] = {}
+        alike: dict[tuple[tuple[Hook, ...], int, torch.device], list[tuple[Tensor, Tensor, Learning]]] = {}
         for synapses, old, takes_part in zip(self._synapses, self._old, taking_part, strict=True):
             own = learning_of(synapses) if takes_part else Learning((), (), ())
             if own.hooks or synapses.shares > 1:
-                alike.setdefault((own.hooks, synapses.shares), []).append((synapses.stored, old, own))
-        for (hooks, shares), rows in alike.items():
+                alike.setdefault((own.hooks, synapses.shares, old.device), []).append((synapses.stored, old, own))
+        for (hooks, shares, _), rows in alike.items():
             if finite and shares > 1:  # first what the optimizer did, which stays, and then what hooks make of it
                 self._move(rows, (), shares, {})
                 self._move(rows, hooks, 1, finite)
