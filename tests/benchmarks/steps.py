@@ -1,12 +1,14 @@
 """How much longer a training step takes with biofx than without: paired, interleaved runs, medians of ratios.
 
-    python tests/benchmarks/steps.py                # the table of DESIGN on CPU cores
-    python tests/benchmarks/steps.py --gpu          # on a GPU
+    python tests/benchmarks/steps.py                # the table on CPU cores
+    python tests/benchmarks/steps.py --compile      # with compiled rules
+    python tests/benchmarks/steps.py --gpu          # on a GPU: ResNet-50, a GPT like GPT-2 small
     python tests/benchmarks/steps.py --rules fuzzy all --models mlp --json steps.json
 
 Every row is one model with one pipeline. In each round the plain model and the transformed one take a step each, in
-turn, so that what else the machine does hits both. The floor is what the bytes cost that a rule has to move at least:
-reads and writes of tensors of the weights' size, each timed as half of a copy of them.
+turn, so that what else the machine does hits both. The floor is what the bytes cost that a rule has to move at least if
+it acts on the update of an optimizer: reads and writes of tensors of the size of the weights, each timed as half of a
+copy of them.
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ import biofx
 
 FUZZY, VOLUME = "fuzzy-learning-rates{distribution=lognormal}", "volume-dependent-learning-rates"
 RULES: dict[str, tuple[str, int]] = {  # the pipeline, and how many times it reads or writes the weights at least
-    "fuzzy": (FUZZY, 3),
-    "crystallize": ("crystallize", 8),
-    "volume": (VOLUME, 5),
-    "rejuvenate every step": ("rejuvenate", 5),
+    # A gain: the old weights are copied (2), and old, new and gain are read and the weight is written (4).
+    "fuzzy": (FUZZY, 6),
+    # Besides: whether all is finite (2), the mean (1), and weight, gradient and gain are read, the gain is written (4).
+    "crystallize": ("crystallize", 13),
+    "volume": (VOLUME, 7),  # two tables of noise in place of the gain
+    "rejuvenate every step": ("rejuvenate", 11),  # finite (2), statistics (1), noise (4), weight and momentum (2 each)
     "rejuvenate every 100": ("rejuvenate{every=100}", 0),
-    "dale, project": ("dales-principle{balance=False}", 2),
-    "scaling": ("synaptic-scaling", 0),
-    "split in 2": ("split-synapses{synapses=2}", 6),
-    "fuzzy + volume + crystallize": (f"{FUZZY},{VOLUME},crystallize", 9),
+    "dale, project": ("dales-principle{balance=False}", 4),  # finite (2), projection (2)
+    "scaling": ("synaptic-scaling", 7),  # one gain for each unit (5), finite (2)
+    "split in 2": ("split-synapses{synapses=2}", 12),  # twice the weights: times 2 (2), old (2), the change (2)
+    "fuzzy + volume + crystallize": (f"{FUZZY},{VOLUME},crystallize", 15),
 }
 
 
@@ -73,8 +77,44 @@ class ResNet(nn.Module):
         return y
 
 
+class Bottleneck(nn.Module):
+    """A residual block of ResNet-50."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.norm3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        is_same = inputs == 4 * width and stride == 1
+        self.short = nn.Identity() if is_same else nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())).relu()
+        return (self.norm3(self.conv3(y)) + self.short(x)).relu()
+
+
+class ResNet50(nn.Module):
+    """The layout of ResNet-50, for images of 224 × 224."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        blocks: list[nn.Module] = []
+        inputs = 64
+        for stage, count in enumerate((3, 4, 6, 3)):
+            for index in range(count):
+                blocks.append(Bottleneck(inputs, 64 << stage, 2 if stage and not index else 1))
+                inputs = 4 * 64 << stage
+        self.stages, self.head = nn.Sequential(*blocks), nn.Linear(inputs, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool2d(self.norm(self.stem(x)).relu(), 3, 2, 1)
+        z: Tensor = self.head(self.stages(y).mean((2, 3)))
+        return z
+
+
 class Transformer(nn.Module):
-    """A transformer on tokens, or on patches of images, of about 10 million parameters."""
+    """A transformer on tokens, or on patches of images; as it stands, of about 10 million parameters."""
 
     def __init__(self, tokens: int | None, width: int = 384, layers: int = 6) -> None:
         super().__init__()
@@ -99,6 +139,14 @@ MODELS: dict[str, Builder] = {
     "resnet": lambda: (ResNet(16), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))),
     "gpt": lambda: (Transformer(1000), torch.randint(1000, (4, 64)), torch.randint(1000, (4,))),
     "vit": lambda: (Transformer(None), torch.randn(8, 64, 48), torch.randint(10, (8,))),
+}
+GPU_MODELS: dict[str, Builder] = {
+    "resnet50": lambda: (
+        ResNet50().to(memory_format=torch.channels_last),
+        torch.randn(128, 3, 224, 224).contiguous(memory_format=torch.channels_last),
+        torch.randint(1000, (128,)),
+    ),
+    "gpt2": lambda: (Transformer(50257, 768, 12), torch.randint(50257, (8, 1024)), torch.randint(50257, (8,))),
 }
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
@@ -130,17 +178,19 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measured(name: str, pipeline: str, passes: int, optimizer: str, rounds: int, device: str) -> dict[str, Any]:
+def measured(
+    name: str, pipeline: str, passes: int, optimizer: str, rounds: int, device: str, *, compiled: bool
+) -> dict[str, Any]:
     """The ratio of the step of a transformed model to that of the plain one, with its quartiles."""
     torch.manual_seed(0)
-    model, x, y = MODELS[name]()
+    model, x, y = (MODELS | GPU_MODELS)[name]()
     model, x, y = model.to(device), x.to(device), y.to(device)
     bio = biofx.transform(model, pipeline, example_inputs=(x,))
     steps = []
     for each in (copy.deepcopy(model), bio):
         own = OPTIMIZERS[optimizer](each.parameters())
         if each is bio:
-            biofx.attach(bio, own)
+            biofx.attach(bio, own, compile=compiled)
         steps.append(step_of(each, x, y, own))
     for step in steps * 3:
         step()
@@ -164,20 +214,23 @@ def measured(name: str, pipeline: str, passes: int, optimizer: str, rounds: int,
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS)
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *GPU_MODELS])
     parser.add_argument("--rules", nargs="+", default=[*RULES], choices=RULES)
     parser.add_argument("--optimizers", nargs="+", default=["sgd"], choices=OPTIMIZERS)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = "cuda" if options.gpu else "cpu"
-    jobs = [(m, r, o) for m in options.models for o in options.optimizers for r in options.rules]
+    models = options.models or [*(GPU_MODELS if options.gpu else MODELS)]
+    jobs = [(m, r, o) for m in models for o in options.optimizers for r in options.rules]
     rows = []
     for model, rule, optimizer in tqdm(jobs, desc="pipelines"):
-        rows.append({"rules": rule, **measured(model, *RULES[rule], optimizer, options.rounds, device)})
+        job = *RULES[rule], optimizer, options.rounds, device
+        rows.append({"rules": rule, **measured(model, *job, compiled=options.compile)})
     where = torch.cuda.get_device_name() if options.gpu else f"{options.threads} CPU threads"
     print(f"torch {torch.__version__}, {where}; step of the transformed model ÷ step of the plain one")
     print(f"{'model':8}{'optimizer':11}{'rules':32}{'ratio':>7}  {'quartiles':13}{'floor':>6}  {'plain ms':>8}")
