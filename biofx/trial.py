@@ -80,7 +80,7 @@ def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> di
     finally:
         for handle in handles:
             handle.remove()
-    return sketches
+    return {name: sketches[name] for name in learned if name in sketches}
 
 
 DEEP = 64  # numbers that are added up in a sketch
