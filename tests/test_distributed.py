@@ -89,7 +89,7 @@ def test_shards_learn_as_one_process_does_and_none_is_empty(tmp_path):
         local, values = torch.load(tmp_path / f"{rank}.pt")
         assert all(0 not in shape and shape[0] == 2 for shape in local)
         for name, parameter in bio.named_parameters():
-            torch.testing.assert_close(values[name], parameter.detach())
+            torch.testing.assert_close(values[name], parameter.detach(), rtol=2e-5, atol=1e-4)  # in single precision
 
 
 @pytest.mark.parametrize("optimizer_name", ["SGD", "AdamW"])
