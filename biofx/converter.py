@@ -286,7 +286,7 @@ class Converted(CapturedModule):
 
 
 def _count_call(weights: list[PlasticWeight]) -> None:
-    """Let noise be new at the next call, as it is at the next step of an optimizer."""
+    """Count a call, so that the next one draws new noise, as the next step of an optimizer does."""
     torch._foreach_add_([weight.state("steps") for weight in weights], 1)
 
 

@@ -17,7 +17,7 @@ def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
 
     Args:
         model: the model.
-        dtype: of the parameters and buffers of the copy that are floating-point numbers; None: as they are.
+        dtype: the dtype of floating-point parameters and buffers in the copy; None keeps that of each.
 
     Raises:
         TypeError: a module keeps something in a slot, which `copy.deepcopy` of a module forgets.

@@ -1,8 +1,8 @@
-"""Lazy copies: the numbers of a tensor as they are now, which take memory only once somebody writes.
+"""Lazy copies of tensors: they take memory only when somebody writes.
 
-A trial must be able to put everything back, and hardly a forward writes into parameters or buffers. So a copy shares
-the memory of its tensor until one of both is written to; then that one moves into memory of its own. PyTorch knows such
-copies, but has no public name for them.
+A trial has to put everything back, but few forwards write into parameters or buffers. So a copy shares the memory of
+its tensor until one of the two is written to; that one then moves to memory of its own. PyTorch has such copies
+(copy-on-write), but no public name for them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_untouched(tensor: Tensor) -> bool:
 
 
 def settle(tensor: Tensor) -> None:
-    """Make a tensor an ordinary one again, after its lazy copies are gone: then it keeps its memory as it is."""
+    """Make a tensor an ordinary one again. If its lazy copies are gone, its memory does not move."""
     if is_untouched(tensor):
         tensor.data_ptr()
 

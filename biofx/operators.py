@@ -140,17 +140,17 @@ def apply_rule(target: Any, gradient: Tensor, weight: Tensor, *others: Any) -> T
 
 
 def factors_of(
-    target: Any, weights: list[Tensor], others: Sequence[Any], *, one_by_one: bool = False
+    name: str, weights: list[Tensor], others: Sequence[Any], *, one_by_one: bool = False
 ) -> Sequence[Tensor]:
     """The factors by which a gradient hook multiplies the entries of the gradients of some weights.
 
     Args:
-        target: the hook, or its name.
+        name: the name of the hook (`name_of`).
         weights: the weights.
         others: the other arguments of its rule: a list with one tensor for each weight, or what all have in common.
         one_by_one: whether to call the rule for one weight after the other.
     """
-    hook = _HOOKS[target if isinstance(target, str) else name_of(target)]
+    hook = _HOOKS[name]
     if hook.factors is not None and not one_by_one:
         return hook.factors(weights, *others)
     rule = hook.own_rule

@@ -29,6 +29,7 @@ class PlasticWeight:
         step: number of this step, counted from 1.
         by: name of the pass that looks at the weight.
         compiled: whether to compile what a rule does to entries.
+        finite: whether gradients and weights are finite, on a device that is not waited for; else None.
     """
 
     site: WeightSite
@@ -38,6 +39,7 @@ class PlasticWeight:
     step: int
     by: str = ""
     compiled: bool = False
+    finite: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -140,11 +142,12 @@ class PlasticWeight:
         self.forget(mask)
 
     def forget(self, mask: Tensor) -> None:
-        """Let the optimizer remember of some synapses what it does of new ones, as they are stored now.
+        """Reset what the optimizer remembers of some synapses, as if they were new.
 
         Args:
             mask: bool, of the shape of `raw`.
         """
+        mask = mask if self.finite is None else mask & self.finite
         # What is not listed starts from 0: momentum and moments.
         initial = {
             "sum": self.group.get("initial_accumulator_value", 0.0),  # Adagrad

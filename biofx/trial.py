@@ -87,16 +87,21 @@ DEEP = 64  # numbers that are added up in a sketch
 
 
 def sketch(tensor: Tensor) -> Tensor:
-    """Sums of `DEEP` numbers of a tensor each, with random signs: one that differs by d makes a sum differ by d."""
+    """Sums of `DEEP` numbers of a tensor each, times random numbers of at least 1.
+
+    A number that differs by d changes its sum by d or more. The factors are not just signs, under which differences
+    that follow a pattern could cancel.
+    """
     parts = tensor.detach().unbind() if tensor.is_nested else [tensor.detach()]
     return torch.cat([_sketch(part if part.layout is torch.strided else part.to_dense()) for part in parts])
 
 
 def _sketch(tensor: Tensor) -> Tensor:
     flat = tensor.flatten()
-    signs = torch.randint(0, 2, (DEEP,), generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(flat)
+    drawn = torch.randn(DEEP, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factors = (drawn + drawn.sign()).to(flat)
     deep = len(flat) - len(flat) % DEEP
-    return torch.cat([signs @ flat[:deep].view(DEEP, -1), flat[deep:]])
+    return torch.cat([factors @ flat[:deep].view(DEEP, -1), flat[deep:]])
 
 
 def tensors_in(outputs: Any) -> list[Tensor]:

@@ -446,3 +446,8 @@ def test_a_model_with_slots_is_transformed_in_place():
     torch.testing.assert_close(bio(x), y)
     with pytest.raises(biofx.ArgumentError, match="is in __slots__"):
         biofx.fold(bio)
+
+
+def test_an_import_does_not_import_the_compiler():
+    code = "import sys, biofx; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

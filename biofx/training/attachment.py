@@ -193,7 +193,9 @@ class Attachment:
         set_attached(bio, {*sites, *self._learning}, attached=True)
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
-        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        # Rules compile their own arithmetic. A decorator would import the compiler with biofx; optimizers have by now.
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
         self._guarded = _guarded(self, optimizer)
         optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
         record_of(bio).attachments.add(self)
@@ -269,7 +271,6 @@ class Attachment:
         self._update.undo()
         self._step, self._nested = None, 0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # rules compile their own arithmetic
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self._step is not None:
             self._nested += 1
@@ -359,7 +360,6 @@ class Attachment:
             gradient = gradient.clone()
         return PlasticWeight(site, raw, gradient, self.optimizer, step, compiled=self._compiled)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._nested:
@@ -392,7 +392,7 @@ class Attachment:
 
     def _act(self, weights: Sequence[PlasticWeight], finite: dict[torch.device, Tensor], *, before_step: bool) -> None:
         for pass_, names in self._rules:
-            chosen = [replace(w, by=pass_.name) for w in weights if w.name in names]
+            chosen = [replace(w, by=pass_.name, finite=finite.get(w.raw.device)) for w in weights if w.name in names]
             if not chosen or pass_.moment is None or pass_.moment.before_step is not before_step:
                 continue
             _refuse_captured(pass_)

@@ -86,7 +86,7 @@ def _cut(
 
 
 def lines(group: Sequence[Tensor], in_order: bool = False) -> list[Tensor] | None:
-    """Tensors of one weight as vectors that share their memory, numbers as they are; None if that cannot be.
+    """Views of the tensors of one weight as vectors; numbers stay as they are. None where there is no such view.
 
     Args:
         group: the tensors.

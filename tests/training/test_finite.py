@@ -60,8 +60,8 @@ def test_nothing_is_read():
 @pytest.mark.usefixtures("without_waiting")
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_step_that_is_not_finite_is_the_optimizers_alone(value):
-    pipeline = "fuzzy-learning-rates,crystallize,synaptic-scaling{on=weight}"
-    bio, *_, (before, after) = trained(pipeline, broken={1: value}, steps=2)
+    pipeline = "fuzzy-learning-rates,crystallize,synaptic-scaling{on=weight},rejuvenate{dre=1.0}"
+    bio, optimizer, _, (before, after) = trained(pipeline, broken={1: value}, steps=2)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     own = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -75,8 +75,11 @@ def test_a_step_that_is_not_finite_is_the_optimizers_alone(value):
     own.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.data, after[_stored(bio, name)], rtol=0, atol=0, equal_nan=True)
+    for parameter, trained_one in zip(model.parameters(), _parameters(bio), strict=True):
+        found, expected = (o.state[p]["momentum_buffer"] for o, p in ((optimizer, trained_one), (own, parameter)))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     for key in before:
-        if key.endswith("gain"):
+        if key.endswith(("gain", "replaced")):
             assert torch.equal(before[key], after[key])
 
 
