@@ -52,14 +52,14 @@ def train_sharded(rank: int, ranks: int) -> tuple[list[tuple[int, ...]], dict[st
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    bio = biofx.transform(mlp(6, 9, 3), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
+    bio = biofx.transform(mlp(6, 9, 3).double(), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
     placement = biofx.shard_placement(bio)
     mesh = init_device_mesh("cpu", (ranks,))
     for block in (bio[0], bio[2]):
         fully_shard(block, mesh=mesh, shard_placement_fn=placement)
     fully_shard(bio, mesh=mesh, shard_placement_fn=placement)
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
-    for images in torch.randn(4, 16, 6):
+    for images in torch.randn(4, 16, 6, dtype=torch.float64):
         optimizer.zero_grad()
         bio(images).square().sum().backward()
         optimizer.step()
@@ -79,9 +79,9 @@ def test_shards_learn_as_one_process_does_and_none_is_empty(tmp_path):
         port = free.getsockname()[1]
     mp.spawn(work_sharded, args=(3, port, str(tmp_path)), nprocs=3)  # more than there are synapses
     torch.manual_seed(0)
-    bio = biofx.transform(mlp(6, 9, 3), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
+    bio = biofx.transform(mlp(6, 9, 3).double(), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
-    for images in torch.randn(4, 16, 6):
+    for images in torch.randn(4, 16, 6, dtype=torch.float64):
         optimizer.zero_grad()
         bio(images).square().sum().backward()
         optimizer.step()
@@ -89,7 +89,7 @@ def test_shards_learn_as_one_process_does_and_none_is_empty(tmp_path):
         local, values = torch.load(tmp_path / f"{rank}.pt")
         assert all(0 not in shape and shape[0] == 2 for shape in local)
         for name, parameter in bio.named_parameters():
-            torch.testing.assert_close(values[name], parameter.detach(), rtol=2e-5, atol=1e-4)  # in single precision
+            torch.testing.assert_close(values[name], parameter.detach(), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("optimizer_name", ["SGD", "AdamW"])
