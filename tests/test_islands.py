@@ -458,7 +458,7 @@ def test_many_islands_are_found_in_few_traces(monkeypatch):
     monkeypatch.setattr(biofx.capture.modes, "trace", counted)
     bio = biofx.transform(nn.Sequential(*[Branch() for _ in range(20)]), SPLIT)
     assert len(bio.biofx.islands) == 20
-    assert traces == 2
+    assert traces == 3  # one finds them; with and without gradients, two make the graph
 
 
 class AsksForType(nn.Module):
