@@ -43,8 +43,8 @@ def change(
         each: computes the new tensor of one weight, entry by entry: `each(*tensors, **options)`. This is compiled.
         many_: does the same for many weights, in place and in multi-tensor operations: `many_(*lists, **options)`.
         lists: the lists, all of one length.
-        compiled: whether to run `each` as one compiled kernel on vectors of any length. Small tensors are put side by
-            side then: the time to compile does not grow with their number.
+        compiled: whether to run `each` as one compiled kernel on vectors of any length, or on tensors that broadcast.
+            Small tensors are put side by side then: the time to compile does not grow with their number.
         options: what else they take.
     """
     if not compiled:
@@ -53,11 +53,10 @@ def change(
     groups = [list(tensors) for tensors in zip(*lists, strict=True)]
     small = []
     for group in groups:
-        lines = blocks.lines(group) if group[0].numel() >= ALONE else None
-        if lines is None:
+        if group[0].numel() < ALONE:
             small.append(group)
         else:
-            _kernel(each)(*lines, **options)
+            _kernel(each)(*(blocks.lines(group) or group), **options)
     if small:
         firsts = [group[0] for group in small]
         columns = zip(*small, strict=True)

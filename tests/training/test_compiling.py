@@ -43,7 +43,7 @@ def network():
 
 @pytest.mark.parametrize(
     ("pipeline", "optimizer"),
-    [(ALL, torch.optim.SGD), (f"split-synapses{{synapses=3}},{ALL},dales-principle", torch.optim.AdamW)],
+    [(f"{ALL},synaptic-scaling", torch.optim.SGD), (f"split-synapses{{synapses=3}},{ALL},dales-principle", torch.optim.AdamW)],
 )
 def test_the_numbers_are_the_same_to_rounding(pipeline, optimizer):
     x = torch.randn(8, 3, 6, 6)
