@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from biofx.errors import LifecycleError
 from biofx.training import blocks
 
 CPU = 1 << 20  # entries in a block: what is compiled goes over memory once
+VARIANTS = 256  # of a kernel: by hooks, options, dtypes and ranks
 ALONE = 1 << 16  # entries of a weight that is worth a call of its own; smaller ones are put side by side
 
 
@@ -71,7 +74,21 @@ def _kernel(each: Callable[..., Tensor]) -> Callable[..., None]:
     def in_place(first: Tensor, *others: Tensor, **options: Any) -> None:
         first.copy_(each(first, *others, **options))
 
-    return torch.compile(in_place, dynamic=True)
+    compiled = torch.compile(in_place, dynamic=True)
+
+    def run(*tensors: Tensor, **options: Any) -> None:
+        with _many_variants():
+            compiled(*tensors, **options)
+
+    return run
+
+
+def _many_variants() -> AbstractContextManager[None]:
+    """Let a kernel have a variant for each pipeline of a process; after eight, PyTorch would not compile any more."""
+    config: Any = importlib.import_module("torch._dynamo.config")
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    patched: AbstractContextManager[None] = config.patch({limit: VARIANTS})
+    return patched
 
 
 def check_compiler(device: torch.device) -> None:

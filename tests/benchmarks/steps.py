@@ -1,7 +1,7 @@
 """How much longer a training step takes with biofx than without: paired, interleaved runs, medians of ratios.
 
     python tests/benchmarks/steps.py                # the table on CPU cores
-    python tests/benchmarks/steps.py --compile      # with compiled rules
+    python tests/benchmarks/steps.py --compile      # and with compiled rules
     python tests/benchmarks/steps.py --gpu          # on a GPU: ResNet-50, a GPT like GPT-2 small
     python tests/benchmarks/steps.py --rules fuzzy all --models mlp --json steps.json
 
@@ -186,11 +186,12 @@ def measured(
     model, x, y = (MODELS | GPU_MODELS)[name]()
     model, x, y = model.to(device), x.to(device), y.to(device)
     bio = biofx.transform(model, pipeline, example_inputs=(x,))
-    steps = []
-    for each in (copy.deepcopy(model), bio):
+    plain_model = copy.deepcopy(model)
+    steps = [step_of(plain_model, x, y, OPTIMIZERS[optimizer](plain_model.parameters()))]
+    for compile_rules in (False, True)[: 1 + compiled]:
+        each = copy.deepcopy(bio)
         own = OPTIMIZERS[optimizer](each.parameters())
-        if each is bio:
-            biofx.attach(bio, own, compile=compiled)
+        biofx.attach(each, own, compile=compile_rules)
         steps.append(step_of(each, x, y, own))
     for step in steps * 3:
         step()
@@ -198,14 +199,12 @@ def measured(
     copied = [w.clone() for w in weights]
     steps.append(lambda: torch._foreach_copy_(copied, weights))  # as cold as the rules find them
     times = [tuple(seconds(step, device) for step in steps) for _ in range(rounds)]
-    ratios = sorted(bio_time / plain_time for plain_time, bio_time, _ in times)
-    plain, _, copy_time = (statistics.median(column) for column in zip(*times, strict=True))
+    plain, *_, copy_time = (statistics.median(column) for column in zip(*times, strict=True))
+    ratios = [sorted(row[column] / row[0] for row in times) for column in range(1, len(steps) - 1)]
     return {
         "model": name,
         "optimizer": optimizer,
-        "ratio": statistics.median(ratios),
-        "low": ratios[len(ratios) // 4],
-        "high": ratios[3 * len(ratios) // 4],
+        "ratios": [(r[len(r) // 2], r[len(r) // 4], r[3 * len(r) // 4]) for r in ratios],  # eager, compiled
         "floor": 1 + passes * copy_time / 2 / plain,
         "plain_ms": 1e3 * plain,
     }
@@ -233,13 +232,12 @@ def main() -> None:
         rows.append({"rules": rule, **measured(model, *job, compiled=options.compile)})
     where = torch.cuda.get_device_name() if options.gpu else f"{options.threads} CPU threads"
     print(f"torch {torch.__version__}, {where}; step of the transformed model ÷ step of the plain one")
-    print(f"{'model':8}{'optimizer':11}{'rules':32}{'ratio':>7}  {'quartiles':13}{'floor':>6}  {'plain ms':>8}")
+    columns = "".join(f"  {name:18}" for name in ("eager", "compiled")[: 1 + options.compile])
+    print(f"{'model':10}{'optimizer':11}{'rules':30}{columns}{'floor':>6}  {'plain ms':>8}")
     for row in rows:
-        spread = f"{row['low']:.2f}–{row['high']:.2f}"
-        print(
-            f"{row['model']:8}{row['optimizer']:11}{row['rules']:32}{row['ratio']:7.2f}  {spread:13}{row['floor']:6.2f}"
-            f"  {row['plain_ms']:8.1f}"
-        )
+        ratios = "".join(f"  {f'{middle:.2f} ({low:.2f}–{high:.2f})':18}" for middle, low, high in row["ratios"])
+        own = f"{row['model']:10}{row['optimizer']:11}{row['rules']:30}"
+        print(f"{own}{ratios}{row['floor']:6.2f}  {row['plain_ms']:8.1f}")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -43,7 +43,10 @@ def network():
 
 @pytest.mark.parametrize(
     ("pipeline", "optimizer"),
-    [(f"{ALL},synaptic-scaling", torch.optim.SGD), (f"split-synapses{{synapses=3}},{ALL},dales-principle", torch.optim.AdamW)],
+    [
+        (f"{ALL},synaptic-scaling", torch.optim.SGD),
+        (f"split-synapses{{synapses=3}},{ALL},dales-principle", torch.optim.AdamW),
+    ],
 )
 def test_the_numbers_are_the_same_to_rounding(pipeline, optimizer):
     x = torch.randn(8, 3, 6, 6)
@@ -64,6 +67,15 @@ def test_the_number_of_kernels_does_not_grow_with_the_number_of_weights():
         weights_after(model, ALL, torch.randn(4, 8), steps=2, compile=True)
         graphs.append(counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] == graphs[1]
+
+
+def test_any_number_of_pipelines_is_compiled():
+    counters.clear()
+    for power in range(9):
+        tensor = torch.full((8,), 2.0)
+        compiling.change(lambda x, name: x ** len(name), None, [tensor], compiled=True, name="x" * power)
+        assert torch.equal(tensor, torch.full((8,), 2.0**power))
+    assert counters["stats"]["unique_graphs"] == 9
 
 
 def test_no_step_compiles_again():
