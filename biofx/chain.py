@@ -5,13 +5,15 @@ They show the links of the weight's synapses (`biofx.model.synapses`), and are m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from biofx.model.slots import Inserted
 from biofx.model.synapses import State, Synapses, stored_name, stored_parameters, synapses_of
 from biofx.provenance import RECORD, inserted
+
+if TYPE_CHECKING:
+    from biofx.model.slots import Inserted
 
 
 def attribute(root: nn.Module, target: str) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
-from biofx.analysis.understanding import Run, Understanding
 from biofx.chain import number_nodes
 from biofx.compare import difference
 from biofx.errors import PipelineError, VerificationError
@@ -18,10 +18,13 @@ from biofx.model.synapses import stored
 from biofx.model_editor import ModelEditor
 from biofx.provenance import PassRun, record_of
 from biofx.randomness import fixed_defaults
-from biofx.registry import Pass
 from biofx.trial import run_in_eval_mode
 from biofx.verify import verify
 from biofx.weights.sites import find
+
+if TYPE_CHECKING:
+    from biofx.analysis.understanding import Run, Understanding
+    from biofx.registry import Pass
 
 Printer = Callable[[str], object]
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from biofx import randomness
-from biofx.model.synapses import Synapses
 from biofx.noise import Counter
 from biofx.operators import apply_rule, is_hook
 from biofx.signs.constraints import constraint_of
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.model.synapses import Synapses
+    from biofx.weights.sites import WeightSite
 
 
 @dataclass(eq=False)

@@ -11,10 +11,10 @@ import torch
 from torch import fx, nn
 
 from biofx.errors import ArgumentError
-from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import stored_parameters, synapses_in, synapses_of
 
 if TYPE_CHECKING:
+    from biofx.model.slots import Inserted, Slot
     from biofx.training.attachment import Attachment
     from biofx.weights.facts import WeightFacts
 

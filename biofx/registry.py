@@ -10,14 +10,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from biofx.editor import Editor
 from biofx.errors import ArgumentError, PipelineError
 from biofx.model.slots import Slot
-from biofx.model_editor import ModelEditor
-from biofx.plastic_weight import PlasticWeight
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.editor import Editor
+    from biofx.model_editor import ModelEditor
+    from biofx.plastic_weight import PlasticWeight
+    from biofx.weights.sites import WeightSite
 
 
 class Moment(enum.IntEnum):

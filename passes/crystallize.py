@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from biofx.editor import Editor
 from biofx.model.slots import Slot
 from biofx.options import check_integer, check_number
-from biofx.plastic_weight import PlasticWeight
 from biofx.registry import Moment, Pass, register
 from biofx.training.compiling import over_blocks
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.editor import Editor
+    from biofx.plastic_weight import PlasticWeight
+    from biofx.weights.sites import WeightSite
 
 
 @register

@@ -8,23 +8,25 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from biofx.errors import ArgumentError, PipelineError
 from biofx.model.slots import Slot
-from biofx.model_editor import ModelEditor
 from biofx.options import check_choice, check_number
-from biofx.plastic_weight import PlasticWeight
 from biofx.registry import Moment, Pass, register
 from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
 from biofx.signs.scales import hold_scales
-from biofx.units import Population, Reading, Units
 from biofx.weights.facts import NOT_RUN
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.model_editor import ModelEditor
+    from biofx.plastic_weight import PlasticWeight
+    from biofx.units import Population, Reading, Units
+    from biofx.weights.sites import WeightSite
 
 READOUTS = ("all", "excitatory")
 INPUTS = ("free", "excitatory", "mixed")

@@ -8,21 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from biofx import noise
-from biofx.editor import Editor
 from biofx.errors import ArgumentError
 from biofx.model.slots import Slot
 from biofx.operators import observer
 from biofx.options import check_choice, check_integer, check_number
-from biofx.plastic_weight import PlasticWeight
 from biofx.registry import Moment, Pass, register
 from biofx.training.blocks import blocks, wide
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.editor import Editor
+    from biofx.plastic_weight import PlasticWeight
+    from biofx.weights.sites import WeightSite
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 

@@ -6,16 +6,18 @@ $$y_i = \sum_{j \,\in\, \mathrm{group}(i)} f(z_j)$$
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from biofx.editor import Editor
 from biofx.errors import PipelineError
 from biofx.model.slots import Slot
 from biofx.options import check_activation, check_integer
 from biofx.registry import Pass, register
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.editor import Editor
+    from biofx.weights.sites import WeightSite
 
 
 @register

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from biofx.model.slots import Slot
-from biofx.model_editor import ModelEditor
-from biofx.plastic_weight import PlasticWeight
 from biofx.registry import Moment, Pass, register
 from biofx.signs.constraints import constrain, rectify
 from biofx.signs.scales import turn_over
-from biofx.units import Units
 from biofx.weights.facts import NOT_RUN
-from biofx.weights.sites import WeightSite
-from biofx.widening.plan import Widening
 from biofx.widening.search import find_widening
-from biofx.widening.twins import Twins
+
+if TYPE_CHECKING:
+    from biofx.model_editor import ModelEditor
+    from biofx.plastic_weight import PlasticWeight
+    from biofx.units import Units
+    from biofx.weights.sites import WeightSite
+    from biofx.widening.plan import Widening
+    from biofx.widening.twins import Twins
 
 
 @register

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from biofx import noise
-from biofx.editor import Editor
 from biofx.model.slots import Slot
 from biofx.options import check_choice, check_integer, check_number
-from biofx.plastic_weight import PlasticWeight
 from biofx.registry import Moment, Pass, register
 from biofx.training.blocks import blocks, wide
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.editor import Editor
+    from biofx.plastic_weight import PlasticWeight
+    from biofx.weights.sites import WeightSite
 
 EQUAL = 1e-5  # the variance, relative to the mean square, that may come from rounding
 

@@ -6,17 +6,19 @@ $$w_{ij} = \sum_{\gamma=1}^{\Gamma} w_{ij\gamma}$$
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from biofx.chain import attribute
-from biofx.editor import Editor
 from biofx.model.slots import Slot
 from biofx.options import check_activation, check_choice, check_flag, check_integer
 from biofx.registry import Pass, register
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.editor import Editor
+    from biofx.weights.sites import WeightSite
 
 
 @register

@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from biofx.editor import Editor
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
 from biofx.operators import gradient_hook
 from biofx.options import check_number
 from biofx.registry import Pass, register
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.editor import Editor
+    from biofx.weights.sites import WeightSite
 
 
 @register

@@ -7,7 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,14 +16,16 @@ from biofx.analysis.forms import Forms, Read, bias_of
 from biofx.analysis.layouts import CannotFollowError, execute, varies
 from biofx.analysis.operators import COPIES, Kind
 from biofx.analysis.recorder import Recorder, unrecorded
-from biofx.analysis.recording import Operation, Recording, Value
 from biofx.analysis.units import UnitAnalysis
 from biofx.chain import attribute, chain, compute, parameter_nodes
 from biofx.errors import ArgumentError
 from biofx.islands import is_whole
 from biofx.model import running
 from biofx.model.synapses import Synapses, synapses_in, synapses_of
-from biofx.weights.facts import WeightFacts
+
+if TYPE_CHECKING:
+    from biofx.analysis.recording import Operation, Recording, Value
+    from biofx.weights.facts import WeightFacts
 
 USES = "biofx_uses"  # key in `node.meta`
 

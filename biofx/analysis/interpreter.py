@@ -15,9 +15,10 @@ the rules by kind (`rules`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from biofx.analysis.recording import Operation, Recording, Value
+if TYPE_CHECKING:
+    from biofx.analysis.recording import Operation, Recording, Value
 
 Known = TypeVar("Known")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from biofx.analysis.activity import Activity
 from biofx.analysis.numbers import NOBODY
 from biofx.analysis.recording import Depends, Recording
 from biofx.analysis.units import Orientation, UnitAnalysis, maker_of
+
+if TYPE_CHECKING:
+    from biofx.analysis.activity import Activity
 
 
 @dataclass(frozen=True, eq=False)

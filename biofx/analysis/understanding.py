@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,11 +18,9 @@ from biofx.analysis.activity import Activity
 from biofx.analysis.flow import Flow
 from biofx.analysis.forms import Forms, Read
 from biofx.analysis.graphs import as_recorded_graph, shown
-from biofx.analysis.numbers import Population
 from biofx.analysis.operators import Kind
 from biofx.analysis.readings import Reading, Readings
 from biofx.analysis.recorder import Recorder, recording_of
-from biofx.analysis.recording import Operation, Recording
 from biofx.analysis.units import UnitAnalysis
 from biofx.errors import ArgumentError
 from biofx.model.synapses import stored_parameters
@@ -31,6 +29,10 @@ from biofx.randomness import fixed_defaults
 from biofx.trial import is_function, parameters_kept, split_inputs, undisturbed
 from biofx.weights.facts import NOT_A_SYNAPSE, WeightFacts
 from biofx.weights.fitness import why_unfit
+
+if TYPE_CHECKING:
+    from biofx.analysis.numbers import Population
+    from biofx.analysis.recording import Operation, Recording
 
 BY_FUNCTION = "given by a function"
 Run = Callable[[nn.Module], Any]

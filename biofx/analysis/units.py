@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from biofx.analysis.forms import Forms, Read
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
 from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
 from biofx.analysis.operators import Kind
 from biofx.analysis.recording import Depends, Operation, Recording, Value
 from biofx.analysis.rules import Rules, nobody
-from biofx.weights.axes import Axes
 
 if TYPE_CHECKING:
     from torch import fx
+
+    from biofx.analysis.forms import Forms, Read
+    from biofx.weights.axes import Axes
 
 PASSES = 8  # times that numbers are sent through a recording, at most
 

@@ -15,18 +15,20 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.capture.tracing import Trace
 from biofx.chain import attribute
 from biofx.compare import difference, difference_of
 from biofx.islands import WHOLE
 from biofx.lazy_copies import lazy_copy
 from biofx.trial import gradients, parameters_kept, tensors_in, undisturbed
+
+if TYPE_CHECKING:
+    from biofx.capture.tracing import Trace
 
 MORE, FEW = 1.5, 1024  # a graph may save so many times as many numbers as Python, and so many more
 

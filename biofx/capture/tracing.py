@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -17,7 +17,9 @@ from biofx.capture.stores import add_store
 from biofx.capture.tracer import KeepWhole, Tracer, merge_reads
 from biofx.capture.watching import watched
 from biofx.islands import WHOLE, call_python
-from biofx.trial import Change
+
+if TYPE_CHECKING:
+    from biofx.trial import Change
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from biofx.editor import Editor
 from biofx.model.slots import Slot
 from biofx.operators import define_operator
-from biofx.weights.sites import WeightSite
+
+if TYPE_CHECKING:
+    from biofx.editor import Editor
+    from biofx.weights.sites import WeightSite
 
 Function = Callable[[Tensor, Tensor], Tensor]
 

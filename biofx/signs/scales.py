@@ -10,10 +10,10 @@ from torch import fx, nn
 
 from biofx.chain import attribute, original_name
 from biofx.model.synapses import stored
-from biofx.model_editor import ModelEditor
 from biofx.provenance import record_of
 
 if TYPE_CHECKING:
+    from biofx.model_editor import ModelEditor
     from biofx.units import Units
 
 BatchNorm = nn.modules.batchnorm._BatchNorm

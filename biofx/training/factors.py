@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from biofx import noise, operators
-from biofx.model.synapses import Synapses
 from biofx.noise import Counter
 from biofx.training.blocks import Place
+
+if TYPE_CHECKING:
+    from biofx.model.synapses import Synapses
 
 
 @dataclass(frozen=True)

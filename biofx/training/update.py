@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from biofx.model.synapses import Synapses
 from biofx.training import blocks, compiling
 from biofx.training.factors import Hook, Learning, combined, draw, factors, learning_of
 from biofx.training.finite import taken_back
+
+if TYPE_CHECKING:
+    from biofx.model.synapses import Synapses
 
 CLOSE = 0.1  # the relative distance from a weight below which what an optimizer remembers is a copy of the weight
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,8 +17,10 @@ from biofx.model.slots import Slot
 from biofx.model.synapses import Link, Synapses, stored, synapses_of
 from biofx.provenance import inserted, record_of, transformed
 from biofx.references import held_parameters
-from biofx.weights.axes import Axes
 from biofx.weights.facts import HELD, WeightFacts
+
+if TYPE_CHECKING:
+    from biofx.weights.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)

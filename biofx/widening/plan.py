@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from biofx.chain import attribute
 from biofx.editor import Owners, replace_parameter
-from biofx.widening.twins import Twins
+
+if TYPE_CHECKING:
+    from biofx.widening.twins import Twins
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -10,9 +11,11 @@ from torch import fx
 from biofx.analysis.nodes import Nodes
 from biofx.analysis.understanding import Run, recorded
 from biofx.trial import undisturbed
-from biofx.weights.sites import WeightSite
-from biofx.widening.plan import Widening
 from biofx.widening.trial import Trial
+
+if TYPE_CHECKING:
+    from biofx.weights.sites import WeightSite
+    from biofx.widening.plan import Widening
 
 
 def find_widening(bio: fx.GraphModule, sites: dict[str, WeightSite], editable: Collection[str], run: Run) -> Widening:

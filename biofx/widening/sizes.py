@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from biofx.widening.twins import Twins
+if TYPE_CHECKING:
+    from biofx.widening.twins import Twins
 
 SIZES = ("num_features", "num_channels", "num_parameters", "normalized_shape")  # of modules with a parameter per unit
 

@@ -14,21 +14,23 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.analysis.nodes import Nodes
 from biofx.analysis.operators import Kind
 from biofx.chain import attribute, compute
 from biofx.islands import island_path
 from biofx.parts import described, part_of
-from biofx.weights.sites import Call, WeightSite
 from biofx.widening.plan import Widening
 from biofx.widening.sizes import SIZES, own_tensors, scalings, unit_axis, wider_sizes
 from biofx.widening.twins import Twins, adjacent, alike, followed, named, named_twins, refitted, resized_axes
+
+if TYPE_CHECKING:
+    from biofx.analysis.nodes import Nodes
+    from biofx.weights.sites import Call, WeightSite
 
 MOVES = (Kind.LAYOUT, Kind.CONCATENATE)
 NONE: frozenset[str] = frozenset()

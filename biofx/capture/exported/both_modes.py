@@ -10,16 +10,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from biofx.capture.exported.program import Program
 from biofx.capture.modes import ByMode
 from biofx.capture.tracer import StandIn, Tracer, unused_name
 from biofx.parts import Part
+
+if TYPE_CHECKING:
+    from biofx.capture.exported.program import Program
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their children are not all theirs to call
 _CONTIGUOUS = torch.ops.aten.contiguous.default
