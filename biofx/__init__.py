@@ -3,8 +3,10 @@
 from importlib.metadata import version
 
 from biofx import passes
-from biofx.converter import BioConfig, BioConverter
-from biofx.errors import (
+from biofx.analysis.sites import WeightSite, l1, weight_sites
+from biofx.analysis.units import Units, units
+from biofx.analysis.verdict import Verdict
+from biofx.base.errors import (
     ArgumentError,
     BiofxError,
     CaptureError,
@@ -14,16 +16,14 @@ from biofx.errors import (
     PipelineError,
     VerificationError,
 )
-from biofx.export import export
-from biofx.fold import fold
-from biofx.inspection import summary, table, to_networkx
+from biofx.compiler import transform
+from biofx.converter import BioConfig, BioConverter
 from biofx.model.sharding import shard_placement
+from biofx.output.export import export
+from biofx.output.fold import fold
+from biofx.output.inspection import summary, table, to_networkx
+from biofx.rewrite.verification import verify
 from biofx.training.attachment import Attachment, attach, detach
-from biofx.transform import transform
-from biofx.units import Units, units
-from biofx.verdict import Verdict
-from biofx.verify import verify
-from biofx.weights.sites import WeightSite, l1, weight_sites
 
 __version__ = version("biofx")
 

@@ -16,9 +16,9 @@ from tabulate import tabulate
 from torch import nn
 
 import biofx
-from biofx import registry
-from biofx.export import SUFFIXES, TRACED
-from biofx.randomness import generator
+from biofx.base.randomness import generator
+from biofx.output.export import SUFFIXES, TRACED
+from biofx.rewrite import registry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

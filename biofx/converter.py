@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from biofx.analysis.sites import l1, weight_sites
+from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.capture.captured_module import CapturedModule
-from biofx.errors import ArgumentError, LifecycleError
+from biofx.compiler import transform
 from biofx.model.owners import become
-from biofx.plastic_weight import PlasticWeight, scale_learning
-from biofx.provenance import record_of
-from biofx.registry import Pass, registered_passes
+from biofx.model.provenance import record_of
+from biofx.rewrite.registry import Pass, registered_passes
 from biofx.signs.scales import project_scales
+from biofx.training.plastic_weight import PlasticWeight, scale_learning
 from biofx.training.sleeping import use_no_hooks
-from biofx.transform import transform
-from biofx.weights.sites import l1, weight_sites
 
 
 class Distribution(str, enum.Enum):

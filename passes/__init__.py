@@ -1,6 +1,6 @@
 """The mechanisms, one file each; and recipes, which put them together."""
 
-from biofx.editor import Editor
+from biofx.analysis.sites import WeightSite
 from biofx.model.slots import Slot
 from biofx.passes.crystallize import Crystallize
 from biofx.passes.dales_principle import DalesPrinciple
@@ -13,9 +13,9 @@ from biofx.passes.rejuvenate import Rejuvenate
 from biofx.passes.split_synapses import SplitSynapses
 from biofx.passes.synaptic_scaling import SynapticScaling
 from biofx.passes.volume_dependent_learning_rates import VolumeDependentLearningRates
-from biofx.plastic_weight import PlasticWeight
-from biofx.registry import Moment, Pass, recipes, register, register_recipe, registered_passes
-from biofx.weights.sites import WeightSite
+from biofx.rewrite.editor import Editor
+from biofx.rewrite.registry import Moment, Pass, recipes, register, register_recipe, registered_passes
+from biofx.training.plastic_weight import PlasticWeight
 
 register_recipe("hofmann2025", HOFMANN2025)
 register_recipe("cortex", CORTEX)

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from biofx.base.options import check_integer, check_number
 from biofx.model.slots import Slot
-from biofx.options import check_integer, check_number
-from biofx.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, register
 from biofx.training.compiling import over_blocks
 
 if TYPE_CHECKING:
-    from biofx.editor import Editor
-    from biofx.plastic_weight import PlasticWeight
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.editor import Editor
+    from biofx.training.plastic_weight import PlasticWeight
 
 
 @register

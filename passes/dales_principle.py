@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from biofx.errors import ArgumentError, PipelineError
+from biofx.base.errors import ArgumentError, PipelineError
+from biofx.base.options import check_choice, check_number
 from biofx.model.slots import Slot
-from biofx.options import check_choice, check_number
-from biofx.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, register
 from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
 from biofx.signs.scales import hold_scales
 from biofx.weights.facts import NOT_RUN
 
 if TYPE_CHECKING:
-    from biofx.model_editor import ModelEditor
-    from biofx.plastic_weight import PlasticWeight
-    from biofx.units import Population, Reading, Units
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.analysis.units import Population, Reading, Units
+    from biofx.rewrite.model_editor import ModelEditor
+    from biofx.training.plastic_weight import PlasticWeight
 
 READOUTS = ("all", "excitatory")
 INPUTS = ("free", "excitatory", "mixed")

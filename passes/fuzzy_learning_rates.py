@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from biofx import noise
-from biofx.errors import ArgumentError
+from biofx.base import noise
+from biofx.base.errors import ArgumentError
+from biofx.base.options import check_choice, check_integer, check_number
+from biofx.model.operators import observer
 from biofx.model.slots import Slot
-from biofx.operators import observer
-from biofx.options import check_choice, check_integer, check_number
-from biofx.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, register
 from biofx.training.blocks import blocks, wide
 
 if TYPE_CHECKING:
-    from biofx.editor import Editor
-    from biofx.plastic_weight import PlasticWeight
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.editor import Editor
+    from biofx.training.plastic_weight import PlasticWeight
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 

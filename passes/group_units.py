@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from biofx.errors import PipelineError
+from biofx.base.errors import PipelineError
+from biofx.base.options import check_activation, check_integer
 from biofx.model.slots import Slot
-from biofx.options import check_activation, check_integer
-from biofx.registry import Pass, register
+from biofx.rewrite.registry import Pass, register
 
 if TYPE_CHECKING:
-    from biofx.editor import Editor
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.editor import Editor
 
 
 @register

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from biofx.base.options import check_number
 from biofx.model.slots import Slot
-from biofx.options import check_number
-from biofx.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, register
 
 if TYPE_CHECKING:
-    from biofx.editor import Editor
-    from biofx.plastic_weight import PlasticWeight
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.editor import Editor
+    from biofx.training.plastic_weight import PlasticWeight
 
 
 @register

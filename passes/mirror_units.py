@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from biofx.model.slots import Slot
-from biofx.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, register
 from biofx.signs.constraints import constrain, rectify
 from biofx.signs.scales import turn_over
 from biofx.weights.facts import NOT_RUN
 from biofx.widening.search import find_widening
 
 if TYPE_CHECKING:
-    from biofx.model_editor import ModelEditor
-    from biofx.plastic_weight import PlasticWeight
-    from biofx.units import Units
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.analysis.units import Units
+    from biofx.rewrite.model_editor import ModelEditor
+    from biofx.training.plastic_weight import PlasticWeight
     from biofx.widening.plan import Widening
     from biofx.widening.twins import Twins
 

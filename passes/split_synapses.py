@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from biofx.chain import attribute
+from biofx.base.options import check_activation, check_choice, check_flag, check_integer
+from biofx.model.chain import attribute
 from biofx.model.slots import Slot
-from biofx.options import check_activation, check_choice, check_flag, check_integer
-from biofx.registry import Pass, register
+from biofx.rewrite.registry import Pass, register
 
 if TYPE_CHECKING:
-    from biofx.editor import Editor
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.editor import Editor
 
 
 @register

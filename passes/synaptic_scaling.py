@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from biofx.base.options import check_choice, check_integer, check_number
+from biofx.model.operators import observer
 from biofx.model.slots import Slot
-from biofx.operators import observer
-from biofx.options import check_choice, check_integer, check_number
-from biofx.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, register
 
 if TYPE_CHECKING:
-    from biofx.editor import Editor
-    from biofx.plastic_weight import PlasticWeight
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.editor import Editor
+    from biofx.training.plastic_weight import PlasticWeight
 
 STRENGTH = {"gradient": 0.5, "weight": 0.01}
 UNSEEN = -1.0  # the running mean of a unit before the first step

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from biofx.base.options import check_number
+from biofx.model.operators import gradient_hook
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
-from biofx.operators import gradient_hook
-from biofx.options import check_number
-from biofx.registry import Pass, register
+from biofx.rewrite.registry import Pass, register
 
 if TYPE_CHECKING:
-    from biofx.editor import Editor
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.editor import Editor
 
 
 @register

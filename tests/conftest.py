@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from biofx import registry
 from biofx.model.synapses import stored_parameters
+from biofx.rewrite import registry
 from models.small import ZOO
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ import torch
 
 import biofx
 import differential
-from biofx.transform import FRONTENDS
+from biofx.compiler import FRONTENDS
 from differential import RECIPES, Case
 from models.architectures import ARCHITECTURES
 from models.pretrained import PARAMETRIZED, PRETRAINED

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import biofx
-from biofx import noise, passes
+from biofx import passes
+from biofx.base import noise
 from second_device import CPU, SECOND, SecondDevice
 
 PIPELINES = [

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import biofx
-from biofx import passes, registry
+from biofx import passes
 from biofx.model.synapses import stored_parameters
+from biofx.rewrite import registry
 from conftest import gradients, loss, tensors
 from models.small import ZOO, ConvNet, mlp
 

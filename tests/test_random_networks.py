@@ -18,7 +18,7 @@ from torch import nn
 import biofx
 import differential
 from biofx import passes
-from biofx.transform import FRONTENDS
+from biofx.compiler import FRONTENDS
 from differential import DALE, RECIPES
 from models.python_blocks import KINDS
 from models.random_networks import RandomNetwork, plans, python_plans

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from biofx.analysis.interpreter import Interpreter
-from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, TAKES_NUMBERS, Kind, Sign, sign_of
-from biofx.analysis.recording import Depends, Operation, Recording, Value
+from biofx.recording.catalog import PRODUCTS_OF_ENTRIES, TAKES_NUMBERS, Kind, Sign, sign_of
+from biofx.recording.interpreter import Interpreter
+from biofx.recording.operations import Depends, Operation, Recording, Value
 
 WEIGHTED = (Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from biofx.analysis.forms import Form, Forms
-from biofx.analysis.interpreter import Interpreter
-from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, Kind
-from biofx.analysis.recording import Depends, Operation, Recording, Value
+from biofx.recording.catalog import PRODUCTS_OF_ENTRIES, Kind
+from biofx.recording.interpreter import Interpreter
+from biofx.recording.operations import Depends, Operation, Recording, Value
 
 
 class Flow(Interpreter[int]):

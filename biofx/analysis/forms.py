@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, once, varies
-from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, Kind
-from biofx.analysis.recording import Depends, Operation, Recording, Value
+from biofx.recording.catalog import PRODUCTS_OF_ENTRIES, Kind
+from biofx.recording.operations import Depends, Operation, Recording, Value
 from biofx.weights.axes import GROUP, NEITHER, Axes, Factor, Role, factors_of
 
 PRE: Role = (True, False)

@@ -14,17 +14,17 @@ from torch import Tensor, fx, nn
 
 from biofx.analysis.forms import Forms, Read, bias_of
 from biofx.analysis.layouts import CannotFollowError, execute, varies
-from biofx.analysis.operators import COPIES, Kind
-from biofx.analysis.recorder import Recorder, unrecorded
-from biofx.analysis.units import UnitAnalysis
-from biofx.chain import attribute, chain, compute, parameter_nodes
-from biofx.errors import ArgumentError
-from biofx.islands import is_whole
+from biofx.analysis.unit_analysis import UnitAnalysis
+from biofx.base.errors import ArgumentError
 from biofx.model import running
+from biofx.model.chain import attribute, chain, compute, parameter_nodes
+from biofx.model.islands import is_whole
 from biofx.model.synapses import Synapses, synapses_in, synapses_of
+from biofx.recording.catalog import COPIES, Kind
+from biofx.recording.recorder import Recorder, unrecorded
 
 if TYPE_CHECKING:
-    from biofx.analysis.recording import Operation, Recording, Value
+    from biofx.recording.operations import Operation, Recording, Value
     from biofx.weights.facts import WeightFacts
 
 USES = "biofx_uses"  # key in `node.meta`

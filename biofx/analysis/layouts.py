@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from biofx.analysis.recording import Depends, Operation, Value
+from biofx.recording.operations import Depends, Operation, Value
 
 Look = Callable[[Value], Tensor | None]
 """The tensor that takes the place of a value, or None if the value's own numbers do."""

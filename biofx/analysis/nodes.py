@@ -8,10 +8,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from biofx.analysis.operators import COPIES, Kind
-from biofx.analysis.recording import Recording, Value
-from biofx.chain import callee
-from biofx.islands import island_path
+from biofx.model.chain import callee
+from biofx.model.islands import island_path
+from biofx.recording.catalog import COPIES, Kind
+from biofx.recording.operations import Recording, Value
 
 # Of several operators in one node, the kind of the first of these says what the node does.
 _ORDER = (

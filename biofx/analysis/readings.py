@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from biofx.analysis.numbers import NOBODY
-from biofx.analysis.recording import Depends, Recording
-from biofx.analysis.units import Orientation, UnitAnalysis, maker_of
+from biofx.analysis.unit_analysis import Orientation, UnitAnalysis, maker_of
+from biofx.recording.operations import Depends, Recording
 
 if TYPE_CHECKING:
     from biofx.analysis.activity import Activity

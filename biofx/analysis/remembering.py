@@ -8,9 +8,9 @@ from biofx.analysis.activity import Activity
 from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import annotate
 from biofx.analysis.understanding import Understanding, changed_in_training, recorded
-from biofx.islands import is_whole
-from biofx.provenance import record_of
-from biofx.randomness import fixed_defaults
+from biofx.base.randomness import fixed_defaults
+from biofx.model.islands import is_whole
+from biofx.model.provenance import record_of
 from biofx.weights.declared import declared
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from biofx.analysis.forms import Form, Forms, Mixture, Read, bias_of
-from biofx.analysis.recorder import Recorder
-from biofx.analysis.recording import Operation, Recording, Value
+from biofx.recording.operations import Operation, Recording, Value
+from biofx.recording.recorder import Recorder
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, once, varies
 from biofx.analysis.numbers import NOBODY, UnitNumbers
-from biofx.analysis.operators import PRODUCTS_OF_ENTRIES, Kind
-from biofx.analysis.recording import Depends, Operation, Value
+from biofx.recording.catalog import PRODUCTS_OF_ENTRIES, Kind
+from biofx.recording.operations import Depends, Operation, Value
 
 FEW = 16  # different units that merge one by one where values along an axis are joined
 

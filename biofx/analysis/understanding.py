@@ -13,26 +13,26 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.analysis import inputs as guesses
 from biofx.analysis.activity import Activity
 from biofx.analysis.flow import Flow
 from biofx.analysis.forms import Forms, Read
 from biofx.analysis.graphs import as_recorded_graph, shown
-from biofx.analysis.operators import Kind
 from biofx.analysis.readings import Reading, Readings
-from biofx.analysis.recorder import Recorder, recording_of
-from biofx.analysis.units import UnitAnalysis
-from biofx.errors import ArgumentError
+from biofx.analysis.unit_analysis import UnitAnalysis
+from biofx.base.errors import ArgumentError
+from biofx.base.isolation import is_function, parameters_kept, split_inputs, undisturbed
+from biofx.base.randomness import fixed_defaults
+from biofx.model.provenance import is_transformed
 from biofx.model.synapses import stored_parameters
-from biofx.provenance import is_transformed
-from biofx.randomness import fixed_defaults
-from biofx.trial import is_function, parameters_kept, split_inputs, undisturbed
+from biofx.recording import inputs as guesses
+from biofx.recording.catalog import Kind
+from biofx.recording.recorder import Recorder, recording_of
 from biofx.weights.facts import NOT_A_SYNAPSE, WeightFacts
 from biofx.weights.fitness import why_unfit
 
 if TYPE_CHECKING:
     from biofx.analysis.numbers import Population
-    from biofx.analysis.recording import Operation, Recording
+    from biofx.recording.operations import Operation, Recording
 
 BY_FUNCTION = "given by a function"
 Run = Callable[[nn.Module], Any]

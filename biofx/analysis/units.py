@@ -1,371 +1,231 @@
-"""Unit analysis: sends the numbers of units through a recording."""
+"""Units: which unit feeds each presynaptic position of every weight, and who obeys Dale's principle."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
+from tabulate import tabulate
+from torch import Tensor, nn
 
-from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
-from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
-from biofx.analysis.operators import Kind
-from biofx.analysis.recording import Depends, Operation, Recording, Value
-from biofx.analysis.rules import Rules, nobody
+from biofx.analysis.numbers import NOBODY, Population
+from biofx.analysis.readings import Reading
+from biofx.analysis.sites import WeightSite, find
+from biofx.analysis.understanding import Understanding, understand
+from biofx.analysis.verdict import Verdict
+from biofx.base.errors import ArgumentError, NotJudgedError
+from biofx.base.modules import check_module
+from biofx.model.provenance import is_transformed, transformed, unwrapped
+from biofx.weights.facts import NOT_RUN
 
-if TYPE_CHECKING:
-    from torch import fx
+__all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]
 
-    from biofx.analysis.forms import Forms, Read
-    from biofx.weights.axes import Axes
-
-PASSES = 8  # times that numbers are sent through a recording, at most
-
-
-@dataclass(eq=False)
-class Orientation:
-    """The uses of a weight that agree on its axes.
-
-    Attributes:
-        axes: the axes, or None if they cannot be told.
-        reads: the uses.
-    """
-
-    axes: Axes | None
-    reads: list[Read] = field(default_factory=list)
+WIDTH = 100  # of a table
+LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}  # of columns in a wide one
 
 
-@dataclass(slots=True)
-class _Held:
-    """Unit numbers of a tensor, and the numbers of the tensor below it that they were taken from."""
-
-    numbers: Tensor
-    below: Tensor | None = None
-    version: int = 0
-
-
-class UnitAnalysis:
-    """Sends numbers through a recording, again as long as weights find that units are of one class.
-
-    While they travel, numbers are tensors of int64 in the shape of the activation, expanded along axes on which they
-    do not differ. Only tensors whose units reach a weight are looked at.
-
-    Args:
-        recording: the run.
-        forms: the parameters in it, and what reads them.
-        to_weights: whether numbers are followed to the weights that read them, or only to what nodes of a captured
-            graph return that have an operator on weights.
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The units of a network; `biofx.units` makes it, and as a string it is a table.
 
     Attributes:
-        numbers: all numbers that were given.
-        orientations: the uses of each weight, by its name.
-        columns: the units that each use multiplies by each of its columns, shape (positions, units).
-        outputs: the units that each node of a captured graph returns that has an operator on weights.
+        populations: the populations whose units reach a weight; the first is nobody.
+        owner: the index in `populations` of each unit, by its number; 0 for numbers that no unit has any more.
+        classes: the number that stands for all units that need one sign with a unit, by its number.
+        readings: what each weight reads, by the weight's name.
+        scales: the parameters that multiply units on their way to a weight, such as γ of a batch norm, each with the
+            weights that they lead to.
+        sites: the weights.
+        others: why other parameters are no weights.
+        inputs: the inputs with which the model ran, in words.
+        notes: what a reader should know of that run.
     """
 
-    def __init__(self, recording: Recording, forms: Forms, *, to_weights: bool = True) -> None:
-        self.numbers = UnitNumbers()
-        self.outputs: dict[fx.Node, Tensor] = {}
-        self._recording = recording
-        self._forms = forms
-        self._to_weights = to_weights
-        self._held: dict[Value, _Held] = {}
-        self._views: dict[Operation, tuple[Tensor, int, list[Tensor]]] = {}  # numbers of all outputs of one operator
-        self._reads: dict[Operation, list[Read]] = {}
-        self._place = {operation: index for index, operation in enumerate(recording.operations)}
-        self.orientations = self._oriented()
-        self._of_read = {
-            read: (name, i) for name, many in self.orientations.items() for i, o in enumerate(many) for read in o.reads
-        }
-        self.columns: dict[Read, Tensor] = {}
-        self._rules = Rules(self.numbers, self._of, self._place)
-        self._returned = self._returned_by_nodes()
-        self._wanted = self._leading_to_weights()
-        self._of_network = self._touched_by_weights()
-        for _ in range(PASSES):
-            before = self.numbers.representative
-            self._run()
-            for many in self.orientations.values() if to_weights else ():
-                for orientation in many:
-                    self._unite(self.rows(orientation))
-            if self.numbers.representative is before:
-                break
+    populations: tuple[Population, ...]
+    owner: Tensor
+    classes: Tensor
+    readings: dict[str, Reading]
+    scales: dict[str, set[str]]
+    sites: dict[str, WeightSite] = field(repr=False)
+    others: dict[str, str] = field(repr=False)
+    inputs: str
+    notes: list[str]
 
-    # --- what is looked at ---------------------------------------------------------------------------------------
+    @classmethod
+    def of(cls, understood: Understanding, sites: Mapping[str, WeightSite]) -> Units:
+        """The units in what a run told of a model."""
+        readings = {name: reading for name, reading in understood.readings.items() if name in sites}
+        return cls(
+            understood.populations,
+            understood.owner,
+            understood.classes,
+            readings,
+            understood.scales,
+            dict(sites),
+            understood.others,
+            understood.inputs,
+            understood.notes,
+        )
 
-    def _oriented(self) -> dict[str, list[Orientation]]:
-        found: dict[str, list[Orientation]] = {}
-        for read in self._forms.reads:
-            self._reads.setdefault(read.operation, []).append(read)
-            axes = read.axes()
-            known = found.setdefault(read.parameter.name, [])
-            same = next((o for o in known if axes is not None and o.axes is not None and o.axes.agree(axes)), None)
-            if same is None:
-                known.append(same := Orientation(axes))
-            same.reads.append(read)
-        for read in self._forms.computed:
-            self._reads.setdefault(read.operation, []).append(read)
+    def members(self, index: int) -> Tensor:
+        """The numbers of a population's units, in order, by its index in `populations`."""
+        return (self.owner == index).nonzero().flatten()
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """For each weight, whether it obeys Dale's principle, or why that cannot be judged.
+
+        Example:
+            >>> import biofx, torch
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> _ = model[2].weight.data.copy_(torch.tensor([[1.0, 1, 1, 1], [-1, 1, 1, 1]]))
+            >>> {name: verdict.kind for name, verdict in biofx.units(model, torch.randn(1, 3)).verdicts().items()}
+            {'0.weight': 'free', '2.weight': 'breaks'}
+        """
+        mixed = set(self._mixed().tolist())
+        return {name: self._verdict(name, site, mixed) for name, site in self.sites.items()}
+
+    def _verdict(self, name: str, site: WeightSite, mixed: set[int]) -> Verdict:
+        reason = self._why_not_judged(name, site)
+        if reason:
+            return Verdict("not judged", reason=reason)
+        reading = self.readings[name]
+        if bool(reading.is_free.all()):
+            return Verdict("free")
+        count = len(mixed & set(reading.classes[~reading.is_free].tolist()))
+        return Verdict("breaks", mixed=count) if count else Verdict("obeys")
+
+    def _why_not_judged(self, name: str, site: WeightSite) -> str:
+        if name not in self.readings:
+            return site.why_not_judged or NOT_RUN
+        if site.raw.is_meta:
+            return "it is on the meta device, and has no values"
+        return site.why_not_judged or self.readings[name].remark
+
+    def mixed(self) -> Tensor:
+        """The numbers of the units with outgoing weights of both signs, over all weights that read them.
+
+        Inputs are left out: they are no units of the network. If it returns no unit, the model, transformed, folded or
+        any other, obeys Dale's principle in every weight.
+
+        Raises:
+            NotJudgedError: no unit was found to be mixed, but some weights could not be judged; names them, with the
+                reasons. `verdicts` tells what is known of each weight.
+        """
+        found = self._mixed()
+        unjudged = {n: r for n, site in self.sites.items() if (r := self._why_not_judged(n, site))}
+        if not len(found) and unjudged:
+            raise NotJudgedError(unjudged)
         return found
 
-    def _returned_by_nodes(self) -> dict[fx.Node, list[Value]]:
-        """What nodes return that have an operator on weights."""
-        nodes = {operation.node for operation in self._reads if operation.node is not None}
-        found = {node: pytree.tree_leaves(self._recording.nodes.get(node)) for node in nodes}
-        return {node: [x for x in leaves if isinstance(x, Value)] for node, leaves in found.items()}
-
-    def _leading_to_weights(self) -> set[Value]:
-        """The tensors whose units are carried to a weight, or returned by one; those below views stand for them."""
-        wanted = {_below(value) for values in self._returned.values() for value in values}
-        for read in (read for reads in self._reads.values() for read in reads if self._to_weights):
-            wanted.update(_below(v) for v in (read.source, read.output) if v is not None)
-        for operation in reversed(self._recording.operations):
-            if any(_below(v) in wanted for v in (*operation.outputs, *operation.written)):
-                wanted.update(map(_below, self._carried(operation)))
-        return wanted
-
-    def _carried(self, operation: Operation) -> list[Value]:
-        """The operands whose units an operator takes up."""
-        kind, operands = operation.kind, [v for v in operation.operands if v.is_activity]
-        if kind in (Kind.CONSTANT, Kind.UNKNOWN) or operation in self._reads:
-            return []
-        if kind is Kind.ATTENTION:
-            return [operation.argument("value")]
-        if kind is Kind.PRODUCT:
-            return operands[-1:]
-        if kind in (Kind.KEEP, Kind.NORM, Kind.WINDOW, Kind.REDUCE, Kind.ALONG, Kind.CONVOLUTION):
-            return operands[:1]
-        return operands
-
-    # --- one pass ------------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        self._held.clear()
-        self._views.clear()
-        for operation in self._recording.operations:
-            reads = self._reads.get(operation, ())
-            for read in reads if self._to_weights else ():
-                self.columns[read] = columns = self._read_columns(read)
-                self._unite(columns)
-            if not any(_below(v) in self._wanted for v in (*operation.outputs, *operation.written)):
+    def _mixed(self) -> Tensor:
+        positive, negative = (torch.zeros(len(self.classes), dtype=torch.bool) for _ in range(2))
+        for name, reading in self.readings.items():
+            if self._why_not_judged(name, self.sites[name]):
                 continue
-            if not _makes_views(operation):  # whose numbers are taken from the tensor below when they are asked for
-                found = self._after(operation, reads)
-                for output, numbers in zip(operation.outputs, found, strict=True):
-                    self._hold(operation, output, numbers)
-                for value in operation.written:
-                    if value not in operation.outputs:
-                        self._hold(operation, value, found[0] if found else self._unknown(operation, value, 0))
-            if operation.node in self._returned:
-                values = [v for v in self._returned[operation.node] if v in operation.outputs]
-                if operation.node is not None and values:
-                    self.outputs[operation.node] = self._of(values[0])
+            site = self.sites[name]
+            weight = site.outgoing(site.effective().detach()).cpu()
+            neural = ~reading.is_free
+            positive[reading.classes[neural & (weight > 0).any(1)]] = True
+            negative[reading.classes[neural & (weight < 0).any(1)]] = True
+        return (positive & negative).nonzero().flatten()
 
-    def _unite(self, rows: Tensor | None) -> None:
-        """Make one class of what each position of a weight reads, unless it mixes positions."""
-        if rows is not None and rows.shape[1] > 1 and not self.numbers.mix_positions(rows):
-            self.numbers.unite(rows)
+    def __str__(self) -> str:
+        headers = ["weight", "operator", "positions", "presynaptic units", "activity", "note"]
+        notes: dict[str, int] = {}
+        rows = [self._row(name, site, notes) for name, site in self.sites.items()]
+        if not notes:
+            headers, rows = headers[:-1], [row[:-1] for row in rows]
+        lines = tabulate(rows, headers, disable_numparse=True).splitlines()
+        if max(map(len, lines)) > WIDTH:
+            widths = [LIMITS.get(header) for header in headers]
+            lines = tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths).splitlines()
+        table = "\n".join(line.rstrip() for line in lines)
+        texts = [_wrapped(f"[{number}] {note}") for note, number in notes.items()]
+        run = [f"inputs: {self.inputs}"] if self.inputs != "given" else []
+        return "\n\n".join([table, *(["\n".join(texts)] if texts else []), *map(_wrapped, [*run, *self.notes])])
 
-    def rows(self, orientation: Orientation) -> Tensor | None:
-        """The units that each presynaptic position of a weight reads, over all uses; None if there are none to tell."""
-        axes = orientation.axes
-        if axes is None or any(read.source is None or read.others for read in orientation.reads):
-            return None
-        rows: dict[bytes, Tensor] = {}
-        for read in orientation.reads:
-            columns = self.columns[read]
-            placed = torch.zeros(axes.presynaptic_units, columns.shape[1], dtype=torch.int64)
-            placed[read.presynaptic_positions(axes)] = columns
-            rows.setdefault(placed.numpy().tobytes(), placed)
-        return torch.cat(list(rows.values()), 1)
+    def _row(self, name: str, site: WeightSite, notes: dict[str, int]) -> list[str]:
+        reason = self._why_not_judged(name, site)
+        note = f"[{notes.setdefault(f'not judged: {reason}', len(notes) + 1)}]" if reason else ""
+        reading = self.readings.get(name)
+        if reading is None:
+            return [name, site.operator, "", "", "", note]
+        activity = f"any sign ({reading.signed_by})" if reading.signed_by else "≥ 0"
+        units = "" if reason else self.describe(reading.numbers)
+        return [name, site.operator, str(len(reading.numbers)), units, activity, note]
 
-    # --- unit numbers of tensors ---------------------------------------------------------------------------------
-
-    def _of(self, value: Value) -> Tensor:
-        """The unit numbers of a tensor now."""
-        held, below = self._held.get(value), value.view_of
-        if below is None:
-            if held is None:
-                self._held[value] = held = _Held(self._source(value))
-            return held.numbers
-        numbers = self._of(below)
-        if held is None or held.below is not numbers or held.version != numbers._version:
-            self._held[value] = held = _Held(self._seen(value, numbers), numbers, numbers._version)
-        return held.numbers
-
-    def _seen(self, value: Value, below: Tensor) -> Tensor:
-        """The numbers of a view, from those of the tensor below it."""
-        operation = value.producer
-        assert operation is not None
-        index, version = operation.outputs.index(value), below._version
-        known = self._views.get(operation)
-        if known is None or known[0] is not below or known[1] != version:
-            try:
-                found = [compressed(x) for x in execute(operation, lambda v: below if v is value.view_of else None)]
-            except CannotFollowError:
-                found = [self._unknown(operation, v, i) for i, v in enumerate(operation.outputs)]
-            self._views[operation] = known = below, version, found
-        return known[2][index]
-
-    def _source(self, value: Value) -> Tensor:
-        """The numbers of a tensor that no operator of the run made."""
-        if not value.is_activity or value.kind not in ("input", "unknown"):
-            return nobody(value.shape)
-        name, origin = f"input {value.name}", "input"
-        if value.kind == "unknown":
-            name, origin = "a tensor that no operator made", "foreign"
-        return self.numbers.base(maker_of(value), name, origin, value.shape.numel()).view(value.shape)
-
-    def _unknown(self, operation: Operation, value: Value, index: int) -> Tensor:
-        """A unit for each entry of what an operator makes that cannot be followed."""
-        if not value.is_activity or value.shape.numel() > MOST:
-            return nobody(value.shape)
-        origin = "input" if self._is_made_of_inputs(operation) else "unknown"
-        maker = (self._place[operation], index, origin)
-        return self.numbers.base(maker, operation.described, origin, value.shape.numel()).view(value.shape)
-
-    def _is_made_of_inputs(self, operation: Operation) -> bool:
-        """Whether no unit of the network is in what an operator is given."""
-        return operation not in self._reads and not any(_below(v) in self._of_network for v in operation.operands)
-
-    def _touched_by_weights(self) -> set[Value]:
-        """The tensors that a weight had a part in."""
-        touched: set[Value] = set()
-        for operation in self._recording.operations:
-            if operation in self._reads or any(_below(v) in touched for v in operation.operands):
-                touched.update(map(_below, (*operation.outputs, *operation.written)))
-        return touched
-
-    def _hold(self, operation: Operation, value: Value, numbers: Tensor) -> None:
-        """Note the numbers of what an operator returns or changes; what is written into a view is in what is below."""
-        if value.view_of is None:
-            self._held[value] = _Held(numbers)
-            return
-        views = [value]
-        while views[-1].view_of is not None:
-            views.append(views[-1].view_of)
-        root = views.pop()
-        memory = self._of(root)
-        if memory.storage_offset() or not memory.is_contiguous() or memory._base is not None:
-            memory = memory.contiguous().clone()
-            self._held[root] = _Held(memory)
-        target = memory
-        for view in reversed(views):
-            made = view.producer
-            assert made is not None
-            try:
-                target = execute(made, _in_place_of(view.view_of, target))[made.outputs.index(view)]
-            except CannotFollowError:
-                self._held[root] = _Held(self._unknown(operation, root, len(operation.outputs)))
-                return
-        if target.untyped_storage().data_ptr() != memory.untyped_storage().data_ptr():  # numbers lie in another order
-            self._held[root] = _Held(self._unknown(operation, root, len(operation.outputs)))
-            return
-        target.copy_(numbers)
-
-    # --- operators -----------------------------------------------------------------------------------------------
-
-    def _after(self, operation: Operation, reads: Sequence[Read]) -> list[Tensor]:
-        """The unit numbers of what an operator returns."""
-        outputs = operation.outputs
-        if reads:
-            return [self._postsynaptic(operation, reads, v, i) for i, v in enumerate(outputs)]
-        if operation.kind is Kind.CONSTANT or self._is_constant(operation):
-            return [nobody(v.shape) for v in outputs]
-        if not any(v.is_activity for v in operation.operands):
-            return [self._of_integers(operation, v, i) for i, v in enumerate(outputs)]
-        return [
-            self._unknown(operation, v, i) if x is None or x.shape != v.shape else x
-            for i, (v, x) in enumerate(zip(outputs, self._rules(operation), strict=True))
-        ]
-
-    def _is_constant(self, operation: Operation) -> bool:
-        """Whether no unit and no input is in what an operator is given."""
-        if operation.depends is Depends.INPUTS:
-            return False
-        return all(_is_nobody(self._of(v)) for v in operation.operands if v.is_activity)
-
-    def _of_integers(self, operation: Operation, value: Value, index: int) -> Tensor:
-        """Activity that is made of integers is an input; masks are nobody's."""
-        given = [v for v in operation.operands if v.depends is Depends.INPUTS]
-        if all(v.dtype is torch.bool for v in given) or not value.is_activity:
-            return nobody(value.shape)
-        return self._unknown(operation, value, index)
-
-    # --- weights -------------------------------------------------------------------------------------------------
-
-    def _read_columns(self, read: Read) -> Tensor:
-        """The units that a use multiplies by each of its columns, shape (positions, units), without repetitions."""
-        if read.source is None:
-            return torch.zeros(
-                math.prod(n for n, r in zip(read.lengths, read.roles, strict=True) if r[0]), 1, dtype=torch.int64
-            )
-        numbers = self._of(read.source)
-        if read.source.depends is not Depends.INPUTS:
-            numbers = nobody(read.source.shape)
-        axes = [axis % numbers.dim() for axis in read.source_axes]
-        (small,) = once(numbers.movedim(axes, list(range(len(axes)))))
-        shape = [numbers.shape[axis] for axis in axes]
-        rest = small.shape[len(axes) :]
-        columns = small.expand(*shape, *rest).reshape(math.prod(shape), math.prod(rest))
-        if columns.shape[1] > 1:
-            columns = self.numbers.settled(columns)
-            low, high = columns.amin(1, keepdim=True), columns.amax(1, keepdim=True)
-            columns = low if torch.equal(low, high) else columns
-            columns = different_columns(columns)
-        return columns
-
-    def _postsynaptic(self, operation: Operation, reads: Sequence[Read], value: Value, index: int) -> Tensor:
-        """The units that an operator on weights returns."""
-        read = reads[0]
-        if value is not read.output:
-            return nobody(value.shape) if not value.is_activity else self._unknown(operation, value, index)
-        return _placed(self.units_of(read), [axis % len(value.shape) for axis in read.output_axes], value.shape)
-
-    def units_of(self, read: Read) -> Tensor:
-        """The numbers of the postsynaptic units of a use, in order."""
-        name, index = self._of_read.get(read, (", ".join(read.names), 0))
-        axes = self.orientations[name][index].axes if read in self._of_read else None
-        if axes is None:  # each of its uses has units of its own
-            count = math.prod(n for n, role in zip(read.lengths, read.roles, strict=True) if role[1])
-            return self.numbers.base(("use", self._place[read.operation]), name, "weight", count)
-        numbers = self.numbers.base(("weight", name, index), name, "weight", axes.units)
-        return numbers[read.postsynaptic_positions(axes)]
+    def describe(self, numbers: Tensor) -> str:
+        """Units in words, in the order of their first appearance."""
+        owners = self.owner[numbers]
+        parts = []
+        for index in dict.fromkeys(owners.tolist()):
+            mine = numbers[owners == index]
+            count = len(mine.unique())
+            repeated = f" × {len(mine) // count}" if len(mine) > count else ""
+            if len(mine) % count:
+                repeated = f" at {len(mine)} positions"
+            of = f" of {self.populations[index].size}" if count < self.populations[index].size else ""
+            parts.append(f"{count}{of}{repeated}: {self.populations[index].name}")
+        return ",\n".join(parts)
 
 
-def maker_of(value: Value) -> tuple[object, ...]:
-    """What made the units of a tensor that is there before the run: an input of several calls is the same each time."""
-    return (value.kind, value.name, value.shape) if value.kind == "input" else (value.kind, value.index)
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
-def _in_place_of(value: Value | None, tensor: Tensor) -> Callable[[Value], Tensor | None]:
-    return lambda other: tensor if other is value else None
+def units(model: nn.Module, example_inputs: Any = None) -> Units:
+    """Which unit feeds each presynaptic position of every weight. Printed, the result is a table.
+
+    A *unit* is one neuron: a position on the feature axis of an activation, or a channel of a feature map. Columns:
+    the weight and its operator; its presynaptic positions; the units that feed them, by the weight whose outputs they
+    are (`16 × 49` are 16 units with 49 positions each, as after a flatten); whether their activity can be negative, and
+    by which operator; and a note where the units cannot be told.
+
+    The model's own Python runs once, in evaluation mode, and its operators are recorded: loops, caches, and code that
+    no graph holds are followed like anything else. Layouts are executed on the numbers of units. Activations,
+    normalisation, pooling and mixtures such as attention keep units. Units that merge (`a + b`) become the set of both,
+    so a unit keeps its identity over time: a leak, a gate or a running sum of itself makes no new one. What one column
+    of a weight reads, over all its uses and steps, has one sign: `classes` tells which units have to agree. An operator
+    that cannot be followed starts a new population, which all its readers share.
+
+    Args:
+        model: any module: transformed, folded, or any other. It stays as it is.
+        example_inputs: arguments of the model, as for `transform`; or a function that runs the model, for state that is
+            carried from call to call. Without them, arguments that fit are guessed, and shown below the table.
+
+    Raises:
+        ArgumentError: the example inputs do not fit the model, or none were given and none that were tried fit.
+
+    Example:
+        >>> import biofx, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10))
+        >>> print(biofx.units(model, example_inputs=torch.randn(1, 1, 8, 8)))
+        weight    operator    positions    presynaptic units    activity
+        --------  ----------  -----------  -------------------  ----------------------
+        0.weight  conv2d      1            1: input input       any sign (input input)
+        4.weight  linear      36           4 × 9: 0.weight      ≥ 0
+    """
+    wrapped = _as_transformed(model)
+    if wrapped is None:
+        check_module(model)
+    understood = understand(model if wrapped is None else wrapped, example_inputs)
+    if understood is None:
+        raise ArgumentError(f"{type(model).__name__}: {NOT_RUN}")
+    if wrapped is not None:
+        return Units.of(understood, find(wrapped)[0])
+    sites = {name: WeightSite(model, name, facts) for name, facts in understood.weights.items()}
+    return Units.of(understood, sites)
 
 
-def _makes_views(operation: Operation) -> bool:
-    return bool(operation.outputs) and operation.outputs[0].view_of is not None and not operation.written
-
-
-def _below(value: Value) -> Value:
-    """The tensor whose memory a value shares."""
-    while value.view_of is not None:
-        value = value.view_of
-    return value
-
-
-def _is_nobody(numbers: Tensor) -> bool:
-    """Whether numbers are those of nobody, as far as a glance tells."""
-    return not any(numbers.stride()) and bool((numbers[(slice(0, 1),) * numbers.dim()] == NOBODY).all())
-
-
-def _placed(numbers: Tensor, axes: Sequence[int], shape: torch.Size) -> Tensor:
-    """Numbers on some axes of a tensor, in the order of the numbers' axes, expanded along the others."""
-    if not axes:
-        return numbers.reshape([1] * len(shape)).expand(shape)
-    sizes = [shape[axis] for axis in axes]
-    order = sorted(range(len(axes)), key=axes.__getitem__)
-    full = [length if axis in axes else 1 for axis, length in enumerate(shape)]
-    return numbers.reshape(sizes).permute(order).reshape(full).expand(shape)
+def _as_transformed(model: Any) -> Any:
+    """The transformed model in a wrapper, or None if it is another model."""
+    try:
+        bare = unwrapped(model)
+    except ArgumentError:
+        return None
+    return transformed(bare) if is_transformed(bare) else None

@@ -16,17 +16,17 @@ from torch.nn.modules.module import _WrappedHook
 from torch.utils import _pytree as pytree
 
 from biofx.analysis.graphs import USES
+from biofx.base.copying import clones
+from biofx.base.errors import CaptureError, InputError
+from biofx.capture.guards import GUARD
 from biofx.capture.tracer import StandIn
-from biofx.chain import number_nodes, show_all
-from biofx.copying import clones
-from biofx.errors import CaptureError, InputError
-from biofx.forgotten import watch
-from biofx.guards import GUARD
-from biofx.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
 from biofx.model import running
+from biofx.model.chain import number_nodes, show_all
 from biofx.model.checkpoints import readable
+from biofx.model.forgotten_attach import watch
+from biofx.model.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
 from biofx.model.owners import HasSynapses, children_of, list_weights, look_for_synapses, methods_of_containers
-from biofx.provenance import RECORD, is_transformed, record_of
+from biofx.model.provenance import RECORD, is_transformed, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
@@ -50,7 +50,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     """What `biofx.transform` and `biofx.fold` return.
 
     An instance is also one of the model's class: methods, properties and overrides such as `train` stay. Forward runs
-    the graph where it was checked and nothing has changed since (`biofx.guards`), and else the model's Python, with the
+    the graph where it was checked and nothing has changed since (`guards.py`), and else the model's Python, with the
     same effective weights.
 
     A plain `torch.fx.GraphModule` forgets when it is copied or pickled: `meta`, the hooks and the attributes of the
@@ -260,7 +260,7 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 
 def _save_folded(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
     """Save the weights that synapses make, as those of the original model, which its class can load."""
-    from biofx.fold import fold  # which stands on this module
+    from biofx.output.fold import fold  # which stands on this module
 
     model: Any = fold(bio) if is_transformed(bio) else super(type(bio), bio)
     return model.save_pretrained(*args, **kwargs)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.chain import attribute
-from biofx.compare import difference, difference_of
-from biofx.islands import WHOLE
-from biofx.lazy_copies import lazy_copy
-from biofx.trial import gradients, parameters_kept, tensors_in, undisturbed
+from biofx.base.comparison import difference, difference_of
+from biofx.base.isolation import gradients, parameters_kept, tensors_in, undisturbed
+from biofx.base.lazy_copies import lazy_copy
+from biofx.model.chain import attribute
+from biofx.model.islands import WHOLE
 
 if TYPE_CHECKING:
     from biofx.capture.tracing import Trace

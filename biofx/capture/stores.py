@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.islands import WHOLE
+from biofx.model.islands import WHOLE
 
 
 @fx.node.has_side_effect

@@ -18,6 +18,10 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from biofx.base.contents import is_array
+from biofx.base.errors import InputError
+from biofx.base.isolation import LOCK, Draws
+from biofx.base.references import HOOKS
 from biofx.capture.explanation import describe
 from biofx.capture.reparametrized import (
     TRACED_THROUGH,
@@ -26,10 +30,6 @@ from biofx.capture.reparametrized import (
     original_class,
     with_computing_hooks,
 )
-from biofx.contents import is_array
-from biofx.errors import InputError
-from biofx.references import HOOKS
-from biofx.trial import LOCK, Draws
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)

@@ -16,10 +16,10 @@ from biofx.capture.reparametrized import computed_names
 from biofx.capture.stores import add_store
 from biofx.capture.tracer import KeepWhole, Tracer, merge_reads
 from biofx.capture.watching import watched
-from biofx.islands import WHOLE, call_python
+from biofx.model.islands import WHOLE, call_python
 
 if TYPE_CHECKING:
-    from biofx.trial import Change
+    from biofx.base.isolation import Change
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from biofx.contents import is_holder
+from biofx.base.contents import is_holder
 
 Variable = Callable[[], Any]
 """Gives the value of a variable now."""

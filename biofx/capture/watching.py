@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from biofx.trial import Snapshot, unchanged
+from biofx.base.isolation import Snapshot, unchanged
 
 BLOCKS: tuple[type, ...] = (
     torch.no_grad,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biofx.errors import ArgumentError
+from biofx.base.errors import ArgumentError
 from biofx.model.synapses import CHILD, Synapses, child_of
 
 PLAIN = "this looks like a checkpoint of the plain model; load it into that, before transform"

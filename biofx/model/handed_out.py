@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from biofx.errors import ArgumentError
+from biofx.base.errors import ArgumentError
 from biofx.model.running import is_transformed
 
 FOLD = "fold the model first (biofx.fold), and transform the result again"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from biofx.errors import ArgumentError, CaptureError
+from biofx.base.errors import ArgumentError, CaptureError
 from biofx.model import running
 from biofx.model.handed_out import FOLD, LOST, HandedOut
 from biofx.model.synapses import CHILD, Synapses, child_of

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from biofx.model.provenance import transformed
 from biofx.model.synapses import synapses_in
-from biofx.provenance import transformed
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Shard

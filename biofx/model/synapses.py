@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.errors import PipelineError
+from biofx.base.errors import PipelineError
 from biofx.model import running
 from biofx.model.handed_out import Change, handed_out
 from biofx.model.slots import Inserted, Slot

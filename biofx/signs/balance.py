@@ -23,18 +23,18 @@ from torch.utils import _pytree as pytree
 
 from biofx.analysis.forms import Forms, Read
 from biofx.analysis.graphs import as_recorded_graph
-from biofx.analysis.recorder import Recorder, recording_of
-from biofx.analysis.recording import Depends, Recording
 from biofx.analysis.replay import Moment, Replay
+from biofx.analysis.sites import WeightSite, find
 from biofx.analysis.understanding import Run, Understanding, call
-from biofx.chain import attribute
-from biofx.copying import copied
+from biofx.base.copying import copied
+from biofx.model.chain import attribute
+from biofx.recording.operations import Depends, Recording
+from biofx.recording.recorder import Recorder, recording_of
 from biofx.signs.spectrum import balanced_recurrent, singular_entropy, spectral_radius
-from biofx.weights.sites import WeightSite, find
 
 if TYPE_CHECKING:
-    from biofx.model_editor import ModelEditor
-    from biofx.units import Reading, Units
+    from biofx.analysis.units import Reading, Units
+    from biofx.rewrite.model_editor import ModelEditor
 
 LEAST = 8  # synapses of each kind that a row keeps, if it has them: fewer cannot be balanced
 SAMPLES = 256  # in the batch on which net inputs are measured, at most, and

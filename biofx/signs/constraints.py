@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biofx.model.operators import define_operator
 from biofx.model.slots import Slot
-from biofx.operators import define_operator
 
 if TYPE_CHECKING:
-    from biofx.editor import Editor
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.editor import Editor
 
 Function = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx, nn
 
-from biofx.chain import attribute, original_name
+from biofx.model.chain import attribute, original_name
+from biofx.model.provenance import record_of
 from biofx.model.synapses import stored
-from biofx.provenance import record_of
 
 if TYPE_CHECKING:
-    from biofx.model_editor import ModelEditor
-    from biofx.units import Units
+    from biofx.analysis.units import Units
+    from biofx.rewrite.model_editor import ModelEditor
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from biofx.errors import LifecycleError
+from biofx.base.errors import LifecycleError
 from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import Link, State, Synapses
 from biofx.training.update import Update

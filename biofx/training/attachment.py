@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from biofx.errors import ArgumentError, LifecycleError
+from biofx.analysis.sites import WeightSite, find
+from biofx.base.errors import ArgumentError, LifecycleError
+from biofx.base.randomness import fixed_defaults
+from biofx.model.provenance import record_of, transformed
 from biofx.model.synapses import Synapses, stored
-from biofx.plastic_weight import PlasticWeight
-from biofx.provenance import record_of, transformed
-from biofx.randomness import fixed_defaults
-from biofx.registry import Moment, Pass
+from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.signs.scales import project_scales
 from biofx.training.acting import Acting, acting_with
@@ -25,9 +25,9 @@ from biofx.training.compiling import check_compiler
 from biofx.training.counting import Counters, is_captured
 from biofx.training.factors import factors
 from biofx.training.finite import Finite, taken_back
+from biofx.training.plastic_weight import PlasticWeight
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.update import Update
-from biofx.weights.sites import WeightSite, find
 
 
 def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> Attachment:  # noqa: A002 - torch's word

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biofx.errors import LifecycleError
+from biofx.base.errors import LifecycleError
 from biofx.training import blocks
 
 CPU = 1 << 20  # entries in a block: what is compiled goes over memory once

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from biofx import noise, operators
-from biofx.noise import Counter
+from biofx.base import noise
+from biofx.base.noise import Counter
+from biofx.model import operators
 from biofx.training.blocks import Place
 
 if TYPE_CHECKING:

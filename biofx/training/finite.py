@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from biofx.errors import LifecycleError
+from biofx.base.errors import LifecycleError
 from biofx.training import blocks
 from biofx.training.counting import is_captured, on_host
 
 if TYPE_CHECKING:
-    from biofx.plastic_weight import PlasticWeight
+    from biofx.training.plastic_weight import PlasticWeight
 
 HELP = "Lower the learning rate, clip gradients, or use torch.amp.GradScaler in half precision"
 

@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 from torch import fx, nn
 
-from biofx import chain
+from biofx.model import chain
+from biofx.model.operators import is_hook
+from biofx.model.provenance import record_of, transformed
 from biofx.model.synapses import Synapses, synapses_in
-from biofx.operators import is_hook
-from biofx.provenance import record_of, transformed
 
 
 def use_hooks(bio: nn.Module) -> None:

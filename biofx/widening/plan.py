@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from biofx.chain import attribute
-from biofx.editor import Owners, replace_parameter
+from biofx.model.chain import attribute
+from biofx.rewrite.editor import Owners, replace_parameter
 
 if TYPE_CHECKING:
     from biofx.widening.twins import Twins

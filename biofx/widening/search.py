@@ -10,11 +10,11 @@ from torch import fx
 
 from biofx.analysis.nodes import Nodes
 from biofx.analysis.understanding import Run, recorded
-from biofx.trial import undisturbed
-from biofx.widening.trial import Trial
+from biofx.base.isolation import undisturbed
+from biofx.widening.doubling import Trial
 
 if TYPE_CHECKING:
-    from biofx.weights.sites import WeightSite
+    from biofx.analysis.sites import WeightSite
     from biofx.widening.plan import Widening
 
 

@@ -257,12 +257,12 @@ def test_many_layers_with_another_path_in_training_are_found_at_once():
 
     model = nn.Sequential(*[layer for _ in range(30) for layer in (nn.Linear(4, 4), Counts())])
     traces = []
-    original = biofx.capture.trace_modes
+    original = biofx.capture.symbolic.trace_modes
     try:
-        biofx.capture.trace_modes = lambda *args: traces.append(1) or original(*args)
+        biofx.capture.symbolic.trace_modes = lambda *args: traces.append(1) or original(*args)
         bio = biofx.transform(model, SPLIT)
     finally:
-        biofx.capture.trace_modes = original
+        biofx.capture.symbolic.trace_modes = original
     assert len(traces) <= 3
     x = torch.randn(2, 4)
     bio(x)

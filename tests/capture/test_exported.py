@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import biofx
 from biofx import passes
+from biofx.base.isolation import split_inputs
 from biofx.model.synapses import stored_parameters
-from biofx.trial import split_inputs
 from conftest import loss, tensors
 from models import any_python
 from models.architectures import ARCHITECTURES

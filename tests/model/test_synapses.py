@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import biofx
 from biofx import passes
-from biofx.errors import ArgumentError, BiofxError
+from biofx.base.errors import ArgumentError, BiofxError
 from biofx.model.owners import give_synapses, take_synapses
 from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import Link, State, stored, stored_parameters, synapses_in, synapses_of

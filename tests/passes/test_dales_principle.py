@@ -179,9 +179,9 @@ def test_given_signs_hold_and_others_are_drawn():
 
 
 def test_a_pipeline_string_can_give_signs():
-    (pass_,) = biofx.registry.parse("dales-principle{assign={'0.weight': (1, -1, 1)},density=0.2}")
+    (pass_,) = biofx.rewrite.registry.parse("dales-principle{assign={'0.weight': (1, -1, 1)},density=0.2}")
     assert pass_.assign == {"0.weight": (1, -1, 1)}
-    assert biofx.registry.parse(str(pass_)) == [pass_]
+    assert biofx.rewrite.registry.parse(str(pass_)) == [pass_]
 
 
 # --- signs are kept -----------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ from models.small import mlp
 
 
 def test_the_papers_recipe():
-    first, second, third = biofx.registry.parse("hofmann2025")
+    first, second, third = biofx.rewrite.registry.parse("hofmann2025")
     assert first == passes.GroupUnits(size=2)
     assert second == passes.FuzzyLearningRates(nu=0.09, distribution="uniform")
     assert third == passes.Rejuvenate(dre=14.0, rule="threshold", every=1)
 
 
 def test_cortex_has_every_rule_that_preserves_the_function():
-    names = {p.name for p in biofx.registry.parse("cortex")}
+    names = {p.name for p in biofx.rewrite.registry.parse("cortex")}
     assert names == set(passes.registered_passes()) - {"group-units", "dales-principle", "mirror-units"}
 
 

@@ -9,7 +9,8 @@ from scipy import stats
 from torch import nn
 
 import biofx
-from biofx import noise, passes
+from biofx import passes
+from biofx.base import noise
 from biofx.passes.rejuvenate import RULES, turn_over_
 from biofx.training import blocks
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from biofx.randomness import generator
+from biofx.base.randomness import generator
 from biofx.signs.balance import LEAST, SLACK, balanced, scales, sparse
 from models.small import mlp
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from biofx.randomness import generator
+from biofx.base.randomness import generator
 from biofx.signs.spectrum import FEWEST, SMALLEST, balanced_recurrent, singular_entropy, spectral_radius
 
 KINDS = {

@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import biofx
-from biofx.errors import LifecycleError
+from biofx.base.errors import LifecycleError
 from biofx.training import blocks, compiling
 
 ALL = "fuzzy-learning-rates{distribution=lognormal},volume-dependent-learning-rates,crystallize"

@@ -8,7 +8,7 @@ from torch import nn
 from training.test_costs import WAITS, operators_of_a_step
 
 import biofx
-from biofx.errors import LifecycleError
+from biofx.base.errors import LifecycleError
 from biofx.training import finite
 
 RULES = (

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 
 from biofx.capture.modes import ByMode
 from biofx.capture.tracer import StandIn, Tracer, unused_name
-from biofx.parts import Part
+from biofx.model.parts import Part
 
 if TYPE_CHECKING:
     from biofx.capture.exported.program import Program

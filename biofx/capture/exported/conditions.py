@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from biofx.base.errors import CaptureError, InputError
 from biofx.capture.exported.structure import Structure, read
 from biofx.capture.tracer import StandIn
-from biofx.errors import CaptureError, InputError
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,

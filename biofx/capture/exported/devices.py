@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.capture.tracer import StandIn, unused_name
-from biofx.parts import part_of
+from biofx.model.parts import part_of
 
 
 class Device(StandIn):

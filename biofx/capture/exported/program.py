@@ -17,14 +17,14 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shape_config
 from torch.utils.checkpoint import CheckpointFunction
 
+from biofx.base.errors import CaptureError
+from biofx.base.isolation import Draws, Snapshot, parameters_kept
 from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, implied, parsed
 from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.reparametrized import computed_names, taken_hooks
 from biofx.capture.tracer import KeepWhole, StandIn, Tracer
 from biofx.capture.watching import watched
-from biofx.errors import CaptureError
-from biofx.parts import Part
-from biofx.trial import Draws, Snapshot, parameters_kept
+from biofx.model.parts import Part
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 

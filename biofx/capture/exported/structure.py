@@ -12,8 +12,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from biofx.base.errors import CaptureError, InputError
 from biofx.capture.tracer import StandIn
-from biofx.errors import CaptureError, InputError
 
 LITERALS = (tuple, list, dict)  # what a graph can take apart, and return, without a module that does it
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)

@@ -1,0 +1,312 @@
+"""Trials: a model runs, and is afterwards what it was before."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from biofx.base.contents import holders, is_array, is_holder, put_back
+from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
+
+LOCK = threading.RLock()  # all threads share the random number generators, and torch.nn.Module, which tracing patches
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as arguments of a call: a tuple is positional, a dict by keyword, anything else is the first."""
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """The tensors that a model returns in evaluation mode.
+
+    Neither the model's mode and buffers, nor the inputs, nor the global random number generators change.
+
+    Args:
+        model: any module.
+        example_inputs: arguments of the model, as for `transform`.
+    """
+    with parameters_kept(model), undisturbed(model), torch.no_grad():
+        model.eval()
+        if is_function(example_inputs):
+            return tensors_in(example_inputs(model))
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
+        return tensors_in(model(*args, **kwargs))
+
+
+def is_function(example_inputs: Any) -> bool:
+    """Whether example inputs are a function that runs the model."""
+    return callable(example_inputs) and not isinstance(example_inputs, Tensor | nn.Module | dict)
+
+
+def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """What gradients of something that depends on all outputs are like, by the parameter; None if they cannot be had.
+
+    Of each gradient that there is, its sketch (see `sketch`) is kept, and it is freed before the next one is computed.
+    """
+    ends = [output for output in outputs if output.requires_grad]
+    # Not ones: a softmax has no gradient of its sum.
+    starts = [torch.arange(x.numel(), device=x.device).reshape(x.shape).cos().to(x.dtype) for x in ends]
+    sketches: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[Tensor], Tensor | None]:
+        def hook(gradient: Tensor) -> Tensor | None:
+            sketches[name] = sketch(gradient)
+            is_strided = gradient.layout is torch.strided and not gradient.is_nested
+            return gradient.new_zeros(()).expand_as(gradient) if is_strided else None
+
+        return hook
+
+    learned = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    handles = [parameter.register_hook(note(name)) for name, parameter in learned.items()]
+    try:
+        torch.autograd.grad(ends, [*learned.values()], starts, allow_unused=True)
+    except RuntimeError:  # such as an operator that has no gradient
+        return None if ends else {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: sketches[name] for name in learned if name in sketches}
+
+
+DEEP = 64  # numbers that are added up in a sketch
+
+
+def sketch(tensor: Tensor) -> Tensor:
+    """Sums of `DEEP` numbers of a tensor each, times random numbers of at least 1.
+
+    A number that differs by d changes its sum by d or more. The factors are not just signs, under which differences
+    that follow a pattern could cancel.
+    """
+    parts = tensor.detach().unbind() if tensor.is_nested else [tensor.detach()]
+    return torch.cat([_sketch(part if part.layout is torch.strided else part.to_dense()) for part in parts])
+
+
+def _sketch(tensor: Tensor) -> Tensor:
+    flat = tensor.flatten()
+    drawn = torch.randn(DEEP, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factors = (drawn + drawn.sign()).to(flat)
+    deep = len(flat) - len(flat) % DEEP
+    return torch.cat([factors @ flat[:deep].view(DEEP, -1), flat[deep:]])
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """The tensors that a model returns."""
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let a model compute on copies of its buffers while the block runs; restore its attributes and random numbers."""
+    saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
+    buffers_of_all = list(model.buffers())
+    copies = {id(buffer): lazy_copy(buffer) for buffer in buffers_of_all}
+    try:
+        for module, buffers, _ in saved:
+            _put_buffers(module, {name: None if b is None else copies[id(b)] for name, b in buffers.items()})
+        with unchanged(model), torch.random.fork_rng():
+            yield
+    finally:
+        for module, buffers, mode in saved:
+            _put_buffers(module, buffers)
+            module.training = mode
+        copies.clear()
+        for buffer in buffers_of_all:
+            settle(buffer)
+
+
+def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
+    """Make a module's buffers these."""
+    if isinstance(module._buffers, dict):  # a scripted module has no dictionary, and gets and loses none
+        module._buffers.clear()
+    for name, buffer in buffers.items():
+        module._buffers[name] = buffer
+
+
+@contextmanager
+def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[list[Kept]]:
+    """Undo what a forward does to parameters, such as those of a teacher, which follow those of its student.
+
+    Args:
+        model: the model.
+        but: parameters that are to change.
+
+    Yields:
+        The parameters with what they were.
+    """
+    free = set(map(id, but))
+    kept = [Kept.now(p) for p in model.parameters() if not p.is_inference() and id(p) not in free]
+    try:
+        yield kept
+    finally:
+        with torch.no_grad():
+            for parameter in kept:
+                parameter.restore()
+
+
+@dataclass(eq=False)
+class Kept:
+    """A parameter with its memory, its version and its numbers; these take memory if they are written to."""
+
+    parameter: nn.Parameter
+    memory: Tensor
+    version: int
+    value: Tensor | None
+
+    @classmethod
+    def now(cls, parameter: nn.Parameter) -> Kept:
+        """What a parameter is now."""
+        with torch.no_grad():
+            value = lazy_copy(parameter)
+        return cls(parameter, parameter.detach(), parameter._version, value)
+
+    def restore(self) -> None:
+        """Give the parameter back what it has not any more, and forget what it was."""
+        assert self.value is not None
+        if self._is_plain and self._is_other():
+            self.parameter.data = self.memory
+            self.parameter.data.copy_(self.value)  # through `data`: a write that autograd counts has counted already
+        elif not self._is_plain and self.parameter._version != self.version:
+            self.parameter.copy_(self.value)
+        self.value = None
+        settle(self.parameter)
+
+    def is_changed(self) -> bool:
+        """Whether something was written into the parameter, or was put in its place."""
+        return self.parameter._version != self.version or (self._is_plain and self._is_other())
+
+    @property
+    def _is_plain(self) -> bool:
+        memory = self.memory
+        is_tensor = type(memory) is Tensor and memory.layout is torch.strided
+        return is_tensor and not (memory.is_meta or memory.is_nested or memory.is_quantized)
+
+    def _is_other(self) -> bool:
+        """Whether memory or numbers are other ones; no version counts what is written through `data`."""
+        assert self.value is not None
+        now = self.parameter.data
+        is_same = (now.dtype, now.device) == (self.value.dtype, self.value.device) and now.is_set_to(self.memory)
+        return not (is_same and (is_untouched(now) or torch.equal(now, self.value)))
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[Snapshot]:
+    """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace.
+
+    Yields:
+        What the modules held before.
+    """
+    with LOCK:
+        before, draws = Snapshot(model), Draws.now()
+        with torch.random.fork_rng(devices=[]):
+            try:
+                yield before
+            finally:
+                draws.restore()
+                before.restore()
+
+
+class Draws(NamedTuple):
+    """The states of the global random number generators of Python and, if it is imported, of NumPy."""
+
+    python: Any
+    numpy: bytes | None
+
+    @classmethod
+    def now(cls) -> Draws:
+        """What they are now."""
+        if "numpy" not in sys.modules:
+            return cls(random.getstate(), None)
+        from numpy import random as numpy  # which is not imported along with NumPy
+
+        return cls(random.getstate(), pickle.dumps(numpy.get_state(legacy=False)))
+
+    def restore(self) -> None:
+        """Let them draw the same again."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            from numpy import random as numpy
+
+            numpy.set_state(pickle.loads(self.numpy))
+
+
+class Change(NamedTuple):
+    """What a module holds instead of something else, or beside it.
+
+    Attributes:
+        path: the path of the module.
+        name: the attribute.
+        is_assigned: whether the attribute is another one, and not just changed inside.
+    """
+
+    path: str
+    name: str
+    is_assigned: bool
+
+
+class Snapshot:
+    """What modules hold now: their attributes, and what is in lists, dictionaries, sets and plain objects among those.
+
+    Tensors and modules are held as they are: nobody looks at their values.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held: list[tuple[str, str, Any, Any]] = []  # path, attribute, what holds something, and a copy of it
+        self._seen: set[int] = set()
+        for path, module in model.named_modules():
+            self._held.append((path, "", vars(module), dict(vars(module))))
+            for name, value in vars(module).items():
+                if type(value) in (dict, OrderedDict) and not value:  # as most registries of modules are
+                    self._held.append((path, name, value, _EMPTY))
+                elif is_holder(value):
+                    self._held += [(path, name, holder, holder.copy()) for holder in holders(value, self._seen)]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for _, _, holder, content in self._held:
+            if is_array(holder) or holder or content:
+                put_back(holder, content)
+
+    def changes(self) -> Iterator[Change]:
+        """What is something else by now."""
+        for path, attribute, holder, content in self._held:
+            if attribute in _DERIVED:
+                continue
+            if not isinstance(holder, dict):
+                if not _is_same(holder, content):
+                    yield Change(path, attribute, False)
+                continue
+            for key in dict.fromkeys(key for key in [*content, *holder] if key not in _DERIVED):
+                if key not in holder or key not in content or not _is_same(holder[key], content[key]):
+                    name = str(key) if attribute in ("", *_REGISTRIES) else attribute
+                    yield Change(path, name, attribute in ("", "_buffers"))
+
+
+_EMPTY: dict[Any, Any] = {}
+_REGISTRIES = frozenset(vars(nn.Module()))
+_DERIVED = ("_flat_weights", "_flat_weight_refs")  # of recurrent layers, from their parameters
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether a later read of one finds the other."""
+    if a is b:
+        return True
+    if isinstance(a, tuple | list | deque) and type(a) is type(b):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    if is_array(a) and is_array(b):
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
+    return type(a) is type(b) and isinstance(a, int | float | complex | str | bytes | set) and bool(a == b)

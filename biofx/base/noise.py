@@ -1,0 +1,231 @@
+"""Noise: random numbers that follow from a counter: seed, step, purpose, and the place of the entry.
+
+Nothing is stored, and nothing depends on what was drawn before: a part of a tensor, such as the shard of a rank, gets
+the numbers that it has in the whole. On a CPU they are sums of two tables of random numbers, at offsets that are hashes
+of the counter; elsewhere they are hashes of the counter themselves, so that no number has to be moved.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biofx.base.randomness import generator
+
+TABLE, BLOCK = 1 << 22, 1 << 20  # lengths of a table, and of what is read from one place of it
+
+
+@dataclass(frozen=True)
+class Counter:
+    """What the noise of a tensor follows from.
+
+    Attributes:
+        seed: the user's seed, an integer on the tensor's device.
+        steps: the number of the step, an integer on the tensor's device.
+        purpose: who draws: a pass, a weight, and what for.
+        start: the index of the first entry, if the tensor is a part of another one.
+    """
+
+    seed: Tensor
+    steps: Tensor
+    purpose: tuple[str, ...]
+    start: int = 0
+
+    def at(self, start: int) -> Counter:
+        """The counter of the part that begins at an entry."""
+        return replace(self, start=self.start + start)
+
+
+def normal(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bool = False) -> list[Tensor]:
+    """Standard normal numbers of the shape, dtype and device of each tensor, contiguous.
+
+    Args:
+        likes: the tensors, at least one, on one device.
+        counters: the counter of each.
+        compiled: whether to compile what is computed; on a CPU, numbers are read from tables.
+    """
+    if likes[0].device.type == "cpu":
+        return _of_dtype(_sums(likes, counters, _normal_tables), likes)
+    return _split(normal_from_words(likes, counters, compiled=compiled), likes)
+
+
+def uniform(likes: Sequence[Tensor], counters: Sequence[Counter]) -> list[Tensor]:
+    """Numbers in [0, 1), of the shape, dtype and device of each tensor, contiguous; arguments as of `normal`."""
+    if likes[0].device.type == "cpu":
+        sums = _sums(likes, counters, _uniform_tables)
+        torch._foreach_sub_(sums, torch._foreach_floor(sums))
+        return _of_dtype(sums, likes)
+    return _split(uniform_from_words(likes, counters), likes)
+
+
+def pairs(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[list[Tensor], list[Tensor]]:
+    """Two independent normal numbers of variance ½ for each entry, not to be changed; arguments as of `normal`.
+
+    The sum of their squares is exponential, with mean 1, and independent of the ratio between them.
+    """
+    if likes[0].device.type == "cpu":
+        first, second = _read(likes, counters, _normal_tables())
+        return _of_dtype(first, likes), _of_dtype(second, likes)
+    one, two = pairs_from_words(likes, counters)
+    return _split(one, likes), _split(two, likes)
+
+
+def _of_dtype(drawn: list[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
+    return [x.to(like.dtype) for x, like in zip(drawn, likes, strict=True)]
+
+
+# --- On a CPU: tables
+
+
+def _sums(likes: Sequence[Tensor], counters: Sequence[Counter], tables: Callable[[], list[Tensor]]) -> list[Tensor]:
+    return list(torch._foreach_add(*_read(likes, counters, tables())))
+
+
+def _read(
+    likes: Sequence[Tensor], counters: Sequence[Counter], tables: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What stands in each of two tables for the entries of tensors, as views of the tables where that can be."""
+    # One read of the counters for all of them; a number that is read alone costs as much as thousands of entries.
+    seeds, steps = (torch.stack(x).tolist() for x in zip(*((c.seed, c.steps) for c in counters), strict=True))
+    found: tuple[list[Tensor], list[Tensor]] = [], []
+    for like, counter, seed, step in zip(likes, counters, seeds, steps, strict=True):
+        places = [*_places(counter, like.numel(), seed, step)]
+        for which, (table, terms) in enumerate(zip(tables, found, strict=True)):
+            if len(places) == 1:  # one operator for each of many weights
+                terms.append(table.as_strided(like.shape, _strides(like.shape), places[0][0][which]))
+            else:
+                parts = [table[offsets[which] : offsets[which] + length] for offsets, length in places]
+                terms.append(torch.cat(parts).view(like.shape))
+    return found
+
+
+def _places(counter: Counter, count: int, seed: int, step: int) -> Iterator[tuple[tuple[int, int], int]]:
+    """From where in both tables a tensor is read, and how many entries from each place."""
+    place, left = counter.start, count
+    while True:
+        block, inside = divmod(place, BLOCK)
+        length = min(BLOCK - inside, left)
+        first, second = (word % (TABLE - BLOCK) + inside for word in words_of(seed, step, *counter.purpose, block))
+        yield (first, second), length
+        place, left = place + length, left - length
+        if not left:
+            return
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
+
+@functools.cache
+def _normal_tables() -> list[Tensor]:
+    return [torch.randn(TABLE, generator=generator(0, "table", i), device="cpu").mul_(0.5**0.5) for i in (1, 2)]
+
+
+@functools.cache
+def _uniform_tables() -> list[Tensor]:
+    return [torch.rand(TABLE, generator=generator(0, "table", i), device="cpu") for i in (3, 4)]
+
+
+def words_of(*purpose: str | int) -> tuple[int, int]:
+    """Two words of 32 bits that are a hash of a purpose."""
+    digest = hashlib.blake2b(repr(purpose).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+# --- Elsewhere: words
+
+
+def normal_from_words(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bool = False) -> Tensor:
+    """Standard normal numbers as hashes of the counters, by Box and Muller, for all tensors side by side.
+
+    Args:
+        likes: the tensors.
+        counters: the counter of each.
+        compiled: whether to compute them in one compiled kernel, in place of about 50.
+    """
+    return (_compiled(_normal) if compiled else _normal)(*_keys(likes, counters))
+
+
+def pairs_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[Tensor, Tensor]:
+    """Pairs of normal numbers of variance ½ as hashes of the counters, for all tensors side by side."""
+    radius, angle = (_fraction(words) for words in _words(*_keys(likes, counters)))
+    radius, angle = torch.sqrt(-torch.log(radius)), angle * (2 * math.pi)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def uniform_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> Tensor:
+    """Numbers between 0 and 1 as hashes of the counters, for all tensors side by side."""
+    return _fraction(_words(*_keys(likes, counters))[0])
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True)
+
+
+def _normal(*keys: Any) -> Tensor:
+    radius, angle = _words(*keys)
+    return torch.sqrt(-2 * torch.log(_fraction(radius))) * torch.cos(_fraction(angle) * (2 * math.pi))
+
+
+def _keys(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """What words are computed from: two keys of each tensor, where it ends, what its places lack, and all entries."""
+    device = likes[0].device
+    seeds = torch.stack([c.seed for c in counters]).to(torch.int32)
+    steps = torch.stack([c.steps for c in counters]).to(torch.int32)
+    hashes = [tuple(map(_signed, words_of(*c.purpose))) for c in counters]
+    first, second = (_on_device(device, torch.int32, column) for column in zip(*hashes, strict=True))
+    key = _mixed(_mixed(steps + first) ^ seeds)
+    other = _mixed(_mixed(steps ^ second) + key)
+    ends = tuple(itertools.accumulate(like.numel() for like in likes))
+    shifts = tuple(c.start - end + like.numel() for c, end, like in zip(counters, ends, likes, strict=True))
+    return key, other, _on_device(device, torch.int32, ends), _on_device(device, torch.int32, shifts), ends[-1]
+
+
+def _words(key: Tensor, other: Tensor, ends: Tensor, shifts: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Two words for every entry of all tensors, side by side."""
+    index = torch.arange(count, dtype=torch.int32, device=key.device)
+    tensor = torch.bucketize(index, ends, right=True, out_int32=True)
+    index = index + shifts[tensor]
+    word = _mixed(_mixed(index + key[tensor]) ^ other[tensor])
+    return word, _mixed(word + other[tensor])
+
+
+@functools.lru_cache(maxsize=4096)  # so that no step has to copy numbers to the device
+def _on_device(device: torch.device, dtype: torch.dtype, numbers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def _split(flat: Tensor, likes: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([like.numel() for like in likes])
+    return [part.view(like.shape).to(like.dtype) for part, like in zip(parts, likes, strict=True)]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """Words shifted to the right, filled up with zeros."""
+    return (words >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """One round of a hash of 32 bits, each bit of which depends on all bits of the word."""
+    words = (words ^ _shifted(words, 16)) * _signed(0x21F0AAAD)
+    words = (words ^ _shifted(words, 15)) * _signed(0x735A2D97)
+    return words ^ _shifted(words, 15)
+
+
+def _fraction(words: Tensor) -> Tensor:
+    """Numbers between 0 and 1, neither of them included: 23 bits of words."""
+    return _shifted(words, 9).float() * 2**-23 + 2**-24

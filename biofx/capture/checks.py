@@ -1,0 +1,53 @@
+"""Checks of a model before it is copied and captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from biofx.base.errors import ArgumentError
+from biofx.base.modules import check_module
+from biofx.capture.captured_module import RESERVED
+from biofx.model.provenance import RECORD
+
+SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing torch.distributed.fsdp takes long
+
+
+def check(model: Any) -> None:
+    """Refuse what cannot be captured, before anything is copied.
+
+    Raises:
+        ArgumentError: not a module, a wrapped or sharded module, one without Python, one whose parameters have no
+            values yet, or one with an attribute that the result needs for itself.
+    """
+    check_module(model)
+    for path, module in model.named_modules():
+        where = path or "model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ArgumentError(
+                f"{where} is a TorchScript module, which has no Python forward; use the original module"
+            )
+        if not SHARDED.isdisjoint(cls.__name__ for cls in type(module).__mro__):
+            raise ArgumentError(
+                f"{where} is sharded (FSDP); transform the model before that, then shard the result. "
+                "There, what passes do in forward and backward works; rules at optimizer.step() need whole weights"
+            )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise ArgumentError(f"{name} is lazy and has no shape yet; call the model once, then transform it")
+        if tensor.is_meta:
+            raise ArgumentError(f"{name} is on the meta device and has no values; use model.to_empty(device=...) first")
+    if "forward" in vars(model):
+        raise ArgumentError("model.forward was replaced on the instance, and only its class can be traced; subclass it")
+    _check_names(model)
+
+
+def _check_names(model: nn.Module) -> None:
+    own = {*vars(model), *dir(type(model)), *model._parameters, *model._buffers, *model._modules}
+    taken = own & ({RECORD} if isinstance(model, fx.GraphModule) else {RECORD, *RESERVED})
+    if taken:
+        name = min(taken)
+        user = "the record of biofx" if name == RECORD else "the torch.fx.GraphModule that the result is"
+        raise ArgumentError(f'model has an attribute "{name}", a name that {user} needs; rename it')

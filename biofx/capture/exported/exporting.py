@@ -1,0 +1,220 @@
+"""The front end `"export"`: from `torch.export` and example inputs to a graph module that takes over the module tree.
+
+torch.export runs forward on the example inputs and records the dispatcher operators that it calls, so it follows any
+Python. It does so once in training mode and once in evaluation mode; one graph for both comes out (`both_modes`). What
+it assumed about the shapes of inputs is checked in every call (`CheckInputs`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from biofx.base.errors import ArgumentError, CaptureError
+from biofx.base.isolation import split_inputs
+from biofx.base.references import HOOKS
+from biofx.capture.captured_module import CapturedModule, captured
+from biofx.capture.checking import called_with, disagreement
+from biofx.capture.explanation import lines_of
+from biofx.capture.exported.both_modes import Either, merged
+from biofx.capture.exported.conditions import INSTEAD, CheckInputs
+from biofx.capture.exported.devices import follow_device, names_dtype
+from biofx.capture.exported.program import Program, export, read
+from biofx.capture.exported.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
+from biofx.capture.reparametrized import taken_hooks
+from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
+from biofx.model.fingerprint import fingerprint
+from biofx.model.islands import ORIGINAL_HOOKS
+from biofx.model.provenance import RECORD, Record
+
+_OUR_SIDE = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
+
+
+def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
+    """Export a model into a graph module that takes over its module tree.
+
+    Args:
+        model: a checked model (see `biofx.capture.checks.check`); its submodules become those of the result.
+        example_inputs: arguments of forward.
+
+    Returns:
+        A graph module with the class, tree, state, mode and attributes of the model, and the hooks of its root.
+
+    Raises:
+        ArgumentError: the example inputs are missing, or do not fit.
+        CaptureError: the model cannot be exported; says why, and what else to try.
+    """
+    if example_inputs is None:
+        raise ArgumentError('frontend="export" runs the model: it needs example_inputs, such as example_inputs=(x,)')
+    _refuse_hooks(model)
+    given = _bind(model, example_inputs)
+    leaves: list[Tensor] = []
+    inputs = describe((given.args, given.kwargs), leaves)
+    given.apply_defaults()
+    arguments = {name: describe(value, []) for name, value in given.arguments.items()}
+    training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
+    graph, constants = _assembled(model, arguments, leaves, training, evaluation)
+    names = {name: unused_name(model, name) for name in constants}  # free in the model
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in names:
+            node.target = names[node.target]
+    bio = captured(model, graph)
+    vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio)
+    for name, constant in constants.items():
+        bio.register_buffer(names[name], constant, persistent=False)
+    record = Record(model, fingerprint(bio), names.values())
+    record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, StandIn))
+    vars(bio)[RECORD] = record
+    _check(bio, example_inputs)
+    return bio
+
+
+def _check(bio: CapturedModule, example_inputs: Any) -> None:
+    """Refuse a model that computes something else when exported."""
+    run = called_with(*split_inputs(example_inputs))
+    found = disagreement(bio, run, lambda: MethodType(type(bio).forward, bio), bio.original_forward)
+    if found is not None:
+        why = (
+            "Its forward takes decisions, draws random numbers, has side effects, or has gradients of its own "
+            "(a torch.autograd.Function, a hook on a tensor)"
+        )
+        for name, module in bio.named_modules():
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+                why = (
+                    f"{name or 'It'} is a torch.nn.TransformerEncoder, which returns zeros for padding when no "
+                    "gradients are needed; build it with enable_nested_tensor=False"
+                )
+        raise CaptureError(f"{type(bio).__name__} cannot be exported: {found}. {why}, or {INSTEAD}")
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        hooks = [hook for registry in HOOKS for hook in getattr(module, registry).values()]
+        kept = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
+        if name and kept:
+            raise CaptureError(
+                f"{name} ({type(module).__name__}) has hooks, which only run when the module itself is called, and "
+                f"torch.export calls operators; remove them, or {INSTEAD}"
+            )
+
+
+def _bind(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
+    """Example inputs by the name of the argument."""
+    args, kwargs = split_inputs(example_inputs)
+    signature = inspect.signature(model.forward)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+
+
+def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training: bool) -> Program:
+    try:
+        return read(model, export(model, inputs, leaves, training))
+    except CaptureError:
+        raise
+    except (Exception, KeepWhole) as error:
+        raise CaptureError(_explain(model, error, "training" if training else "evaluation")) from error
+
+
+def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
+    """Say in short why torch.export failed, at which line of the user, and what to do."""
+    if isinstance(error, KeepWhole):
+        ((path, why),) = error.reasons.items()
+        why = why.replace("its forward", f"the forward of {path}", 1) if path else why
+        return f"{type(model).__name__} cannot be exported: {why}; {INSTEAD}"
+    message = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:3])[:500]
+    name = "" if type(error).__name__ in ("RuntimeError", "Exception") else f"{type(error).__name__}: "
+    if name == "GuardOnDataDependentSymNode: ":
+        name = "it decides by the values of a tensor, or makes a Python number of them: "
+        message = message.partition(" (unhinted")[0]
+    of_user = [line for line in lines_of(error) if line.text and line.module.partition(".")[0] not in _OUR_SIDE]
+    return "\n".join(
+        [
+            f"{type(model).__name__} cannot be exported in {mode} mode: {name}{message}",
+            *(f"  in {where}" for where in _running_modules(model, error)[-1:]),
+            *(f"  at {line.file}:{line.number}: {line.text}" for line in of_user[-1:]),
+            f"  {INSTEAD[0].upper()}{INSTEAD[1:]}.",
+        ]
+    )
+
+
+def _running_modules(model: nn.Module, error: BaseException) -> list[str]:
+    """The modules whose methods an error passed through, the innermost last; without the model itself."""
+    names = {id(module): f"{path} ({type(module).__name__})" for path, module in model.named_modules() if path}
+    owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [names[id(owner)] for owner in owners if id(owner) in names]
+
+
+def _assembled(
+    model: nn.Module, arguments: dict[str, Structure], leaves: list[Tensor], training: Program, evaluation: Program
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The graph for both modes, with the signature of forward, and with what it returns."""
+    body, constants, results = merged(model, training, evaluation)
+    graph = fx.Graph(tracer_cls=Tracer)
+
+    def add_module(name: str, module: StandIn) -> str:
+        name = unused_name(model, name)
+        model.add_module(name, module.train(model.training))
+        return name
+
+    placeholders = _placeholders(graph, model.forward, arguments)
+    names = [leaf for name, structure in arguments.items() for leaf in leaf_names(structure, name)]
+    check = CheckInputs(arguments, names, leaves, training.conditions, evaluation.conditions)
+    graph.call_module(add_module("check_inputs", check), tuple(placeholders[name] for name in arguments))
+    sources: list[fx.Node] = []
+    for name, structure in arguments.items():
+        sources += unpacked(graph, structure, placeholders[name], add_module)
+    copies = dict(zip(body.find_nodes(op="placeholder"), sources, strict=True))
+    graph.graph_copy(body, copies)
+    returned = [fx.map_arg(tuple(values), copies.__getitem__) for values in results]
+    if training.outputs == evaluation.outputs:
+        chosen = [_either(graph, t, e, add_module) for t, e in zip(*returned, strict=True)]
+        graph.output(packed(graph, training.outputs, iter(chosen), add_module))
+    else:
+        values = [
+            packed(graph, program.outputs, iter(found), add_module)
+            for program, found in zip((training, evaluation), returned, strict=True)
+        ]
+        graph.output(_either(graph, values[0], values[1], add_module))
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    if like is not None:
+        follow_device(model, graph, like.device)
+        check.follow_dtype(like, names_dtype(model, graph, like.dtype))
+    return graph, constants
+
+
+def _either(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, StandIn], str]) -> Any:
+    if t is e or (type(t) is type(e) and isinstance(t, CONSTANTS) and t == e):
+        return t
+    return graph.call_module(add_module("either", Either()), (t, e))
+
+
+def _placeholders(graph: fx.Graph, forward: Callable[..., Any], arguments: dict[str, Structure]) -> dict[str, fx.Node]:
+    """The arguments of forward, with their defaults, in the order in which torch.fx traces them."""
+    result = {}
+    keyword_only = []
+    parameters = inspect.signature(forward).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in sorted(parameters.items(), key=lambda item: item[1].kind in variadic):
+        stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else stars
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            keyword_only.append(name)
+        default = () if parameter.default is parameter.empty else (parameter.default,)
+        if default and not isinstance(default[0], CONSTANTS):
+            raise CaptureError(
+                f"the default of the argument {name} of forward is a {type(default[0]).__name__}, "
+                f"which the signature of a graph cannot have; {INSTEAD}"
+            )
+        node = graph.create_node("placeholder", f"{stars}{name}", args=default, name=name)
+        node.meta["nn_module_stack"] = {}
+        result[name] = node
+    if keyword_only:
+        graph.set_codegen(KeywordOnly(keyword_only))
+    return result

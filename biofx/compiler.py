@@ -1,0 +1,325 @@
+"""`biofx.transform`: capture, then the pipeline."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from biofx.analysis.remembering import remember
+from biofx.analysis.sites import find
+from biofx.analysis.understanding import Run, Understanding, understand
+from biofx.base.comparison import difference
+from biofx.base.copying import copied
+from biofx.base.errors import ArgumentError, CaptureError
+from biofx.base.isolation import is_function, run_in_eval_mode
+from biofx.base.references import enclosed
+from biofx.capture import symbolic
+from biofx.capture.captured_module import REGISTRIES
+from biofx.capture.checking import running
+from biofx.capture.checks import check
+from biofx.capture.exported import exporting
+from biofx.capture.guards import GUARD, Guard, Structure, structure
+from biofx.model.islands import is_whole
+from biofx.model.owners import release, why_not
+from biofx.model.provenance import is_transformed, record_of, transformed
+from biofx.model.synapses import Synapses, stored_parameters, synapses_in
+from biofx.rewrite import pipeline
+from biofx.rewrite.registry import Pass, as_passes
+from biofx.training.sleeping import use_hooks
+from biofx.weights.declared import declared
+
+FRONTENDS: dict[str, Callable[[nn.Module, Any, Collection[str], Run | None], fx.GraphModule]] = {
+    "symbolic": symbolic.capture,
+    "module": lambda model, example_inputs, synapses, run: symbolic.capture_whole(model),
+    "export": lambda model, example_inputs, synapses, run: exporting.capture(model, example_inputs),
+}
+
+
+def transform(
+    model: nn.Module,
+    passes: Sequence[Pass] | str,
+    *,
+    example_inputs: Any = None,
+    frontend: str = "symbolic",
+    exclude: str | Collection[str] = (),
+    seed: int = 0,
+    inplace: bool = False,
+    verify: bool = True,
+    print_between: pipeline.Printer | bool | None = None,
+) -> fx.GraphModule:
+    """Compile a model into one with biological synapses.
+
+    The result is a `GraphModule` that trains in any PyTorch loop. The model is traced, each pass rewrites every weight
+    (see `biofx.weight_sites`), and the graph is verified after each pass. Mode, dtype and device stay as they are.
+
+    A module whose forward cannot be traced (it decides by values, iterates over them, has hooks …), or whose graph does
+    not compute the same, becomes an *island*: its own Python forward is called, with the weights inside of it
+    rewritten. `biofx.summary` names each island with the reason. Passes that need an operator's output, such as
+    `GroupUnits`, leave weights in islands alone.
+
+    The model's Python is the truth. Its graph is checked against it, in two calls in each mode that forward tells
+    apart, on the example inputs or on guessed ones. The graph runs on arguments of the same types and numbers of axes,
+    as long as modules, their attributes and their hooks are what they were; else the Python runs, with the same
+    effective weights. Where a pass or an edit of the graph makes the difference, what has changed is an error instead.
+
+    Args:
+        model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
+        passes: pass objects; a pipeline string such as `"split-synapses{synapses=4},fuzzy-learning-rates"`; or the
+            name of a recipe. The order does not matter: passes run from the operator inwards.
+        example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`; or
+            a function that runs the model, once or several times, with state carried from call to call. The model runs
+            on them, which tells whose units each weight reads. The graph, and every pass that preserves the function,
+            are checked on them. Without them, arguments that fit are guessed (`summary` shows which); if none is found,
+            the Python runs.
+        frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands.
+            `"module"`: the whole model is one island, so that all of its Python code stays and only weights change, as
+            for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which
+            follows any Python whose decisions do not depend on values. The graph consists of dispatcher operators; it
+            takes other sizes of batch, and checks what else it assumes of its arguments. Arguments that are no tensors,
+            and dtypes that forward asks for, are those of the example inputs.
+        exclude: glob patterns over parameter names; matching weights are left alone.
+        seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
+            no other layer's draw. The global random number generators are neither read nor moved.
+        inplace: use the parameters and submodules of `model` instead of copies. They belong to the result, so `model`
+            must not be used afterwards. Build the optimizer afterwards: a pass may replace parameters.
+        verify: check all invariants after each pass (`biofx.verify`).
+        print_between: a function that gets the graph as text after each pass; `True` prints it.
+
+    Returns:
+        The transformed model. `biofx.summary` shows what became of every weight; `meta["biofx"]` says which passes ran,
+        with their options and times.
+
+    Raises:
+        ArgumentError: an argument that cannot be meant, or a model without weights.
+        CaptureError: the model cannot be copied, or be the base of a class; or `torch.export` cannot capture it; or it
+            computes something else when captured. Says what else to try.
+        PipelineError: unknown passes or options, or passes that exclude each other.
+        VerificationError: a pass broke an invariant.
+        If it raises, `model` is as it was.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> bio = biofx.transform(model, [passes.SplitSynapses(synapses=4), passes.FuzzyLearningRates(nu=0.16)])
+        >>> x = torch.randn(5, 4)
+        >>> torch.allclose(bio(x), model(x), atol=1e-6)
+        True
+    """
+    chosen = as_passes(passes)
+    if frontend not in FRONTENDS:
+        raise ArgumentError(f"frontend must be one of {', '.join(map(repr, FRONTENDS))}, got {frontend!r}")
+    seed, patterns, printer = _seed(seed), _patterns(exclude), _printer(print_between)
+    again = is_transformed(model)
+    if again:
+        transformed(model)
+    else:
+        check(model)
+    if again and inplace and record_of(model).attached:
+        raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
+    _refuse_transformed_children(model)
+    with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
+        source = model if inplace else _copy(model)
+        expected = None if example_inputs is None else _outputs(source, example_inputs)
+        understood = understand(source, example_inputs)
+        old: Guard | None = vars(source).pop(GUARD, None)  # of an earlier transform
+        if again:
+            bio = source
+        else:
+            concrete = example_inputs if understood is None or not is_function(example_inputs) else understood.arguments
+            weights = declared(source)[0] if understood is None else understood.weights
+            bio = FRONTENDS[frontend](source, concrete, weights, None if understood is None else understood.run)
+        assert isinstance(bio, fx.GraphModule)
+        remember(bio, understood)
+        if not record_of(bio).by_hand:
+            use_hooks(bio)  # a copy of an attached model has no optimizer
+        if expected is not None and bio is not source:
+            _check_outputs(bio, example_inputs, expected)
+        excluded = _excluded(bio, patterns)
+        _check_weights(bio, excluded)
+        outputs = pipeline.run(bio, chosen, excluded, seed, understood, check=verify, print_between=printer)
+        if not is_whole(bio):
+            guard = Guard(bio, _checked(frontend, understood) if old is None else old.structures)
+            if understood is not None and not guard.needs_graph:
+                _check_python(bio, understood.run, outputs)
+            vars(bio)[GUARD] = guard
+    return bio
+
+
+def _checked(frontend: str, understood: Understanding | None) -> frozenset[Structure] | None:
+    """The structures of the arguments on which a graph was checked; None if it tells by itself which it takes."""
+    if frontend == "export" or (understood is not None and not understood.is_one_call):
+        return None
+    call = None if understood is None else understood.recording.first_call
+    return frozenset() if call is None else frozenset({structure(*call)})
+
+
+def _seed(seed: Any) -> int:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= int(seed) < 2**63:
+        raise ArgumentError(f"seed must be a 64-bit integer, got {seed!r}")
+    return int(seed)
+
+
+def _patterns(exclude: Any) -> tuple[str, ...]:
+    patterns = (exclude,) if isinstance(exclude, str) else exclude
+    if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ArgumentError(f"exclude must be a glob pattern or a list of them, got {exclude!r}")
+    return tuple(patterns)
+
+
+def _printer(print_between: Any) -> pipeline.Printer | None:
+    if print_between is None or isinstance(print_between, bool):
+        return print if print_between else None
+    if not callable(print_between):
+        raise ArgumentError(f"print_between must be True or a function of one string, got {print_between!r}")
+    return print_between  # type: ignore[no-any-return]
+
+
+def _refuse_transformed_children(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module is not model and is_transformed(module):
+            raise ArgumentError(
+                f"{name} was transformed before, as a model of its own; "
+                f"transform the whole model at once, or fold {name} first"
+            )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    found = enclosed(model)
+    if found is not None:
+        raise CaptureError(
+            f"{found[0]} of {type(model).__name__} is or holds a function that refers to {found[1]} itself, and would "
+            "do so in a copy; transform it with inplace=True, or make the function a method"
+        )
+    try:
+        return copied(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied: {error}; transform it with inplace=True"
+        ) from error
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Give a model that is changed in place its tensors, children, classes and graph back if the block raises."""
+    saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
+    # Passes put others in the place of weights, but write into biases, scales and statistics.
+    values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers()) if _is_vector(x)]
+    classes = [(m, type(m)) for m in model.modules()]
+    synapses = [(s, s.links, dict(s.users), s.rewired) for s in synapses_in(model).values()]
+    graph: fx.Graph | None = None
+    guard = vars(model).get(GUARD)
+    if is_transformed(model) and isinstance(model, fx.GraphModule):
+        graph, record = model.graph, record_of(model)
+        fields = {k: copy.copy(v) for k, v in vars(record).items()}
+        model.graph = copy.deepcopy(graph)
+    try:
+        yield
+    except BaseException:
+        for module, contents, mode in saved:
+            for registry, content in contents.items():
+                getattr(module, registry).clear()
+                getattr(module, registry).update(content)
+            module.training = mode
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+        for each, links, users, rewired in synapses:
+            each.links, each.users, each.rewired = links, users, rewired
+        for module, cls in classes:
+            if type(module) is not cls:
+                release(module)
+        if graph is not None and isinstance(model, fx.GraphModule):
+            vars(record).update(fields)
+            if guard is not None:
+                vars(model)[GUARD] = guard
+            model.graph = graph
+        raise
+
+
+def _is_vector(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and tensor.dim() < 2
+
+
+def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
+    try:
+        return run_in_eval_mode(model, example_inputs)
+    except Exception as error:
+        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+
+
+def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
+    found = difference(expected, run_in_eval_mode(bio, example_inputs))
+    if found is None:
+        return
+    raise CaptureError(
+        f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
+        'random numbers or has side effects that a graph does not hold; transform it with frontend="module"'
+    )
+
+
+def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor] | None) -> None:
+    """Refuse a model whose Python, with weights that have synapses, does not compute what its graph does.
+
+    Args:
+        bio: the model.
+        run: runs it.
+        graph: what its graph returns, if that is known.
+    """
+    if graph is None:
+        graph, again = (run_in_eval_mode(bio, run) for _ in range(2))
+        if difference(graph, again) is not None:  # a generator of its own draws random numbers
+            return
+    python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
+    try:
+        with running(bio, python):
+            found = difference(graph, run_in_eval_mode(bio, run))
+    except Exception as error:
+        raise CaptureError(_why_python_differs(bio, f"it fails: {error}")) from error
+    if found is not None:
+        raise CaptureError(_why_python_differs(bio, found))
+
+
+def _why_python_differs(bio: fx.GraphModule, found: str) -> str:
+    return (
+        f"the Python of {type(bio).__name__} does not compute what its graph does, now that weights have synapses: "
+        f"{found}. It may take parameters from get_parameter() or _parameters, where there is what is stored; read "
+        "them as attributes, or exclude them"
+    )
+
+
+def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
+    canonical = {id(p): name for name, p in stored_parameters(bio)}
+    result = {
+        canonical[id(parameter)]: reason
+        for owner in bio.modules()
+        for key, parameter in owner._parameters.items()
+        if id(parameter) in canonical and not isinstance(owner, Synapses) and (reason := why_not(owner, key))
+    }
+    names = {name: canonical[id(p)] for name, p in stored_parameters(bio, remove_duplicate=False)}
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise ArgumentError(
+                f'exclude pattern "{pattern}" matches no weight; the model has {", ".join(find(bio)[0]) or "none"}'
+            )
+        result.update({names[match]: f'excluded by pattern "{pattern}"' for match in matches})
+    return result
+
+
+def _check_weights(bio: fx.GraphModule, excluded: dict[str, str]) -> None:
+    sites, others = find(bio)
+    if not sites:
+        reasons = "".join(f"\n  - {name}: {reason}" for name, reason in others.items()) or " it has no parameters"
+        raise ArgumentError(f"{type(bio).__name__} has no weight that biofx can give synapses:{reasons}")
+    if not set(sites) - set(excluded):
+        reasons = "".join(f"\n  - {name}: {excluded[name]}" for name in sites)
+        raise ArgumentError(f"no weight is left to transform:{reasons}")

@@ -1,0 +1,185 @@
+"""Chains: the nodes between the `get_attr` of a weight and the operator that consumes it.
+
+They show the links of the weight's synapses (`biofx.model.synapses`), and are made from these.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from biofx.model.provenance import RECORD, inserted
+from biofx.model.synapses import State, Synapses, stored_name, stored_parameters, synapses_of
+
+if TYPE_CHECKING:
+    from biofx.model.slots import Inserted
+
+
+def attribute(root: nn.Module, target: str) -> Any:
+    """The attribute that a `get_attr` node reads."""
+    value: Any = root
+    for atom in target.split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def parameter_nodes(bio: fx.GraphModule) -> dict[str, fx.Node]:
+    """The one `get_attr` node of every stored parameter that the graph reads, by its name in the original model."""
+    nodes = {node.target: node for node in bio.graph.find_nodes(op="get_attr")}
+    targets = {name: stored_name(bio, name) for name, _ in stored_parameters(bio)}
+    return {name: nodes[target] for name, target in targets.items() if target in nodes}
+
+
+def original_name(bio: nn.Module, node: fx.Node) -> str:
+    """The name in the original model of the parameter that a `get_attr` node reads."""
+    path, _, _ = str(node.target).rpartition(".")
+    try:
+        is_stored = path != "" and isinstance(bio.get_submodule(path), Synapses)
+    except AttributeError:  # it was removed
+        is_stored = False
+    return path.removesuffix("_synapses") if is_stored else str(node.target)
+
+
+def chain(start: fx.Node) -> list[fx.Node]:
+    """The chain that begins at the `get_attr` of a parameter: that node, and then the inserted ones in order."""
+    nodes = [start]
+    while True:
+        following = [n for n in nodes[-1].users if _is_link(n, nodes[-1])]
+        if len(following) != 1:
+            return nodes
+        nodes.append(following[0])
+
+
+def _is_link(node: fx.Node, previous: fx.Node) -> bool:
+    origin = inserted(node)
+    return origin is not None and origin.slot.on_chain and node.op != "get_attr" and node.args[0] is previous
+
+
+def show(start: fx.Node, target: str, synapses: Synapses) -> None:
+    """Draw the links of a weight into the graph, in place of those that are there.
+
+    Args:
+        start: the node of the weight.
+        target: the name of what the synapses store.
+        synapses: its synapses.
+    """
+    start.target = target
+    old = chain(start)
+    readers = [user for user in old[-1].users if user not in old]
+    for reader in readers:
+        reader.replace_input_with(old[-1], start)
+    _erase(old[1:])
+    end = start
+    for link in synapses.acting:
+        args = tuple(state_node(start, a.key, link.origin) if isinstance(a, State) else a for a in link.args)
+        latest = max([end, *(arg for arg in args if isinstance(arg, fx.Node))])  # nodes compare by their place
+        with start.graph.inserting_after(latest):
+            end = start.graph.call_function(link.target, (end, *args))
+        end.meta[RECORD] = link.origin
+    for reader in readers:
+        reader.replace_input_with(start, end)
+
+
+def show_all(bio: fx.GraphModule) -> None:
+    """Draw the links of all weights that the graph does not show as they act now."""
+    has_changed = False
+    for name, start in parameter_nodes(bio).items():
+        synapses = synapses_of(bio, name)
+        if synapses is not None and not _shows(start, synapses):
+            show(start, stored_name(bio, name), synapses)
+            has_changed = True
+    if has_changed:
+        number_nodes(bio)
+
+
+def _shows(start: fx.Node, synapses: Synapses) -> bool:
+    """Whether the chain of a weight is what acts now."""
+    drawn = [(n.target, tuple(a for a in n.args[1:] if not isinstance(a, fx.Node))) for n in chain(start)[1:]]
+    return drawn == [(ln.target, tuple(a for a in ln.args if not isinstance(a, State))) for ln in synapses.acting]
+
+
+def hide(start: fx.Node, name: str) -> None:
+    """Let a graph read a plain parameter in the place of a chain.
+
+    Args:
+        start: the node of the weight.
+        name: the parameter's name.
+    """
+    links = chain(start)[1:]
+    if links:
+        links[-1].replace_all_uses_with(start)
+    _erase(links)
+    start.target = name
+
+
+def _erase(links: list[fx.Node]) -> None:
+    for node in reversed(links):
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in sources:
+            if source.op == "get_attr" and inserted(source) is not None and not source.users:
+                source.graph.erase_node(source)
+
+
+def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
+    """The `get_attr` node that reads state of a weight; it stands behind the one that reads the weight.
+
+    Args:
+        start: the node of the weight.
+        key: the state's name; empty for the synapses that keep it.
+        origin: who reads it.
+    """
+    target = f"{str(start.target).rpartition('.')[0]}.{key}".rstrip(".")
+    found = start.next
+    while found.op == "get_attr" and inserted(found) is not None:
+        if found.target == target:
+            return found
+        found = found.next
+    with start.graph.inserting_after(start):
+        found = start.graph.get_attr(target)
+    found.meta[RECORD] = origin
+    return found
+
+
+def compute(bio: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a call, or the output, makes of arguments."""
+    if node.op == "call_module":
+        return bio.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def callee(node: fx.Node) -> str:
+    """What a node calls or reads, as a short name."""
+    if isinstance(node.target, str):
+        return node.target
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(packet, "_qualified_op_name", None)  # of a dispatcher operator
+    if name is not None:
+        return str(name).replace("::", ".").removeprefix("aten.")
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def number_nodes(bio: fx.GraphModule) -> None:
+    """Name the nodes in the order of the graph, so that generated code reads in order, and recompile."""
+    numbered = fx.Graph(tracer_cls=bio.graph._tracer_cls)
+    numbered.set_codegen(bio.graph._codegen)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in bio.graph.nodes:
+        args, kwargs = (fx.map_arg(a, copies.__getitem__) for a in (node.args, node.kwargs))
+        copies[node] = numbered.create_node(node.op, node.target, args, kwargs, name=_short_name(bio, node))
+        copies[node].meta = dict(node.meta)
+    bio.graph = numbered
+
+
+def _short_name(bio: nn.Module, node: fx.Node) -> str | None:
+    """The name of a node that reads a weight, or what is kept for it; None for those that fx names itself."""
+    name = None if node.op != "get_attr" else original_name(bio, node)
+    if name is None or name == node.target:
+        return None
+    synapses = bio.get_submodule(str(node.target).rpartition(".")[0])
+    key = str(node.target).rpartition(".")[2]
+    words = name if isinstance(synapses, Synapses) and key == synapses.stored_name else f"{name}_{key}"
+    return words.replace(".", "_") if words[0].isalpha() else "_" + words.replace(".", "_")

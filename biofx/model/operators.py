@@ -1,0 +1,374 @@
+"""Dispatcher operators `torch.ops.biofx.*`: what a pass puts into a graph.
+
+An inserted node calls an operator of the dispatcher, not a Python function: it survives pickling and re-tracing,
+`torch.compile(fullgraph=True)` takes it, a training `torch.export` keeps it together with its gradient, and an
+inference export decomposes hooks to nothing. There are two kinds: a *gradient hook* is a view of a weight in the
+forward pass and changes the weight's gradient; an *observer* looks at an activation and adds to a buffer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+from biofx.base import noise
+from biofx.base.errors import ArgumentError
+
+NAMESPACE = "biofx"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+GradientRule = Callable[..., Tensor]
+Factors = Callable[..., Sequence[Tensor]]
+COUNTER = ("Tensor seed", "Tensor steps", "str site")  # arguments of a hook with noise
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """A gradient hook.
+
+    Attributes:
+        rule: its rule, on the arguments of the operator.
+        own_rule: its rule, on the noise in place of the counter; the same, if it takes none.
+        factors: the factors for many weights at once, or None.
+        is_noisy: whether it takes noise.
+    """
+
+    rule: GradientRule
+    own_rule: GradientRule
+    factors: Factors | None
+    is_noisy: bool
+
+
+_HOOKS: dict[str, _Hook] = {}  # by the operator's name without its overload
+
+
+def gradient_hook(
+    schema: str, *, factors: Factors | None = None, noisy: bool = False
+) -> Callable[[GradientRule], GradientRule]:
+    r"""Define `torch.ops.biofx.<name>_grad`: the identity on a weight, and a rule for the weight's gradient.
+
+    The operator computes $y = w$, without a copy, and in the backward pass
+
+    $$\frac{\partial L}{\partial w} = \mathrm{rule}\!\left(\frac{\partial L}{\partial y}, \ldots\right).$$
+
+    The rule has to multiply every entry of the gradient by a factor that does not depend on it: then it commutes with
+    gradient accumulation, with loss scaling and with the all-reduce of data parallelism, and can act on an update.
+
+    While an optimizer is attached (`biofx.attach`), hooks sleep, and the factors act on its updates.
+
+    Args:
+        schema: the operator's signature in the dispatcher's language. The first argument is the weight and is
+            aliased by the result: `"name_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)"`.
+        factors: computes the factors for many weights at once: `factors(weights, *others)`, where `weights` and every
+            other tensor is a list with one for each weight. None: the rule is called on ones, weight by weight.
+        noisy: whether the rule takes standard normal noise, one number for each entry, that is new at every step of
+            the optimizer. Then the arguments after the weight are `Tensor seed, Tensor steps, str site`, and the rule
+            and `factors` get the noise in place of these three.
+
+    Returns:
+        A decorator for the rule, `rule(gradient, *others)`, with the arguments of the schema that follow the weight; if
+        its second parameter is called `weight`, it gets the weight there. The rule itself is returned unchanged, so it
+        stays callable as the pure function that it is.
+
+    Raises:
+        ArgumentError: the name does not end in `_grad`, or the rule does not take the arguments of the schema.
+
+    Example:
+        >>> import torch
+        >>> from biofx.model import operators
+        >>> @operators.gradient_hook("reverse_grad(Tensor(a) weight) -> Tensor(a)")
+        ... def reverse_grad(gradient):
+        ...     return -gradient
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> torch.ops.biofx.reverse_grad(w).sum().backward()
+        >>> w.grad
+        tensor([-1., -1.])
+    """
+    name, _, signature = schema.partition("(")
+    packet = name.partition(".")[0]
+
+    def define(own_rule: GradientRule) -> GradientRule:
+        takes_weight = _check_rule(own_rule, schema, noisy)
+        rule = _with_noise(own_rule, packet) if noisy else own_rule
+
+        class Hook(torch.autograd.Function):
+            @staticmethod  # with `setup_context`, PyTorch asks for the signature at each call: 52 instead of 22 µs
+            def forward(ctx: Any, weight: Tensor, *others: Any) -> Tensor:
+                used = (weight, *others) if takes_weight else others
+                ctx.arity = 1 + len(others)
+                ctx.save_for_backward(*(x for x in used if isinstance(x, Tensor)))
+                ctx.constants = [None if isinstance(x, Tensor) else x for x in used]
+                return weight.view_as(weight)
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+                tensors = iter(ctx.saved_tensors)
+                others = [next(tensors) if x is None else x for x in ctx.constants]
+                return (rule(gradient, *others).to(gradient.dtype), *[None] * (ctx.arity - 1))
+
+        Hook.__name__ = Hook.__qualname__ = name.replace(".", "_")
+
+        def hook(weight: Tensor, *others: Any) -> Tensor:
+            if functorch.peek_interpreter_stack() is None:
+                result: Tensor = Hook.apply(weight, *others)  # type: ignore[no-untyped-call]
+                return result
+            # Inside torch.func transforms an autograd.Function has no kernel behind the dispatcher. `scaled` carries
+            # the gradient and adds zero to the value, which stays the weight's to the last bit.
+            scaled = rule(weight, weight.detach(), *others) if takes_weight else rule(weight, *others)
+            scaled = scaled.to(weight.dtype)
+            return weight.detach() + (scaled - scaled.detach())
+
+        _HOOKS[packet] = _Hook(rule, own_rule, factors, noisy)
+        define_operator(name, "(" + signature, hook)
+        return own_rule
+
+    return define
+
+
+def apply_rule(target: Any, gradient: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    """What the rule of a gradient hook makes of a gradient."""
+    rule = _HOOKS[name_of(target)].rule
+    return rule(gradient, weight, *others) if _takes_weight(rule) else rule(gradient, *others)
+
+
+def factors_of(
+    name: str, weights: list[Tensor], others: Sequence[Any], *, one_by_one: bool = False
+) -> Sequence[Tensor]:
+    """The factors by which a gradient hook multiplies the entries of the gradients of some weights.
+
+    Args:
+        name: the name of the hook (`name_of`).
+        weights: the weights.
+        others: the other arguments of its rule: a list with one tensor for each weight, or what all have in common.
+        one_by_one: whether to call the rule for one weight after the other.
+    """
+    hook = _HOOKS[name]
+    if hook.factors is not None and not one_by_one:
+        return hook.factors(weights, *others)
+    rule = hook.own_rule
+    own = [[x[index] if isinstance(x, list) else x for x in others] for index in range(len(weights))]
+    return [
+        rule(torch.ones_like(w), *([w] if _takes_weight(rule) else []), *args)
+        for w, args in zip(weights, own, strict=True)
+    ]
+
+
+@torch.no_grad()
+def multiplies_entries(target: Any, weight: Tensor, *others: Any) -> bool:
+    """Whether the rule of a gradient hook multiplies every entry of a gradient by a factor, as far as a try tells."""
+    if _HOOKS[name_of(target)].factors is not None:
+        return True
+    gradient = torch.arange(weight.numel(), device=weight.device).view(weight.shape).cos().to(weight.dtype)
+    ones = torch.ones_like(gradient)
+    given, factors = (apply_rule(target, g, weight, *others) for g in (gradient, ones))
+    return torch.allclose(given, gradient * factors, rtol=1e-2, atol=1e-5, equal_nan=True)
+
+
+def is_hook(target: Any) -> bool:
+    """Whether a node with this target is a gradient hook."""
+    return name_of(target) in _HOOKS
+
+
+def is_noisy(target: Any) -> bool:
+    """Whether the rule of a hook takes noise."""
+    return is_hook(target) and _HOOKS[name_of(target)].is_noisy
+
+
+def _with_noise(rule: GradientRule, name: str) -> GradientRule:
+    """A rule that draws its noise itself."""
+
+    def drawing(gradient: Tensor, weight: Tensor, seed: Tensor, steps: Tensor, site: str, *others: Any) -> Tensor:
+        drawn = torch.ops.biofx.standard_normal(weight.detach(), seed, steps, name, site)
+        return rule(gradient, weight.detach(), drawn, *others)
+
+    return drawing
+
+
+@torch.library.custom_op("biofx::standard_normal", mutates_args=())
+def standard_normal(like: Tensor, seed: Tensor, steps: Tensor, hook: str, site: str) -> Tensor:
+    """Noise of the shape, dtype and device of `like`, which follows from seed, number of steps, hook and site."""
+    return noise.normal([like], [noise.Counter(seed, steps, (hook, site))])[0]
+
+
+@standard_normal.register_fake
+def _(like: Tensor, seed: Tensor, steps: Tensor, hook: str, site: str) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@standard_normal.register_vmap
+def _(info: Any, in_dims: Sequence[int | None], like: Tensor, seed: Tensor, steps: Tensor, *purpose: str) -> Any:
+    """Models that are mapped over draw as they do on their own."""
+    mapped = zip((like, seed, steps), in_dims, strict=False)
+    models = zip(*(x.unbind(dim) if dim is not None else [x] * info.batch_size for x, dim in mapped), strict=True)
+    return torch.stack([standard_normal(*model, *purpose) for model in models]), 0
+
+
+def name_of(target: Any) -> str:
+    """The name of a target, if it is an operator of biofx, without its overload; else empty."""
+    namespace, _, name = str(getattr(target, "_qualified_op_name", "")).partition("::")
+    return name if namespace == NAMESPACE else ""
+
+
+def _takes_weight(rule: GradientRule) -> bool:
+    return list(inspect.signature(rule).parameters)[1:2] == ["weight"]
+
+
+def _check_rule(rule: GradientRule, schema: str, noisy: bool) -> bool:
+    parsed = torch._C.parse_schema(schema)
+    if not parsed.name.endswith("_grad"):
+        raise ArgumentError(f"operators.gradient_hook: the name of a hook ends in _grad, got {parsed.name!r}")
+    takes_weight = _takes_weight(rule)
+    expected = [argument.name for argument in parsed.arguments][1:]
+    if noisy:
+        if not takes_weight or [f"{a.type} {a.name}" for a in parsed.arguments[1:4]] != [*COUNTER]:
+            raise ArgumentError(
+                f"operators.gradient_hook: a noisy rule takes the weight and the noise after the gradient, and its "
+                f"schema has {', '.join(COUNTER)} after the weight; got {schema!r}"
+            )
+        expected = ["noise", *expected[3:]]
+    given = list(inspect.signature(rule).parameters)[2 if takes_weight else 1 :]
+    if given != expected:
+        raise ArgumentError(
+            f"operators.gradient_hook: the rule takes {given} after the gradient, its schema {schema!r} says {expected}"
+        )
+    return takes_weight
+
+
+def define_operator(name: str, signature: str, kernel: Callable[..., Tensor]) -> None:
+    """Register `torch.ops.biofx.<name>`, an operator on a weight whose other arguments are broadcast against it.
+
+    Args:
+        name: the operator's name, with its overload behind a dot, if it has one.
+        signature: its arguments and result in the dispatcher's language, in parentheses: `"(Tensor weight) -> Tensor"`.
+        kernel: what it computes, in operators that autograd knows.
+    """
+    _LIBRARY.define(name + signature)
+    _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
+    _LIBRARY.impl(name, kernel, "FuncTorchBatched")  # vmap maps what the kernel calls
+
+
+def _gains(weights: Sequence[Tensor], gains: Sequence[Tensor] | float) -> Sequence[Tensor]:
+    return [w.new_full((), gains) for w in weights] if isinstance(gains, float | int) else gains
+
+
+@gradient_hook("scale_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)", factors=_gains)
+def scale_grad(gradient: Tensor, gain: Tensor) -> Tensor:
+    """Gain on every synapse: g ← c·g, with c broadcast against g."""
+    return gradient * gain
+
+
+@gradient_hook("scale_grad.Scalar(Tensor(a) weight, float gain) -> Tensor(a)", factors=_gains)
+def scale_grad_scalar(gradient: Tensor, gain: float) -> Tensor:
+    """One gain for all synapses of a weight: g ← c·g, with a number c."""
+    return gradient * gain
+
+
+@gradient_hook("share_grad(Tensor(a) weight, float share) -> Tensor(a)", factors=_gains)
+def share_grad(gradient: Tensor, share: float) -> Tensor:
+    """The share of each of several synapses in the gradient of their connection."""
+    return gradient * share
+
+
+Observation = Callable[[Tensor, tuple[int, ...]], Tensor]
+
+
+def observer(name: str) -> Callable[[Observation], Observation]:
+    r"""Define `torch.ops.biofx.<name>(activity, state, unit_axis, training)`, which adds what it sees to a buffer.
+
+    The buffer `state` has shape (2, 2, units), and 0 is its start. After calls $k = 1, 2, \ldots$
+
+    $$\mathrm{state}_0 + \mathrm{state}_1 = \Bigl(\sum_k \mathrm{look}(z_k),\ \sum_k n_k\Bigr)$$
+
+    with $n_k$ the number of positions of the activity $z_k$, which are all elements of batch, time and space. Sums are
+    compensated (Kahan): $\mathrm{state}_1$ is what rounding took from $\mathrm{state}_0$. So numbers of the same sign
+    add up to about a unit in the last place, however many there are, and whole numbers exactly, up to 2⁴⁸ in float32.
+
+    It sees nothing in evaluation mode, and nothing while a backward pass runs: activation checkpointing computes an
+    activation again there, and must not count it twice.
+
+    Args:
+        name: the operator's name.
+
+    Returns:
+        A decorator for `look(activity, positions)`: it gets the activity as the operator returned it, in whichever
+        layout, and returns a number for each unit, shape (units,), a sum over the dimensions `positions`; this has to
+        be in float32 at least. There is always such a dimension. The function itself is returned unchanged.
+
+    Example:
+        >>> import torch
+        >>> from biofx.model import operators
+        >>> @operators.observer("sum_squares")
+        ... def sum_squares(activity, positions):
+        ...     return activity.square().sum(positions)
+        >>> state = torch.zeros(2, 2, 3)
+        >>> torch.ops.biofx.sum_squares(torch.full((5, 3, 4), 0.5), state, 1, True)
+        >>> state.sum(0)
+        tensor([[ 5.,  5.,  5.],
+                [20., 20., 20.]])
+    """
+
+    def define(look: Observation) -> Observation:
+        def kernel(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
+            if training and torch._C._current_graph_task_id() == -1:
+                with torch._C._AutoDispatchBelowAutograd():  # no gradients, and no tangents in the state
+                    axis = _from_behind(unit_axis, activity)
+                    activity = activity[None]
+                    positions = tuple(d for d in range(-activity.dim(), 0) if d != axis)
+                    _add(state, look(activity, positions), math.prod(activity.shape[d] for d in positions))
+
+        _LIBRARY.define(f"{name}(Tensor activity, Tensor(a!) state, int unit_axis, bool training) -> ()")
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None, lib=_LIBRARY)
+        operator = getattr(torch.ops.biofx, name)
+
+        def below_transform(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
+            axis = _from_behind(unit_axis, activity)
+            for seen_activity, seen_state in _below_transform(activity, state):
+                operator(seen_activity, seen_state, axis, training)
+
+        # Nothing is differentiated here, so every transform of torch.func just hands down what it wraps.
+        _LIBRARY.impl(name, below_transform, "FuncTorchDynamicLayerFrontMode")
+        return look
+
+    return define
+
+
+def _from_behind(axis: int, activity: Tensor) -> int:
+    """An axis, counted from behind any batch that comes before."""
+    return axis if axis < 0 else axis - activity.dim()
+
+
+def _add(state: Tensor, sums: Tensor, positions: int) -> None:
+    """Add to an observer's state: to the totals, and what rounding takes from them to the rest."""
+    total, rest = state
+    added, before = rest + torch.stack((sums, torch.full_like(sums, positions))), total.clone()
+    total += added
+    torch.sub(added, total - before, out=rest)
+
+
+def _below_transform(activity: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the innermost transform of torch.func wraps, outside of it: each state, with the activity that it gets."""
+    interpreter = retrieve_current_functorch_interpreter()
+    (activity, of_activity), (state, of_state) = (_unwrapped(x, interpreter) for x in (activity, state))
+    with interpreter.lower():
+        if of_state is None:  # one model on many samples
+            yield activity if of_activity is None else activity.movedim(of_activity, 0), state
+            return
+        for model in range(state.shape[of_state]):  # many models, each with a state of its own
+            own = activity if of_activity is None else activity.select(of_activity, model)
+            yield own, state.select(of_state, model)
+
+
+def _unwrapped(x: Tensor, interpreter: Any) -> tuple[Tensor, int | None]:
+    """What a transform wraps, and the dimension that `vmap` maps over."""
+    if interpreter.key() == functorch.TransformType.Vmap:
+        return functorch._unwrap_batched(x, interpreter.level())
+    return functorch._unwrap_for_grad(x, interpreter.level()), None

@@ -1,0 +1,1 @@
+"""What comes out of a transformed model: plain models, files, tables, graphs."""

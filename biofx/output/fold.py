@@ -1,0 +1,151 @@
+"""Fold: replace every chain by the one plain weight that it computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from biofx.base.copying import copied
+from biofx.base.errors import ArgumentError
+from biofx.base.references import enclosed
+from biofx.capture.captured_module import CapturedModule, released
+from biofx.capture.guards import GUARD
+from biofx.model.chain import hide, number_nodes, parameter_nodes
+from biofx.model.fingerprint import fingerprint
+from biofx.model.owners import take_synapses
+from biofx.model.provenance import RECORD, inserted_nodes, record_of, transformed
+from biofx.model.slots import Slot
+
+
+def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
+    """A plain model of the original's class that computes what the transformed one computes, at the original's cost.
+
+    Every chain becomes one weight with the values that its operator received; gains, signs and hooks are gone. Names,
+    order and shapes in the state are the original's, so `original.load_state_dict(fold(bio).state_dict())` works; only
+    units that `MirrorUnits` doubled stay doubled.
+
+    What passes put behind an operator is no weight: the sums of `GroupUnits`, and per-synapse activations, whose
+    operator stays the wider one that computes them. Then the folded model is a `GraphModule` that computes them, as it
+    is if you edited the graph, or transformed a graph. With the state alone, the original would compute something else,
+    so `into` is refused.
+
+    Args:
+        bio: a model made by `biofx.transform`; it stays as it is.
+        into: an instance of the original model to fill with the folded parameters and buffers, instead of building a
+            new one.
+
+    Returns:
+        `into`, or a new module that shares no tensor with `bio`, in the same mode: an instance of the original's class,
+        with its Python, its hooks and its attributes as they are in `bio`.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform` or cannot be copied, or `into` cannot hold what it
+            computes: a tensor does not fit, or a pass changed what an operator returns.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> model = torch.nn.Linear(3, 2)
+        >>> bio = biofx.transform(model, [passes.SplitSynapses(synapses=4)])
+        >>> plain = biofx.fold(bio)
+        >>> {name: tuple(value.shape) for name, value in plain.state_dict().items()}
+        {'weight': (2, 3), 'bias': (2,)}
+        >>> biofx.fold(bio, into=model) is model
+        True
+    """
+    bio = transformed(bio)
+    if into is not None and not isinstance(into, nn.Module):
+        raise ArgumentError(f"fold: into must be an instance of the original model, got {into!r}")
+    rewired = why_not_weights_alone(bio)
+    if into is not None and rewired is not None:
+        raise ArgumentError(
+            f"fold: {type(into).__name__} would compute something else: {rewired}; use fold(bio), whose graph does that"
+        )
+    with torch.inference_mode(False):  # so that the result can be trained
+        found = enclosed(bio) if into is None else None
+        if found is not None:
+            raise ArgumentError(
+                f"fold: {found[0]} is or holds a function that refers to {found[1]} itself, and would do so in a copy; "
+                "make the function a method, or give the original model as into"
+            )
+        plain = _copy(bio)
+        _drop_observers(plain.graph)
+        for name, start in parameter_nodes(plain).items():
+            hide(start, name)
+        with torch.no_grad():
+            take_synapses(plain)
+        record = record_of(plain)
+        is_as_captured = rewired is None and fingerprint(plain) == record.captured
+        _drop_state(plain)
+        if record.model_class is not None and is_as_captured:
+            for name in record.constants:
+                del plain._buffers[name]
+            result = released(plain, record.model_class)
+        else:
+            _keep_graph(plain)
+            result = plain
+        return result if into is None else _fill(into, result)
+
+
+def _keep_graph(plain: CapturedModule) -> None:
+    """Let the graph of a folded model compute what its Python does not."""
+    vars(plain).pop(GUARD, None)
+    number_nodes(plain)
+    plain.recompile()
+
+
+def why_not_weights_alone(bio: fx.GraphModule) -> str | None:
+    """Why the original model with folded weights does not compute what a transformed one does, or None if it does."""
+    for _, origin in inserted_nodes(bio.graph):
+        if origin.slot is Slot.OUTPUT:
+            return f"{origin.by} changed what the operator of {origin.parameter} returns, which no weight can hold"
+    return None
+
+
+def _copy(bio: fx.GraphModule) -> CapturedModule:
+    try:
+        plain = copied(bio)
+    except Exception as error:
+        raise ArgumentError(
+            f"fold: {type(bio).__name__} cannot be copied: {error}; remove from it what copy.deepcopy refuses"
+        ) from error
+    assert isinstance(plain, CapturedModule)
+    return plain
+
+
+def _drop_observers(graph: fx.Graph) -> None:
+    for node, origin in reversed(list(inserted_nodes(graph))):
+        if origin.slot is Slot.OBSERVER:
+            graph.erase_node(node)
+    for node, _ in list(inserted_nodes(graph)):
+        if node.op == "get_attr" and not node.users:  # the observers' state
+            graph.erase_node(node)
+
+
+def _drop_state(plain: fx.GraphModule) -> None:
+    delattr(plain, RECORD)
+    plain.meta.pop(RECORD, None)
+    for node in plain.graph.nodes:
+        node.meta.pop(RECORD, None)
+
+
+def _fill(into: nn.Module, plain: nn.Module) -> nn.Module:
+    ours, theirs = _tensors(plain), _tensors(into)
+    persistent = plain.state_dict().keys() | into.state_dict().keys()
+    for name in dict.fromkeys([*ours, *theirs]):
+        shapes = [f"{tuple(tensors[name].shape)}" if name in tensors else "missing" for tensors in (ours, theirs)]
+        if shapes[0] != shapes[1] and (name in persistent or "missing" not in shapes):
+            raise ArgumentError(
+                f"fold: {type(into).__name__} is not the model that was transformed: "
+                f"{name} is {shapes[0]} in the folded model and {shapes[1]} in it"
+            )
+    into.load_state_dict(plain.state_dict(), strict=False)  # every tensor fits; extra state need not be in both
+    with torch.no_grad():
+        for name in ours.keys() & theirs.keys() - persistent:
+            theirs[name].copy_(ours[name])
+    return into
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers under all their names, whether `state_dict` holds them or not."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}

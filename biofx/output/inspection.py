@@ -1,0 +1,271 @@
+"""Looking at a transformed model: as tables and as a networkx graph."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tabulate import tabulate
+from torch import fx, nn
+
+from biofx.analysis.sites import WeightSite, find
+from biofx.base.errors import ArgumentError
+from biofx.model.chain import attribute, callee, parameter_nodes
+from biofx.model.provenance import RunnablePass, inserted, record_of, transformed
+from biofx.model.synapses import State, synapses_in
+from biofx.weights.facts import NOT_A_SYNAPSE
+
+if TYPE_CHECKING:
+    import networkx
+
+WIDTH = 120  # of a summary
+SHORT = 50  # what is not longer stays in the row of a table that is too wide
+HEADERS = ("weight", "operator", "shape", "Γ", "gain", "sign", "left alone", "remark")
+OPTIONAL = ("left alone", "remark")  # columns that only show if there is something in them
+
+
+def summary(bio: nn.Module) -> str:
+    """The passes that ran, and a table with one row for each weight.
+
+    Columns: the weight's name; its operator, and the island that it is in, if it is; its shape, without the axis of
+    synapses; Γ, the number of synapses for each connection; mean, standard deviation and range of the learning gain;
+    the sign constraint; and, if there are any, the passes that left the weight alone, with the reason, and what passes
+    remarked about it; in a wide table, these are numbered notes below it. Then come the islands (modules whose Python
+    forward is called as it is), with the reason; the weights that no pass could see, with the reason; those that wait
+    for `biofx.attach`; and the parameters that are not synapses.
+
+    Args:
+        bio: a model made by `biofx.transform`.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform`.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+        >>> print(biofx.summary(biofx.transform(model, [passes.SplitSynapses(synapses=4)], exclude="2.*")))
+        passes: split-synapses{synapses=4}
+        <BLANKLINE>
+        weight    operator    shape    Γ    gain    sign    left alone
+        --------  ----------  -------  ---  ------  ------  -----------------------------------------
+        0.weight  linear      8 × 4    4    1       free
+        2.weight  linear      2 × 8    1    1       free    split-synapses: excluded by pattern "2.*"
+        <BLANKLINE>
+        inputs with which the model ran: guessed: input float32 (2, 4)
+        <BLANKLINE>
+        not synapses: 0.bias, 1.weight, 1.bias, 2.bias
+    """
+    bio = transformed(bio)
+    record = record_of(bio)
+    sites, others = find(bio)
+    parts = ["passes: " + ",\n        ".join(str(run.pass_) for run in record.passes), *_weights(sites.values())]
+    parts += [_wrapped(note) for run in record.passes if (note := _function_note(run.pass_))]
+    if record.inputs not in ("", "given"):
+        parts.append(_wrapped(f"inputs with which the model ran: {record.inputs}"))
+    parts += map(_wrapped, record.notes)
+    if record.islands:
+        title = "islands, whose Python forward is called as it is, with the weights inside rewritten:"
+        parts.append("\n".join([title, *(_island(bio, path, why) for path, why in record.islands.items())]))
+    unseen = [_wrapped(f"  {name}: {reason}") for name, reason in others.items() if reason != NOT_A_SYNAPSE]
+    if unseen:
+        parts.append("\n".join(["left alone:", *unseen]))
+    acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
+    acting |= {name for name, site in sites.items() if site.learning is not None and site.learning.attached}
+    idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
+    if idle:
+        parts.append(_listed("no optimizer is attached, so nothing happens at its steps (biofx.attach)", idle))
+    if record.nonnegative:
+        parts.append(_listed("kept from being negative, as they multiply units", record.nonnegative))
+    plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
+    if plain:
+        parts.append(_listed("not synapses", plain))
+    return "\n\n".join(parts)
+
+
+def _function_note(pass_: RunnablePass) -> str:
+    """What a pass does to what the model computes, if it may change that."""
+    if pass_.preserves_function:
+        return ""
+    return f"{pass_.name} changes what the model computes" + (f"; {pass_.instead}" if pass_.instead else "")
+
+
+def _weights(sites: Iterable[WeightSite]) -> list[str]:
+    """The table of the weights, and its notes if there are any."""
+    rows = [_row(site) for site in sites]
+    shown = [i for i, header in enumerate(HEADERS) if header not in OPTIONAL or any(row[i] for row in rows)]
+
+    def table_with(write: Callable[[list[str]], str]) -> str:
+        cells = [[write(row[i]) if HEADERS[i] in OPTIONAL else row[i] for i in shown] for row in rows]
+        return _text(cells, [HEADERS[i] for i in shown])
+
+    wide = table_with(";\n".join)
+    if max(map(len, wide.splitlines())) <= WIDTH:
+        return [wide]
+    number: dict[str, int] = {}
+
+    def numbered(note: str) -> str:
+        return f"[{number.setdefault(note, len(number) + 1)}]"
+
+    def cell(notes: list[str]) -> str:
+        texts = [note for note in notes if len(note) <= SHORT]
+        references = " ".join(numbered(note) for note in notes if note not in texts)
+        return ";\n".join(texts) + ("\n" if texts and references else "") + references
+
+    narrow = table_with(cell)
+    return [narrow, *(["\n".join(_wrapped(f"[{n}] {note}") for note, n in number.items())] if number else [])]
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def _listed(title: str, names: Iterable[str]) -> str:
+    return _wrapped(f"{title}: {', '.join(names)}")
+
+
+def _island(bio: fx.GraphModule, path: str, reason: str) -> str:
+    name = type(bio.get_submodule(path)).__name__
+    return _wrapped(f"  {path} ({name}): {reason}" if path else f"  the model ({name}): {reason}")
+
+
+def _row(site: WeightSite) -> list[Any]:
+    runs = record_of(site.bio).passes
+    remarks = [f"{run.pass_.name}: {run.remarks[site.name]}" for run in runs if site.name in run.remarks]
+    if site.why_not_judged and not any(site.why_not_judged in reason for run in runs for reason in run.left.values()):
+        remarks.append(f"not judged: {site.why_not_judged}")
+    left = [f"{run.pass_.name}: {run.left[site.name]}" for run in runs if site.name in run.left]
+    return [
+        site.name if site.raw.requires_grad else f"{site.name} (frozen)",
+        _operator(site),
+        " × ".join(map(str, site.shape)),
+        site.synapses,
+        _spread(site.gain),
+        _signs(site.sign),
+        left,
+        remarks,
+    ]
+
+
+def _operator(site: WeightSite) -> str:
+    times = f" × {site.facts.uses}" if site.facts.uses > 1 else ""
+    where = site.island if site.island is not None else site.surroundings
+    return site.operator + times + (f", in {where}" if where else "")
+
+
+def _spread(gain: torch.Tensor | None) -> str:
+    if gain is None or gain.numel() == 0:
+        return "1"
+    values = gain.detach().double()
+    deviation = float(values.std(correction=0))
+    return f"{float(values.mean()):.2f} ± {deviation:.2f} in [{float(values.min()):.2f}, {float(values.max()):.2f}]"
+
+
+def _signs(sign: torch.Tensor | None) -> str:
+    if sign is None:
+        return "free"
+    excitatory, free = float((sign > 0).double().mean()), float((sign == 0).double().mean())
+    return f"{excitatory:.0%} excitatory" + (f", {free:.0%} free" if free else "")
+
+
+def table(bio: nn.Module, only: str = "inserted") -> str:
+    """The graph as a table with one row for each node: its name, what it calls with what, and where it comes from.
+
+    Behind the nodes come the steps from what is stored to each weight that only the Python in islands reads, which are
+    no nodes of the graph.
+
+    Args:
+        bio: a model made by `biofx.transform`.
+        only: `"inserted"` for the nodes that passes inserted, `"all"` for all nodes.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform`, or `only` is neither of the two.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(4, 2), [passes.FuzzyLearningRates()])
+        >>> print(biofx.table(bio))
+        node         calls                 arguments            weight    slot           pass
+        -----------  --------------------  -------------------  --------  -------------  --------------------
+        weight_gain  weight_synapses.gain                       weight    gradient hook  fuzzy-learning-rates
+        scale_grad   biofx.scale_grad      weight, weight_gain  weight    gradient hook  fuzzy-learning-rates
+    """
+    if only not in ("inserted", "all"):
+        raise ArgumentError(f'table: only must be "inserted" or "all", got {only!r}')
+    bio = transformed(bio)
+    rows = []
+    for node in bio.graph.nodes:
+        origin = inserted(node)
+        if origin is None and only == "inserted":
+            continue
+        arguments = ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
+        where = (origin.parameter, origin.slot.label, origin.by) if origin else ("", "", "")
+        rows.append([node.name, callee(node), arguments, *where])
+    shown = parameter_nodes(bio)
+    for name, synapses in synapses_in(bio).items():
+        for link in synapses.links if name not in shown else ():
+            arguments = ", ".join(["…", *(str(arg.key if isinstance(arg, State) else arg) for arg in link.args)])
+            rows.append(["", link.name, arguments, name, link.origin.slot.label, link.origin.by])
+    return _text(rows, ["node", "calls", "arguments", "weight", "slot", "pass"])
+
+
+def _text(rows: list[list[Any]], headers: list[str]) -> str:
+    lines = tabulate(rows, headers=headers, disable_numparse=True).splitlines()
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def role(node: fx.Node, bio: fx.GraphModule) -> str:
+    """What a node is for: `original`, `weight`, or the slot in which a pass inserted it."""
+    origin = inserted(node)
+    if origin is not None:
+        return origin.slot.label
+    is_weight = node.op == "get_attr" and isinstance(attribute(bio, str(node.target)), nn.Parameter)
+    return "weight" if is_weight else "original"
+
+
+def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
+    """The graph as a networkx multigraph: a node may use another more than once.
+
+    Nodes are named as in the graph. Their attributes are all strings: `op`, `calls`, `module` (path of the module whose
+    forward made the node), `role` (`original`, `weight`, or the slot), and `weight` and `pass` for inserted nodes, else
+    empty. The key of an edge is the argument's position among all inputs of the node, and is repeated as its attribute
+    `position`. GraphML and node-link JSON take it as it is.
+
+    Args:
+        bio: a model made by `biofx.transform`.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform`.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(4, 2), [passes.FuzzyLearningRates()])
+        >>> graph = biofx.to_networkx(bio)
+        >>> list(graph.predecessors("scale_grad"))
+        ['weight', 'weight_gain']
+    """
+    import networkx
+
+    bio = transformed(bio)
+    graph: networkx.MultiDiGraph[str] = networkx.MultiDiGraph()
+    for node in bio.graph.nodes:
+        origin = inserted(node)
+        stack = node.meta.get("nn_module_stack", {})
+        graph.add_node(
+            node.name,
+            op=node.op,
+            calls=callee(node),
+            module=next((path for path, _ in reversed(stack.values())), ""),
+            role=role(node, bio),
+            weight=origin.parameter if origin else "",
+            **{"pass": origin.by if origin else ""},
+        )
+        inputs: list[fx.Node] = []
+        fx.map_arg((node.args, node.kwargs), inputs.append)
+        for position, source in enumerate(inputs):
+            graph.add_edge(source.name, node.name, key=position, position=position)
+    return graph

@@ -1,0 +1,1 @@
+"""One run of a model's own Python, as dispatcher operators."""

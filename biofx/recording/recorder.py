@@ -1,0 +1,595 @@
+"""The recorder: notes the dispatcher operators that run while it is active.
+
+The model runs, so loops, caches, scripted modules, custom autograd functions and hooks are recorded like anything else:
+by the operators that they call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as global_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from biofx.base.isolation import parameters_kept, undisturbed
+from biofx.model.synapses import stored_parameters
+from biofx.recording.catalog import MAKES_CONSTANTS, Kind, decomposed, kind_of, name_of
+from biofx.recording.operations import Depends, Operation, Recording, Value, depends_of
+
+if TYPE_CHECKING:
+    from torch import fx
+
+LARGEST_INDEX = 1 << 22  # entries of an integer or boolean tensor that is kept, as operators on layout need its values
+
+
+class Recorder(TorchDispatchMode):
+    """Records operators while it is active, on the thread that entered it.
+
+    Args:
+        most: the number of operators at which it stops the run by an error, or None for any number.
+
+    Attributes:
+        recording: what was recorded so far.
+        node: the node of a captured graph that runs now.
+        called: the functions of PyTorch that run now.
+        failed: the function that failed first, and its module.
+        handed_out: whether Python or NumPy was handed activity, so that tensors made there may depend on it.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._most = most
+        self.recording = Recording()
+        self.node: fx.Node | None = None
+        self.failed = ""
+        self.handed_out = False
+        self._paths: dict[int, str] = {}
+        self._running: list[str] = []
+        self.called: list[str] = []
+        self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._places: dict[tuple[int, int, torch.Size, tuple[int, ...]], tuple[StorageWeakRef, Value]] = {}
+        self._count = 0
+        self._listed: dict[Value, nn.Parameter] = {}  # what `parameters()` gave to Python
+        self._kept: list[Tensor] = []  # what is known by name stays alive, so that no other tensor takes its address
+
+    # --- what is known before the run ----------------------------------------------------------------------------
+
+    def declare(self, tensor: Tensor, kind: str, name: str) -> Value:
+        """Say what a tensor is. A weight that is computed from its synapses is a parameter from here on."""
+        value = self._new(tensor, kind, name)
+        if kind == "parameter":
+            value.depends = Depends.PARAMETERS
+            self.recording.parameters[name] = value
+        elif kind == "input":
+            value.depends = Depends.INPUTS
+            self.recording.inputs.append(value)
+        elif kind == "unknown":
+            value.depends = Depends.INPUTS
+        else:
+            value.negative = _has_negative(tensor)
+        self._kept.append(tensor)
+        return value
+
+    def declare_model(self, model: nn.Module) -> None:
+        """Say what the parameters, buffers and other tensors of a model are."""
+        for path, module in model.named_modules():
+            self._paths.setdefault(id(module), path)
+        for name, parameter in stored_parameters(model):
+            self.declare(parameter, "parameter", name)
+        for name, buffer in model.named_buffers():
+            self.declare(buffer, "buffer", name)
+        for path, module in model.named_modules():
+            for key, attribute in vars(module).items():
+                for tensor in _tensors_in(attribute) if key not in _REGISTRIES else ():
+                    if tensor not in self._values:
+                        self.declare(tensor, "constant", f"{path}.{key}".lstrip("."))
+
+    def declare_inputs(self, named: Mapping[str, Any]) -> None:
+        """Say that tensors in some arguments are inputs, unless the model itself made them in an earlier call."""
+        for name, argument in named.items():
+            tensors = list(_tensors_in(argument))
+            for index, tensor in enumerate(tensors):
+                known = self._known(tensor)
+                if known is None or (known.kind in ("unknown", "result") and not known.is_inside):
+                    self.declare(tensor, "input", f"{name}[{index}]" if len(tensors) > 1 else name)
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value of a tensor. One that nothing of the run made starts as unknown."""
+        found = self._known(tensor)
+        return self.declare(tensor, "unknown", "") if found is None else found
+
+    def list_parameter(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Another tensor for a parameter that Python gets from `parameters()`, so that what reads it there is known."""
+        value = self._known(parameter)
+        if value is None or value.kind != "parameter":
+            return parameter
+        with unrecorded():
+            other = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        self._values[other] = value
+        self._listed[value] = parameter
+        self._kept.append(other)
+        return other
+
+    def _note_listed(self, tensors: Iterable[Tensor], operation: Operation) -> None:
+        for tensor in tensors:
+            value = self._known(tensor)
+            if value in self._listed and tensor is not self._listed[value]:
+                self.recording.listed.setdefault(value.name, operation)
+
+    def _known(self, tensor: Tensor) -> Value | None:
+        value: Value | None = self._values.get(tensor)
+        if value is None:
+            reference, value = self._places.get(_place_in_memory(tensor), (None, None))
+            if reference is None or reference.expired():
+                return None
+        return value
+
+    def _new(self, tensor: Tensor, kind: str, name: str = "") -> Value:
+        stride = tuple(tensor.stride()) if tensor.layout is torch.strided and not tensor.is_nested else ()
+        shape = torch.Size(()) if tensor.is_nested else tensor.shape
+        value = Value(self._count, shape, stride, tensor.dtype, kind, name)
+        self._count += 1
+        self._values[tensor] = value
+        place = _place_in_memory(tensor)
+        if place[0]:
+            self._places[place] = StorageWeakRef(tensor.untyped_storage()), value
+        if not value.is_activity and type(tensor) in (Tensor, nn.Parameter) and tensor.numel() <= LARGEST_INDEX:
+            value.data = None if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+        return value
+
+    def restart(self, model: nn.Module) -> None:
+        """Forget what was recorded."""
+        self.recording = Recording()
+        self._running.clear()
+        self.declare_model(model)
+
+    def has_unused(self) -> bool:
+        """Whether a parameter with more than one axis was not read."""
+        used = {value for operation in self.recording.operations for value in operation.operands}
+        return any(v not in used and len(v.shape) > 1 for v in self.recording.parameters.values())
+
+    # --- the run -------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and note it."""
+        kwargs = kwargs or {}
+        if _paused.get():
+            return func(*args, **kwargs)
+        if self._most is not None and len(self.recording.operations) >= self._most:
+            raise RuntimeError(f"the run has more than {self._most} operators")
+        decomposition = decomposed(func)
+        if decomposition is not None:
+            with self:
+                return decomposition(*args, **kwargs)
+        recorded = pytree.tree_map_only(Tensor, self.value, (tuple(args), kwargs))
+        args, kwargs = self.intercept(func, args, kwargs)
+        calls_functions = isinstance(func, torch._ops.HigherOrderOperator) and name_of(func) not in _MAPS_ENTRIES
+        if calls_functions:
+            args, kwargs = pytree.tree_map_only(Callable, self._recorded, (args, kwargs))  # type: ignore[call-overload]
+        result = func(*args, **kwargs)
+        operands = tuple(x for x in pytree.tree_leaves(recorded) if isinstance(x, Value))
+        returned = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        name = name_of(func)
+        if (
+            name == "lift_fresh"
+            and operands[0].kind == "unknown"
+            and not (self.handed_out and operands[0].is_activity and operands[0].shape.numel() > 1)
+        ):  # `torch.tensor` of numbers of Python
+            operands[0].kind, operands[0].depends = "constant", Depends.NOTHING
+        depends = max(map(depends_of, operands), default=Depends.NOTHING)
+        if name in MAKES_CONSTANTS:
+            depends = Depends.NOTHING
+        operation = Operation(
+            operator=func,
+            name=name,
+            kind=kind_of(func),
+            args=recorded[0],
+            kwargs=recorded[1],
+            outputs=(),
+            called=self.called[-1] if self.called else name,
+            path=self._running[-1] if self._running else "",
+            place=_place_in_source(),
+            node=self.node,
+            operands=operands,
+            written=tuple(_written(func, *recorded)),
+            depends=depends,
+        )
+        if self._listed:
+            self._note_listed((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), operation)
+        if (name == "_local_scalar_dense" or name in _CHOOSES) and depends is Depends.INPUTS:
+            self.recording.decisions.append(operation)
+        if calls_functions and all(self._known(tensor) for tensor in returned):  # by operators in these functions
+            return result
+        operation.outputs = tuple(self._returned(tensor, operation, depends) for tensor in returned)
+        for value in operation.written:
+            self._note_write(value, operation, depends)
+        self.recording.operations.append(operation)
+        if self.node is not None:
+            self.recording.operations_of.setdefault(self.node, []).append(operation)
+        return result
+
+    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that an operator calls, such as a branch of `cond`, with what it does recorded."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _Names(self), self:
+                return function(*args, **kwargs)
+
+        return call
+
+    def intercept(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments with which an operator runs; a subclass may give it others."""
+        return args, kwargs
+
+    def _returned(self, tensor: Tensor, operation: Operation, depends: Depends) -> Value:
+        value: Value | None = self._values.get(tensor)
+        if value is not None and value in operation.operands and _has_form(value, tensor):  # changed, or as it was
+            if not value.is_activity and value.data is not None:
+                value.data = None if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+            value.negative = depends is Depends.NOTHING and _has_negative(tensor)
+            return value
+        value = self._new(tensor, "result")
+        value.producer = operation
+        value.depends = depends
+        value.is_inside = bool(self._running) or any(operand.is_inside for operand in operation.operands)
+        if _returns_view(operation.operator) or (operation.kind is Kind.LAYOUT and operation.written):
+            operation.written = ()  # transpose_ and the like leave the entries as they are
+            value.view_of = operation.operands[0]
+            value.depends = depends_of(operation.operands[0])
+        if depends is Depends.NOTHING or (depends is Depends.PARAMETERS and tensor.numel() == 1):
+            value.negative = _has_negative(tensor)
+        return value
+
+    def _note_write(self, value: Value, operation: Operation, depends: Depends) -> None:
+        """What is written into a view is in the memory of all values below it."""
+        while True:
+            value.depends = max(value.depends, depends)
+            if value.kind == "parameter":
+                self.recording.changed.setdefault(value.name, operation)
+            if value.view_of is None:
+                return
+            value = value.view_of
+
+    @property
+    def described(self) -> str:
+        """The function that runs, and the module in which."""
+        path = self._running[-1] if self._running else ""
+        return f"{self.called[-1]} in {path}" if path else self.called[-1]
+
+    def note_handed_out(self, tensor: Tensor) -> None:
+        """Note that Python or NumPy gets the numbers of a tensor."""
+        value = self.value(tensor)
+        self.handed_out |= value.is_activity and depends_of(value) is Depends.INPUTS
+
+    # --- captured graphs -----------------------------------------------------------------------------------------
+
+    def enter_node(self, node: fx.Node) -> None:
+        """Say which node of a captured graph runs from here on, and so which module."""
+        stack = node.meta.get("nn_module_stack", {})
+        self.node = node
+        self._running[-1] = next((path for path, _ in reversed(stack.values())), "")
+
+    def note_node(self, node: fx.Node, result: Any) -> None:
+        """Note what a node returned."""
+        known = pytree.tree_map_only(Tensor, self.value, result)
+        self.recording.nodes[node] = known
+
+    def leave_graph(self) -> None:
+        """Say that the graph has run."""
+        self.node = None
+
+    # --- surroundings --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Know the modules and functions that run, and the arguments and results of the model."""
+        thread = threading.get_ident()
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == thread:
+                if not self._running and module is not model:
+                    self.declare_inputs({f"input {i}": argument for i, argument in enumerate(args)})
+                self._running.append(self._paths.get(id(module), type(module).__name__))
+
+        def leave(module: nn.Module, args: Any, result: Any) -> None:
+            if threading.get_ident() == thread and self._running:
+                self._running.pop()
+                if module is model:
+                    self.recording.outputs += map(self.value, _tensors_in(result))
+
+        def name_inputs(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if threading.get_ident() == thread and len(self._running) == 1:
+                if self.recording.first_call is None:
+                    self.recording.first_call = args, kwargs
+                self.declare_inputs(bound(module, args, kwargs))
+
+        handles = [
+            # A scripted module hides this method, but runs such hooks.
+            nn.Module.register_forward_pre_hook(model, name_inputs, with_kwargs=True, prepend=True),
+            global_hooks.register_module_forward_pre_hook(enter),
+            global_hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            with _Names(self), _listing(model, self):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Registry(dict[str, Any]):
+    """The parameters of a module, which tells a recorder when Python goes through them."""
+
+    def __init__(self, parameters: dict[str, Any], recorder: Recorder) -> None:
+        super().__init__(parameters)
+        self._recorder = recorder
+
+    def items(self) -> Any:
+        """The parameters by name."""
+        return [(n, p if p is None else self._recorder.list_parameter(p)) for n, p in super().items()]
+
+    def values(self) -> Any:
+        """The parameters."""
+        return [parameter for _, parameter in self.items()]
+
+
+@contextlib.contextmanager
+def _listing(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Know which parameters Python gets from `parameters()`, which lists what is stored of a weight with synapses."""
+    own = [(vars(m), m._parameters) for m in model.modules() if type(vars(m).get("_parameters")) is dict]
+    for attributes, parameters in own:
+        attributes["_parameters"] = _Registry(parameters, recorder)
+    try:
+        yield
+    finally:
+        for attributes, parameters in own:
+            attributes["_parameters"] = parameters
+
+
+class _Names(TorchFunctionMode):
+    """Notes which function of PyTorch is called, before it becomes several operators."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = _short_name(func)
+        called = self._recorder.called
+        called.append(name)
+        if name in _HANDS_OUT:
+            self._recorder.note_handed_out(args[0])
+        try:
+            with _without_onednn() if name in _RECURRENT else contextlib.nullcontext():
+                return func(*args, **(kwargs or {}))
+        except Exception:
+            self._recorder.failed = self._recorder.failed or self._recorder.described
+            raise
+        finally:
+            called.pop()
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Turn off oneDNN, which has recurrent layers in one piece; `flags` would set other things, too, and warn."""
+    enabled, *_ = torch.backends.mkldnn.set_flags(False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(enabled, _fp32_precision=None)
+
+
+_CHOOSES = frozenset(("cond", "while_loop"))
+_MAPS_ENTRIES = frozenset(("flex_attention",))  # calls a function on single numbers
+_HANDS_OUT = frozenset(("numpy", "array", "tolist", "dlpack"))
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+
+# --- running a model ---------------------------------------------------------------------------------------------
+
+
+def record(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool = False) -> Recording:
+    """Record the operators of one run of a model.
+
+    The model's parameters, buffers, attributes, modes and gradients, and the random number generators, are afterwards
+    what they were. Recurrent layers and attention run operator by operator: their implementations in one piece are off.
+
+    Args:
+        model: any module. Not a graph whose weights passes rewrote: see `record_graph`.
+        run: calls the model, once or several times, with state carried from call to call.
+        training: whether the model runs in training mode.
+
+    Raises:
+        Exception: what forward raises.
+
+    Example:
+        >>> import torch
+        >>> from biofx.recording.recorder import record
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+        >>> x = torch.randn(1, 3)
+        >>> [operation.name for operation in record(model, lambda m: m(x)).operations]
+        ['t', 'addmm', 'relu']
+    """
+    recorder = Recorder()
+    with recording_of(recorder, model, training=training):
+        run(model)
+    return recorder.recording
+
+
+@contextlib.contextmanager
+def recording_of(
+    recorder: Recorder, model: nn.Module, *, training: bool = False, but: Collection[nn.Parameter] = ()
+) -> Iterator[None]:
+    """Record what runs in the block, and undo its side effects on a model, but for parameters that are to change."""
+    gradients = {p: p.grad for p in model.parameters()}
+    memory = {name: _place_in_memory(p.data) for name, p in stored_parameters(model)}
+    with contextlib.ExitStack() as stack:
+        for context in (parameters_kept(model, but), undisturbed(model), torch.no_grad(), _operator_by_operator()):
+            stack.enter_context(context)
+        model.train(training)
+        recorder.declare_model(model)
+        try:
+            with recorder.watching(model), recorder:
+                yield
+        finally:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            for name, parameter in stored_parameters(model):
+                if name in memory and _place_in_memory(parameter.data) != memory[name]:
+                    recorder.recording.changed.setdefault(name, None)
+
+
+_paused: ContextVar[bool] = ContextVar("_paused", default=False)
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Keep operators out of recordings that are no part of a forward, such as those that check what it does."""
+    token = _paused.set(True)
+    try:
+        yield
+    finally:
+        _paused.reset(token)
+
+
+@contextlib.contextmanager
+def _operator_by_operator() -> Iterator[None]:
+    """Turn off what runs a layer in one piece."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward by the name of its parameter."""
+    try:
+        arguments = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return {**{str(index): argument for index, argument in enumerate(args)}, **kwargs}
+    for name, value in list(arguments.items()):
+        parameter = inspect.signature(module.forward).parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name)
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            del arguments[name]
+            arguments |= {f"{name}[{index}]": item for index, item in enumerate(value)}
+    return arguments
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+_REGISTRIES = frozenset(vars(nn.Module()))
+_DEEPEST = 6  # how far into objects inside of objects tensors are looked for
+
+
+def _tensors_in(value: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:
+    """The tensors in an argument or attribute, in containers and in objects such as dataclasses and caches."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for item in list(value.values()):
+            yield from _tensors_in(item, depth - 1)
+    elif depth and isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors_in(item, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value):
+        yield from _tensors_in(vars(value), depth - 1)
+
+
+def _has_form(value: Value, tensor: Tensor) -> bool:
+    """Whether a tensor still has the shape and strides of its value."""
+    return value.shape == tensor.shape and (not value.stride or value.stride == tensor.stride())
+
+
+def _has_negative(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point() or not _is_plain(tensor):
+        return False
+    return bool((tensor.detach() < 0).any())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor of PyTorch's own that lies in memory in strides."""
+    is_own = type(tensor) in (Tensor, nn.Parameter)
+    return is_own and not tensor.is_nested and tensor.layout is torch.strided
+
+
+def _place_in_memory(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
+    """Where a tensor lies; the storage is 0 if there is none to tell tensors apart by."""
+    if not _is_plain(tensor):
+        return 0, 0, torch.Size(()), ()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.shape, tensor.stride()
+
+
+@cache
+def _aliases(operator: Any) -> tuple[tuple[tuple[str, int], ...], bool]:
+    """The arguments that an operator writes to, by name and position, and whether it returns a view."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None:
+        return (), False
+    written = [
+        (a.name, i) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return tuple(written), views
+
+
+def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Value]:
+    for name, position in _aliases(operator)[0]:
+        argument = args[position] if position < len(args) else kwargs.get(name)
+        yield from (x for x in pytree.tree_leaves(argument) if isinstance(x, Value))
+
+
+def _returns_view(operator: Any) -> bool:
+    return _aliases(operator)[1]
+
+
+# --- names for people --------------------------------------------------------------------------------------------
+
+_REFLECTED = {f"r{name}": name for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod")}
+_OWN = tuple(
+    os.path.join(os.path.dirname(str(package.__file__)), "")
+    for package in (torch, sys.modules[str(__package__).partition(".")[0]])
+)
+
+
+def _short_name(function: Any) -> str:
+    if isinstance(function, torch._ops.OpOverload):
+        return str(function._schema.name).rpartition("::")[2]
+    name = str(getattr(function, "__name__", function)).strip("_")
+    is_operator = str(getattr(function, "__name__", "")).startswith("__")
+    if is_operator:
+        return _REFLECTED.get(name, name)
+    return str(getattr(function, "__name__", function))
+
+
+def _place_in_source() -> tuple[str, int] | None:
+    """The innermost line outside of PyTorch and biofx that runs."""
+    for frame, line in traceback.walk_stack(None):
+        file = frame.f_code.co_filename
+        if not file.startswith(("<", *_OWN)) and not file.endswith(("contextlib.py",)):
+            return file, line
+    return None

@@ -1,0 +1,79 @@
+"""ModelEditor: the hands of a pass that looks at the whole model, as one does that gives units their signs."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from biofx.analysis.remembering import remember
+from biofx.analysis.sites import WeightSite, find
+from biofx.analysis.understanding import Understanding, understand_again
+from biofx.analysis.units import Units
+from biofx.base import randomness
+from biofx.model.provenance import RunnablePass, record_of
+from biofx.model.synapses import stored
+from biofx.rewrite.editor import Editor, owners
+
+
+class ModelEditor:
+    """Edits a model on behalf of one pass.
+
+    Attributes:
+        bio: the model.
+        all_sites: all weights, by name.
+        sites: those that the pass may touch.
+        edits: an editor for each of them.
+        excluded: parameters that no pass may touch, each with the reason.
+        understood: what a run told of the model, before this pass or when it looked again; None if it could not be run.
+        seed: seed of every random draw.
+    """
+
+    def __init__(
+        self,
+        bio: fx.GraphModule,
+        by: RunnablePass,
+        seed: int,
+        excluded: dict[str, str],
+        understood: Understanding | None,
+    ) -> None:
+        self.bio = bio
+        self.understood = understood
+        self.seed = seed
+        self.excluded = excluded
+        self.all_sites = find(bio)[0]
+        self.sites: dict[str, WeightSite] = {n: site for n, site in self.all_sites.items() if n not in excluded}
+        self.places = owners(bio)
+        self.edits = {name: Editor(bio, name, site.node, by, seed, self.places) for name, site in self.sites.items()}
+        self._by = by
+
+    @cached_property
+    def units(self) -> Units | None:
+        """The unit analysis of the model; None if it could not be run."""
+        return None if self.understood is None else Units.of(self.understood, self.all_sites)
+
+    def look_again(self) -> None:
+        """Run the model again, as its units are others now, and keep what that tells."""
+        if self.understood is not None:
+            self.understood = understand_again(self.bio, self.understood)
+            remember(self.bio, self.understood)
+        self.all_sites = find(self.bio)[0]
+        self.sites = {name: self.all_sites[name] for name in self.sites if name in self.all_sites}
+        vars(self).pop("units", None)
+
+    def generator(self, *purpose: str) -> torch.Generator:
+        """Random numbers that depend on the seed, the pass and the purpose only. A CPU generator."""
+        return randomness.generator(self.seed, self._by.name, *purpose)
+
+    def note(self, text: str) -> None:
+        """Tell the user something about the model; `summary` shows it."""
+        record_of(self.bio).notes.append(text)
+
+    def keep_nonnegative(self, parameter: str) -> None:
+        """Keep a parameter that multiplies units from being negative: at every step, and in `verify`."""
+        record_of(self.bio).nonnegative[parameter] = self._by.name
+
+    def value(self, parameter: str) -> torch.nn.Parameter:
+        """A parameter by its name."""
+        return stored(self.bio, parameter)

@@ -1,0 +1,173 @@
+"""The pipeline: passes in canonical order, each timed and verified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from biofx.analysis.sites import find
+from biofx.base.comparison import difference
+from biofx.base.errors import PipelineError, VerificationError
+from biofx.base.isolation import run_in_eval_mode
+from biofx.base.randomness import fixed_defaults
+from biofx.model.chain import number_nodes
+from biofx.model.provenance import PassRun, record_of
+from biofx.model.slots import Slot
+from biofx.model.synapses import stored
+from biofx.output.inspection import table
+from biofx.rewrite.model_editor import ModelEditor
+from biofx.rewrite.verification import verify
+
+if TYPE_CHECKING:
+    from biofx.analysis.understanding import Run, Understanding
+    from biofx.rewrite.registry import Pass
+
+Printer = Callable[[str], object]
+
+
+def run(
+    bio: fx.GraphModule,
+    passes: Sequence[Pass],
+    excluded: dict[str, str],
+    seed: int,
+    understood: Understanding | None,
+    *,
+    check: bool,
+    print_between: Printer | None = None,
+) -> list[Tensor] | None:
+    """Run passes on a captured model, from the operator inwards, whatever the order in which they are given.
+
+    A pass that changes the shape of a weight thus runs before one that draws a number for each of its entries; one that
+    changes which units there are runs first of all.
+
+    Args:
+        bio: the model, changed in place.
+        passes: the passes.
+        excluded: weights that no pass may touch, each with the reason.
+        seed: seed of every random draw.
+        understood: what a run told of the model; None if it could not be run. Passes that preserve the function are
+            checked on the same run.
+        check: verify the model after each pass.
+        print_between: called with the graph's text after each pass.
+
+    Returns:
+        What the model returns now, if it is known: if it does the same twice, and each pass preserved that.
+
+    Raises:
+        PipelineError: two passes exclude each other.
+        VerificationError: a pass broke an invariant.
+    """
+    outputs = _repeatable(bio, understood) if check and any(p.preserves_function for p in passes) else None
+    repeats = outputs is not None
+    ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))
+    _refuse_conflicts(bio, ordered, excluded)
+    for pass_ in ordered:
+        run = understood.run if understood is not None and repeats else None
+        if run is not None and outputs is None and pass_.preserves_function:  # the pass before this one did not
+            outputs = _outputs(bio, pass_, run)
+        with fixed_defaults():
+            editor = ModelEditor(bio, pass_, seed, excluded, understood)
+            _run_one(bio, pass_, editor)
+            understood = editor.understood
+            if check:
+                _verify_after(bio, pass_)
+        outputs = None if run is None or outputs is None else _unchanged(bio, pass_, run, outputs)
+        if print_between is not None:
+            print_between(f"after {pass_}:\n{table(bio)}")
+    number_nodes(bio)
+    bio.meta["biofx"] = {
+        "passes": [
+            {"pass": str(run.pass_), "seed": run.seed, "seconds": run.seconds, "weights": sorted(run.weights)}
+            for run in record_of(bio).passes
+        ]
+    }
+    return outputs
+
+
+def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> list[Tensor] | None:
+    """What the model returns, if it does so twice; not if a generator of its own draws random numbers."""
+    if understood is None:
+        return None
+    bio.recompile()
+    once, again = (run_in_eval_mode(bio, understood.run) for _ in range(2))
+    return once if difference(once, again) is None else None
+
+
+def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
+    for name in find(bio)[0]:
+        if name in excluded:
+            continue
+        earlier = [run.pass_ for run in record_of(bio).passes if name in run.weights]
+        present = list(earlier)
+        for new in passes:
+            for old in present:
+                if old.name == new.name:
+                    raise PipelineError(
+                        f"{name} has {old} already, and a weight takes {new.name} once "
+                        "(use exclude to give other weights other options)"
+                    )
+                reshapes = new.slot in (Slot.SUM, Slot.OUTPUT) and old.slot < new.slot
+                if old in earlier and (reshapes or new.changes_units):
+                    raise PipelineError(
+                        f"{new.name} changes the shape of {name}, or of what it returns, and {old.name} is set up for "
+                        "the present one; transform the original model with both"
+                    )
+                if (old.changes_units or new.changes_units) and Slot.OUTPUT in (old.slot, new.slot):
+                    raise PipelineError(
+                        f"{old.name} and {new.name} exclude each other on {name}: one gives every unit a sign, and the "
+                        "other joins units of both signs; drop one"
+                    )
+                if old.slot is new.slot and new.slot.exclusive:
+                    raise PipelineError(
+                        f"{old.name} and {new.name} both claim the {new.slot.label} of {name}; drop one"
+                    )
+            present.append(new)
+
+
+def _run_one(bio: fx.GraphModule, pass_: Pass, model: ModelEditor) -> None:
+    start = time.perf_counter()
+    left = {name: reason for name, reason in model.excluded.items() if name in model.all_sites}
+    with torch.no_grad():
+        pass_.rewrite_model(model)
+        for edit in model.edits.values():
+            if edit.reason is None and pass_.acts_at_step:
+                edit.count_steps()
+    changed = {name for name, edit in model.edits.items() if edit.reason is None and edit.changed}
+    left |= {name: e.reason or "it changed nothing" for name, e in model.edits.items() if name not in changed}
+    remarks = {name: "; ".join(edit.remarks) for name, edit in model.edits.items() if edit.remarks}
+    seconds = time.perf_counter() - start
+    record = record_of(bio)
+    record.passes.append(PassRun(pass_, model.seed, frozenset(changed), left, remarks, seconds))
+    record.shapes = {name: stored(bio, name).shape for run in record.passes for name in run.weights}
+
+
+def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
+    try:
+        verify(bio)
+    except VerificationError as error:
+        raise VerificationError([f"after {pass_.name}: {v}" for v in error.violations]) from None
+
+
+def _outputs(bio: fx.GraphModule, pass_: Pass, run: Run | None) -> list[Tensor]:
+    bio.recompile()
+    try:
+        return run_in_eval_mode(bio, run)
+    except Exception as error:
+        raise VerificationError([f"{pass_.name}: {type(bio).__name__} does not run any more: {error}"]) from error
+
+
+def _unchanged(bio: fx.GraphModule, pass_: Pass, run: Run, before: list[Tensor]) -> list[Tensor] | None:
+    """What the model returns after a pass, which is the same if the pass says so; None if it does not."""
+    if not pass_.preserves_function:
+        return None
+    after = _outputs(bio, pass_, run)
+    found = difference(before, after)
+    if found is not None:
+        raise VerificationError(
+            [f"{pass_.name} says that it preserves the function, but on the inputs with which the model ran {found}"]
+        )
+    return after

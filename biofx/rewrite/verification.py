@@ -1,0 +1,159 @@
+"""Verification: the invariants of a transformed model."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import Tensor, fx, nn
+
+from biofx.analysis.sites import WeightSite, find
+from biofx.analysis.verdict import Verdict
+from biofx.base.errors import VerificationError
+from biofx.model.chain import chain, parameter_nodes
+from biofx.model.operators import NAMESPACE
+from biofx.model.provenance import changed_since, inserted, inserted_nodes, record_of, unwrapped
+from biofx.model.slots import Slot
+from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
+from biofx.rewrite.registry import Pass
+from biofx.signs.constraints import mixed_units, wrong_signs
+
+
+def verify(bio: nn.Module) -> dict[str, Verdict]:
+    """Check every invariant of a transformed model.
+
+    - Every weight that passes rewrote is stored as they left it, and what they keep is there.
+    - The graph is well formed (`graph.lint`).
+    - Every weight has one chain, with its nodes in canonical order, and every inserted node is in use.
+    - Every `biofx` operator in the graph was inserted by a pass that ran.
+    - No parameter of the original model is gone, and the weights that passes changed are finite.
+    - All outgoing effective weights of a unit that has a sign, in all weights that read it, have one sign. What
+      multiplies units and is held to be not negative is so.
+    - Gains are finite and not negative; what else a pass promises holds (`Pass.violations`).
+
+    Args:
+        bio: a model made by `biofx.transform`.
+
+    Returns:
+        For each weight, whether Dale's principle holds for it: `"obeys"` was proved, `"free"` weights read inputs and
+        constants, `"not constrained"` ones were given no signs, and of those that are `"not judged"` nobody can tell
+        whose units they read. `Units.verdicts` judges weights without signs as well.
+
+    Raises:
+        VerificationError: lists every broken invariant, each with the pass and the parameter.
+        ArgumentError: `bio` was not made by `biofx.transform`.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> bio = biofx.transform(torch.nn.Linear(2, 2), [passes.FuzzyLearningRates()])
+        >>> {name: str(verdict) for name, verdict in biofx.verify(bio).items()}
+        {'weight': 'free'}
+        >>> bio.weight_synapses.gain[0, 0] = float("nan")
+        >>> biofx.verify(bio)
+        Traceback (most recent call last):
+        biofx.base.errors.VerificationError: the transformed model is not valid:
+          - fuzzy-learning-rates: weight: gain is not finite
+    """
+    bio = unwrapped(bio)
+    for attachment in record_of(bio).attachments:
+        attachment.check()
+    violations = list(changed_since(bio)) or list(_graph(bio)) or [*_chains(bio), *_parameters(bio), *_passes(bio)]
+    if violations:
+        raise VerificationError(violations)
+    return {name: _verdict(site) for name, site in find(bio)[0].items()}
+
+
+def _verdict(site: WeightSite) -> Verdict:
+    if site.sign is not None and bool((site.sign != 0).any()):
+        return Verdict("obeys")
+    if site.why_not_judged is not None:
+        return Verdict("not judged", reason=site.why_not_judged)
+    return Verdict("free" if site.facts.is_free else "not constrained")
+
+
+def _graph(bio: fx.GraphModule) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lint warns of attributes that are plain tensors, which a model may have
+            bio.graph.lint()
+    except RuntimeError as error:
+        yield f"the graph is malformed: {error}"
+
+
+def _chains(bio: fx.GraphModule) -> Iterator[str]:
+    for name, count in Counter(str(n.target) for n in bio.graph.find_nodes(op="get_attr")).items():
+        if count > 1:
+            yield f"{name}: read by {count} nodes, must be read by one"
+    on_chain: set[fx.Node] = set()
+    for name, start in parameter_nodes(bio).items():
+        nodes, synapses = chain(start), synapses_of(bio, name)
+        on_chain.update(nodes)
+        slots = [origin.slot for n in nodes if (origin := inserted(n)) is not None]
+        if slots != sorted(slots):
+            yield f"{name}: its chain is not in canonical order: {', '.join(s.label for s in slots)}"
+        if [node.target for node in nodes[1:]] != [link.target for link in (synapses.acting if synapses else ())]:
+            yield f"{name}: the graph does not compute it from its synapses as its module does"
+    for node, origin in inserted_nodes(bio.graph):
+        where = f"{origin.by}: {origin.parameter}: {node.name}"
+        if not node.users and origin.slot is not Slot.OBSERVER:
+            yield f"{where} is not used by any node"
+        if origin.slot.on_chain and node.op != "get_attr" and node not in on_chain:
+            yield f"{where} is not on the one chain of the weight"
+    ran = {run.pass_.name for run in record_of(bio).passes}
+    for node in bio.graph.nodes:
+        origin = inserted(node)
+        if getattr(node.target, "namespace", _namespace(node)) == NAMESPACE and origin is None:
+            yield f"{node.name} is a biofx operator that no pass inserted"
+        if origin is not None and not ran.issuperset(origin.passes):
+            yield f"{origin.by}: {origin.parameter}: {node.name} was inserted by a pass that did not run"
+
+
+def _namespace(node: fx.Node) -> str:
+    return str(getattr(node.target, "_qualified_op_name", "")).partition("::")[0]
+
+
+def _parameters(bio: fx.GraphModule) -> Iterator[str]:
+    present = {name for name, _ in stored_parameters(bio)}
+    for name in record_of(bio).original:
+        if name not in present:
+            yield f"{name}: a parameter of the original model is gone"
+
+
+def _passes(bio: fx.GraphModule) -> Iterator[str]:
+    record = record_of(bio)
+    for weight, synapses in synapses_in(bio).items():
+        gain, by = synapses.state("gain"), ", ".join(synapses.users.get("gain", ()))
+        if gain is not None:
+            lowest = _lowest(gain)
+            if lowest is None:
+                yield f"{by}: {weight}: gain is not finite"
+            elif lowest < 0:
+                yield f"{by}: {weight}: gain is negative ({lowest:g})"
+    for name, by in record.nonnegative.items():
+        lowest = _lowest(stored(bio, name))
+        if lowest is not None and lowest < 0:
+            yield f"{by}: {name}: it multiplies units, and is negative ({lowest:g})"
+    sites = find(bio)[0]
+    yield from wrong_signs(sites)
+    yield from mixed_units(sites)
+    for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):
+        if _lowest(sites[name].raw) is None:
+            yield f"{name}: the weight is not finite"
+    for run in record.passes:
+        for name in sorted(run.weights):
+            if name not in sites:
+                yield f"{run.pass_.name}: {name}: no operator uses the weight any more"
+                continue
+            assert isinstance(run.pass_, Pass)
+            yield from (f"{run.pass_.name}: {name}: {v}" for v in run.pass_.violations(sites[name]))
+
+
+def _lowest(values: Tensor) -> float | None:
+    """The lowest of some values, infinity if there are none, or None if one is not finite."""
+    if not values.numel():
+        return math.inf
+    lowest, highest = map(float, values.detach().aminmax())  # reads each once, at a fraction of what isfinite costs
+    return lowest if math.isfinite(lowest) and math.isfinite(highest) else None

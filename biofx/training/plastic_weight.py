@@ -1,0 +1,183 @@
+"""A weight as a rule sees it at `optimizer.step()`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from biofx.base import randomness
+from biofx.base.noise import Counter
+from biofx.model.operators import apply_rule, is_hook
+from biofx.signs.constraints import constraint_of
+
+if TYPE_CHECKING:
+    from biofx.analysis.sites import WeightSite
+    from biofx.model.synapses import Synapses
+
+
+@dataclass(eq=False)
+class PlasticWeight:
+    """A weight at one step of its optimizer.
+
+    Attributes:
+        site: the weight site.
+        raw: the stored parameter.
+        gradient: its gradient as the optimizer sees it; a rule at `Moment.GRADIENT` may change it in place.
+        optimizer: the optimizer that holds it; None if rules are called by hand.
+        step: number of this step, counted from 1.
+        by: name of the pass that looks at the weight.
+        compiled: whether to compile what a rule does to entries.
+        finite: whether gradients and weights are finite, on a device that is not waited for; else None.
+    """
+
+    site: WeightSite
+    raw: nn.Parameter
+    gradient: Tensor
+    optimizer: torch.optim.Optimizer | None
+    step: int
+    by: str = ""
+    compiled: bool = False
+    finite: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the original model."""
+        return self.site.name
+
+    @cached_property
+    def synapses(self) -> Synapses:
+        """What holds the stored parameter, its links and their state."""
+        return self.site.known_synapses
+
+    def state(self, key: str) -> Tensor:
+        """A tensor that the pass keeps for the weight."""
+        value = self.synapses.state(key)
+        assert value is not None, f"{self.by} keeps no {key} for {self.name}"
+        return value
+
+    def own_state(self) -> list[Tensor]:
+        """All that the pass keeps for the weight."""
+        return [self.state(key) for key, users in self.synapses.users.items() if self.by in users]
+
+    @property
+    def sign(self) -> Tensor | None:
+        """Sign of the unit behind every synapse, as `WeightSite.sign`."""
+        return self.synapses.state("sign")
+
+    @property
+    def value(self) -> Tensor:
+        """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, or that itself."""
+        return self.site.synaptic().detach()
+
+    @property
+    def slope(self) -> Tensor:
+        """Derivative of every synapse's magnitude with respect to what is stored for it."""
+        raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.sign
+        return raw.sign() if constraint is None or sign is None else constraint.slope(raw, sign)
+
+    def assign(self, value: Tensor) -> None:
+        """Store weights, one for every synapse; what has another sign than its unit becomes zero."""
+        constraint, sign = constraint_of(self.site), self.sign
+        self.raw.copy_(value if constraint is None or sign is None else constraint.store(value, sign))
+
+    def without_padding(self, values: Tensor) -> Tensor:
+        """Values for every synapse, in place set to 0 in the row of an embedding that stands for no token."""
+        if self.site.padding is not None:
+            values[..., self.site.padding, :] = 0
+        return values
+
+    def counter(self, purpose: str) -> Counter:
+        """What noise for every synapse follows from: the seed, the step, the pass, the weight's name.
+
+        Args:
+            purpose: what it is for; for each of them it is independent.
+        """
+        return Counter(self.state("seed"), self.state("steps"), (self.by, self.name, purpose))
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of the CPU, to be waited for, that follow from the same as those of `counter`."""
+        return randomness.generator(int(self.state("seed")), self.by, self.name, self.step)
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The optimizer's options for the weight; none if rules are called by hand."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return next((group for group in groups if any(p is self.raw for p in group["params"])), {})
+
+    def replace(self, mask: Tensor, values: Tensor) -> None:
+        """Put new weights where a mask says, and let the optimizer remember of them what it does of a new weight.
+
+        Args:
+            mask: bool, of the shape of `raw`.
+            values: weights, of the shape of `raw`; those where the mask is False are not looked at.
+
+        Example:
+            >>> import biofx, torch
+            >>> from dataclasses import dataclass
+            >>> from biofx import passes
+            >>> @dataclass(frozen=True)
+            ... class Prune(passes.Pass):
+            ...     name = "prune"
+            ...     slot = passes.Slot.HOOK
+            ...     moment = passes.Moment.TURNOVER
+            ...
+            ...     def rewrite(self, site, edit):
+            ...         pass
+            ...
+            ...     def at_step(self, weights):
+            ...         for weight in weights:
+            ...             weight.replace(weight.value.abs() < 0.1, torch.zeros_like(weight.value))
+            >>> bio = biofx.transform(torch.nn.Linear(50, 50), [Prune()])
+            >>> attachment = biofx.attach(bio, torch.optim.SGD(bio.parameters(), lr=0.0))
+            >>> bio(torch.ones(1, 50)).sum().backward()
+            >>> attachment.optimizer.step()
+            >>> bool((bio.weight == 0).any())
+            True
+        """
+        constraint, sign = constraint_of(self.site), self.sign
+        values = values if constraint is None or sign is None else constraint.store(values, sign)
+        self.raw.copy_(torch.where(mask, values.to(self.raw), self.raw))
+        self.forget(mask)
+
+    def forget(self, mask: Tensor) -> None:
+        """Reset what the optimizer remembers of some synapses, as if they were new.
+
+        Args:
+            mask: bool, of the shape of `raw`.
+        """
+        mask = mask if self.finite is None else mask & self.finite
+        # What is not listed starts from 0: momentum and moments.
+        initial = {
+            "sum": self.group.get("initial_accumulator_value", 0.0),  # Adagrad
+            "step_size": self.group.get("lr", 0.0),  # Rprop
+        }
+        for key, memory in self.memories.items():
+            if key == "ax":  # ASGD: average of the weight
+                memory.copy_(torch.where(mask, self.raw, memory))
+            else:
+                memory.masked_fill_(mask, initial.get(key, 0.0))
+
+    @property
+    def memories(self) -> dict[str, Tensor]:
+        """What the optimizer remembers of every synapse, by its key."""
+        state = {} if self.optimizer is None else self.optimizer.state.get(self.raw, {})
+        return {k: m for k, m in state.items() if isinstance(m, Tensor) and m.shape == self.raw.shape}
+
+
+def scale_learning(synapses: Synapses, gradient: Tensor, weight: Tensor, by: str) -> Tensor:
+    """What the rules of a pass make of a gradient.
+
+    Args:
+        synapses: the synapses of the weight.
+        gradient: a gradient of what they store.
+        weight: what they store.
+        by: the name of the pass.
+    """
+    for link in reversed(synapses.links):
+        if by in link.origin.passes and is_hook(link.target):
+            gradient = apply_rule(link.target, gradient, weight, *synapses.arguments(link))
+    return gradient

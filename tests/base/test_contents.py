@@ -1,0 +1,89 @@
+"""Contents: what can be changed inside of a value, and whether it was."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from biofx.base.contents import frozen, holders, is_holder, named, put_back
+
+
+class Settings:
+    def __init__(self, **values):
+        vars(self).update(values)
+
+
+def nested():
+    return Settings(
+        a=1, b=[1, {"x": SimpleNamespace(y=2.0)}], c=({3},), d=torch.ones(2), e=nn.Linear(1, 1), f=len, h=numpy.ones(3)
+    )
+
+
+CHANGES = [
+    lambda v: setattr(v, "a", 2),
+    lambda v: v.b.append(1),
+    lambda v: setattr(v.b[1]["x"], "y", 3.0),
+    lambda v: v.c[0].add(4),
+    lambda v: setattr(v, "g", None),
+    lambda v: v.h.__setitem__(1, 5.0),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_frozen_is_equal_as_long_as_nothing_changes(change):
+    value = nested()
+    before = frozen(value)
+    for other, other_before in (copy.deepcopy((value, before)), pickle.loads(pickle.dumps((value, before)))):
+        assert frozen(other) == other_before
+        assert frozen(other) != before  # it has a tensor and a module of its own
+    change(value)
+    assert frozen(value) != before
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_holders_are_all_that_can_change(change):
+    value = nested()
+    unchanged, now = frozen(value), list(holders(value, set()))
+    before = [holder.copy() for holder in now]
+    change(value)
+    assert sum(not numpy.array_equal(new, old) for new, old in zip(now, before, strict=True)) == 1
+    for holder, content in zip(now, before, strict=True):
+        put_back(holder, content)
+    assert frozen(value) == unchanged
+
+
+def test_tensors_modules_and_functions_are_not_looked_into():
+    assert not any(map(is_holder, (torch.ones(1), nn.Linear(1, 1), len, Settings, 1, "text")))
+
+
+def test_what_holds_itself_comes_to_an_end():
+    value = []
+    value.append(value)
+    assert len(list(holders(value, set()))) == 1
+    assert frozen(value) == frozen(value)
+
+
+def test_what_is_shared_is_frozen_once():
+    """It would be a tree of 2 ** 16 parts."""
+    value = [1]
+    for _ in range(16):
+        value = [value, value]
+    assert len(frozen(value)) < 200
+
+
+def test_what_is_named_is_equal_where_it_is_found_again():
+    def same(value):
+        return pickle.loads(pickle.dumps(frozen(value, named))) == frozen(value, named)
+
+    tensor = torch.ones(2)
+    assert all(map(same, (nested, [nested, Settings], {"a": tensor}, [nn.Linear(1, 1)])))
+    before = frozen([tensor], named)
+    assert frozen([torch.ones(2)], named) != before
+    tensor += 1
+    assert frozen([tensor], named) != before
+    doubles, triples = (lambda x: 2 * x), (lambda x: 3 * x)
+    assert frozen(doubles, named) != frozen(triples, named)

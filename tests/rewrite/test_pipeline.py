@@ -1,0 +1,183 @@
+"""The pipeline: canonical order, conflicts, checks between passes."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import permutations
+
+import pytest
+import torch
+from torch import nn
+
+import biofx
+from biofx import passes
+from models.small import ConvNet, mlp
+
+
+@dataclass(frozen=True)
+class Halve(passes.Pass):
+    """A gradient hook that halves."""
+
+    name = "halve"
+    slot = passes.Slot.HOOK
+
+    def rewrite(self, site, edit):
+        edit.insert(torch.ops.biofx.scale_grad, 0.5)
+
+
+@dataclass(frozen=True)
+class Rectify(passes.Pass):
+    """A sign constraint."""
+
+    name = "rectify"
+    slot = passes.Slot.SIGN
+
+    def rewrite(self, site, edit):
+        edit.insert(torch.abs)
+
+
+@dataclass(frozen=True)
+class Negate(Rectify):
+    """Another sign constraint, and one that lies about preserving the function."""
+
+    name = "negate"
+    preserves_function = True
+
+    def rewrite(self, site, edit):
+        edit.insert(torch.neg)
+
+
+@dataclass(frozen=True)
+class Reluctant(Halve):
+    """Leaves everything alone, with and without saying why."""
+
+    name = "reluctant"
+
+    def rewrite(self, site, edit):
+        if site.name.startswith("0"):
+            edit.leave("it is the first")
+
+
+ALL = [passes.SplitSynapses(2), passes.FuzzyLearningRates(), Halve(), Rectify()]
+
+
+@pytest.mark.parametrize("order", permutations(ALL))
+def test_the_order_of_passes_does_not_matter(order):
+    model = mlp(3, 4, 2)
+    expected, given = biofx.transform(model, ALL), biofx.transform(model, order)
+    assert given.code == expected.code
+    assert list(given.state_dict()) == list(expected.state_dict())
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in given.state_dict().items())
+    slots = [line.split("  ")[-2].strip() for line in biofx.table(given).splitlines()[2:] if " 0.weight " in line]
+    assert len(slots) == 6
+
+
+def test_a_chain_reads_in_canonical_order():
+    bio = biofx.transform(nn.Linear(3, 2), ALL)
+    site = biofx.weight_sites(bio)["weight"]
+    calls = [biofx.output.inspection.callee(node) for node in site.chain]
+    assert calls == ["weight_synapses.weight", "biofx.scale_grad", "biofx.scale_grad", "abs", "sum", "biofx.share_grad"]
+    torch.testing.assert_close(site.effective(), site.raw.abs().sum(0))
+    site.effective().sum().backward()
+    torch.testing.assert_close(site.raw.grad, 0.5 * 0.5 * site.gain * site.raw.sign())
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        (
+            [passes.SplitSynapses(2), passes.SplitSynapses(3)],
+            r"weight has split-synapses already, and a weight takes split-synapses once \(use exclude",
+        ),
+        ([passes.FuzzyLearningRates(), passes.FuzzyLearningRates()], "weight has fuzzy-learning-rates already"),
+        (
+            [passes.MirrorUnits(), passes.GroupUnits()],
+            "mirror-units and group-units exclude each other on weight: one gives every unit a sign, and the other",
+        ),
+        (
+            [passes.MirrorUnits(), passes.DalesPrinciple()],
+            "mirror-units and dales-principle both claim the sign constr",
+        ),
+        ([Rectify(), Negate()], "negate and rectify both claim the sign constraint of weight; drop one"),
+    ],
+)
+def test_conflicts_name_both(pipeline, message):
+    model = nn.Linear(2, 2)
+    with pytest.raises(biofx.PipelineError, match=message):
+        biofx.transform(model, pipeline)
+
+
+@pytest.mark.parametrize("pipeline", [[passes.FuzzyLearningRates()] * 2, [Rectify(), Negate()]])
+def test_a_conflict_with_an_earlier_transform_leaves_the_model_as_it_was(pipeline):
+    first = biofx.transform(nn.Linear(2, 2), pipeline[:1])
+    state, code = first.state_dict(), first.code
+    with pytest.raises(biofx.PipelineError, match=r"already|both claim"):
+        biofx.transform(first, pipeline[1:], inplace=True)
+    assert (first.code, list(first.state_dict())) == (code, list(state))
+
+
+def test_a_pass_that_lies_about_preserving_the_function_is_caught():
+    with pytest.raises(
+        biofx.VerificationError,
+        match="negate says that it preserves the function, but on the inputs with which the model ran output 0",
+    ):
+        biofx.transform(nn.Linear(2, 2), [Negate()], example_inputs=torch.ones(1, 2))
+    biofx.transform(nn.Linear(2, 2), [Negate()], example_inputs=torch.ones(1, 2), verify=False)
+
+
+@dataclass(frozen=True)
+class Draw(Halve):
+    """Replaces weights by what the random number generator gives."""
+
+    name = "draw"
+
+    def rewrite(self, site, edit):
+        edit.replace_raw(torch.randn(site.raw.shape, generator=edit.generator))
+        edit.insert(torch.ops.biofx.scale_grad, edit.state("ones", torch.ones(site.raw.shape)))
+
+
+def test_a_pass_need_not_care_about_defaults_of_the_caller():
+    model = nn.Linear(2, 3)
+    expected = biofx.transform(model, [Draw()]).state_dict()
+    for default in (torch.float64, torch.bfloat16, torch.device("meta")):
+        with defaults(default):
+            given = biofx.transform(model, [Draw()]).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in given.items())
+        assert {value.dtype for value in given.values()} == {torch.float32}
+
+
+@contextmanager
+def defaults(default):
+    if isinstance(default, torch.device):
+        with default:
+            yield
+        return
+    torch.set_default_dtype(default)
+    try:
+        yield
+        assert torch.get_default_dtype() is default
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_nothing_is_skipped_silently():
+    text = biofx.summary(biofx.transform(mlp(2, 2, 2), [Halve(), Reluctant()]))
+    assert "reluctant: it is the first" in text
+    assert "reluctant: it changed nothing" in text
+
+
+def test_state_that_would_hide_an_attribute_is_refused():
+    model = nn.Linear(2, 2)
+    model.weight_synapses = "mine"
+    with pytest.raises(biofx.ArgumentError, match="has an attribute weight_synapses, which is where biofx keeps the"):
+        biofx.transform(model, [passes.FuzzyLearningRates()])
+
+
+def test_a_graph_grows_by_a_constant_for_each_weight():
+    sizes = [len(biofx.transform(mlp(*[2] * (n + 1)), ALL).graph.nodes) for n in (2, 3, 4)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
+
+
+def test_everything_together_on_a_convnet():
+    bio = biofx.transform(ConvNet(), ALL, example_inputs=torch.randn(2, 1, 8, 8))
+    biofx.verify(bio)
+    assert list(biofx.weight_sites(bio)) == ["stem.weight", "depthwise.weight", "head.weight"]
