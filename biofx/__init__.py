@@ -1,6 +1,18 @@
 """biofx: a torch.fx compiler that gives the synapses of a PyTorch model biological properties."""
 
+import sys
 from importlib.metadata import version
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+# Passes are installed as a part of the package. In a checkout, which Python may find first, they lie beside it.
+if find_spec("biofx.passes") is None:
+    _folder = Path(__file__).parents[1] / "passes"
+    _spec = spec_from_file_location("biofx.passes", _folder / "__init__.py", submodule_search_locations=[str(_folder)])
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules[_spec.name] = module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_spec.name])
 
 from biofx import passes
 from biofx.analysis.sites import WeightSite, l1, weight_sites
