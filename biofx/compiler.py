@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from biofx.analysis.remembering import remember
-from biofx.analysis.sites import find
+from biofx.analysis.sites import find_weights
 from biofx.analysis.understanding import Run, Understanding, understand
 from biofx.base.comparison import difference
 from biofx.base.copying import copied
@@ -308,15 +308,14 @@ def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
     for pattern in patterns:
         matches = fnmatch.filter(names, pattern)
         if not matches:
-            raise ArgumentError(
-                f'exclude pattern "{pattern}" matches no weight; the model has {", ".join(find(bio)[0]) or "none"}'
-            )
+            known = ", ".join(find_weights(bio).sites) or "none"
+            raise ArgumentError(f'exclude pattern "{pattern}" matches no weight; the model has {known}')
         result.update({names[match]: f'excluded by pattern "{pattern}"' for match in matches})
     return result
 
 
 def _check_weights(bio: fx.GraphModule, excluded: dict[str, str]) -> None:
-    sites, others = find(bio)
+    sites, others = find_weights(bio)
     if not sites:
         reasons = "".join(f"\n  - {name}: {reason}" for name, reason in others.items()) or " it has no parameters"
         raise ArgumentError(f"{type(bio).__name__} has no weight that biofx can give synapses:{reasons}")

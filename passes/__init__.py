@@ -16,6 +16,7 @@ from biofx.passes.volume_dependent_learning_rates import VolumeDependentLearning
 from biofx.rewrite.editor import Editor
 from biofx.rewrite.registry import Moment, Pass, recipes, register, register_recipe, registered_passes
 from biofx.training.plastic_weight import PlasticWeight
+from biofx.weights.facts import Need
 
 register_recipe("hofmann2025", HOFMANN2025)
 register_recipe("cortex", CORTEX)
@@ -29,6 +30,7 @@ __all__ = [
     "L1Regularization",
     "MirrorUnits",
     "Moment",
+    "Need",
     "Pass",
     "PlasticWeight",
     "Rejuvenate",

@@ -20,7 +20,7 @@ from biofx.rewrite.registry import Moment, Pass, register
 from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
 from biofx.signs.scales import hold_scales
-from biofx.weights.facts import NOT_RUN
+from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -207,11 +207,12 @@ class DalesPrinciple(Pass):
         for name in model.sites.keys() - chosen.keys():
             model.edits[name].leave("it is not among the sites that were asked for")
         for name, site in list(chosen.items()):
-            reason = site.why_no_axes or (NOT_RUN if name not in units.readings else None)
+            reason = site.unmet(Need.AXES) or (NOT_RUN if name not in units.readings else None)
             if reason is not None and name in patterns:
                 raise PipelineError(f"{self.name}: {name} cannot have signs: {reason}; leave it out of sites")
-            if reason is None and site.why_not_judged is not None and name not in patterns:
-                reason = f"not judged: {site.why_not_judged}"
+            unjudged = site.unmet(Need.UNITS)
+            if reason is None and unjudged is not None and name not in patterns:
+                reason = f"not judged: {unjudged}"
             if reason is not None:
                 model.edits[name].leave(reason)
                 del chosen[name]

@@ -20,6 +20,7 @@ from biofx.model.operators import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
 from biofx.training.blocks import blocks, wide
+from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -128,8 +129,9 @@ class FuzzyLearningRates(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Draw the gains of a weight's synapses and hook them to its gradient."""
-        if self.distribution == "activity" and site.why_no_output is not None:
-            edit.leave(site.why_no_output)
+        unmet = site.unmet(Need.OUTPUT)
+        if self.distribution == "activity" and unmet is not None:
+            edit.leave(unmet)
             return
         nu: float | Tensor = self.nu
         if self.distribution == "layer_adaptive":

@@ -14,6 +14,7 @@ from biofx.base.errors import PipelineError
 from biofx.base.options import check_activation, check_integer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Pass, register
+from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -74,7 +75,7 @@ class GroupUnits(Pass):
         if site.is_output:
             edit.leave("it is an output layer")
             return
-        reason = site.why_out_of_reach or site.why_no_axes
+        reason = site.unmet(Need.NODES) or site.unmet(Need.AXES)
         if reason is not None or not all(call.use.output_axes for call in site.calls):
             edit.leave(reason or f"{site.operator} returns no axis of units")
             return

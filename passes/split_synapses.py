@@ -15,6 +15,7 @@ from biofx.base.options import check_activation, check_choice, check_flag, check
 from biofx.model.chain import attribute
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Pass, register
+from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -144,8 +145,8 @@ def split(weight: Tensor, shares: Tensor) -> Tensor:
 
 def _why_no_activation(site: WeightSite) -> str | None:
     """Why the synapses of a weight cannot have an activation each, or None if they can."""
-    if site.why_out_of_reach is not None or site.axes is None:
-        return site.why_out_of_reach or site.why_no_axes
+    if site.unmet(Need.NODES) is not None or site.axes is None:
+        return site.unmet(Need.NODES) or site.unmet(Need.AXES)
     own = [factor for factor in site.axes.factors if factor.postsynaptic and not factor.is_group]
     if len(own) != 1 or not all(call.use.output_axes for call in site.calls):
         return f"{site.operator} does not return its units on one axis"

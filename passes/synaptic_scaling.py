@@ -16,6 +16,7 @@ from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.operators import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
+from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -104,8 +105,9 @@ class SynapticScaling(Pass):
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Observe the units' activity, and hook their factor to the gradient."""
-        if site.why_no_output is not None:
-            edit.leave(site.why_no_output)
+        unmet = site.unmet(Need.OUTPUT)
+        if unmet is not None:
+            edit.leave(unmet)
             return
         edit.observe(torch.ops.biofx.sum_activity, site, "seen")
         device, dtype = site.raw.device, site.raw.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,7 @@ from biofx.model.islands import described, island_path
 from biofx.model.provenance import inserted, record_of, transformed
 from biofx.model.slots import Slot
 from biofx.model.synapses import Link, Synapses, stored, synapses_of
-from biofx.weights.facts import HELD, WeightFacts
+from biofx.weights.facts import HELD, Need, WeightFacts
 
 if TYPE_CHECKING:
     from biofx.weights.axes import Axes
@@ -113,13 +113,6 @@ class WeightSite:
         return parts.described(self.bio, node) if path is None else described(path)
 
     @property
-    def why_out_of_reach(self) -> str | None:
-        """Why what all its operators return cannot be had, or None if it can."""
-        if self.surroundings is not None:
-            return f"it is in {self.surroundings}, so what its operator returns is out of reach"
-        return None if self.calls else "no node of the graph is known to use it"
-
-    @property
     def raw(self) -> nn.Parameter:
         """The stored parameter: shape (Γ, *shape) if the weight is split into Γ synapses, else just shape."""
         return stored(self.bio, self.name)
@@ -183,21 +176,19 @@ class WeightSite:
         """The axes of the weight, as in the original model, or None if its uses do not agree on them."""
         return self.facts.axes
 
-    @property
-    def why_no_axes(self) -> str | None:
-        """Why units cannot be told apart by the axes of the weight, or None if they can."""
-        return self.facts.why_no_axes or None
+    def unmet(self, need: Need) -> str | None:
+        """The reason why the weight does not meet a need of a pass, or None if it does."""
+        if need is Need.NODES:
+            if self.surroundings is not None:
+                return f"it is in {self.surroundings}, so what its operator returns is out of reach"
+            return None if self.calls else "no node of the graph is known to use it"
+        if need is Need.OUTPUT:
+            return self.unmet(Need.NODES) or self.unmet(Need.AXES) or self._unmet_output()
+        if need is Need.UNITS:
+            return self.facts.unmet.get(need) or self.unmet(Need.AXES)
+        return self.facts.unmet.get(need)
 
-    @property
-    def why_not_judged(self) -> str | None:
-        """Why it cannot be told whose units the weight reads, or None if it can."""
-        return self.facts.why_not_judged or self.facts.why_no_axes or None
-
-    @property
-    def why_no_output(self) -> str | None:
-        """Why what its operator returns does not have its units on an axis, or None if it has."""
-        if self.why_out_of_reach is not None or self.why_no_axes is not None:
-            return self.why_out_of_reach or self.why_no_axes
+    def _unmet_output(self) -> str | None:
         if any(len(call.use.output_axes) != 1 for call in self.calls):
             return f"{self.operator} does not return its units on one axis"
         if any(call.use.units != self.units for call in self.calls):
@@ -212,7 +203,7 @@ class WeightSite:
             ValueError: its uses do not agree on them.
         """
         if self.axes is None:
-            raise ValueError(f"{self.name}: {self.why_no_axes}")
+            raise ValueError(f"{self.name}: {self.unmet(Need.AXES)}")
         return self.axes
 
     @property
@@ -301,7 +292,7 @@ def weight_sites(bio: nn.Module) -> dict[str, WeightSite]:
         >>> site.raw.shape, site.effective().shape, site.synapses
         (torch.Size([4, 2, 3]), torch.Size([2, 3]), 4)
     """
-    return find(transformed(bio))[0]
+    return find_weights(transformed(bio)).sites
 
 
 def l1(bio: nn.Module) -> Tensor:
@@ -326,8 +317,20 @@ def l1(bio: nn.Module) -> Tensor:
     return torch.stack([each.to(sums[0].device) for each in sums]).sum()
 
 
-def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
-    """The weight sites, and for every other parameter, and every quantized module, the reason why it is none."""
+class Weights(NamedTuple):
+    """What the parameters of a model are.
+
+    Attributes:
+        sites: the weight sites, by name.
+        others: why each other parameter, or quantized module, is no weight site, by name.
+    """
+
+    sites: dict[str, WeightSite]
+    others: dict[str, str]
+
+
+def find_weights(bio: fx.GraphModule) -> Weights:
+    """Tell the weight sites of a transformed model from its other parameters."""
     record, nodes = record_of(bio), parameter_nodes(bio)
     calls: dict[str, list[Call]] = {}
     for node in bio.graph.nodes:
@@ -347,7 +350,7 @@ def find(bio: fx.GraphModule) -> tuple[dict[str, WeightSite], dict[str, str]]:
         else:
             own = tuple(call for call in calls.get(name, ()) if call.node not in inside)
             sites[name] = WeightSite(bio, name, facts, nodes.get(name), own, inside)
-    return sites, others | dict(_packed(bio))
+    return Weights(sites, others | dict(_packed(bio)))
 
 
 def _callers(bio: fx.GraphModule) -> dict[int, list[fx.Node]]:

@@ -27,7 +27,7 @@ from biofx.model.synapses import stored_parameters
 from biofx.recording import inputs as guesses
 from biofx.recording.catalog import Kind
 from biofx.recording.recorder import Recorder, recording_of
-from biofx.weights.facts import NOT_A_SYNAPSE, WeightFacts
+from biofx.weights.facts import NOT_A_SYNAPSE, Need, WeightFacts
 from biofx.weights.fitness import why_unfit
 
 if TYPE_CHECKING:
@@ -243,18 +243,21 @@ def _facts(name: str, forms: Forms, reads: list[Read], readings: Readings, flow:
     if not reads:
         reason, operation = forms.mixed[name]
         return WeightFacts(
-            shown(operation), 1, None, reason, reason, False, 1, None, depth, is_output, operation.located
+            shown(operation), 1, None, {Need.AXES: reason}, False, 1, None, depth, is_output, operation.located
         )
     mixed = forms.mixed.get(name)
     orientation, reading = readings.judged(name), readings.of(name)
     axes = orientation.axes if not mixed and not _differ(readings, name) else None
+    unmet = {
+        Need.AXES: _lost_axes(name, readings, reads) if axes is None else "",
+        Need.UNITS: mixed[0] if mixed else reading.remark,
+    }
     paddings = {read.padding for read in reads if read.source is None}
     return WeightFacts(
         operator=", ".join(dict.fromkeys(shown(read.operation) for read in reads)),
         uses=len(reads),
         axes=axes,
-        why_no_axes=_why_no_axes(name, readings, reads) if axes is None else "",
-        why_not_judged=mixed[0] if mixed else reading.remark,
+        unmet={need: reason for need, reason in unmet.items() if reason},
         is_free=bool(reading.is_free.all()),
         groups=reads[0].groups,
         padding=paddings.pop() if len(paddings) == 1 and len(reads) == 1 else None,
@@ -270,7 +273,7 @@ def _differ(readings: Readings, name: str) -> bool:
     return len(many) > 1 and (bool(readings.of(name).remark) or any(o.axes is None for o in many))
 
 
-def _why_no_axes(name: str, readings: Readings, reads: list[Read]) -> str:
+def _lost_axes(name: str, readings: Readings, reads: list[Read]) -> str:
     many = readings.units.orientations[name]
     if len(many) > 1:
         kinds = dict.fromkeys(f"{shown(o.reads[0].operation)} ({o.axes})" for o in many)

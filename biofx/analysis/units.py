@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from biofx.analysis.numbers import NOBODY, Population
 from biofx.analysis.readings import Reading
-from biofx.analysis.sites import WeightSite, find
+from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.understanding import Understanding, understand
 from biofx.analysis.verdict import Verdict
 from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
 from biofx.model.provenance import is_transformed, transformed, unwrapped
-from biofx.weights.facts import NOT_RUN
+from biofx.weights.facts import NOT_RUN, Need
 
 __all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]
 
@@ -89,7 +89,7 @@ class Units:
         return {name: self._verdict(name, site, mixed) for name, site in self.sites.items()}
 
     def _verdict(self, name: str, site: WeightSite, mixed: set[int]) -> Verdict:
-        reason = self._why_not_judged(name, site)
+        reason = self._unjudged(name, site)
         if reason:
             return Verdict("not judged", reason=reason)
         reading = self.readings[name]
@@ -98,12 +98,12 @@ class Units:
         count = len(mixed & set(reading.classes[~reading.is_free].tolist()))
         return Verdict("breaks", mixed=count) if count else Verdict("obeys")
 
-    def _why_not_judged(self, name: str, site: WeightSite) -> str:
+    def _unjudged(self, name: str, site: WeightSite) -> str:
         if name not in self.readings:
-            return site.why_not_judged or NOT_RUN
+            return site.unmet(Need.UNITS) or NOT_RUN
         if site.raw.is_meta:
             return "it is on the meta device, and has no values"
-        return site.why_not_judged or self.readings[name].remark
+        return site.unmet(Need.UNITS) or self.readings[name].remark
 
     def mixed(self) -> Tensor:
         """The numbers of the units with outgoing weights of both signs, over all weights that read them.
@@ -116,7 +116,7 @@ class Units:
                 reasons. `verdicts` tells what is known of each weight.
         """
         found = self._mixed()
-        unjudged = {n: r for n, site in self.sites.items() if (r := self._why_not_judged(n, site))}
+        unjudged = {n: r for n, site in self.sites.items() if (r := self._unjudged(n, site))}
         if not len(found) and unjudged:
             raise NotJudgedError(unjudged)
         return found
@@ -124,7 +124,7 @@ class Units:
     def _mixed(self) -> Tensor:
         positive, negative = (torch.zeros(len(self.classes), dtype=torch.bool) for _ in range(2))
         for name, reading in self.readings.items():
-            if self._why_not_judged(name, self.sites[name]):
+            if self._unjudged(name, self.sites[name]):
                 continue
             site = self.sites[name]
             weight = site.outgoing(site.effective().detach()).cpu()
@@ -149,7 +149,7 @@ class Units:
         return "\n\n".join([table, *(["\n".join(texts)] if texts else []), *map(_wrapped, [*run, *self.notes])])
 
     def _row(self, name: str, site: WeightSite, notes: dict[str, int]) -> list[str]:
-        reason = self._why_not_judged(name, site)
+        reason = self._unjudged(name, site)
         note = f"[{notes.setdefault(f'not judged: {reason}', len(notes) + 1)}]" if reason else ""
         reading = self.readings.get(name)
         if reading is None:
@@ -217,7 +217,7 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     if understood is None:
         raise ArgumentError(f"{type(model).__name__}: {NOT_RUN}")
     if wrapped is not None:
-        return Units.of(understood, find(wrapped)[0])
+        return Units.of(understood, find_weights(wrapped).sites)
     sites = {name: WeightSite(model, name, facts) for name, facts in understood.weights.items()}
     return Units.of(understood, sites)
 

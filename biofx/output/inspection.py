@@ -10,12 +10,12 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
-from biofx.analysis.sites import WeightSite, find
+from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError
 from biofx.model.chain import attribute, callee, parameter_nodes
 from biofx.model.provenance import RunnablePass, inserted, record_of, transformed
 from biofx.model.synapses import State, synapses_in
-from biofx.weights.facts import NOT_A_SYNAPSE
+from biofx.weights.facts import NOT_A_SYNAPSE, Need
 
 if TYPE_CHECKING:
     import networkx
@@ -60,7 +60,7 @@ def summary(bio: nn.Module) -> str:
     """
     bio = transformed(bio)
     record = record_of(bio)
-    sites, others = find(bio)
+    sites, others = find_weights(bio)
     parts = ["passes: " + ",\n        ".join(str(run.pass_) for run in record.passes), *_weights(sites.values())]
     parts += [_wrapped(note) for run in record.passes if (note := _function_note(run.pass_))]
     if record.inputs not in ("", "given"):
@@ -134,8 +134,9 @@ def _island(bio: fx.GraphModule, path: str, reason: str) -> str:
 def _row(site: WeightSite) -> list[Any]:
     runs = record_of(site.bio).passes
     remarks = [f"{run.pass_.name}: {run.remarks[site.name]}" for run in runs if site.name in run.remarks]
-    if site.why_not_judged and not any(site.why_not_judged in reason for run in runs for reason in run.left.values()):
-        remarks.append(f"not judged: {site.why_not_judged}")
+    unjudged = site.unmet(Need.UNITS)
+    if unjudged and not any(unjudged in reason for run in runs for reason in run.left.values()):
+        remarks.append(f"not judged: {unjudged}")
     left = [f"{run.pass_.name}: {run.left[site.name]}" for run in runs if site.name in run.left]
     return [
         site.name if site.raw.requires_grad else f"{site.name} (frozen)",

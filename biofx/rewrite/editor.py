@@ -225,7 +225,7 @@ class Editor:
 
         Args:
             operator: an observer, `torch.ops.biofx.<name>` (see `biofx.model.operators.observer`).
-            site: the weight, whose operator returns its units on one axis (`why_no_output` is None).
+            site: the weight, whose operator returns its units on one axis (`unmet(Need.OUTPUT)` is None).
             key: the name of the state that it adds to.
         """
         raw, origin, (unit_axis,) = site.raw, self._origin(Slot.OBSERVER), site.calls[0].use.output_axes

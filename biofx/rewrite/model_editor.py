@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from biofx.analysis.remembering import remember
-from biofx.analysis.sites import WeightSite, find
+from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.understanding import Understanding, understand_again
 from biofx.analysis.units import Units
 from biofx.base import randomness
@@ -42,7 +42,7 @@ class ModelEditor:
         self.understood = understood
         self.seed = seed
         self.excluded = excluded
-        self.all_sites = find(bio)[0]
+        self.all_sites = find_weights(bio).sites
         self.sites: dict[str, WeightSite] = {n: site for n, site in self.all_sites.items() if n not in excluded}
         self.places = owners(bio)
         self.edits = {name: Editor(bio, name, site.node, by, seed, self.places) for name, site in self.sites.items()}
@@ -58,7 +58,7 @@ class ModelEditor:
         if self.understood is not None:
             self.understood = understand_again(self.bio, self.understood)
             remember(self.bio, self.understood)
-        self.all_sites = find(self.bio)[0]
+        self.all_sites = find_weights(self.bio).sites
         self.sites = {name: self.all_sites[name] for name in self.sites if name in self.all_sites}
         vars(self).pop("units", None)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from biofx.analysis.sites import find
+from biofx.analysis.sites import find_weights
 from biofx.base.comparison import difference
 from biofx.base.errors import PipelineError, VerificationError
 from biofx.base.isolation import run_in_eval_mode
@@ -98,7 +98,7 @@ def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> list[T
 
 
 def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
-    for name in find(bio)[0]:
+    for name in find_weights(bio).sites:
         if name in excluded:
             continue
         earlier = [run.pass_ for run in record_of(bio).passes if name in run.weights]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
-from biofx.analysis.sites import WeightSite, find
+from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.verdict import Verdict
 from biofx.base.errors import VerificationError
 from biofx.model.chain import chain, parameter_nodes
@@ -19,6 +19,7 @@ from biofx.model.slots import Slot
 from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
 from biofx.rewrite.registry import Pass
 from biofx.signs.constraints import mixed_units, wrong_signs
+from biofx.weights.facts import Need
 
 
 def verify(bio: nn.Module) -> dict[str, Verdict]:
@@ -63,14 +64,15 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
     violations = list(changed_since(bio)) or list(_graph(bio)) or [*_chains(bio), *_parameters(bio), *_passes(bio)]
     if violations:
         raise VerificationError(violations)
-    return {name: _verdict(site) for name, site in find(bio)[0].items()}
+    return {name: _verdict(site) for name, site in find_weights(bio).sites.items()}
 
 
 def _verdict(site: WeightSite) -> Verdict:
     if site.sign is not None and bool((site.sign != 0).any()):
         return Verdict("obeys")
-    if site.why_not_judged is not None:
-        return Verdict("not judged", reason=site.why_not_judged)
+    unjudged = site.unmet(Need.UNITS)
+    if unjudged is not None:
+        return Verdict("not judged", reason=unjudged)
     return Verdict("free" if site.facts.is_free else "not constrained")
 
 
@@ -136,7 +138,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
         lowest = _lowest(stored(bio, name))
         if lowest is not None and lowest < 0:
             yield f"{by}: {name}: it multiplies units, and is negative ({lowest:g})"
-    sites = find(bio)[0]
+    sites = find_weights(bio).sites
     yield from wrong_signs(sites)
     yield from mixed_units(sites)
     for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):

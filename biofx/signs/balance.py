@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from biofx.analysis.forms import Forms, Read
 from biofx.analysis.graphs import as_recorded_graph
 from biofx.analysis.replay import Moment, Replay
-from biofx.analysis.sites import WeightSite, find
+from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.understanding import Run, Understanding, call
 from biofx.base.copying import copied
 from biofx.model.chain import attribute
@@ -64,7 +64,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
         density: fraction of each row's synapses that do not start at 0.
     """
     bio = copied(model.bio, torch.float64)  # deep networks tell samples apart in the eighth digit
-    found = find(bio)[0]
+    found = find_weights(bio).sites
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
     blocks = {name: _blocks(site, units.readings[name]) for name, site in sites.items()}

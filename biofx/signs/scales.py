@@ -11,6 +11,7 @@ from torch import fx, nn
 from biofx.model.chain import attribute, original_name
 from biofx.model.provenance import record_of
 from biofx.model.synapses import stored
+from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
     from biofx.analysis.units import Units
@@ -66,7 +67,7 @@ def turn_over(model: ModelEditor, scale: str) -> None:
     if not isinstance(norm, BatchNorm) or len(calls) != 1:
         return
     site = next((s for s in model.sites.values() if s.outputs == (calls[0].args[0],)), None)
-    if site is None or site.why_no_output is not None or set(site.outputs[0].users) != set(calls):
+    if site is None or site.unmet(Need.OUTPUT) is not None or set(site.outputs[0].users) != set(calls):
         return
     bias = site.calls[0].bias
     if site.calls[0].use.bias is not None and bias is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from biofx.analysis.sites import WeightSite, find
+from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.randomness import fixed_defaults
 from biofx.model.provenance import record_of, transformed
@@ -103,7 +103,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     if record.by_hand:
         raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
     held = _held(optimizer)
-    sites = {name: site for name, site in find(bio)[0].items() if id(site.raw) in held and site.passes}
+    sites = {name: site for name, site in find_weights(bio).sites.items() if id(site.raw) in held and site.passes}
     if not sites and not any(id(stored(bio, name)) in held for name in record.nonnegative):
         if not any(run.weights for run in record.passes):
             raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from biofx.weights.axes import GROUP, NEITHER, Axes, Role, axes_of
-from biofx.weights.facts import NOT_A_SYNAPSE, NOT_RUN, WeightFacts
+from biofx.weights.facts import NOT_A_SYNAPSE, NOT_RUN, Need, WeightFacts
 from biofx.weights.fitness import why_unfit
 
 PRE: Role = (True, False)
@@ -64,9 +64,10 @@ def _declared(model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightFacts]]:
                     continue
                 axes = axes_in(owner, parameter)
                 if axes is not None:
+                    unmet = {Need.UNITS: NOT_RUN}
                     groups = int(getattr(owner, "groups", 1))
                     padding = getattr(owner, "padding_idx", None)
-                    yield parameter, WeightFacts(operator, 1, axes, "", NOT_RUN, False, groups, padding, 0.0, False, "")
+                    yield parameter, WeightFacts(operator, 1, axes, unmet, False, groups, padding, 0.0, False, "")
 
 
 def _reason(parameter: nn.Parameter) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,15 @@ HELD = "a module keeps it in a list or a plain attribute as well, where it stays
 NOT_RUN = "the model ran with none of the inputs that were tried; give example_inputs"
 
 
+class Need(enum.Enum):
+    """What a pass may need of a weight; `WeightSite.unmet` gives the reason where a weight does not offer it."""
+
+    NODES = "its operators are nodes of the graph"
+    AXES = "each of its axes runs over presynaptic or postsynaptic units, or neither"
+    UNITS = "the units that it reads are known"
+    OUTPUT = "its operators are nodes, and return its postsynaptic units on one axis"
+
+
 @dataclass(frozen=True)
 class WeightFacts:
     """What a run tells of one weight. It holds no tensors, so that it is kept and pickled with the model.
@@ -21,8 +32,7 @@ class WeightFacts:
         operator: name of the operator that reads the weight; of all, joined by ", ", if there are several.
         uses: how often the run used it.
         axes: its axes, or None if its uses do not agree on them.
-        why_no_axes: why not, or an empty string.
-        why_not_judged: why it cannot be told whose units it reads, or an empty string.
+        unmet: the needs that it does not meet, each with the reason; `Need.AXES` and `Need.UNITS` are known of a run.
         is_free: whether it reads the network's inputs and constants only, which are no units.
         groups: number of groups into which the operator divides an axis of units.
         padding: row that does not learn, as it stands for no token, or None.
@@ -34,8 +44,7 @@ class WeightFacts:
     operator: str
     uses: int
     axes: Axes | None
-    why_no_axes: str
-    why_not_judged: str
+    unmet: Mapping[Need, str]
     is_free: bool
     groups: int
     padding: int | None

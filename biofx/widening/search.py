@@ -11,6 +11,7 @@ from torch import fx
 from biofx.analysis.nodes import Nodes
 from biofx.analysis.understanding import Run, recorded
 from biofx.base.isolation import undisturbed
+from biofx.weights.facts import Need
 from biofx.widening.doubling import Trial
 
 if TYPE_CHECKING:
@@ -50,12 +51,13 @@ def _why_opaque(site: WeightSite) -> str | None:
     """Why it is not told on which axis of its input and of its output an operator has units, or None if it is."""
     if any(call.use.is_embedding for call in site.calls):
         return "the units of an embedding stay as they are"
-    if site.why_no_output is not None:
-        return site.why_no_output
+    unmet = site.unmet(Need.OUTPUT)
+    if unmet is not None:
+        return unmet
     if not all(site.chain[-1] in call.node.all_input_nodes for call in site.calls):
         return "its operator reads what forward computes from it"
     if any(len(call.use.source_axes) != 1 or call.source is None for call in site.calls):
-        return site.why_not_judged or f"{site.operator} does not read its units on one axis"
+        return site.unmet(Need.UNITS) or f"{site.operator} does not read its units on one axis"
     return None
 
 

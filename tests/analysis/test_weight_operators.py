@@ -16,6 +16,7 @@ import biofx
 from biofx import passes
 from biofx.analysis.understanding import understand
 from biofx.recording.inputs import guess
+from biofx.weights.facts import Need
 from conftest import gradients, tensors, times_listed
 from models.composite import GraphConvolution, normalised_adjacency
 from models.weights import KINDS, MODELS, PATHS, FusedAttention, Layer, LoRA, Network, TiedLanguageModel, Words
@@ -362,7 +363,7 @@ def test_a_sum_of_weights_has_no_sign():
     summary, sites = biofx.summary(bio), biofx.weight_sites(bio)
     assert "dales-principle: not judged: its operator reads the sum of it and something else" in summary
     reason = "matmul computes the weight that its operator reads from it"
-    assert {name: site.why_no_axes for name, site in sites.items()} == {"base": None, "a": reason, "b": reason}
+    assert {name: site.unmet(Need.AXES) for name, site in sites.items()} == {"base": None, "a": reason, "b": reason}
     assert all(site.passes == ("split-synapses",) for site in sites.values())
 
 
@@ -509,14 +510,14 @@ def test_gathered_rows_return_units_in_another_order():
     assert (numbers - numbers.min()).tolist() == [3, 0, 1, 2, 7, 4, 6, 5]
     bio = biofx.transform(model, [passes.SynapticScaling()], example_inputs=(torch.randn(3, 4),))
     assert "layer.weight" in biofx.summary(bio)
-    assert biofx.weight_sites(bio)["layer.weight"].why_no_output == "linear does not return its units on one axis"
+    assert biofx.weight_sites(bio)["layer.weight"].unmet(Need.OUTPUT) == "linear does not return its units on one axis"
 
 
 def test_a_concatenated_weight_has_no_axes_but_synapses():
     layer, x = Layer((4, 4), lambda x, w: F.linear(x, torch.cat([w, w]))), torch.randn(3, 4)
     bio = biofx.transform(layer, DIVERSE, example_inputs=(x,))
     reason = "cat computes the weight that its operator reads from it"
-    assert (only(bio).why_no_axes, only(bio).why_not_judged) == (reason, reason)
+    assert (only(bio).unmet(Need.AXES), only(bio).unmet(Need.UNITS)) == (reason, reason)
     torch.testing.assert_close(bio(x), layer(x))
     torch.testing.assert_close(biofx.fold(bio)(x), layer(x))
 
@@ -524,7 +525,7 @@ def test_a_concatenated_weight_has_no_axes_but_synapses():
 def test_padding_of_a_weight_is_none_of_its_entries():
     layer, x = Layer((4, 3), lambda x, w: F.linear(x, F.pad(w, (1, 0)))), torch.randn(3, 4)
     bio = biofx.transform(layer, DIVERSE, example_inputs=(x,))
-    assert only(bio).why_no_axes == "pad computes the weight that its operator reads from it"
+    assert only(bio).unmet(Need.AXES) == "pad computes the weight that its operator reads from it"
     torch.testing.assert_close(bio(x), layer(x))
 
 
@@ -674,7 +675,7 @@ def test_an_orthogonal_weight_stays_orthogonal_and_has_no_axes(frontend):
     for index in (2, 4):
         site = sites[f"{index}.parametrizations.weight.original"]
         reason = ORTHOGONAL.format(f"{index}.parametrizations.weight.0")
-        assert (site.operator, site.axes, site.why_no_axes) == ("linear", None, reason)
+        assert (site.operator, site.axes, site.unmet(Need.AXES)) == ("linear", None, reason)
         axis_free = ["crystallize", "l1-regularization", "rejuvenate", "split-synapses"]
         assert sorted(site.passes) == [*axis_free, "volume-dependent-learning-rates"]
         assert f"dales-principle: {reason}" in summary
@@ -709,10 +710,10 @@ def test_parametrizations_of_one_s_own_are_traced():
     parametrize.register_parametrization(model[1], "weight", Symmetric())
     bio = biofx.transform(model, DIVERSE, example_inputs=(x,))
     doubled, symmetric = biofx.weight_sites(bio).values()
-    assert (doubled.presynaptic_axis, doubled.postsynaptic_axis, doubled.why_not_judged) == (1, 0, None)
+    assert (doubled.presynaptic_axis, doubled.postsynaptic_axis, doubled.unmet(Need.UNITS)) == (1, 0, None)
     assert symmetric.axes is None  # each entry is used both ways
     assert (
-        symmetric.why_no_axes
+        symmetric.unmet(Need.AXES)
         == "add in 1.parametrizations.weight.0 computes the weight that its operator reads from it"
     )
     torch.testing.assert_close(bio(x), model(x))

@@ -17,6 +17,7 @@ import biofx
 from biofx import passes
 from biofx.base.isolation import split_inputs
 from biofx.model.synapses import stored_parameters
+from biofx.weights.facts import Need
 from conftest import loss, tensors
 from models import any_python
 from models.architectures import ARCHITECTURES
@@ -474,7 +475,10 @@ def test_weights_inside_of_parts_have_their_axes_and_gradients():
     assert (site.presynaptic_axis, site.postsynaptic_axis) == (1, 0)
     for name in ("a", "b"):  # whose product is a weight
         site = biofx.weight_sites(bio)[name]
-        assert (site.axes, site.why_not_judged) == (None, "matmul computes the weight that its operator reads from it")
+        assert (site.axes, site.unmet(Need.UNITS)) == (
+            None,
+            "matmul computes the weight that its operator reads from it",
+        )
     assert "linear, in the part of the model that depends on its mode" in biofx.summary(bio)
 
 

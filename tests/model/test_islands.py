@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import biofx
 from biofx import passes
 from biofx.model.synapses import Synapses, stored_name, stored_parameters, synapses_of
+from biofx.weights.facts import Need
 from conftest import gradients, loss, tensors, times_listed
 from models.islands import ISLANDS, Around, Branch, Checkpointed, Encoder, Kernels, Recursive, Tokens
 
@@ -651,7 +652,7 @@ def test_parametrized_weights_are_rewritten(name, frontend):
     for site in (sites[n] for n in parametrized):
         assert site.is_split
         assert (site.axes is None) is (name == "orthogonal")
-        assert re.match(why_not_judged or "$", site.why_not_judged or "")
+        assert re.match(why_not_judged or "$", site.unmet(Need.UNITS) or "")
     for other in (bio, copy.deepcopy(bio), biofx.fold(bio)):
         assert_close(other(X), model(X))
     expected = gradients(model, X)
@@ -675,7 +676,7 @@ def test_a_parametrization_is_followed_or_the_reason_is_said():
     parametrizations.orthogonal(model.inner.b, orthogonal_map="householder")
     bio = biofx.transform(model, SPLIT)
     assert list(biofx.weight_sites(bio)) == ["before.weight", "inner.a.parametrizations.weight.original"]
-    assert biofx.weight_sites(bio)["inner.a.parametrizations.weight.original"].why_not_judged is None
+    assert biofx.weight_sites(bio)["inner.a.parametrizations.weight.original"].unmet(Need.UNITS) is None
     summary = " ".join(biofx.summary(bio).split())
     assert "inner.b.parametrizations.weight.original: forward takes whole numbers from it, by int in" in summary
 
@@ -707,7 +708,7 @@ def in_place(ours, theirs):
 def test_weights_that_forward_changes_are_left_alone(update, frontend):
     model, x = Momentum(update), torch.randn(2, 3)
     bio = biofx.transform(copy.deepcopy(model), SPLIT, frontend=frontend)
-    assert [(site.name, site.why_not_judged) for site in biofx.weight_sites(bio).values()] == [("head.weight", None)]
+    assert [(site.name, site.unmet(Need.UNITS)) for site in biofx.weight_sites(bio).values()] == [("head.weight", None)]
     assert "query.weight: forward takes it from parameters(), which lists what is stored" in biofx.summary(bio)
     assert re.search(r"key\.weight: forward (changes it in place|takes it from parameters)", biofx.summary(bio))
     for _ in range(3):
