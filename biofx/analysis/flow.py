@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from biofx.analysis.forms import Form, Forms
 from biofx.recording.catalog import PRODUCTS_OF_ENTRIES, Kind
 from biofx.recording.interpreter import Interpreter
 from biofx.recording.operations import Depends, Operation, Recording, Value
 
+Point = str | int
+"""A weight, by its name, or a place where signals meet."""
 
-class Flow(Interpreter[int]):
+
+class Signal(NamedTuple):
+    """What a tensor has come from since it passed weights.
+
+    Attributes:
+        point: the weight, or the place where signals of several met; None if it has passed none.
+        scales: the parameters that have multiplied it, as bits.
+    """
+
+    point: Point | None
+    scales: int
+
+
+class Flow(Interpreter[Signal]):
     """What a signal passes between weights.
+
+    Signals are a graph of weights and of the places where signals meet, which grows with the number of operators. Lists
+    of the weights before each weight would grow with its square, as all layers before add to a residual stream.
 
     Attributes:
         depth: for each weight, the number of weights on the longest path to it, over that to the deepest one: from 0
@@ -21,55 +40,61 @@ class Flow(Interpreter[int]):
     """
 
     def __init__(self, recording: Recording, forms: Forms) -> None:
-        super().__init__()  # by tensor: the weights and scales that it has come from, as bits
+        super().__init__()
         self._forms = forms
-        self._names: list[str] = []
-        self._bits: dict[str, int] = {}
         reads = [*forms.reads, *forms.computed]
-        weights = dict.fromkeys(name for read in reads for name in read.names)
         self._weights_of: dict[Operation, list[str]] = {}
         for read in reads:
             self._weights_of.setdefault(read.operation, []).extend(read.names)
-        self._before = dict.fromkeys(weights, 0)
+        self._scaled = dict.fromkeys((name for read in reads for name in read.names), 0)  # by weight: scales, as bits
+        self._bits: dict[str, int] = {}
+        self._edges: list[tuple[Point, Point]] = []
+        self._met = 0
         self.interpret(recording)
-        sources = {name: self._named(bits) for name, bits in self._before.items()}
-        edges = [(a, b) for b, found in sources.items() for a in found if a in weights]
-        self.depth, self.outputs = _depths(list(weights), edges)
+        self.depth, self.outputs = _depths(list(self._scaled), self._edges)
         self.scales: dict[str, set[str]] = {}
-        for weight, found in sources.items():
-            for name in found:
-                if name not in weights:
-                    self.scales.setdefault(name, set()).add(weight)
+        scales = list(self._bits)
+        for weight, bits in self._scaled.items():
+            for index in _ones(bits):
+                self.scales.setdefault(scales[index], set()).add(weight)
 
-    def source(self, value: Value) -> int:
+    def source(self, value: Value) -> Signal:
         """A tensor that no operator made comes from no weight."""
-        return 0
+        return Signal(None, 0)
 
-    def joined(self, before: int, written: int) -> int:
+    def joined(self, before: Signal, written: Signal) -> Signal:
         """What is in a memory comes from all that is written into it."""
-        return before | written
+        return Signal(self._meeting(before.point, written.point), before.scales | written.scales)
 
-    def after(self, operation: Operation) -> int:
+    def after(self, operation: Operation) -> Signal:
         """What an operator's result has come from: its weights, or else what its operands have."""
-        passed = 0
-        for value in operation.operands:
-            passed |= self.of(value)
-        here = self._weights_of.get(operation, ())
-        for name in here:
-            self._before[name] |= passed
-        passed = passed if not here else 0
-        for name in (*here, *self._scaling(operation)):
-            passed |= self._bit(name)
-        return passed
+        signals = [self.of(value) for value in operation.operands]
+        scales = 0
+        for signal in signals:
+            scales |= signal.scales
+        here = dict.fromkeys(self._weights_of.get(operation, ()))
+        point = self._meeting(*here) if here else self._meeting(*(signal.point for signal in signals))
+        if here:
+            before = dict.fromkeys(signal.point for signal in signals if signal.point is not None)
+            self._edges += ((earlier, name) for name in here for earlier in before)
+            for name in here:
+                self._scaled[name] |= scales
+            scales = 0
+        for name in self._scaling(operation):
+            if name in self._scaled:
+                point = self._meeting(point, name)
+            else:
+                scales |= self._bits.setdefault(name, 1 << len(self._bits))
+        return Signal(point, scales)
 
-    def _bit(self, name: str) -> int:
-        if name not in self._bits:
-            self._bits[name] = 1 << len(self._names)
-            self._names.append(name)
-        return self._bits[name]
-
-    def _named(self, bits: int) -> list[str]:
-        return [name for name in self._names if bits & self._bits[name]]
+    def _meeting(self, *points: Point | None) -> Point | None:
+        """Where signals go on that come from some points."""
+        found = dict.fromkeys(point for point in points if point is not None)
+        if len(found) < 2:
+            return next(iter(found), None)
+        self._met += 1
+        self._edges += ((point, self._met) for point in found)
+        return self._met
 
     def _scaling(self, operation: Operation) -> Iterator[str]:
         """The parameters that multiply activity in an operator."""
@@ -86,19 +111,32 @@ class Flow(Interpreter[int]):
                 yield form.parameter.name
 
 
-def _depths(weights: list[str], edges: list[tuple[str, str]]) -> tuple[dict[str, float], frozenset[str]]:
+def _ones(bits: int) -> Iterator[int]:
+    """The positions of the bits that are set."""
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
+
+
+def _depths(weights: list[str], edges: list[tuple[Point, Point]]) -> tuple[dict[str, float], frozenset[str]]:
     """Depth by longest paths between the groups of weights that read each other, and the weights that come last."""
     import networkx  # takes 0.2 s to import
 
-    graph: networkx.DiGraph[str] = networkx.DiGraph()
+    graph: networkx.DiGraph[Point] = networkx.DiGraph()
     graph.add_nodes_from(weights)
     graph.add_edges_from(edges)
     groups = networkx.condensation(graph)
+    group_of: dict[Point, int] = groups.graph["mapping"]
+    with_weights = {group_of[name] for name in weights}
+    order = list(networkx.topological_sort(groups))
     before: dict[int, int] = {}
-    for group in networkx.topological_sort(groups):
-        sizes = [before[earlier] + 1 for earlier in groups.predecessors(group)]
-        before[group] = max(sizes, default=0)
-    deepest = max(1, *before.values(), 0)
-    depth = {name: before[group] / deepest for name, group in groups.graph["mapping"].items()}
-    last = frozenset(name for name, group in groups.graph["mapping"].items() if not groups.out_degree(group))
-    return depth, last
+    for group in order:
+        before[group] = max((before[one] + (one in with_weights) for one in groups.predecessors(group)), default=0)
+    leads_on: set[int] = set()  # the groups after which a signal passes another weight
+    for group in reversed(order):
+        if any(one in with_weights or one in leads_on for one in groups.successors(group)):
+            leads_on.add(group)
+    deepest = max(1, *(before[group] for group in with_weights), 0)
+    depth = {name: before[group_of[name]] / deepest for name in weights}
+    return depth, frozenset(name for name in weights if group_of[name] not in leads_on)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,12 @@ class Read:
         own = [] if self.mixture is not None else [self.parameter.name]
         mixtures = filter(None, (self.mixture, self.form.beside))
         return (*own, *sorted({parameter.name for mixture in mixtures for parameter in mixture.parameters}))
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What is equal for uses that have entries in the same places; while they are there, as it has their ids."""
+        places = map(id, (*self.form.coordinates, *self.coordinates))
+        return self.form.shape, self.form.is_stacked, self.lengths, self.parts, self.roles, *places
 
     def axes(self) -> Axes | None:
         """The axes of the parameter, as this operator sees them, or None if they cannot be told."""
@@ -246,11 +253,12 @@ class Forms:
     biases: dict[Operation, str] = field(default_factory=dict)
     users: dict[str, list[Use]] = field(default_factory=dict)
     found: dict[Value, Form | Mixture] = field(default_factory=dict)
+    _same: dict[Any, Any] = field(default_factory=dict)  # coordinates, which layers of one shape share
 
     def __post_init__(self) -> None:
         for value in self.recording.parameters.values():
             if value.shape.numel():
-                self.found[value] = _of_parameter(value, self.recording.coordinates.get(value))
+                self.found[value] = self._of_parameter(value)
         for operation in self.recording.operations:
             if any(value in self.found for value in operation.operands):
                 self._follow(operation)
@@ -321,7 +329,7 @@ class Forms:
         is_layout = operation.kind is Kind.LAYOUT and operation.name not in _FILLING
         if is_layout and isinstance(main, Form) and len(forms) == 1:
             try:
-                return _moved(operation, main)
+                return self._moved(operation, main)
             except CannotFollowError:
                 return None
         if operation.kind is Kind.KEEP and isinstance(main, Form) and len(forms) == 1:
@@ -331,6 +339,27 @@ class Forms:
         if operation.kind is Kind.MERGE and count == 1 and (merged := self._merged(operation)) is not None:
             return [merged]
         return [_mixture(operation, forms)] * count
+
+    def _of_parameter(self, value: Value) -> Form:
+        known = self.recording.coordinates.get(value)
+        if known is not None:
+            return _of_parameter(value, known)
+        if value.shape not in self._same:
+            self._same[value.shape] = _of_parameter(value, None)
+        like: Form = self._same[value.shape]
+        return replace(like, parameter=value)
+
+    def _moved(self, operation: Operation, form: Form) -> list[Form | Mixture]:
+        """What an operator on layout makes of a form."""
+        first, *others = operation.operands
+        if others or operation.args[0] is not first:
+            return [*_moved(operation, form)]
+        given = operation.operator, repr((operation.args[1:], operation.kwargs)), first.shape, first.stride
+        key = given, tuple(map(id, form.coordinates))
+        if key not in self._same:
+            moved = _moved(operation, form)
+            self._same[key] = form, moved  # kept alive, as it is known by its id
+        return [replace(form, coordinates=made.coordinates) for made in self._same[key][1]]
 
     def _kept(self, operation: Operation, form: Form) -> Form:
         if operation.name in _COPIES or form.remark:
@@ -427,7 +456,7 @@ def _form(value: Value, known: Form | Mixture) -> Form:
     return known if isinstance(known, Form) else _of_parameter(value, None)
 
 
-def _moved(operation: Operation, form: Form) -> list[Form | Mixture]:
+def _moved(operation: Operation, form: Form) -> list[Form]:
     first = operation.operands[0]
     moved = [
         execute(operation, lambda value, c=coordinate: c if value is first else None)  # type: ignore[misc]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from biofx.recording.operations import Depends, Operation, Value
+from biofx.recording.trees import leaves, mapped
 
 Look = Callable[[Value], Tensor | None]
 """The tensor that takes the place of a value, or None if the value's own numbers do."""
@@ -26,19 +26,13 @@ def execute(operation: Operation, look: Look) -> list[Tensor]:
     Raises:
         CannotFollowError: which entries it takes depends on the inputs, or is not known.
     """
-    args, kwargs = pytree.tree_map_only(
-        Value, lambda value: _operand(value, look), (operation.args, operation.kwargs), is_leaf=_is_value
-    )
+    args, kwargs = mapped(Value, lambda value: _operand(value, look), (operation.args, operation.kwargs))
     _refuse_choices(operation, args[0] if args else None)
     try:
         result = _execute(operation, args, kwargs)
     except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
         raise CannotFollowError(str(error)) from error
-    return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-
-
-def _is_value(x: Any) -> bool:
-    return isinstance(x, Value)
+    return list(leaves(Tensor, result))
 
 
 def _operand(value: Value, look: Look) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from biofx.analysis.forms import Read
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
 from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
 from biofx.analysis.rules import Rules, nobody
@@ -20,7 +21,7 @@ from biofx.recording.operations import Depends, Operation, Recording, Value
 if TYPE_CHECKING:
     from torch import fx
 
-    from biofx.analysis.forms import Forms, Read
+    from biofx.analysis.forms import Forms
     from biofx.weights.axes import Axes
 
 PASSES = 8  # times that numbers are sent through a recording, at most
@@ -77,6 +78,9 @@ class UnitAnalysis:
         self._views: dict[Operation, tuple[Tensor, int, list[Tensor]]] = {}  # numbers of all outputs of one operator
         self._reads: dict[Operation, list[Read]] = {}
         self._place = {operation: index for index, operation in enumerate(recording.operations)}
+        self._rows: dict[Orientation, Tensor | None] = {}  # of this pass
+        self._units_of: dict[Read, Tensor] = {}
+        self._positions: dict[Any, Tensor] = {}  # of a weight's units in its uses, which layers of one shape share
         self.orientations = self._oriented()
         self._of_read = {
             read: (name, i) for name, many in self.orientations.items() for i, o in enumerate(many) for read in o.reads
@@ -99,9 +103,13 @@ class UnitAnalysis:
 
     def _oriented(self) -> dict[str, list[Orientation]]:
         found: dict[str, list[Orientation]] = {}
+        axes_of: dict[Any, Axes | None] = {}  # by layout, which layers of one shape share
         for read in self._forms.reads:
             self._reads.setdefault(read.operation, []).append(read)
-            axes = read.axes()
+            layout = read.layout
+            if layout not in axes_of:
+                axes_of[layout] = read.axes()
+            axes = axes_of[layout]
             known = found.setdefault(read.parameter.name, [])
             same = next((o for o in known if axes is not None and o.axes is not None and o.axes.agree(axes)), None)
             if same is None:
@@ -145,6 +153,7 @@ class UnitAnalysis:
     def _run(self) -> None:
         self._held.clear()
         self._views.clear()
+        self._rows.clear()
         for operation in self._recording.operations:
             reads = self._reads.get(operation, ())
             for read in reads if self._to_weights else ():
@@ -171,6 +180,11 @@ class UnitAnalysis:
 
     def rows(self, orientation: Orientation) -> Tensor | None:
         """The units that each presynaptic position of a weight reads, over all uses; None if there are none to tell."""
+        if orientation not in self._rows:
+            self._rows[orientation] = self._joined_rows(orientation)
+        return self._rows[orientation]
+
+    def _joined_rows(self, orientation: Orientation) -> Tensor | None:
         axes = orientation.axes
         if axes is None or any(read.source is None or read.others for read in orientation.reads):
             return None
@@ -178,7 +192,7 @@ class UnitAnalysis:
         for read in orientation.reads:
             columns = self.columns[read]
             placed = torch.zeros(axes.presynaptic_units, columns.shape[1], dtype=torch.int64)
-            placed[read.presynaptic_positions(axes)] = columns
+            placed[self._places(read, axes, Read.presynaptic_positions)] = columns
             rows.setdefault(placed.numpy().tobytes(), placed)
         return torch.cat(list(rows.values()), 1)
 
@@ -326,14 +340,26 @@ class UnitAnalysis:
         return _placed(self.units_of(read), [axis % len(value.shape) for axis in read.output_axes], value.shape)
 
     def units_of(self, read: Read) -> Tensor:
-        """The numbers of the postsynaptic units of a use, in order."""
+        """The numbers of the postsynaptic units of a use, in order; the same in each pass."""
+        if read not in self._units_of:
+            self._units_of[read] = self._numbered(read)
+        return self._units_of[read]
+
+    def _numbered(self, read: Read) -> Tensor:
         name, index = self._of_read.get(read, (", ".join(read.names), 0))
         axes = self.orientations[name][index].axes if read in self._of_read else None
         if axes is None:  # each of its uses has units of its own
             count = math.prod(n for n, role in zip(read.lengths, read.roles, strict=True) if role[1])
             return self.numbers.base(("use", self._place[read.operation]), name, "weight", count)
         numbers = self.numbers.base(("weight", name, index), name, "weight", axes.units)
-        return numbers[read.postsynaptic_positions(axes)]
+        return numbers[self._places(read, axes, Read.postsynaptic_positions)]
+
+    def _places(self, read: Read, axes: Axes, side: Callable[[Read, Axes], Tensor]) -> Tensor:
+        """The parameter's unit at each position of a use, on one side."""
+        key = side, axes, read.layout
+        if key not in self._positions:
+            self._positions[key] = side(read, axes)
+        return self._positions[key]
 
 
 def maker_of(value: Value) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set, tuple})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # most of what modules hold, told apart at a glance
+ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # most of what modules hold, told apart at a glance
 _NAMESPACES = (SimpleNamespace, Namespace)
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "biofx"})  # their objects are not looked into
 _DEEPEST = 20  # how far into what holds something that holds something
@@ -120,7 +120,7 @@ def _frozen(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], dept
 
 def _inside(value: Any) -> Any:
     """What holds the parts of a value: the value itself, or the dictionary of an object; None if it has no parts."""
-    if type(value) in _ATOMS:
+    if type(value) in ATOMS:
         return None
     if type(value) in _CONTAINERS or is_array(value):
         return value

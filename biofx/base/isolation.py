@@ -10,13 +10,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from biofx.base.contents import holders, is_array, is_holder, put_back
+from biofx.base.contents import ATOMS, holders, is_array, is_holder, put_back
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
 
 LOCK = threading.RLock()  # all threads share the random number generators, and torch.nn.Module, which tracing patches
@@ -268,17 +269,25 @@ class Snapshot:
         self._held: list[tuple[str, str, Any, Any]] = []  # path, attribute, what holds something, and a copy of it
         self._seen: set[int] = set()
         for path, module in model.named_modules():
-            self._held.append((path, "", vars(module), dict(vars(module))))
-            for name, value in vars(module).items():
-                if type(value) in (dict, OrderedDict) and not value:  # as most registries of modules are
+            attributes = vars(module)
+            self._held.append((path, "", attributes, attributes.copy()))
+            for name, value in attributes.items():
+                kind = type(value)
+                if kind in ATOMS:  # as most attributes are
+                    continue
+                if kind in _DICTIONARIES and not value:  # as most registries of modules are
                     self._held.append((path, name, value, _EMPTY))
+                elif name in _OF_TENSORS_AND_MODULES and kind in _DICTIONARIES:
+                    self._held.append((path, name, value, value.copy()))
                 elif is_holder(value):
                     self._held += [(path, name, holder, holder.copy()) for holder in holders(value, self._seen)]
 
     def restore(self) -> None:
         """Put everything back."""
         for _, _, holder, content in self._held:
-            if is_array(holder) or holder or content:
+            if content is _EMPTY and not holder:
+                continue
+            if not (isinstance(holder, dict) and _has_same(holder, content)):
                 put_back(holder, content)
 
     def changes(self) -> Iterator[Change]:
@@ -297,8 +306,17 @@ class Snapshot:
 
 
 _EMPTY: dict[Any, Any] = {}
+_DICTIONARIES = frozenset((dict, OrderedDict))
+_OF_TENSORS_AND_MODULES = frozenset(("_parameters", "_buffers", "_modules"))
 _REGISTRIES = frozenset(vars(nn.Module()))
 _DERIVED = ("_flat_weights", "_flat_weight_refs")  # of recurrent layers, from their parameters
+
+
+def _has_same(holder: dict[Any, Any], content: dict[Any, Any]) -> bool:
+    """Whether a dictionary holds the very same things, in the same order."""
+    if len(holder) != len(content):
+        return False
+    return all(map(is_, holder, content)) and all(map(is_, holder.values(), content.values()))
 
 
 def _is_same(a: Any, b: Any) -> bool:

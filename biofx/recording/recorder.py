@@ -30,6 +30,7 @@ from biofx.base.isolation import parameters_kept, undisturbed
 from biofx.model.synapses import stored_parameters
 from biofx.recording.catalog import MAKES_CONSTANTS, Kind, decomposed, kind_of, name_of
 from biofx.recording.operations import Depends, Operation, Recording, Value, depends_of
+from biofx.recording.trees import leaves, mapped
 
 if TYPE_CHECKING:
     from torch import fx
@@ -178,14 +179,14 @@ class Recorder(TorchDispatchMode):
         if decomposition is not None:
             with self:
                 return decomposition(*args, **kwargs)
-        recorded = pytree.tree_map_only(Tensor, self.value, (tuple(args), kwargs))
+        recorded = mapped(Tensor, self.value, (tuple(args), kwargs))
         args, kwargs = self.intercept(func, args, kwargs)
         calls_functions = isinstance(func, torch._ops.HigherOrderOperator) and name_of(func) not in _MAPS_ENTRIES
         if calls_functions:
             args, kwargs = pytree.tree_map_only(Callable, self._recorded, (args, kwargs))  # type: ignore[call-overload]
         result = func(*args, **kwargs)
-        operands = tuple(x for x in pytree.tree_leaves(recorded) if isinstance(x, Value))
-        returned = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        operands = tuple(leaves(Value, recorded))
+        returned = list(leaves(Tensor, result))
         name = name_of(func)
         if (
             name == "lift_fresh"
@@ -212,7 +213,7 @@ class Recorder(TorchDispatchMode):
             depends=depends,
         )
         if self._listed:
-            self._note_listed((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), operation)
+            self._note_listed(leaves(Tensor, (args, kwargs)), operation)
         if (name == "_local_scalar_dense" or name in _CHOOSES) and depends is Depends.INPUTS:
             self.recording.decisions.append(operation)
         if calls_functions and all(self._known(tensor) for tensor in returned):  # by operators in these functions
@@ -288,7 +289,7 @@ class Recorder(TorchDispatchMode):
 
     def note_node(self, node: fx.Node, result: Any) -> None:
         """Note what a node returned."""
-        known = pytree.tree_map_only(Tensor, self.value, result)
+        known = mapped(Tensor, self.value, result)
         self.recording.nodes[node] = known
 
     def leave_graph(self) -> None:
@@ -560,7 +561,7 @@ def _aliases(operator: Any) -> tuple[tuple[tuple[str, int], ...], bool]:
 def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Value]:
     for name, position in _aliases(operator)[0]:
         argument = args[position] if position < len(args) else kwargs.get(name)
-        yield from (x for x in pytree.tree_leaves(argument) if isinstance(x, Value))
+        yield from leaves(Value, argument)
 
 
 def _returns_view(operator: Any) -> bool:

@@ -1,0 +1,42 @@
+"""Trees: arguments and results of operators, in which tensors are looked for at each of them.
+
+Most are flat, so that `torch.utils._pytree`, which takes a tree apart and builds it again, would take longer than the
+operator. It goes on where there is something else than tuples, lists and dictionaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch.utils import _pytree as pytree
+
+Leaf = TypeVar("Leaf")
+
+
+def mapped(kind: type[Leaf], function: Callable[[Leaf], Any], tree: Any) -> Any:
+    """A tree with something else in the place of leaves of a kind."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)([mapped(kind, function, part) for part in tree])
+    if type(tree) is dict:
+        return {key: mapped(kind, function, part) for key, part in tree.items()}
+    return tree if type(tree) in _ATOMS else pytree.tree_map_only(kind, function, tree)
+
+
+def leaves(kind: type[Leaf], tree: Any) -> Iterator[Leaf]:
+    """The leaves of a kind, in order."""
+    if isinstance(tree, kind):
+        yield tree
+    elif type(tree) in (tuple, list):
+        for part in tree:
+            yield from leaves(kind, part)
+    elif type(tree) is dict:
+        for part in tree.values():
+            yield from leaves(kind, part)
+    elif type(tree) not in _ATOMS:
+        yield from (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, kind))
+
+
+_ATOMS = frozenset((bool, int, float, str, type(None)))
