@@ -18,6 +18,7 @@ from biofx import passes
 from biofx.analysis.sites import WeightSite, l1, weight_sites
 from biofx.analysis.units import Units, units
 from biofx.analysis.verdict import Verdict
+from biofx.base import noise
 from biofx.base.errors import (
     ArgumentError,
     BiofxError,
@@ -30,6 +31,7 @@ from biofx.base.errors import (
 )
 from biofx.compiler import transform
 from biofx.converter import BioConfig, BioConverter
+from biofx.model import operators
 from biofx.model.sharding import shard_placement
 from biofx.output.export import export
 from biofx.output.fold import fold
@@ -59,6 +61,8 @@ __all__ = [
     "export",
     "fold",
     "l1",
+    "noise",
+    "operators",
     "passes",
     "shard_placement",
     "summary",

@@ -26,8 +26,8 @@ def test_docstring_examples_run(name):
     assert result.failed == 0
 
 
-def readme_blocks(language):
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+def readme_blocks(language, folder="."):
+    text = (Path(__file__).parents[1] / folder / "README.md").read_text()
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return [content for its_language, content in blocks if its_language == language]
 

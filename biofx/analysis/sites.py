@@ -184,6 +184,8 @@ class WeightSite:
             return None if self.calls else "no node of the graph is known to use it"
         if need is Need.OUTPUT:
             return self.unmet(Need.NODES) or self.unmet(Need.AXES) or self._unmet_output()
+        if need is Need.INPUT:
+            return self.unmet(Need.NODES) or self.unmet(Need.AXES) or self._unmet_input()
         if need is Need.UNITS:
             return self.facts.unmet.get(need) or self.unmet(Need.AXES)
         return self.facts.unmet.get(need)
@@ -193,6 +195,11 @@ class WeightSite:
             return f"{self.operator} does not return its units on one axis"
         if any(call.use.units != self.units for call in self.calls):
             return "not each of its uses returns all of its units"
+        return None
+
+    def _unmet_input(self) -> str | None:
+        if any(call.source is None or len(call.use.source_axes) != 1 for call in self.calls):
+            return f"{self.operator} does not read its units on one axis"
         return None
 
     @property

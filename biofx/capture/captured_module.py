@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
@@ -25,6 +26,7 @@ from biofx.model.chain import number_nodes, show_all
 from biofx.model.checkpoints import readable
 from biofx.model.forgotten_attach import watch
 from biofx.model.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
+from biofx.model.operators import written_name
 from biofx.model.owners import HasSynapses, children_of, list_weights, look_for_synapses, methods_of_containers
 from biofx.model.provenance import RECORD, is_transformed, record_of
 
@@ -34,6 +36,8 @@ REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstan
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 _DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")  # those of a copy are its own
+
+_OPERATOR = re.compile(r"torch\.ops\.biofx\.\w+")  # in generated code
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_GRAPH_MODULES = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES
@@ -107,7 +111,9 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         _, (_, imports) = super().__reduce__()
-        return _empty, (type(self).__name__, _model_class(self)), (_attributes(self), imports, *_origins(self.graph))
+        attributes = _attributes(self)
+        attributes["_code"] = _OPERATOR.sub(lambda found: written_name(found[0]), attributes["_code"])
+        return _empty, (type(self).__name__, _model_class(self)), (attributes, imports, *_origins(self.graph))
 
     def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]]) -> None:
         # Code is pickled, not the graph; tracing it again yields the same calls in the same order, without their meta.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from biofx.model.operators import name_of, written_name
 from biofx.model.provenance import RECORD, inserted
 from biofx.model.synapses import State, Synapses, stored_name, stored_parameters, synapses_of
 
@@ -136,6 +137,10 @@ def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
         if found.target == target:
             return found
         found = found.next
+    read: fx.Node
+    for read in start.graph.find_nodes(op="get_attr", target=target):
+        start.append(read)  # an earlier pass reads it, behind the chain that has grown since
+        return read
     with start.graph.inserting_after(start):
         found = start.graph.get_attr(target)
     found.meta[RECORD] = origin
@@ -158,7 +163,7 @@ def callee(node: fx.Node) -> str:
     packet = getattr(node.target, "overloadpacket", node.target)
     name = getattr(packet, "_qualified_op_name", None)  # of a dispatcher operator
     if name is not None:
-        return str(name).replace("::", ".").removeprefix("aten.")
+        return written_name(str(name)).replace("::", ".").removeprefix("aten.")
     return str(getattr(node.target, "__name__", node.target))
 
 
@@ -175,7 +180,9 @@ def number_nodes(bio: fx.GraphModule) -> None:
 
 
 def _short_name(bio: nn.Module, node: fx.Node) -> str | None:
-    """The name of a node that reads a weight, or what is kept for it; None for those that fx names itself."""
+    """The name of a node that reads a weight, what is kept for it, or calls biofx; None if fx is to name it."""
+    if node.op == "call_function" and name_of(node.target):
+        return written_name(name_of(node.target))
     name = None if node.op != "get_attr" else original_name(bio, node)
     if name is None or name == node.target:
         return None

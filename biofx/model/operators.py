@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
-from biofx.base import noise
-from biofx.base.errors import ArgumentError
+from biofx.base import noise, rule_code
+from biofx.base.errors import ArgumentError, PipelineError
 
 NAMESPACE = "biofx"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -48,6 +49,23 @@ class _Hook:
 
 
 _HOOKS: dict[str, _Hook] = {}  # by the operator's name without its overload
+_VERSION = re.compile(r"__\d+$")  # behind the name of an operator that was defined again
+
+
+@dataclass
+class _Definition:
+    """Who defined an operator.
+
+    Attributes:
+        origin: the module and the function.
+        count: how often it was defined.
+    """
+
+    origin: str
+    count: int = 0
+
+
+_DEFINITIONS: dict[str, _Definition] = {}  # by the operator's name as its author wrote it
 
 
 def gradient_hook(
@@ -64,6 +82,11 @@ def gradient_hook(
 
     While an optimizer is attached (`biofx.attach`), hooks sleep, and the factors act on its updates.
 
+    The same function may be defined again, with other code or another schema, as when a notebook cell is run again.
+    Models that are transformed from then on run the new rule. Models that were transformed before, their copies, and
+    what `torch.compile` made of them, run the old one. A model that is loaded from a file runs what the name means
+    then.
+
     Args:
         schema: the operator's signature in the dispatcher's language. The first argument is the weight and is
             aliased by the result: `"name_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)"`.
@@ -79,7 +102,8 @@ def gradient_hook(
         stays callable as the pure function that it is.
 
     Raises:
-        ArgumentError: the name does not end in `_grad`, or the rule does not take the arguments of the schema.
+        ArgumentError: the name does not end in `_grad`, or is that of a hook that was written elsewhere; the rule does
+            not take the arguments of the schema.
 
     Example:
         >>> import torch
@@ -92,12 +116,12 @@ def gradient_hook(
         >>> w.grad
         tensor([-1., -1.])
     """
-    name, _, signature = schema.partition("(")
-    packet = name.partition(".")[0]
+    written, _, signature = schema.partition("(")
 
     def define(own_rule: GradientRule) -> GradientRule:
         takes_weight = _check_rule(own_rule, schema, noisy)
-        rule = _with_noise(own_rule, packet) if noisy else own_rule
+        rule = _with_noise(own_rule, written.partition(".")[0]) if noisy else own_rule
+        name = _new_name("gradient_hook", written, own_rule)
 
         class Hook(torch.autograd.Function):
             @staticmethod  # with `setup_context`, PyTorch asks for the signature at each call: 52 instead of 22 µs
@@ -126,8 +150,9 @@ def gradient_hook(
             scaled = scaled.to(weight.dtype)
             return weight.detach() + (scaled - scaled.detach())
 
-        _HOOKS[packet] = _Hook(rule, own_rule, factors, noisy)
         define_operator(name, "(" + signature, hook)
+        _HOOKS[name.partition(".")[0]] = _Hook(rule, own_rule, factors, noisy)
+        _show(name)
         return own_rule
 
     return define
@@ -217,6 +242,60 @@ def name_of(target: Any) -> str:
     return name if namespace == NAMESPACE else ""
 
 
+def written_name(name: str) -> str:
+    """The name of an operator as its author wrote it, without the number of its definition."""
+    return _VERSION.sub("", name)
+
+
+def operator_of(name: str) -> Any:
+    """The operator of biofx that has a name now.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    operator = getattr(torch.ops.biofx, written_name(name), None)
+    if operator is None:
+        raise PipelineError(
+            f"the model uses the operator biofx.{written_name(name)}, which nobody has defined here; "
+            "import the module, or run the cell, that defines it, and load the model again"
+        )
+    return operator
+
+
+def tell_caches(target: Any) -> None:
+    """Let the caches of torch.compile know the code of a hook that a model has from now on."""
+    if is_hook(target):
+        hook = _HOOKS[name_of(target)]
+        rule_code.tell_caches(name_of(target), hook.own_rule)
+
+
+def _new_name(what: str, written: str, function: Callable[..., Any]) -> str:
+    """The name of a new operator: as it was written, and the number of the definition, as it may be defined again.
+
+    An operator is never changed: a model, and what torch.compile made of it, runs the code that it was made with. The
+    name that was written stands for the last definition (`_show`). Operators of biofx itself have no number.
+    """
+    origin = f"{function.__module__}.{function.__qualname__}"
+    definition = _DEFINITIONS.setdefault(written, _Definition(origin))
+    if definition.origin != origin:
+        raise ArgumentError(
+            f"operators.{what}: {origin} defines biofx.{written}, which {definition.origin} defines already; "
+            "give one of them another name"
+        )
+    definition.count += 1
+    packet, dot, overload = written.partition(".")
+    is_only = definition.count == 1 and origin.startswith(f"{NAMESPACE}.")
+    return packet + ("" if is_only else f"__{definition.count}") + dot + overload
+
+
+def _show(name: str) -> None:
+    """Let `torch.ops.biofx.<name>`, as its author wrote it, be the operator that was defined last."""
+    packet = name.partition(".")[0]
+    if packet != written_name(packet):
+        vars(torch.ops.biofx).pop(packet, None)  # it may have got an overload
+        setattr(torch.ops.biofx, written_name(packet), getattr(torch.ops.biofx, packet))
+
+
 def _takes_weight(rule: GradientRule) -> bool:
     return list(inspect.signature(rule).parameters)[1:2] == ["weight"]
 
@@ -300,7 +379,11 @@ def observer(name: str) -> Callable[[Observation], Observation]:
     Returns:
         A decorator for `look(activity, positions)`: it gets the activity as the operator returned it, in whichever
         layout, and returns a number for each unit, shape (units,), a sum over the dimensions `positions`; this has to
-        be in float32 at least. There is always such a dimension. The function itself is returned unchanged.
+        be in float32 at least. There is always such a dimension. The function itself is returned unchanged. It may be
+        defined again, as a gradient hook may.
+
+    Raises:
+        ArgumentError: the name is that of an observer that was written elsewhere.
 
     Example:
         >>> import torch
@@ -314,8 +397,11 @@ def observer(name: str) -> Callable[[Observation], Observation]:
         tensor([[ 5.,  5.,  5.],
                 [20., 20., 20.]])
     """
+    written = name
 
     def define(look: Observation) -> Observation:
+        name = _new_name("observer", written, look)
+
         def kernel(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
             if training and torch._C._current_graph_task_id() == -1:
                 with torch._C._AutoDispatchBelowAutograd():  # no gradients, and no tangents in the state
@@ -336,6 +422,7 @@ def observer(name: str) -> Callable[[Observation], Observation]:
 
         # Nothing is differentiated here, so every transform of torch.func just hands down what it wraps.
         _LIBRARY.impl(name, below_transform, "FuncTorchDynamicLayerFrontMode")
+        _show(name)
         return look
 
     return define

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from biofx.base.errors import PipelineError
 from biofx.model import running
 from biofx.model.handed_out import Change, handed_out
+from biofx.model.operators import operator_of, tell_caches, written_name
 from biofx.model.slots import Inserted, Slot
 
 CHILD = "{}_synapses"  # name of the child, by the name of the weight in its module
@@ -51,19 +52,22 @@ class Link:
     @property
     def name(self) -> str:
         """The target's name."""
-        return str(getattr(self.target, "_qualified_op_name", getattr(self.target, "__name__", self.target))).replace(
-            "::", "."
-        )
+        name = getattr(self.target, "_qualified_op_name", getattr(self.target, "__name__", self.target))
+        return written_name(str(name)).replace("::", ".")
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = getattr(self.target, "_qualified_op_name", None)  # of a dispatcher operator, which is not pickled itself
         return _link, (self.target if name is None else str(name), self.args, self.origin)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+        return self  # the copy of a model runs what the model runs; one that was pickled, what a name means then
+
 
 def _link(target: Any, args: tuple[Any, ...], origin: Inserted) -> Link:
     if isinstance(target, str):
         namespace, _, name = target.partition("::")
-        target = getattr(getattr(torch.ops, namespace), name)
+        target = operator_of(name) if namespace == "biofx" else getattr(getattr(torch.ops, namespace), name)
+        tell_caches(target)
     return Link(target, args, origin)
 
 
@@ -202,6 +206,7 @@ class Synapses(nn.Module):
         """
         index = sum(each.origin.slot <= link.origin.slot for each in self.links)
         self._refuse_broken_promise(link, self.links[:index])
+        tell_caches(link.target)
         self.links = (*self.links[:index], link, *self.links[index:])
 
     @torch.no_grad()

@@ -221,24 +221,42 @@ class Editor:
         return new
 
     def observe(self, operator: Callable[..., Any], site: WeightSite, key: str) -> None:
-        """Let an observer look at what every use of the weight returns.
+        """Let an observer look at what every use of the weight returns: at its postsynaptic units.
 
         Args:
             operator: an observer, `torch.ops.biofx.<name>` (see `biofx.model.operators.observer`).
             site: the weight, whose operator returns its units on one axis (`unmet(Need.OUTPUT)` is None).
             key: the name of the state that it adds to.
         """
-        raw, origin, (unit_axis,) = site.raw, self._origin(Slot.OBSERVER), site.calls[0].use.output_axes
+        axes = [call.use.output_axes[0] for call in site.calls]
+        self._observe(operator, site, key, site.units, [*zip(site.outputs, axes, strict=True)])
+
+    def observe_input(self, operator: Callable[..., Any], site: WeightSite, key: str) -> None:
+        """Let an observer look at what every use of the weight multiplies it by: at its presynaptic units.
+
+        Args:
+            operator: an observer, `torch.ops.biofx.<name>` (see `biofx.operators.observer`).
+            site: the weight, whose operator reads its units on one axis (`why_no_input` is None).
+            key: the name of the state that it adds to.
+        """
+        places = [(call.source, call.use.source_axes[0]) for call in site.calls]
+        self._observe(operator, site, key, site.presynaptic_units, [(n, axis) for n, axis in places if n is not None])
+
+    def _observe(
+        self, operator: Callable[..., Any], site: WeightSite, key: str, units: int, places: list[tuple[fx.Node, int]]
+    ) -> None:
+        """Let an observer look at nodes, each of which has the units on an axis."""
+        raw, origin = site.raw, self._origin(Slot.OBSERVER)
         dtype = torch.promote_types(raw.dtype, torch.float32)
-        self.keep(key, torch.zeros((2, 2, site.units), device=raw.device, dtype=dtype))
-        assert self._start is not None, f"{self.name}: what its operator returns is out of reach"
+        self.keep(key, torch.zeros((2, 2, units), device=raw.device, dtype=dtype))
+        assert self._start is not None, f"{self.name}: the activity is out of reach"
         seen, synapses = (chain.state_node(self._start, each, origin) for each in (key, ""))
-        for use in site.outputs:
-            with use.graph.inserting_after(max(use, seen, synapses)):
-                looks = use.graph.call_function(is_observed, (synapses, key, use))
-            with use.graph.inserting_after(looks):
-                node = use.graph.call_function(operator, (use, seen, unit_axis, looks))
-            looks.meta[RECORD] = node.meta[RECORD] = origin
+        for node, unit_axis in places:
+            with node.graph.inserting_after(max(node, seen, synapses)):
+                looks = node.graph.call_function(is_observed, (synapses, key, node))
+            with node.graph.inserting_after(looks):
+                observer = node.graph.call_function(operator, (node, seen, unit_axis, looks))
+            looks.meta[RECORD] = observer.meta[RECORD] = origin
 
     def _origin(self, slot: Slot) -> Inserted:
         return Inserted((self._by.name,), self.name, slot)

@@ -112,6 +112,9 @@ _OPENS = (*_CLOSES.values(), "'", '"')  # a quote that is a token of its own beg
 def register(pass_class: PassClass) -> PassClass:
     """Make a pass known by its name, so that pipeline strings, tables and the test suite find it.
 
+    A class of the same name and module takes the place of the earlier one, as when a notebook cell is run again. Models
+    that were transformed before keep the earlier one, with all that it does at a step.
+
     Raises:
         ArgumentError: not a frozen dataclass derived from `Pass`, no slot, or a name that is malformed or taken.
 

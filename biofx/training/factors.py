@@ -63,7 +63,7 @@ def learning_of(synapses: Synapses) -> Learning:
         )
         if is_noisy:
             seed, steps, site, *others = others
-            counters.append(Counter(seed, steps, (name, site)))
+            counters.append(Counter(seed, steps, (operators.written_name(name), site)))
         tensors.extend(x for x in others if isinstance(x, Tensor))
         hooks.append(Hook(name, tuple(None if isinstance(x, Tensor) else x for x in others), is_noisy))
     return Learning(tuple(hooks), tuple(tensors), tuple(counters))

@@ -59,6 +59,39 @@ class PlasticWeight:
         assert value is not None, f"{self.by} keeps no {key} for {self.name}"
         return value
 
+    def observed(self, key: str) -> Tensor:
+        """What an observer saw since this was last asked: its mean for each unit, 0 if it saw nothing.
+
+        Args:
+            key: the name of its state (see `Editor.observe`), which starts from 0 again.
+
+        Example:
+            >>> import biofx, torch
+            >>> from dataclasses import dataclass
+            >>> from biofx import passes
+            >>> @dataclass(frozen=True)
+            ... class Look(passes.Pass):
+            ...     name = "look"
+            ...     slot = passes.Slot.OBSERVER
+            ...     moment = passes.Moment.GAIN
+            ...
+            ...     def rewrite(self, site, edit):
+            ...         edit.observe_input(torch.ops.biofx.sum_activity, site, "seen")
+            ...
+            ...     def at_step(self, weights):
+            ...         for weight in weights:
+            ...             print(weight.observed("seen"))
+            >>> bio = biofx.transform(torch.nn.Linear(2, 1), [Look()])
+            >>> attachment = biofx.attach(bio, torch.optim.SGD(bio.parameters(), lr=0.0))
+            >>> bio(torch.tensor([[1.0, -2.0], [3.0, 0.0]])).sum().backward()
+            >>> attachment.optimizer.step()
+            tensor([2., 1.])
+        """
+        sums, positions = self.state(key).sum(0)
+        self.state(key).zero_()
+        mean: Tensor = sums / positions.clamp(min=1)
+        return mean
+
     def own_state(self) -> list[Tensor]:
         """All that the pass keeps for the weight."""
         return [self.state(key) for key, users in self.synapses.users.items() if self.by in users]

@@ -21,6 +21,7 @@ class Need(enum.Enum):
     NODES = "its operators are nodes of the graph"
     AXES = "each of its axes runs over presynaptic or postsynaptic units, or neither"
     UNITS = "the units that it reads are known"
+    INPUT = "its operators are nodes, and read its presynaptic units on one axis"
     OUTPUT = "its operators are nodes, and return its postsynaptic units on one axis"
 
 

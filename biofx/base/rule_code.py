@@ -1,0 +1,60 @@
+"""The code of rules: what torch.compile has to know of the hooks that it compiles.
+
+A compiled graph calls a hook by its name, and PyTorch keeps what it made of such graphs on disk, by their text. An
+edited rule has the same name, so the next process would run the old one. PyTorch has a tag that tells caches apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch.compiler.config as config
+
+_codes: dict[str, str] = {}  # of the hooks that are in models, by the name of their operator
+_others_tag = getattr(config, "cache_key_tag", "")
+
+
+def tell_caches(name: str, *functions: Callable[..., Any] | None) -> None:
+    """Let the caches of torch.compile know the code of a hook that a model has from now on.
+
+    Args:
+        name: the name of its operator.
+        functions: what the operator runs.
+    """
+    code = digest(functions)
+    if _codes.get(name) != code and hasattr(config, "cache_key_tag"):  # since PyTorch 2.7
+        _codes[name] = code
+        config.cache_key_tag = f"{_others_tag} biofx:{digest(tuple(sorted(_codes.items())))}".strip()
+
+
+def digest(value: Any) -> str:
+    """A digest of the code of functions: of their own, of their constants, and of the functions that they name."""
+    return hashlib.blake2b(_described(value, set()).encode(), digest_size=16).hexdigest()
+
+
+def _described(value: Any, seen: set[int]) -> str:
+    if isinstance(value, CodeType):
+        constants = ", ".join(_described(each, seen) for each in value.co_consts)
+        return f"code {value.co_code.hex()} {value.co_names} {value.co_varnames} [{constants}]"
+    if isinstance(value, FunctionType) and not str(value.__module__).startswith("torch") and id(value) not in seen:
+        seen.add(id(value))
+        names = [name for code in _codes_in(value.__code__) for name in code.co_names]
+        named = [value.__globals__.get(name) for name in names]
+        modules = [each for each in named if isinstance(each, ModuleType) and not each.__name__.startswith("torch")]
+        named += [getattr(module, name, None) for module in modules for name in names]
+        cells = [None if cell == CellType() else cell.cell_contents for cell in value.__closure__ or ()]
+        parts = (value.__code__, value.__defaults__, sorted((value.__kwdefaults__ or {}).items()), cells, named)
+        return f"function {', '.join(_described(part, seen) for part in parts)}"
+    if isinstance(value, tuple | list | frozenset):
+        return f"[{', '.join(_described(each, seen) for each in value)}]"
+    if isinstance(value, bool | int | float | complex | str | bytes | None):
+        return repr(value)
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+def _codes_in(code: CodeType) -> list[CodeType]:
+    """A code object, and those of the functions that are defined inside it."""
+    return [code, *(each for const in code.co_consts if isinstance(const, CodeType) for each in _codes_in(const))]

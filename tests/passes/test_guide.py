@@ -1,0 +1,145 @@
+"""The guide to rules of one's own: its listings run, and the rule that it writes does what it says."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from test_documentation import readme_blocks
+from torch import nn
+
+import biofx
+
+NETWORKS = {
+    "linear": (lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), (7, 5)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 2, groups=2)), (3, 2, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose1d(3, 4, 2), (5, 3, 6)),
+}
+
+
+@pytest.fixture
+def guide():
+    names = {"__name__": "__main__"}
+    for block in readme_blocks("python", "passes"):
+        exec(compile(block, "passes/README.md", "exec"), names)
+    return names
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    build, shape = NETWORKS[request.param]
+    return build().double(), torch.randn(2, *shape, dtype=torch.float64)
+
+
+def train(bio, optimizer, batches):
+    for x in batches:
+        optimizer.zero_grad()
+        bio(x).square().mean().backward()
+        optimizer.step()
+
+
+def activity(model, x):
+    """The mean input and output of every layer with a weight, by its name."""
+    seen = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "weight"):
+            module.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0], out)}))
+    model(x)
+    return {
+        f"{name}.weight".lstrip("."): [z.transpose(0, 1).flatten(1).mean(1) for z in pair]
+        for name, pair in seen.items()
+    }
+
+
+def product(site, pre, post, groups):
+    """The product of the activities of every connection, by a loop over units."""
+    result = torch.zeros(site.shape, dtype=torch.float64)
+    transposed = site.presynaptic_axis == 0
+    for i, z in enumerate(post):
+        for j, x in enumerate(pre):
+            inside, own = len(pre) // groups, i * groups // len(post)
+            if transposed:
+                result[j, i] = z * x
+            elif j // inside == own:
+                result[i, j % inside] = z * x
+    return result
+
+
+def test_the_trace_is_that_of_input_and_output(guide, network):
+    model, batches = network
+    bio = biofx.transform(model, [guide["HebbianTrace"](strength=0.7, memory=0.5)], example_inputs=batches[0])
+    with biofx.attach(bio, optimizer := torch.optim.SGD(bio.parameters(), lr=0.0)):
+        train(bio, optimizer, batches)
+    sites = biofx.weight_sites(bio)
+    seen = [activity(copy.deepcopy(model), x) for x in batches]
+    for name, (first, second) in {name: (seen[0][name], seen[1][name]) for name in seen[0]}.items():
+        old, new = (product(sites[name], *each, sites[name].groups) for each in (first, second))
+        trace = 0.25 * old + 0.5 * new
+        torch.testing.assert_close(sites[name].state("trace"), trace)
+        torch.testing.assert_close(sites[name].state("hebbian"), torch.exp(0.7 * trace.tanh()))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_a_synapse_moves_by_its_gain(guide, network, kind):
+    model, batches = network
+    bio = biofx.transform(model, [guide["HebbianTrace"](strength=2.0, memory=0.0)], example_inputs=batches[0])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for each in (model, bio):
+        optimizer = getattr(torch.optim, kind)(each.parameters(), lr=0.1)
+        if each is bio:
+            biofx.attach(bio, optimizer)
+        train(each, optimizer, batches[:1])
+    for name, site in biofx.weight_sites(bio).items():
+        plain = dict(model.named_parameters())[name] - before[name]
+        assert (site.state("hebbian") != 1).any()
+        torch.testing.assert_close(site.raw - before[name], site.state("hebbian") * plain)
+
+
+def test_a_run_resumes_from_a_checkpoint_to_the_bit(guide, network):
+    model, batches = network
+
+    def begin():
+        bio = biofx.transform(model, "split-synapses,hebbian-trace", example_inputs=batches[0])
+        optimizer = torch.optim.AdamW(bio.parameters(), lr=0.1)
+        biofx.attach(bio, optimizer)
+        return bio, optimizer
+
+    whole, optimizer = begin()
+    train(whole, optimizer, batches)
+    first, optimizer = begin()
+    train(first, optimizer, batches[:1])
+    resumed, second = begin()
+    resumed.load_state_dict(first.state_dict())
+    second.load_state_dict(optimizer.state_dict())
+    train(resumed, second, batches[1:])
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_what_has_no_units_on_its_input_is_left_alone(guide):
+    bio = biofx.transform(nn.Embedding(5, 3), "hebbian-trace", example_inputs=torch.tensor([1, 2]))
+    assert "embedding does not read its units on one axis" in biofx.summary(bio).replace("\n", " ")
+
+
+def test_verify_asks_the_rule(guide):
+    bio = biofx.transform(nn.Linear(2, 2), "hebbian-trace")
+    biofx.weight_sites(bio)["weight"].state("hebbian").zero_()
+    with pytest.raises(biofx.VerificationError, match="its Hebbian gain is not positive"):
+        biofx.verify(bio)
+
+
+def test_the_hook_of_the_guide_follows_its_formula(guide):
+    w = torch.tensor([0.5, -3.0], requires_grad=True)
+    torch.ops.biofx.soft_bound_grad(w, 2.0).sum().backward()
+    assert torch.equal(w.grad, torch.tensor([0.75, 0.0]))
+
+
+def test_options_are_checked_when_the_rule_is_made(guide):
+    with pytest.raises(biofx.ArgumentError, match=r"HebbianTrace: memory must be in \[0, 1\), got 1.5"):
+        biofx.transform(nn.Linear(2, 1), "hebbian-trace{memory=1.5}")
+
+
+def test_two_rules_may_observe_a_weight_of_several_synapses(guide):
+    pipeline = ["hebbian-trace", "split-synapses", "synaptic-scaling"]
+    codes = {biofx.transform(nn.Linear(2, 2), ",".join(order)).code for order in itertools.permutations(pipeline)}
+    assert len(codes) == 1
