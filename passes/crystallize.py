@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from biofx.base.gains import coded, decoded
 from biofx.base.options import check_integer, check_number
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
@@ -36,8 +37,9 @@ class Crystallize(Pass):
     over the site, θ `threshold` and d `dampening`. It acts before the optimizer's step (`biofx.attach`), so already on
     that step. The gain is the one of `FuzzyLearningRates`, or a neutral one if there is none.
 
-    A gain that another rule has set below the floor stays where it is. With `L1Regularization`, even a silent synapse
-    has a gradient of its strength λ, so the first criterion needs θ·|w| > λ.
+    A gain that another rule has set below the floor stays where it is, and so does one in 8 bits that would move by
+    less than half a level: one below (1/(256·(1−√d)))², which is 3e-4 for d = 0.6 and 6e-3 for d = 0.9. With
+    `L1Regularization`, even a silent synapse has a gradient of its strength λ, so the first criterion needs θ·|w| > λ.
 
     The reference package compares |g|/|w| and so divides 0 by 0 for a silent synapse, and has no floor: its gains go
     to 0 for ever.
@@ -122,9 +124,11 @@ def crystallize_(
 def dampened(
     gain: Tensor, weight: Tensor, gradient: Tensor, mean: Tensor, *, threshold: float, dampening: float, floor: float
 ) -> Tensor:
-    """The gain of synapses after crystallization, for the mean magnitude of their weight."""
+    """The gain of synapses, as it is stored, after crystallization, for the mean magnitude of their weight."""
     settles = (gradient.abs() < threshold * weight.abs()) | (gradient.abs() > mean)
-    return torch.where(settles, torch.minimum(gain, (dampening * gain).clamp(min=floor)), gain)
+    present = decoded(gain)
+    dampened_gain = torch.minimum(present, (dampening * present).clamp(min=floor))
+    return coded(torch.where(settles, dampened_gain, present), gain.dtype)
 
 
 def dampen_(
@@ -146,8 +150,12 @@ def dampen_(
     torch._foreach_maximum_(silent, wild)
     torch._foreach_sign_(silent)
     torch._foreach_clamp_min_(silent, 0)  # 1 where it settles, else 0
-    lowest = torch._foreach_clamp_max(gains, floor)  # a gain below the floor stays
+    values = [decoded(gain) for gain in gains]
+    lowest = torch._foreach_clamp_max(values, floor)  # a gain below the floor stays
     torch._foreach_mul_(silent, dampening - 1)
     torch._foreach_add_(silent, 1)
-    torch._foreach_mul_(gains, silent)
-    torch._foreach_maximum_(gains, lowest)
+    torch._foreach_mul_(values, silent)
+    torch._foreach_maximum_(values, lowest)
+    for gain, value in zip(gains, values, strict=True):
+        if value is not gain:  # it is stored in 8 bits
+            gain.copy_(coded(value, gain.dtype))

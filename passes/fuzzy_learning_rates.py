@@ -5,16 +5,16 @@ $$g \leftarrow c \cdot g$$
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from biofx.base import noise
 from biofx.base.errors import ArgumentError
+from biofx.base.gains import LARGEST, coded, decoded
 from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.operators import observer
 from biofx.model.slots import Slot
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from biofx.rewrite.editor import Editor
     from biofx.training.plastic_weight import PlasticWeight
 
-DTYPES = ("float64", "float32", "float16", "bfloat16")
+UNSTORED = "unstored"
+WIDE = ("float64", "float32")  # those in which a gain can decay by a small share
+DTYPES = (*WIDE, "float16", "bfloat16", "uint8", UNSTORED)
 
 
 @register
@@ -59,7 +61,21 @@ class FuzzyLearningRates(Pass):
     seen anything, a_i = 1. The gains of `weight_adaptive`, `temporal` and `activity` are refreshed after every `every`
     steps (`biofx.attach`); a gain that `Crystallize` has dampened below `minimum` is not.
 
-    The gain is kept in the buffer `<weight>_gain` and applied by the node `biofx.scale_grad`.
+    A gain follows from the seed, the weight's name and the place of the synapse, and is the same on every device: it is
+    one of 2¹⁴ quantiles (`base/gains.py`). By default it is kept in the buffer `<weight>_gain` and applied by the node
+    `biofx.scale_grad`. `dtype` says how:
+
+    | dtype | bytes for each synapse | gains |
+    |---|---|---|
+    | None | as of the weight | to the precision of the weight; `temporal` in float32 at least |
+    | `float64` … `bfloat16` | 8, 4, 2, 2 | rounded, `bfloat16` by up to 0.2% below 1 and 0.4% above |
+    | `uint8` | 1 | one of 256, (k/128)²; rounded by up to 0.8% of √c, so of a gain of 1 |
+    | `unstored` | 0 | to the precision of the weight, and the same as with None |
+
+    Unstored gains are drawn again whenever they act, by the node `biofx.drawn_grad`: block by block at a step
+    (`biofx.attach`), or for one weight after the other in the backward pass. `WeightSite.gain` draws them at each call.
+    That takes time, so stored gains are faster on a CPU. A gain that changes has to be stored: with `unstored`, the
+    last three distributions are refused, and so is `Crystallize` in the same pipeline.
 
     The reference package multiplies `.grad` by hand between `backward()` and `step()`. Its gamma gains have mean 2, and
     most of them sit at the clamp; its `layer_adaptive` gains are drawn before it knows the layer, so they are uniform;
@@ -72,10 +88,13 @@ class FuzzyLearningRates(Pass):
         maximum: c_max, the upper clamp, at least `minimum`. Default 2, as in the reference package.
         decay: for `temporal`: factor on c − 1 at every refresh, in [0, 1].
         every: for `temporal`, `weight_adaptive` and `activity`: steps between two refreshes.
-        dtype: dtype in which the gains are kept, by name; None is the weight's.
+        dtype: how gains are kept, by name, from the table above.
 
     Raises:
-        ArgumentError: an option out of its range.
+        ArgumentError: an option out of its range; `unstored` for gains that change; for `temporal`, a dtype whose gains
+            would stay where they are, as one refresh moves them by less than half of what it can tell apart; for
+            `uint8`, a `maximum` above 3.97.
+        PipelineError: at the transform: `unstored`, and `Crystallize` changes the gains.
 
     Example:
         >>> import biofx, torch
@@ -116,6 +135,19 @@ class FuzzyLearningRates(Pass):
         check_integer(self, "every", at_least=1)
         if self.dtype is not None:
             check_choice(self, "dtype", DTYPES)
+        self._check_dtype()
+
+    def _check_dtype(self) -> None:
+        where = f"passes.FuzzyLearningRates: dtype={self.dtype!r}"
+        if self.dtype == UNSTORED and self.distribution in DYNAMIC:
+            raise ArgumentError(
+                f"{where} is for gains that stay, and {self.distribution!r} changes them; "
+                f"use {'float32' if self.distribution == 'temporal' else 'uint8'!r}"
+            )
+        if self.distribution == "temporal" and self.dtype not in (None, *WIDE):
+            raise ArgumentError(f"{where} is too coarse for 'temporal' gains, which would not decay; use 'float32'")
+        if self.dtype == "uint8" and self.maximum > LARGEST:
+            raise ArgumentError(f"{where} holds gains up to {LARGEST:.2f}, got maximum={self.maximum}")
 
     @property
     def preserves_function(self) -> bool:
@@ -133,16 +165,28 @@ class FuzzyLearningRates(Pass):
         if self.distribution == "activity" and unmet is not None:
             edit.leave(unmet)
             return
-        nu: float | Tensor = self.nu
-        if self.distribution == "layer_adaptive":
-            nu = layer_adaptive_spread(self.nu, site.depth)
-        elif self.distribution == "weight_adaptive":
-            nu = weight_adaptive_spread(self.nu, [site.synaptic().detach().float().cpu()])[0]
-        gain = DISTRIBUTIONS[self.distribution](site.raw.shape, nu, edit.generator).clamp_(self.minimum, self.maximum)
-        dtype = getattr(torch, self.dtype) if self.dtype else site.raw.dtype
-        edit.gain(gain.to(site.raw.device, dtype))
+        nu = layer_adaptive_spread(self.nu, site.depth) if self.distribution == "layer_adaptive" else self.nu
+        gains = DISTRIBUTIONS[self.distribution], nu, self.minimum, self.maximum
+        if self.dtype == UNSTORED:
+            edit.unstored_gain(*gains)
+            return
+        dtype = self._stored(site.raw.dtype)
+        if self.distribution == "weight_adaptive":
+            drawn = edit.drawn_gain("uniform", 1.0, 0.0, 2.0, dtype=torch.promote_types(site.raw.dtype, torch.float32))
+            (spread,) = weight_adaptive_spread(self.nu, [wide(site.synaptic().detach())])
+            drawn = drawn.sub_(1).mul_(spread).add_(1).clamp_(self.minimum, self.maximum)
+            edit.gain(coded(drawn, dtype))
+        else:
+            edit.gain(edit.drawn_gain(*gains, dtype=dtype))
         if self.distribution == "activity":
             edit.observe(torch.ops.biofx.count_active, site, "active")
+
+    def _stored(self, weight: torch.dtype) -> torch.dtype:
+        """The dtype in which the gains of a weight are stored."""
+        if self.dtype is not None:
+            stored: torch.dtype = getattr(torch, self.dtype)
+            return stored
+        return torch.promote_types(weight, torch.float32) if self.distribution == "temporal" else weight
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Refresh dynamic gains, every so many steps; gains that are dampened below `minimum` stay."""
@@ -157,10 +201,10 @@ class FuzzyLearningRates(Pass):
     def _refresh(self, weights: list[PlasticWeight], is_drawn: bool) -> None:
         """Refresh the gains of weights on one device and of one dtype, by noise or without."""
         gains, counters = [w.state("gain") for w in weights], [w.counter("gain") for w in weights]
-        minimum = wide(gains[0].new_full((), self.minimum))  # rounded to what gains can be
+        minimum = _rounded(self.minimum, gains[0])
         for block in blocks(gains, self._spreads(weights, gains), in_order=True):
             stored, spread = block.parts
-            present = [wide(x) for x in stored]
+            present = [wide(decoded(x)) for x in stored]
             decay = self.decay if self.distribution == "temporal" else 0.0
             fresh = temporal_decay(present, decay)
             if is_drawn:
@@ -171,7 +215,7 @@ class FuzzyLearningRates(Pass):
             torch._foreach_clamp_min_(fresh, self.minimum)
             torch._foreach_clamp_max_(fresh, self.maximum)
             torch._foreach_lerp_(fresh, present, below(present, minimum))  # exact for 0 and 1
-            torch._foreach_copy_(stored, fresh)
+            torch._foreach_copy_(stored, [coded(x, gains[0].dtype) for x in fresh])
 
     def _spreads(self, weights: list[PlasticWeight], gains: list[Tensor]) -> list[Tensor]:
         """How far the gains of each weight are drawn around where they are."""
@@ -194,50 +238,19 @@ class FuzzyLearningRates(Pass):
         if site.gain.numel() == 0:
             return
         low, high = (float(x) for x in site.gain.aminmax())
-        # A bound that the gain's dtype cannot hold is rounded to one that it can.
-        lowest, highest = (float(torch.tensor(x, dtype=site.gain.dtype)) for x in (self.minimum, self.maximum))
-        if len(site.known_synapses.users["gain"]) > 1:
+        stored = site.state("gain")
+        lowest, highest = (
+            float(_rounded(x, site.gain if stored is None else stored)) for x in (self.minimum, self.maximum)
+        )
+        if len(site.known_synapses.users.get("gain", ())) > 1:
             lowest = 0.0  # another rule dampens the same gain
         if low < lowest or high > highest:
             yield f"gain is in [{low:g}, {high:g}], outside of [{self.minimum:g}, {self.maximum:g}]"
 
 
-Spread = float | Tensor
-Draw = Callable[[torch.Size, Any, torch.Generator], Tensor]
-
-
-def baseline(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tensor:
-    """The neutral gain."""
-    return torch.ones(shape)
-
-
-def uniform(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tensor:
-    """U(1−ν, 1+ν); ν is a number, or broadcasts against the shape and is where the result is to be."""
-    drawn = torch.rand(shape, generator=generator).mul_(2).sub_(1)
-    return (drawn.to(nu.device) if isinstance(nu, Tensor) else drawn).mul_(nu).add_(1)
-
-
-def normal(shape: torch.Size, nu: Spread, generator: torch.Generator) -> Tensor:
-    """N(1, ν²)."""
-    return torch.randn(shape, generator=generator).mul_(nu).add_(1)
-
-
-def lognormal(shape: torch.Size, nu: float, generator: torch.Generator) -> Tensor:
-    """Exp N(−s²/2, s²) with s² = ln(1+ν²): mean 1, standard deviation ν."""
-    variance = math.log1p(nu**2)
-    return torch.randn(shape, generator=generator).mul_(math.sqrt(variance)).sub_(variance / 2).exp_()
-
-
-def gamma(shape: torch.Size, nu: float, generator: torch.Generator) -> Tensor:
-    """Gamma with shape parameter 1/ν² and scale ν²: mean 1, standard deviation ν."""
-    return torch._standard_gamma(torch.full(shape, nu**-2), generator=generator).mul_(nu**2)
-
-
-def beta(shape: torch.Size, nu: float, generator: torch.Generator) -> Tensor:
-    """1 + (2·B − 1)·ν with B ~ Beta(1/ν, 1/ν), drawn as a ratio of gamma variables."""
-    pair = torch._standard_gamma(torch.full((2, *shape), 1 / nu), generator=generator)
-    total = pair.sum(0)
-    return torch.div(pair[0].mul_(2), total, out=total).sub_(1).mul_(nu).add_(1)
+def _rounded(bound: float, gain: Tensor) -> Tensor:
+    """A bound, rounded to what a gain that is stored like another one can be."""
+    return wide(decoded(coded(torch.tensor(bound, dtype=torch.float64, device=gain.device), gain.dtype)))
 
 
 def layer_adaptive_spread(nu: float, depth: float) -> float:
@@ -292,15 +305,15 @@ def weight_adaptive_spread(nu: float, weights: list[Tensor]) -> list[Tensor]:
 
 DYNAMIC = ("weight_adaptive", "temporal", "activity")
 
-DISTRIBUTIONS: dict[str, Draw] = {
-    "baseline": baseline,
-    "uniform": uniform,
-    "normal": normal,
-    "lognormal": lognormal,
-    "gamma": gamma,
-    "beta": beta,
-    "layer_adaptive": uniform,
-    "weight_adaptive": uniform,
-    "temporal": uniform,
-    "activity": uniform,
+DISTRIBUTIONS: dict[str, str] = {  # what is drawn for each, by its name in `biofx.base.gains.QUANTILES`
+    "baseline": "baseline",
+    "uniform": "uniform",
+    "normal": "normal",
+    "lognormal": "lognormal",
+    "gamma": "gamma",
+    "beta": "beta",
+    "layer_adaptive": "uniform",
+    "weight_adaptive": "uniform",
+    "temporal": "uniform",
+    "activity": "uniform",
 }

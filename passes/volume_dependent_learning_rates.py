@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from biofx.base.noise import normal
 from biofx.base.options import check_number
 from biofx.model.operators import gradient_hook
 from biofx.model.slots import Slot
@@ -123,7 +124,7 @@ def volume_factors(
     "volume_grad(Tensor(a) weight, Tensor seed, Tensor steps, str site,"
     " float base_lr, float stability, float variability) -> Tensor(a)",
     factors=volume_factors,
-    noisy=True,
+    draw=normal,
 )
 def volume_grad(
     gradient: Tensor, weight: Tensor, noise: Tensor, base_lr: float, stability: float, variability: float

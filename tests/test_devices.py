@@ -8,7 +8,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from biofx.base import noise
+from biofx.base import gains, noise
 from second_device import CPU, SECOND, SecondDevice
 
 PIPELINES = [
@@ -22,6 +22,8 @@ PIPELINES = [
     "synaptic-scaling{on=weight}",
     "rejuvenate{rule=threshold,dre=2.0}",
     *(f"fuzzy-learning-rates{{distribution={name},every=1}}" for name in ("activity", "temporal", "weight_adaptive")),
+    "fuzzy-learning-rates{dtype=unstored}",
+    "fuzzy-learning-rates{dtype=uint8,distribution=weight_adaptive,every=1},crystallize",
 ]
 
 
@@ -42,7 +44,8 @@ class Network(nn.Module):
 
 @pytest.fixture
 def second_device():
-    noise._on_device.cache_clear()  # what another test put on the device is not known to be there
+    for cached in (noise._on_device, gains._table):
+        cached.cache_clear()  # what another test put on the device is not known to be there
     with SecondDevice() as mode:
         yield mode
 

@@ -45,14 +45,14 @@ def work(rank: int, ranks: int, port: int, optimizer_name: str, folder: str) -> 
     dist.destroy_process_group()
 
 
-def train_sharded(rank: int, ranks: int) -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]:
+def train_sharded(rank: int, ranks: int, dtype: str | None) -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]:
     """Four steps on the whole batch, each block a shard of its own; local shapes of split weights, and all values."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    bio = biofx.transform(mlp(6, 9, 3).double(), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
+    bio = biofx.transform(mlp(6, 9, 3).double(), [passes.SplitSynapses(2), passes.FuzzyLearningRates(dtype=dtype)])
     placement = biofx.shard_placement(bio)
     mesh = init_device_mesh("cpu", (ranks,))
     for block in (bio[0], bio[2]):
@@ -67,17 +67,18 @@ def train_sharded(rank: int, ranks: int) -> tuple[list[tuple[int, ...]], dict[st
     return local, {name: p.full_tensor().detach() for name, p in bio.named_parameters()}
 
 
-def work_sharded(rank: int, ranks: int, port: int, folder: str) -> None:
+def work_sharded(rank: int, ranks: int, port: int, dtype: str | None, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    torch.save(train_sharded(rank, ranks), f"{folder}/{rank}.pt")
+    torch.save(train_sharded(rank, ranks, dtype), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_shards_learn_as_one_process_does_and_none_is_empty(tmp_path):
+@pytest.mark.parametrize("dtype", [None, "unstored"])
+def test_shards_learn_as_one_process_does_and_none_is_empty(tmp_path, dtype):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work_sharded, args=(3, port, str(tmp_path)), nprocs=3)  # more than there are synapses
+    mp.spawn(work_sharded, args=(3, port, dtype, str(tmp_path)), nprocs=3)  # more than there are synapses
     torch.manual_seed(0)
     bio = biofx.transform(mlp(6, 9, 3).double(), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)

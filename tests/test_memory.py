@@ -63,3 +63,14 @@ def test_balance_holds_one_copy_in_double(tmp_path):
     found = peak(lambda: biofx.transform(plain, "dales-principle", example_inputs=(X,)), tmp_path)
     copies, double = 1, 2
     assert copies + double < found / size < 1.6 * (copies + double)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "unstored"])
+def test_gains_take_no_more_than_blocks_in_a_step(dtype, tmp_path):
+    bio = biofx.transform(nn.Linear(2048, 1024, bias=False), f"fuzzy-learning-rates{{dtype={dtype}}}")
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    bio(torch.randn(2, 2048)).sum().backward()
+    optimizer.step()
+    found = peak(optimizer.step, tmp_path)
+    assert 0 < found < bio.weight.numel() * bio.weight.element_size()  # one tensor of the size of the weight

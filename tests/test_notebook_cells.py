@@ -133,7 +133,7 @@ def test_an_observer_may_be_defined_again():
 def test_noise_does_not_depend_on_how_often_a_cell_was_run():
     def define():
         @operators.gradient_hook(
-            "noisy_again_grad(Tensor(a) weight, Tensor seed, Tensor steps, str site) -> Tensor(a)", noisy=True
+            "noisy_again_grad(Tensor(a) weight, Tensor seed, Tensor steps, str site) -> Tensor(a)", draw=noise.normal
         )
         def noisy(gradient, weight, noise):
             return gradient * noise

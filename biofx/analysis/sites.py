@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.analysis.graphs import NodeUse, uses_of
+from biofx.base.gains import decoded
 from biofx.base.references import held_parameters
 from biofx.model import parts
 from biofx.model.chain import chain, parameter_nodes
 from biofx.model.islands import described, island_path
+from biofx.model.operators import apply_rule
 from biofx.model.provenance import inserted, record_of, transformed
 from biofx.model.slots import Slot
 from biofx.model.synapses import Link, Synapses, stored, synapses_of
@@ -148,8 +150,18 @@ class WeightSite:
 
     @property
     def gain(self) -> Tensor | None:
-        """Learning gain c of every synapse, broadcastable to `raw`; None if every synapse learns alike."""
-        return self.state("gain")
+        """Learning gain c of every synapse, broadcastable to `raw`; None if every synapse learns alike.
+
+        It is what is stored, unless that is in 8 bits, or nothing: then it is computed at each call.
+        """
+        stored_gain = self.state("gain")
+        if stored_gain is not None:
+            return decoded(stored_gain)
+        for link in self.links:
+            if link.target is torch.ops.biofx.drawn_grad:
+                arguments = self.known_synapses.arguments(link)
+                return apply_rule(link.target, torch.ones_like(self.raw), self.raw, *arguments)
+        return None
 
     @property
     def sign(self) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 Nothing is stored, and nothing depends on what was drawn before: a part of a tensor, such as the shard of a rank, gets
 the numbers that it has in the whole. On a CPU they are sums of two tables of random numbers, at offsets that are hashes
-of the counter; elsewhere they are hashes of the counter themselves, so that no number has to be moved.
+of the counter; elsewhere they are hashes of the counter themselves, so that no number has to be moved. `levels` are
+hashes everywhere, so they are the same on every device.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from biofx.base.randomness import generator
 
 TABLE, BLOCK = 1 << 22, 1 << 20  # lengths of a table, and of what is read from one place of it
+LEVELS = 1 << 14  # at most 2¹⁵, as two numbers share a word
 
 
 @dataclass(frozen=True)
@@ -152,19 +154,45 @@ def normal_from_words(likes: Sequence[Tensor], counters: Sequence[Counter], *, c
         counters: the counter of each.
         compiled: whether to compute them in one compiled kernel, in place of about 50.
     """
-    return (_compiled(_normal) if compiled else _normal)(*_keys(likes, counters))
+    return (_compiled(_normal) if compiled else _normal)(*_keys(_sizes(likes), counters))
 
 
 def pairs_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[Tensor, Tensor]:
     """Pairs of normal numbers of variance ½ as hashes of the counters, for all tensors side by side."""
-    radius, angle = (_fraction(words) for words in _words(*_keys(likes, counters)))
+    radius, angle = (_fraction(words) for words in _words(*_keys(_sizes(likes), counters)))
     radius, angle = torch.sqrt(-torch.log(radius)), angle * (2 * math.pi)
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
 def uniform_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> Tensor:
     """Numbers between 0 and 1 as hashes of the counters, for all tensors side by side."""
-    return _fraction(_words(*_keys(likes, counters))[0])
+    return _fraction(_first_words(*_keys(_sizes(likes), counters)))
+
+
+def levels(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bool = False) -> Iterator[Tensor]:
+    """Whole numbers from 0 to `LEVELS` − 1, all equally probable, one for each entry of every tensor.
+
+    They come as a vector of int32 for each tensor, and are equal to the bit on every device. Every word is two of them,
+    so an entry costs half a hash.
+
+    Args:
+        likes: the tensors, at least one, on one device.
+        counters: the counter of each.
+        compiled: whether to compile what is computed; on a CPU, that would not be faster.
+    """
+    halves = [replace(counter, start=counter.start // 2) for counter in counters]
+    sizes = [(c.start % 2 + like.numel() + 1) // 2 for c, like in zip(counters, likes, strict=True)]
+    if likes[0].device.type == "cpu":
+        words = _words_one_by_one(sizes, halves)
+    else:
+        words = iter((_compiled(_first_words) if compiled else _first_words)(*_keys(sizes, halves)).split(sizes))
+    for own, counter, like in zip(words, counters, likes, strict=True):
+        pairs_of_levels = own.view(torch.int16)[counter.start % 2 :][: like.numel()]
+        yield pairs_of_levels.to(torch.int32).bitwise_and_(LEVELS - 1)
+
+
+def _sizes(likes: Sequence[Tensor]) -> list[int]:
+    return [like.numel() for like in likes]
 
 
 @functools.cache
@@ -177,27 +205,55 @@ def _normal(*keys: Any) -> Tensor:
     return torch.sqrt(-2 * torch.log(_fraction(radius))) * torch.cos(_fraction(angle) * (2 * math.pi))
 
 
-def _keys(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+def _first_words(*keys: Any) -> Tensor:
+    return _words(*keys)[0]
+
+
+def _keys(sizes: Sequence[int], counters: Sequence[Counter]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """What words are computed from: two keys of each tensor, where it ends, what its places lack, and all entries."""
-    device = likes[0].device
+    device = counters[0].seed.device
     seeds = torch.stack([c.seed for c in counters]).to(torch.int32)
     steps = torch.stack([c.steps for c in counters]).to(torch.int32)
     hashes = [tuple(map(_signed, words_of(*c.purpose))) for c in counters]
-    first, second = (_on_device(device, torch.int32, column) for column in zip(*hashes, strict=True))
-    key = _mixed(_mixed(steps + first) ^ seeds)
-    other = _mixed(_mixed(steps ^ second) + key)
-    ends = tuple(itertools.accumulate(like.numel() for like in likes))
-    shifts = tuple(c.start - end + like.numel() for c, end, like in zip(counters, ends, likes, strict=True))
+    key, other = _pair(seeds, steps, *(_on_device(device, torch.int32, each) for each in zip(*hashes, strict=True)))
+    ends = tuple(itertools.accumulate(sizes))
+    lacks = (c.start - end + size for c, end, size in zip(counters, ends, sizes, strict=True))
+    shifts = tuple(_signed(lack % (1 << 32)) for lack in lacks)
     return key, other, _on_device(device, torch.int32, ends), _on_device(device, torch.int32, shifts), ends[-1]
+
+
+def _pair(seeds: Tensor, steps: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The two keys of each tensor, of its seed, its step and both words of its purpose."""
+    key = _mixed(_mixed(steps + first) ^ seeds)
+    return key, _mixed(_mixed(steps ^ second) + key)
 
 
 def _words(key: Tensor, other: Tensor, ends: Tensor, shifts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Two words for every entry of all tensors, side by side."""
     index = torch.arange(count, dtype=torch.int32, device=key.device)
     tensor = torch.bucketize(index, ends, right=True, out_int32=True)
-    index = index + shifts[tensor]
-    word = _mixed(_mixed(index + key[tensor]) ^ other[tensor])
+    word = _word(index + shifts[tensor], key[tensor], other[tensor])
     return word, _mixed(word + other[tensor])
+
+
+def _words_one_by_one(sizes: Sequence[int], counters: Sequence[Counter]) -> Iterator[Tensor]:
+    """The first words of each tensor, on a CPU: less memory than side by side, and nothing to look up for an entry."""
+    seeds, steps = (torch.stack(x).tolist() for x in zip(*((c.seed, c.steps) for c in counters), strict=True))
+    for size, counter, seed, step in zip(sizes, counters, seeds, steps, strict=True):
+        index = torch.arange(size, dtype=torch.int32, device="cpu").add_(_signed(counter.start % (1 << 32)))
+        yield _word(index, *_known_pair(seed, step, counter.purpose))
+
+
+@functools.lru_cache(maxsize=4096)  # 60 operators, for what is the same in all parts of a tensor
+def _known_pair(seed: int, step: int, purpose: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    numbers = (seed, step, *words_of(*purpose))
+    first, second = _pair(*(torch.tensor(_signed(n % (1 << 32)), dtype=torch.int32, device="cpu") for n in numbers))
+    return first, second
+
+
+def _word(index: Tensor, key: Tensor, other: Tensor) -> Tensor:
+    """A word for every entry, in place of its index."""
+    return _mixed(_mixed(index.add_(key)).bitwise_xor_(other))
 
 
 @functools.lru_cache(maxsize=4096)  # so that no step has to copy numbers to the device
@@ -216,14 +272,14 @@ def _signed(word: int) -> int:
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
     """Words shifted to the right, filled up with zeros."""
-    return (words >> bits) & ((1 << (32 - bits)) - 1)
+    return (words >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def _mixed(words: Tensor) -> Tensor:
-    """One round of a hash of 32 bits, each bit of which depends on all bits of the word."""
-    words = (words ^ _shifted(words, 16)) * _signed(0x21F0AAAD)
-    words = (words ^ _shifted(words, 15)) * _signed(0x735A2D97)
-    return words ^ _shifted(words, 15)
+    """One round of a hash of 32 bits, each bit of which depends on all bits of the word; in place."""
+    words.bitwise_xor_(_shifted(words, 16)).mul_(_signed(0x21F0AAAD))
+    words.bitwise_xor_(_shifted(words, 15)).mul_(_signed(0x735A2D97))
+    return words.bitwise_xor_(_shifted(words, 15))
 
 
 def _fraction(words: Tensor) -> Tensor:

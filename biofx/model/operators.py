@@ -20,14 +20,17 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
-from biofx.base import noise, rule_code
+from biofx.base import rule_code
 from biofx.base.errors import ArgumentError, PipelineError
+from biofx.base.gains import decoded, drawn
+from biofx.base.noise import Counter
 
 NAMESPACE = "biofx"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 GradientRule = Callable[..., Tensor]
 Factors = Callable[..., Sequence[Tensor]]
+Draw = Callable[..., Sequence[Tensor]]
 COUNTER = ("Tensor seed", "Tensor steps", "str site")  # arguments of a hook with noise
 
 
@@ -39,13 +42,15 @@ class _Hook:
         rule: its rule, on the arguments of the operator.
         own_rule: its rule, on the noise in place of the counter; the same, if it takes none.
         factors: the factors for many weights at once, or None.
-        is_noisy: whether it takes noise.
+        draw: draws its noise, or None.
+        drawn_from: how many arguments `draw` takes beside the counter.
     """
 
     rule: GradientRule
     own_rule: GradientRule
     factors: Factors | None
-    is_noisy: bool
+    draw: Draw | None
+    drawn_from: int
 
 
 _HOOKS: dict[str, _Hook] = {}  # by the operator's name without its overload
@@ -69,7 +74,7 @@ _DEFINITIONS: dict[str, _Definition] = {}  # by the operator's name as its autho
 
 
 def gradient_hook(
-    schema: str, *, factors: Factors | None = None, noisy: bool = False
+    schema: str, *, factors: Factors | None = None, draw: Draw | None = None
 ) -> Callable[[GradientRule], GradientRule]:
     r"""Define `torch.ops.biofx.<name>_grad`: the identity on a weight, and a rule for the weight's gradient.
 
@@ -92,9 +97,10 @@ def gradient_hook(
             aliased by the result: `"name_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)"`.
         factors: computes the factors for many weights at once: `factors(weights, *others)`, where `weights` and every
             other tensor is a list with one for each weight. None: the rule is called on ones, weight by weight.
-        noisy: whether the rule takes standard normal noise, one number for each entry, that is new at every step of
-            the optimizer. Then the arguments after the weight are `Tensor seed, Tensor steps, str site`, and the rule
-            and `factors` get the noise in place of these three.
+        draw: draws the noise that the rule takes, one number for each entry, such as `biofx.noise.normal`. Then the
+            arguments after the weight are `Tensor seed, Tensor steps, str site`, and others of `draw`, if it takes
+            some; the rule and `factors` get the noise in place of all of these. It is called as
+            `draw(likes, counters, *others, compiled=compiled)`, for many weights at once.
 
     Returns:
         A decorator for the rule, `rule(gradient, *others)`, with the arguments of the schema that follow the weight; if
@@ -119,9 +125,10 @@ def gradient_hook(
     written, _, signature = schema.partition("(")
 
     def define(own_rule: GradientRule) -> GradientRule:
-        takes_weight = _check_rule(own_rule, schema, noisy)
-        rule = _with_noise(own_rule, written.partition(".")[0]) if noisy else own_rule
+        takes_weight, drawn_from = _check_rule(own_rule, schema, draw)
         name = _new_name("gradient_hook", written, own_rule)
+        packet = name.partition(".")[0]
+        rule = own_rule if draw is None else _with_noise(own_rule, packet, schema, draw, drawn_from)
 
         class Hook(torch.autograd.Function):
             @staticmethod  # with `setup_context`, PyTorch asks for the signature at each call: 52 instead of 22 µs
@@ -151,7 +158,7 @@ def gradient_hook(
             return weight.detach() + (scaled - scaled.detach())
 
         define_operator(name, "(" + signature, hook)
-        _HOOKS[name.partition(".")[0]] = _Hook(rule, own_rule, factors, noisy)
+        _HOOKS[packet] = _Hook(rule, own_rule, factors, draw, drawn_from)
         _show(name)
         return own_rule
 
@@ -202,38 +209,68 @@ def is_hook(target: Any) -> bool:
     return name_of(target) in _HOOKS
 
 
-def is_noisy(target: Any) -> bool:
-    """Whether the rule of a hook takes noise."""
-    return is_hook(target) and _HOOKS[name_of(target)].is_noisy
+def counter_of(target: Any, arguments: Sequence[Any]) -> tuple[Counter | None, tuple[Any, ...], list[Any]]:
+    """What the noise of a hook follows from, what else it is drawn from, and the arguments that its rule takes.
+
+    Args:
+        target: a hook.
+        arguments: the operator's arguments beside the weight.
+    """
+    hook = _HOOKS[name_of(target)]
+    if hook.draw is None:
+        return None, (), list(arguments)
+    (seed, steps, site), end = arguments[: len(COUNTER)], len(COUNTER) + hook.drawn_from
+    name = written_name(name_of(target))  # of every definition alike
+    return Counter(seed, steps, (name, site)), tuple(arguments[len(COUNTER) : end]), list(arguments[end:])
 
 
-def _with_noise(rule: GradientRule, name: str) -> GradientRule:
-    """A rule that draws its noise itself."""
+def draw_noise(
+    name: str, likes: Sequence[Tensor], counters: Sequence[Counter], others: Sequence[Any], *, compiled: bool = False
+) -> list[Tensor]:
+    """The noise of a hook, for many weights or parts of them.
 
-    def drawing(gradient: Tensor, weight: Tensor, seed: Tensor, steps: Tensor, site: str, *others: Any) -> Tensor:
-        drawn = torch.ops.biofx.standard_normal(weight.detach(), seed, steps, name, site)
-        return rule(gradient, weight.detach(), drawn, *others)
+    Args:
+        name: the name of the hook (`name_of`).
+        likes: the weights.
+        counters: what the noise of each follows from.
+        others: what else it is drawn from.
+        compiled: whether to compile what is computed.
+    """
+    draw = _HOOKS[name].draw
+    assert draw is not None, f"{name} takes no noise"
+    return list(draw(likes, counters, *others, compiled=compiled))
+
+
+def _with_noise(rule: GradientRule, name: str, schema: str, draw: Draw, drawn_from: int) -> GradientRule:
+    """A rule that draws its noise itself, by an operator of its own."""
+    end = len(COUNTER) + drawn_from
+    arguments = ["Tensor like", *(f"{a.type} {a.name}" for a in torch._C.parse_schema(schema).arguments[1 : 1 + end])]
+
+    def noise(like: Tensor, seed: Tensor, steps: Tensor, site: str, *others: Any) -> Tensor:
+        return draw([like], [Counter(seed, steps, (written_name(name), site))], *others)[0]
+
+    operator: Any = torch.library.custom_op(
+        f"{NAMESPACE}::{name.removesuffix('_grad')}_noise",
+        noise,
+        mutates_args=(),
+        schema=f"({', '.join(arguments)}) -> Tensor",
+    )
+    operator.register_fake(lambda like, *_: torch.empty_like(like, memory_format=torch.contiguous_format))
+
+    def mapped(info: Any, in_dims: Sequence[int | None], like: Tensor, *own: Any) -> tuple[Tensor, int]:
+        """Models that are mapped over draw as they do on their own."""
+        tensors = zip((like, *own[:2]), in_dims, strict=False)
+        models = zip(*(x.unbind(dim) if dim is not None else [x] * info.batch_size for x, dim in tensors), strict=True)
+        return torch.stack([operator(*model, *own[2:]) for model in models]), 0
+
+    operator.register_vmap(mapped)
+    if not _takes_weight(rule):
+        return lambda gradient, *own: rule(gradient, operator(gradient, *own[:end]), *own[end:])
+
+    def drawing(gradient: Tensor, weight: Tensor, *own: Any) -> Tensor:
+        return rule(gradient, weight.detach(), operator(weight.detach(), *own[:end]), *own[end:])
 
     return drawing
-
-
-@torch.library.custom_op("biofx::standard_normal", mutates_args=())
-def standard_normal(like: Tensor, seed: Tensor, steps: Tensor, hook: str, site: str) -> Tensor:
-    """Noise of the shape, dtype and device of `like`, which follows from seed, number of steps, hook and site."""
-    return noise.normal([like], [noise.Counter(seed, steps, (hook, site))])[0]
-
-
-@standard_normal.register_fake
-def _(like: Tensor, seed: Tensor, steps: Tensor, hook: str, site: str) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-@standard_normal.register_vmap
-def _(info: Any, in_dims: Sequence[int | None], like: Tensor, seed: Tensor, steps: Tensor, *purpose: str) -> Any:
-    """Models that are mapped over draw as they do on their own."""
-    mapped = zip((like, seed, steps), in_dims, strict=False)
-    models = zip(*(x.unbind(dim) if dim is not None else [x] * info.batch_size for x, dim in mapped), strict=True)
-    return torch.stack([standard_normal(*model, *purpose) for model in models]), 0
 
 
 def name_of(target: Any) -> str:
@@ -300,25 +337,30 @@ def _takes_weight(rule: GradientRule) -> bool:
     return list(inspect.signature(rule).parameters)[1:2] == ["weight"]
 
 
-def _check_rule(rule: GradientRule, schema: str, noisy: bool) -> bool:
+def _check_rule(rule: GradientRule, schema: str, draw: Draw | None) -> tuple[bool, int]:
+    """Whether a rule takes the weight, and how many arguments its noise is drawn from, beside the counter."""
     parsed = torch._C.parse_schema(schema)
     if not parsed.name.endswith("_grad"):
         raise ArgumentError(f"operators.gradient_hook: the name of a hook ends in _grad, got {parsed.name!r}")
-    takes_weight = _takes_weight(rule)
+    takes_weight, drawn_from = _takes_weight(rule), []
     expected = [argument.name for argument in parsed.arguments][1:]
-    if noisy:
-        if not takes_weight or [f"{a.type} {a.name}" for a in parsed.arguments[1:4]] != [*COUNTER]:
+    if draw is not None:
+        parameters = [*inspect.signature(draw).parameters.values()][2:]
+        drawn_from = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        end = len(COUNTER) + len(drawn_from)
+        is_counter = [f"{a.type} {a.name}" for a in parsed.arguments[1 : 1 + len(COUNTER)]] == [*COUNTER]
+        if not is_counter or expected[len(COUNTER) : end] != drawn_from:
             raise ArgumentError(
-                f"operators.gradient_hook: a noisy rule takes the weight and the noise after the gradient, and its "
-                f"schema has {', '.join(COUNTER)} after the weight; got {schema!r}"
+                f"operators.gradient_hook: the schema of a rule with noise has {', '.join((*COUNTER, *drawn_from))} "
+                f"after the weight; got {schema!r}"
             )
-        expected = ["noise", *expected[3:]]
+        expected = ["noise", *expected[end:]]
     given = list(inspect.signature(rule).parameters)[2 if takes_weight else 1 :]
     if given != expected:
         raise ArgumentError(
             f"operators.gradient_hook: the rule takes {given} after the gradient, its schema {schema!r} says {expected}"
         )
-    return takes_weight
+    return takes_weight, len(drawn_from)
 
 
 def define_operator(name: str, signature: str, kernel: Callable[..., Tensor]) -> None:
@@ -335,19 +377,29 @@ def define_operator(name: str, signature: str, kernel: Callable[..., Tensor]) ->
 
 
 def _gains(weights: Sequence[Tensor], gains: Sequence[Tensor] | float) -> Sequence[Tensor]:
-    return [w.new_full((), gains) for w in weights] if isinstance(gains, float | int) else gains
-
-
-@gradient_hook("scale_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)", factors=_gains)
-def scale_grad(gradient: Tensor, gain: Tensor) -> Tensor:
-    """Gain on every synapse: g ← c·g, with c broadcast against g."""
-    return gradient * gain
+    if isinstance(gains, float | int):
+        return [w.new_full((), gains) for w in weights]
+    return [decoded(gain) for gain in gains]
 
 
 @gradient_hook("scale_grad.Scalar(Tensor(a) weight, float gain) -> Tensor(a)", factors=_gains)
-def scale_grad_scalar(gradient: Tensor, gain: float) -> Tensor:
-    """One gain for all synapses of a weight: g ← c·g, with a number c."""
-    return gradient * gain
+@gradient_hook(
+    "scale_grad(Tensor(a) weight, Tensor gain) -> Tensor(a)", factors=_gains
+)  # first: a call tries overloads in order
+def scale_grad(gradient: Tensor, gain: Tensor | float) -> Tensor:
+    """Gain on every synapse: g ← c·g, with c a number for all, or broadcast against g."""
+    return gradient * (decoded(gain) if isinstance(gain, Tensor) else gain)
+
+
+@gradient_hook(
+    "drawn_grad(Tensor(a) weight, Tensor seed, Tensor steps, str site,"
+    " str distribution, float nu, float minimum, float maximum) -> Tensor(a)",
+    factors=_gains,
+    draw=drawn,
+)
+def drawn_grad(gradient: Tensor, noise: Tensor) -> Tensor:
+    """Gain on every synapse that is stored nowhere (`biofx.base.gains.drawn`): g ← c·g."""
+    return gradient * noise
 
 
 @gradient_hook("share_grad(Tensor(a) weight, float share) -> Tensor(a)", factors=_gains)

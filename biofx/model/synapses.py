@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.errors import PipelineError
+from biofx.base.gains import coded, decoded
 from biofx.model import running
 from biofx.model.handed_out import Change, handed_out
 from biofx.model.operators import operator_of, tell_caches, written_name
@@ -255,8 +256,11 @@ class Synapses(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_change": None, "attached": False, "resting": ()}
 
-    def _load_from_state_dict(self, *args: Any) -> None:  # PyTorch's way for a module to take part in loading
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:  # PyTorch's way to load
+        given, own = state.get(f"{prefix}gain"), self.state("gain")
+        if isinstance(given, Tensor) and own is not None and torch.uint8 in (given.dtype, own.dtype):
+            state[f"{prefix}gain"] = coded(decoded(given), own.dtype)
+        super()._load_from_state_dict(state, prefix, *args)
         self.resting = ()
 
     def rest(self, key: str, resting: bool) -> None:

@@ -11,9 +11,11 @@ from torch import Tensor, fx, nn
 
 from biofx.base import randomness
 from biofx.base.errors import PipelineError
+from biofx.base.gains import coded, decoded, drawn
+from biofx.base.noise import Counter
 from biofx.base.options import activation_function
 from biofx.model import chain
-from biofx.model.operators import is_hook, multiplies_entries
+from biofx.model.operators import is_hook, multiplies_entries, name_of
 from biofx.model.owners import give_synapses
 from biofx.model.provenance import RECORD, RunnablePass, inserted, record_of
 from biofx.model.slots import Inserted, Slot
@@ -134,30 +136,77 @@ class Editor:
         All rules share one gain, in the buffer `<parameter>_synapses.gain`, and one `biofx.scale_grad` that applies it.
 
         Args:
-            value: factors, of the shape of `raw`; None asks for a gain, neutral if there is none yet.
+            value: factors, of the shape of `raw`, as they are stored (`biofx.base.gains.coded`); None asks for a gain,
+                neutral if there is none yet.
+
+        Raises:
+            PipelineError: the gain that the weight has is stored nowhere.
         """
         self.changed = True
+        unstored = next((x for x in self._synapses().links if x.target is torch.ops.biofx.drawn_grad), None)
+        if unstored is not None:
+            raise self._not_stored(unstored.origin.by, self._by.name)
         present = self._synapses().share("gain", self._by.name, links=True)
         if present is None:
             neutral = torch.ones_like(self.raw.detach(), memory_format=torch.contiguous_format)
             self.insert(torch.ops.biofx.scale_grad, self.state("gain", neutral if value is None else value))
             return
         if value is not None:
-            self._synapses().gain = present.to(value) * value
+            self._synapses().gain = coded(decoded(present).to(decoded(value)) * decoded(value), value.dtype)
         self._show()
+
+    def unstored_gain(self, distribution: str, nu: float, minimum: float, maximum: float) -> None:
+        """Let the weight have a gain for every synapse that is stored nowhere, but drawn whenever it acts.
+
+        Args:
+            distribution: a name in `biofx.base.gains.QUANTILES`.
+            nu: its spread.
+            minimum: the lower clamp.
+            maximum: the upper clamp.
+
+        Raises:
+            PipelineError: another pass changes the gain, which is stored for it.
+        """
+        if self._synapses().state("gain") is not None:
+            raise self._not_stored(self._by.name, ", ".join(self._synapses().users["gain"]))
+        self.keep_seed()
+        seed = State("seed")  # in place of the number of the step as well: gains are the same at all
+        self.insert(torch.ops.biofx.drawn_grad, seed, seed, self.name, distribution, nu, minimum, maximum)
+
+    def _not_stored(self, by: str, user: str) -> PipelineError:
+        return PipelineError(
+            f"{by}: {self.name}: its gain is unstored, and {user} needs one that is stored; give {by} another dtype, "
+            'such as "uint8", which takes one byte for each synapse'
+        )
+
+    def drawn_gain(self, distribution: str, nu: float, minimum: float, maximum: float, *, dtype: torch.dtype) -> Tensor:
+        """The gains of `unstored_gain`, as they are stored in a dtype."""
+        raw, synapses = self.raw, synapses_of(self._bio, self.name)
+        seed = None if synapses is None else synapses.state("seed")
+        seed = torch.tensor(self._seed, device=raw.device) if seed is None else seed
+        like = torch.empty((), dtype=dtype, device=raw.device).expand(raw.shape)
+        counter = Counter(seed, seed, (name_of(torch.ops.biofx.drawn_grad), self.name))
+        return drawn([like], [counter], distribution, nu, minimum, maximum)[0]
+
+    def keep_seed(self) -> None:
+        """Keep the seed, from which random numbers follow, in the buffer `<parameter>_synapses.seed`.
+
+        It is that of the first transform in which a pass needs it.
+        """
+        self.changed = True
+        if self._synapses().share("seed", self._by.name, links=False) is None:
+            self.keep("seed", torch.tensor(self._seed, dtype=torch.int64))
 
     def count_steps(self) -> None:
         """Let `biofx.attach` count the steps that the weight's optimizer takes.
 
-        Their number is in the buffer `<parameter>_synapses.steps`. Together with the seed, in the buffer beside it, it
-        decides which random numbers rules draw. The seed is that of the first transform in which a pass needs it.
+        Their number is in the buffer `<parameter>_synapses.steps`. Together with the seed (`keep_seed`), it decides
+        which random numbers rules draw.
         """
         self.changed = True
         if self._synapses().share("steps", self._by.name, links=False) is None:
             self.keep("steps", torch.zeros((), dtype=torch.int64))
-            self.keep("seed", torch.tensor(self._seed, dtype=torch.int64))
-        else:
-            self._synapses().share("seed", self._by.name, links=False)
+        self.keep_seed()
 
     def replace_raw(self, value: Tensor) -> None:
         """Store another tensor as the parameter, under all names that it is tied to."""

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.verdict import Verdict
 from biofx.base.errors import VerificationError
+from biofx.base.gains import decoded
 from biofx.model.chain import chain, parameter_nodes
 from biofx.model.operators import NAMESPACE
 from biofx.model.provenance import changed_since, inserted, inserted_nodes, record_of, unwrapped
@@ -129,7 +130,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
     for weight, synapses in synapses_in(bio).items():
         gain, by = synapses.state("gain"), ", ".join(synapses.users.get("gain", ()))
         if gain is not None:
-            lowest = _lowest(gain)
+            lowest = _lowest(decoded(gain))
             if lowest is None:
                 yield f"{by}: {weight}: gain is not finite"
             elif lowest < 0:

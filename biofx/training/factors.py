@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from biofx.base import noise
-from biofx.base.noise import Counter
 from biofx.model import operators
 from biofx.training.blocks import Place
 
 if TYPE_CHECKING:
+    from biofx.base.noise import Counter
     from biofx.model.synapses import Synapses
 
 
@@ -25,12 +24,17 @@ class Hook:
     Attributes:
         name: its name.
         others: the arguments of its rule beside weight and noise; None stands for a tensor of the weight's own.
-        is_noisy: whether its rule takes noise.
+        drawn_from: what its noise is drawn from beside the counter; None if its rule takes no noise.
     """
 
     name: str
     others: tuple[Any, ...]
-    is_noisy: bool
+    drawn_from: tuple[Any, ...] | None = None
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether its rule takes noise."""
+        return self.drawn_from is not None
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,12 @@ def learning_of(synapses: Synapses) -> Learning:
     for link in synapses.links:
         if not operators.is_hook(link.target) or link.target is torch.ops.biofx.share_grad:
             continue
-        name, others, is_noisy = (
-            operators.name_of(link.target),
-            synapses.arguments(link),
-            operators.is_noisy(link.target),
-        )
-        if is_noisy:
-            seed, steps, site, *others = others
-            counters.append(Counter(seed, steps, (operators.written_name(name), site)))
+        counter, drawn_from, others = operators.counter_of(link.target, synapses.arguments(link))
+        if counter is not None:
+            counters.append(counter)
         tensors.extend(x for x in others if isinstance(x, Tensor))
-        hooks.append(Hook(name, tuple(None if isinstance(x, Tensor) else x for x in others), is_noisy))
+        own = tuple(None if isinstance(x, Tensor) else x for x in others)
+        hooks.append(Hook(operators.name_of(link.target), own, None if counter is None else drawn_from))
     return Learning(tuple(hooks), tuple(tensors), tuple(counters))
 
 
@@ -81,10 +81,14 @@ def draw(
         compiled: whether to compile what is computed.
     """
     return [
-        noise.normal(
-            likes, [members[place.index].counters[which].at(place.start) for place in places], compiled=compiled
+        operators.draw_noise(
+            hook.name,
+            likes,
+            [members[place.index].counters[which].at(place.start) for place in places],
+            hook.drawn_from or (),
+            compiled=compiled,
         )
-        for which in range(len(members[0].counters))
+        for which, hook in enumerate(hook for hook in members[0].hooks if hook.is_noisy)
     ]
 
 

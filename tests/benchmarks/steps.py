@@ -30,9 +30,11 @@ from tqdm import tqdm
 import biofx
 
 FUZZY, VOLUME = "fuzzy-learning-rates{distribution=lognormal}", "volume-dependent-learning-rates"
-RULES: dict[str, tuple[str, int]] = {  # the pipeline, and how many times it reads or writes the weights at least
+RULES: dict[str, tuple[str, float]] = {  # the pipeline, and how many times it reads or writes the weights at least
     # A gain: the old weights are copied (2), and old, new and gain are read and the weight is written (4).
     "fuzzy": (FUZZY, 6),
+    "fuzzy, 8 bits": (FUZZY.replace("}", ",dtype=uint8}"), 5.25),
+    "fuzzy, unstored": (FUZZY.replace("}", ",dtype=unstored}"), 5),
     # Besides: whether all is finite (2), the mean (1), and weight, gradient and gain are read, the gain is written (4).
     "crystallize": ("crystallize", 13),
     "volume": (VOLUME, 7),  # two tables of noise in place of the gain
@@ -179,7 +181,7 @@ def seconds(step: Callable[[], None], device: str) -> float:
 
 
 def measured(
-    name: str, pipeline: str, passes: int, optimizer: str, rounds: int, device: str, *, compiled: bool
+    name: str, pipeline: str, passes: float, optimizer: str, rounds: int, device: str, *, compiled: bool
 ) -> dict[str, Any]:
     """The ratio of the step of a transformed model to that of the plain one, with its quartiles."""
     torch.manual_seed(0)
