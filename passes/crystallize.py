@@ -17,6 +17,7 @@ from biofx.base.gains import coded, decoded
 from biofx.base.options import check_integer, check_number
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
+from biofx.training.blocks import batches
 from biofx.training.compiling import over_blocks
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ class Crystallize(Pass):
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Dampen gains, every so many steps."""
         due = [weight for weight in weights if weight.step % self.every == 0]
-        if due:
-            gains = [weight.state("gain") for weight in due]
-            gradients = [weight.gradient for weight in due]
-            options = self.threshold, self.dampening, self.floor
-            crystallize_(gains, [w.value for w in due], gradients, *options, compiled=due[0].compiled)
+        options = self.threshold, self.dampening, self.floor
+        for batch in batches([weight.raw for weight in due]):
+            own = [due[index] for index in batch]
+            gains, gradients = [weight.state("gain") for weight in own], [weight.gradient for weight in own]
+            crystallize_(gains, [weight.value for weight in own], gradients, *options, compiled=own[0].compiled)
 
 
 def crystallize_(

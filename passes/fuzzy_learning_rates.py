@@ -19,7 +19,7 @@ from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.operators import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
-from biofx.training.blocks import blocks, wide
+from biofx.training.blocks import batches, blocks, wide
 from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
@@ -190,19 +190,17 @@ class FuzzyLearningRates(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Refresh dynamic gains, every so many steps; gains that are dampened below `minimum` stay."""
-        alike: dict[tuple[torch.device, torch.dtype, bool], list[PlasticWeight]] = {}
-        for weight in weights:
-            if weight.step % self.every == 0 and weight.raw.numel():
-                is_drawn = self.distribution != "temporal" or weight.step % (10 * self.every) == 0
-                alike.setdefault((weight.raw.device, weight.state("gain").dtype, is_drawn), []).append(weight)
-        for (_, _, is_drawn), group in alike.items():
-            self._refresh(group, is_drawn)
+        due = [weight for weight in weights if weight.step % self.every == 0 and weight.raw.numel()]
+        drawn = [weight for weight in due if self.distribution != "temporal" or weight.step % (10 * self.every) == 0]
+        for group, is_drawn in ((drawn, True), ([weight for weight in due if weight not in drawn], False)):
+            for batch in batches([weight.state("gain") for weight in group]):
+                self._refresh([group[index] for index in batch], is_drawn)
 
     def _refresh(self, weights: list[PlasticWeight], is_drawn: bool) -> None:
         """Refresh the gains of weights on one device and of one dtype, by noise or without."""
         gains, counters = [w.state("gain") for w in weights], [w.counter("gain") for w in weights]
         minimum = _rounded(self.minimum, gains[0])
-        for block in blocks(gains, self._spreads(weights, gains), in_order=True):
+        for block in blocks(gains, self._spreads(weights, gains)):
             stored, spread = block.parts
             present = [wide(decoded(x)) for x in stored]
             decay = self.decay if self.distribution == "temporal" else 0.0

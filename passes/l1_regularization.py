@@ -74,5 +74,4 @@ class L1Regularization(Pass):
         """Add the pull to the gradients."""
         for weight in weights:
             towards_zero = -1 if weight.group.get("maximize") else 1
-            pull = weight.without_padding(towards_zero * self.strength * weight.slope)
-            weight.gradient.add_(pull)
+            weight.gradient.add_(weight.without_padding(weight.slope), alpha=towards_zero * self.strength)

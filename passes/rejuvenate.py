@@ -16,7 +16,7 @@ from biofx.base import noise
 from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
-from biofx.training.blocks import blocks, wide
+from biofx.training.blocks import batches, blocks, wide
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -103,12 +103,9 @@ class Rejuvenate(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Replace synapses, every so many steps."""
-        alike: dict[tuple[torch.device, torch.dtype], list[PlasticWeight]] = {}
-        for weight in weights:
-            if weight.step % self.every == 0 and weight.raw.numel():
-                alike.setdefault((weight.raw.device, weight.raw.dtype), []).append(weight)
-        for group in alike.values():
-            _turn_over(group, RULES[self.rule], self.dre)
+        due = [weight for weight in weights if weight.step % self.every == 0 and weight.raw.numel()]
+        for batch in batches([weight.raw for weight in due]):
+            _turn_over([due[index] for index in batch], RULES[self.rule], self.dre)
 
 
 @dataclass(frozen=True)
@@ -135,19 +132,21 @@ def _turn_over(weights: list[PlasticWeight], rule: Rule, dre: float) -> None:
     targets = [w.raw if sign is None else v.clone() for w, v, sign in zip(weights, values, signs, strict=True)]
     which, new = ([weight.counter(purpose) for weight in weights] for purpose in ("which", "new"))
     is_asked = [sign is not None or bool(w.memories) for w, sign in zip(weights, signs, strict=True)]
-    masks: list[list[Tensor]] = [[] for _ in weights]
-    for block in blocks(values, targets, scales, *numbers, in_order=True):
-        likes = [wide(x) for x in block.parts[0]]
+    # A value stands for the mask that nobody asks for.
+    masks = [torch.empty_like(v, dtype=torch.bool) if a else v for v, a in zip(values, is_asked, strict=True)]
+    for block in blocks(values, masks, targets, scales, *numbers):
+        own, parts, *others = block.parts
+        likes = [wide(x) for x in own]
         pairs = noise.pairs(likes, [which[place.index].at(place.start) for place in block.places])
         normal = noise.normal(likes, [new[place.index].at(place.start) for place in block.places])
-        chosen = turn_over_(rule, pairs, normal, *block.parts)
+        chosen = turn_over_(rule, pairs, normal, own, *others)
         _count([weights[place.index].state("replaced") for place in block.places], chosen)
-        for place, mask in zip(block.places, chosen, strict=True):
+        for place, mask, is_new in zip(block.places, parts, chosen, strict=True):
             if is_asked[place.index]:
-                masks[place.index].append(mask.bool())
-    for weight, old, target, parts in zip(weights, values, targets, masks, strict=True):
-        if parts:
-            _finish(weight, old, target, parts[0] if len(parts) == 1 else torch.cat(parts).view(old.shape))
+                mask.copy_(is_new)
+    for index, weight in enumerate(weights):
+        if is_asked[index]:
+            _finish(weight, values[index], targets[index], masks[index])
 
 
 def turn_over_(

@@ -74,3 +74,54 @@ def test_gains_take_no_more_than_blocks_in_a_step(dtype, tmp_path):
     optimizer.step()
     found = peak(optimizer.step, tmp_path)
     assert 0 < found < bio.weight.numel() * bio.weight.element_size()  # one tensor of the size of the weight
+
+
+# What a step holds beyond the plain one, in multiples of the parameters, if one weight has them all. Where the
+# optimizer is to see another gradient, that of the backward pass is kept; those of Γ synapses are Γ times as large.
+ONE_WEIGHT = {
+    "fuzzy-learning-rates": 0,
+    "crystallize": 0,
+    "rejuvenate": 0,
+    "synaptic-scaling,volume-dependent-learning-rates": 0,
+    "l1-regularization": 2,  # a gradient, and the slopes of the weight
+    "split-synapses{synapses=2},synaptic-scaling,crystallize,rejuvenate": 4,  # 2 gradients in place of 1, and a weight
+}
+MANY_WEIGHTS = {
+    "fuzzy-learning-rates{distribution=weight_adaptive,every=1}": 0,
+    "dales-principle{balance=False},crystallize": 0,
+    "dales-principle{balance=False},rejuvenate": 0.5,
+    "l1-regularization": 1,
+}
+
+
+def peak_of_a_step(model: nn.Module, x: torch.Tensor, pipeline: str | None, folder) -> float:
+    """Above what is held between steps, in multiples of the parameters."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    bio = model if pipeline is None else biofx.transform(model, pipeline, example_inputs=(x,))
+    optimizer = torch.optim.SGD(bio.parameters(), lr=1e-6, momentum=0.9)
+    if pipeline is not None:
+        biofx.attach(bio, optimizer)
+
+    def step() -> None:
+        bio(x).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(2):
+        step()
+        optimizer.zero_grad()
+    return peak(step, folder) / size
+
+
+@pytest.mark.parametrize("pipeline", ONE_WEIGHT)
+def test_a_step_computes_on_parts_of_a_large_weight(pipeline, tmp_path):
+    model, x = nn.Linear(2048, 4096), torch.randn(1, 2048)
+    plain, found = (peak_of_a_step(model, x, each, tmp_path) for each in (None, pipeline))
+    assert found - plain < ONE_WEIGHT[pipeline] + 0.5  # eight blocks are 0.25
+
+
+@pytest.mark.parametrize("pipeline", MANY_WEIGHTS)
+def test_a_step_computes_on_one_weight_after_the_other(pipeline, tmp_path):
+    layers = (layer for _ in range(16) for layer in (nn.Linear(600, 600), nn.ReLU()))
+    model, x = nn.Sequential(*layers), torch.randn(1, 600)
+    plain, found = (peak_of_a_step(model, x, each, tmp_path) for each in (None, pipeline))
+    assert found - plain < MANY_WEIGHTS[pipeline] + 0.5

@@ -397,7 +397,8 @@ class Attachment:
                 continue
             _refuse_captured(pass_)
             changing = [x for w in chosen for x in w.own_state()] if finite else []
-            changing += [w.gradient if before_step else w.raw for w in chosen]
+            changing += [w.raw for w in chosen] if not before_step else []
+            changing += [w.gradient for w in chosen] if pass_.moment is Moment.GRADIENT else []
             with fixed_defaults(), taken_back(finite, changing):
                 pass_.at_step(chosen)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 CPU, OTHER = 1 << 18, 1 << 24  # entries in a block; every operation on a GPU is a kernel that has to be launched
@@ -16,7 +18,7 @@ class Place:
 
     Attributes:
         index: the place of its tensor in the list.
-        start: the index of its first entry, in the tensor's memory.
+        start: the index of its first entry, in the order of indices.
     """
 
     index: int
@@ -36,12 +38,11 @@ class Block:
     places: list[Place]
 
 
-def blocks(*tensors: Sequence[Tensor], in_order: bool = False, cpu: int = CPU) -> Iterator[Block]:
+def blocks(*tensors: Sequence[Tensor], cpu: int = CPU) -> Iterator[Block]:
     """Parts of tensors, for multi-tensor operations: large ones are cut, small ones are put together.
 
     Args:
-        tensors: lists of the same length. At one place, all have one shape, or one entry, which every part gets.
-        in_order: cut only tensors whose entries lie in memory in the order of their indices.
+        tensors: lists of the same length. At one place, all broadcast to the shape of the first.
         cpu: the number of entries in a block on a CPU.
 
     Example:
@@ -55,17 +56,36 @@ def blocks(*tensors: Sequence[Tensor], in_order: bool = False, cpu: int = CPU) -
     places: list[Place] = []
     count = 0
     for index, group in enumerate(zip(*tensors, strict=True)):
-        whole = [x for x in group if x.dim()]
-        size = OTHER if any(x.device.type != "cpu" for x in whole) else cpu
-        for start, parts in _cut(group, whole, size, in_order):
-            found.append(parts)
-            places.append(Place(index, start))
-            count += max(part.numel() for part in parts)
-            if count >= size:
+        size = _size(group[0], cpu)
+        for start, parts in _cut(group, size):
+            if found and count + parts[0].numel() > size:
                 yield Block(tuple(map(list, zip(*found, strict=True))), places)
                 found, places, count = [], [], 0
+            found.append(parts)
+            places.append(Place(index, start))
+            count += parts[0].numel()
     if found:
         yield Block(tuple(map(list, zip(*found, strict=True))), places)
+
+
+def batches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The places of tensors of one device and dtype, no more entries together than a block has, or one tensor.
+
+    A rule that needs something as large as a weight makes it for one batch after the other.
+
+    Args:
+        tensors: the tensors.
+    """
+    found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    counts: Counter[tuple[torch.device, torch.dtype]] = Counter()
+    for index, tensor in enumerate(tensors):
+        kind = tensor.device, tensor.dtype
+        if kind in found and counts[kind] + tensor.numel() > _size(tensor, CPU):
+            counts[kind] = 0
+            yield found.pop(kind)
+        found.setdefault(kind, []).append(index)
+        counts[kind] += tensor.numel()
+    yield from found.values()
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -73,36 +93,46 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.element_size() >= 4 else tensor.float()
 
 
+def _size(tensor: Tensor, cpu: int) -> int:
+    """The number of entries in a block."""
+    return cpu if tensor.device.type == "cpu" else OTHER
+
+
 def _cut(
-    group: tuple[Tensor, ...], whole: list[Tensor], size: int, in_order: bool
+    group: tuple[Tensor, ...], size: int, start: int = 0, axis: int = 0
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """The parts of the tensors of one weight."""
-    flat = lines(group, in_order) if whole and whole[0].numel() > size else None
-    if flat is None:
-        yield 0, group
+    """The parts of the tensors of one weight, along its first axes, and the index of the first entry of each."""
+    first = group[0]
+    if first.numel() <= size:
+        yield start, group
         return
-    for start in range(0, whole[0].numel(), size):
-        yield start, tuple(x[start : start + size] if x.dim() else x for x in flat)
+    length, own = first.shape[axis], axis - first.dim()  # counted from the last axis, as for broadcasting
+    inner = first.numel() // length
+    step = max(size // inner, 1)
+    is_cut = [x.dim() >= -own and x.shape[own] == length for x in group]
+    for at in range(0, length, step):
+        here = min(step, length - at)
+        parts = tuple(x.narrow(own, at, here) if cut else x for x, cut in zip(group, is_cut, strict=True))
+        yield from _cut(parts, size, start + at * inner, axis + 1)
 
 
-def lines(group: Sequence[Tensor], in_order: bool = False) -> list[Tensor] | None:
+def lines(group: Sequence[Tensor]) -> list[Tensor] | None:
     """Views of the tensors of one weight as vectors; numbers stay as they are. None where there is no such view.
 
     Args:
         group: the tensors.
-        in_order: ask for entries that lie in memory in the order of their indices.
     """
     whole = [x for x in group if x.dim()]
     is_alike = all((x.stride(), x.shape) == (whole[0].stride(), whole[0].shape) for x in whole)
-    if not whole or not is_alike or not _is_dense(whole[0], in_order):
+    if not whole or not is_alike or not _is_dense(whole[0]):
         return None
     return [x.as_strided((x.numel(),), (1,)) if x.dim() else x for x in group]
 
 
-def _is_dense(tensor: Tensor, in_order: bool) -> bool:
+def _is_dense(tensor: Tensor) -> bool:
     """Whether the entries lie side by side in memory."""
-    if tensor.is_contiguous() or in_order:
-        return tensor.is_contiguous()
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if length != 1 and stride != expected:

@@ -124,7 +124,7 @@ class Update:
         weights, olds, members = zip(*rows, strict=True)
         tensors = zip(*(own.tensors for own in members), strict=True) if hooks else ()
         is_noisy, size = any(hook.is_noisy for hook in hooks), compiling.CPU if self._compiled else blocks.CPU
-        for block in blocks.blocks(weights, olds, *tensors, in_order=is_noisy, cpu=size):
+        for block in blocks.blocks(weights, olds, *tensors, cpu=size):
             drawn = draw(block.parts[1], block.places, members, compiled=self._compiled) if is_noisy else []
             entries = *block.parts, *drawn
             with taken_back(finite, block.parts[0]):

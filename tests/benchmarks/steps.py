@@ -1,33 +1,40 @@
-"""How much longer a training step takes with biofx than without: paired, interleaved runs, medians of ratios.
+"""What a training step costs with biofx, relative to one without: time, and memory at its peak.
 
-    python tests/benchmarks/steps.py                # the table on CPU cores
-    python tests/benchmarks/steps.py --compile      # and with compiled rules
-    python tests/benchmarks/steps.py --gpu          # on a GPU: ResNet-50, a GPT like GPT-2 small
-    python tests/benchmarks/steps.py --rules fuzzy all --models mlp --json steps.json
+    python tests/benchmarks/steps.py                          # perceptron and ResNet, every rule, eager: some minutes
+    python tests/benchmarks/steps.py --compile-rules          # and with attach(compile=True)
+    python tests/benchmarks/steps.py --compile-model          # torch.compile around plain and transformed models
+    python tests/benchmarks/steps.py --models gpt vit --batch small large --optimizers sgd adamw
+    python tests/benchmarks/steps.py --memory --optimizers adamw    # the peak of memory, in multiples of the parameters
+    python tests/benchmarks/steps.py --gpu                    # on a GPU: ResNet-50, a GPT of the size of GPT-2 small
 
-Every row is one model with one pipeline. In each round the plain model and the transformed one take a step each, in
-turn, so that what else the machine does hits both. The floor is what the bytes cost that a rule has to move at least if
-it acts on the update of an optimizer: reads and writes of tensors of the size of the weights, each timed as half of a
-copy of them.
+Every row is one model with one pipeline. In each round the plain model, the transformed one, and that of the reference
+package (where it is installed and has the rule; else a dash) take a step each, in turn, so that what else the machine
+does hits all of them. The row `folded` compares `biofx.fold(bio)` with the original in evaluation mode. The floor is
+what the bytes cost that a rule has to move at least if it acts on the update of an optimizer: reads and writes of
+tensors of the size of the weights, each timed as half of a copy of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
+import memory
+import reference
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import biofx
+from models import BATCHES, GPU_MODELS, MODELS, task
 
 FUZZY, VOLUME = "fuzzy-learning-rates{distribution=lognormal}", "volume-dependent-learning-rates"
 RULES: dict[str, tuple[str, float]] = {  # the pipeline, and how many times it reads or writes the weights at least
@@ -45,131 +52,48 @@ RULES: dict[str, tuple[str, float]] = {  # the pipeline, and how many times it r
     "split in 2": ("split-synapses{synapses=2}", 12),  # twice the weights: times 2 (2), old (2), the change (2)
     "fuzzy + volume + crystallize": (f"{FUZZY},{VOLUME},crystallize", 15),
 }
+FOLDED = "folded, inference"
+RECIPES = {"cortex": ("cortex", 0)}  # whose memory is measured; no floor is known
 
-
-class Block(nn.Module):
-    """A residual block with two 3×3 convolutions."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.norm2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        is_same = inputs == outputs and stride == 1
-        self.short = nn.Identity() if is_same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
-        return (y + self.short(x)).relu()
-
-
-class ResNet(nn.Module):
-    """The layout of ResNet-18, for images of 32 × 32."""
-
-    def __init__(self, base: int) -> None:
-        super().__init__()
-        widths = [base, base, 2 * base, 4 * base, 8 * base]
-        self.stem, self.norm = nn.Conv2d(3, base, 3, padding=1, bias=False), nn.BatchNorm2d(base)
-        stages = [
-            block for i, (a, b) in enumerate(pairwise(widths)) for block in (Block(a, b, 1 + (i > 0)), Block(b, b, 1))
-        ]
-        self.stages, self.head = nn.Sequential(*stages), nn.Linear(widths[-1], 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.stages(self.norm(self.stem(x)).relu()).mean((2, 3)))
-        return y
-
-
-class Bottleneck(nn.Module):
-    """A residual block of ResNet-50."""
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.norm3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-        is_same = inputs == 4 * width and stride == 1
-        self.short = nn.Identity() if is_same else nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())).relu()
-        return (self.norm3(self.conv3(y)) + self.short(x)).relu()
-
-
-class ResNet50(nn.Module):
-    """The layout of ResNet-50, for images of 224 × 224."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
-        blocks: list[nn.Module] = []
-        inputs = 64
-        for stage, count in enumerate((3, 4, 6, 3)):
-            for index in range(count):
-                blocks.append(Bottleneck(inputs, 64 << stage, 2 if stage and not index else 1))
-                inputs = 4 * 64 << stage
-        self.stages, self.head = nn.Sequential(*blocks), nn.Linear(inputs, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.max_pool2d(self.norm(self.stem(x)).relu(), 3, 2, 1)
-        z: Tensor = self.head(self.stages(y).mean((2, 3)))
-        return z
-
-
-class Transformer(nn.Module):
-    """A transformer on tokens, or on patches of images; as it stands, of about 10 million parameters."""
-
-    def __init__(self, tokens: int | None, width: int = 384, layers: int = 6) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(tokens, width) if tokens else nn.Linear(3 * 4 * 4, width)
-        layer = nn.TransformerEncoderLayer(width, 6, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, tokens or 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.layers(self.embed(x)).mean(1))
-        return y
-
-
-def mlp() -> nn.Module:
-    """A perceptron with little arithmetic for each weight: the hardest case."""
-    return nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10))
-
-
-Builder = Callable[[], tuple[nn.Module, Tensor, Tensor]]
-MODELS: dict[str, Builder] = {
-    "mlp": lambda: (mlp(), torch.randn(128, 784), torch.randint(10, (128,))),
-    "resnet": lambda: (ResNet(16), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))),
-    "gpt": lambda: (Transformer(1000), torch.randint(1000, (4, 64)), torch.randint(1000, (4,))),
-    "vit": lambda: (Transformer(None), torch.randn(8, 64, 48), torch.randint(10, (8,))),
-}
-GPU_MODELS: dict[str, Builder] = {
-    "resnet50": lambda: (
-        ResNet50().to(memory_format=torch.channels_last),
-        torch.randn(128, 3, 224, 224).contiguous(memory_format=torch.channels_last),
-        torch.randint(1000, (128,)),
-    ),
-    "gpt2": lambda: (Transformer(50257, 768, 12), torch.randint(50257, (8, 1024)), torch.randint(50257, (8,))),
-}
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4),
 }
+COLUMNS = ("eager", "compiled", "reference")
+Step = Callable[[], Any]
 
 
-def step_of(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """One step of training."""
+@dataclass(frozen=True)
+class Job:
+    """One row of a table."""
+
+    model: str
+    batch: str
+    optimizer: str
+    rule: str
+
+    def built(self, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+        """The model, its input, and what it is to find."""
+        torch.manual_seed(0)
+        model, x, y = task(self.model, self.batch)
+        return model.to(device), x.to(device), y.to(device)
+
+
+def step_of(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer, act: Step = lambda: None) -> Step:
+    """One step of training, with what a loop calls before that of the optimizer."""
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
         loss.backward()
+        act()
         optimizer.step()
 
     return step
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
+def seconds(step: Step, device: str) -> float:
     """How long a step takes."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -180,66 +104,158 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measured(
-    name: str, pipeline: str, passes: float, optimizer: str, rounds: int, device: str, *, compiled: bool
-) -> dict[str, Any]:
-    """The ratio of the step of a transformed model to that of the plain one, with its quartiles."""
-    torch.manual_seed(0)
-    model, x, y = (MODELS | GPU_MODELS)[name]()
-    model, x, y = model.to(device), x.to(device), y.to(device)
-    bio = biofx.transform(model, pipeline, example_inputs=(x,))
-    plain_model = copy.deepcopy(model)
-    steps = [step_of(plain_model, x, y, OPTIMIZERS[optimizer](plain_model.parameters()))]
-    for compile_rules in (False, True)[: 1 + compiled]:
-        each = copy.deepcopy(bio)
-        own = OPTIMIZERS[optimizer](each.parameters())
-        biofx.attach(each, own, compile=compile_rules)
-        steps.append(step_of(each, x, y, own))
-    for step in steps * 3:
+def in_turn(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of steps that are run in turn, by their names."""
+    for step in [*steps.values()] * 3:
         step()
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            found[name].append(seconds(step, device))
+    return found
+
+
+def quartiles(times: list[float], plain: list[float]) -> tuple[float, float, float]:
+    """The median of the ratios, and their quartiles."""
+    ratios = sorted(a / b for a, b in zip(times, plain, strict=True))
+    return ratios[len(ratios) // 2], ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
+
+
+def measured(job: Job, rounds: int, device: str, *, compile_rules: bool, compile_model: bool) -> dict[str, Any]:
+    """The ratios of steps to that of the plain model."""
+    model, x, y = job.built(device)
+    run: Callable[[nn.Module], Any] = torch.compile if compile_model else lambda each: each
+    if job.rule == FOLDED:
+        folded = biofx.fold(biofx.transform(model, "fuzzy-learning-rates,split-synapses", example_inputs=(x,)))
+        calls = {name: _inference(run(each.eval()), x) for name, each in (("plain", model), ("eager", folded))}
+        return _row(in_turn(calls, rounds, device), moves=0)
+    pipeline, moves = RULES[job.rule]
+    bio = biofx.transform(model, pipeline, example_inputs=(x,))
+    steps: dict[str, Step] = {}
+    for name in ("plain", *COLUMNS[: 1 + compile_rules]):
+        each = copy.deepcopy(model if name == "plain" else bio)
+        optimizer = OPTIMIZERS[job.optimizer](each.parameters())
+        if name != "plain":
+            biofx.attach(each, optimizer, compile=name == "compiled")
+        steps[name] = step_of(run(each), x, y, optimizer)
+    if theirs := reference.converted(model, job.rule):
+        each, act = theirs
+        steps["reference"] = step_of(run(each), x, y, OPTIMIZERS[job.optimizer](each.parameters()), act)
     weights = [site.raw.detach() for site in biofx.weight_sites(bio).values()]
     copied = [w.clone() for w in weights]
-    steps.append(lambda: torch._foreach_copy_(copied, weights))  # as cold as the rules find them
-    times = [tuple(seconds(step, device) for step in steps) for _ in range(rounds)]
-    plain, *_, copy_time = (statistics.median(column) for column in zip(*times, strict=True))
-    ratios = [sorted(row[column] / row[0] for row in times) for column in range(1, len(steps) - 1)]
-    return {
-        "model": name,
-        "optimizer": optimizer,
-        "ratios": [(r[len(r) // 2], r[len(r) // 4], r[3 * len(r) // 4]) for r in ratios],  # eager, compiled
-        "floor": 1 + passes * copy_time / 2 / plain,
-        "plain_ms": 1e3 * plain,
-    }
+    steps["copy"] = lambda: torch._foreach_copy_(copied, weights)  # as cold as the rules find them
+    return _row(in_turn(steps, rounds, device), moves)
+
+
+def _inference(model: nn.Module, x: Tensor) -> Step:
+    def call() -> None:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+            model(x)
+
+    return call
+
+
+def _row(times: dict[str, list[float]], moves: int) -> dict[str, Any]:
+    """What is printed of a row; its floor counts how many times weights are read or written."""
+    plain = statistics.median(times["plain"])
+    copy_time = statistics.median(times.get("copy", [0.0]))
+    ratios = {name: quartiles(times[name], times["plain"]) for name in COLUMNS if name in times}
+    return {"ratios": ratios, "floor": 1 + moves * copy_time / 2 / plain, "plain_ms": 1e3 * plain}
+
+
+def peaks(job: Job, device: str) -> dict[str, Any]:
+    """Memory between steps and at the peak of one, in multiples of the parameters, plain and transformed."""
+    found: dict[str, Any] = {}
+    pipeline, _ = (RULES | RECIPES)[job.rule]
+    small = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to(device)
+    example = torch.ones(1, 4, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    _train(small, *example, job.optimizer, pipeline)()  # makes the tables of noise
+    for name in ("plain", "eager"):
+        before = memory.held(device)
+        model, x, y = job.built(device)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        step = _train(model, x, y, job.optimizer, pipeline if name == "eager" else None)
+        del model
+        for _ in range(2):
+            step()
+        between = memory.held(device) - before
+        found[name] = {"held": between / size, "peak": (between + memory.above(step, device)) / size}
+        del step, x, y
+        gc.collect()
+    return found
+
+
+def _train(model: nn.Module, x: Tensor, y: Tensor, optimizer: str, pipeline: str | None) -> Step:
+    """A step that leaves no gradients behind."""
+    trained = model if pipeline is None else biofx.transform(model, pipeline, example_inputs=(x,))
+    used = OPTIMIZERS[optimizer](trained.parameters())
+    if pipeline is not None:
+        biofx.attach(trained, used)
+    step = step_of(trained, x, y, used)
+
+    def whole() -> None:
+        step()
+        used.zero_grad()
+
+    return whole
+
+
+def print_times(rows: list[dict[str, Any]]) -> None:
+    """Print the table of times."""
+    columns = [name for name in COLUMNS if name == "reference" or any(name in row["ratios"] for row in rows)]
+    head = "".join(f"  {name:18}" for name in columns)
+    print(f"{'model':10}{'batch':7}{'optimizer':11}{'rules':30}{head}{'floor':>6}  {'plain ms':>8}")
+    for row in rows:
+        cells = (row["ratios"].get(name) for name in columns)
+        ratios = "".join(f"  {'–' if c is None else f'{c[0]:.2f} ({c[1]:.2f}–{c[2]:.2f})':18}" for c in cells)
+        own = f"{row['model']:10}{row['batch']:7}{row['optimizer']:11}{row['rule']:30}"
+        print(f"{own}{ratios}{row['floor']:6.2f}  {row['plain_ms']:8.1f}")
+
+
+def print_peaks(rows: list[dict[str, Any]]) -> None:
+    """Print the table of memory."""
+    print("memory in multiples of the plain model's parameters: between steps, and at the peak of a step")
+    print(f"{'model':10}{'batch':7}{'optimizer':11}{'rules':30}{'plain':>14}{'transformed':>14}")
+    for row in rows:
+        cells = (f"{row[name]['held']:.2f}, {row[name]['peak']:.2f}" for name in ("plain", "eager"))
+        own = f"{row['model']:10}{row['batch']:7}{row['optimizer']:11}{row['rule']:30}"
+        print(own + "".join(f"{cell:>14}" for cell in cells))
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *GPU_MODELS])
-    parser.add_argument("--rules", nargs="+", default=[*RULES], choices=RULES)
+    parser.add_argument("--batch", nargs="+", default=["large"], choices=["small", "large"])
+    parser.add_argument("--rules", nargs="+", choices=[*RULES, *RECIPES, FOLDED])
     parser.add_argument("--optimizers", nargs="+", default=["sgd"], choices=OPTIMIZERS)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile-rules", action="store_true")
+    parser.add_argument("--compile-model", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = "cuda" if options.gpu else "cpu"
-    models = options.models or [*(GPU_MODELS if options.gpu else MODELS)]
-    jobs = [(m, r, o) for m in models for o in options.optimizers for r in options.rules]
+    models = options.models or (GPU_MODELS if options.gpu else ("mlp", "resnet"))
+    rules = options.rules or [*RULES, *(RECIPES if options.memory else (FOLDED,))]
+    if no := [rule for rule in rules if rule in ((FOLDED,) if options.memory else RECIPES)]:
+        parser.error(f"{no[0]} is measured {'without' if options.memory else 'with'} --memory only")
+    batches = {name: options.batch if name in BATCHES else ["large"] for name in models}
+    jobs = [Job(m, b, o, r) for m in models for b in batches[m] for o in options.optimizers for r in rules]
+    compiled = {"compile_rules": options.compile_rules, "compile_model": options.compile_model}
     rows = []
-    for model, rule, optimizer in tqdm(jobs, desc="pipelines"):
-        job = *RULES[rule], optimizer, options.rounds, device
-        rows.append({"rules": rule, **measured(model, *job, compiled=options.compile)})
+    for job in tqdm(jobs, desc="pipelines"):
+        if options.compile_model:
+            torch.compiler.reset()  # models of other rows count as variants of the same code
+        found = peaks(job, device) if options.memory else measured(job, options.rounds, device, **compiled)
+        rows.append({**vars(job), **found})
     where = torch.cuda.get_device_name() if options.gpu else f"{options.threads} CPU threads"
-    print(f"torch {torch.__version__}, {where}; step of the transformed model ÷ step of the plain one")
-    columns = "".join(f"  {name:18}" for name in ("eager", "compiled")[: 1 + options.compile])
-    print(f"{'model':10}{'optimizer':11}{'rules':30}{columns}{'floor':>6}  {'plain ms':>8}")
-    for row in rows:
-        ratios = "".join(f"  {f'{middle:.2f} ({low:.2f}–{high:.2f})':18}" for middle, low, high in row["ratios"])
-        own = f"{row['model']:10}{row['optimizer']:11}{row['rules']:30}"
-        print(f"{own}{ratios}{row['floor']:6.2f}  {row['plain_ms']:8.1f}")
+    how = "compiled models" if options.compile_model else "eager models"
+    print(f"torch {torch.__version__}, {where}, {how}; time or memory relative to the plain model")
+    (print_peaks if options.memory else print_times)(rows)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

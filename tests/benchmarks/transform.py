@@ -26,9 +26,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from steps import ResNet
 from torch import Tensor, fx, nn
 from tqdm import tqdm
+
+from models import ResNet
 
 PIPELINES = ("rejuvenate", "fuzzy-learning-rates", "dales-principle{balance=False}", "dales-principle", "cortex")
 OPERATIONS = ("symbolic_trace", "transform", "units", "verify", "fold", "summary")

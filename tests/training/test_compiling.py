@@ -121,4 +121,3 @@ def test_parts_that_share_memory_are_vectors():
     first += 1
     assert tensor.sum() == 300
     assert blocks.lines([tensor, torch.zeros(4, 3, 5, 5)]) is None
-    assert blocks.lines([tensor], in_order=True) is None
