@@ -14,17 +14,15 @@ from torch import Tensor
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
 from biofx.signs.constraints import constrain, rectify
-from biofx.signs.scales import turn_over
+from biofx.signs.scales import keep_scales_nonnegative
 from biofx.weights.facts import NOT_RUN
 from biofx.widening.search import find_widening
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
-    from biofx.analysis.units import Units
     from biofx.rewrite.model_editor import ModelEditor
     from biofx.training.plastic_weight import PlasticWeight
     from biofx.widening.axis_doubling import AxisDoubling
-    from biofx.widening.plan import WideningPlan
 
 
 @register
@@ -100,7 +98,8 @@ class MirrorUnits(Pass):
                 edit.leave(NOT_RUN)
             return
         plan = find_widening(model.bio, model.all_sites, list(model.sites), model.understood.run)
-        _hold_scales(model, units, plan)
+        scales = {name: plan.reaching[name] for name in units.scales.keys() & plan.tensors.keys()}
+        keep_scales_nonnegative(model, scales)
         for name, site in model.sites.items():
             edit, doubling, is_doubled = model.edits[name], plan.presynaptic.get(name), name in plan.doubled
             if doubling is None and not is_doubled:
@@ -141,15 +140,3 @@ def _set_sizes(model: ModelEditor, site: WeightSite, presynaptic: int, units: in
     sizes |= dict.fromkeys(("out_features", "out_channels"), units)
     for module, _ in model.places[id(site.raw)]:
         vars(module).update({name: size for name, size in sizes.items() if name in vars(module)})
-
-
-def _hold_scales(model: ModelEditor, units: Units, plan: WideningPlan) -> None:
-    """Let the parameters that multiply twins not be negative, where that changes nothing."""
-    for name in sorted(units.scales.keys() & plan.tensors.keys()):
-        if bool((model.value(name) < 0).any()):
-            turn_over(model, name)
-        if not bool((model.value(name) < 0).any()):
-            model.keep_nonnegative(name)
-            continue
-        for weight in sorted(plan.reaching[name]):
-            model.edits[weight].remark(f"{name} is negative for some of its units, and turns their signs over")

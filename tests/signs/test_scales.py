@@ -1,4 +1,4 @@
-"""Parameters that multiply units: turned over where that changes nothing, else kept from being negative."""
+"""Scale parameters: inverted together with weights if that changes nothing, and kept from being negative."""
 
 import pytest
 import torch
