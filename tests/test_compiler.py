@@ -294,7 +294,7 @@ def test_bad_arguments(options, message):
 def test_a_model_with_a_transformed_child_is_refused(example_inputs):
     bio = biofx.transform(mlp(2, 3, 3), BOTH)
     with pytest.raises(
-        biofx.ArgumentError, match="0 was transformed before.*; transform the whole model at once, or fold 0 first"
+        biofx.ArgumentError, match="0 was already transformed separately.*; transform the whole model at once"
     ):
         biofx.transform(nn.Sequential(bio, nn.Linear(3, 3)), BOTH, example_inputs=example_inputs)
     biofx.transform(nn.Sequential(biofx.fold(bio), nn.Linear(3, 3)), BOTH, example_inputs=example_inputs)

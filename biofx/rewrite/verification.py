@@ -135,7 +135,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
     for name, by in record.nonnegative.items():
         lowest = _lowest(stored(bio, name))
         if lowest is not None and lowest < 0:
-            yield f"{by}: {name}: it multiplies units, and is negative ({lowest:g})"
+            yield f"{by}: {name}: a scale parameter is negative ({lowest:g})"
     sites = find(bio)[0]
     yield from wrong_signs(sites)
     yield from mixed_units(sites)

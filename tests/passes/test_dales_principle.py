@@ -301,7 +301,7 @@ def test_verify_finds_a_gamma_that_has_become_negative():
     bio = biofx.transform(conv_bn(), [passes.DalesPrinciple()])
     with torch.no_grad():
         bio.get_parameter("1.weight")[3] = -0.5
-    with pytest.raises(biofx.VerificationError, match=r"1\.weight: it multiplies units, and is negative \(-0\.5\)"):
+    with pytest.raises(biofx.VerificationError, match=r"1\.weight: a scale parameter is negative \(-0\.5\)"):
         biofx.verify(bio)
 
 
