@@ -1,4 +1,4 @@
-"""`python -m biofx`: look at passes, and at what they make of a model, from the shell."""
+"""Command line: `python -m biofx` lists passes, and transforms, inspects and exports a model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m biofx", description=biofx.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     catalogue = commands.add_parser("passes", help="list all passes with their options, and all recipes")
-    look = commands.add_parser("inspect", help="transform a model, and print what became of every weight")
+    look = commands.add_parser("inspect", help="transform a model, and print its summary")
     write = commands.add_parser("export", help="transform and fold a model, and write it to a file")
     for command, run in ((catalogue, _passes), (look, _inspect), (write, _export)):
         command.set_defaults(run=run)
@@ -50,13 +50,13 @@ def _parser() -> argparse.ArgumentParser:
             "--exclude", action="append", default=[], metavar="GLOB", help="leave matching weights alone"
         )
     look.add_argument("--nodes", action="store_true", help="also print the inserted nodes")
-    write.add_argument("path", help=f"a file; its suffix says the format: {', '.join(SUFFIXES)}")
+    write.add_argument("path", help=f"a file; its suffix selects the format: {', '.join(SUFFIXES)}")
     write.add_argument(
         "--example-shape",
         action="append",
         type=_shape,
         metavar="1x3x32x32",
-        help=f"shape of an input of the model, which {' and '.join(TRACED)} need; once for each input",
+        help=f"shape of an input of the model, needed for {' and '.join(TRACED)}; repeat it for each input",
     )
     return parser
 
@@ -106,7 +106,7 @@ def _build(reference: str) -> nn.Module:
     module, _, factory = reference.partition(":")
     if not module or not factory:
         raise biofx.ArgumentError(f"the model must be given as module:factory, got {reference!r}")
-    sys.path.insert(0, "")  # as `python -m` does not search the current folder when it is installed
+    sys.path.insert(0, "")  # the current folder: an installed command does not search it
     try:
         build = getattr(importlib.import_module(module), factory)
         model = build() if callable(build) and not isinstance(build, nn.Module) else build

@@ -1,4 +1,4 @@
-"""`biofx.transform`: capture, then the pipeline."""
+"""Compiler: `biofx.transform` captures a model and runs passes on its graph."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def transform(
     """Compile a model into one with biological synapses.
 
     The result is a `GraphModule` that trains in any PyTorch loop. The model is traced, each pass rewrites every weight
-    (see `biofx.weight_sites`), and the graph is verified after each pass. Mode, dtype and device stay as they are.
+    (see `biofx.weight_sites`), and the graph is verified after each pass. Mode, dtype and device do not change.
 
-    A module whose forward cannot be traced (it decides by values, iterates over them, has hooks …), or whose graph does
-    not compute the same, becomes an *island*: its own Python forward is called, with the weights inside of it
-    rewritten. `biofx.summary` names each island with the reason. Passes that need an operator's output, such as
+    A module whose forward cannot be traced (it decides by values, iterates over them, has hooks …), or whose graph has
+    other outputs, becomes an *island*: the graph calls the module's own Python forward, and passes rewrite the weights
+    inside. `biofx.summary` names each island with the reason. Passes that need an operator's output, such as
     `GroupUnits`, leave weights in islands alone.
 
-    The model's Python is the truth. Its graph is checked against it, in two calls in each mode that forward tells
-    apart, on the example inputs or on guessed ones. The graph runs on arguments of the same types and numbers of axes,
-    as long as modules, their attributes and their hooks are what they were; else the Python runs, with the same
-    effective weights. Where a pass or an edit of the graph makes the difference, what has changed is an error instead.
+    The model's Python is the truth. Its graph is checked against it in two calls, on the example inputs or on guessed
+    ones, in each mode that forward distinguishes. The graph runs on arguments of the same types and numbers of axes, as
+    long as modules, their attributes and their hooks have not changed; otherwise the Python runs, with the same
+    effective weights. If only the graph is right, because of a pass or an edit of the graph, a change is an error.
 
     Args:
         model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
@@ -75,15 +75,14 @@ def transform(
             name of a recipe. The order does not matter: passes run from the operator inwards.
         example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`; or
             a function that runs the model, once or several times, with state carried from call to call. The model runs
-            on them, which tells whose units each weight reads. The graph, and every pass that preserves the function,
-            are checked on them. Without them, arguments that fit are guessed (`summary` shows which); if none is found,
-            the Python runs.
+            on them to find the units that each weight reads. The graph, and every pass that preserves the function, are
+            checked on them. Without them, arguments are guessed (`summary` shows which); if none fit, the Python runs.
         frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands.
-            `"module"`: the whole model is one island, so that all of its Python code stays and only weights change, as
+            `"module"`: the whole model is one island, which keeps all of its Python code and changes only weights, as
             for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which
             follows any Python whose decisions do not depend on values. The graph consists of dispatcher operators; it
-            takes other sizes of batch, and checks what else it assumes of its arguments. Arguments that are no tensors,
-            and dtypes that forward asks for, are those of the example inputs.
+            accepts other batch sizes, and checks its other assumptions about its arguments. Arguments that are not
+            tensors, and dtypes that forward queries, are fixed to those of the example inputs.
         exclude: glob patterns over parameter names; matching weights are left alone.
         seed: seed of all random draws. Each also depends on the pass and the weight's name, so adding a layer changes
             no other layer's draw. The global random number generators are neither read nor moved.
@@ -93,16 +92,16 @@ def transform(
         print_between: a function that gets the graph as text after each pass; `True` prints it.
 
     Returns:
-        The transformed model. `biofx.summary` shows what became of every weight; `meta["biofx"]` says which passes ran,
-        with their options and times.
+        The transformed model. `biofx.summary` shows every weight; `meta["biofx"]` lists the passes that ran, with their
+        options and times.
 
     Raises:
-        ArgumentError: an argument that cannot be meant, or a model without weights.
-        CaptureError: the model cannot be copied, or be the base of a class; or `torch.export` cannot capture it; or it
-            computes something else when captured. Says what else to try.
+        ArgumentError: an invalid argument, or a model without weights.
+        CaptureError: the model cannot be copied, or its class cannot have subclasses; or `torch.export` cannot capture
+            it; or it has other outputs when captured. The message says what else to try.
         PipelineError: unknown passes or options, or passes that exclude each other.
         VerificationError: a pass broke an invariant.
-        If it raises, `model` is as it was.
+        If it raises, `model` has not changed.
 
     Example:
         >>> import biofx, torch
@@ -154,7 +153,7 @@ def transform(
 
 
 def _checked(frontend: str, understood: Understanding | None) -> frozenset[Structure] | None:
-    """The structures of the arguments on which a graph was checked; None if it tells by itself which it takes."""
+    """The structures of the arguments on which a graph was checked; None if the graph checks its arguments itself."""
     if frontend == "export" or (understood is not None and not understood.is_one_call):
         return None
     call = None if understood is None else understood.recording.first_call
@@ -186,8 +185,7 @@ def _refuse_transformed_children(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module is not model and is_transformed(module):
             raise ArgumentError(
-                f"{name} was transformed before, as a model of its own; "
-                f"transform the whole model at once, or fold {name} first"
+                f"{name} was already transformed separately; transform the whole model at once, or fold {name} first"
             )
 
 
@@ -195,8 +193,8 @@ def _copy(model: nn.Module) -> nn.Module:
     found = enclosed(model)
     if found is not None:
         raise CaptureError(
-            f"{found[0]} of {type(model).__name__} is or holds a function that refers to {found[1]} itself, and would "
-            "do so in a copy; transform it with inplace=True, or make the function a method"
+            f"{found[0]} of {type(model).__name__} is or holds a function that refers to {found[1]}, and its copy "
+            "would refer to it as well; transform it with inplace=True, or make the function a method"
         )
     try:
         return copied(model)
@@ -208,9 +206,9 @@ def _copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Give a model that is changed in place its tensors, children, classes and graph back if the block raises."""
+    """Restore the tensors, children, classes and graph of a model that is changed in place, if the block raises."""
     saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
-    # Passes put others in the place of weights, but write into biases, scales and statistics.
+    # Passes replace weights, so the old tensors are intact, but they write into biases, scales and statistics.
     values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers()) if _is_vector(x)]
     classes = [(m, type(m)) for m in model.modules()]
     synapses = [(s, s.links, dict(s.users), s.rewired) for s in synapses_in(model).values()]
@@ -261,22 +259,22 @@ def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torc
     if found is None:
         return
     raise CaptureError(
-        f"{type(bio).__name__} computes something else when traced: {found}. Its forward takes decisions, draws "
-        'random numbers or has side effects that a graph does not hold; transform it with frontend="module"'
+        f"{type(bio).__name__} has other outputs when traced: {found}. Its forward takes decisions, draws "
+        'random numbers or has side effects that a graph cannot express; transform it with frontend="module"'
     )
 
 
 def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor] | None) -> None:
-    """Refuse a model whose Python, with weights that have synapses, does not compute what its graph does.
+    """Refuse a model whose Python has other outputs than its graph now that its weights have synapses.
 
     Args:
         bio: the model.
         run: runs it.
-        graph: what its graph returns, if that is known.
+        graph: the outputs of its graph, if they are known.
     """
     if graph is None:
         graph, again = (run_in_eval_mode(bio, run) for _ in range(2))
-        if difference(graph, again) is not None:  # a generator of its own draws random numbers
+        if difference(graph, again) is not None:  # the model has a random number generator of its own
             return
     python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
     try:
@@ -291,7 +289,7 @@ def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor] | Non
 def _why_python_differs(bio: fx.GraphModule, found: str) -> str:
     return (
         f"the Python of {type(bio).__name__} does not compute what its graph does, now that weights have synapses: "
-        f"{found}. It may take parameters from get_parameter() or _parameters, where there is what is stored; read "
+        f"{found}. It may read weights with get_parameter() or from _parameters, which hold stored values; read "
         "them as attributes, or exclude them"
     )
 

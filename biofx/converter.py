@@ -1,4 +1,4 @@
-"""For users of pytorch-bio-transformations: its names and its way of calling rules by hand, on top of `transform`."""
+"""Converter: the interface of pytorch-bio-transformations, whose users call rules by hand, on top of `transform`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from biofx.training.sleeping import use_no_hooks
 
 
 class Distribution(str, enum.Enum):
-    """Names of the distributions of fuzzy learning rates; plain strings do as well."""
+    """Names of the distributions of fuzzy learning rates; plain strings are accepted as well."""
 
     BASELINE = "baseline"
     UNIFORM = "uniform"
@@ -70,18 +70,18 @@ class BioConverter:
     """Convert models as pytorch-bio-transformations does: `BioConverter(...)(model)`, then call rules by hand.
 
     The result is a transformed model with the methods that users of that package call between `backward()` and `step()`
-    (see `Converted`). Nothing happens by itself; do not use `biofx.attach` as well. Every layer that biofx knows takes
-    part, not only `Linear` and `Conv2d`.
+    (see `Converted`). Rules act only when they are called; do not use `biofx.attach` in addition. Rules act on every
+    layer that biofx knows, not only on `Linear` and `Conv2d`.
 
-    Rules called by hand change gradients, and an adaptive optimizer such as Adam cancels constant factors on them. With
-    `biofx.transform` and `biofx.attach`, they act on the update there.
+    Rules called by hand scale gradients, and an adaptive optimizer such as Adam cancels constant factors. With
+    `biofx.transform` and `biofx.attach`, rules act on the update of such an optimizer.
 
     Args:
         config: the options.
         kwargs: single options, instead of or on top of `config`.
 
     Raises:
-        ArgumentError: an option that does not exist. A value out of its range is refused by `convert`.
+        ArgumentError: an option does not exist. `convert` raises if a value is out of range.
 
     Example:
         >>> import torch
@@ -109,7 +109,7 @@ class BioConverter:
         return self.config
 
     def update_config(self, **kwargs: Any) -> None:
-        """Change options; models that were converted before stay as they are."""
+        """Change options for later conversions."""
         self.config = _replace(self.config, kwargs)
 
     def __call__(self, module_class_or_instance: Any) -> Any:
@@ -124,7 +124,7 @@ class BioConverter:
                 is returned whose calls build converted modules.
 
         Raises:
-            ArgumentError: neither of the two, or an option out of its range.
+            ArgumentError: the argument is neither, or an option is out of range.
         """
         target = module_class_or_instance
         if isinstance(target, type) and issubclass(target, nn.Module):
@@ -133,7 +133,7 @@ class BioConverter:
 
     @staticmethod
     def set_last_module_token_for_module(module: nn.Module) -> nn.Module:
-        """Mark a layer whose units are not to be grouped, as those of output layers are not in any case."""
+        """Exclude the units of a layer from grouping; those of output layers are never grouped."""
         module.last_module_token = True  # type: ignore[assignment]
         return module
 
@@ -190,11 +190,11 @@ class Converted(CapturedModule):
 
     Between `backward()` and `optimizer.step()`: `volume_dependent_lr`, `fuzzy_learning_rates`, `scale_grad`,
     `crystallize`. At any time: `rejuvenate_weights`, `update_fuzzy_learning_rates`, `enforce_dales_principle`,
-    `l1_reg`. The formulas are those of the passes. Weights without a gradient are passed over; a method that finds no
-    gradient at all says so.
+    `l1_reg`. The formulas are those of the passes. Weights without a gradient are skipped; a method raises if no
+    weight has one.
 
-    Called by hand, rules do not look for values that are not finite, and know no optimizer whose memory of replaced
-    synapses they could clear; how often each was called is not in `state_dict`. `biofx.attach` has all of this.
+    Unlike rules under `biofx.attach`, rules called by hand do not check for non-finite values, do not clear the
+    optimizer's state of replaced synapses, and do not store in `state_dict` how often they were called.
     """
 
     calls: Counter[str]

@@ -19,7 +19,7 @@ from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
 from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
-from biofx.signs.scales import hold_scales
+from biofx.signs.scales import keep_scales_nonnegative
 from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:
@@ -159,8 +159,9 @@ class DalesPrinciple(Pass):
         chosen = self._chosen(model, units)
         if not chosen:
             return
-        neural = [name for name in chosen if not self._is_free(units.readings[name])]
-        hold_scales(model, units, neural)
+        neural = {name for name in chosen if not self._is_free(units.readings[name])}
+        scales = {name: read & neural for name, read in units.scales.items() if name not in model.excluded}
+        keep_scales_nonnegative(model, {name: read for name, read in scales.items() if read})
         signs = self._assign(model, units, {name: units.readings[name] for name in chosen})
         constrained: dict[str, Tensor] = {}
         for name in chosen:

@@ -14,17 +14,15 @@ from torch import Tensor
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
 from biofx.signs.constraints import constrain, rectify
-from biofx.signs.scales import turn_over
+from biofx.signs.scales import keep_scales_nonnegative
 from biofx.weights.facts import NOT_RUN
 from biofx.widening.search import find_widening
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
-    from biofx.analysis.units import Units
     from biofx.rewrite.model_editor import ModelEditor
     from biofx.training.plastic_weight import PlasticWeight
-    from biofx.widening.plan import Widening
-    from biofx.widening.twins import Twins
+    from biofx.widening.axis_doubling import AxisDoubling
 
 
 @register
@@ -99,24 +97,25 @@ class MirrorUnits(Pass):
             for edit in model.edits.values():
                 edit.leave(NOT_RUN)
             return
-        widening = find_widening(model.bio, model.all_sites, list(model.sites), model.understood.run)
-        _hold_scales(model, units, widening)
+        plan = find_widening(model.bio, model.all_sites, list(model.sites), model.understood.run)
+        scales = {name: plan.reaching[name] for name in units.scales.keys() & plan.tensors.keys()}
+        keep_scales_nonnegative(model, scales)
         for name, site in model.sites.items():
-            edit, twins, is_doubled = model.edits[name], widening.columns.get(name), name in widening.doubled
-            if twins is None and not is_doubled:
-                edit.leave(widening.left[name])
+            edit, doubling, is_doubled = model.edits[name], plan.presynaptic.get(name), name in plan.doubled
+            if doubling is None and not is_doubled:
+                edit.leave(plan.reasons[name])
                 continue
-            edit.replace_raw(mirrored(site, twins, doubled=is_doubled))
-            presynaptic = site.presynaptic_units if twins is None else len(twins.source)
+            edit.replace_raw(mirrored(site, doubling, doubled=is_doubled))
+            presynaptic = site.presynaptic_units if doubling is None else len(doubling.source)
             _set_sizes(model, site, presynaptic, site.units * (2 if is_doubled else 1))
             if not is_doubled:
-                edit.remark(widening.left[name])
-        widening.apply(model.bio, model.places)
+                edit.remark(plan.reasons[name])
+        plan.apply(model.bio, model.places)
         model.look_again()
         assert model.understood is not None
         readings = model.understood.readings
-        for name, twins in widening.columns.items():
-            constrain(model.edits[name], model.sites[name], twins.sign, readings[name].classes, "project")
+        for name, doubling in plan.presynaptic.items():
+            constrain(model.edits[name], model.sites[name], doubling.sign, readings[name].classes, "project")
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Project stored weights on their signs."""
@@ -125,13 +124,13 @@ class MirrorUnits(Pass):
                 weight.assign(weight.value)
 
 
-def mirrored(site: WeightSite, twins: Twins | None, *, doubled: bool) -> Tensor:
+def mirrored(site: WeightSite, doubling: AxisDoubling | None, *, doubled: bool) -> Tensor:
     """A weight whose presynaptic units became twins, [W⁺, −W⁻], and whose postsynaptic units are doubled if asked."""
     weight = site.raw.detach()
-    if twins is not None:
-        connections = site.outgoing(weight)[twins.source.to(weight.device)]
+    if doubling is not None:
+        connections = site.outgoing(weight)[doubling.source.to(weight.device)]
         wider = site.known_axes.with_presynaptic(len(connections))
-        weight = wider.from_outgoing(rectify(connections, twins.sign[:, None].to(connections)))
+        weight = wider.from_outgoing(rectify(connections, doubling.sign[:, None].to(connections)))
     return weight.repeat_interleave(2, site.postsynaptic_axis) if doubled else weight
 
 
@@ -141,15 +140,3 @@ def _set_sizes(model: ModelEditor, site: WeightSite, presynaptic: int, units: in
     sizes |= dict.fromkeys(("out_features", "out_channels"), units)
     for module, _ in model.places[id(site.raw)]:
         vars(module).update({name: size for name, size in sizes.items() if name in vars(module)})
-
-
-def _hold_scales(model: ModelEditor, units: Units, widening: Widening) -> None:
-    """Let the parameters that multiply twins not be negative, where that changes nothing."""
-    for name in sorted(units.scales.keys() & widening.tensors.keys()):
-        if bool((model.value(name) < 0).any()):
-            turn_over(model, name)
-        if not bool((model.value(name) < 0).any()):
-            model.keep_nonnegative(name)
-            continue
-        for weight in sorted(widening.met[name]):
-            model.edits[weight].remark(f"{name} is negative for some of its units, and turns their signs over")

@@ -294,7 +294,7 @@ def test_bad_arguments(options, message):
 def test_a_model_with_a_transformed_child_is_refused(example_inputs):
     bio = biofx.transform(mlp(2, 3, 3), BOTH)
     with pytest.raises(
-        biofx.ArgumentError, match="0 was transformed before.*; transform the whole model at once, or fold 0 first"
+        biofx.ArgumentError, match="0 was already transformed separately.*; transform the whole model at once"
     ):
         biofx.transform(nn.Sequential(bio, nn.Linear(3, 3)), BOTH, example_inputs=example_inputs)
     biofx.transform(nn.Sequential(biofx.fold(bio), nn.Linear(3, 3)), BOTH, example_inputs=example_inputs)
@@ -398,7 +398,7 @@ def test_a_function_that_encloses_a_part_of_the_model(enclose, where, what, fron
     model, x = Chained(), torch.randn(2, 3)
     enclose(model)
     expected, before = model(x), snapshot(model)
-    message = f"{where} of Chained is or holds a function that refers to {what} itself, and would do so in a copy"
+    message = f"{where} of Chained is or holds a function that refers to {what}, and its copy would refer to it as well"
     with pytest.raises(biofx.CaptureError, match=message):
         biofx.transform(model, BOTH, frontend=frontend)
     assert_untouched(model, before)
@@ -407,7 +407,7 @@ def test_a_function_that_encloses_a_part_of_the_model(enclose, where, what, fron
     bio(x).sum().backward()
     assert all(parameter.grad is not None for parameter in bio.parameters() if parameter is not bio.b.bias)
     if what != "b.weight" or frontend == "module":  # else the graph has the weight instead of the function
-        with pytest.raises(biofx.ArgumentError, match=r"fold: .* itself, and would do so in a copy"):
+        with pytest.raises(biofx.ArgumentError, match=r"fold: .*, and its copy would refer to it as well"):
             biofx.fold(bio)
     other = biofx.fold(bio, into=Chained())
     enclose(other)

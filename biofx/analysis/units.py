@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from biofx.analysis.numbers import NOBODY, Population
@@ -18,13 +16,14 @@ from biofx.analysis.understanding import Understanding, understand
 from biofx.analysis.verdict import Verdict
 from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
+from biofx.base.tables import Cell, Table, wrapped
 from biofx.model.provenance import is_transformed, transformed, unwrapped
 from biofx.weights.facts import NOT_RUN, Need
 
 __all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]
 
-WIDTH = 100  # of a table
-LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}  # of columns in a wide one
+HEADERS = ("weight", "operator", "positions", "presynaptic units", "activity", "note")
+LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}  # widths in a table that is too wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,23 +133,13 @@ class Units:
         return (positive & negative).nonzero().flatten()
 
     def __str__(self) -> str:
-        headers = ["weight", "operator", "positions", "presynaptic units", "activity", "note"]
-        notes: dict[str, int] = {}
-        rows = [self._row(name, site, notes) for name, site in self.sites.items()]
-        if not notes:
-            headers, rows = headers[:-1], [row[:-1] for row in rows]
-        lines = tabulate(rows, headers, disable_numparse=True).splitlines()
-        if max(map(len, lines)) > WIDTH:
-            widths = [LIMITS.get(header) for header in headers]
-            lines = tabulate(rows, headers, disable_numparse=True, maxcolwidths=widths).splitlines()
-        table = "\n".join(line.rstrip() for line in lines)
-        texts = [_wrapped(f"[{number}] {note}") for note, number in notes.items()]
+        table = Table(HEADERS, [self._row(name, site) for name, site in self.sites.items()], LIMITS)
         run = [f"inputs: {self.inputs}"] if self.inputs != "given" else []
-        return "\n\n".join([table, *(["\n".join(texts)] if texts else []), *map(_wrapped, [*run, *self.notes])])
+        return "\n\n".join([str(table), *map(wrapped, [*run, *self.notes])])
 
-    def _row(self, name: str, site: WeightSite, notes: dict[str, int]) -> list[str]:
+    def _row(self, name: str, site: WeightSite) -> list[Cell]:
         reason = self._unjudged(name, site)
-        note = f"[{notes.setdefault(f'not judged: {reason}', len(notes) + 1)}]" if reason else ""
+        note = [f"not judged: {reason}"] if reason else []
         reading = self.readings.get(name)
         if reading is None:
             return [name, site.operator, "", "", "", note]
@@ -171,10 +160,6 @@ class Units:
             of = f" of {self.populations[index].size}" if count < self.populations[index].size else ""
             parts.append(f"{count}{of}{repeated}: {self.populations[index].name}")
         return ",\n".join(parts)
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def units(model: nn.Module, example_inputs: Any = None) -> Units:

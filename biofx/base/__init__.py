@@ -1,1 +1,1 @@
-"""What every room uses: errors, options, random numbers, comparisons, copies, and runs without side effects."""
+"""Base: errors, options, random numbers, comparisons, copies, tables, and runs without side effects."""

@@ -1,4 +1,4 @@
-"""Contents: what lists, dictionaries, arrays and plain objects hold, such as a configuration in an attribute."""
+"""Contents: the values inside lists, dictionaries, arrays and plain objects, such as a configuration."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from torch import Tensor, nn
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set, tuple})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # most of what modules hold, told apart at a glance
+ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # the most frequent values, checked first for speed
 _NAMESPACES = (SimpleNamespace, Namespace)
-_NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "biofx"})  # their objects are not looked into
-_DEEPEST = 20  # how far into what holds something that holds something
+_NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "biofx"})  # their objects are opaque
+_DEEPEST = 20  # levels of nesting that are searched
 
 
 def is_holder(value: Any) -> bool:
-    """Whether what a value holds can be looked into."""
+    """Whether a value has contents that can be searched."""
     return _inside(value) is not None
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is an array of NumPy, which need not be installed."""
+    """Whether a value is a NumPy array; NumPy need not be installed."""
     return (type(value).__module__, type(value).__name__) == ("numpy", "ndarray")
 
 
 def holders(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[Any]:
-    """What can be changed inside of a value: arrays, lists, dictionaries and sets; of objects, their dictionary.
+    """The mutable containers inside a value: arrays, lists, dictionaries and sets; for objects, their dictionary.
 
     Args:
-        value: the value. Tensors, modules, functions and classes are not looked into.
-        seen: ids of what was looked into already.
-        depth: how far to look.
+        value: the value. Tensors, modules, functions and classes are opaque.
+        seen: ids of the values that were searched already.
+        depth: levels of nesting to search.
     """
     holder = _inside(value)
     if holder is None or not depth or id(value) in seen:
@@ -50,7 +50,7 @@ def holders(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[Any]:
 
 
 def put_back(holder: Any, content: Any) -> None:
-    """Make what holds something hold what a copy of it does."""
+    """Restore the contents of a container from a copy."""
     if is_array(holder):
         holder[...] = content
         return
@@ -58,32 +58,32 @@ def put_back(holder: Any, content: Any) -> None:
     (holder.extend if isinstance(holder, list | deque) else holder.update)(content)
 
 
-class Same:
-    """Something that is not looked into: it is equal to itself only, and a copy of it to the copy of its value."""
+class SameObject:
+    """An opaque value: equal to another one if both hold the same object."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
+        return isinstance(other, SameObject) and self.value is other.value
 
     __hash__ = object.__hash__
 
 
-def frozen(value: Any, opaque: Callable[[Any], Any] = Same) -> tuple[Any, ...]:
-    """What is equal for the same contents, and stays what it is when these change.
+def contents_key(value: Any, opaque: Callable[[Any], Any] = SameObject) -> tuple[Any, ...]:
+    """An immutable key of a value: equal for equal contents.
 
     Args:
         value: the value.
-        opaque: what stands for a tensor, a module, a function, or what else is not looked into.
+        opaque: maps a tensor, a module, a function or another opaque value to its key.
     """
-    return tuple(_frozen(value, opaque, {}, _DEEPEST))
+    return tuple(_key_parts(value, opaque, {}, _DEEPEST))
 
 
-def named(value: Any) -> Any:
-    """What stands for something that is not looked into, and is equal in another process if the value is found there.
+def key_by_name(value: Any) -> Any:
+    """The key of an opaque value by its name, which is equal in another process as well.
 
-    A function is the same if it has the same code, and a tensor if it is the same one, in this process.
+    Functions are equal if they have the same code; tensors are equal only if they are the same object and unchanged.
     """
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
@@ -93,7 +93,7 @@ def named(value: Any) -> Any:
     return (value.__module__, value.__qualname__) if isinstance(value, type) else type(value).__qualname__
 
 
-def _frozen(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], depth: int) -> Iterator[Any]:
+def _key_parts(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], depth: int) -> Iterator[Any]:
     if isinstance(value, _PLAIN):
         yield type(value).__name__, value
         return
@@ -108,18 +108,18 @@ def _frozen(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], dept
     if is_array(value):
         yield str(value.dtype), value.shape, value.tobytes()
         return
-    if type(value) is not tuple:  # an equal one may be the same one in another process
+    if type(value) is not tuple:  # equal tuples may be one object in another process
         seen[id(value)] = len(seen)
     yield len(holder)
     if isinstance(holder, set):
-        yield frozenset(frozen(part, opaque) for part in holder)
+        yield frozenset(contents_key(part, opaque) for part in holder)
         return
     for part in chain.from_iterable(holder.items()) if isinstance(holder, dict) else holder:
-        yield from _frozen(part, opaque, seen, depth - 1)
+        yield from _key_parts(part, opaque, seen, depth - 1)
 
 
 def _inside(value: Any) -> Any:
-    """What holds the parts of a value: the value itself, or the dictionary of an object; None if it has no parts."""
+    """The container of a value's parts: the value itself, or the dictionary of an object; None if it has no parts."""
     if type(value) in ATOMS:
         return None
     if type(value) in _CONTAINERS or is_array(value):
@@ -128,7 +128,7 @@ def _inside(value: Any) -> Any:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether a value is an object of somebody's own class, such as a configuration or a counter."""
+    """Whether a value is an instance of a user's class, such as a configuration or a counter."""
     if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or not hasattr(value, "__dict__") or callable(value):
         return False
     return type(value) in _NAMESPACES or type(value).__module__.partition(".")[0] not in _NOT_OF_USERS

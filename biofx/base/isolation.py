@@ -1,4 +1,4 @@
-"""Trials: a model runs, and is afterwards what it was before."""
+"""Isolation: runs a model without side effects on the model, its inputs and global random numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from biofx.base.contents import ATOMS, holders, is_array, is_holder, put_back
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
 
-LOCK = threading.RLock()  # all threads share the random number generators, and torch.nn.Module, which tracing patches
+LOCK = threading.RLock()  # random number generators and torch.nn.Module, which tracing patches, are global
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -55,12 +55,12 @@ def is_function(example_inputs: Any) -> bool:
 
 
 def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """What gradients of something that depends on all outputs are like, by the parameter; None if they cannot be had.
+    """Sketches of the gradients of a scalar that depends on all outputs, by parameter; None if autograd fails.
 
-    Of each gradient that there is, its sketch (see `sketch`) is kept, and it is freed before the next one is computed.
+    Each gradient is sketched (see `sketch`) and freed before the next one is computed, to save memory.
     """
     ends = [output for output in outputs if output.requires_grad]
-    # Not ones: a softmax has no gradient of its sum.
+    # Cosines instead of ones, because the sum of a softmax has no gradient.
     starts = [torch.arange(x.numel(), device=x.device).reshape(x.shape).cos().to(x.dtype) for x in ends]
     sketches: dict[str, Tensor] = {}
 
@@ -84,14 +84,14 @@ def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> di
     return {name: sketches[name] for name in learned if name in sketches}
 
 
-DEEP = 64  # numbers that are added up in a sketch
+DEEP = 64  # numbers in each sum of a sketch
 
 
 def sketch(tensor: Tensor) -> Tensor:
-    """Sums of `DEEP` numbers of a tensor each, times random numbers of at least 1.
+    """Sums of `DEEP` numbers of a tensor each, weighted by random factors with magnitude of at least 1.
 
-    A number that differs by d changes its sum by d or more. The factors are not just signs, under which differences
-    that follow a pattern could cancel.
+    A difference of d in one number changes its sum by at least d. Random signs alone would let differences that follow
+    a pattern cancel.
     """
     parts = tensor.detach().unbind() if tensor.is_nested else [tensor.detach()]
     return torch.cat([_sketch(part if part.layout is torch.strided else part.to_dense()) for part in parts])
@@ -112,7 +112,7 @@ def tensors_in(outputs: Any) -> list[Tensor]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Let a model compute on copies of its buffers while the block runs; restore its attributes and random numbers."""
+    """Run a block in which a model uses copies of its buffers; restore its attributes and random numbers afterwards."""
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
     buffers_of_all = list(model.buffers())
     copies = {id(buffer): lazy_copy(buffer) for buffer in buffers_of_all}
@@ -131,26 +131,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
-    """Make a module's buffers these."""
-    if isinstance(module._buffers, dict):  # a scripted module has no dictionary, and gets and loses none
+    """Replace the buffers of a module."""
+    if isinstance(module._buffers, dict):  # a scripted module has no dictionary, and its set of buffers is fixed
         module._buffers.clear()
     for name, buffer in buffers.items():
         module._buffers[name] = buffer
 
 
 @contextmanager
-def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[list[Kept]]:
-    """Undo what a forward does to parameters, such as those of a teacher, which follow those of its student.
+def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[list[SavedParameter]]:
+    """Restore parameters that a forward changes, such as those of a teacher, which follow those of its student.
 
     Args:
         model: the model.
-        but: parameters that are to change.
+        but: parameters whose changes are kept.
 
     Yields:
-        The parameters with what they were.
+        The saved parameters.
     """
     free = set(map(id, but))
-    kept = [Kept.now(p) for p in model.parameters() if not p.is_inference() and id(p) not in free]
+    kept = [SavedParameter.now(p) for p in model.parameters() if not p.is_inference() and id(p) not in free]
     try:
         yield kept
     finally:
@@ -160,8 +160,8 @@ def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Ite
 
 
 @dataclass(eq=False)
-class Kept:
-    """A parameter with its memory, its version and its numbers; these take memory if they are written to."""
+class SavedParameter:
+    """A saved parameter: its memory, its version, and a lazy copy of its values."""
 
     parameter: nn.Parameter
     memory: Tensor
@@ -169,25 +169,25 @@ class Kept:
     value: Tensor | None
 
     @classmethod
-    def now(cls, parameter: nn.Parameter) -> Kept:
-        """What a parameter is now."""
+    def now(cls, parameter: nn.Parameter) -> SavedParameter:
+        """Save a parameter."""
         with torch.no_grad():
             value = lazy_copy(parameter)
         return cls(parameter, parameter.detach(), parameter._version, value)
 
     def restore(self) -> None:
-        """Give the parameter back what it has not any more, and forget what it was."""
+        """Restore the parameter, and release the copy."""
         assert self.value is not None
         if self._is_plain and self._is_other():
             self.parameter.data = self.memory
-            self.parameter.data.copy_(self.value)  # through `data`: a write that autograd counts has counted already
+            self.parameter.data.copy_(self.value)  # through `data`: the version counts the undone write already
         elif not self._is_plain and self.parameter._version != self.version:
             self.parameter.copy_(self.value)
         self.value = None
         settle(self.parameter)
 
     def is_changed(self) -> bool:
-        """Whether something was written into the parameter, or was put in its place."""
+        """Whether the parameter was written to, or its tensor replaced."""
         return self.parameter._version != self.version or (self._is_plain and self._is_other())
 
     @property
@@ -197,7 +197,7 @@ class Kept:
         return is_tensor and not (memory.is_meta or memory.is_nested or memory.is_quantized)
 
     def _is_other(self) -> bool:
-        """Whether memory or numbers are other ones; no version counts what is written through `data`."""
+        """Whether memory or values differ; a write through `data` does not raise the version."""
         assert self.value is not None
         now = self.parameter.data
         is_same = (now.dtype, now.device) == (self.value.dtype, self.value.device) and now.is_set_to(self.memory)
@@ -206,10 +206,10 @@ class Kept:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[Snapshot]:
-    """Undo what a forward stores in the modules, and its random draws: proxies mean nothing after a trace.
+    """Restore the attributes of modules and global random numbers after a block, such as a trace, which leaves proxies.
 
     Yields:
-        What the modules held before.
+        The saved attributes.
     """
     with LOCK:
         before, draws = Snapshot(model), Draws.now()
@@ -229,15 +229,15 @@ class Draws(NamedTuple):
 
     @classmethod
     def now(cls) -> Draws:
-        """What they are now."""
+        """The present states."""
         if "numpy" not in sys.modules:
             return cls(random.getstate(), None)
-        from numpy import random as numpy  # which is not imported along with NumPy
+        from numpy import random as numpy  # importing NumPy does not import it
 
         return cls(random.getstate(), pickle.dumps(numpy.get_state(legacy=False)))
 
     def restore(self) -> None:
-        """Let them draw the same again."""
+        """Set the generators to these states."""
         random.setstate(self.python)
         if self.numpy is not None:
             from numpy import random as numpy
@@ -246,12 +246,12 @@ class Draws(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a module holds instead of something else, or beside it.
+    """A change of a module's attribute.
 
     Attributes:
         path: the path of the module.
         name: the attribute.
-        is_assigned: whether the attribute is another one, and not just changed inside.
+        is_assigned: whether the attribute was assigned or deleted, not just changed in place.
     """
 
     path: str
@@ -260,9 +260,9 @@ class Change(NamedTuple):
 
 
 class Snapshot:
-    """What modules hold now: their attributes, and what is in lists, dictionaries, sets and plain objects among those.
+    """The attributes of modules, with the contents of lists, dictionaries, sets and plain objects among them.
 
-    Tensors and modules are held as they are: nobody looks at their values.
+    Tensors and modules are compared by identity, not by value.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -283,7 +283,7 @@ class Snapshot:
                     self._held += [(path, name, holder, holder.copy()) for holder in holders(value, self._seen)]
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore all attributes and contents."""
         for _, _, holder, content in self._held:
             if content is _EMPTY and not holder:
                 continue
@@ -291,7 +291,7 @@ class Snapshot:
                 put_back(holder, content)
 
     def changes(self) -> Iterator[Change]:
-        """What is something else by now."""
+        """The changes since the snapshot."""
         for path, attribute, holder, content in self._held:
             if attribute in _DERIVED:
                 continue
@@ -320,7 +320,7 @@ def _has_same(holder: dict[Any, Any], content: dict[Any, Any]) -> bool:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether a later read of one finds the other."""
+    """Whether two attributes hold the same object or equal plain values."""
     if a is b:
         return True
     if isinstance(a, tuple | list | deque) and type(a) is type(b):

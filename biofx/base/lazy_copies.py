@@ -1,8 +1,8 @@
-"""Lazy copies of tensors: they take memory only when somebody writes.
+"""Lazy copies: copies of tensors that take no memory until one of the two is written to.
 
-A trial has to put everything back, but few forwards write into parameters or buffers. So a copy shares the memory of
-its tensor until one of the two is written to; that one then moves to memory of its own. PyTorch has such copies
-(copy-on-write), but no public name for them.
+A run without side effects saves all parameters and buffers, but few forwards write to them. A lazy copy shares the
+memory of its tensor; the first of the two that is written to moves to memory of its own. PyTorch has such copies
+(copy-on-write), but no public interface for them.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from torch import Tensor
 
 
 def lazy_copy(tensor: Tensor) -> Tensor:
-    """A copy of a tensor that shares its memory until one of both is written to; else a clone.
+    """A copy of a tensor that shares its memory until one of the two is written to, or a clone if it cannot be shared.
 
-    A tensor whose memory somebody else may look at directly, such as NumPy, is cloned: it must not move.
+    Memory that another object such as a NumPy array may use as well must not move, so such a tensor is cloned.
     """
     if _is_alone(tensor):
         try:
             return tensor._lazy_clone()
-        except RuntimeError:  # its memory is not PyTorch's own, but comes from a file or another process
+        except RuntimeError:  # the memory comes from a file or another process
             pass
     return tensor.clone()
 
 
 def is_untouched(tensor: Tensor) -> bool:
-    """Whether a tensor certainly has the numbers that it had when it was copied lazily."""
+    """Whether a tensor has certainly not been written to since it was copied lazily."""
     return _is_plain(tensor) and bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
 
 
 def settle(tensor: Tensor) -> None:
-    """Make a tensor an ordinary one again. If its lazy copies are gone, its memory does not move."""
+    """Make a tensor an ordinary one again; its memory does not move if its lazy copies are gone."""
     if is_untouched(tensor):
         tensor.data_ptr()
 
@@ -45,7 +45,7 @@ def _uses(tensor: Tensor) -> int:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor of PyTorch's own with numbers that lie in memory in strides."""
+    """Whether it is a strided `torch.Tensor` with values, not a subclass."""
     if type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
         return False
     return not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)

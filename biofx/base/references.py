@@ -1,6 +1,6 @@
-"""References: modules and parameters that a module keeps where `torch.nn` does not look for children.
+"""References: modules and parameters that a module keeps outside its registries of children and parameters.
 
-That is in plain attributes, in lists and dictionaries there, and in functions: what these enclose or have as defaults.
+They are in plain attributes, in lists and dictionaries there, and in closures and defaults of functions.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REGISTRIES = frozenset(vars(nn.Module())) - {*HOOKS}
-_DERIVED = ("_flat_weights", "_compiled_call_impl")  # copies of a module make their own, or have none
+_DERIVED = ("_flat_weights", "_compiled_call_impl")  # copies of a module rebuild or drop them
 
 
 def held_parameters(model: nn.Module) -> set[int]:
-    """The parameters, by id, that modules keep in plain attributes: those stay what they are."""
+    """The ids of parameters that modules keep in plain attributes; replacing them would leave the attribute behind."""
     found = (part for module in model.modules() for part in _parts(_attributes(module), nn.Parameter, set()))
     return {id(parameter) for parameter in found}
 
 
 def enclosed(model: nn.Module) -> tuple[str, str] | None:
-    """A function that a module keeps, and that refers to a part of the model, which copies of the function do as well.
+    """A function in a module's attribute that refers to a part of the model: copying the model does not copy closures.
 
     Returns:
-        The path of the attribute in which the function is, and that of the module or parameter; None if there is none.
+        The path of the attribute, and that of the module or parameter; None if there is no such function.
     """
     paths = {id(part): name for name, part in [*model.named_parameters(), *model.named_modules()]}
     for path, owner in model.named_modules():
@@ -46,7 +46,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _parts(value: Any, kind: Any, seen: set[int]) -> Iterator[Any]:
-    """What there is of a kind in a value, and in what it holds."""
+    """All objects of a kind in a value and its contents."""
     if isinstance(value, kind):
         yield value
     parts = _contents(value)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as global_hooks
 from torch.utils import _pytree as pytree
 
-from biofx.base.contents import frozen, holders, is_holder, named
+from biofx.base.contents import contents_key, holders, is_holder, key_by_name
 from biofx.base.errors import CaptureError
 from biofx.capture.stores import store
 from biofx.capture.variables import Variable, reads
@@ -146,7 +146,7 @@ class Guard:
         if self._variables is None:
             self._variables = reads(bio.get_submodule(path) for path in self.traced)
         values = {name: variable() for name, variable in self._variables.items()}
-        return {name: frozen(value, named) for name, value in values.items()}
+        return {name: contents_key(value, key_by_name) for name, value in values.items()}
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         kept = {name: _noted(value) for name, value in _attributes(module) if (path, name) not in self._own}
@@ -214,7 +214,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _noted(value: Any) -> Any:
     """What tells of an attribute whether it is the same: its contents, or else itself."""
-    return frozen(value) if is_holder(value) else value
+    return contents_key(value) if is_holder(value) else value
 
 
 def _is_same(now: Any, before: Any) -> bool:

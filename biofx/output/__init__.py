@@ -1,1 +1,1 @@
-"""What comes out of a transformed model: plain models, files, tables, graphs."""
+"""Output: plain models, files, tables and graphs made from a transformed model."""

@@ -1,4 +1,4 @@
-"""Export of the folded model, for inference elsewhere."""
+"""Export: writes the folded model to a file, for inference without biofx."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from biofx.base.comparison import difference
 from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.isolation import run_in_eval_mode, split_inputs
 from biofx.model.provenance import transformed
-from biofx.output.fold import fold, why_not_weights_alone
+from biofx.output.fold import fold, why_weights_do_not_suffice
 
 TRACED = (".pt2", ".onnx")  # suffixes of the formats that hold a program, and so need example inputs
 SUFFIXES = (*TRACED, ".safetensors")
 
 
 def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None:
-    """Write the folded model to a file whose suffix says how. It holds no `biofx` operator.
+    """Write the folded model to a file, in the format of its suffix and without `biofx` operators.
 
-    The file appears when it is complete and checked; an export that fails leaves what was there before.
+    The file appears when it is complete and checked. An export that fails does not touch an existing file.
 
     - `.pt2`: a program of `torch.export`, to be loaded with `torch.export.load`.
     - `.onnx`: an ONNX model by PyTorch's exporter, checked against ONNX Runtime on the example inputs.
     - `.safetensors`: the folded state, with the original's names and shapes, to be loaded into the original model.
 
-    Dimensions are fixed to those of the example inputs, but for the first axis of an ONNX model's inputs, the batch,
-    which is dynamic where the model allows it. A `.pt2` program is called as the example inputs say: by position or by
-    keyword.
+    Dimensions are fixed to those of the example inputs, except the batch (the first axis of an ONNX model's inputs),
+    which is dynamic if the model allows it. A `.pt2` program takes its arguments like the example inputs: by position
+    or by keyword.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -44,8 +44,8 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         example_inputs: arguments of the model, as for `transform`. Needed for `.pt2` and `.onnx`.
 
     Raises:
-        ArgumentError: a path that cannot be meant, or example inputs that are missing or do not fit.
-        ExportError: a package is missing, the format cannot hold the model, or ONNX Runtime disagrees with it.
+        ArgumentError: the path is invalid, or example inputs are missing or do not fit.
+        ExportError: a package is missing, the format cannot hold the model, or ONNX Runtime computes another output.
 
     Example:
         >>> import biofx, pathlib, tempfile, torch
@@ -66,7 +66,7 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         raise ArgumentError(f"export: {path} is a folder; give the path of a file")
     if path.suffix in TRACED and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
-    rewired = why_not_weights_alone(transformed(bio))
+    rewired = why_weights_do_not_suffice(transformed(bio))
     if path.suffix not in TRACED and rewired is not None:
         raise ExportError(f"export: {path.suffix} holds weights only: {rewired}; use {' or '.join(TRACED)}")
     plain = fold(bio).eval()
@@ -89,7 +89,7 @@ def _require(package: str) -> Any:
 
 
 @contextmanager
-def _refusal(what: str) -> Iterator[None]:
+def _export_error(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -105,19 +105,19 @@ def _safetensors(plain: nn.Module, path: Path) -> None:
                 f"export: safetensors holds tensors only, and {name} is an instance of {type(value).__name__}; "
                 "use torch.save(biofx.fold(bio).state_dict(), path)"
             )
-    with _refusal(f"safetensors cannot hold {type(plain).__name__}"):
+    with _export_error(f"safetensors cannot hold {type(plain).__name__}"):
         # The format refuses tensors that share memory, so a tied weight is written under each of its names.
         save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, path)
 
 
 def _pt2(plain: nn.Module, path: Path, example_inputs: Any) -> None:
     program = _program(plain, *_in_order(plain, example_inputs))
-    with _refusal(f"torch.export cannot save {type(plain).__name__}"):
+    with _export_error(f"torch.export cannot save {type(plain).__name__}"):
         torch.export.save(program, path)
 
 
 def _in_order(plain: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs that fit, with keyword arguments in the order of the signature."""
+    """Checked example inputs, with keyword arguments in the order of the signature."""
     args, kwargs = split_inputs(example_inputs)
     signature = inspect.signature(plain.forward)
     try:
@@ -132,14 +132,14 @@ def _in_order(plain: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], d
 def _program(
     plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any = None
 ) -> torch.export.ExportedProgram:
-    with _refusal(f"torch.export cannot export {type(plain).__name__}"), torch.no_grad():
+    with _export_error(f"torch.export cannot export {type(plain).__name__}"), torch.no_grad():
         return torch.export.export(_as_module(plain), args, kwargs, dynamic_shapes=dynamic)
 
 
 def _as_module(plain: nn.Module) -> nn.Module:
-    """The folded model with its code, but not its graph, for a forward.
+    """The folded model with its generated code as its forward, but without its graph.
 
-    torch.export interprets the graph of a `GraphModule`: keyword arguments by position, and without hooks.
+    torch.export would interpret the graph of a `GraphModule`, with keyword arguments by position and without hooks.
     """
     if not isinstance(plain, fx.GraphModule):
         return plain
@@ -154,7 +154,7 @@ def _onnx(plain: nn.Module, path: Path, example_inputs: Any) -> None:
     args, kwargs = _in_order(plain, example_inputs)
     bound = inspect.signature(plain.forward).bind(*args, **kwargs)
     program = _program(plain, args, kwargs, pytree.tree_map(_dynamic_batch, dict(bound.arguments)))
-    with _refusal(f"torch.onnx cannot export {type(plain).__name__}"):
+    with _export_error(f"torch.onnx cannot export {type(plain).__name__}"):
         torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     inputs = dict(zip(names, pytree.tree_leaves((args, kwargs)), strict=True))
@@ -168,7 +168,7 @@ def _dynamic_batch(value: Any) -> dict[int, Any] | None:
 
 
 def _run_onnx(path: Path, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    with _refusal(f"ONNX Runtime cannot run {path.name}"):
+    with _export_error(f"ONNX Runtime cannot run {path.name}"):
         session = _require("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {port.name: inputs[port.name].detach().cpu().numpy() for port in session.get_inputs()}
         return [torch.from_numpy(output) for output in session.run(None, feed)]

@@ -1,4 +1,4 @@
-"""Fold: replace every chain by the one plain weight that it computes."""
+"""Fold: replaces every chain by the plain weight that it computes."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from biofx.model.slots import Slot
 
 
 def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
-    """A plain model of the original's class that computes what the transformed one computes, at the original's cost.
+    """A plain model of the original's class with the transformed model's outputs, at the original's cost.
 
     Every chain becomes one weight with the values that its operator received; gains, signs and hooks are gone. Names,
-    order and shapes in the state are the original's, so `original.load_state_dict(fold(bio).state_dict())` works; only
+    order and shapes of the state are the original's, so `original.load_state_dict(fold(bio).state_dict())` works; only
     units that `MirrorUnits` doubled stay doubled.
 
-    What passes put behind an operator is no weight: the sums of `GroupUnits`, and per-synapse activations, whose
-    operator stays the wider one that computes them. Then the folded model is a `GraphModule` that computes them, as it
-    is if you edited the graph, or transformed a graph. With the state alone, the original would compute something else,
-    so `into` is refused.
+    Some passes change the output of an operator, which no weight can express: `GroupUnits` adds sums, and an activation
+    per synapse needs the wider operator. Then the folded model is a `GraphModule` that computes these outputs, and
+    `into` is refused, because the original with the folded state would compute something else. The result is a
+    `GraphModule` as well if you edited the graph, or transformed a `GraphModule`.
 
     Args:
-        bio: a model made by `biofx.transform`; it stays as it is.
+        bio: a model made by `biofx.transform`, which is not changed.
         into: an instance of the original model to fill with the folded parameters and buffers, instead of building a
             new one.
 
     Returns:
-        `into`, or a new module that shares no tensor with `bio`, in the same mode: an instance of the original's class,
-        with its Python, its hooks and its attributes as they are in `bio`.
+        `into`, or a new module that shares no tensor with `bio`, in the same mode: an instance of the original's class
+        with the hooks and attributes of `bio`.
 
     Raises:
-        ArgumentError: `bio` was not made by `biofx.transform` or cannot be copied, or `into` cannot hold what it
-            computes: a tensor does not fit, or a pass changed what an operator returns.
+        ArgumentError: `bio` was not made by `biofx.transform` or cannot be copied, or `into` cannot give its
+            outputs: a tensor does not fit, or a pass changed the output of an operator.
 
     Example:
         >>> import biofx, torch
@@ -56,17 +56,17 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
     bio = transformed(bio)
     if into is not None and not isinstance(into, nn.Module):
         raise ArgumentError(f"fold: into must be an instance of the original model, got {into!r}")
-    rewired = why_not_weights_alone(bio)
+    rewired = why_weights_do_not_suffice(bio)
     if into is not None and rewired is not None:
         raise ArgumentError(
-            f"fold: {type(into).__name__} would compute something else: {rewired}; use fold(bio), whose graph does that"
+            f"fold: {type(into).__name__} would compute something else: {rewired}; use fold(bio), which keeps the graph"
         )
     with torch.inference_mode(False):  # so that the result can be trained
         found = enclosed(bio) if into is None else None
         if found is not None:
             raise ArgumentError(
-                f"fold: {found[0]} is or holds a function that refers to {found[1]} itself, and would do so in a copy; "
-                "make the function a method, or give the original model as into"
+                f"fold: {found[0]} is or holds a function that refers to {found[1]}, and its copy would refer to it "
+                "as well; make the function a method, or give the original model as into"
             )
         plain = _copy(bio)
         _drop_observers(plain.graph)
@@ -88,17 +88,17 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
 
 
 def _keep_graph(plain: CapturedModule) -> None:
-    """Let the graph of a folded model compute what its Python does not."""
+    """Let the graph of a folded model run instead of its Python."""
     vars(plain).pop(GUARD, None)
     number_nodes(plain)
     plain.recompile()
 
 
-def why_not_weights_alone(bio: fx.GraphModule) -> str | None:
-    """Why the original model with folded weights does not compute what a transformed one does, or None if it does."""
+def why_weights_do_not_suffice(bio: fx.GraphModule) -> str | None:
+    """Why the original model with folded weights has other outputs than the transformed one; None if not."""
     for _, origin in inserted_nodes(bio.graph):
         if origin.slot is Slot.OUTPUT:
-            return f"{origin.by} changed what the operator of {origin.parameter} returns, which no weight can hold"
+            return f"{origin.by} changed what the operator of {origin.parameter} returns, which no weight can express"
     return None
 
 
@@ -107,7 +107,7 @@ def _copy(bio: fx.GraphModule) -> CapturedModule:
         plain = copied(bio)
     except Exception as error:
         raise ArgumentError(
-            f"fold: {type(bio).__name__} cannot be copied: {error}; remove from it what copy.deepcopy refuses"
+            f"fold: {type(bio).__name__} cannot be copied: {error}; remove the attributes that copy.deepcopy refuses"
         ) from error
     assert isinstance(plain, CapturedModule)
     return plain
@@ -137,9 +137,9 @@ def _fill(into: nn.Module, plain: nn.Module) -> nn.Module:
         if shapes[0] != shapes[1] and (name in persistent or "missing" not in shapes):
             raise ArgumentError(
                 f"fold: {type(into).__name__} is not the model that was transformed: "
-                f"{name} is {shapes[0]} in the folded model and {shapes[1]} in it"
+                f"{name} is {shapes[0]} in the folded model and {shapes[1]} in this one"
             )
-    into.load_state_dict(plain.state_dict(), strict=False)  # every tensor fits; extra state need not be in both
+    into.load_state_dict(plain.state_dict(), strict=False)  # shapes were checked; extra state may be missing in one
     with torch.no_grad():
         for name in ours.keys() & theirs.keys() - persistent:
             theirs[name].copy_(ours[name])

@@ -1,17 +1,16 @@
-"""Looking at a transformed model: as tables and as a networkx graph."""
+"""Inspection: tables of a transformed model's weights and nodes, and its graph for networkx."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from tabulate import tabulate
 from torch import fx, nn
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError
+from biofx.base.tables import Cell, Table, wrapped
 from biofx.model.chain import attribute, callee, parameter_nodes
 from biofx.model.provenance import RunnablePass, inserted, record_of, transformed
 from biofx.model.synapses import State, synapses_in
@@ -20,21 +19,18 @@ from biofx.weights.facts import NOT_A_SYNAPSE, Need
 if TYPE_CHECKING:
     import networkx
 
-WIDTH = 120  # of a summary
-SHORT = 50  # what is not longer stays in the row of a table that is too wide
 HEADERS = ("weight", "operator", "shape", "Γ", "gain", "sign", "left alone", "remark")
-OPTIONAL = ("left alone", "remark")  # columns that only show if there is something in them
 
 
 def summary(bio: nn.Module) -> str:
     """The passes that ran, and a table with one row for each weight.
 
-    Columns: the weight's name; its operator, and the island that it is in, if it is; its shape, without the axis of
+    Columns: the weight's name; its operator, and the island that contains it, if any; its shape, without the axis of
     synapses; Γ, the number of synapses for each connection; mean, standard deviation and range of the learning gain;
-    the sign constraint; and, if there are any, the passes that left the weight alone, with the reason, and what passes
-    remarked about it; in a wide table, these are numbered notes below it. Then come the islands (modules whose Python
-    forward is called as it is), with the reason; the weights that no pass could see, with the reason; those that wait
-    for `biofx.attach`; and the parameters that are not synapses.
+    the sign constraint; and, if there are any, the passes that left the weight alone, with the reason, and remarks of
+    passes. Long notes of a wide table are numbered and stand below it. Lists follow: the islands (untraced submodules)
+    and the weights that no pass could see, each with the reason; the weights that wait for `biofx.attach`; and the
+    parameters that are not synapses.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -61,24 +57,25 @@ def summary(bio: nn.Module) -> str:
     bio = transformed(bio)
     record = record_of(bio)
     sites, others = find_weights(bio)
-    parts = ["passes: " + ",\n        ".join(str(run.pass_) for run in record.passes), *_weights(sites.values())]
-    parts += [_wrapped(note) for run in record.passes if (note := _function_note(run.pass_))]
+    parts = ["passes: " + ",\n        ".join(str(run.pass_) for run in record.passes)]
+    parts.append(str(Table(HEADERS, [_row(site) for site in sites.values()])))
+    parts += [wrapped(note) for run in record.passes if (note := _function_note(run.pass_))]
     if record.inputs not in ("", "given"):
-        parts.append(_wrapped(f"inputs with which the model ran: {record.inputs}"))
-    parts += map(_wrapped, record.notes)
+        parts.append(wrapped(f"inputs with which the model ran: {record.inputs}"))
+    parts += map(wrapped, record.notes)
     if record.islands:
-        title = "islands, whose Python forward is called as it is, with the weights inside rewritten:"
+        title = "islands (untraced submodules; passes rewrite the weights inside):"
         parts.append("\n".join([title, *(_island(bio, path, why) for path, why in record.islands.items())]))
-    unseen = [_wrapped(f"  {name}: {reason}") for name, reason in others.items() if reason != NOT_A_SYNAPSE]
+    unseen = [wrapped(f"  {name}: {reason}") for name, reason in others.items() if reason != NOT_A_SYNAPSE]
     if unseen:
         parts.append("\n".join(["left alone:", *unseen]))
     acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
     acting |= {name for name, site in sites.items() if site.learning is not None and site.learning.attached}
     idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
     if idle:
-        parts.append(_listed("no optimizer is attached, so nothing happens at its steps (biofx.attach)", idle))
+        parts.append(_listed("no optimizer is attached, so no rule acts at its steps (biofx.attach)", idle))
     if record.nonnegative:
-        parts.append(_listed("kept from being negative, as they multiply units", record.nonnegative))
+        parts.append(_listed("scale parameters kept from being negative", record.nonnegative))
     plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
     if plain:
         parts.append(_listed("not synapses", plain))
@@ -86,52 +83,22 @@ def summary(bio: nn.Module) -> str:
 
 
 def _function_note(pass_: RunnablePass) -> str:
-    """What a pass does to what the model computes, if it may change that."""
+    """A sentence on a pass that may change what the model computes; empty for other passes."""
     if pass_.preserves_function:
         return ""
     return f"{pass_.name} changes what the model computes" + (f"; {pass_.instead}" if pass_.instead else "")
 
 
-def _weights(sites: Iterable[WeightSite]) -> list[str]:
-    """The table of the weights, and its notes if there are any."""
-    rows = [_row(site) for site in sites]
-    shown = [i for i, header in enumerate(HEADERS) if header not in OPTIONAL or any(row[i] for row in rows)]
-
-    def table_with(write: Callable[[list[str]], str]) -> str:
-        cells = [[write(row[i]) if HEADERS[i] in OPTIONAL else row[i] for i in shown] for row in rows]
-        return _text(cells, [HEADERS[i] for i in shown])
-
-    wide = table_with(";\n".join)
-    if max(map(len, wide.splitlines())) <= WIDTH:
-        return [wide]
-    number: dict[str, int] = {}
-
-    def numbered(note: str) -> str:
-        return f"[{number.setdefault(note, len(number) + 1)}]"
-
-    def cell(notes: list[str]) -> str:
-        texts = [note for note in notes if len(note) <= SHORT]
-        references = " ".join(numbered(note) for note in notes if note not in texts)
-        return ";\n".join(texts) + ("\n" if texts and references else "") + references
-
-    narrow = table_with(cell)
-    return [narrow, *(["\n".join(_wrapped(f"[{n}] {note}") for note, n in number.items())] if number else [])]
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-
-
 def _listed(title: str, names: Iterable[str]) -> str:
-    return _wrapped(f"{title}: {', '.join(names)}")
+    return wrapped(f"{title}: {', '.join(names)}")
 
 
 def _island(bio: fx.GraphModule, path: str, reason: str) -> str:
     name = type(bio.get_submodule(path)).__name__
-    return _wrapped(f"  {path} ({name}): {reason}" if path else f"  the model ({name}): {reason}")
+    return wrapped(f"  {path} ({name}): {reason}" if path else f"  the model ({name}): {reason}")
 
 
-def _row(site: WeightSite) -> list[Any]:
+def _row(site: WeightSite) -> list[Cell]:
     runs = record_of(site.bio).passes
     remarks = [f"{run.pass_.name}: {run.remarks[site.name]}" for run in runs if site.name in run.remarks]
     unjudged = site.unmet(Need.UNITS)
@@ -142,8 +109,8 @@ def _row(site: WeightSite) -> list[Any]:
         site.name if site.raw.requires_grad else f"{site.name} (frozen)",
         _operator(site),
         " × ".join(map(str, site.shape)),
-        site.synapses,
-        _spread(site.gain),
+        str(site.synapses),
+        _gains(site.gain),
         _signs(site.sign),
         left,
         remarks,
@@ -156,7 +123,7 @@ def _operator(site: WeightSite) -> str:
     return site.operator + times + (f", in {where}" if where else "")
 
 
-def _spread(gain: torch.Tensor | None) -> str:
+def _gains(gain: torch.Tensor | None) -> str:
     if gain is None or gain.numel() == 0:
         return "1"
     values = gain.detach().double()
@@ -172,10 +139,9 @@ def _signs(sign: torch.Tensor | None) -> str:
 
 
 def table(bio: nn.Module, only: str = "inserted") -> str:
-    """The graph as a table with one row for each node: its name, what it calls with what, and where it comes from.
+    """The graph as a table with one row for each node: its name, function and arguments, and the pass that inserted it.
 
-    Behind the nodes come the steps from what is stored to each weight that only the Python in islands reads, which are
-    no nodes of the graph.
+    Weights that only the Python of islands reads have no nodes; the links of their chains follow the nodes.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -197,7 +163,7 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
     if only not in ("inserted", "all"):
         raise ArgumentError(f'table: only must be "inserted" or "all", got {only!r}')
     bio = transformed(bio)
-    rows = []
+    rows: list[list[Cell]] = []
     for node in bio.graph.nodes:
         origin = inserted(node)
         if origin is None and only == "inserted":
@@ -210,16 +176,11 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
         for link in synapses.links if name not in shown else ():
             arguments = ", ".join(["…", *(str(arg.key if isinstance(arg, State) else arg) for arg in link.args)])
             rows.append(["", link.name, arguments, name, link.origin.slot.label, link.origin.by])
-    return _text(rows, ["node", "calls", "arguments", "weight", "slot", "pass"])
-
-
-def _text(rows: list[list[Any]], headers: list[str]) -> str:
-    lines = tabulate(rows, headers=headers, disable_numparse=True).splitlines()
-    return "\n".join(line.rstrip() for line in lines)
+    return str(Table(("node", "calls", "arguments", "weight", "slot", "pass"), rows))
 
 
 def role(node: fx.Node, bio: fx.GraphModule) -> str:
-    """What a node is for: `original`, `weight`, or the slot in which a pass inserted it."""
+    """The role of a node: `original`, `weight`, or the slot in which a pass inserted it."""
     origin = inserted(node)
     if origin is not None:
         return origin.slot.label
@@ -228,12 +189,12 @@ def role(node: fx.Node, bio: fx.GraphModule) -> str:
 
 
 def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
-    """The graph as a networkx multigraph: a node may use another more than once.
+    """The graph as a networkx multigraph, in which a node may use another more than once.
 
-    Nodes are named as in the graph. Their attributes are all strings: `op`, `calls`, `module` (path of the module whose
-    forward made the node), `role` (`original`, `weight`, or the slot), and `weight` and `pass` for inserted nodes, else
-    empty. The key of an edge is the argument's position among all inputs of the node, and is repeated as its attribute
-    `position`. GraphML and node-link JSON take it as it is.
+    Nodes are named as in the graph. Their attributes are strings: `op`, `calls`, `module` (the path of the module whose
+    forward made the node), `role` (`original`, `weight`, or the slot), and `weight` and `pass`, which are empty for
+    nodes that no pass inserted. The key of an edge, and its attribute `position`, is the argument's position among all
+    inputs of the node. GraphML and node-link JSON can hold the graph.
 
     Args:
         bio: a model made by `biofx.transform`.

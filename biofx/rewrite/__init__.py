@@ -1,1 +1,1 @@
-"""Passes: what one is, what it edits a graph with, how several run after each other, and what is verified."""
+"""Rewriting: the base class of passes, their editors, the pipeline that runs them, and verification."""

@@ -1,4 +1,4 @@
-"""Editor: the hands of a pass. A pass decides what becomes of a weight; the editor inserts it in the right place."""
+"""Editor: changes one weight for a pass. The pass decides what to insert; the editor knows where it belongs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Owners = dict[int, list[tuple[nn.Module, str]]]
 
 
 def owners(bio: nn.Module) -> Owners:
-    """All places in the module tree where a parameter is registered, by the parameter's id; several if it is tied."""
+    """The modules and keys under which each parameter is registered, by its id; several if it is tied."""
     result: Owners = {}
     for module in bio.modules():
         for key, parameter in module._parameters.items():
@@ -38,7 +38,7 @@ def owners(bio: nn.Module) -> Owners:
 
 
 def replace_parameter(places: Owners, old: nn.Parameter, value: Tensor) -> None:
-    """Store `value` in every place of a parameter. The old parameter is left as it is; a frozen one stays frozen."""
+    """Replace a parameter by `value` in every module that registers it. A frozen parameter stays frozen."""
     new = nn.Parameter(value.detach().contiguous(), requires_grad=old.requires_grad)
     places[id(new)] = places.pop(id(old))
     for module, key in places[id(new)]:
@@ -50,10 +50,10 @@ class Editor:
 
     Attributes:
         name: the parameter's name in the original model.
-        generator: random numbers that depend on the seed, the pass and the parameter's name only. A CPU generator.
+        generator: a CPU generator, which depends only on the seed, the pass and the parameter's name.
         changed: whether the pass changed the chain or the parameter.
         reason: why the pass left the parameter alone, if it did.
-        remarks: what else the user should know of the parameter.
+        remarks: further notes for the user.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Editor:
         return stored(self._bio, self.name)
 
     def _synapses(self) -> Synapses:
-        """The parameter's synapses, which it has from now on."""
+        """The parameter's synapses, which are created if it has none."""
         synapses = synapses_of(self._bio, self.name)
         if synapses is None:
             synapses = give_synapses(self._places[id(self.raw)], self.raw)
@@ -92,18 +92,18 @@ class Editor:
             chain.show(self._start, stored_name(self._bio, self.name), synapses)
 
     def on(self, start: fx.Node) -> Editor:
-        """An editor for another parameter, given by its `get_attr` node, such as the bias that goes with a weight."""
+        """An editor for another parameter, given by its `get_attr` node, such as the bias of a weight's operator."""
         return Editor(self._bio, chain.original_name(self._bio, start), start, self._by, self._seed, self._places)
 
     def insert(self, target: Callable[..., Any], *args: Any) -> None:
-        """Put `target(weight, *args)` into the weight's chain, in the pass's slot, behind what is there already.
+        """Put `target(weight, *args)` into the weight's chain, at the end of the pass's slot.
 
         Args:
             target: a dispatcher operator or a PyTorch function whose first argument is the weight.
             args: its other arguments: constants, or state (see `state`).
 
         Raises:
-            PipelineError: the target does not do what the pass's slot promises.
+            PipelineError: the target violates what the pass's slot promises.
         """
         self.changed = True
         link = Link(target, args, self._origin(self._by.slot))
@@ -117,7 +117,7 @@ class Editor:
         self._show()
 
     def state(self, key: str, value: Tensor) -> State:
-        """Keep a tensor for this parameter (see `keep`), and return what stands for it among arguments."""
+        """Keep a tensor for this parameter (see `keep`), and return a reference to it for the arguments of `insert`."""
         self.keep(key, value)
         return State(key)
 
@@ -125,13 +125,13 @@ class Editor:
         """Keep a tensor for this parameter in the buffer `<parameter>_synapses.<key>`, on the parameter's device.
 
         Raises:
-            PipelineError: there is something of that name.
+            PipelineError: the name is taken.
         """
         self.changed = True
         self._synapses().keep(key, value, self._by.name)
 
     def gain(self, value: Tensor | None = None) -> None:
-        """Let the weight have a gain c for every synapse, and multiply it by `value`.
+        """Give the weight a gain for every synapse, or multiply its gain by `value`.
 
         All rules share one gain, in the buffer `<parameter>_synapses.gain`, and one `biofx.scale_grad` that applies it.
 
@@ -200,8 +200,8 @@ class Editor:
     def count_steps(self) -> None:
         """Let `biofx.attach` count the steps that the weight's optimizer takes.
 
-        Their number is in the buffer `<parameter>_synapses.steps`. Together with the seed (`keep_seed`), it decides
-        which random numbers rules draw.
+        The buffer `<parameter>_synapses.steps` holds the number. It determines the random numbers of rules, together with
+        the seed (`keep_seed`).
         """
         self.changed = True
         if self._synapses().share("steps", self._by.name, links=False) is None:
@@ -226,7 +226,7 @@ class Editor:
 
         Args:
             node: a node of the graph, such as one of a site's `uses`.
-            target: a function whose first argument is what the node computes.
+            target: a function whose first argument is the value of the node.
             args: its other arguments.
         """
         self._rewire()
@@ -257,7 +257,7 @@ class Editor:
             return self._put_behind(node, node.graph.call_module(child, (node,)))
 
     def _rewire(self) -> None:
-        """Note that only the graph computes what the operator of the parameter returns."""
+        """Record that only the graph computes the output of the parameter's operator, so its Python must not run."""
         self._synapses().rewired = self._by.name
 
     def _put_behind(self, node: fx.Node, new: fx.Node) -> fx.Node:
@@ -270,12 +270,12 @@ class Editor:
         return new
 
     def observe(self, operator: Callable[..., Any], site: WeightSite, key: str) -> None:
-        """Let an observer look at what every use of the weight returns: at its postsynaptic units.
+        """Insert an observer of the output of every use of the weight.
 
         Args:
             operator: an observer, `torch.ops.biofx.<name>` (see `biofx.model.operators.observer`).
             site: the weight, whose operator returns its units on one axis (`unmet(Need.OUTPUT)` is None).
-            key: the name of the state that it adds to.
+            key: the name of the state in which it accumulates.
         """
         axes = [call.use.output_axes[0] for call in site.calls]
         self._observe(operator, site, key, site.units, [*zip(site.outputs, axes, strict=True)])
@@ -285,7 +285,7 @@ class Editor:
 
         Args:
             operator: an observer, `torch.ops.biofx.<name>` (see `biofx.operators.observer`).
-            site: the weight, whose operator reads its units on one axis (`why_no_input` is None).
+            site: the weight, whose operator reads its units on one axis (`unmet(Need.INPUT)` is None).
             key: the name of the state that it adds to.
         """
         places = [(call.source, call.use.source_axes[0]) for call in site.calls]

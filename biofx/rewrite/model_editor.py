@@ -1,4 +1,4 @@
-"""ModelEditor: the hands of a pass that looks at the whole model, as one does that gives units their signs."""
+"""Model editor: changes a whole model for a pass, such as one that gives units their signs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ModelEditor:
         sites: those that the pass may touch.
         edits: an editor for each of them.
         excluded: parameters that no pass may touch, each with the reason.
-        understood: what a run told of the model, before this pass or when it looked again; None if it could not be run.
-        seed: seed of every random draw.
+        understood: the analysis of the model's last recorded run; None if the model could not be run.
+        seed: seed of all random draws.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ModelEditor:
         return None if self.understood is None else Units.of(self.understood, self.all_sites)
 
     def look_again(self) -> None:
-        """Run the model again, as its units are others now, and keep what that tells."""
+        """Record and analyse a new run, after the pass has changed the units."""
         if self.understood is not None:
             self.understood = understand_again(self.bio, self.understood)
             remember(self.bio, self.understood)
@@ -63,7 +63,7 @@ class ModelEditor:
         vars(self).pop("units", None)
 
     def generator(self, *purpose: str) -> torch.Generator:
-        """Random numbers that depend on the seed, the pass and the purpose only. A CPU generator."""
+        """A CPU generator, which depends only on the seed, the pass and the purpose."""
         return randomness.generator(self.seed, self._by.name, *purpose)
 
     def note(self, text: str) -> None:
@@ -71,7 +71,7 @@ class ModelEditor:
         record_of(self.bio).notes.append(text)
 
     def keep_nonnegative(self, parameter: str) -> None:
-        """Keep a parameter that multiplies units from being negative: at every step, and in `verify`."""
+        """Keep a scale parameter from being negative: it is clamped at every step, and `verify` checks it."""
         record_of(self.bio).nonnegative[parameter] = self._by.name
 
     def value(self, parameter: str) -> torch.nn.Parameter:

@@ -1,4 +1,4 @@
-"""The pipeline: passes in canonical order, each timed and verified."""
+"""Pipeline: runs passes in canonical order, and times and verifies each."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def run(
     check: bool,
     print_between: Printer | None = None,
 ) -> list[Tensor] | None:
-    """Run passes on a captured model, from the operator inwards, whatever the order in which they are given.
+    """Run passes on a captured model in canonical order: from the operator inwards.
 
-    A pass that changes the shape of a weight thus runs before one that draws a number for each of its entries; one that
-    changes which units there are runs first of all.
+    So a pass that changes the shape of a weight runs before one that draws a number for each of its entries. A pass
+    that changes the set of units runs first.
 
     Args:
         bio: the model, changed in place.
         passes: the passes.
         excluded: weights that no pass may touch, each with the reason.
-        seed: seed of every random draw.
-        understood: what a run told of the model; None if it could not be run. Passes that preserve the function are
-            checked on the same run.
+        seed: seed of all random draws.
+        understood: the analysis of a recorded run; None if the model could not be run. Passes that preserve the
+            function are checked on the same run.
         check: verify the model after each pass.
         print_between: called with the graph's text after each pass.
 
     Returns:
-        What the model returns now, if it is known: if it does the same twice, and each pass preserved that.
+        The model's outputs, if they are repeatable and every pass preserved them; else None.
 
     Raises:
         PipelineError: two passes exclude each other.
@@ -67,7 +67,7 @@ def run(
     _refuse_conflicts(bio, ordered, excluded)
     for pass_ in ordered:
         run = understood.run if understood is not None and repeats else None
-        if run is not None and outputs is None and pass_.preserves_function:  # the pass before this one did not
+        if run is not None and outputs is None and pass_.preserves_function:  # an earlier pass changed them
             outputs = _outputs(bio, pass_, run)
         with fixed_defaults():
             editor = ModelEditor(bio, pass_, seed, excluded, understood)
@@ -89,7 +89,7 @@ def run(
 
 
 def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> list[Tensor] | None:
-    """What the model returns, if it does so twice; not if a generator of its own draws random numbers."""
+    """The model's outputs if two runs agree; None if it draws from a random number generator of its own."""
     if understood is None:
         return None
     bio.recompile()
@@ -107,14 +107,14 @@ def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dic
             for old in present:
                 if old.name == new.name:
                     raise PipelineError(
-                        f"{name} has {old} already, and a weight takes {new.name} once "
+                        f"{name} has {old} already, and a weight can have {new.name} only once "
                         "(use exclude to give other weights other options)"
                     )
                 reshapes = new.slot in (Slot.SUM, Slot.OUTPUT) and old.slot < new.slot
                 if old in earlier and (reshapes or new.changes_units):
                     raise PipelineError(
-                        f"{new.name} changes the shape of {name}, or of what it returns, and {old.name} is set up for "
-                        "the present one; transform the original model with both"
+                        f"{new.name} changes the shape of {name} or of its operator's output, and {old.name} "
+                        "fits the present shape only; transform the original model with both"
                     )
                 if (old.changes_units or new.changes_units) and Slot.OUTPUT in (old.slot, new.slot):
                     raise PipelineError(
@@ -157,11 +157,11 @@ def _outputs(bio: fx.GraphModule, pass_: Pass, run: Run | None) -> list[Tensor]:
     try:
         return run_in_eval_mode(bio, run)
     except Exception as error:
-        raise VerificationError([f"{pass_.name}: {type(bio).__name__} does not run any more: {error}"]) from error
+        raise VerificationError([f"{pass_.name}: {type(bio).__name__} fails after the pass: {error}"]) from error
 
 
 def _unchanged(bio: fx.GraphModule, pass_: Pass, run: Run, before: list[Tensor]) -> list[Tensor] | None:
-    """What the model returns after a pass, which is the same if the pass says so; None if it does not."""
+    """The model's outputs after a pass that must preserve them; None after another pass."""
     if not pass_.preserves_function:
         return None
     after = _outputs(bio, pass_, run)

@@ -1,4 +1,4 @@
-"""Passes by name: what a pass is, how it is written in a pipeline string, and recipes."""
+"""Registry: the base class of passes, their names and pipeline strings, and recipes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Moment(enum.IntEnum):
-    """When in `optimizer.step()` a rule acts; the value is the order."""
+    """When a rule acts around `optimizer.step()`, in this order."""
 
     GRADIENT = 1
     GAIN = 2
@@ -42,14 +42,14 @@ class Moment(enum.IntEnum):
 class Pass:
     """A mechanism: a frozen dataclass whose fields are its options.
 
-    Subclass it, name it, say which slot it fills, and write `rewrite`. `passes.register` makes it known by its name.
+    Subclass it, set `name` and `slot`, and write `rewrite`. `passes.register` makes it available by its name.
 
     Attributes:
         name: the name in pipeline strings and tables.
-        slot: where on the way from the stored weight to its operator the pass puts its nodes.
+        slot: where the pass inserts its nodes between the stored weight and its operator.
         moment: when the pass acts around `optimizer.step()`, if it does (see `biofx.attach`).
-        changes_units: whether the pass changes which units there are. Such a pass runs before all others, and calls
-            `ModelEditor.look_again` when it has.
+        changes_units: whether the pass changes the set of units. Such a pass runs before all others, and calls
+            `ModelEditor.look_again` after the change.
     """
 
     name: ClassVar[str]
@@ -59,21 +59,21 @@ class Pass:
 
     @property
     def preserves_function(self) -> bool:
-        """Whether the model computes the same after the pass as before, to rounding; checked on example inputs."""
+        """Whether the pass preserves the model's outputs, up to rounding; this is checked on example inputs."""
         return False
 
     @property
     def instead(self) -> str:
-        """What to use to keep the function, a clause for `summary`; empty if there is nothing."""
+        """A clause for `summary` that names an alternative which preserves the outputs; empty if there is none."""
         return ""
 
     @property
     def acts_at_step(self) -> bool:
-        """Whether the pass does something around `optimizer.step()`."""
+        """Whether the pass acts around `optimizer.step()`."""
         return self.moment is not None
 
     def rewrite_model(self, model: ModelEditor) -> None:
-        """Rewrite a model, one weight after the other; a pass for which weights belong together overrides this."""
+        """Rewrite a model weight by weight; a pass that needs all weights at once overrides this."""
         for name, site in model.sites.items():
             self.rewrite(site, model.edits[name])
 
@@ -86,11 +86,11 @@ class Pass:
         raise NotImplementedError(f"{type(self).__name__}.at_step")
 
     def violations(self, site: WeightSite) -> Iterator[str]:
-        """The invariants of this pass that a weight breaks, one sentence each; `biofx.verify` asks."""
+        """One sentence for each invariant of this pass that a weight breaks, for `biofx.verify`."""
         yield from ()
 
     def __str__(self) -> str:
-        """The pass as a pipeline string, with the options that are not at their default."""
+        """The pass as a pipeline string, with the options that differ from their defaults."""
         options = [
             f"{field.name}={_write(value)}"
             for field in dataclasses.fields(self)
@@ -104,9 +104,9 @@ _PASSES: dict[str, type[Pass]] = {}
 _RECIPES: dict[str, str] = {}
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _WORD = re.compile(r"[\w.+-]+")
-_TOKEN = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*"|.""", re.DOTALL)  # a string, or else one character
+_TOKEN = re.compile(r"""'(\\.|[^'\\])*'|"(\\.|[^"\\])*"|.""", re.DOTALL)  # a string literal or one character
 _CLOSES = {"}": "{", "]": "[", ")": "("}
-_OPENS = (*_CLOSES.values(), "'", '"')  # a quote that is a token of its own begins a string that does not end
+_OPENS = (*_CLOSES.values(), "'", '"')  # a quote alone is a token only if its string is not closed
 
 
 def register(pass_class: PassClass) -> PassClass:
@@ -165,7 +165,7 @@ def _origin(pass_class: type[Pass]) -> tuple[str, str]:
 
 
 def register_recipe(name: str, pipeline: str) -> None:
-    """Give a pipeline a name, under which `transform` and pipeline strings accept it.
+    """Name a pipeline, for `transform` and pipeline strings.
 
     Raises:
         ArgumentError: the name is malformed or taken.
@@ -178,12 +178,12 @@ def register_recipe(name: str, pipeline: str) -> None:
 
 
 def registered_passes() -> dict[str, type[Pass]]:
-    """All known passes by name."""
+    """All registered passes by name."""
     return dict(sorted(_PASSES.items()))
 
 
 def recipes() -> dict[str, str]:
-    """All known recipes: the pipeline string of each, by name."""
+    """The pipeline strings of all registered recipes, by name."""
     return dict(sorted(_RECIPES.items()))
 
 
@@ -193,7 +193,7 @@ def parse(pipeline: str) -> list[Pass]:
     Values are Python literals; a bare word is a string.
 
     Raises:
-        PipelineError: malformed, or an unknown pass or option; lists what exists.
+        PipelineError: the string is malformed, or a pass or option is unknown; the message lists the known ones.
         ArgumentError: a value that the pass refuses.
 
     Example:
@@ -253,14 +253,14 @@ def _build(pass_class: type[Pass], options: list[str]) -> Pass:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas that are outside of brackets and quotes."""
+    """Split at the commas outside brackets and quotes."""
     commas = [i for i in _outside(text) if text[i] == ","]
     parts = [text[i + 1 : j].strip() for i, j in pairwise([-1, *commas, len(text)])]
     return [part for part in parts if part]
 
 
 def _outside(text: str) -> list[int]:
-    """The positions outside of brackets and quotes; the outermost brackets themselves are outside."""
+    """The positions outside brackets and quotes, including the outermost brackets themselves."""
     opened: list[int] = []
     result: list[int] = []
     for token in _TOKEN.finditer(text):
@@ -296,7 +296,7 @@ def _write(value: Any) -> str:
 
 
 def as_passes(passes: Sequence[Pass] | str) -> list[Pass]:
-    """The pass objects that `transform` was given, as objects or as a pipeline string.
+    """The passes given to `transform`, as objects.
 
     Raises:
         ArgumentError: not a list of pass objects or a string, or no pass at all.

@@ -1,4 +1,4 @@
-"""Verification: the invariants of a transformed model."""
+"""Verification: checks the invariants of a transformed model."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from biofx.weights.facts import Need
 def verify(bio: nn.Module) -> dict[str, Verdict]:
     """Check every invariant of a transformed model.
 
-    - Every weight that passes rewrote is stored as they left it, and what they keep is there.
+    - Every rewritten weight, and the state that passes keep for it, is stored as the passes left it.
     - The graph is well formed (`graph.lint`).
     - Every weight has one chain, with its nodes in canonical order, and every inserted node is in use.
     - Every `biofx` operator in the graph was inserted by a pass that ran.
     - No parameter of the original model is gone, and the weights that passes changed are finite.
-    - All outgoing effective weights of a unit that has a sign, in all weights that read it, have one sign. What
-      multiplies units and is held to be not negative is so.
-    - Gains are finite and not negative; what else a pass promises holds (`Pass.violations`).
+    - All outgoing effective weights of a unit with a sign, in all weights that read it, have one sign. Scale parameters
+      that passes keep from being negative are not negative.
+    - Gains are finite and not negative, and the invariants of each pass hold (`Pass.violations`).
 
     Args:
         bio: a model made by `biofx.transform`.
 
     Returns:
-        For each weight, whether Dale's principle holds for it: `"obeys"` was proved, `"free"` weights read inputs and
-        constants, `"not constrained"` ones were given no signs, and of those that are `"not judged"` nobody can tell
-        whose units they read. `Units.verdicts` judges weights without signs as well.
+        For each weight, whether it obeys Dale's principle: `"obeys"` was checked; `"free"` weights read inputs and
+        constants; `"not constrained"` ones have no signs; for those that are `"not judged"`, the units that they read
+        are unknown. `Units.verdicts` judges weights without signs as well.
 
     Raises:
-        VerificationError: lists every broken invariant, each with the pass and the parameter.
+        VerificationError: an invariant is broken; the message lists all, each with the pass and the parameter.
         ArgumentError: `bio` was not made by `biofx.transform`.
 
     Example:
@@ -80,7 +80,7 @@ def _verdict(site: WeightSite) -> Verdict:
 def _graph(bio: fx.GraphModule) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lint warns of attributes that are plain tensors, which a model may have
+            warnings.simplefilter("ignore")  # lint warns about plain tensors in attributes, which are legal
             bio.graph.lint()
     except RuntimeError as error:
         yield f"the graph is malformed: {error}"
@@ -138,7 +138,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
     for name, by in record.nonnegative.items():
         lowest = _lowest(stored(bio, name))
         if lowest is not None and lowest < 0:
-            yield f"{by}: {name}: it multiplies units, and is negative ({lowest:g})"
+            yield f"{by}: {name}: a scale parameter is negative ({lowest:g})"
     sites = find_weights(bio).sites
     yield from wrong_signs(sites)
     yield from mixed_units(sites)
@@ -155,8 +155,8 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
 
 
 def _lowest(values: Tensor) -> float | None:
-    """The lowest of some values, infinity if there are none, or None if one is not finite."""
+    """The lowest of some values; infinity if there are none, None if any is not finite."""
     if not values.numel():
         return math.inf
-    lowest, highest = map(float, values.detach().aminmax())  # reads each once, at a fraction of what isfinite costs
+    lowest, highest = map(float, values.detach().aminmax())  # one read of the values, much cheaper than isfinite
     return lowest if math.isfinite(lowest) and math.isfinite(highest) else None

@@ -1,8 +1,8 @@
-r"""Sign constraints: how a stored weight is kept to the sign of its presynaptic unit.
+r"""Sign constraints: functions that give a stored weight the sign of its presynaptic unit.
 
 $$w = s \cdot f(r), \qquad f \ge 0$$
 
-with r the stored weight, and s the sign of the unit, +1 or −1. A sign of 0 stands for a free weight, w = r.
+with r the stored weight and s the sign of the unit, +1 or −1. If s is 0, the weight is free: w = r.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SignConstraint:
-    """One way to keep a weight to its sign.
+    """One such function.
 
     Attributes:
-        operator: what stands in the graph, `operator(stored, sign)`.
-        store: the stored weight that gives a weight, `store(weight, sign)`; what has the other sign becomes zero.
+        operator: the function as the graph calls it, `operator(stored, sign)`.
+        store: its inverse, `store(weight, sign)`; entries of the wrong sign become zero.
         slope: the derivative of the weight's magnitude with respect to the stored weight, `slope(stored, sign)`.
     """
 
@@ -63,8 +63,8 @@ class _Rectify(torch.autograd.Function):
 
 
 def _project(weight: Tensor, sign: Tensor) -> Tensor:
-    """relu(w·s)·s with the gradient of the identity: a synapse at zero still feels where it should go."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    """relu(w·s)·s with the gradient of the identity, so that synapses at zero learn."""
+    if torch._C._functorch.peek_interpreter_stack() is None:  # torch.func runs no autograd.Function without vmap rules
         return _Rectify.apply(weight, sign)  # type: ignore[no-any-return, no-untyped-call]
     return rectify(weight, sign).detach() + (weight - weight.detach())
 
@@ -81,7 +81,7 @@ def _softplus(weight: Tensor, sign: Tensor) -> Tensor:
 
 
 def _inverse_softplus(weight: Tensor, sign: Tensor) -> Tensor:
-    """ln(eᵐ − 1) of the magnitude m, which is kept large enough to have a logarithm."""
+    """ln(eᵐ − 1) of the magnitude m, which is at least the smallest positive number, because ln 0 is infinite."""
     magnitude = rectify(weight, sign).abs().clamp(min=torch.finfo(weight.dtype).tiny)
     return torch.where(sign == 0, weight, magnitude + torch.log(-torch.expm1(-magnitude)))
 
@@ -107,14 +107,14 @@ CONSTRAINTS = {
 
 
 def constrain(edit: Editor, site: WeightSite, sign: Tensor, units: Tensor, constraint: str) -> None:
-    """Keep a weight to the signs of its presynaptic units.
+    """Constrain a weight to the signs of its presynaptic units.
 
     Args:
         edit: the weight's editor.
-        site: the weight; what it stores stays as it is.
+        site: the weight; its stored values are not changed.
         sign: sign of each presynaptic unit, +1, −1, or 0 if it is free, shape (presynaptic_units,).
-        units: number of the unit at each presynaptic position, int64, shape (presynaptic_units,): positions of one
-            unit, in whichever weight, have one number.
+        units: number of the unit at each presynaptic position, int64, shape (presynaptic_units,). Positions of one
+            unit have one number, also across weights.
         constraint: one of `CONSTRAINTS`.
     """
     spread = site.spread_presynaptic(sign).to(site.raw.device, site.raw.dtype)
@@ -131,7 +131,7 @@ def constraint_of(site: WeightSite) -> SignConstraint | None:
 
 
 def wrong_signs(sites: dict[str, WeightSite]) -> Iterator[str]:
-    """The weights in which synapses have another sign than their unit, one sentence for each."""
+    """One sentence for each weight with synapses whose sign is not that of their unit."""
     for name, site in sites.items():
         if site.sign is not None and constraint_of(site) is not None:
             agreement = site.synaptic().detach() * site.sign
@@ -141,9 +141,9 @@ def wrong_signs(sites: dict[str, WeightSite]) -> Iterator[str]:
 
 
 def mixed_units(sites: dict[str, WeightSite]) -> Iterator[str]:
-    """The units with outgoing weights of both signs, over all weights that read them, one sentence for each weight.
+    """One sentence for each weight that reads units with outgoing weights of both signs, over all weights.
 
-    A weight's units are those of the buffer `<weight>_units`; free ones are left out.
+    The numbers of a weight's units are in the buffer `<weight>_synapses.units`. Free units are omitted.
     """
     signs: dict[int, set[float]] = {}
     readers: dict[int, list[str]] = {}

@@ -1,8 +1,8 @@
-"""Scales: parameters that multiply units on their way, such as γ of a batch norm. A negative one turns signs over."""
+"""Scale parameters: those that multiply units, such as γ of a batch norm. Negative ones invert the units' effect."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,40 +14,34 @@ from biofx.model.synapses import stored
 from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
-    from biofx.analysis.units import Units
     from biofx.rewrite.model_editor import ModelEditor
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def hold_scales(model: ModelEditor, units: Units, constrained: Collection[str]) -> None:
-    """Keep parameters that multiply units on their way to weights with signs from being negative.
+def keep_scales_nonnegative(model: ModelEditor, scales: Mapping[str, Collection[str]]) -> None:
+    """Keep scale parameters from being negative, if that does not change the model.
 
-    Behind a batch norm that directly follows a weight, a negative γ is the same as a positive one with the weights of
-    its unit turned over, so nothing changes. A parameter that is negative elsewhere stays as it is, and the weights
-    that read its units get a remark.
+    A negative γ of a batch norm that directly follows a weight is inverted together with the weights of its unit, which
+    changes nothing. Other parameters with negative entries are not changed, and the weights behind them get a remark.
 
     Args:
         model: the model.
-        units: its units.
-        constrained: the weights that get signs.
+        scales: the names of scale parameters, each with the weights that get the remark.
     """
-    for name in sorted(units.scales.keys() - model.excluded.keys()):
-        readers = sorted(units.scales[name] & set(constrained))
-        if not readers:
-            continue
+    for name in sorted(scales):
         if bool((model.value(name) < 0).any()):
-            turn_over(model, name)
+            _move_sign_into_weight(model, name)
         negative = int((model.value(name) < 0).sum())
         if not negative:
             model.keep_nonnegative(name)
             continue
-        for reader in readers:
-            model.edits[reader].remark(f"{name} is negative for {negative} units, and turns their signs over")
+        for weight in sorted(scales[name]):
+            model.edits[weight].remark(f"{name} is negative for {negative} units, and inverts their signs")
 
 
 def project_scales(bio: fx.GraphModule, held: Collection[int] | None = None) -> None:
-    """Set to zero what has become negative in the parameters that passes keep from it.
+    """Set negative entries to zero in the parameters that passes keep from being negative.
 
     Args:
         bio: the transformed model.
@@ -59,8 +53,8 @@ def project_scales(bio: fx.GraphModule, held: Collection[int] | None = None) -> 
             parameter.clamp_(min=0)
 
 
-def turn_over(model: ModelEditor, scale: str) -> None:
-    """Move the sign of γ into the weights before the batch norm: γ·(w·x + b − μ) = |γ|·(±w·x ± b ∓ μ)."""
+def _move_sign_into_weight(model: ModelEditor, scale: str) -> None:
+    """Move the sign of γ into the weight before a batch norm: γ·(w·x + b − μ) = |γ|·(±w·x ± b ∓ μ)."""
     path = scale.rpartition(".")[0]
     norm = model.bio.get_submodule(path)
     calls = list(model.bio.graph.find_nodes(op="call_module", target=path))

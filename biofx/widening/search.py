@@ -1,4 +1,4 @@
-"""The search for the units that can be doubled: trials, each without those that failed before."""
+"""Search: finds the units that can be doubled, by propagations that each leave out what failed before."""
 
 from __future__ import annotations
 
@@ -12,45 +12,48 @@ from biofx.analysis.nodes import Nodes
 from biofx.analysis.understanding import Run, recorded
 from biofx.base.isolation import undisturbed
 from biofx.weights.facts import Need
-from biofx.widening.doubling import Trial
+from biofx.widening.propagation import Propagation
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
-    from biofx.widening.plan import Widening
+    from biofx.widening.plan import WideningPlan
 
 
-def find_widening(bio: fx.GraphModule, sites: dict[str, WeightSite], editable: Collection[str], run: Run) -> Widening:
-    """The widening that doubles the units of as many weights as possible, of those whose units a weight reads.
+def find_widening(
+    bio: fx.GraphModule, sites: dict[str, WeightSite], editable: Collection[str], run: Run
+) -> WideningPlan:
+    """The plan that doubles the units of as many weights as possible, among those whose units a weight reads.
 
     Args:
-        bio: a captured model; it stays as it is.
+        bio: a captured model, which is not changed.
         sites: all its weights.
         editable: the names of those that may change.
         run: runs the model.
     """
     opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
     nodes = Nodes(bio, recorded(bio, run))
-    left = {name: "something else reads it as well" for name in editable if _is_shared(bio, sites[name])}
-    left |= {name: reason for name, reason in opaque.items() if name in editable}
-    fixed = {name: left.get(name, "it may not change") for name in sites if name not in editable or name in left}
-    doubled = frozenset(editable) - left.keys()
+    reasons = {name: "something else reads it as well" for name in editable if _has_other_readers(bio, sites[name])}
+    reasons |= {name: reason for name, reason in opaque.items() if name in editable}
+    fixed = {name: reasons.get(name, "it may not change") for name in sites if name not in editable or name in reasons}
+    doubled = frozenset(editable) - reasons.keys()
     while True:
-        trial = Trial(bio, sites, doubled, fixed, opaque, nodes)
+        propagation = Propagation(bio, sites, doubled, fixed, opaque, nodes)
         with undisturbed(bio), torch.no_grad():
             bio.eval()
-            trial.run()
-        for units, reason in trial.failures or [(doubled - trial.read, "no weight reads its units")]:
-            left |= dict.fromkeys(units - left.keys(), reason)
-        if doubled.isdisjoint(left):
-            trial.result.left = left
-            return trial.result
-        doubled -= left.keys()
+            propagation.run()
+        # Units that no weight reads are left out last: a failure elsewhere may be why none does.
+        for weights, reason in propagation.failures or [(doubled - propagation.read, "no weight reads its units")]:
+            reasons |= dict.fromkeys(weights - reasons.keys(), reason)
+        if doubled.isdisjoint(reasons):
+            propagation.plan.reasons = reasons
+            return propagation.plan
+        doubled -= reasons.keys()
 
 
 def _why_opaque(site: WeightSite) -> str | None:
-    """Why it is not told on which axis of its input and of its output an operator has units, or None if it is."""
+    """Why the axis of units in the input or in the output of a weight's operator is unknown; None if both are known."""
     if any(call.use.is_embedding for call in site.calls):
-        return "the units of an embedding stay as they are"
+        return "the units of an embedding are not doubled"
     unmet = site.unmet(Need.OUTPUT)
     if unmet is not None:
         return unmet
@@ -61,8 +64,8 @@ def _why_opaque(site: WeightSite) -> str | None:
     return None
 
 
-def _is_shared(bio: fx.GraphModule, site: WeightSite) -> bool:
-    """Whether something else than its operator reads a weight, such as an embedding that is tied to it."""
+def _has_other_readers(bio: fx.GraphModule, site: WeightSite) -> bool:
+    """Whether a weight is read by something other than its operators, such as an embedding that is tied to it."""
     called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")}
     inside = {id(p) for path in called for p in bio.get_submodule(path).parameters()}
     others = [user for user in site.readers if user not in site.uses]

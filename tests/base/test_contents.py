@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from biofx.base.contents import frozen, holders, is_holder, named, put_back
+from biofx.base.contents import contents_key, holders, is_holder, key_by_name, put_back
 
 
 class Settings:
@@ -34,26 +34,26 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_frozen_is_equal_as_long_as_nothing_changes(change):
+def test_keys_are_equal_as_long_as_nothing_changes(change):
     value = nested()
-    before = frozen(value)
+    before = contents_key(value)
     for other, other_before in (copy.deepcopy((value, before)), pickle.loads(pickle.dumps((value, before)))):
-        assert frozen(other) == other_before
-        assert frozen(other) != before  # it has a tensor and a module of its own
+        assert contents_key(other) == other_before
+        assert contents_key(other) != before  # it has a tensor and a module of its own
     change(value)
-    assert frozen(value) != before
+    assert contents_key(value) != before
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_holders_are_all_that_can_change(change):
     value = nested()
-    unchanged, now = frozen(value), list(holders(value, set()))
+    unchanged, now = contents_key(value), list(holders(value, set()))
     before = [holder.copy() for holder in now]
     change(value)
     assert sum(not numpy.array_equal(new, old) for new, old in zip(now, before, strict=True)) == 1
     for holder, content in zip(now, before, strict=True):
         put_back(holder, content)
-    assert frozen(value) == unchanged
+    assert contents_key(value) == unchanged
 
 
 def test_tensors_modules_and_functions_are_not_looked_into():
@@ -64,26 +64,26 @@ def test_what_holds_itself_comes_to_an_end():
     value = []
     value.append(value)
     assert len(list(holders(value, set()))) == 1
-    assert frozen(value) == frozen(value)
+    assert contents_key(value) == contents_key(value)
 
 
-def test_what_is_shared_is_frozen_once():
+def test_shared_contents_enter_a_key_once():
     """It would be a tree of 2 ** 16 parts."""
     value = [1]
     for _ in range(16):
         value = [value, value]
-    assert len(frozen(value)) < 200
+    assert len(contents_key(value)) < 200
 
 
 def test_what_is_named_is_equal_where_it_is_found_again():
     def same(value):
-        return pickle.loads(pickle.dumps(frozen(value, named))) == frozen(value, named)
+        return pickle.loads(pickle.dumps(contents_key(value, key_by_name))) == contents_key(value, key_by_name)
 
     tensor = torch.ones(2)
     assert all(map(same, (nested, [nested, Settings], {"a": tensor}, [nn.Linear(1, 1)])))
-    before = frozen([tensor], named)
-    assert frozen([torch.ones(2)], named) != before
+    before = contents_key([tensor], key_by_name)
+    assert contents_key([torch.ones(2)], key_by_name) != before
     tensor += 1
-    assert frozen([tensor], named) != before
+    assert contents_key([tensor], key_by_name) != before
     doubles, triples = (lambda x: 2 * x), (lambda x: 3 * x)
-    assert frozen(doubles, named) != frozen(triples, named)
+    assert contents_key(doubles, key_by_name) != contents_key(triples, key_by_name)

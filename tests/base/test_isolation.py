@@ -1,4 +1,4 @@
-"""Trials: a model runs, and is afterwards what it was before."""
+"""Isolation: a model runs without side effects."""
 
 import collections
 import random

@@ -46,7 +46,7 @@ def test_memory_that_somebody_else_sees_is_copied_at_once(made):
     assert copy.tolist() == [1, 1, 1]
 
 
-def test_trials_share_the_memory_of_what_they_keep():
+def test_saved_parameters_share_memory():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     tensors = [*model.parameters(), *model.buffers()]
     before = [tensor.data_ptr() for tensor in tensors]

@@ -122,7 +122,7 @@ def test_a_forward_that_goes_through_its_children_is_told():
                 x = child(x)
             return x @ self.mix
 
-    with pytest.raises(BiofxError, match="split-synapses: Through does not run any more"):
+    with pytest.raises(BiofxError, match="split-synapses: Through fails after the pass"):
         biofx.transform(Through(), "split-synapses", frontend="module")
 
 

@@ -178,7 +178,7 @@ def test_fold_into_an_instance_copies_every_buffer():
     assert_close(target(x), model(x))
     other = RootBuffers()
     other.mask = torch.ones(4)
-    with pytest.raises(biofx.ArgumentError, match=r"mask is \(3,\) in the folded model and \(4,\) in it"):
+    with pytest.raises(biofx.ArgumentError, match=r"mask is \(3,\) in the folded model and \(4,\) in this one"):
         biofx.fold(biofx.transform(model, PIPELINES["both"]), into=other)
 
 
@@ -211,7 +211,7 @@ def test_a_model_that_cannot_be_copied():
     model = mlp(2, 2)
     model.lock = threading.Lock()
     bio = biofx.transform(model, PIPELINES["both"], inplace=True)
-    with pytest.raises(biofx.ArgumentError, match="Sequential cannot be copied: .*lock.*; remove from it what"):
+    with pytest.raises(biofx.ArgumentError, match="Sequential cannot be copied: .*lock.*; remove the attributes"):
         biofx.fold(bio)
 
 
@@ -243,8 +243,8 @@ def test_fold_into_an_instance():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (lambda: mlp(2, 4, 2), r"0.weight is \(3, 2\) in the folded model and \(4, 2\) in it"),
-        (lambda: mlp(2, 3, 2, 2), r"4.weight is missing in the folded model and \(2, 2\) in it"),
+        (lambda: mlp(2, 4, 2), r"0.weight is \(3, 2\) in the folded model and \(4, 2\) in this one"),
+        (lambda: mlp(2, 3, 2, 2), r"4.weight is missing in the folded model and \(2, 2\) in this one"),
     ],
 )
 def test_fold_into_another_architecture_names_the_first_difference(target, message):

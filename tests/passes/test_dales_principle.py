@@ -294,14 +294,14 @@ def test_a_negative_gamma_moves_into_the_weights_before_it():
         m(torch.ones(1, 2, 8, 8, dtype=torch.float64))
     torch.testing.assert_close(seen[1], seen[0])
     assert (bio.get_parameter("1.weight") >= 0).all()
-    assert "kept from being negative, as they multiply units: 1.weight" in biofx.summary(bio)
+    assert "scale parameters kept from being negative: 1.weight" in biofx.summary(bio)
 
 
 def test_verify_finds_a_gamma_that_has_become_negative():
     bio = biofx.transform(conv_bn(), [passes.DalesPrinciple()])
     with torch.no_grad():
         bio.get_parameter("1.weight")[3] = -0.5
-    with pytest.raises(biofx.VerificationError, match=r"1\.weight: it multiplies units, and is negative \(-0\.5\)"):
+    with pytest.raises(biofx.VerificationError, match=r"1\.weight: a scale parameter is negative \(-0\.5\)"):
         biofx.verify(bio)
 
 
@@ -318,7 +318,7 @@ def test_a_gamma_that_stays_negative_is_reported_where_its_units_are_read():
         model[1].weight[:4] = -1
     bio = biofx.transform(model, [passes.DalesPrinciple()])
     assert torch.equal(bio.get_parameter("1.weight"), model[1].weight)
-    assert "1.weight is negative for 4 units, and turns their signs over" in biofx.summary(bio)
+    assert "1.weight is negative for 4 units, and inverts their signs" in biofx.summary(bio)
 
 
 def test_weights_of_either_sign_that_read_the_same_units_are_reported():

@@ -358,13 +358,13 @@ class Between(nn.Module):
 
 
 OTHERS = {
-    "sum": (lambda x: x + x.sum(-1, keepdim=True), "sum, which computes something else of doubled ones"),
-    "softmax": (lambda x: x.softmax(-1), "softmax, which computes"),
-    "normalize": (lambda x: F.normalize(x, dim=-1), "normalize, which computes"),
-    "deviation": (lambda x: x / x.std(-1, keepdim=True), "std, which computes"),
-    "products": (lambda x: x @ (x.mT @ x), "matmul, which computes"),
-    "cumsum": (lambda x: x.cumsum(-1), "cumsum, which computes"),
-    "random": (lambda x: x + torch.randn_like(x), "randn_like, which computes"),
+    "sum": (lambda x: x + x.sum(-1, keepdim=True), "sum, whose result changes if units are doubled"),
+    "softmax": (lambda x: x.softmax(-1), "softmax, whose result changes"),
+    "normalize": (lambda x: F.normalize(x, dim=-1), "normalize, whose result changes"),
+    "deviation": (lambda x: x / x.std(-1, keepdim=True), "std, whose result changes"),
+    "products": (lambda x: x @ (x.mT @ x), "matmul, whose result changes"),
+    "cumsum": (lambda x: x.cumsum(-1), "cumsum, whose result changes"),
+    "random": (lambda x: x + torch.randn_like(x), "randn_like, whose result changes"),
 }
 
 
@@ -401,7 +401,7 @@ class Recurrent(nn.Module):
 
 def test_a_module_that_cannot_be_wider():
     bio = mirror(Recurrent(), torch.randn(2, 5, 3))
-    assert "its units reach LSTM in rnn, which computes something else" in left(bio, "fc.weight")
+    assert "its units reach LSTM in rnn, whose result changes" in left(bio, "fc.weight")
     assert "its units reach LSTM in rnn" in biofx.summary(bio)
     assert "given by a function" not in biofx.summary(bio)
     assert bio.hidden.weight.shape == (10, 4)
@@ -459,7 +459,7 @@ def test_a_function_that_is_one_node():
 def test_a_shuffle_in_front_of_a_depthwise_convolution():
     """The twins of a channel are not neighbours there, and a depthwise convolution reads neighbours."""
     model, x = double("shufflenet")
-    assert "whose groups are not doubled alike" in left(mirror(model, *x), "stage2.1.branch2.2.0.weight")
+    assert "whose groups are not all doubled in the same way" in left(mirror(model, *x), "stage2.1.branch2.2.0.weight")
 
 
 def test_a_weight_that_nobody_reads():
@@ -494,7 +494,7 @@ def test_another_negative_scale_stays_and_is_named():
     with torch.no_grad():
         model.gamma[2] = -1
     bio = mirror(model, x)
-    assert "gamma is negative for some of its units, and turns their signs over" in biofx.summary(bio)
+    assert "and inverts their signs" in biofx.summary(bio)
     assert set(bio.biofx.nonnegative) == {"norm.weight"}
 
 
@@ -611,7 +611,7 @@ def test_the_folded_model_has_other_shapes_than_the_original():
         "2.weight": (2, 8),
         "2.bias": (2,),
     }
-    with pytest.raises(biofx.ArgumentError, match=r"0.weight is \(8, 3\) in the folded model and \(4, 3\) in it"):
+    with pytest.raises(biofx.ArgumentError, match=r"0.weight is \(8, 3\) in the folded model and \(4, 3\) in this one"):
         biofx.fold(bio, into=model)
 
 

@@ -86,7 +86,7 @@ def test_a_chain_reads_in_canonical_order():
     [
         (
             [passes.SplitSynapses(2), passes.SplitSynapses(3)],
-            r"weight has split-synapses already, and a weight takes split-synapses once \(use exclude",
+            r"weight has split-synapses already, and a weight can have split-synapses only once \(use exclude",
         ),
         ([passes.FuzzyLearningRates(), passes.FuzzyLearningRates()], "weight has fuzzy-learning-rates already"),
         (

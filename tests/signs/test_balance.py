@@ -7,7 +7,7 @@ from torch import nn
 import biofx
 from biofx import passes
 from biofx.base.randomness import generator
-from biofx.signs.balance import LEAST, SLACK, balanced, scales, sparse
+from biofx.signs.balance import MEAN_LIMIT, MIN_SYNAPSES, balanced_rows, kept_synapses, row_factors
 from models.small import mlp
 
 
@@ -24,7 +24,7 @@ def test_two_numbers_give_a_row_its_mean_and_variance():
     """a·x − b·y for correlated x, y of known moments."""
     x, y, xx, yy, xy = (torch.tensor([v], dtype=torch.float64) for v in (2.0, 3.0, 1.0, 4.0, 0.5))
     mean, variance = torch.tensor([0.3], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)
-    a, b = scales(x, y, xx, yy, xy, mean, variance)
+    a, b = row_factors(x, y, xx, yy, xy, mean, variance)
     torch.testing.assert_close(a * x - b * y, mean)
     torch.testing.assert_close(a**2 * xx - 2 * a * b * xy + b**2 * yy, variance)
     assert a > 0
@@ -34,42 +34,44 @@ def test_two_numbers_give_a_row_its_mean_and_variance():
 def test_a_mean_that_is_too_large_for_its_variance_is_cut():
     """With b = 0 the mean is at most x·√(variance/xx)."""
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    a, b = scales(2 * one, one, one, one, zero, 100 * one, one)
-    torch.testing.assert_close(a * 2 - b, torch.tensor([SLACK * 2], dtype=torch.float64))
+    a, b = row_factors(2 * one, one, one, one, zero, 100 * one, one)
+    torch.testing.assert_close(a * 2 - b, torch.tensor([MEAN_LIMIT * 2], dtype=torch.float64))
 
 
 def test_rows_keep_their_sum_and_their_energy():
     weight = torch.randn(50, 200, dtype=torch.float64)
     weight -= 0.9 * weight.mean(1, keepdim=True)  # a large sum would be cut
     sign = signs(50, excitatory=160, inhibitory=40)
-    new = balanced(weight, sign, 0.1, generator(0, "x"))
+    new = balanced_rows(weight, sign, 0.1, generator(0, "x"))
     torch.testing.assert_close(new.sum(1), weight.sum(1))
     torch.testing.assert_close(new.square().sum(1), weight.square().sum(1))
     assert (new * sign >= 0).all()
 
 
-@pytest.mark.parametrize(("density", "excitatory", "inhibitory"), [(0.1, 16, LEAST), (0.5, 80, 20), (1.0, 160, 40)])
+@pytest.mark.parametrize(
+    ("density", "excitatory", "inhibitory"), [(0.1, 16, MIN_SYNAPSES), (0.5, 80, 20), (1.0, 160, 40)]
+)
 def test_each_row_keeps_the_fraction_of_each_sign_but_enough_to_balance(density, excitatory, inhibitory):
     sign = signs(7, excitatory=160, inhibitory=40)
-    mask = sparse(sign, density, generator(0, "x"))
+    mask = kept_synapses(sign, density, generator(0, "x"))
     assert (mask & (sign > 0)).sum(1).tolist() == [excitatory] * 7
     assert (mask & (sign < 0)).sum(1).tolist() == [inhibitory] * 7
 
 
 def test_all_that_there_is_is_kept_if_it_is_less():
-    assert sparse(signs(3, excitatory=4, inhibitory=2), 0.1, generator(0, "x")).all()
+    assert kept_synapses(signs(3, excitatory=4, inhibitory=2), 0.1, generator(0, "x")).all()
 
 
 def test_free_weights_stay():
     weight = torch.randn(5, 60)
     sign = signs(5, excitatory=40, inhibitory=10, free=10)
-    assert torch.equal(balanced(weight, sign, 0.1, generator(0, "x"))[:, -10:], weight[:, -10:])
+    assert torch.equal(balanced_rows(weight, sign, 0.1, generator(0, "x"))[:, -10:], weight[:, -10:])
 
 
 def test_a_row_whose_inputs_have_all_one_sign_stays_dense_and_gets_smaller():
     """Its inputs do not cancel: E[z²] is what it is for weights of random signs, Σw²·E[h²], with E[h²] = 1/2 here."""
     weight = torch.randn(5, 9, dtype=torch.float64)
-    new = balanced(weight, -torch.ones(5, 9), 0.1, generator(0, "x"))
+    new = balanced_rows(weight, -torch.ones(5, 9), 0.1, generator(0, "x"))
     assert (new < 0).all()
     h = torch.randn(200_000, 9, generator=generator(0, "h"), dtype=torch.float64).relu()
     torch.testing.assert_close((h @ new.T).square().mean(0), weight.square().sum(1) / 2, rtol=0.02, atol=0)

@@ -1,4 +1,4 @@
-"""Parameters that multiply units: turned over where that changes nothing, else kept from being negative."""
+"""Scale parameters: inverted together with weights if that changes nothing, and kept from being negative."""
 
 import pytest
 import torch
@@ -132,5 +132,5 @@ def test_a_layer_scale_is_one_too():
     bio = biofx.transform(Scaled(), [passes.DalesPrinciple()])
     with torch.no_grad():
         bio.scale[2] = -1.0
-    with pytest.raises(biofx.VerificationError, match="dales-principle: scale: it multiplies units, and is negative"):
+    with pytest.raises(biofx.VerificationError, match="dales-principle: scale: a scale parameter is negative"):
         biofx.verify(bio)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from biofx.base.randomness import generator
-from biofx.signs.spectrum import FEWEST, SMALLEST, balanced_recurrent, singular_entropy, spectral_radius
+from biofx.signs.spectrum import MIN_SYNAPSES, MIN_UNITS, balanced_recurrent, singular_entropy, spectral_radius
 
 KINDS = {
     "uniform": lambda n, draw: (2 * torch.rand(n, n, generator=draw, dtype=torch.float64) - 1) / math.sqrt(n),
@@ -98,7 +98,7 @@ def test_rows_keep_their_energies_relative_to_each_other():
 
 @pytest.mark.parametrize(
     ("density", "excitatory", "inhibitory"),
-    [(0.01, FEWEST, 8), (0.1, 2, 8), (0.2, 4, 16), (0.5, 10, 20), (1.0, 20, 20)],
+    [(0.01, MIN_SYNAPSES, 8), (0.1, 2, 8), (0.2, 4, 16), (0.5, 10, 20), (1.0, 20, 20)],
 )
 def test_rows_keep_of_each_sign_a_fraction_of_the_number_of_the_other(density, excitatory, inhibitory):
     sign = signs(100, 0.8)
@@ -128,7 +128,7 @@ def test_a_network_of_one_sign_becomes_almost_a_permutation_with_gains(kind):
     assert singular_entropy(new) > 0.97 > singular_entropy(old.abs()) + 0.05
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, SMALLEST - 1])
+@pytest.mark.parametrize("n", [1, 2, 3, MIN_UNITS - 1])
 def test_a_few_units_keep_all_their_synapses(n):
     old, sign = free("uniform", n, seed=1), signs(n, 0.5)
     new = balanced(old, sign)

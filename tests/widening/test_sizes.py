@@ -1,4 +1,4 @@
-"""Sizes: what of a module, or of the arguments of a call, counts units."""
+"""Sizes: the numbers in modules and in arguments of calls that count units."""
 
 from fractions import Fraction
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from biofx.widening.sizes import own_tensors, scalings, unit_axis, wider_sizes
-from biofx.widening.twins import adjacent
+from biofx.widening.axis_doubling import adjacent_twins
+from biofx.widening.sizes import doubled_sizes, own_tensors, scaled_arguments, unit_axis
 
 
 @pytest.mark.parametrize(
@@ -25,11 +25,11 @@ from biofx.widening.twins import adjacent
     ids=str,
 )
 def test_arguments_with_one_integer_scaled_or_all(argument, expected):
-    assert list(scalings(argument, Fraction(2))) == expected
+    assert list(scaled_arguments(argument, Fraction(2))) == expected
 
 
 def test_only_whole_numbers():
-    assert list(scalings((2, 3), Fraction(3, 2))) == [(3, 3), (3, 3)]
+    assert list(scaled_arguments((2, 3), Fraction(3, 2))) == [(3, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,13 @@ def test_only_whole_numbers():
     ids=str,
 )
 def test_modules_with_a_parameter_for_each_unit_become_wider(module, expected):
-    assert wider_sizes(module, adjacent(4)) == expected
+    assert doubled_sizes(module, adjacent_twins(4)) == expected
 
 
 def test_the_axis_of_units_is_the_last_that_fits_or_the_first():
-    assert unit_axis(torch.empty(4, 3, 4), adjacent(4)) == 2
-    assert unit_axis(torch.empty(4, 3, 4), adjacent(4), 0) == 0
-    assert unit_axis(torch.empty(3), adjacent(4)) is None
+    assert unit_axis(torch.empty(4, 3, 4), adjacent_twins(4)) == 2
+    assert unit_axis(torch.empty(4, 3, 4), adjacent_twins(4), 0) == 0
+    assert unit_axis(torch.empty(3), adjacent_twins(4)) is None
 
 
 def test_what_a_module_holds_itself():
