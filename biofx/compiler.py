@@ -26,8 +26,8 @@ from biofx.capture.checking import running
 from biofx.capture.checks import check
 from biofx.capture.exported import exporting
 from biofx.capture.guards import GUARD, Guard, Structure, structure
-from biofx.model.islands import is_whole
-from biofx.model.owners import release, why_not
+from biofx.model.islands import is_one_island
+from biofx.model.owners import obstacle_to_synapses, restore_class
 from biofx.model.provenance import is_transformed, record_of, transformed
 from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.rewrite import pipeline
@@ -145,7 +145,7 @@ def transform(
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
         outputs = pipeline.run(bio, chosen, excluded, seed, understood, check=verify, print_between=printer)
-        if not is_whole(bio):
+        if not is_one_island(bio):
             guard = Guard(bio, _checked(frontend, understood) if old is None else old.structures)
             if understood is not None and not guard.needs_graph:
                 _check_python(bio, understood.run, outputs)
@@ -213,7 +213,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
     # Passes put others in the place of weights, but write into biases, scales and statistics.
     values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers()) if _is_vector(x)]
     classes = [(m, type(m)) for m in model.modules()]
-    synapses = [(s, s.links, dict(s.users), s.rewired) for s in synapses_in(model).values()]
+    synapses = [(s, s.links, dict(s.users), s.output_rewritten_by) for s in synapses_in(model).values()]
     graph: fx.Graph | None = None
     guard = vars(model).get(GUARD)
     if is_transformed(model) and isinstance(model, fx.GraphModule):
@@ -232,11 +232,11 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
             for tensor, value in values:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
-        for each, links, users, rewired in synapses:
-            each.links, each.users, each.rewired = links, users, rewired
+        for each, links, users, rewritten_by in synapses:
+            each.links, each.users, each.output_rewritten_by = links, users, rewritten_by
         for module, cls in classes:
             if type(module) is not cls:
-                release(module)
+                restore_class(module)
         if graph is not None and isinstance(model, fx.GraphModule):
             vars(record).update(fields)
             if guard is not None:
@@ -302,7 +302,9 @@ def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
         canonical[id(parameter)]: reason
         for owner in bio.modules()
         for key, parameter in owner._parameters.items()
-        if id(parameter) in canonical and not isinstance(owner, Synapses) and (reason := why_not(owner, key))
+        if id(parameter) in canonical
+        and not isinstance(owner, Synapses)
+        and (reason := obstacle_to_synapses(owner, key))
     }
     names = {name: canonical[id(p)] for name, p in stored_parameters(bio, remove_duplicate=False)}
     for pattern in patterns:

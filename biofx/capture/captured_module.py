@@ -20,12 +20,18 @@ from biofx.base.copying import clones
 from biofx.base.errors import CaptureError, InputError
 from biofx.capture.guards import GUARD
 from biofx.capture.tracer import StandIn
-from biofx.model import running
-from biofx.model.chain import number_nodes, show_all
-from biofx.model.checkpoints import readable
-from biofx.model.forgotten_attach import watch
-from biofx.model.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
-from biofx.model.owners import HasSynapses, children_of, list_weights, look_for_synapses, methods_of_containers
+from biofx.model import weight_cache
+from biofx.model.chain import number_nodes, update_chains
+from biofx.model.checkpoints import converted_checkpoint
+from biofx.model.forgotten_attach import warn_if_unattached
+from biofx.model.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
+from biofx.model.owners import (
+    HasSynapses,
+    children_of,
+    container_methods,
+    install_weight_properties,
+    refresh_flat_weights,
+)
 from biofx.model.provenance import RECORD, is_transformed, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -39,7 +45,14 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_GRAPH_MODULES = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES
 RESERVED = frozenset(
     name
-    for name in {*dir(fx.GraphModule), *_OF_GRAPH_MODULES, WHOLE, ORIGINAL_CLASS, ORIGINAL_HOOKS, "original_forward"}
+    for name in {
+        *dir(fx.GraphModule),
+        *_OF_GRAPH_MODULES,
+        WHOLE_MODEL,
+        ORIGINAL_CLASS,
+        ORIGINAL_HOOKS,
+        "original_forward",
+    }
     - {*dir(nn.Module)}
     if not name.startswith("__")
 )
@@ -76,7 +89,9 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         code = super().recompile()
         cls = type(self)
         cls.forward = (
-            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward) if is_whole(self) else _guarded(cls.forward)
+            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward)
+            if is_one_island(self)
+            else _guarded(cls.forward)
         )
         if GUARD in vars(self):
             vars(self)[GUARD].look_at(self)
@@ -86,7 +101,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         copied = _empty(type(self).__name__, _model_class(self))
         memo.update({id(self): copied, **{key: clone for key, clone in clones(self).items() if key not in memo}})
         _fill(copied, copy.deepcopy(_attributes(self), memo), copy.deepcopy(self.graph))
-        show_all(copied)  # no optimizer is attached to a copy
+        update_chains(copied)  # no optimizer is attached to a copy
         return copied
 
     def __copy__(self) -> CapturedModule:
@@ -102,7 +117,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             ArgumentError: `strict`, and other passes made the model of the checkpoint; names the first difference.
         """
         if is_transformed(self):
-            state_dict = readable(self, state_dict, str(record_of(self)), strict)
+            state_dict = converted_checkpoint(self, state_dict, str(record_of(self)), strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -113,7 +128,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         # Code is pickled, not the graph; tracing it again yields the same calls in the same order, without their meta.
         attributes, imports, reads, calls = state
         vars(self).update(attributes)
-        traced = reduce_graph_module({**attributes, WHOLE: self}, imports)
+        traced = reduce_graph_module({**attributes, WHOLE_MODEL: self}, imports)
         assert isinstance(traced, fx.GraphModule)
         others = [node for node in traced.graph.nodes if node.op != "get_attr"]
         origins = [(node, reads.get(str(node.target))) for node in traced.graph.find_nodes(op="get_attr")]
@@ -121,27 +136,27 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             node.meta.update(kept or {})
         _fill(self, attributes, traced.graph)
         number_nodes(self)
-        show_all(self)  # it may have been attached to an optimizer
+        update_chains(self)  # it may have been attached to an optimizer
 
 
-def captured(model: nn.Module, graph: fx.Graph, *, is_whole: bool = False) -> CapturedModule:
+def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) -> CapturedModule:
     """A model with a graph for its forward: it shares the submodules, tensors and attributes of `model`.
 
     Args:
         model: the model.
         graph: the graph.
-        is_whole: whether the model is one island, so that the graph calls the model's own forward.
+        is_one_island: whether the model is one island, so that the graph calls the model's own forward.
 
     Raises:
         CaptureError: the class of the model does something that the result cannot inherit.
     """
     module = _empty(type(model).__name__, _model_class(model), graph._tracer_cls)
-    _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_whole else {}), graph)
+    _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_one_island else {}), graph)
     _bind_hooks(module, model)
     return module
 
 
-def released(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
+def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
     """A model as it was before it was captured: it shares the submodules and tensors of `bio`.
 
     Args:
@@ -155,7 +170,7 @@ def released(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
     for module in model.modules():
         for name in [name for name, child in module._modules.items() if isinstance(child, StandIn)]:
             del module._modules[name]
-    list_weights(model)
+    refresh_flat_weights(model)
     _bind_hooks(model, bio)
     return model
 
@@ -187,7 +202,7 @@ def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -
     def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        with running.forward():
+        with weight_cache.caching():
             return forward(self, *args, **kwargs)
 
     return call
@@ -203,8 +218,8 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return (forward if guard.compiles_graph else type(self).original_forward)(self, *args, **kwargs)
         for child in guard.synapses(self):
-            child.refuse_lost_change()
-        with running.forward():
+            child.refuse_lost_writes()
+        with weight_cache.caching():
             if guard.admits(self, args, kwargs):
                 try:
                     return forward(self, *args, **kwargs)
@@ -240,7 +255,7 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
-    methods = methods_of_containers(model_class)
+    methods = container_methods(model_class)
     if issubclass(model_class, nn.Sequential):
         methods["__getitem__"] = _item
     if hasattr(model_class, "save_pretrained"):  # of transformers, diffusers and the like
@@ -281,9 +296,9 @@ def _attributes(module: fx.GraphModule) -> dict[str, Any]:
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:
     vars(module).update(attributes)
     module.graph = graph
-    list_weights(module)
-    look_for_synapses(module)
-    watch(module)
+    refresh_flat_weights(module)
+    install_weight_properties(module)
+    warn_if_unattached(module)
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:

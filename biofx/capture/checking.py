@@ -25,7 +25,7 @@ from biofx.base.comparison import difference, difference_of
 from biofx.base.isolation import gradients, parameters_kept, tensors_in, undisturbed
 from biofx.base.lazy_copies import lazy_copy
 from biofx.model.chain import attribute
-from biofx.model.islands import WHOLE
+from biofx.model.islands import WHOLE_MODEL
 
 if TYPE_CHECKING:
     from biofx.capture.tracing import Trace
@@ -250,7 +250,7 @@ def forward_of(model: nn.Module, trace: Trace) -> Forward:
 
     returns = _returns(trace)
     made = {name: x.clone() if isinstance(x, Tensor) else x for name, x in trace.constants.items()}
-    own: Mapping[str, Any] = {**made, **trace.tracer.refusals, WHOLE: model}
+    own: Mapping[str, Any] = {**made, **trace.tracer.refusals, WHOLE_MODEL: model}
     return forward
 
 

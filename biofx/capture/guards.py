@@ -21,7 +21,7 @@ from biofx.base.errors import CaptureError
 from biofx.capture.stores import store
 from biofx.capture.variables import Variable, reads
 from biofx.model.fingerprint import fingerprint
-from biofx.model.islands import WHOLE
+from biofx.model.islands import WHOLE_MODEL
 from biofx.model.provenance import RECORD, inserted_nodes, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
@@ -191,7 +191,7 @@ def _why_graph_is_needed(bio: fx.GraphModule) -> str | None:
 
 
 def _target(node: Any) -> str:
-    return "" if node.target == WHOLE else str(node.target)
+    return "" if node.target == WHOLE_MODEL else str(node.target)
 
 
 def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:

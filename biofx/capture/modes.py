@@ -13,7 +13,7 @@ from biofx.capture.tracer import KeepWhole, StandIn, unused_name
 from biofx.capture.tracing import Trace, is_same, trace
 
 
-class ByMode(StandIn):
+class ModeConstant(StandIn):
     """One of two constants, chosen by `training`: stands where tracing would have baked the mode in."""
 
     def __init__(self, train: Any, eval: Any) -> None:  # noqa: A002 - the two modes are called train and eval
@@ -34,7 +34,7 @@ class ByMode(StandIn):
 
 
 def trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str], synapses: Set[int]) -> Trace:
-    """One graph for all modes: where traces in different modes differ in a constant, it has a `ByMode` module."""
+    """One graph for all modes: where traces in different modes differ in a constant, it has a `ModeConstant` module."""
     training = _trace(model, absent, whole, synapses, evaluating=())
     if not training.tracer.reads:
         return training
@@ -137,15 +137,15 @@ def _rebuilt(value: Any, parts: list[Any]) -> Any:
 
 
 def _follow_modes(model: nn.Module, traces: list[Trace], ranks: dict[str, int]) -> None:
-    """Make the first of several traces, which differ in constants only, read those from `ByMode` modules."""
+    """Make the first of several traces, which differ in constants only, read those from `ModeConstant` modules."""
     training = traces[0]
 
     def by_mode(node: fx.Node, values: tuple[Any, ...]) -> fx.Node:
-        code = sum((not _equal(values[0], value)) << bit for bit, value in enumerate(values[2:]))
+        code = sum((not is_equal(values[0], value)) << bit for bit, value in enumerate(values[2:]))
         path = _owner(training.tracer.reads, node, ranks, code)
         owner = model.get_submodule(path)  # whose .train() and .eval() decide
-        child = unused_name(owner, "by_mode")
-        owner.add_module(child, ByMode(values[0], values[1]).train(owner.training))
+        child = unused_name(owner, "mode_constant")
+        owner.add_module(child, ModeConstant(values[0], values[1]).train(owner.training))
         with training.graph.inserting_before(node):
             return training.graph.call_module(f"{path}.{child}".lstrip("."))
 
@@ -155,13 +155,13 @@ def _follow_modes(model: nn.Module, traces: list[Trace], ranks: dict[str, int]) 
         if len({_shape(value) for value in values}) == 1 and _parts(values[0]):
             parts = zip(*map(_parts, values), strict=True)
             return _rebuilt(values[0], [merged(node, part) for part in parts])
-        return values[0] if _equal(values[0], values[1]) else by_mode(node, values)
+        return values[0] if is_equal(values[0], values[1]) else by_mode(node, values)
 
     for nodes in list(zip(*(other.graph.nodes for other in traces), strict=True)):
         node = nodes[0]
         if node.op == "get_attr" and node.target in training.constants:
             values = tuple(other.constants[node.target] for other in traces)
-            if not _equal(values[0], values[1]):
+            if not is_equal(values[0], values[1]):
                 node.replace_all_uses_with(by_mode(node, values))
                 training.graph.erase_node(node)
                 del training.constants[node.target]
@@ -176,7 +176,8 @@ def _owner(reads: dict[str, list[str]], node: fx.Node, ranks: dict[str, int], co
     return next((owner for owner in owners if ranks[owner] == code), [*owners, running[-1]][0])
 
 
-def _equal(a: Any, b: Any) -> bool:
+def is_equal(a: Any, b: Any) -> bool:
+    """Whether two constants are equal, with type, dtype and shape."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.model.islands import WHOLE
+from biofx.model.islands import WHOLE_MODEL
 
 
 @fx.node.has_side_effect
@@ -36,5 +36,5 @@ def add_store(tracer: fx.proxy.TracerBase, path: str, name: str, value: Any) -> 
         name: the attribute's name.
         value: nodes and constants.
     """
-    module = tracer.create_node("get_attr", path or WHOLE, (), {})
+    module = tracer.create_node("get_attr", path or WHOLE_MODEL, (), {})
     return tracer.create_node("call_function", store, (module, name, value), {})

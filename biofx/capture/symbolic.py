@@ -4,7 +4,7 @@
   that feeds a functional operator. Their own forward runs, so padding modes, groups and missing biases come out as
   PyTorch means them. So are weights that `torch.nn.utils.prune` and the like compute (`reparametrized.py`).
 - A constant that depends on `training` keeps following `.train()` and `.eval()` of the module that it is read from
-  (`ByMode`).
+  (`ModeConstant`).
 - A module whose forward cannot be traced, or does what a graph does not hold, is an island: the smallest such module is
   called as it is, and so are modules that `torch.nn` calls in one piece, such as recurrent layers. Their Python reads
   the same weights as the graph (`biofx.model`). If it comes to that, the whole model is one island.
@@ -75,18 +75,18 @@ def _ids(model: nn.Module, synapses: Collection[str] | None) -> Set[int]:
 
 
 def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
-    is_whole = "" in trace.tracer.whole
+    is_one_island = "" in trace.tracer.whole
     detach_computed_attributes(model)
-    bio = captured(model, trace.graph, is_whole=is_whole)
+    bio = captured(model, trace.graph, is_one_island=is_one_island)
     # If the model is one island, they run when it is called, and its weights are known inside of it.
-    vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio) if is_whole else taken_hooks(bio, TRACEABLE_HOOKS)
+    vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio) if is_one_island else taken_hooks(bio, TRACEABLE_HOOKS)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
     for name, constant in trace.constants.items():
         bio.register_buffer(name, constant, persistent=False)
     record = Record(model, fingerprint(bio), trace.constants)
     record.islands = trace.tracer.whole
-    if not is_whole:
+    if not is_one_island:
         record.traced = ("", *dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter"))
     vars(bio)[RECORD] = record
     return bio

@@ -16,7 +16,7 @@ from biofx.capture.reparametrized import computed_names
 from biofx.capture.stores import add_store
 from biofx.capture.tracer import KeepWhole, Tracer, merge_reads
 from biofx.capture.watching import watched
-from biofx.model.islands import WHOLE, call_python
+from biofx.model.islands import WHOLE_MODEL, call_python
 
 if TYPE_CHECKING:
     from biofx.base.isolation import Change
@@ -123,6 +123,6 @@ def trace_whole(reason: str) -> Trace:
     """A graph in which the model is one island: it runs no forward, and takes all arguments as they come."""
     graph = fx.Graph(tracer_cls=Tracer)
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
-    module = graph.get_attr(WHOLE)
+    module = graph.get_attr(WHOLE_MODEL)
     graph.output(graph.call_function(call_python, (module, args, kwargs)))
     return Trace(graph, {}, Tracer(whole={"": reason}))

@@ -87,7 +87,7 @@ class Editor:
     def _show(self) -> None:
         synapses = synapses_of(self._bio, self.name)
         if self._start is not None and synapses is not None:
-            chain.show(self._start, stored_name(self._bio, self.name), synapses)
+            chain.write_chain(self._start, stored_name(self._bio, self.name), synapses)
 
     def on(self, start: fx.Node) -> Editor:
         """An editor for another parameter, given by its `get_attr` node, such as the bias that goes with a weight."""
@@ -209,7 +209,7 @@ class Editor:
 
     def _rewire(self) -> None:
         """Note that only the graph computes what the operator of the parameter returns."""
-        self._synapses().rewired = self._by.name
+        self._synapses().output_rewritten_by = self._by.name
 
     def _put_behind(self, node: fx.Node, new: fx.Node) -> fx.Node:
         self.changed = True

@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from biofx.model.chain import attribute, compute
+from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.model.islands import island_path
-from biofx.model.parts import described, part_of
 from biofx.recording.catalog import Kind
 from biofx.widening.plan import Widening
 from biofx.widening.sizes import SIZES, own_tensors, scalings, unit_axis, wider_sizes
@@ -134,8 +134,10 @@ class Trial:
             return self._operator(*self._uses[node])
         old = self._old(node)
         state = _unchanged(old)
-        if sources and (part := part_of(self._bio, node)) is not None and part.chooses:
-            self._fail(_reach(sources), f"its units reach {described(self._bio, node)}")  # tried in one mode only
+        if sources and (found := control_flow_of(self._bio, node)) is not None and found.depends_on_mode:
+            self._fail(
+                _reach(sources), f"its units reach {describe_control_flow(self._bio, node)}"
+            )  # tried in one mode only
         elif sources:
             try:
                 state = self._beside(node, old)

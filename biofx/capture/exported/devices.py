@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.capture.tracer import StandIn, unused_name
-from biofx.model.parts import part_of
+from biofx.model.control_flow import control_flow_of
 
 
 class Device(StandIn):
@@ -55,8 +55,8 @@ def _graphs(owner: nn.Module, graph: fx.Graph) -> Iterator[tuple[nn.Module, fx.G
     """A graph and those of the parts that it calls, each with the module that has what it calls."""
     yield owner, graph
     for node in graph.find_nodes(op="call_module"):
-        part = part_of(owner, node)
-        for inner in () if part is None else part.graphs():
+        module = control_flow_of(owner, node)
+        for inner in () if module is None else module.subgraphs():
             yield from _graphs(inner, inner.graph)
 
 

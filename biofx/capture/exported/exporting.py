@@ -21,7 +21,7 @@ from biofx.base.references import HOOKS
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.checking import called_with, disagreement
 from biofx.capture.explanation import lines_of
-from biofx.capture.exported.both_modes import Either, merged
+from biofx.capture.exported.both_modes import ModeSelect, merged
 from biofx.capture.exported.conditions import INSTEAD, CheckInputs
 from biofx.capture.exported.devices import follow_device, names_dtype
 from biofx.capture.exported.program import Program, export, read
@@ -192,7 +192,7 @@ def _assembled(
 def _either(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, StandIn], str]) -> Any:
     if t is e or (type(t) is type(e) and isinstance(t, CONSTANTS) and t == e):
         return t
-    return graph.call_module(add_module("either", Either()), (t, e))
+    return graph.call_module(add_module("mode_select", ModeSelect()), (t, e))
 
 
 def _placeholders(graph: fx.Graph, forward: Callable[..., Any], arguments: dict[str, Structure]) -> dict[str, fx.Node]:

@@ -24,7 +24,7 @@ from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.reparametrized import computed_names, taken_hooks
 from biofx.capture.tracer import KeepWhole, StandIn, Tracer
 from biofx.capture.watching import watched
-from biofx.model.parts import Part
+from biofx.model.control_flow import ControlFlow
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 
@@ -45,12 +45,12 @@ class Program:
     graph: fx.Graph
     outputs: Structure
     constants: dict[str, Tensor]
-    blocks: dict[str, Block]
+    blocks: dict[str, ContextBlock]
     conditions: list[Condition]
     reads: dict[str, list[str]]
 
 
-class Block(StandIn, Part):
+class ContextBlock(StandIn, ControlFlow):
     """A part of forward that runs in a context: `torch.set_grad_enabled` or `torch.autocast`, with its arguments."""
 
     def __init__(self, context: str, arguments: tuple[Any, ...], inner: fx.GraphModule) -> None:
@@ -64,11 +64,11 @@ class Block(StandIn, Part):
         with getattr(torch, self.context)(*self.arguments):
             return self.inner(*values)
 
-    def graphs(self) -> tuple[fx.GraphModule, ...]:
+    def subgraphs(self) -> tuple[fx.GraphModule, ...]:
         """The graph that runs in the context."""
         return (self.inner,)
 
-    def described(self, owner: str) -> str:
+    def describe(self, owner: str) -> str:
         """The part in words."""
         grad = "enable_grad" if self.arguments[0] else "no_grad"
         return f"the part of {owner} under torch.{grad if self.context == 'set_grad_enabled' else self.context}"
@@ -80,7 +80,7 @@ class Block(StandIn, Part):
     @property
     def fingerprint(self) -> tuple[Any, ...]:
         """What two blocks have in common that do the same."""
-        inner = [block.fingerprint for block in self.inner.children() if isinstance(block, Block)]
+        inner = [block.fingerprint for block in self.inner.children() if isinstance(block, ContextBlock)]
         return self.context, self.arguments, self.inner.code, tuple(inner)
 
 
@@ -290,7 +290,7 @@ def read(model: nn.Module, export: Export) -> Program:
             constants[targets[node]] = program.constants[str(spec.target)].detach().clone()
         else:
             raise CaptureError(f"torch.export makes an input of {spec.target}, which biofx does not know; {INSTEAD}")
-    blocks: dict[str, Block] = {}
+    blocks: dict[str, ContextBlock] = {}
     reader = _Reader(graph, program.graph_module, nodes, targets, blocks)
     results = reader.copy(program.graph)
     kept = len(results) - len(watcher.assigned)
@@ -309,7 +309,7 @@ class _Reader:
         owner: fx.GraphModule,
         nodes: dict[fx.Node, fx.Node],
         targets: dict[fx.Node, str],
-        blocks: dict[str, Block],
+        blocks: dict[str, ContextBlock],
     ) -> None:
         self._graph = graph
         self._owner = owner
@@ -353,14 +353,14 @@ class _Reader:
             return self._graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         context, count = _BLOCKS[name]
         inner = getattr(self._owner, str(node.args[count].target))  # type: ignore[union-attr]
-        block = Block(context, tuple(node.args[:count]), _read_inner(inner))
+        block = ContextBlock(context, tuple(node.args[:count]), _read_inner(inner))
         target = f"in_{context}_{len(self._blocks)}"
         self._blocks[target] = block
         return self._graph.call_module(target, fx.map_arg(tuple(node.args[count + 1 :]), self._copied))
 
 
 def _read_inner(inner: fx.GraphModule) -> fx.GraphModule:
-    graph, blocks = fx.Graph(tracer_cls=Tracer), dict[str, Block]()
+    graph, blocks = fx.Graph(tracer_cls=Tracer), dict[str, ContextBlock]()
     nodes = {node: graph.placeholder(node.name) for node in inner.graph.find_nodes(op="placeholder")}
     graph.output(tuple(_Reader(graph, inner, nodes, {}, blocks).copy(inner.graph)))
     return fx.GraphModule(dict(blocks), graph)
