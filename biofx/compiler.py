@@ -22,10 +22,10 @@ from biofx.base.isolation import is_function, run_in_eval_mode
 from biofx.base.references import enclosed
 from biofx.capture import symbolic
 from biofx.capture.captured_module import REGISTRIES
-from biofx.capture.checking import running
-from biofx.capture.checks import check
+from biofx.capture.equivalence import replaced_forward
 from biofx.capture.exported import exporting
 from biofx.capture.guards import GUARD, Guard, Structure, structure
+from biofx.capture.preconditions import check_model
 from biofx.model.islands import is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class
 from biofx.model.provenance import is_transformed, record_of, transformed
@@ -37,7 +37,7 @@ from biofx.weights.declared import declared
 
 FRONTENDS: dict[str, Callable[[nn.Module, Any, Collection[str], Run | None], fx.GraphModule]] = {
     "symbolic": symbolic.capture,
-    "module": lambda model, example_inputs, synapses, run: symbolic.capture_whole(model),
+    "module": lambda model, example_inputs, synapses, run: symbolic.capture_as_island(model),
     "export": lambda model, example_inputs, synapses, run: exporting.capture(model, example_inputs),
 }
 
@@ -121,7 +121,7 @@ def transform(
     if again:
         transformed(model)
     else:
-        check(model)
+        check_model(model)
     if again and inplace and record_of(model).attached:
         raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     _refuse_transformed_children(model)
@@ -280,7 +280,7 @@ def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor] | Non
             return
     python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
     try:
-        with running(bio, python):
+        with replaced_forward(bio, python):
             found = difference(graph, run_in_eval_mode(bio, run))
     except Exception as error:
         raise CaptureError(_why_python_differs(bio, f"it fails: {error}")) from error

@@ -19,7 +19,7 @@ from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
 from biofx.base.errors import CaptureError, InputError
 from biofx.capture.guards import GUARD
-from biofx.capture.tracer import StandIn
+from biofx.capture.tracer import HelperModule
 from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
 from biofx.model.checkpoints import converted_checkpoint
@@ -82,7 +82,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         cls: Any = vars(self).get(ORIGINAL_CLASS) or record_of(self).model_class
         for hook in vars(self)[ORIGINAL_HOOKS].values():
             hook(self, args)
-        return cls.forward(_without_stand_ins(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
+        return cls.forward(_without_helpers(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
 
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
@@ -168,7 +168,7 @@ def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Modul
     vars(model).pop(ORIGINAL_CLASS, None)
     model._forward_pre_hooks.update(vars(model).pop(ORIGINAL_HOOKS))
     for module in model.modules():
-        for name in [name for name, child in module._modules.items() if isinstance(child, StandIn)]:
+        for name in [name for name, child in module._modules.items() if isinstance(child, HelperModule)]:
             del module._modules[name]
     refresh_flat_weights(model)
     _bind_hooks(model, bio)
@@ -187,11 +187,11 @@ def _bind_hooks(module: nn.Module, model: nn.Module) -> None:
             registry.update({key: _bound_to(module, model, hook) for key, hook in registry.items()})
 
 
-def _without_stand_ins(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
+def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
     """A container in which are the children of the original model only."""
     shell: nn.Module = object.__new__(container)
     vars(shell).update(vars(bio))
-    vars(shell)["_modules"] = {n: m for n, m in children_of(bio).items() if not isinstance(m, StandIn)}
+    vars(shell)["_modules"] = {n: m for n, m in children_of(bio).items() if not isinstance(m, HelperModule)}
     return shell
 
 

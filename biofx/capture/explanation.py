@@ -36,7 +36,7 @@ def lines_of(error: BaseException) -> Iterator[Line]:
         yield Line(str(frame.f_globals.get("__name__", "")), file, number, text or "")
 
 
-def describe(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """Why a forward cannot be traced, with the line that stopped it: the user's, if there is one."""
     lines = [line for line in lines_of(error) if not line.module.startswith(("torch.fx", "biofx"))]
     of_user = [line for line in lines if not line.module.startswith("torch")]

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from biofx.base.contents import frozen, holders, is_holder, named
 from biofx.base.errors import CaptureError
-from biofx.capture.stores import store
+from biofx.capture.assignments import assign_attribute
 from biofx.capture.variables import Variable, reads
 from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import WHOLE_MODEL
@@ -56,7 +56,7 @@ class Guard:
         self._own = {
             (_target(node.args[0]), str(node.args[1]))
             for node in bio.graph.nodes
-            if node.op == "call_function" and node.target is store
+            if node.op == "call_function" and node.target is assign_attribute
         }
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
         self.look_at(bio)

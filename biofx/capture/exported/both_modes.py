@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from biofx.capture.modes import ModeConstant, is_equal
-from biofx.capture.tracer import StandIn, Tracer, unused_name
+from biofx.capture.tracer import HelperModule, Tracer, unused_name
 from biofx.model.control_flow import ControlFlow
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # one more child wou
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 
 
-class ModeBranch(StandIn, ControlFlow):
+class ModeBranch(HelperModule, ControlFlow):
     """Runs one of two subgraphs, depending on the mode; the outputs of the other are None."""
 
     depends_on_mode = True
@@ -50,7 +50,7 @@ class ModeBranch(StandIn, ControlFlow):
         return self.in_training, self.in_evaluation
 
 
-class ModeSelect(StandIn, ControlFlow):
+class ModeSelect(HelperModule, ControlFlow):
     """Returns one of two values, depending on the mode."""
 
     depends_on_mode = True
@@ -165,7 +165,7 @@ class _Merger:
     def _branch(self, ts: list[fx.Node], es: list[fx.Node]) -> None:
         """Put nodes that have no counterpart in the other graph into a `ModeBranch`."""
         if len(ts) + len(es) == 1 and (*ts, *es)[0].target is _CONTIGUOUS:
-            # torch.export omits it where the operand is contiguous; it returns such an operand, so both modes can run it.
+            # torch.export omits it for a contiguous operand, and it returns such an operand: both modes can run it.
             mode, node = (0, ts[0]) if ts else (1, es[0])
             operand = self._value(mode, node.args[0])
             self._new[mode][node] = self.graph.call_function(_CONTIGUOUS, (operand,))
@@ -211,7 +211,7 @@ class _Merger:
             self._model.add_module(self._added[target], self._programs[mode].blocks[target])
         return self._added[target]
 
-    def _add(self, module: StandIn, name: str, stack: Sequence[str]) -> str:
+    def _add(self, module: HelperModule, name: str, stack: Sequence[str]) -> str:
         """Add a module to the module whose mode it follows, and return its path."""
         path = self._owner(stack)
         owner = self._model.get_submodule(path)

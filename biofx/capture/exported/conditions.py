@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from biofx.base.errors import CaptureError, InputError
 from biofx.capture.exported.structure import Structure, read
-from biofx.capture.tracer import StandIn
+from biofx.capture.tracer import HelperModule
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -167,7 +167,7 @@ def _any(*values: Any) -> bool:
     return any(values)
 
 
-class CheckInputs(StandIn):
+class CheckInputs(HelperModule):
     """Refuses inputs for which the graph would compute something else than the model.
 
     Attributes:

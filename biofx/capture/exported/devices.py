@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.capture.tracer import StandIn, unused_name
+from biofx.capture.tracer import HelperModule, unused_name
 from biofx.model.control_flow import control_flow_of
 
 
-class Device(StandIn):
+class Device(HelperModule):
     """The device that the model is on: stands where the graph would name the one of the export."""
 
     like: Tensor

@@ -19,7 +19,7 @@ from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import split_inputs
 from biofx.base.references import HOOKS
 from biofx.capture.captured_module import CapturedModule, captured
-from biofx.capture.checking import called_with, disagreement
+from biofx.capture.equivalence import disagreement, run_with
 from biofx.capture.explanation import lines_of
 from biofx.capture.exported.both_modes import ModeSelect, merged
 from biofx.capture.exported.conditions import INSTEAD, CheckInputs
@@ -27,7 +27,7 @@ from biofx.capture.exported.devices import follow_device, names_dtype
 from biofx.capture.exported.program import Program, export, read
 from biofx.capture.exported.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.reparametrized import taken_hooks
-from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
+from biofx.capture.tracer import HelperModule, KeywordOnly, NotTraceable, Tracer, unused_name
 from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import ORIGINAL_HOOKS
 from biofx.model.provenance import RECORD, Record
@@ -39,7 +39,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     """Export a model into a graph module that takes over its module tree.
 
     Args:
-        model: a checked model (see `biofx.capture.checks.check`); its submodules become those of the result.
+        model: a checked model (see `biofx.capture.preconditions.check`); its submodules become those of the result.
         example_inputs: arguments of forward.
 
     Returns:
@@ -68,7 +68,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     for name, constant in constants.items():
         bio.register_buffer(names[name], constant, persistent=False)
     record = Record(model, fingerprint(bio), names.values())
-    record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, StandIn))
+    record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, HelperModule))
     vars(bio)[RECORD] = record
     _check(bio, example_inputs)
     return bio
@@ -76,7 +76,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
 
 def _check(bio: CapturedModule, example_inputs: Any) -> None:
     """Refuse a model that computes something else when exported."""
-    run = called_with(*split_inputs(example_inputs))
+    run = run_with(*split_inputs(example_inputs))
     found = disagreement(bio, run, lambda: MethodType(type(bio).forward, bio), bio.original_forward)
     if found is not None:
         why = (
@@ -118,13 +118,13 @@ def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training:
         return read(model, export(model, inputs, leaves, training))
     except CaptureError:
         raise
-    except (Exception, KeepWhole) as error:
+    except (Exception, NotTraceable) as error:
         raise CaptureError(_explain(model, error, "training" if training else "evaluation")) from error
 
 
 def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
     """Say in short why torch.export failed, at which line of the user, and what to do."""
-    if isinstance(error, KeepWhole):
+    if isinstance(error, NotTraceable):
         ((path, why),) = error.reasons.items()
         why = why.replace("its forward", f"the forward of {path}", 1) if path else why
         return f"{type(model).__name__} cannot be exported: {why}; {INSTEAD}"
@@ -158,7 +158,7 @@ def _assembled(
     body, constants, results = merged(model, training, evaluation)
     graph = fx.Graph(tracer_cls=Tracer)
 
-    def add_module(name: str, module: StandIn) -> str:
+    def add_module(name: str, module: HelperModule) -> str:
         name = unused_name(model, name)
         model.add_module(name, module.train(model.training))
         return name
@@ -189,7 +189,7 @@ def _assembled(
     return graph, constants
 
 
-def _either(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, StandIn], str]) -> Any:
+def _either(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, HelperModule], str]) -> Any:
     if t is e or (type(t) is type(e) and isinstance(t, CONSTANTS) and t == e):
         return t
     return graph.call_module(add_module("mode_select", ModeSelect()), (t, e))

@@ -21,9 +21,9 @@ from biofx.base.errors import CaptureError
 from biofx.base.isolation import Draws, Snapshot, parameters_kept
 from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, implied, parsed
 from biofx.capture.exported.structure import Structure, build, describe
+from biofx.capture.monitoring import monitored
 from biofx.capture.reparametrized import computed_names, taken_hooks
-from biofx.capture.tracer import KeepWhole, StandIn, Tracer
-from biofx.capture.watching import watched
+from biofx.capture.tracer import HelperModule, NotTraceable, Tracer
 from biofx.model.control_flow import ControlFlow
 
 MODEL = "model"  # the name of the model inside of the module that is exported
@@ -50,7 +50,7 @@ class Program:
     reads: dict[str, list[str]]
 
 
-class ContextBlock(StandIn, ControlFlow):
+class ContextBlock(HelperModule, ControlFlow):
     """A part of forward that runs in a context: `torch.set_grad_enabled` or `torch.autocast`, with its arguments."""
 
     def __init__(self, context: str, arguments: tuple[Any, ...], inner: fx.GraphModule) -> None:
@@ -97,34 +97,34 @@ _ASSERTIONS = ("_assert_tensor_metadata",)
 class _OnTensors(nn.Module):
     """The model as a function of tensors; what else goes in and comes out is known."""
 
-    def __init__(self, model: nn.Module, inputs: Structure, watcher: _Watcher) -> None:
+    def __init__(self, model: nn.Module, inputs: Structure, monitor: _ExportMonitor) -> None:
         super().__init__()
         self.model = model
-        vars(self).update(inputs=inputs, watcher=watcher)
+        vars(self).update(inputs=inputs, monitor=monitor)
 
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
-        watcher: _Watcher = vars(self)["watcher"]
+        monitor: _ExportMonitor = vars(self)["monitor"]
         before = dict(self.model.named_buffers())
         held = Snapshot(self.model)
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
         drawn = Draws.now()
-        watcher.outputs = describe(self.model(*args, **kwargs), results)
+        monitor.outputs = describe(self.model(*args, **kwargs), results)
         computed = computed_names(self.model)
         for path, name, _ in held.changes():
             if (path, name) not in computed and f"{path}.{name}".lstrip(".") not in before:
-                watcher.note_side_effect(path, f"changes the attribute {name}")
+                monitor.note_side_effect(path, f"changes the attribute {name}")
         if Draws.now() != drawn:
-            watcher.note_side_effect("", "draws random numbers from Python or NumPy")
+            monitor.note_side_effect("", "draws random numbers from Python or NumPy")
         after = dict(self.model.named_buffers())
-        watcher.assigned = [name for name in before if after.get(name) is not before[name]]
-        for name in watcher.assigned:
+        monitor.assigned = [name for name in before if after.get(name) is not before[name]]
+        for name in monitor.assigned:
             if name not in after or after[name].shape != before[name].shape:
-                watcher.note_side_effect(name.rpartition(".")[0], f"gives the buffer {name} another shape")
-        return *results, *(after[name] for name in watcher.assigned)
+                monitor.note_side_effect(name.rpartition(".")[0], f"gives the buffer {name} another shape")
+        return *results, *(after[name] for name in monitor.assigned)
 
 
-class _Watcher:
+class _ExportMonitor:
     """What the graph does not say.
 
     Attributes:
@@ -142,18 +142,18 @@ class _Watcher:
         self._paths = {module: path for path, module in model.named_modules()}
         self._running: list[nn.Module] = []
 
-    def note_read(self, module: nn.Module) -> None:
+    def note_mode_read(self, module: nn.Module) -> None:
         if module in self._paths and self._running:
             self.reads.setdefault(self._path, []).append(self._paths[module])
 
     def note_side_effect(self, path: str, what: str) -> None:
-        self.side_effect = path, f"its forward {what}, which a graph does not do"
+        self.side_effect = path, f"its forward {what}, which a graph cannot represent"
 
-    def enter_block(self, block: Any) -> None:
+    def enter_context(self, block: Any) -> None:
         if isinstance(block, torch.inference_mode) and block.mode:
             self.note_side_effect(self._path, "uses torch.inference_mode")
 
-    def exit_block(self, block: Any) -> None:
+    def exit_context(self, block: Any) -> None:
         pass
 
     @property
@@ -196,7 +196,7 @@ class Export:
     """What torch.export made of a model, and what it does not say."""
 
     program: torch.export.ExportedProgram
-    watcher: _Watcher
+    monitor: _ExportMonitor
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -219,24 +219,24 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
         training: whether all modules are in training mode, or all in evaluation mode.
 
     Raises:
-        KeepWhole: forward does what a graph does not do.
+        NotTraceable: forward does what a graph does not do.
         Exception: whatever torch.export says to a forward that it cannot export.
     """
-    watcher = _Watcher(model)
-    module = _OnTensors(model, inputs, watcher)
-    with parameters_kept(model), watched(model, watcher), torch.enable_grad(), _silence():
+    monitor = _ExportMonitor(model)
+    module = _OnTensors(model, inputs, monitor)
+    with parameters_kept(model), monitored(model, monitor), torch.enable_grad(), _silence():
         computing = taken_hooks(model)
         for hooks in (model._forward_hooks, model._forward_pre_hooks):
             hooks.clear()  # they stay on the result, which is called with them
         model._forward_pre_hooks.update(computing)  # the graph has what these compute
         for child in module.modules():
             child.training = training
-        with watcher.following():
+        with monitor.following():
             program = _exported(module, tuple(leaves))
-    if watcher.side_effect is not None:
-        path, reason = watcher.side_effect
-        raise KeepWhole({path: reason})
-    return Export(program, watcher)
+    if monitor.side_effect is not None:
+        path, reason = monitor.side_effect
+        raise NotTraceable({path: reason})
+    return Export(program, monitor)
 
 
 @contextmanager
@@ -273,7 +273,7 @@ def read(model: nn.Module, export: Export) -> Program:
     Raises:
         CaptureError: the graph assumes or does something that biofx does not know.
     """
-    program, watcher = export.program, export.watcher
+    program, monitor = export.program, export.monitor
     first = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
     graph, constants = fx.Graph(tracer_cls=Tracer), dict[str, Tensor]()
     nodes: dict[fx.Node, fx.Node] = {}
@@ -293,11 +293,11 @@ def read(model: nn.Module, export: Export) -> Program:
     blocks: dict[str, ContextBlock] = {}
     reader = _Reader(graph, program.graph_module, nodes, targets, blocks)
     results = reader.copy(program.graph)
-    kept = len(results) - len(watcher.assigned)
-    for name, value in zip(watcher.assigned, results[kept:], strict=True):
+    kept = len(results) - len(monitor.assigned)
+    for name, value in zip(monitor.assigned, results[kept:], strict=True):
         graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
     graph.output(tuple(results[:kept]))
-    return Program(graph, watcher.outputs, constants, blocks, conditions_of(export), watcher.reads)
+    return Program(graph, monitor.outputs, constants, blocks, conditions_of(export), monitor.reads)
 
 
 class _Reader:

@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from biofx.base.errors import CaptureError, InputError
-from biofx.capture.tracer import StandIn
+from biofx.capture.tracer import HelperModule
 
 LITERALS = (tuple, list, dict)  # what a graph can take apart, and return, without a module that does it
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -127,7 +127,7 @@ def _parts(value: Any) -> tuple[Any, dict[str, Any]] | None:
     return spec, {f"[{key!r}]": item for key, item in zip(keys, items, strict=True)}
 
 
-class Unpack(StandIn):
+class Unpack(HelperModule):
     """Takes an argument apart that is not of a type that a graph can take apart."""
 
     def __init__(self, structure: Structure, name: str) -> None:
@@ -140,7 +140,7 @@ class Unpack(StandIn):
         return read(self.structure, value, self.name)
 
 
-class Pack(StandIn):
+class Pack(HelperModule):
     """Puts a result together whose type a graph cannot write down."""
 
     def __init__(self, structure: Structure) -> None:
@@ -152,7 +152,7 @@ class Pack(StandIn):
         return build(self.structure, iter(leaves))
 
 
-AddModule = Callable[[str, StandIn], str]
+AddModule = Callable[[str, HelperModule], str]
 """Adds a module under a name like the one given, and returns its name."""
 
 

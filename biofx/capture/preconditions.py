@@ -15,7 +15,7 @@ from biofx.model.provenance import RECORD
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing torch.distributed.fsdp takes long
 
 
-def check(model: Any) -> None:
+def check_model(model: Any) -> None:
     """Refuse what cannot be captured, before anything is copied.
 
     Raises:
