@@ -1,4 +1,4 @@
-"""A GraphModule that is the whole model: its class, tree, attributes, hooks and provenance stay through all copies."""
+"""Captured modules: GraphModules that keep class, tree, attributes, hooks and provenance of a model in all copies."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from biofx.model.provenance import RECORD, is_transformed, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
-# Their methods go through all children, and a captured model has more of them: synapses, constants of each mode.
+# Their methods iterate over all children, and a captured model has more of them: synapses and helper modules.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-_DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")  # those of a copy are its own
+_DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")  # a copy computes its own
 
 _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_GRAPH_MODULES = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES
@@ -56,29 +56,27 @@ RESERVED = frozenset(
     - {*dir(nn.Module)}
     if not name.startswith("__")
 )
-"""What a captured model has and a module has not: names that a model cannot use for itself."""
+"""Attributes that a captured model has and a plain module has not, so a model must not use these names."""
 
 
 class CapturedModule(HasSynapses, fx.GraphModule):
-    """What `biofx.transform` and `biofx.fold` return.
+    """The result of `biofx.transform` and `biofx.fold`.
 
-    An instance is also one of the model's class: methods, properties and overrides such as `train` stay. Forward runs
-    the graph where it was checked and nothing has changed since (`guards.py`), and else the model's Python, with the
-    same effective weights.
+    It is also an instance of the model's class, so methods, properties and overrides such as `train` stay. Forward runs
+    the graph if the guard admits the arguments (`guards.py`), and otherwise the model's Python, with the same effective
+    weights. If the model is one island, its graph calls its original forward.
 
-    A plain `torch.fx.GraphModule` forgets when it is copied or pickled: `meta`, the hooks and the attributes of the
-    root, which of its buffers are persistent, and the `meta` of nodes. This one does not.
-
-    If the model is one island, its graph calls its original forward.
+    Copying or pickling a plain `torch.fx.GraphModule` loses its `meta`, the hooks and attributes of the root, which of
+    its buffers are persistent, and the `meta` of nodes. This class keeps them.
     """
 
     @property
     def whole_model(self) -> CapturedModule:
-        """The model itself, for a graph in which it is one island."""
+        """The model itself, for nodes that refer to it."""
         return self
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Python forward that the model had before the capture."""
+        """Run the Python forward of the original model."""
         cls: Any = vars(self).get(ORIGINAL_CLASS) or record_of(self).model_class
         for hook in vars(self)[ORIGINAL_HOOKS].values():
             hook(self, args)
@@ -94,7 +92,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             else _guarded(cls.forward)
         )
         if GUARD in vars(self):
-            vars(self)[GUARD].look_at(self)
+            vars(self)[GUARD].refresh(self)
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
@@ -125,7 +123,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         return _empty, (type(self).__name__, _model_class(self)), (_attributes(self), imports, *_origins(self.graph))
 
     def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]]) -> None:
-        # Code is pickled, not the graph; tracing it again yields the same calls in the same order, without their meta.
+        # torch.fx pickles the code, not the graph. Tracing it gives the same calls in the same order, without `meta`.
         attributes, imports, reads, calls = state
         vars(self).update(attributes)
         traced = reduce_graph_module({**attributes, WHOLE_MODEL: self}, imports)
@@ -136,19 +134,19 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             node.meta.update(kept or {})
         _fill(self, attributes, traced.graph)
         number_nodes(self)
-        update_chains(self)  # it may have been attached to an optimizer
+        update_chains(self)  # the pickled model may have been attached to an optimizer
 
 
 def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) -> CapturedModule:
-    """A model with a graph for its forward: it shares the submodules, tensors and attributes of `model`.
+    """Create a captured model; it shares the submodules, tensors and attributes of `model`.
 
     Args:
         model: the model.
         graph: the graph.
-        is_one_island: whether the model is one island, so that the graph calls the model's own forward.
+        is_one_island: whether the graph calls the model's own forward.
 
     Raises:
-        CaptureError: the class of the model does something that the result cannot inherit.
+        CaptureError: the class of the model does not allow subclasses.
     """
     module = _empty(type(model).__name__, _model_class(model), graph._tracer_cls)
     _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_one_island else {}), graph)
@@ -157,11 +155,11 @@ def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) 
 
 
 def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
-    """A model as it was before it was captured: it shares the submodules and tensors of `bio`.
+    """Create a model of the original class; it shares the submodules and tensors of `bio`.
 
     Args:
         bio: the captured model.
-        model_class: the class that it had.
+        model_class: the original class.
     """
     model: nn.Module = object.__new__(model_class)
     vars(model).update(_kept(bio))
@@ -176,19 +174,20 @@ def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Modul
 
 
 def _kept(model: nn.Module) -> dict[str, Any]:
-    """The attributes of a model that another of its form takes over; registries are its own."""
+    """Return the attributes that carry over between a model and its captured form, with copied registries."""
     kept = {name: value for name, value in vars(model).items() if name not in {*_OF_GRAPH_MODULES, GUARD, *_DERIVED}}
     return {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}
 
 
 def _bind_hooks(module: nn.Module, model: nn.Module) -> None:
+    """Bind the hooks that are methods of `model` to `module`."""
     for owner in module.modules():
         for registry in (getattr(owner, name) for name in REGISTRIES if name.endswith("_hooks")):
             registry.update({key: _bound_to(module, model, hook) for key, hook in registry.items()})
 
 
 def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
-    """A container in which are the children of the original model only."""
+    """Return a container with only the children of the original model."""
     shell: nn.Module = object.__new__(container)
     vars(shell).update(vars(bio))
     vars(shell)["_modules"] = {n: m for n, m in children_of(bio).items() if not isinstance(m, HelperModule)}
@@ -196,7 +195,7 @@ def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Modu
 
 
 def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward with the signature of the original one, in which each weight is computed once."""
+    """Return a forward with the original signature that computes each weight once."""
 
     @functools.wraps(original.forward)
     def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +208,7 @@ def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that runs the graph where its guard admits it, and else the model's Python."""
+    """Return a forward that runs the graph if the guard admits the arguments, and otherwise the model's Python."""
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         guard = vars(self).get(GUARD)
@@ -223,12 +222,12 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             if guard.admits(self, args, kwargs):
                 try:
                     return forward(self, *args, **kwargs)
-                except InputError:  # which a graph raises before it does anything
+                except InputError:  # checks of inputs come first in a graph, so nothing has changed yet
                     if guard.needs_graph:
                         raise
             return self.original_forward(*args, **kwargs)
 
-    # Compilers count how often they have compiled one code object, and each model is to have its own count.
+    # torch.compile limits recompilations per code object, so each model needs a code object of its own.
     own = FunctionType(guarded.__code__.replace(), guarded.__globals__, closure=guarded.__closure__)
     return functools.wraps(forward)(own)
 
@@ -238,7 +237,7 @@ def _is_traced(args: Any, kwargs: Any) -> bool:
 
 
 def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
-    """A hook of `model` that acts on `module` instead."""
+    """Return a hook, bound to `module` if it is a method of `model`."""
     if isinstance(hook, _WrappedHook):
         return _WrappedHook(_bound_to(module, model, hook.hook), module if hook.with_module else None)
     if isinstance(hook, MethodType) and hook.__self__ is model:
@@ -247,7 +246,7 @@ def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
 
 
 def _model_class(model: nn.Module) -> type[nn.Module]:
-    """The class whose methods a captured model has."""
+    """Return the class from which a captured model inherits."""
     cls = type(model)
     if isinstance(model, fx.GraphModule):
         cls = cls.__mro__[cls.__mro__.index(fx.GraphModule) + 1]
@@ -267,22 +266,22 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
             f"{model_class.__name__} does not allow subclasses, and a captured model is one: {error}; "
             "make it an attribute of a plain torch.nn.Module and transform that"
         ) from error
-    module = cls.__new__(cls)  # without the constructor, which would run the one of the model's class
+    module = cls.__new__(cls)  # the constructor would run that of the model's class
     type(module).__name__ = name
     vars(module).update(vars(fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=tracer))))
     return module
 
 
 def _save_folded(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-    """Save the weights that synapses make, as those of the original model, which its class can load."""
-    from biofx.output.fold import fold  # which stands on this module
+    """Save the effective weights under their original names, so that the original class can load them."""
+    from biofx.output.fold import fold  # it imports this module
 
     model: Any = fold(bio) if is_transformed(bio) else super(type(bio), bio)
     return model.save_pretrained(*args, **kwargs)
 
 
 def _item(sequence: nn.Sequential, index: Any) -> nn.Module:
-    """A layer of a sequence, or a plain sequence of some: a slice would be of the class of the whole."""
+    """Index a sequence; a slice is a plain `nn.Sequential`, where PyTorch would create an instance of the subclass."""
     if isinstance(index, slice):
         return nn.Sequential(OrderedDict([*children_of(sequence).items()][index]))
     layer: nn.Module = nn.Sequential.__getitem__(sequence, index)
@@ -302,11 +301,14 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:
-    """Where nodes come from: those that read by what they read, since only the others are traced in the same order."""
+    """Return the metadata of nodes: of `get_attr` nodes by target, of others in order.
+
+    Retracing moves `get_attr` nodes, but keeps the order of all others.
+    """
     reads = {str(node.target): _own_meta(node) for node in graph.find_nodes(op="get_attr")}
     return reads, [_own_meta(node) for node in graph.nodes if node.op != "get_attr"]
 
 
 def _own_meta(node: fx.Node) -> dict[str, Any]:
-    """What biofx notes of a node."""
+    """Return the metadata of biofx on a node."""
     return {key: node.meta[key] for key in (RECORD, USES) if key in node.meta}

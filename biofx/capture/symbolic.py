@@ -27,7 +27,7 @@ from biofx.base.isolation import split_inputs
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.equivalence import Run, compared_submodules, disagreement, first_calls, forward_of, run_with
 from biofx.capture.modes import trace_modes
-from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, taken_hooks
+from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, pop_computing_hooks
 from biofx.capture.tracer import MustBeNone, NotTraceable
 from biofx.capture.tracing import Trace, trace_as_island
 from biofx.model.fingerprint import fingerprint
@@ -79,7 +79,7 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     bio = captured(model, trace.graph, is_one_island=is_one_island)
     # The graph computes what traceable hooks compute, so they must not run when the model is called; `original_forward`
     # runs them. If the model is one island, it runs all of them, inside of the weight cache.
-    vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio) if is_one_island else taken_hooks(bio, TRACEABLE_HOOKS)
+    vars(bio)[ORIGINAL_HOOKS] = pop_computing_hooks(bio) if is_one_island else pop_computing_hooks(bio, TRACEABLE_HOOKS)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
     for name, constant in trace.constants.items():

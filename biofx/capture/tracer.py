@@ -24,10 +24,10 @@ from biofx.base.isolation import LOCK, Draws
 from biofx.base.references import HOOKS
 from biofx.capture.explanation import explain
 from biofx.capture.reparametrized import (
-    TRACED_THROUGH,
-    has_other_hooks,
+    TRACED_MODULES,
+    has_untraceable_hooks,
     is_learned,
-    original_class,
+    unparametrized_class,
     with_computing_hooks,
 )
 
@@ -191,9 +191,9 @@ class Tracer(fx.Tracer):
             self.islands.setdefault(module_qualified_name, reason)
         if module_qualified_name in self.islands or isinstance(m, HelperModule):
             return True
-        if _is_weight_module(m) or isinstance(m, TRACED_THROUGH):
+        if _is_weight_module(m) or isinstance(m, TRACED_MODULES):
             return False
-        of_torch = original_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        of_torch = unparametrized_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
         is_leaf = of_torch and not isinstance(m, nn.Sequential)
         if is_leaf and any(id(p) in self.synapses for inner in m.modules() for p in inner._parameters.values()):
             self.islands[module_qualified_name] = LEAF
@@ -412,7 +412,7 @@ def _is_weight_module(module: nn.Module) -> bool:
 
 def why_untraceable(module: nn.Module) -> str | None:
     """Return the reason why a module has to be a leaf, or None if its forward may be traced."""
-    if has_other_hooks(module, HOOKS):
+    if has_untraceable_hooks(module, HOOKS):
         return "it has hooks, which only run when the module itself is called"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"

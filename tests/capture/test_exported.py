@@ -738,7 +738,7 @@ class Checkpoints(nn.Sequential):
         (nn.BatchNorm1d(4, momentum=None), "makes a Python number of them: Could not extract"),
         (DrawsInPython(random.random), "its forward draws random numbers from Python or NumPy"),
         (DrawsInPython(lambda: numpy.random.random()), "its forward draws random numbers from Python or NumPy"),
-        (ReturnsAnything(4, 4), "forward returns an instance of Opaque, which torch.export cannot take apart"),
+        (ReturnsAnything(4, 4), "forward returns an instance of Opaque, which torch.export cannot unpack"),
         (Chooses(4, 4), "forward uses cond, whose branches biofx cannot follow"),
         (Hooked(), r"0 \(Linear\) has hooks, which only run when the module itself is called"),
         (
