@@ -749,7 +749,7 @@ class Checkpoints(nn.Sequential):
         (ReversesInTraining(4, 4), "computes something else in training mode: gradient of weight differs"),
         (HooksItsTensor(4, 4), "computes something else in evaluation mode: gradient of weight differs"),
         (Infers(4, 4), "its forward uses torch.inference_mode, which a graph cannot represent"),
-        (Checkpoints(use_reentrant=True), "its forward calls checkpoint with use_reentrant=True, which a graph does"),
+        (Checkpoints(use_reentrant=True), "its forward calls checkpoint with use_reentrant=True, which a graph"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
