@@ -22,12 +22,12 @@ from biofx.base.isolation import is_function, run_in_eval_mode
 from biofx.base.references import enclosed
 from biofx.capture import symbolic
 from biofx.capture.captured_module import REGISTRIES
-from biofx.capture.checking import running
-from biofx.capture.checks import check
+from biofx.capture.equivalence import replaced_forward
 from biofx.capture.exported import exporting
 from biofx.capture.guards import GUARD, Guard, Structure, structure
-from biofx.model.islands import is_whole
-from biofx.model.owners import release, why_not
+from biofx.capture.preconditions import check_model
+from biofx.model.islands import is_one_island
+from biofx.model.owners import obstacle_to_synapses, restore_class
 from biofx.model.provenance import is_transformed, record_of, transformed
 from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.rewrite import pipeline
@@ -37,7 +37,7 @@ from biofx.weights.declared import declared
 
 FRONTENDS: dict[str, Callable[[nn.Module, Any, Collection[str], Run | None], fx.GraphModule]] = {
     "symbolic": symbolic.capture,
-    "module": lambda model, example_inputs, synapses, run: symbolic.capture_whole(model),
+    "module": lambda model, example_inputs, synapses, run: symbolic.capture_as_island(model),
     "export": lambda model, example_inputs, synapses, run: exporting.capture(model, example_inputs),
 }
 
@@ -120,7 +120,7 @@ def transform(
     if again:
         transformed(model)
     else:
-        check(model)
+        check_model(model)
     if again and inplace and record_of(model).attached:
         raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     _refuse_transformed_children(model)
@@ -144,7 +144,7 @@ def transform(
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
         outputs = pipeline.run(bio, chosen, excluded, seed, understood, check=verify, print_between=printer)
-        if not is_whole(bio):
+        if not is_one_island(bio):
             guard = Guard(bio, _checked(frontend, understood) if old is None else old.structures)
             if understood is not None and not guard.needs_graph:
                 _check_python(bio, understood.run, outputs)
@@ -211,7 +211,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
     # Passes replace weights, so the old tensors are intact, but they write into biases, scales and statistics.
     values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers()) if _is_vector(x)]
     classes = [(m, type(m)) for m in model.modules()]
-    synapses = [(s, s.links, dict(s.users), s.rewired) for s in synapses_in(model).values()]
+    synapses = [(s, s.links, dict(s.users), s.output_rewritten_by) for s in synapses_in(model).values()]
     graph: fx.Graph | None = None
     guard = vars(model).get(GUARD)
     if is_transformed(model) and isinstance(model, fx.GraphModule):
@@ -230,11 +230,11 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
             for tensor, value in values:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
-        for each, links, users, rewired in synapses:
-            each.links, each.users, each.rewired = links, users, rewired
+        for each, links, users, rewritten_by in synapses:
+            each.links, each.users, each.output_rewritten_by = links, users, rewritten_by
         for module, cls in classes:
             if type(module) is not cls:
-                release(module)
+                restore_class(module)
         if graph is not None and isinstance(model, fx.GraphModule):
             vars(record).update(fields)
             if guard is not None:
@@ -278,7 +278,7 @@ def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor] | Non
             return
     python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
     try:
-        with running(bio, python):
+        with replaced_forward(bio, python):
             found = difference(graph, run_in_eval_mode(bio, run))
     except Exception as error:
         raise CaptureError(_why_python_differs(bio, f"it fails: {error}")) from error
@@ -300,7 +300,9 @@ def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
         canonical[id(parameter)]: reason
         for owner in bio.modules()
         for key, parameter in owner._parameters.items()
-        if id(parameter) in canonical and not isinstance(owner, Synapses) and (reason := why_not(owner, key))
+        if id(parameter) in canonical
+        and not isinstance(owner, Synapses)
+        and (reason := obstacle_to_synapses(owner, key))
     }
     names = {name: canonical[id(p)] for name, p in stored_parameters(bio, remove_duplicate=False)}
     for pattern in patterns:

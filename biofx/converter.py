@@ -14,7 +14,7 @@ from biofx.analysis.sites import l1, weight_sites
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.capture.captured_module import CapturedModule
 from biofx.compiler import transform
-from biofx.model.owners import become
+from biofx.model.owners import set_class
 from biofx.model.provenance import record_of
 from biofx.rewrite.registry import Pass, registered_passes
 from biofx.signs.scales import project_scales
@@ -291,7 +291,7 @@ def _count_call(weights: list[PlasticWeight]) -> None:
 
 
 def _with_methods(bio: nn.Module) -> Converted:
-    become(bio, type(type(bio).__name__, (Converted, type(bio)), {}))
+    set_class(bio, type(type(bio).__name__, (Converted, type(bio)), {}))
     assert isinstance(bio, Converted)
     return bio
 

@@ -123,9 +123,9 @@ class SynapticScaling(Pass):
         for device in {weight.raw.device for weight in due}:
             self._scale([weight for weight in due if weight.raw.device == device])
         for weight in weights:
-            if weight.step % self.every and "seen" not in weight.synapses.resting:
+            if weight.step % self.every and "seen" not in weight.synapses.paused:
                 weight.state("seen").zero_()  # its observers could not know that this step would not be due
-            weight.synapses.rest("seen", (weight.step + 1) % self.every != 0)
+            weight.synapses.pause("seen", (weight.step + 1) % self.every != 0)
 
     def _scale(self, weights: Sequence[PlasticWeight]) -> None:
         """Act on weights of one device, on all units at once: nothing is decided on the host, which would wait."""

@@ -16,9 +16,9 @@ from biofx.analysis.forms import Forms, Read, bias_of
 from biofx.analysis.layouts import CannotFollowError, execute, varies
 from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.errors import ArgumentError
-from biofx.model import running
+from biofx.model import weight_cache
 from biofx.model.chain import attribute, chain, compute, parameter_nodes
-from biofx.model.islands import is_whole
+from biofx.model.islands import is_one_island
 from biofx.model.synapses import Synapses, synapses_in, synapses_of
 from biofx.recording.catalog import COPIES, Kind
 from biofx.recording.recorder import Recorder, unrecorded
@@ -74,7 +74,7 @@ def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder) -> Iterator[None]
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
     vars(bio)["forward"] = forward
     try:
-        with running.weights(known):
+        with weight_cache.substituted(known):
             yield
     finally:
         del vars(bio)["forward"]
@@ -87,7 +87,7 @@ def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str,
         ArgumentError: the arguments do not fit.
     """
     try:
-        bound = inspect.signature(type(bio).forward, follow_wrapped=not is_whole(bio)).bind(bio, *args, **kwargs)
+        bound = inspect.signature(type(bio).forward, follow_wrapped=not is_one_island(bio)).bind(bio, *args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
     bound.apply_defaults()

@@ -9,7 +9,7 @@ from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import annotate
 from biofx.analysis.understanding import Understanding, changed_in_training, recorded
 from biofx.base.randomness import fixed_defaults
-from biofx.model.islands import is_whole
+from biofx.model.islands import is_one_island
 from biofx.model.provenance import record_of
 from biofx.weights.declared import declared
 
@@ -31,7 +31,7 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
     for name, reason in changed_in_training(bio, understood.run).items():
         if record.weights.pop(name, None) is not None:
             record.others[name] = reason
-    if is_whole(bio):  # one node uses all of them
+    if is_one_island(bio):  # one node uses all of them
         return
     recording = understood.recording
     if not recording.nodes:

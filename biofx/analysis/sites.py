@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from biofx.analysis.graphs import NodeUse, uses_of
 from biofx.base.gains import decoded
 from biofx.base.references import held_parameters
-from biofx.model import parts
 from biofx.model.chain import chain, parameter_nodes
-from biofx.model.islands import described, island_path
+from biofx.model.control_flow import control_flow_of, describe_control_flow
+from biofx.model.islands import describe_island, island_path
 from biofx.model.operators import apply_rule
 from biofx.model.provenance import inserted, record_of, transformed
 from biofx.model.slots import Slot
@@ -112,7 +112,7 @@ class WeightSite:
             return None
         node = self.inside[0]
         path = island_path(self.bio, node)
-        return parts.described(self.bio, node) if path is None else described(path)
+        return describe_control_flow(self.bio, node) if path is None else describe_island(path)
 
     @property
     def raw(self) -> nn.Parameter:
@@ -361,7 +361,7 @@ def find_weights(bio: fx.GraphModule) -> Weights:
     for name, facts in record.weights.items():
         parameter = stored(bio, name)
         readers = chain(nodes[name])[-1].users if name in nodes else ()
-        inside = (*(node for node in readers if parts.part_of(bio, node)), *callers.get(id(parameter), ()))
+        inside = (*(node for node in readers if control_flow_of(bio, node)), *callers.get(id(parameter), ()))
         if id(parameter) in held and synapses_of(bio, name) is None:
             others[name] = HELD
         elif not readers and not inside:

@@ -1,4 +1,4 @@
-"""A GraphModule that is the whole model: its class, tree, attributes, hooks and provenance stay through all copies."""
+"""Captured modules: GraphModules that keep class, tree, attributes, hooks and provenance of a model in all copies."""
 
 from __future__ import annotations
 
@@ -20,22 +20,28 @@ from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
 from biofx.base.errors import CaptureError, InputError
 from biofx.capture.guards import GUARD
-from biofx.capture.tracer import StandIn
-from biofx.model import running
-from biofx.model.chain import number_nodes, show_all
-from biofx.model.checkpoints import readable
-from biofx.model.forgotten_attach import watch
-from biofx.model.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE, is_whole
+from biofx.capture.tracer import HelperModule
+from biofx.model import weight_cache
+from biofx.model.chain import number_nodes, update_chains
+from biofx.model.checkpoints import converted_checkpoint
+from biofx.model.forgotten_attach import warn_if_unattached
+from biofx.model.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
 from biofx.model.operators import written_name
-from biofx.model.owners import HasSynapses, children_of, list_weights, look_for_synapses, methods_of_containers
+from biofx.model.owners import (
+    HasSynapses,
+    children_of,
+    container_methods,
+    install_weight_properties,
+    refresh_flat_weights,
+)
 from biofx.model.provenance import RECORD, is_transformed, record_of
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
-# Their methods go through all children, and a captured model has more of them: synapses, constants of each mode.
+# Their methods iterate over all children, and a captured model has more of them: synapses and helper modules.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-_DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")  # those of a copy are its own
+_DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")  # a copy computes its own
 
 _OPERATOR = re.compile(r"torch\.ops\.biofx\.\w+")  # in generated code
 
@@ -43,54 +49,61 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 _OF_GRAPH_MODULES = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - _OF_MODULES
 RESERVED = frozenset(
     name
-    for name in {*dir(fx.GraphModule), *_OF_GRAPH_MODULES, WHOLE, ORIGINAL_CLASS, ORIGINAL_HOOKS, "original_forward"}
+    for name in {
+        *dir(fx.GraphModule),
+        *_OF_GRAPH_MODULES,
+        WHOLE_MODEL,
+        ORIGINAL_CLASS,
+        ORIGINAL_HOOKS,
+        "original_forward",
+    }
     - {*dir(nn.Module)}
     if not name.startswith("__")
 )
-"""What a captured model has and a module has not: names that a model cannot use for itself."""
+"""Attributes that a captured model has and a plain module has not, so a model must not use these names."""
 
 
 class CapturedModule(HasSynapses, fx.GraphModule):
-    """What `biofx.transform` and `biofx.fold` return.
+    """The result of `biofx.transform` and `biofx.fold`.
 
-    An instance is also one of the model's class: methods, properties and overrides such as `train` stay. Forward runs
-    the graph where it was checked and nothing has changed since (`guards.py`), and else the model's Python, with the
-    same effective weights.
+    It is also an instance of the model's class, so methods, properties and overrides such as `train` stay. Forward runs
+    the graph if the guard admits the arguments (`guards.py`), and otherwise the model's Python, with the same effective
+    weights. If the model is one island, its graph calls its original forward.
 
-    A plain `torch.fx.GraphModule` forgets when it is copied or pickled: `meta`, the hooks and the attributes of the
-    root, which of its buffers are persistent, and the `meta` of nodes. This one does not.
-
-    If the model is one island, its graph calls its original forward.
+    Copying or pickling a plain `torch.fx.GraphModule` loses its `meta`, the hooks and attributes of the root, which of
+    its buffers are persistent, and the `meta` of nodes. This class keeps them.
     """
 
     @property
     def whole_model(self) -> CapturedModule:
-        """The model itself, for a graph in which it is one island."""
+        """The model itself, for nodes that refer to it."""
         return self
 
     def original_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Python forward that the model had before the capture."""
+        """Run the Python forward of the original model."""
         cls: Any = vars(self).get(ORIGINAL_CLASS) or record_of(self).model_class
         for hook in vars(self)[ORIGINAL_HOOKS].values():
             hook(self, args)
-        return cls.forward(_without_stand_ins(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
+        return cls.forward(_without_helpers(self, cls) if issubclass(cls, _CONTAINERS) else self, *args, **kwargs)
 
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
         code = super().recompile()
         cls = type(self)
         cls.forward = (
-            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward) if is_whole(self) else _guarded(cls.forward)
+            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward)
+            if is_one_island(self)
+            else _guarded(cls.forward)
         )
         if GUARD in vars(self):
-            vars(self)[GUARD].look_at(self)
+            vars(self)[GUARD].refresh(self)
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         copied = _empty(type(self).__name__, _model_class(self))
         memo.update({id(self): copied, **{key: clone for key, clone in clones(self).items() if key not in memo}})
         _fill(copied, copy.deepcopy(_attributes(self), memo), copy.deepcopy(self.graph))
-        show_all(copied)  # no optimizer is attached to a copy
+        update_chains(copied)  # no optimizer is attached to a copy
         return copied
 
     def __copy__(self) -> CapturedModule:
@@ -106,7 +119,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             ArgumentError: `strict`, and other passes made the model of the checkpoint; names the first difference.
         """
         if is_transformed(self):
-            state_dict = readable(self, state_dict, str(record_of(self)), strict)
+            state_dict = converted_checkpoint(self, state_dict, str(record_of(self)), strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,10 +129,10 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         return _empty, (type(self).__name__, _model_class(self)), (attributes, imports, *_origins(self.graph))
 
     def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]]) -> None:
-        # Code is pickled, not the graph; tracing it again yields the same calls in the same order, without their meta.
+        # torch.fx pickles the code, not the graph. Tracing it gives the same calls in the same order, without `meta`.
         attributes, imports, reads, calls = state
         vars(self).update(attributes)
-        traced = reduce_graph_module({**attributes, WHOLE: self}, imports)
+        traced = reduce_graph_module({**attributes, WHOLE_MODEL: self}, imports)
         assert isinstance(traced, fx.GraphModule)
         others = [node for node in traced.graph.nodes if node.op != "get_attr"]
         origins = [(node, reads.get(str(node.target))) for node in traced.graph.find_nodes(op="get_attr")]
@@ -127,80 +140,81 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             node.meta.update(kept or {})
         _fill(self, attributes, traced.graph)
         number_nodes(self)
-        show_all(self)  # it may have been attached to an optimizer
+        update_chains(self)  # the pickled model may have been attached to an optimizer
 
 
-def captured(model: nn.Module, graph: fx.Graph, *, is_whole: bool = False) -> CapturedModule:
-    """A model with a graph for its forward: it shares the submodules, tensors and attributes of `model`.
+def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) -> CapturedModule:
+    """Create a captured model; it shares the submodules, tensors and attributes of `model`.
 
     Args:
         model: the model.
         graph: the graph.
-        is_whole: whether the model is one island, so that the graph calls the model's own forward.
+        is_one_island: whether the graph calls the model's own forward.
 
     Raises:
-        CaptureError: the class of the model does something that the result cannot inherit.
+        CaptureError: the class of the model does not allow subclasses.
     """
     module = _empty(type(model).__name__, _model_class(model), graph._tracer_cls)
-    _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_whole else {}), graph)
+    _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_one_island else {}), graph)
     _bind_hooks(module, model)
     return module
 
 
-def released(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
-    """A model as it was before it was captured: it shares the submodules and tensors of `bio`.
+def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
+    """Create a model of the original class; it shares the submodules and tensors of `bio`.
 
     Args:
         bio: the captured model.
-        model_class: the class that it had.
+        model_class: the original class.
     """
     model: nn.Module = object.__new__(model_class)
     vars(model).update(_kept(bio))
     vars(model).pop(ORIGINAL_CLASS, None)
     model._forward_pre_hooks.update(vars(model).pop(ORIGINAL_HOOKS))
     for module in model.modules():
-        for name in [name for name, child in module._modules.items() if isinstance(child, StandIn)]:
+        for name in [name for name, child in module._modules.items() if isinstance(child, HelperModule)]:
             del module._modules[name]
-    list_weights(model)
+    refresh_flat_weights(model)
     _bind_hooks(model, bio)
     return model
 
 
 def _kept(model: nn.Module) -> dict[str, Any]:
-    """The attributes of a model that another of its form takes over; registries are its own."""
+    """Return the attributes that carry over between a model and its captured form, with copied registries."""
     kept = {name: value for name, value in vars(model).items() if name not in {*_OF_GRAPH_MODULES, GUARD, *_DERIVED}}
     return {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}
 
 
 def _bind_hooks(module: nn.Module, model: nn.Module) -> None:
+    """Bind the hooks that are methods of `model` to `module`."""
     for owner in module.modules():
         for registry in (getattr(owner, name) for name in REGISTRIES if name.endswith("_hooks")):
             registry.update({key: _bound_to(module, model, hook) for key, hook in registry.items()})
 
 
-def _without_stand_ins(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
-    """A container in which are the children of the original model only."""
+def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
+    """Return a container with only the children of the original model."""
     shell: nn.Module = object.__new__(container)
     vars(shell).update(vars(bio))
-    vars(shell)["_modules"] = {n: m for n, m in children_of(bio).items() if not isinstance(m, StandIn)}
+    vars(shell)["_modules"] = {n: m for n, m in children_of(bio).items() if not isinstance(m, HelperModule)}
     return shell
 
 
 def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward with the signature of the original one, in which each weight is computed once."""
+    """Return a forward with the original signature that computes each weight once."""
 
     @functools.wraps(original.forward)
     def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        with running.forward():
+        with weight_cache.caching():
             return forward(self, *args, **kwargs)
 
     return call
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that runs the graph where its guard admits it, and else the model's Python."""
+    """Return a forward that runs the graph if the guard admits the arguments, and otherwise the model's Python."""
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         guard = vars(self).get(GUARD)
@@ -209,17 +223,17 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return (forward if guard.compiles_graph else type(self).original_forward)(self, *args, **kwargs)
         for child in guard.synapses(self):
-            child.refuse_lost_change()
-        with running.forward():
+            child.refuse_lost_writes()
+        with weight_cache.caching():
             if guard.admits(self, args, kwargs):
                 try:
                     return forward(self, *args, **kwargs)
-                except InputError:  # which a graph raises before it does anything
+                except InputError:  # checks of inputs come first in a graph, so nothing has changed yet
                     if guard.needs_graph:
                         raise
             return self.original_forward(*args, **kwargs)
 
-    # Compilers count how often they have compiled one code object, and each model is to have its own count.
+    # torch.compile limits recompilations per code object, so each model needs a code object of its own.
     own = FunctionType(guarded.__code__.replace(), guarded.__globals__, closure=guarded.__closure__)
     return functools.wraps(forward)(own)
 
@@ -229,7 +243,7 @@ def _is_traced(args: Any, kwargs: Any) -> bool:
 
 
 def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
-    """A hook of `model` that acts on `module` instead."""
+    """Return a hook, bound to `module` if it is a method of `model`."""
     if isinstance(hook, _WrappedHook):
         return _WrappedHook(_bound_to(module, model, hook.hook), module if hook.with_module else None)
     if isinstance(hook, MethodType) and hook.__self__ is model:
@@ -238,7 +252,7 @@ def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
 
 
 def _model_class(model: nn.Module) -> type[nn.Module]:
-    """The class whose methods a captured model has."""
+    """Return the class from which a captured model inherits."""
     cls = type(model)
     if isinstance(model, fx.GraphModule):
         cls = cls.__mro__[cls.__mro__.index(fx.GraphModule) + 1]
@@ -246,7 +260,7 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
-    methods = methods_of_containers(model_class)
+    methods = container_methods(model_class)
     if issubclass(model_class, nn.Sequential):
         methods["__getitem__"] = _item
     if hasattr(model_class, "save_pretrained"):  # of transformers, diffusers and the like
@@ -258,22 +272,22 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
             f"{model_class.__name__} does not allow subclasses, and a captured model is one: {error}; "
             "make it an attribute of a plain torch.nn.Module and transform that"
         ) from error
-    module = cls.__new__(cls)  # without the constructor, which would run the one of the model's class
+    module = cls.__new__(cls)  # the constructor would run that of the model's class
     type(module).__name__ = name
     vars(module).update(vars(fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=tracer))))
     return module
 
 
 def _save_folded(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-    """Save the weights that synapses make, as those of the original model, which its class can load."""
-    from biofx.output.fold import fold  # which stands on this module
+    """Save the effective weights under their original names, so that the original class can load them."""
+    from biofx.output.fold import fold  # it imports this module
 
     model: Any = fold(bio) if is_transformed(bio) else super(type(bio), bio)
     return model.save_pretrained(*args, **kwargs)
 
 
 def _item(sequence: nn.Sequential, index: Any) -> nn.Module:
-    """A layer of a sequence, or a plain sequence of some: a slice would be of the class of the whole."""
+    """Index a sequence; a slice is a plain `nn.Sequential`, where PyTorch would create an instance of the subclass."""
     if isinstance(index, slice):
         return nn.Sequential(OrderedDict([*children_of(sequence).items()][index]))
     layer: nn.Module = nn.Sequential.__getitem__(sequence, index)
@@ -287,17 +301,20 @@ def _attributes(module: fx.GraphModule) -> dict[str, Any]:
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:
     vars(module).update(attributes)
     module.graph = graph
-    list_weights(module)
-    look_for_synapses(module)
-    watch(module)
+    refresh_flat_weights(module)
+    install_weight_properties(module)
+    warn_if_unattached(module)
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:
-    """Where nodes come from: those that read by what they read, since only the others are traced in the same order."""
+    """Return the metadata of nodes: of `get_attr` nodes by target, of others in order.
+
+    Retracing moves `get_attr` nodes, but keeps the order of all others.
+    """
     reads = {str(node.target): _own_meta(node) for node in graph.find_nodes(op="get_attr")}
     return reads, [_own_meta(node) for node in graph.nodes if node.op != "get_attr"]
 
 
 def _own_meta(node: fx.Node) -> dict[str, Any]:
-    """What biofx notes of a node."""
+    """Return the metadata of biofx on a node."""
     return {key: node.meta[key] for key in (RECORD, USES) if key in node.meta}

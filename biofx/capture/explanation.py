@@ -1,4 +1,4 @@
-"""Explanations: in which line a forward stopped, and why."""
+"""Explanations: which line of a forward raised an error, and why."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-LENGTH = 80  # of what is quoted of a line
+LENGTH = 80  # of a quoted line
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of code that an error passed through.
+    """A line of code in the traceback of an error.
 
     Attributes:
-        module: the module that it is in.
+        module: the name of its Python module.
         file: its file.
-        number: its number there.
-        text: the line.
+        number: its number in the file.
+        text: its text.
     """
 
     module: str
@@ -29,15 +29,15 @@ class Line:
 
 
 def lines_of(error: BaseException) -> Iterator[Line]:
-    """The lines that an error passed through, the innermost last."""
+    """The lines in the traceback of an error, the innermost last."""
     for frame, number in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
         text = traceback.FrameSummary(file, number, frame.f_code.co_name).line
         yield Line(str(frame.f_globals.get("__name__", "")), file, number, text or "")
 
 
-def describe(error: BaseException) -> str:
-    """Why a forward cannot be traced, with the line that stopped it: the user's, if there is one."""
+def explain(error: BaseException) -> str:
+    """Explain why a forward cannot be traced, and quote the line that failed, if possible one of the user."""
     lines = [line for line in lines_of(error) if not line.module.startswith(("torch.fx", "biofx"))]
     of_user = [line for line in lines if not line.module.startswith("torch")]
     where = "".join(

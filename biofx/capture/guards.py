@@ -1,8 +1,8 @@
-"""Guards: whether what was true when a graph was checked still is.
+"""Guards: whether the conditions under which a graph was checked still hold.
 
-A graph is a specialization of a model's Python. It runs where it was checked: on arguments like those of the check, and
-as long as modules, their attributes and their hooks are what they were. Otherwise the Python runs, with the same
-effective weights. Where a pass needs the graph, there is an error instead.
+A graph is a specialization of a model's Python. It runs on arguments like those of the check, as long as the modules,
+their attributes and their hooks have not changed. Otherwise the Python runs, with the same effective weights. If a pass
+needs the graph, the guard raises instead.
 """
 
 from __future__ import annotations
@@ -18,61 +18,62 @@ from torch.utils import _pytree as pytree
 
 from biofx.base.contents import contents_key, holders, is_holder, key_by_name
 from biofx.base.errors import CaptureError
-from biofx.capture.stores import store
+from biofx.capture.assignments import assign_attribute
 from biofx.capture.variables import Variable, reads
 from biofx.model.fingerprint import fingerprint
-from biofx.model.islands import WHOLE
+from biofx.model.islands import WHOLE_MODEL
 from biofx.model.provenance import RECORD, inserted_nodes, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 
-GUARD = "_biofx_guard"  # where a transformed model keeps it
+GUARD = "_biofx_guard"  # the attribute of a transformed model that is its guard
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REGISTRIES = frozenset(vars(nn.Module()))
 _OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 _DERIVED = frozenset({"_flat_weights", "_flat_weight_refs", "_compiled_call_impl"})
 _NOT_OF_USERS = _REGISTRIES | _OF_GRAPHS | _DERIVED | {RECORD}
 _GLOBAL_HOOKS = [vars(global_hooks)[f"_global{name}"] for name in HOOKS]
-_DEEPEST = 4  # how far into objects inside of objects an argument is looked at
+_DEEPEST = 4  # levels of nested objects that are inspected in an argument
 
 Structure = tuple[Any, ...]
 
 
 class Guard:
-    """What was true when a graph was checked.
+    """The conditions under which a graph was checked.
 
     Args:
         bio: the transformed model.
-        structures: those of the arguments on which it was checked; None for any.
+        structures: the structures of the arguments on which it was checked; None for any.
 
     Attributes:
-        compiles_graph: whether compilers see the graph: it was checked, or a pass needs it.
+        compiles_graph: whether torch.compile gets the graph: it was checked, or a pass needs it.
     """
 
     def __init__(self, bio: fx.GraphModule, structures: frozenset[Structure] | None) -> None:
-        around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)  # with containers
+        # Including the containers around traced modules: their children may be replaced.
+        around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)
         self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around)]))
         self.structures = structures
-        self._own = {
+        self._assigned = {
             (_target(node.args[0]), str(node.args[1]))
             for node in bio.graph.nodes
-            if node.op == "call_function" and node.target is store
+            if node.op == "call_function" and node.target is assign_attribute
         }
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
-        self.look_at(bio)
+        self.refresh(bio)
         self._globals = self._global_values(bio)
 
     @property
     def needs_graph(self) -> bool:
-        """Whether only the graph computes what the model does."""
+        """Whether the model's Python cannot replace the graph."""
         return self._needs is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_held": None, "_synapses": None, "_variables": None}
 
-    def look_at(self, bio: fx.GraphModule) -> None:
-        """Take note of the graph and the modules, which may be others now."""
-        self._needs = _why_graph_is_needed(bio)
+    def refresh(self, bio: fx.GraphModule) -> None:
+        """Derive the state of the guard from the graph and the modules, after either may have changed."""
+        self._needs = _reason_for_graph(bio)
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
         self._held: tuple[list[Any], list[Any]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
@@ -85,10 +86,10 @@ class Guard:
         return self._synapses
 
     def admits(self, bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the graph runs on some arguments.
+        """Whether the graph may run on the given arguments.
 
         Raises:
-            CaptureError: it does not follow what changed, and a pass needs it.
+            CaptureError: something changed that the graph does not follow, and a pass needs the graph.
         """
         changed = None if self._holds() else self._changed(bio)
         if changed is None:
@@ -97,7 +98,7 @@ class Guard:
             if changed is not None:
                 raise CaptureError(
                     f"{changed} since the transform, and {self._needs}, which does not follow that; change the "
-                    "original model, and transform it then"
+                    "original model, then transform it"
                 )
             return True
         is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
@@ -106,16 +107,16 @@ class Guard:
         return self.structures is None or structure(args, kwargs) in self.structures
 
     def _holds(self) -> bool:
-        """Whether nothing changed since the last look, as far as a glance tells."""
+        """Whether the shallow copies of the last full comparison still equal their originals; a fast test."""
         if self._held is None:
             return False
         try:
             return bool(self._held[0] == self._held[1])
-        except (RuntimeError, ValueError):  # tensors and arrays are not compared
+        except (RuntimeError, ValueError):  # a changed tensor or array has no truth value
             return False
 
     def _changed(self, bio: fx.GraphModule) -> str | None:
-        """What is not as it was, in words; if nothing is, what there is now is looked for from here on."""
+        """Describe the first change of the traced modules; if there is none, update the copies for the fast test."""
         modules = {}
         for path in self.traced:
             try:
@@ -134,7 +135,7 @@ class Guard:
         return None
 
     def _changed_global(self, bio: nn.Module) -> str | None:
-        """A variable outside of the model that is not as it was, in words."""
+        """Describe the first change of a variable outside of the model; None if there is none."""
         now = self._global_values(bio)
         if now == self._globals:
             return None
@@ -142,14 +143,14 @@ class Guard:
         return f"the variable {next(names)}, which forward reads, changed"
 
     def _global_values(self, bio: nn.Module) -> dict[str, Any]:
-        """What the variables outside of the model hold that forward reads."""
+        """Return the contents of the variables outside of the model that forward reads."""
         if self._variables is None:
             self._variables = reads(bio.get_submodule(path) for path in self.traced)
         values = {name: variable() for name, variable in self._variables.items()}
         return {name: contents_key(value, key_by_name) for name, value in values.items()}
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
-        kept = {name: _noted(value) for name, value in _attributes(module) if (path, name) not in self._own}
+        kept = {name: _noted(value) for name, value in _attributes(module) if (path, name) not in self._assigned}
         hooks = {name: len(getattr(module, name)) for name in HOOKS}
         forward = {"forward": vars(module).get("forward")}
         return {**kept, **hooks, **forward, "_modules": dict(module._modules)}
@@ -162,7 +163,7 @@ class Guard:
 
 
 def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
-    """The structure of arguments: their types, the dtypes and numbers of axes of tensors, and what is None."""
+    """Return the structure of arguments: types, the dtype and rank of tensors, and the values of flags and strings."""
     return tuple(_structure((args, dict(kwargs)), _DEEPEST))
 
 
@@ -179,8 +180,8 @@ def _structure(value: Any, depth: int) -> Iterator[Any]:
             yield leaf if isinstance(leaf, bool | str | None) else type(leaf)
 
 
-def _why_graph_is_needed(bio: fx.GraphModule) -> str | None:
-    """Why only the graph computes what a model does, or None if its Python does as well."""
+def _reason_for_graph(bio: fx.GraphModule) -> str | None:
+    """Return the reason why the model's Python cannot replace the graph, or None if it can."""
     record = record_of(bio)
     for _, origin in inserted_nodes(bio.graph):
         if origin.slot in (Slot.OUTPUT, Slot.OBSERVER):
@@ -191,29 +192,29 @@ def _why_graph_is_needed(bio: fx.GraphModule) -> str | None:
 
 
 def _target(node: Any) -> str:
-    return "" if node.target == WHOLE else str(node.target)
+    return "" if node.target == WHOLE_MODEL else str(node.target)
 
 
 def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:
-    """What is compared at each call: the attributes, children and hooks of a module, and what attributes hold."""
+    """All that is compared at each call: a module's attributes, children, hooks, and the contents of attributes."""
     yield vars(module)
     yield module._modules
     if has_synapses(module):
-        yield module._parameters  # `torch.func.functional_call` puts a tensor in the place of a weight there
+        yield module._parameters  # `torch.func.functional_call` replaces weights there
     yield from (getattr(module, name) for name in HOOKS)
     for _, value in _attributes(module):
         yield from holders(value, seen)
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes of a module that are the user's."""
+    """The attributes that the user's code set on a module."""
     for name, value in vars(module).items():
         if name not in _NOT_OF_USERS and not name.startswith("_biofx"):
             yield name, value
 
 
 def _noted(value: Any) -> Any:
-    """What tells of an attribute whether it is the same: its contents, or else itself."""
+    """Return what is compared of an attribute: its contents if it has any, otherwise the object itself."""
     return contents_key(value) if is_holder(value) else value
 
 

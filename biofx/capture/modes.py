@@ -1,4 +1,4 @@
-"""Modes: one graph that follows `.train()` and `.eval()`, from traces in different modes."""
+"""Modes: merge traces in different modes into one graph that follows `.train()` and `.eval()`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from biofx.capture.tracer import KeepWhole, StandIn, unused_name
+from biofx.capture.tracer import HelperModule, NotTraceable, unused_name
 from biofx.capture.tracing import Trace, is_same, trace
 
 
-class ByMode(StandIn):
-    """One of two constants, chosen by `training`: stands where tracing would have baked the mode in."""
+class ModeConstant(HelperModule):
+    """Returns one of two constants, depending on its mode; without it, the graph would contain that of the trace."""
 
     def __init__(self, train: Any, eval: Any) -> None:  # noqa: A002 - the two modes are called train and eval
         super().__init__()
@@ -25,7 +25,7 @@ class ByMode(StandIn):
                 setattr(self, name, value)
 
     def forward(self) -> Any:
-        """The constant for the current mode."""
+        """Return the constant for the current mode."""
         return self.in_training if self.training else self.in_evaluation
 
     def extra_repr(self) -> str:
@@ -33,18 +33,23 @@ class ByMode(StandIn):
         return f"train={self.in_training!r}, eval={self.in_evaluation!r}"
 
 
-def trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str], synapses: Set[int]) -> Trace:
-    """One graph for all modes: where traces in different modes differ in a constant, it has a `ByMode` module."""
-    training = _trace(model, absent, whole, synapses, evaluating=())
+def trace_modes(model: nn.Module, absent: Collection[str], islands: dict[str, str], synapses: Set[int]) -> Trace:
+    """Return one graph for all modes; it has a `ModeConstant` module where traces in different modes differ.
+
+    A model has one mode for each module, so 2ⁿ combinations. Two traces find the constants that depend on a mode. To
+    find the module whose mode each depends on, the modules that read their mode are numbered (`_ranks`), and one more
+    trace for each bit puts the modules with that bit into evaluation mode: the traces in which a constant changes spell
+    the number of its module.
+    """
+    training = _trace(model, absent, islands, synapses, evaluating=())
     if not training.tracer.reads:
         return training
     modules = dict(model.named_modules())
-    evaluation = _trace(model, absent, whole, synapses, evaluating=modules.values())
+    evaluation = _trace(model, absent, islands, synapses, evaluating=modules.values())
     ranks = _ranks([training, evaluation])
-    # Which module does a constant depend on? A trace for each bit of the ranks tells, with half of them in evaluation.
     bits = range(max(ranks.values()).bit_length())
     halves = [[modules[path] for path, rank in ranks.items() if rank >> bit & 1] for bit in bits]
-    mixed = [trace(model, absent, whole, synapses, half) for half in halves]
+    mixed = [trace(model, absent, islands, synapses, half) for half in halves]
     traces = [training, evaluation, *mixed]
     for other in traces[1:]:
         _check_same_path(model, training, other)
@@ -55,61 +60,65 @@ def trace_modes(model: nn.Module, absent: Collection[str], whole: dict[str, str]
 def _trace(
     model: nn.Module,
     absent: Collection[str],
-    whole: dict[str, str],
+    islands: dict[str, str],
     synapses: Set[int],
     evaluating: Collection[nn.Module],
 ) -> Trace:
-    """Trace with and without gradients, which has to make the same graph.
+    """Trace with and without gradients, which has to give the same graph.
 
-    That forward asks for them would show in no run in which what it does with the answer is silent.
+    A comparison of outputs may miss a forward that tests for gradients, if the difference does not reach the output.
     """
     with torch.enable_grad():
-        first = trace(model, absent, whole, synapses, evaluating)
+        first = trace(model, absent, islands, synapses, evaluating)
     with torch.no_grad():
-        second = trace(model, absent, whole, synapses, evaluating)
+        second = trace(model, absent, islands, synapses, evaluating)
     if not is_same(first, second):
         steps = itertools.zip_longest(_written(first), _written(second))
-        parting = next(((x or y)[0] for x, y in steps if x != y), "")
-        raise KeepWhole({parting: "its forward does something else without gradients"})
+        path = next(((x or y)[0] for x, y in steps if x != y), "")
+        raise NotTraceable({path: "its forward does something else without gradients"})
     return first
 
 
 def _written(trace: Trace) -> Iterator[tuple[str, str]]:
-    """What happened in a trace, each with the module whose forward ran."""
+    """The steps of a trace as text, each with the path of the module whose forward ran."""
     for module, kind, what in trace.tracer.steps:
         yield module, f"{kind} {what.format_node() if isinstance(what, fx.Node) else what}"
 
 
 def _ranks(traces: list[Trace]) -> dict[str, int]:
-    """The modules whose mode was read: each with the number of those around it, so that nested ones differ."""
+    """Number the modules whose mode was read by their depth among them: nested modules need different numbers."""
     paths = {path for one in traces for read in one.tracer.reads.values() for path in read}
     around = {path: itertools.accumulate(path.split("."), "{}.{}".format) for path in paths if path}
     return {path: len(paths & {"", *around.get(path, ())} - {path}) for path in paths}
 
 
 def _check_same_path(model: nn.Module, a: Trace, b: Trace) -> None:
-    """Find the smallest module whose forward runs when two traces of a model part, and others like it."""
+    """Raise if two traces differ in more than constants; name the module where they diverge, and others of its class.
+
+    Others of its class most likely diverge as well, so one failed trace finds them all.
+    """
     positions = [{node: i for i, node in enumerate(one.graph.nodes)} for one in (a, b)]
-    for x, y in itertools.zip_longest(_path_of(a, positions[0]), _path_of(b, positions[1])):
+    for x, y in itertools.zip_longest(_calls_of(a, positions[0]), _calls_of(b, positions[1])):
         if x != y:
-            parting = (x or y)[0]
-            kind = type(model.get_submodule(parting))
-            alike = [path for path in a.tracer.reads if parting and type(model.get_submodule(path)) is kind]
+            diverging = (x or y)[0]
+            kind = type(model.get_submodule(diverging))
+            same_class = [path for path in a.tracer.reads if diverging and type(model.get_submodule(path)) is kind]
             reason = "its forward takes another path in training than in evaluation mode"
-            raise KeepWhole(dict.fromkeys([parting, *alike], reason))
+            raise NotTraceable(dict.fromkeys([diverging, *same_class], reason))
 
 
-def _path_of(trace: Trace, positions: dict[fx.Node, int]) -> Iterator[tuple[Any, ...]]:
+def _calls_of(trace: Trace, positions: dict[fx.Node, int]) -> Iterator[tuple[Any, ...]]:
+    """The steps of a trace without constants, in a form that can be compared between traces."""
     for module, kind, what in trace.tracer.steps:
         if kind != "node":
             yield module, kind, what if kind == "enter" else _skeleton(what, positions)
-        elif what in positions:  # else it was merged with another read
+        elif what in positions:  # others were merged with an earlier read of the same attribute
             arguments = _skeleton((what.args, what.kwargs), positions)
             yield module, what.op, what.target, arguments
 
 
 def _skeleton(value: Any, positions: dict[fx.Node, int]) -> Any:
-    """The part of a value that has to be the same in all modes: where there are nodes, and which; else None."""
+    """Return the part of a value that has to be the same in all modes: the nodes in it, and where; None if none."""
     if isinstance(value, fx.Node):
         return value.target if value.op == "get_attr" else positions[value]
     parts = [_skeleton(part, positions) for part in _parts(value)]
@@ -137,15 +146,15 @@ def _rebuilt(value: Any, parts: list[Any]) -> Any:
 
 
 def _follow_modes(model: nn.Module, traces: list[Trace], ranks: dict[str, int]) -> None:
-    """Make the first of several traces, which differ in constants only, read those from `ByMode` modules."""
+    """Replace the constants in which traces differ by `ModeConstant` modules, in the first trace."""
     training = traces[0]
 
     def by_mode(node: fx.Node, values: tuple[Any, ...]) -> fx.Node:
-        code = sum((not _equal(values[0], value)) << bit for bit, value in enumerate(values[2:]))
+        code = sum((not is_equal(values[0], value)) << bit for bit, value in enumerate(values[2:]))
         path = _owner(training.tracer.reads, node, ranks, code)
         owner = model.get_submodule(path)  # whose .train() and .eval() decide
-        child = unused_name(owner, "by_mode")
-        owner.add_module(child, ByMode(values[0], values[1]).train(owner.training))
+        child = unused_name(owner, "mode_constant")
+        owner.add_module(child, ModeConstant(values[0], values[1]).train(owner.training))
         with training.graph.inserting_before(node):
             return training.graph.call_module(f"{path}.{child}".lstrip("."))
 
@@ -155,13 +164,13 @@ def _follow_modes(model: nn.Module, traces: list[Trace], ranks: dict[str, int]) 
         if len({_shape(value) for value in values}) == 1 and _parts(values[0]):
             parts = zip(*map(_parts, values), strict=True)
             return _rebuilt(values[0], [merged(node, part) for part in parts])
-        return values[0] if _equal(values[0], values[1]) else by_mode(node, values)
+        return values[0] if is_equal(values[0], values[1]) else by_mode(node, values)
 
     for nodes in list(zip(*(other.graph.nodes for other in traces), strict=True)):
         node = nodes[0]
         if node.op == "get_attr" and node.target in training.constants:
             values = tuple(other.constants[node.target] for other in traces)
-            if not _equal(values[0], values[1]):
+            if not is_equal(values[0], values[1]):
                 node.replace_all_uses_with(by_mode(node, values))
                 training.graph.erase_node(node)
                 del training.constants[node.target]
@@ -170,13 +179,17 @@ def _follow_modes(model: nn.Module, traces: list[Trace], ranks: dict[str, int]) 
 
 
 def _owner(reads: dict[str, list[str]], node: fx.Node, ranks: dict[str, int], code: int) -> str:
-    """The module whose mode a constant of a node depends on: one with rank `code` whose mode was read around there."""
-    running = ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
-    owners = [owner for path in reversed(running) for owner in reversed(reads.get(path, ()))]
-    return next((owner for owner in owners if ranks[owner] == code), [*owners, running[-1]][0])
+    """Return the path of the module whose mode decides a constant of a node.
+
+    It has the rank `code`, and one of the modules that ran when the node was created read its mode.
+    """
+    stack = ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
+    owners = [owner for path in reversed(stack) for owner in reversed(reads.get(path, ()))]
+    return next((owner for owner in owners if ranks[owner] == code), [*owners, stack[-1]][0])
 
 
-def _equal(a: Any, b: Any) -> bool:
+def is_equal(a: Any, b: Any) -> bool:
+    """Whether two constants are equal, with type, dtype and shape."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)

@@ -1,4 +1,4 @@
-"""The tracer: symbolic tracing that keeps weights as nodes, and notices what a graph does not hold."""
+"""The tracer: symbolic tracing that makes weights nodes, and detects what a graph cannot represent."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from biofx.base.contents import is_array
 from biofx.base.errors import InputError
 from biofx.base.isolation import LOCK, Draws
 from biofx.base.references import HOOKS
-from biofx.capture.explanation import describe
+from biofx.capture.explanation import explain
 from biofx.capture.reparametrized import (
-    TRACED_THROUGH,
-    has_other_hooks,
+    TRACED_MODULES,
+    has_untraceable_hooks,
     is_learned,
-    original_class,
+    unparametrized_class,
     with_computing_hooks,
 )
 
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
-_PLAIN_DICTS = ("builtins", "collections", "torch.fx.immutable_collections")  # where their classes are from
+_PLAIN_DICTS = ("builtins", "collections", "torch.fx.immutable_collections")  # the modules of their classes
 VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
-ONE_PIECE = "it is called in one piece, as modules of torch.nn are"
+LEAF = "it is a leaf module, as modules of torch.nn are"
 
 
-class StandIn(nn.Module):
-    """A module that capture itself puts into a graph; it is always one node."""
+class HelperModule(nn.Module):
+    """A module that capture adds to a graph; it is always one node."""
 
 
-class MustBeNone(StandIn):
-    """Stands for an optional argument that was None while tracing, so that forward took the path without it."""
+class MustBeNone(HelperModule):
+    """Raises if a caller passes an optional argument that was None while tracing."""
 
     def __init__(self, argument: str) -> None:
         super().__init__()
         self.argument = argument
 
     def forward(self, value: Any) -> None:
-        """Refuse a value that the graph would ignore."""
-        if value is not None and not isinstance(value, fx.Proxy):  # a proxy: torch.fx.symbolic_trace of the graph
+        """Raise for a value that the graph would ignore."""
+        if value is not None and not isinstance(value, fx.Proxy):  # a proxy means that the graph is traced again
             raise InputError(
                 f"forward was captured without its optional argument {self.argument!r}, so it cannot take one; "
                 f"transform the model with example_inputs that contain {self.argument!r}"
@@ -63,11 +63,11 @@ class MustBeNone(StandIn):
         return self.argument
 
 
-class KeepWhole(BaseException):  # a finding, on which capture acts; no `except Exception` in a forward may catch it
-    """Modules do what a graph does not hold, so that they have to be called as they are.
+class NotTraceable(BaseException):  # not an Exception: a forward may have an `except Exception` around its code
+    """Modules do what a graph cannot represent, so they become islands.
 
     Attributes:
-        reasons: what each does, a sentence about "it", by the path of the module; empty for the model itself.
+        reasons: the reason by the path of the module, a sentence about "it"; the path of the model itself is empty.
     """
 
     def __init__(self, reasons: dict[str, str]) -> None:
@@ -76,7 +76,7 @@ class KeepWhole(BaseException):  # a finding, on which capture acts; no `except 
 
 
 class Value(fx.Proxy):
-    """A proxy that notices if a forward assigns attributes of a value, which a graph would not do."""
+    """A proxy that raises if forward assigns an attribute of a value: torch.fx would drop the assignment."""
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return ValueAttribute(self, name)
@@ -84,8 +84,8 @@ class Value(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OF_PROXIES:
             tracer: Any = self.tracer
-            reason = f"its forward assigns the {name} of a tensor, which a graph does not do"
-            raise KeepWhole({tracer.running: reason})
+            reason = f"its forward assigns the {name} of a tensor, which a graph cannot represent"
+            raise NotTraceable({tracer.current_path: reason})
         super().__setattr__(name, value)
 
 
@@ -100,7 +100,7 @@ _OF_PROXIES = ("node", "tracer", "root", "attr", "_node")
 
 
 class KeywordOnly(CodeGen):
-    """Generates a signature with keyword-only arguments; that of `torch.fx` has them among the positional ones."""
+    """Generates a signature with keyword-only arguments; `torch.fx` makes them positional."""
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__()
@@ -118,32 +118,33 @@ class KeywordOnly(CodeGen):
 
 
 class Tracer(fx.Tracer):
-    """Symbolic tracer whose graphs have weights as nodes; also the one that unpickling a captured model uses.
+    """Symbolic tracer whose graphs have weights as nodes. Unpickling a captured model uses it as well.
 
     Attributes:
-        whole: the modules that are called as they are although their class could be traced, each with the reason.
-        found: those that turned out not to fit into a graph in this trace, which is of no use then.
-        refusals: what refuses the optional arguments that were traced as None, by the name of the child to be.
-        steps: what happened in order, as (path of the module whose forward runs, kind, what).
-        reads: the modules whose `training` was read, by the path of the module whose forward did.
+        islands: the modules that are called and not traced through, each with the reason.
+        failures: those of them that this trace found; if there are any, its graph is invalid.
+        refusals: the `MustBeNone` modules by their names; they become children of the model.
+        steps: the events of the trace in order, as (path of the module whose forward runs, kind, subject). The kinds
+            are "enter" with the path of a module, "node" with a node, and "exit" with the result.
+        reads: the modules whose `training` was read, by the path of the module whose forward read it.
     """
 
     proxy_buffer_attributes = True  # a buffer is state, not a constant: it may change between two calls
 
     def __init__(
-        self, absent: Collection[str] = (), whole: dict[str, str] | None = None, synapses: Set[int] = frozenset()
+        self, absent: Collection[str] = (), islands: dict[str, str] | None = None, synapses: Set[int] = frozenset()
     ) -> None:
         super().__init__()
-        self._thread = threading.get_ident()
+        self._thread = threading.get_ident()  # other threads may call the same modules while this one traces
         self._absent = absent  # optional arguments to trace as None
         self.synapses = synapses  # ids of the parameters that get chains
-        self.whole = dict(whole or {})
-        self.found: dict[str, str] = {}
+        self.islands = dict(islands or {})
+        self.failures: dict[str, str] = {}
         self.refusals: dict[str, MustBeNone] = {}
         self.steps: list[tuple[str, str, Any]] = []
         self.reads: dict[str, list[str]] = {}
-        self._running = [""]  # paths of the modules whose forward runs now
-        self._blocks: list[tuple[str, str]] = []  # `with` blocks that are open now, by the module that opened them
+        self._path_stack = [""]  # paths of the modules whose forward runs, the innermost last
+        self._open_contexts: list[tuple[str, str]] = []  # contexts such as `torch.no_grad`, with the module's path
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace `root`, whose tensors become nodes under their first name."""
@@ -152,21 +153,21 @@ class Tracer(fx.Tracer):
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
             self._states = torch.get_rng_state(), Draws.now()
-            with _NoValues(self), _recorded_operators(self), _recorded_parameters(self):
+            with _RefuseValues(self), _recorded_operators(self), _recorded_parameters(self):
                 graph = super().trace(root, concrete_args)
             self._check_random()
         for node in graph.nodes:
-            node.type = None  # annotations that are strings, as they are today, cannot be pickled with the code
+            node.type = None  # string annotations cannot be pickled with the generated code
         merge_reads(graph)
         return graph
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: dict[str, Any] | tuple[Any, ...] | None = None
     ) -> tuple[Any, list[Any]]:
-        """Give forward None for an optional argument that nobody passes, and refuse it in calls of the graph."""
+        """Trace absent optional arguments as None, with a `MustBeNone` module that refuses other values in calls."""
         inner = inspect.unwrap(root_fn)
         if inner is not root_fn and (inner.__code__.co_flags & VARIADIC or inner.__code__.co_kwonlyargcount):
-            raise KeepWhole({"": "its forward is wrapped by a decorator, so its arguments cannot be told apart"})
+            raise NotTraceable({"": "its forward is wrapped by a decorator, so its arguments cannot be told apart"})
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         parameters = inspect.signature(root_fn).parameters.values()
         keyword_only = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -184,83 +185,83 @@ class Tracer(fx.Tracer):
         return function, args
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Modules that stay one node: those of torch.nn without synapses, and those that have to be kept whole."""
-        reason = why_kept_whole(m)
+        """Whether a module is one node: islands, helper modules, and modules of torch.nn without synapses."""
+        reason = why_untraceable(m)
         if reason is not None:
-            self.whole.setdefault(module_qualified_name, reason)
-        if module_qualified_name in self.whole or isinstance(m, StandIn):
+            self.islands.setdefault(module_qualified_name, reason)
+        if module_qualified_name in self.islands or isinstance(m, HelperModule):
             return True
-        if _is_weight_module(m) or isinstance(m, TRACED_THROUGH):
+        if _is_weight_module(m) or isinstance(m, TRACED_MODULES):
             return False
-        of_torch = original_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        of_torch = unparametrized_class(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
         is_leaf = of_torch and not isinstance(m, nn.Sequential)
         if is_leaf and any(id(p) in self.synapses for inner in m.modules() for p in inner._parameters.values()):
-            self.whole[module_qualified_name] = ONE_PIECE
+            self.islands[module_qualified_name] = LEAF
         return is_leaf
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Note which module runs, so that what a graph does not hold is found in the smallest module."""
+        """Note which module runs, so that a failure becomes an island as small as possible."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self._check_random()
-        self.steps.append((self.running, "enter", path))
-        self._running.append(path)
+        self.steps.append((self.current_path, "enter", path))
+        self._path_stack.append(path)
         stack = dict(self.module_stack)
         try:
             if isinstance(m, TRANSPOSED) and any(size is not None for size in (*args[1:], kwargs.get("output_size"))):
-                raise KeepWhole({path: "it is given an output_size, which depends on the shape of its input"})
+                raise NotTraceable({path: "it is given an output_size, which depends on the shape of its input"})
             result = super().call_module(m, forward, args, kwargs)
             self._check_random()
-        except (Exception, KeepWhole) as error:
-            if isinstance(error, KeepWhole) and path not in error.reasons:
+        except (Exception, NotTraceable) as error:
+            if isinstance(error, NotTraceable) and path not in error.reasons:
                 raise
-            # This trace is lost; it goes on, to find the others at once.
-            self._note(path, error)
+            # The graph is invalid, but tracing goes on with this module as a leaf: one trace finds all failures.
+            self._note_failure(path, error)
             self.module_stack.clear()
             self.module_stack.update(stack)
             return super().call_module(m, forward, args, kwargs)
         finally:
-            self._running.pop()
+            self._path_stack.pop()
         self.steps.append((path, "exit", fx.node.map_aggregate(result, _node_of)))
         return result
 
     @property
-    def running(self) -> str:
-        """The path of the module whose forward runs now."""
-        return self._running[-1]
+    def current_path(self) -> str:
+        """The path of the innermost module whose forward runs."""
+        return self._path_stack[-1]
 
-    def _note(self, path: str, error: BaseException) -> None:
-        """Note that a module does not fit into a graph, and undo what its forward did to the state of the process."""
-        self.whole[path] = error.reasons[path] if isinstance(error, KeepWhole) else describe(error)
-        if not any(inner.startswith(f"{path}.") for inner in self.found):  # else it may have failed because of those
-            self.found[path] = self.whole[path]
+    def _note_failure(self, path: str, error: BaseException) -> None:
+        """Make a module an island, and restore the gradient mode and random state that its forward may have changed."""
+        self.islands[path] = error.reasons[path] if isinstance(error, NotTraceable) else explain(error)
+        if not any(inner.startswith(f"{path}.") for inner in self.failures):  # it may have failed only because they did
+            self.failures[path] = self.islands[path]
         torch._C._set_grad_enabled(self._gradients[0])
         torch.set_rng_state(self._states[0])
         self._states[1].restore()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A value that nobody knows yet."""
+        """Return the proxy of a node."""
         return Value(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Note the node, after a look at the state that the graph does not hold."""
-        if self._blocks:
-            path, block = self._blocks[0]
-            raise KeepWhole({path: f"its forward uses torch.{block}, which a graph does not hold"})
+        """Create a node, unless the forward runs in a state that a graph cannot represent."""
+        if self._open_contexts:
+            path, block = self._open_contexts[0]
+            raise NotTraceable({path: f"its forward uses torch.{block}, which a graph cannot represent"})
         if _gradient_mode() != self._gradients:
-            reason = "its forward switches gradients on or off, which a graph does not hold"
-            raise KeepWhole({self.running: reason})
+            reason = "its forward switches gradients on or off, which a graph cannot represent"
+            raise NotTraceable({self.current_path: reason})
         node = super().create_node(*args, **kwargs)
-        self.steps.append((self.running, "node", node))
+        self.steps.append((self.current_path, "node", node))
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """One `get_attr` node for every tensor, whichever alias reads it, found in constant time."""
+        """Return one proxy for each tensor, whichever alias reads it. `fx.Tracer` searches all names at each read."""
         name = self._names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
         if name is None or threading.get_ident() != self._thread:
             return attr_val
@@ -269,7 +270,7 @@ class Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
-        """Take constants and modules that live in the module tree from there, not as copies."""
+        """Refer to tensors and modules of the module tree by `get_attr` nodes; `fx.Tracer` would copy the tensors."""
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
         if isinstance(a, torch.Tensor):
@@ -279,45 +280,45 @@ class Tracer(fx.Tracer):
         if isinstance(a, dict) and not isinstance(a, fx.Proxy) and type(a).__module__ not in _PLAIN_DICTS:
             return self._create_dict_of_class(a)
         if type(a).__module__ == "numpy" and hasattr(a, "item") and not is_array(a):
-            a = a.item()  # a number, by a name that generated code does not know
+            a = a.item()  # generated code cannot name NumPy scalars
         return super().create_arg(a)
 
     def _create_dict_of_class(self, a: Any) -> Any:
-        """A dictionary with a class of its own, such as those that models of transformers return, keeps it."""
+        """Create a node that builds a dictionary of its own class, such as the outputs of models of transformers."""
         if not is_dataclass(a):
             raise TypeError(f"a dictionary of class {type(a).__name__} cannot be part of a graph")
         values = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
         return self.create_node("call_function", type(a), (), values)
 
-    def note_read(self, module: nn.Module) -> None:
-        """The forward that runs now has read `module.training`."""
+    def note_mode_read(self, module: nn.Module) -> None:
+        """Note that the running forward read `module.training`."""
         path = (self.submodule_paths or {}).get(module)
         if path is not None:
-            self.reads.setdefault(self.running, []).append(path)
+            self.reads.setdefault(self.current_path, []).append(path)
 
-    def enter_block(self, block: Any) -> None:
-        """The forward that runs now has entered one of `BLOCKS`."""
-        self._blocks.append((self.running, type(block).__name__))
+    def enter_context(self, context: Any) -> None:
+        """Note that the running forward entered one of `CONTEXTS`."""
+        self._open_contexts.append((self.current_path, type(context).__name__))
 
-    def exit_block(self, block: Any) -> None:
-        """It has left the block."""
-        self._blocks.pop()
+    def exit_context(self, context: Any) -> None:
+        """Note that it left the context."""
+        self._open_contexts.pop()
 
     def refuse_value(self, name: str) -> None:
-        """The forward that runs now has computed with the values of a tensor."""
-        reason = f"its forward computes with the present values of {name}, which a graph would keep"
-        raise KeepWhole({self.running: reason})
+        """Raise because the running forward computes with the values of a tensor."""
+        reason = f"its forward computes with the present values of {name}, which would become constants of the graph"
+        raise NotTraceable({self.current_path: reason})
 
     def _check_random(self) -> None:
         if _random_state() != self._random:
-            raise KeepWhole({self.running: "its forward draws random numbers that do not depend on its input"})
+            raise NotTraceable({self.current_path: "its forward draws random numbers that do not depend on its input"})
 
 
 @contextmanager
 def _recorded_operators(tracer: Tracer) -> Iterator[None]:
-    """Let every call of a dispatcher operator become a node, also one without a tensor: a graph of `torch.export`.
+    """Make every call of a dispatcher operator a node, as graphs of `torch.export` need when they are traced again.
 
-    On their own, operators notice a proxy in the place of a tensor, but not in that of a size.
+    By themselves, operators detect a proxy in place of a tensor, but not in place of a size.
     """
     original = OpOverload.__call__
     thread = threading.get_ident()
@@ -336,7 +337,7 @@ def _recorded_operators(tracer: Tracer) -> Iterator[None]:
 
 @contextmanager
 def _recorded_parameters(tracer: Tracer) -> Iterator[None]:
-    """Let `parameters()` and `named_parameters()` yield nodes, too, and not what parameters are at the time."""
+    """Make `parameters()` and `named_parameters()` yield proxies, not the tensors, which would become constants."""
     original, thread = nn.Module.named_parameters, threading.get_ident()
 
     def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
@@ -350,8 +351,8 @@ def _recorded_parameters(tracer: Tracer) -> Iterator[None]:
         nn.Module.named_parameters = original  # type: ignore[method-assign]
 
 
-class _NoValues(TorchDispatchMode):
-    """Finds a forward that computes with the present values of a parameter or buffer, which would become constants."""
+class _RefuseValues(TorchDispatchMode):
+    """Raises if forward computes with the values of a parameter or buffer: the results would become constants."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -360,16 +361,16 @@ class _NoValues(TorchDispatchMode):
         self._stored = {_memory(tensor): name for name, tensor in stored if isinstance(tensor, torch.Tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, unless it takes such a value."""
+        """Run an operator, unless one of its arguments shares memory with a parameter or buffer."""
         for value in pytree.tree_leaves((args, kwargs)):
             name = self._stored.get(_memory(value)) if isinstance(value, torch.Tensor) else None
             if name is not None:
                 self._tracer.refuse_value(name)
-        return func._op(*args, **(kwargs or {}))  # calling it makes a node of it
+        return func._op(*args, **(kwargs or {}))  # not `func()`, which `_recorded_operators` makes a node
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """What tells the memory of a tensor, which its views share."""
+    """Return a key for the memory of a tensor; its views have the same key."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and nested tensors
@@ -385,12 +386,12 @@ def _gradient_mode() -> tuple[bool, bool]:
 
 
 def _random_state() -> tuple[Any, Any]:
-    with torch._C._DisableTorchDispatch():  # it is asked for often, and no value of the model
+    with torch._C._DisableTorchDispatch():  # it is called for every module, and is no computation of the model
         return torch.get_rng_state().numpy().tobytes(), Draws.now()
 
 
 def merge_reads(graph: fx.Graph) -> None:
-    """One read of each attribute, and none of what is not used."""
+    """Merge `get_attr` nodes of the same attribute, and remove unused ones."""
     first: dict[str, fx.Node] = {}
     for node in graph.find_nodes(op="get_attr"):
         if first.setdefault(node.target, node) is not node:
@@ -400,7 +401,7 @@ def merge_reads(graph: fx.Graph) -> None:
 
 
 def unused_name(module: nn.Module, name: str) -> str:
-    """A name for a new child: `name`, or `name` with a number if the module has one."""
+    """Return a name for a new child: `name`, with a number if the name is taken."""
     names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
     return next(name for name in names if not hasattr(module, name))
 
@@ -409,9 +410,9 @@ def _is_weight_module(module: nn.Module) -> bool:
     return isinstance(module, WEIGHT_MODULES) and is_learned(module, "weight")
 
 
-def why_kept_whole(module: nn.Module) -> str | None:
-    """Why a module has to be called as it is, or None if its forward may be traced through."""
-    if has_other_hooks(module, HOOKS):
+def why_untraceable(module: nn.Module) -> str | None:
+    """Return the reason why a module has to be a leaf, or None if its forward may be traced."""
+    if has_untraceable_hooks(module, HOOKS):
         return "it has hooks, which only run when the module itself is called"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"

@@ -1,4 +1,4 @@
-"""Tracing: one run of a forward that becomes a graph."""
+"""Tracing: run a forward once and record its graph."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.capture.explanation import describe
+from biofx.capture.assignments import add_assignment
+from biofx.capture.explanation import explain
+from biofx.capture.monitoring import monitored
 from biofx.capture.reparametrized import computed_names
-from biofx.capture.stores import add_store
-from biofx.capture.tracer import KeepWhole, Tracer, merge_reads
-from biofx.capture.watching import watched
-from biofx.model.islands import WHOLE, call_python
+from biofx.capture.tracer import NotTraceable, Tracer, merge_reads
+from biofx.model.islands import WHOLE_MODEL, call_python
 
 if TYPE_CHECKING:
     from biofx.base.isolation import Change
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trace:
-    """One run of forward: its graph, the constants that it made, and what the tracer noted."""
+    """The result of one trace.
+
+    Attributes:
+        graph: the graph.
+        constants: tensors that forward created, by the name under which the graph reads them.
+        tracer: the tracer, with its findings.
+    """
 
     graph: fx.Graph
     constants: dict[str, Any]
@@ -34,35 +40,35 @@ class Trace:
 def trace(
     model: nn.Module,
     absent: Collection[str],
-    whole: dict[str, str],
+    islands: dict[str, str],
     synapses: Set[int],
     evaluating: Collection[nn.Module],
 ) -> Trace:
-    """Run forward once, with some modules in evaluation mode and the others in training mode.
+    """Trace a model, with some modules in evaluation mode and the others in training mode.
 
     Args:
-        model: the model; nothing in it changes.
+        model: the model; it does not change.
         absent: optional arguments that are None.
-        whole: modules to call as they are, each with the reason.
+        islands: paths of modules that are not traced through, each with the reason.
         synapses: ids of the parameters that get chains.
         evaluating: the modules in evaluation mode.
 
     Raises:
-        KeepWhole: a module does what a graph does not hold.
+        NotTraceable: a module does what a graph cannot represent.
     """
-    first = Tracer(absent, whole, synapses)
-    with _in_modes(model, set(evaluating)), watched(model, first) as before:
-        result = _traced(model, first)
+    first = Tracer(absent, islands, synapses)
+    with _in_modes(model, set(evaluating)), monitored(model, first) as before:
+        result = _run_once(model, first)
         computed = computed_names(model)
         changes = [change for change in before.changes() if change[:2] not in computed]
         if changes:
-            _add_stores(model, result, changes, Tracer(absent, whole, synapses))
+            _add_assignments(model, result, changes, Tracer(absent, islands, synapses))
     return result
 
 
 @contextmanager
 def _in_modes(model: nn.Module, evaluating: Collection[nn.Module]) -> Iterator[None]:
-    """Put modules into evaluation mode, and the others into training mode, for a while."""
+    """Put some modules into evaluation mode and the others into training mode while the block runs."""
     modes = [(vars(module), module.training, module not in evaluating) for module in model.modules()]
     for attributes, _, mode in modes:
         attributes["training"] = mode
@@ -73,44 +79,48 @@ def _in_modes(model: nn.Module, evaluating: Collection[nn.Module]) -> Iterator[N
             attributes["training"] = mode
 
 
-def _traced(model: nn.Module, tracer: Tracer) -> Trace:
+def _run_once(model: nn.Module, tracer: Tracer) -> Trace:
     own = set(vars(model))
     try:
         graph = tracer.trace(model)
-    except (Exception, KeepWhole) as error:
-        reasons = error.reasons if isinstance(error, KeepWhole) else {"": describe(error)}
-        raise KeepWhole(tracer.found or reasons) from error
-    if tracer.found:
-        raise KeepWhole(tracer.found)
+    except (Exception, NotTraceable) as error:
+        reasons = error.reasons if isinstance(error, NotTraceable) else {"": explain(error)}
+        raise NotTraceable(tracer.failures or reasons) from error
+    if tracer.failures:
+        raise NotTraceable(tracer.failures)
     made = {name: vars(model).pop(name) for name in vars(model).keys() - own if name.startswith("_tensor_constant")}
     read = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
     return Trace(graph, {name: made[name] for name in read if name in made}, tracer)
 
 
-def _add_stores(model: nn.Module, first: Trace, changes: Sequence[Change], again: Tracer) -> None:
-    """Let a graph store what forward stores, which is all that it does with it if a second run has the same graph."""
-    reasons = {c.path: f"its forward changes the attribute {c.name}, which a graph does not do" for c in changes}
+def _add_assignments(model: nn.Module, first: Trace, changes: Sequence[Change], again: Tracer) -> None:
+    """Add the attribute assignments of a forward to its graph.
+
+    A graph can only represent attributes that forward writes but never reads. So forward is traced again after the
+    first trace wrote them: if it reads one, the second graph differs, or the trace fails.
+    """
+    reasons = {c.path: f"its forward changes the attribute {c.name}, which a graph cannot represent" for c in changes}
     text, output = str(first.graph), first.graph.output_node()
     try:
-        with watched(model, again):
-            second = _traced(model, again)
+        with monitored(model, again):
+            second = _run_once(model, again)
             second.graph.lint()
         if not all(c.is_assigned for c in changes) or not is_same(first, second) or str(first.graph) != text:
-            raise KeepWhole(reasons)
+            raise NotTraceable(reasons)
         with first.graph.inserting_before(output):
             for change in changes:
                 value = getattr(model.get_submodule(change.path), change.name)
                 if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value)):
-                    raise KeepWhole(reasons)  # a constant, which is a flag for somebody
-                node = add_store(first.tracer, change.path, change.name, first.tracer.create_arg(value))
+                    raise NotTraceable(reasons)  # a constant, such as a flag or a counter
+                node = add_assignment(first.tracer, change.path, change.name, first.tracer.create_arg(value))
                 first.tracer.steps.append((change.path, "node", node))
         merge_reads(first.graph)
-    except (Exception, KeepWhole) as error:
-        raise KeepWhole(reasons) from error
+    except (Exception, NotTraceable) as error:
+        raise NotTraceable(reasons) from error
 
 
 def is_same(first: Trace, second: Trace) -> bool:
-    """Whether two runs have the same graph."""
+    """Whether two traces have the same graph and constants."""
     constants = zip(first.constants.values(), second.constants.values(), strict=False)
     return (
         str(first.graph) == str(second.graph)
@@ -119,10 +129,10 @@ def is_same(first: Trace, second: Trace) -> bool:
     )
 
 
-def trace_whole(reason: str) -> Trace:
-    """A graph in which the model is one island: it runs no forward, and takes all arguments as they come."""
+def trace_as_island(reason: str) -> Trace:
+    """Return a trace in which the model is one island: its graph passes all arguments on, and no forward runs."""
     graph = fx.Graph(tracer_cls=Tracer)
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
-    module = graph.get_attr(WHOLE)
+    module = graph.get_attr(WHOLE_MODEL)
     graph.output(graph.call_function(call_python, (module, args, kwargs)))
-    return Trace(graph, {}, Tracer(whole={"": reason}))
+    return Trace(graph, {}, Tracer(islands={"": reason}))

@@ -1,4 +1,4 @@
-"""Variables outside of a model that its forward reads, such as a schedule that a training script sets."""
+"""Variables: state outside of a model that its forward reads, such as a schedule that a training script sets."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from biofx.base.contents import is_holder
 
 Variable = Callable[[], Any]
-"""Gives the value of a variable now."""
+"""Returns the current value of a variable."""
 
 _PLAIN = bool | int | float | complex | str | bytes | None
-_DEEPEST = 4  # how far into attributes of attributes
+_DEEPEST = 4  # levels of nested attributes
 
-# Nobody sets variables of these between two calls; they are by far the most that forwards refer to.
+# Most variables that forwards refer to belong to these packages, and nobody sets them between two calls.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"})
 
 
 def reads(modules: Iterable[nn.Module]) -> dict[str, Variable]:
-    """The variables that the methods of some modules read, and the functions and methods that these call.
+    """Return the variables that the methods of some modules read, directly or through functions that they call.
 
-    That is what they name, on the level of Python modules and in functions around them: plain values, tensors, and
-    attributes that they name of objects and Python modules of the user.
+    These are the global variables and the variables of enclosing functions that the code names: plain values, tensors,
+    and the named attributes of the user's objects and Python modules.
 
     Returns:
-        The variables, each by its name in words.
+        The variables by their qualified names.
     """
     found: dict[str, Variable] = {}
     seen: set[Any] = set()
@@ -42,7 +42,7 @@ def reads(modules: Iterable[nn.Module]) -> dict[str, Variable]:
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:
-    """The functions of a method, a property, or what decorators made of one."""
+    """The functions behind an attribute of a class: a method or a property, with or without decorators."""
     if isinstance(value, property):
         value = value.fget
     if isinstance(value, staticmethod | classmethod):
@@ -62,7 +62,7 @@ def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, Vari
     seen.add(function)
     try:
         names = inspect.getclosurevars(function)
-    except ValueError:  # a cell that is empty as yet
+    except ValueError:  # a variable of an enclosing function has no value yet
         return
     variables = {name: partial(function.__globals__.get, name) for name in names.globals}
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -78,7 +78,7 @@ def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, Vari
 
 
 def _parts(name: str, variable: Variable, names: Set[str], depth: int = _DEEPEST) -> Iterator[tuple[str, Variable]]:
-    """A variable, or, if it is an object with attributes, those of them that a function names, and of these."""
+    """Yield a variable, or, if it is an object, its attributes that a function names, recursively."""
     value = variable()
     if not depth or not _has_attributes(value):
         yield name, variable
@@ -92,7 +92,7 @@ def _attribute(variable: Variable, key: str) -> Any:
 
 
 def _has_attributes(value: Any) -> bool:
-    """Whether a value is an object or a Python module of the user, or a class that holds options."""
+    """Whether a value is an object, class or Python module of the user, so that its attributes may change."""
     if isinstance(value, ModuleType):
         return _is_of_user(value.__name__)
     if isinstance(value, nn.Module) or (callable(value) and not isinstance(value, type)):

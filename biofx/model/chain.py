@@ -1,6 +1,7 @@
 """Chains: the nodes between the `get_attr` of a weight and the operator that consumes it.
 
-They show the links of the weight's synapses (`biofx.model.synapses`), and are made from these.
+A chain shows the links of the weight's synapses (`biofx.model.synapses`) in the graph. The links are the truth; the
+nodes are generated from them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def attribute(root: nn.Module, target: str) -> Any:
-    """The attribute that a `get_attr` node reads."""
+    """Return the attribute that a `get_attr` node reads."""
     value: Any = root
     for atom in target.split("."):
         value = getattr(value, atom)
@@ -26,24 +27,24 @@ def attribute(root: nn.Module, target: str) -> Any:
 
 
 def parameter_nodes(bio: fx.GraphModule) -> dict[str, fx.Node]:
-    """The one `get_attr` node of every stored parameter that the graph reads, by its name in the original model."""
+    """The `get_attr` node of every stored parameter that the graph reads, by the name in the original model."""
     nodes = {node.target: node for node in bio.graph.find_nodes(op="get_attr")}
     targets = {name: stored_name(bio, name) for name, _ in stored_parameters(bio)}
     return {name: nodes[target] for name, target in targets.items() if target in nodes}
 
 
 def original_name(bio: nn.Module, node: fx.Node) -> str:
-    """The name in the original model of the parameter that a `get_attr` node reads."""
+    """Return the name that a parameter has in the original model, from the `get_attr` node that reads it."""
     path, _, _ = str(node.target).rpartition(".")
     try:
         is_stored = path != "" and isinstance(bio.get_submodule(path), Synapses)
-    except AttributeError:  # it was removed
+    except AttributeError:  # the module was removed
         is_stored = False
     return path.removesuffix("_synapses") if is_stored else str(node.target)
 
 
 def chain(start: fx.Node) -> list[fx.Node]:
-    """The chain that begins at the `get_attr` of a parameter: that node, and then the inserted ones in order."""
+    """Return the chain of a parameter: its `get_attr` node, then the inserted nodes in order."""
     nodes = [start]
     while True:
         following = [n for n in nodes[-1].users if _is_link(n, nodes[-1])]
@@ -57,13 +58,13 @@ def _is_link(node: fx.Node, previous: fx.Node) -> bool:
     return origin is not None and origin.slot.on_chain and node.op != "get_attr" and node.args[0] is previous
 
 
-def show(start: fx.Node, target: str, synapses: Synapses) -> None:
-    """Draw the links of a weight into the graph, in place of those that are there.
+def write_chain(start: fx.Node, target: str, synapses: Synapses) -> None:
+    """Write the active links of a weight into the graph, in place of its present chain.
 
     Args:
-        start: the node of the weight.
-        target: the name of what the synapses store.
-        synapses: its synapses.
+        start: the `get_attr` node of the weight.
+        target: the name of the stored tensor.
+        synapses: the synapses of the weight.
     """
     start.target = target
     old = chain(start)
@@ -72,9 +73,9 @@ def show(start: fx.Node, target: str, synapses: Synapses) -> None:
         reader.replace_input_with(old[-1], start)
     _erase(old[1:])
     end = start
-    for link in synapses.acting:
+    for link in synapses.active_links:
         args = tuple(state_node(start, a.key, link.origin) if isinstance(a, State) else a for a in link.args)
-        latest = max([end, *(arg for arg in args if isinstance(arg, fx.Node))])  # nodes compare by their place
+        latest = max([end, *(arg for arg in args if isinstance(arg, fx.Node))])  # nodes compare by their position
         with start.graph.inserting_after(latest):
             end = start.graph.call_function(link.target, (end, *args))
         end.meta[RECORD] = link.origin
@@ -82,29 +83,31 @@ def show(start: fx.Node, target: str, synapses: Synapses) -> None:
         reader.replace_input_with(start, end)
 
 
-def show_all(bio: fx.GraphModule) -> None:
-    """Draw the links of all weights that the graph does not show as they act now."""
+def update_chains(bio: fx.GraphModule) -> None:
+    """Rewrite each chain that differs from the active links, as after a copy: copies are not attached."""
     has_changed = False
     for name, start in parameter_nodes(bio).items():
         synapses = synapses_of(bio, name)
-        if synapses is not None and not _shows(start, synapses):
-            show(start, stored_name(bio, name), synapses)
+        if synapses is not None and not _is_current(start, synapses):
+            write_chain(start, stored_name(bio, name), synapses)
             has_changed = True
     if has_changed:
         number_nodes(bio)
 
 
-def _shows(start: fx.Node, synapses: Synapses) -> bool:
-    """Whether the chain of a weight is what acts now."""
-    drawn = [(n.target, tuple(a for a in n.args[1:] if not isinstance(a, fx.Node))) for n in chain(start)[1:]]
-    return drawn == [(ln.target, tuple(a for a in ln.args if not isinstance(a, State))) for ln in synapses.acting]
+def _is_current(start: fx.Node, synapses: Synapses) -> bool:
+    """Whether the chain of a weight shows its active links."""
+    written = [(n.target, tuple(a for a in n.args[1:] if not isinstance(a, fx.Node))) for n in chain(start)[1:]]
+    return written == [
+        (ln.target, tuple(a for a in ln.args if not isinstance(a, State))) for ln in synapses.active_links
+    ]
 
 
-def hide(start: fx.Node, name: str) -> None:
-    """Let a graph read a plain parameter in the place of a chain.
+def remove_chain(start: fx.Node, name: str) -> None:
+    """Replace a chain by a read of a plain parameter.
 
     Args:
-        start: the node of the weight.
+        start: the `get_attr` node of the weight.
         name: the parameter's name.
     """
     links = chain(start)[1:]
@@ -124,12 +127,12 @@ def _erase(links: list[fx.Node]) -> None:
 
 
 def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
-    """The `get_attr` node that reads state of a weight; it stands behind the one that reads the weight.
+    """Return the `get_attr` node of a state, and insert it after the node of the weight if there is none.
 
     Args:
-        start: the node of the weight.
-        key: the state's name; empty for the synapses that keep it.
-        origin: who reads it.
+        start: the `get_attr` node of the weight.
+        key: the state's name; empty for the synapses themselves.
+        origin: the passes that read the state.
     """
     target = f"{str(start.target).rpartition('.')[0]}.{key}".rstrip(".")
     found = start.next
@@ -148,7 +151,7 @@ def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
 
 
 def compute(bio: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """What a call, or the output, makes of arguments."""
+    """Compute a call node, or the output node, from the values of its arguments."""
     if node.op == "call_module":
         return bio.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "call_method":
@@ -157,18 +160,18 @@ def compute(bio: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def callee(node: fx.Node) -> str:
-    """What a node calls or reads, as a short name."""
+    """Return a short name of the function that a node calls, or of the attribute that it reads."""
     if isinstance(node.target, str):
         return node.target
     packet = getattr(node.target, "overloadpacket", node.target)
-    name = getattr(packet, "_qualified_op_name", None)  # of a dispatcher operator
+    name = getattr(packet, "_qualified_op_name", None)  # only dispatcher operators have one
     if name is not None:
         return written_name(str(name)).replace("::", ".").removeprefix("aten.")
     return str(getattr(node.target, "__name__", node.target))
 
 
 def number_nodes(bio: fx.GraphModule) -> None:
-    """Name the nodes in the order of the graph, so that generated code reads in order, and recompile."""
+    """Number the nodes in graph order, so that the generated code reads in order, and recompile."""
     numbered = fx.Graph(tracer_cls=bio.graph._tracer_cls)
     numbered.set_codegen(bio.graph._codegen)
     copies: dict[fx.Node, fx.Node] = {}
@@ -180,7 +183,7 @@ def number_nodes(bio: fx.GraphModule) -> None:
 
 
 def _short_name(bio: nn.Module, node: fx.Node) -> str | None:
-    """The name of a node that reads a weight, what is kept for it, or calls biofx; None if fx is to name it."""
+    """Return a name for a node that reads a weight or its state, or calls biofx; None for others, which fx names."""
     if node.op == "call_function" and name_of(node.target):
         return written_name(name_of(node.target))
     name = None if node.op != "get_attr" else original_name(bio, node)

@@ -1,4 +1,4 @@
-"""Checkpoints: of a model with synapses, of the same in earlier versions of biofx, and of the original model."""
+"""Checkpoints: a model with synapses loads its own, those of earlier versions of biofx, and the original model's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from biofx.model.synapses import CHILD, Synapses, child_of
 PLAIN = "this looks like a checkpoint of the plain model; load it into that, before transform"
 
 
-def readable(model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, strict: bool) -> Mapping[str, Any]:
-    """A checkpoint under the names that a model has.
+def converted_checkpoint(
+    model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, strict: bool
+) -> Mapping[str, Any]:
+    """Convert a checkpoint to the names and shapes of a transformed model.
 
-    Weights of the original model are divided among the synapses, in proportion to the present ones. The state that
-    passes keep stays as it is.
+    A checkpoint of the original model has weights and no state of passes. Each weight is distributed over its synapses
+    in proportion to their present sizes, and the state keeps its present values.
 
     Args:
         model: the transformed model.
@@ -27,15 +29,15 @@ def readable(model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, str
         strict: refuse a checkpoint that does not fit.
 
     Raises:
-        ArgumentError: `strict`, and other passes made the model of the checkpoint; names the first difference. Or a
-            weight of the original model breaks the signs that its units have here.
+        ArgumentError: if `strict`, the checkpoint is from another pipeline; names the first difference. Or a weight of
+            the original model violates the signs of its units.
     """
     result = dict(state_dict)
     owned = list(_owned(model))
     ours = f"{CHILD.format('')}."
-    is_plain = not any(ours in name for name in state_dict) and not any(_kept(*each, result) for each in owned)
+    is_plain = not any(ours in name for name in state_dict) and not any(_has_old_state(*each, result) for each in owned)
     for name, child in owned:
-        place = _place(name)
+        place = _child_path(name)
         for key in child.users:
             _rename(result, f"{name}_{key}", f"{place}.{key}")
             if is_plain and f"{place}.{key}" not in result:
@@ -43,16 +45,16 @@ def readable(model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, str
         _rename(result, name, f"{place}.{child.stored_name}")
         given = result.get(f"{place}.{child.stored_name}")
         if isinstance(given, Tensor) and is_plain:
-            result[f"{place}.{child.stored_name}"] = _divided(name, child, given)
+            result[f"{place}.{child.stored_name}"] = _distributed(name, child, given)
     if strict:
         _refuse_difference(
-            model, owned, result, PLAIN if is_plain else f"the checkpoint is of another pipeline than {pipeline}"
+            model, owned, result, PLAIN if is_plain else f"the checkpoint is from another pipeline than {pipeline}"
         )
     return result
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[str, Synapses]]:
-    """All synapses, by each of the names that their weight has in the original model."""
+    """All synapses, once for each name of their weight in the original model."""
     for path, owner in model.named_modules(remove_duplicate=False):
         for key in owner._parameters:
             child = child_of(owner, key)
@@ -60,13 +62,13 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, Synapses]]:
                 yield f"{path}.{key}".lstrip("."), child
 
 
-def _place(name: str) -> str:
+def _child_path(name: str) -> str:
     path, _, key = name.rpartition(".")
     return f"{path}.{CHILD.format(key)}".lstrip(".")
 
 
-def _kept(name: str, child: Synapses, state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has state of synapses under the name that it had earlier, such as `fc.weight_gain`."""
+def _has_old_state(name: str, child: Synapses, state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint names state as earlier versions of biofx did, such as `fc.weight_gain`."""
     return any(f"{name}_{key}" in state for key in child.users)
 
 
@@ -75,8 +77,8 @@ def _rename(state: dict[str, Any], old: str, new: str) -> None:
         state[new] = state.pop(old)
 
 
-def _divided(name: str, child: Synapses, weight: Tensor) -> Tensor:
-    """What synapses store if they are to make a weight of the original model."""
+def _distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
+    """Return the stored tensor from which synapses compute a weight of the original model."""
     present = child.stored.detach()
     if not child.is_computed or weight.shape != (present[0] if child.is_split else present).shape:
         return weight
@@ -88,29 +90,29 @@ def _divided(name: str, child: Synapses, weight: Tensor) -> Tensor:
     else:
         stored = weight.to(present)
     with torch.no_grad():
-        made = child(stored=stored)
-    if made.shape != weight.shape or not torch.allclose(made, weight.to(made), rtol=1e-4, atol=1e-6):
-        raise ArgumentError(f"{PLAIN}: {name} cannot be made of the synapses here, whose units have signs")
+        computed = child(stored=stored)
+    if computed.shape != weight.shape or not torch.allclose(computed, weight.to(computed), rtol=1e-4, atol=1e-6):
+        raise ArgumentError(f"{PLAIN}: {name} violates the signs that its units have in this model")
     return stored
 
 
 def _refuse_difference(
     model: nn.Module, owned: list[tuple[str, Synapses]], state: Mapping[str, Any], title: str
 ) -> None:
-    def refuse(difference: str) -> ArgumentError:
+    def error(difference: str) -> ArgumentError:
         return ArgumentError(f"{title}: {difference}")
 
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     own = {name for name, _ in tensors}
     for name, child in owned:
-        place = _place(name)
+        place = _child_path(name)
         for key, by in child.users.items():
             if f"{place}.{key}" not in state:
-                raise refuse(f"it has no {place}.{key}, which {', '.join(by)} keeps here")
+                raise error(f"it has no {place}.{key}, which {', '.join(by)} keeps here")
         given = state.get(f"{place}.{child.stored_name}")
         if isinstance(given, Tensor) and given.shape != child.stored.shape:
-            raise refuse(f"{name} is {tuple(given.shape)} in it and {tuple(child.stored.shape)} here")
+            raise error(f"{name} is {tuple(given.shape)} in it and {tuple(child.stored.shape)} here")
     ends = CHILD.format("")
     for name in state:
         if name not in own and f"{ends}." in name:
-            raise refuse(f"it has {name}, which no pass keeps here")
+            raise error(f"it has {name}, which no pass keeps here")

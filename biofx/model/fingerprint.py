@@ -1,4 +1,4 @@
-"""Fingerprints: whether a graph is still the one that was captured, but for what passes inserted."""
+"""Fingerprints: whether a graph is still the captured one, apart from the nodes that passes inserted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 
 def fingerprint(model: fx.GraphModule) -> str:
-    """A digest of what a graph computes: its calls in order, with their arguments; names of nodes do not matter."""
+    """Return a digest of a graph: its calls in order, with their arguments. The names of nodes do not count."""
     numbers: dict[fx.Node, str] = {}
     lines: list[str] = []
     for node in model.graph.nodes:
@@ -23,7 +23,7 @@ def fingerprint(model: fx.GraphModule) -> str:
             source = node.args[0] if node.args else None
             numbers[node] = numbers[source] if isinstance(source, fx.Node) else ""
             continue
-        if node.op == "get_attr":  # they stand anywhere before their first use
+        if node.op == "get_attr":  # identified by its attribute, since its position in the graph is arbitrary
             numbers[node] = f"@{original_name(model, node)}"
             continue
         numbers[node] = f"%{len(lines)}"

@@ -1,4 +1,4 @@
-"""Forgotten attachments: whoever trains a model with rules that act at the steps of an optimizer is told so, once."""
+"""Forgotten attachments: a warning if an optimizer trains a model whose rules need `biofx.attach` without it."""
 
 from __future__ import annotations
 
@@ -14,39 +14,38 @@ from biofx.model.operators import is_hook
 from biofx.model.provenance import is_transformed, record_of
 from biofx.model.synapses import synapses_in
 
-_models: WeakSet[nn.Module] = WeakSet()  # of which nobody was told yet
+_unchecked: WeakSet[nn.Module] = WeakSet()  # models whose weights no optimizer has stepped over yet
+_handles: list[Any] = []  # of the hook on all optimizers, since any of them may train a model
 
 
-def watch(bio: nn.Module) -> None:
-    """Warn once if an optimizer steps over weights of a model whose rules do nothing, as it was not attached.
+def warn_if_unattached(bio: nn.Module) -> None:
+    """Warn at the first optimizer step over the weights of a model if it is not attached and its rules need that.
 
     Args:
-        bio: a transformed model.
+        bio: a captured model; it need not be transformed yet.
     """
-    if not _hooks:
-        _hooks.append(register_optimizer_step_post_hook(_look))
-    _models.add(bio)
+    if not _handles:
+        _handles.append(register_optimizer_step_post_hook(_check_models))
+    _unchecked.add(bio)
 
 
-_hooks: list[Any] = []  # of all optimizers, as nobody says which one a model is trained with
-
-
-def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _models:
+def _check_models(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _unchecked:
         return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for bio in [*_models]:
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for bio in [*_unchecked]:
         if not is_transformed(bio):
             continue
         record = record_of(bio)
-        weights = {name: s for name, s in synapses_in(bio).items() if id(s.stored) in held}
+        weights = {name: s for name, s in synapses_in(bio).items() if id(s.stored) in trained}
         if not weights:
             continue
-        _models.discard(bio)
+        _unchecked.discard(bio)
         if record.by_hand or record.attached & weights.keys():
             continue
         idle = [run.pass_.name for run in record.passes if run.pass_.acts_at_step and run.weights & weights.keys()]
         hooks = [link for s in weights.values() for link in s.links if is_hook(link.target)]
+        # Plain SGD is linear in the gradient, so hooks that scale gradients have their full effect without `attach`.
         is_linear = type(optimizer) is SGD and not any(group["weight_decay"] for group in optimizer.param_groups)
         if hooks and not is_linear:
             idle += [name for link in hooks for name in link.origin.passes]

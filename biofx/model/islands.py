@@ -1,4 +1,8 @@
-"""Islands: modules whose own Python forward is called from the graph; the model itself may be one."""
+"""Islands: the untraced submodules of a model.
+
+An island is a submodule whose own Python forward is called from the graph, as one node. The model itself can be one
+island; then its whole forward is that node.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +12,32 @@ from torch import fx, nn
 
 from biofx.model.provenance import record_of
 
-WHOLE = "whole_model"  # what the graph of a model that is one island reads: the model itself
-ORIGINAL_CLASS = "_biofx_class"  # where such a model keeps the class whose forward it runs
-ORIGINAL_HOOKS = "_biofx_hooks"  # where it keeps the hooks that compute a weight before that forward
+WHOLE_MODEL = "whole_model"  # the attribute by which a graph refers to the model that it belongs to
+ORIGINAL_CLASS = "_biofx_class"  # where a model that is one island keeps its original class
+ORIGINAL_HOOKS = "_biofx_hooks"  # where a captured model keeps the hooks that compute a weight before forward
 
 
 def call_python(model: Any, args: Any, kwargs: Any) -> Any:
-    """Run the Python forward of a model that is one island; one node in the graph."""
+    """Run the Python forward of a model that is one island. One node in the graph."""
     tracer = next((value.tracer for value in (args, kwargs) if isinstance(value, fx.Proxy)), None)
-    if tracer is not None:  # whichever it is, the call stays one node
-        target = tracer.create_proxy("get_attr", WHOLE, (), {})
+    if tracer is not None:  # the graph is traced again, by any tracer: the call becomes a node again
+        target = tracer.create_proxy("get_attr", WHOLE_MODEL, (), {})
         return tracer.create_proxy("call_function", call_python, (target, args, kwargs), {})
     return model.original_forward(*args, **kwargs)
 
 
 def island_path(bio: nn.Module, node: fx.Node) -> str | None:
-    """Path of the module that a node calls as an island, empty for the model itself; None if it calls none."""
+    """Return the path of the island that a node calls, empty for the model itself; None if it calls none."""
     if node.op == "call_module":
         return str(node.target) if node.target in record_of(bio).islands else None
     return "" if node.op == "call_function" and node.target is call_python else None
 
 
-def described(path: str) -> str:
-    """An island in words, by its path."""
-    return f"the island {path}" if path else "the model, which is one island"
+def describe_island(path: str) -> str:
+    """Describe an island in a message, by its path."""
+    return f"the untraced submodule {path}" if path else "the model, which is untraced"
 
 
-def is_whole(model: nn.Module) -> bool:
-    """Whether a model is one island."""
+def is_one_island(model: nn.Module) -> bool:
+    """Whether the graph of a model is a single call of its Python forward."""
     return ORIGINAL_CLASS in vars(model)

@@ -1,9 +1,9 @@
-"""Dispatcher operators `torch.ops.biofx.*`: what a pass puts into a graph.
+"""Dispatcher operators `torch.ops.biofx.*`: the targets of inserted nodes.
 
-An inserted node calls an operator of the dispatcher, not a Python function: it survives pickling and re-tracing,
-`torch.compile(fullgraph=True)` takes it, a training `torch.export` keeps it together with its gradient, and an
-inference export decomposes hooks to nothing. There are two kinds: a *gradient hook* is a view of a weight in the
-forward pass and changes the weight's gradient; an *observer* looks at an activation and adds to a buffer.
+An inserted node calls an operator of the dispatcher, not a Python function. So it survives pickling and retracing,
+`torch.compile(fullgraph=True)` accepts it, a training `torch.export` keeps it together with its gradient, and an
+inference export decomposes hooks to nothing. There are two kinds. A *gradient hook* is a view of a weight in the
+forward pass and changes the weight's gradient. An *observer* reads an activation and adds to a buffer.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class _Hook:
     """A gradient hook.
 
     Attributes:
-        rule: its rule, on the arguments of the operator.
-        own_rule: its rule, on the noise in place of the counter; the same, if it takes none.
-        factors: the factors for many weights at once, or None.
+        rule: its rule, called with the arguments of the operator.
+        own_rule: its rule, called with the noise in place of the counter; the same if it takes no noise.
+        factors: computes the factors for many weights at once, or None.
         draw: draws its noise, or None.
-        drawn_from: how many arguments `draw` takes beside the counter.
+        drawn_from: the number of arguments that `draw` takes in addition to the counter.
     """
 
     rule: GradientRule
@@ -85,7 +85,7 @@ def gradient_hook(
     The rule has to multiply every entry of the gradient by a factor that does not depend on it: then it commutes with
     gradient accumulation, with loss scaling and with the all-reduce of data parallelism, and can act on an update.
 
-    While an optimizer is attached (`biofx.attach`), hooks sleep, and the factors act on its updates.
+    While an optimizer is attached (`biofx.attach`), hooks are inactive, and the factors act on its updates.
 
     The same function may be defined again, with other code or another schema, as when a notebook cell is run again.
     Models that are transformed from then on run the new rule. Models that were transformed before, their copies, and
@@ -103,9 +103,9 @@ def gradient_hook(
             `draw(likes, counters, *others, compiled=compiled)`, for many weights at once.
 
     Returns:
-        A decorator for the rule, `rule(gradient, *others)`, with the arguments of the schema that follow the weight; if
-        its second parameter is called `weight`, it gets the weight there. The rule itself is returned unchanged, so it
-        stays callable as the pure function that it is.
+        A decorator for the rule, `rule(gradient, *others)`, with the arguments of the schema that follow the weight. If
+        its second parameter is called `weight`, it gets the weight there. The decorator returns the rule unchanged, so
+        it can still be called as a pure function.
 
     Raises:
         ArgumentError: the name does not end in `_grad`, or is that of a hook that was written elsewhere; the rule does
@@ -151,8 +151,8 @@ def gradient_hook(
             if functorch.peek_interpreter_stack() is None:
                 result: Tensor = Hook.apply(weight, *others)  # type: ignore[no-untyped-call]
                 return result
-            # Inside torch.func transforms an autograd.Function has no kernel behind the dispatcher. `scaled` carries
-            # the gradient and adds zero to the value, which stays the weight's to the last bit.
+            # Under torch.func transforms, the dispatcher finds no kernel of an autograd.Function. `scaled` carries the
+            # gradient and adds exactly zero, so the value is the weight's to the last bit.
             scaled = rule(weight, weight.detach(), *others) if takes_weight else rule(weight, *others)
             scaled = scaled.to(weight.dtype)
             return weight.detach() + (scaled - scaled.detach())
@@ -166,7 +166,7 @@ def gradient_hook(
 
 
 def apply_rule(target: Any, gradient: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    """What the rule of a gradient hook makes of a gradient."""
+    """Apply the rule of a gradient hook to a gradient."""
     rule = _HOOKS[name_of(target)].rule
     return rule(gradient, weight, *others) if _takes_weight(rule) else rule(gradient, *others)
 
@@ -174,13 +174,13 @@ def apply_rule(target: Any, gradient: Tensor, weight: Tensor, *others: Any) -> T
 def factors_of(
     name: str, weights: list[Tensor], others: Sequence[Any], *, one_by_one: bool = False
 ) -> Sequence[Tensor]:
-    """The factors by which a gradient hook multiplies the entries of the gradients of some weights.
+    """Return the factors by which a gradient hook multiplies the gradients of weights, entry by entry.
 
     Args:
         name: the name of the hook (`name_of`).
         weights: the weights.
-        others: the other arguments of its rule: a list with one tensor for each weight, or what all have in common.
-        one_by_one: whether to call the rule for one weight after the other.
+        others: the other arguments of its rule: a list with one tensor for each weight, or one value for all.
+        one_by_one: call the rule separately for each weight.
     """
     hook = _HOOKS[name]
     if hook.factors is not None and not one_by_one:
@@ -195,7 +195,7 @@ def factors_of(
 
 @torch.no_grad()
 def multiplies_entries(target: Any, weight: Tensor, *others: Any) -> bool:
-    """Whether the rule of a gradient hook multiplies every entry of a gradient by a factor, as far as a try tells."""
+    """Whether a gradient hook multiplies each entry of a gradient by a factor, judged by one trial."""
     if _HOOKS[name_of(target)].factors is not None:
         return True
     gradient = torch.arange(weight.numel(), device=weight.device).view(weight.shape).cos().to(weight.dtype)
@@ -274,7 +274,7 @@ def _with_noise(rule: GradientRule, name: str, schema: str, draw: Draw, drawn_fr
 
 
 def name_of(target: Any) -> str:
-    """The name of a target, if it is an operator of biofx, without its overload; else empty."""
+    """Return the name of an operator of biofx without its overload; empty for other targets."""
     namespace, _, name = str(getattr(target, "_qualified_op_name", "")).partition("::")
     return name if namespace == NAMESPACE else ""
 
@@ -364,16 +364,16 @@ def _check_rule(rule: GradientRule, schema: str, draw: Draw | None) -> tuple[boo
 
 
 def define_operator(name: str, signature: str, kernel: Callable[..., Tensor]) -> None:
-    """Register `torch.ops.biofx.<name>`, an operator on a weight whose other arguments are broadcast against it.
+    """Register `torch.ops.biofx.<name>`, an operator on a weight; its other arguments broadcast against the weight.
 
     Args:
-        name: the operator's name, with its overload behind a dot, if it has one.
-        signature: its arguments and result in the dispatcher's language, in parentheses: `"(Tensor weight) -> Tensor"`.
-        kernel: what it computes, in operators that autograd knows.
+        name: the operator's name; an overload follows after a dot.
+        signature: its arguments and result in the dispatcher's language: `"(Tensor weight) -> Tensor"`.
+        kernel: its implementation, in operators that autograd differentiates.
     """
     _LIBRARY.define(name + signature)
     _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
-    _LIBRARY.impl(name, kernel, "FuncTorchBatched")  # vmap maps what the kernel calls
+    _LIBRARY.impl(name, kernel, "FuncTorchBatched")  # vmap then maps the operators that the kernel calls
 
 
 def _gains(weights: Sequence[Tensor], gains: Sequence[Tensor] | float) -> Sequence[Tensor]:
@@ -404,7 +404,7 @@ def drawn_grad(gradient: Tensor, noise: Tensor) -> Tensor:
 
 @gradient_hook("share_grad(Tensor(a) weight, float share) -> Tensor(a)", factors=_gains)
 def share_grad(gradient: Tensor, share: float) -> Tensor:
-    """The share of each of several synapses in the gradient of their connection."""
+    """Share of one synapse in the gradient of its connection: g ← s·g."""
     return gradient * share
 
 
@@ -412,27 +412,27 @@ Observation = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 def observer(name: str) -> Callable[[Observation], Observation]:
-    r"""Define `torch.ops.biofx.<name>(activity, state, unit_axis, training)`, which adds what it sees to a buffer.
+    r"""Define `torch.ops.biofx.<name>(activity, state, unit_axis, training)`, which adds statistics to a buffer.
 
-    The buffer `state` has shape (2, 2, units), and 0 is its start. After calls $k = 1, 2, \ldots$
+    The buffer `state` has shape (2, 2, units) and starts at 0. After calls $k = 1, 2, \ldots$
 
     $$\mathrm{state}_0 + \mathrm{state}_1 = \Bigl(\sum_k \mathrm{look}(z_k),\ \sum_k n_k\Bigr)$$
 
-    with $n_k$ the number of positions of the activity $z_k$, which are all elements of batch, time and space. Sums are
-    compensated (Kahan): $\mathrm{state}_1$ is what rounding took from $\mathrm{state}_0$. So numbers of the same sign
-    add up to about a unit in the last place, however many there are, and whole numbers exactly, up to 2⁴⁸ in float32.
+    where $n_k$ is the number of positions of the activity $z_k$: all elements of batch, time and space. Sums are
+    compensated (Kahan): $\mathrm{state}_1$ holds the rounding errors of $\mathrm{state}_0$. So any number of summands
+    of the same sign add up to about a unit in the last place, and integers exactly, up to 2⁴⁸ in float32.
 
-    It sees nothing in evaluation mode, and nothing while a backward pass runs: activation checkpointing computes an
-    activation again there, and must not count it twice.
+    The operator does nothing in evaluation mode and during a backward pass. There, activation checkpointing computes
+    activations again, which must not count twice.
 
     Args:
         name: the operator's name.
 
     Returns:
-        A decorator for `look(activity, positions)`: it gets the activity as the operator returned it, in whichever
-        layout, and returns a number for each unit, shape (units,), a sum over the dimensions `positions`; this has to
-        be in float32 at least. There is always such a dimension. The function itself is returned unchanged. It may be
-        defined again, as a gradient hook may.
+        A decorator for `look(activity, positions)`. It gets the activity in the layout of the operator's output, and
+        returns a sum over the dimensions `positions`: one number for each unit, shape (units,), in float32 or wider.
+        `positions` is never empty. The decorator returns the function unchanged. It may be defined again, as a gradient
+        hook may.
 
     Raises:
         ArgumentError: the name is that of an observer that was written elsewhere.
@@ -472,7 +472,7 @@ def observer(name: str) -> Callable[[Observation], Observation]:
             for seen_activity, seen_state in _below_transform(activity, state):
                 operator(seen_activity, seen_state, axis, training)
 
-        # Nothing is differentiated here, so every transform of torch.func just hands down what it wraps.
+        # Observers have no gradients, so every transform of torch.func just passes on the tensors that it wraps.
         _LIBRARY.impl(name, below_transform, "FuncTorchDynamicLayerFrontMode")
         _show(name)
         return look
@@ -481,12 +481,12 @@ def observer(name: str) -> Callable[[Observation], Observation]:
 
 
 def _from_behind(axis: int, activity: Tensor) -> int:
-    """An axis, counted from behind any batch that comes before."""
+    """Return an axis as a negative number, which stays valid if dimensions are added in front."""
     return axis if axis < 0 else axis - activity.dim()
 
 
 def _add(state: Tensor, sums: Tensor, positions: int) -> None:
-    """Add to an observer's state: to the totals, and what rounding takes from them to the rest."""
+    """Add to the totals of an observer's state, and keep the rounding errors in its rest."""
     total, rest = state
     added, before = rest + torch.stack((sums, torch.full_like(sums, positions))), total.clone()
     total += added
@@ -494,7 +494,7 @@ def _add(state: Tensor, sums: Tensor, positions: int) -> None:
 
 
 def _below_transform(activity: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the innermost transform of torch.func wraps, outside of it: each state, with the activity that it gets."""
+    """Unwrap the innermost transform of torch.func: yield each state with the activity that belongs to it."""
     interpreter = retrieve_current_functorch_interpreter()
     (activity, of_activity), (state, of_state) = (_unwrapped(x, interpreter) for x in (activity, state))
     with interpreter.lower():
@@ -507,7 +507,7 @@ def _below_transform(activity: Tensor, state: Tensor) -> Iterator[tuple[Tensor, 
 
 
 def _unwrapped(x: Tensor, interpreter: Any) -> tuple[Tensor, int | None]:
-    """What a transform wraps, and the dimension that `vmap` maps over."""
+    """Return the tensor that a transform wraps, and the dimension that `vmap` maps over."""
     if interpreter.key() == functorch.TransformType.Vmap:
         return functorch._unwrap_batched(x, interpreter.level())
     return functorch._unwrap_for_grad(x, interpreter.level()), None

@@ -1,7 +1,8 @@
 """Owners: modules with weights that have synapses.
 
-Each gets a subclass of its class, in which the weight is an attribute that reads its synapses (`Synapses.read`), and in
-which an assignment means something: another weight shares its synapses, a parameter replaces them, all else is refused.
+The class of an owner is replaced by a generated subclass. There the weight is a property that reads the synapses
+(`Synapses.read`). Assigning another owner's weight shares its synapses, as for tied weights; assigning a parameter
+removes the synapses; any other assignment raises.
 """
 
 from __future__ import annotations
@@ -16,42 +17,42 @@ import torch
 from torch import nn
 
 from biofx.base.errors import ArgumentError, CaptureError
-from biofx.model import running
-from biofx.model.handed_out import FOLD, LOST, HandedOut
+from biofx.model import weight_cache
 from biofx.model.synapses import CHILD, Synapses, child_of
+from biofx.model.weight_tensors import FOLD, LOST, WeightTensor
 
 
 def give_synapses(places: Iterable[tuple[nn.Module, str]], parameter: nn.Parameter) -> Synapses:
-    """Give a weight synapses: at first one for each connection, which is what was stored, and no links.
+    """Give a weight synapses: initially one for each connection, and no links.
 
     Args:
         places: all modules in which the weight is registered, with its name there.
         parameter: the weight.
 
     Raises:
-        CaptureError: a module cannot have a weight that is computed.
+        CaptureError: a module cannot own synapses.
     """
     places = list(places)
     for owner, key in places:
-        reason = why_not(owner, key)
+        reason = obstacle_to_synapses(owner, key)
         if reason is not None:
             raise CaptureError(reason)
     synapses = Synapses(places[0][1], parameter)
     synapses.train(places[0][0].training)
     for owner, key in places:
-        owner._parameters[key] = None  # which keeps its place among the others
+        owner._parameters[key] = None  # keeps the order of parameters
         owner._modules[CHILD.format(key)] = synapses
-        look_for_synapses(owner)
+        install_weight_properties(owner)
     return synapses
 
 
-def why_not(owner: nn.Module, key: str) -> str | None:
-    """Why a module cannot have a weight that is computed, or None if it can."""
+def obstacle_to_synapses(owner: nn.Module, key: str) -> str | None:
+    """Return the reason why a module cannot own synapses, or None if it can."""
     name = type(owner).__name__
     if hasattr(owner, CHILD.format(key)):
         return f"{name} has an attribute {CHILD.format(key)}, which is where biofx keeps the synapses of {key}"
     if isinstance(owner, torch.jit.ScriptModule):
-        return f"{name} is compiled by TorchScript, which reads {key} as it is stored"
+        return f"{name} is compiled by TorchScript, which only reads stored parameters"
     try:
         _owner_class(_own_class(owner), (key,))
     except TypeError as error:
@@ -59,50 +60,50 @@ def why_not(owner: nn.Module, key: str) -> str | None:
     return None
 
 
-def release(owner: nn.Module) -> None:
-    """Give a module that has no synapses any more its own class back."""
+def restore_class(owner: nn.Module) -> None:
+    """Restore the original class of a module whose synapses were removed."""
     if type(owner) is not _own_class(owner):
-        become(owner, _own_class(owner))
-    list_weights(owner)
+        set_class(owner, _own_class(owner))
+    refresh_flat_weights(owner)
 
 
-def take_synapses(model: nn.Module) -> None:
-    """Put plain parameters, which are the weights, in the place of all synapses of a model."""
-    made: dict[Synapses, nn.Parameter] = {}
+def remove_synapses(model: nn.Module) -> None:
+    """Replace all synapses of a model by plain parameters with the values of the weights."""
+    parameters: dict[Synapses, nn.Parameter] = {}
     for owner in list(model.modules()):
         own = [(key, child) for key in owner._parameters if (child := child_of(owner, key)) is not None]
         for key, child in own:
-            if child not in made:
+            if child not in parameters:
                 stored, weight = child.stored, child()
                 same = weight.shape == stored.shape and torch.equal(weight, stored)
-                made[child] = stored if same else nn.Parameter(weight.detach().contiguous(), stored.requires_grad)
-            owner._parameters[key] = made[child]
+                parameters[child] = stored if same else nn.Parameter(weight.detach().contiguous(), stored.requires_grad)
+            owner._parameters[key] = parameters[child]
             del owner._modules[CHILD.format(key)]
         if own:
-            release(owner)
+            restore_class(owner)
 
 
-def become(module: Any, cls: type[nn.Module]) -> None:
-    """Give a module a class that is laid out as its own: whoever refers to the module goes on referring to it."""
+def set_class(module: Any, cls: type[nn.Module]) -> None:
+    """Change the class of a module in place, so that all references to the module stay valid."""
     module.__class__ = cls
 
 
-def look_for_synapses(owner: nn.Module) -> None:
-    """Let the attributes of a module that are weights with synapses read these."""
+def install_weight_properties(owner: nn.Module) -> None:
+    """Make the weights of a module that have synapses properties of its class."""
     keys = tuple(key for key in owner._parameters if child_of(owner, key) is not None)
     if not keys:
         return
-    if isinstance(owner, nn.RNNBase):  # it lists its weights, for which it has a property now
+    if isinstance(owner, nn.RNNBase):  # an attribute would hide the property of the class, and go stale
         vars(owner).pop("_flat_weights", None)
         vars(owner)["_flat_weight_refs"] = []
-    if isinstance(owner, HasSynapses) and not isinstance(owner, Owner):  # the class is of this module alone
-        read_synapses(type(owner), keys)
+    if isinstance(owner, HasSynapses) and not isinstance(owner, Owner):  # a captured model has a class of its own
+        add_weight_properties(type(owner), keys)
     else:
-        become(owner, _owner_class(_own_class(owner), keys))
+        set_class(owner, _owner_class(_own_class(owner), keys))
 
 
-def list_weights(module: nn.Module) -> None:
-    """Let a recurrent layer, if it is one, list the weights that are stored in it."""
+def refresh_flat_weights(module: nn.Module) -> None:
+    """Rebuild the list of weights that recurrent layers keep; do nothing for other modules."""
     if isinstance(module, nn.RNNBase):
         registered = [module._parameters.get(name) for name in module._flat_weights_names]
         references = [weight if weight is None else weakref.ref(weight) for weight in registered]
@@ -110,53 +111,56 @@ def list_weights(module: nn.Module) -> None:
 
 
 class HasSynapses:
-    """A base class of modules with weights that have synapses: what it means to assign one."""
+    """A base class of owners: assignment, registration and deletion of weights that have synapses."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        child = _child(self, name)
+        child = _synapses_of(self, name)
         if child is None or isinstance(value, nn.Parameter):
-            super().__setattr__(name, value)  # a parameter is registered, see below
-        elif not isinstance(value, HandedOut):
+            super().__setattr__(name, value)  # which calls `register_parameter` for a parameter
+        elif not isinstance(value, WeightTensor):
             raise ArgumentError(f"{name} of {type(self).__name__} cannot become a {type(value).__name__}: {LOST}")
-        else:
+        else:  # the weight of another owner: tie the two
             vars(self)["_modules"][CHILD.format(name)] = value.synapses
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter, in the place of synapses if there are any; see `torch.nn.Module.register_parameter`."""
-        if isinstance(param, HandedOut):
-            raise ArgumentError(f"{name} of {type(self).__name__} cannot be a weight that has synapses; {FOLD}")
-        child = _child(self, name)
+        """Register a parameter, and remove synapses of that name; see `torch.nn.Module.register_parameter`."""
+        if isinstance(param, WeightTensor):
+            raise ArgumentError(
+                f"{name} of {type(self).__name__} cannot be registered: it is a weight with synapses, not a parameter; "
+                f"{FOLD}"
+            )
+        child = _synapses_of(self, name)
         if child is not None and param is not child.stored:
             del vars(self)["_modules"][CHILD.format(name)]
         if child is None or param is not child.stored:
             super().register_parameter(name, param)  # type: ignore[misc]
 
     def __delattr__(self, name: str) -> None:
-        if _child(self, name) is not None:
-            raise ArgumentError(f"{name} of {type(self).__name__} has synapses, and cannot be taken away; {FOLD}")
+        if _synapses_of(self, name) is not None:
+            raise ArgumentError(f"{name} of {type(self).__name__} has synapses, so it cannot be deleted; {FOLD}")
         super().__delattr__(name)
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """A parameter by its name, or what is stored of a weight; see `torch.nn.Module.get_parameter`."""
+        """Return a parameter, or the stored tensor of a weight with synapses; see `torch.nn.Module.get_parameter`."""
         path, _, key = target.rpartition(".")
         child = child_of(self.get_submodule(path), key)  # type: ignore[attr-defined]
         return super().get_parameter(target) if child is None else child.stored  # type: ignore[misc]
 
 
-def methods_of_containers(original: type[nn.Module]) -> dict[str, Any]:
-    """What a container that has weights of its own says of its children: synapses are none of them."""
+def container_methods(original: type[nn.Module]) -> dict[str, Any]:
+    """Return methods that make a container with weights of its own iterate over its children without synapses."""
     if not issubclass(original, nn.Sequential | nn.ModuleList):
         return {}
     return {"__iter__": lambda self: iter(children_of(self).values()), "__len__": lambda self: len(children_of(self))}
 
 
 def children_of(container: nn.Module) -> dict[str, nn.Module]:
-    """The children that a container had before its own weights had synapses, by name."""
+    """Return the children of a container by name, without synapses."""
     return {name: child for name, child in container.named_children() if not isinstance(child, Synapses)}
 
 
 class Owner(HasSynapses):
-    """A base class of modules that have a class of their own beside it."""
+    """A base class of generated classes. Pickle cannot find them by name, so they are generated again when loaded."""
 
     _biofx_class: type[nn.Module]
     _biofx_keys: tuple[str, ...]
@@ -164,21 +168,21 @@ class Owner(HasSynapses):
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_new, (self._biofx_class, self._biofx_keys, *reduced[1][1:]), *reduced[2:])
+            return (_unpickled_owner, (self._biofx_class, self._biofx_keys, *reduced[1][1:]), *reduced[2:])
         return reduced
 
 
-def _new(cls: Any, keys: tuple[str, ...], *args: Any) -> Any:
+def _unpickled_owner(cls: Any, keys: tuple[str, ...], *args: Any) -> Any:
     return cls.__new__(_owner_class(cls, keys), *args)
 
 
-def _child(owner: Any, key: str) -> Synapses | None:
+def _synapses_of(owner: Any, key: str) -> Synapses | None:
     attributes = vars(owner)
     return child_of(owner, key) if key in attributes.get("_parameters", ()) else None
 
 
 def _own_class(owner: nn.Module) -> Any:
-    """The class that a module had before it had synapses."""
+    """Return the class that a module had before it got synapses."""
     return type(owner)._biofx_class if isinstance(owner, Owner) else type(owner)
 
 
@@ -188,29 +192,30 @@ def _owner_class(original: Any, keys: tuple[str, ...]) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for key in keys:
             child = child_of(self, key)
-            if child is not None and child.rewired:
+            if child is not None and child.output_rewritten_by:
                 raise CaptureError(
-                    f"{type(self).__name__} is called on its own, and {child.rewired} acts on what the operator of its "
-                    f"{key} returns in the graph of the model; call the model itself"
+                    f"{type(self).__name__} is called on its own, but {child.output_rewritten_by} changes the "
+                    f"output of the operator of {key} in the graph of the model; call the model itself"
                 )
-        if torch.compiler.is_compiling() or running.is_open():
+        if torch.compiler.is_compiling() or weight_cache.is_active():
             return original.forward(self, *args, **kwargs)
-        with running.forward():
+        with weight_cache.caching():
             return original.forward(self, *args, **kwargs)
 
     namespace = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    namespace |= {"_biofx_class": original, "_biofx_keys": keys, "forward": forward, **methods_of_containers(original)}
+    namespace |= {"_biofx_class": original, "_biofx_keys": keys, "forward": forward, **container_methods(original)}
     cls = type(original)(original.__name__, (Owner, original), namespace)
-    read_synapses(cls, keys)
+    add_weight_properties(cls, keys)
     return cls
 
 
-def read_synapses(cls: Any, keys: Iterable[str]) -> None:
-    """Let attributes of a class read synapses."""
+def add_weight_properties(cls: Any, keys: Iterable[str]) -> None:
+    """Make attributes of a class properties that read synapses."""
     for key in keys:
         setattr(cls, key, _weight(key))
         if issubclass(cls, nn.RNNBase):
-            # They keep a list of their weights, in one piece of memory on a GPU; those that are computed are new.
+            # Recurrent layers cache a list of their weights, and pack these into one buffer on a GPU. Computed weights
+            # are new tensors in every forward, so the list is built anew and nothing is packed.
             cls._flat_weights = property(_flat_weights, lambda self, value: None)
             cls._weights_have_changed = lambda self: False
             cls.flatten_parameters = lambda self: None
@@ -223,7 +228,7 @@ def _weight(key: str) -> property:
             return self._parameters[key]
         try:
             return child.read()
-        except AttributeError as error:  # which would read as if the module had no such attribute
+        except AttributeError as error:  # nn.Module would report it as a missing attribute of the module
             raise RuntimeError(f"{key} of {type(self).__name__} cannot be computed: {error}") from error
 
     return property(read)

@@ -1,4 +1,4 @@
-"""What the compiler did to a model: which pass inserted which node, for which weight, in which slot."""
+"""Provenance: which pass inserted which node, for which weight, in which slot; the record of a transformed model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class RunnablePass(Protocol):
 
     @property
     def slot(self) -> Slot:
-        """The slot that it fills."""
+        """The slot that it uses."""
 
     @property
     def changes_units(self) -> bool:
-        """Whether it changes which units there are."""
+        """Whether it adds, removes or merges units."""
 
     @property
     def preserves_function(self) -> bool:
@@ -43,11 +43,11 @@ class RunnablePass(Protocol):
 
     @property
     def instead(self) -> str:
-        """What to use to keep the function, if there is something."""
+        """What to use instead to preserve the function; empty if nothing does."""
 
     @property
     def acts_at_step(self) -> bool:
-        """Whether it does something around `optimizer.step()`."""
+        """Whether it acts around `optimizer.step()`."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class PassRun:
 
     Attributes:
         pass_: the pass, with its options.
-        seed: what its random draws depend on, together with the weight's name.
+        seed: the seed of its random draws, together with the weight's name.
         weights: the weights that it changed.
         left: the weights that it left alone, each with the reason.
-        remarks: what it has to say about weights that it changed.
-        seconds: how long it took.
+        remarks: its remarks about weights that it changed.
+        seconds: its running time.
     """
 
     pass_: RunnablePass
@@ -76,27 +76,26 @@ class Record:
 
     Args:
         model: the original model.
-        captured: fingerprint of the graph that was captured of it.
-        constants: names of the buffers for tensors that forward itself makes.
+        captured: fingerprint of its captured graph.
+        constants: names of the buffers for tensors that forward itself creates.
 
     Attributes:
         original: names of the parameters of the original model.
         model_class: class of the original model; None if that was a graph.
         captured: fingerprint of the graph as it was captured.
-        constants: names of the buffers for tensors that forward itself makes.
-        traced: paths of the modules whose forward became a part of the graph.
-        islands: modules whose Python forward the graph calls as it is, by path, each with the reason; the path of the
-            model itself is empty.
-        weights: what is known of every parameter that is made of synapses, by name.
-        others: why other parameters are not, by name.
-        inputs: the inputs with which the model ran to find that out, in words; empty if it did not run.
-        notes: what a reader should know of that run.
+        constants: names of the buffers for tensors that forward itself creates.
+        traced: paths of the modules whose forward is part of the graph.
+        islands: untraced submodules by path, each with the reason; the path of the model itself is empty.
+        weights: facts about every parameter that is a weight, by name.
+        others: the reason why another parameter is not a weight, by name.
+        inputs: a description of the inputs on which the model ran for this analysis; empty if it did not run.
+        notes: remarks about that run.
         synapses: names of the weights that have synapses.
-        shapes: the shapes in which the weights are stored that passes changed.
-        nonnegative: the parameters that may not become negative, each with the pass that asks for it.
+        shapes: the shapes of the stored tensors that passes changed.
+        nonnegative: the parameters that have to stay non-negative, each with the pass that requires it.
         passes: the passes that ran, in order.
-        attachments: the connections with optimizers (`biofx.attach`); a copy of the model starts with none.
-        by_hand: whether rules are called by hand (`BioConverter`) instead of by an optimizer.
+        attachments: the attachments to optimizers (`biofx.attach`); a copy of the model starts with none.
+        by_hand: whether the user calls the rules (`BioConverter`), not an optimizer.
     """
 
     def __init__(self, model: nn.Module, captured: str, constants: Iterable[str]) -> None:
@@ -134,10 +133,10 @@ class Record:
 
 
 def transformed(model: nn.Module) -> fx.GraphModule:
-    """The transformed model that was given, bare or inside `torch.compile` or a data-parallel wrapper.
+    """Return the transformed model, without `torch.compile` or a data-parallel wrapper around it.
 
     Raises:
-        ArgumentError: it does not come from `biofx.transform`, or its weights were replaced since.
+        ArgumentError: the model was not made by `biofx.transform`, or its weights were replaced since.
     """
     bio = unwrapped(model)
     for replaced in changed_since(bio):
@@ -148,7 +147,7 @@ def transformed(model: nn.Module) -> fx.GraphModule:
 
 
 def changed_since(bio: nn.Module) -> Iterator[str]:
-    """What passes rewrote or keep in a transformed model, and is not there any more, each in words."""
+    """Describe each weight or state of a transformed model that was replaced or removed since the transform."""
     record = record_of(bio)
     parameters = dict(stored_parameters(bio, remove_duplicate=False))
     for name, shape in record.shapes.items():
@@ -162,11 +161,11 @@ def changed_since(bio: nn.Module) -> Iterator[str]:
     for name, synapses in synapses_in(bio).items():
         for key, by in synapses.users.items():
             if key not in synapses._buffers:
-                yield f"{key} of {name}, which {', '.join(by)} keeps, is gone"
+                yield f"{key} of {name}, which {', '.join(by)} keeps, was removed"
 
 
 def unwrapped(model: nn.Module) -> fx.GraphModule:
-    """A transformed model without wrappers; its weights may have been replaced."""
+    """Return a transformed model without wrappers; its weights may have been replaced."""
     bio = model
     while isinstance(bio, nn.Module) and not is_transformed(bio):
         wrapped = "_orig_mod" if "_orig_mod" in bio._modules else "module" if isinstance(bio, WRAPPERS) else None
@@ -179,15 +178,15 @@ def unwrapped(model: nn.Module) -> fx.GraphModule:
 
 
 def is_transformed(model: Any) -> bool:
-    """Whether a model comes from `biofx.transform`; not one in which such a model is a module."""
+    """Whether a model was made by `biofx.transform`; false for a model that contains such a model."""
     return isinstance(model, nn.Module) and isinstance(vars(model).get(RECORD), Record)
 
 
 def record_of(bio: nn.Module) -> Record:
-    """The record of a transformed model.
+    """Return the record of a transformed model.
 
     Raises:
-        ArgumentError: `bio` does not come from `biofx.transform`.
+        ArgumentError: `bio` was not made by `biofx.transform`.
     """
     if not is_transformed(bio):
         given = f"the class {bio.__name__}" if isinstance(bio, type) else f"an instance of {type(bio).__name__}"
@@ -198,7 +197,7 @@ def record_of(bio: nn.Module) -> Record:
 
 
 def inserted(node: fx.Node) -> Inserted | None:
-    """Who inserted a node, or None for a node of the original model."""
+    """Return the origin of an inserted node, or None for a node of the original model."""
     return node.meta.get(RECORD)
 
 

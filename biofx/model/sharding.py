@@ -1,4 +1,4 @@
-"""Sharding: along which axis of a weight its synapses are distributed."""
+"""Sharding: the axis along which FSDP2 splits the stored tensor of a weight."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def shard_placement(bio: nn.Module) -> Callable[[nn.Parameter], Shard | None]:
-    r"""Where to cut the weights of a transformed model, for `torch.distributed.fsdp.fully_shard`.
+    r"""Return the `shard_placement_fn` of a transformed model for `torch.distributed.fsdp.fully_shard`.
 
-    By itself that cuts along the first axis. For a weight in Γ synapses, of shape (Γ, \*shape), this is the axis of
-    synapses, so that all processes beyond Γ would hold nothing. This function cuts such a weight along the first axis
-    of its connections, which `fully_shard` wants to be a multiple of the number of processes, and leaves all other
-    parameters to it.
+    By default, `fully_shard` splits every parameter along its first axis. For a weight in Γ synapses, of shape
+    (Γ, \*shape), this is the axis of synapses, so processes beyond Γ would hold nothing. This function splits such a
+    weight along the first axis of its connections instead. `fully_shard` requires the length of that axis to be a
+    multiple of the number of processes. All other parameters keep the default.
 
-    A weight in several synapses is computed, so autograd keeps it between forward and backward, unsharded. Where that
-    is too much memory, checkpoint the blocks (`torch.utils.checkpoint`): the weight is computed again.
+    A weight in several synapses is computed, so autograd keeps it between forward and backward, unsharded. If that
+    needs too much memory, checkpoint the blocks (`torch.utils.checkpoint`): backward then computes the weight again.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -39,7 +39,7 @@ def shard_placement(bio: nn.Module) -> Callable[[nn.Parameter], Shard | None]:
         >>> placement(bio.get_parameter("weight")), placement(bio.bias)
         (Shard(dim=1), None)
     """
-    from torch.distributed.tensor import Shard  # takes long to import
+    from torch.distributed.tensor import Shard  # slow to import
 
     split = {id(synapses.stored) for synapses in synapses_in(transformed(bio)).values() if synapses.is_split}
     return lambda parameter: Shard(1) if id(parameter) in split else None

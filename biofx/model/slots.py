@@ -1,4 +1,4 @@
-"""Slots: where on the way from what is stored to what an operator returns passes act, and who did."""
+"""Slots: the places between a stored tensor and the output of its operator where passes may insert nodes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 
 class Slot(enum.IntEnum):
-    """Where on the way from a stored weight to its operator a pass acts; the value is the canonical order.
+    """A place where a pass acts on a weight; the values are the canonical order.
 
         raw [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → operator → output
 
-    The sign constraint and the sum are exclusive: one pass for each weight. Observers look at what the operator
-    returns.
+    The sign constraint and the sum are exclusive: only one pass of a weight may claim each. Observers receive the
+    output of the operator.
     """
 
     HOOK = 1
@@ -45,12 +45,12 @@ class Slot(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Inserted:
-    """Who inserted a node.
+    """The origin of an inserted node.
 
     Attributes:
-        passes: the pass's name; the names of all, if several passes share the node.
+        passes: the names of the passes that share the node.
         parameter: the weight's name in the original model.
-        slot: where the node stands.
+        slot: the slot of the node.
     """
 
     passes: tuple[str, ...]
@@ -59,5 +59,5 @@ class Inserted:
 
     @property
     def by(self) -> str:
-        """The names of the passes, in words."""
+        """The names of the passes, for messages."""
         return ", ".join(self.passes)

@@ -1,9 +1,9 @@
-"""Synapses: what a weight is made of. THE idea of biofx.
+"""Synapses: how a weight is computed from its stored tensor. THE idea of biofx.
 
     stored [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → the weight
 
-A module whose weight has synapses has a child for it, which holds the stored tensor, the links of this chain and their
-state. The module's attribute is the weight at the end of the chain, whoever reads it: a graph, Python, a checkpoint.
+A module whose weight has synapses gets a child module for it. The child holds the stored tensor, the links of this
+chain, and their state. Every reader of `module.weight` gets the end of the chain: the graph, Python code, a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor, fx, nn
 
 from biofx.base.errors import PipelineError
 from biofx.base.gains import coded, decoded
-from biofx.model import running
-from biofx.model.handed_out import Change, handed_out
+from biofx.model import weight_cache
 from biofx.model.operators import operator_of, tell_caches, written_name
 from biofx.model.slots import Inserted, Slot
+from biofx.model.weight_tensors import WriteProbe, as_weight_tensor
 
 CHILD = "{}_synapses"  # name of the child, by the name of the weight in its module
 
 
 @dataclass(frozen=True)
 class State:
-    """An argument of a link: a tensor that is kept with the weight.
+    """An argument of a link: a buffer of the synapses.
 
     Attributes:
-        key: its name.
+        key: the buffer's name.
     """
 
     key: str
@@ -38,12 +38,12 @@ class State:
 
 @dataclass(frozen=True)
 class Link:
-    """One step of the way from what is stored to the weight: `target(weight, *args)`.
+    """One step from the stored tensor to the weight: `target(weight, *args)`.
 
     Attributes:
         target: a dispatcher operator or a PyTorch function.
         args: constants and state.
-        origin: who inserted it.
+        origin: the passes that inserted it.
     """
 
     target: Callable[..., Any]
@@ -57,14 +57,14 @@ class Link:
         return written_name(str(name)).replace("::", ".")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        name = getattr(self.target, "_qualified_op_name", None)  # of a dispatcher operator, which is not pickled itself
-        return _link, (self.target if name is None else str(name), self.args, self.origin)
+        name = getattr(self.target, "_qualified_op_name", None)  # pickle cannot save dispatcher operators
+        return _unpickled_link, (self.target if name is None else str(name), self.args, self.origin)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return self  # the copy of a model runs what the model runs; one that was pickled, what a name means then
 
 
-def _link(target: Any, args: tuple[Any, ...], origin: Inserted) -> Link:
+def _unpickled_link(target: Any, args: tuple[Any, ...], origin: Inserted) -> Link:
     if isinstance(target, str):
         namespace, _, name = target.partition("::")
         target = operator_of(name) if namespace == "biofx" else getattr(getattr(torch.ops, namespace), name)
@@ -73,21 +73,22 @@ def _link(target: Any, args: tuple[Any, ...], origin: Inserted) -> Link:
 
 
 class Synapses(nn.Module):
-    """The synapses of one weight; its buffers are their state.
+    """The synapses of one weight; their state is in buffers.
 
     Args:
-        key: the weight's name in its module, which is the name of the stored tensor here.
+        key: the weight's name in its module; here it is the name of the stored tensor.
         stored: the stored tensor, shape (Γ, *shape) if there are Γ synapses for each connection, else just shape.
 
     Attributes:
-        links: the steps from what is stored to the weight, in order.
-        attached: whether rules act at the steps of an optimizer. Then gradient hooks sleep, and so does a projection on
-            signs, as every step leaves weights behind that have them. A copy is not attached.
-        by_hand: whether rules are called by hand, so that hooks sleep.
-        resting: the states to which observers add nothing now, by name, as their rule does not act at the next step. A
-            copy knows of none, and neither does what loads a checkpoint, as its next step is another.
-        users: the names of the passes that use each state, by its name.
-        rewired: the pass that changes what the operator of the weight returns, which only the graph does; else empty.
+        links: the steps from the stored tensor to the weight, in order.
+        attached: whether rules act at the steps of an optimizer. If so, gradient hooks are inactive. So is the
+            projection onto signs, because the rules restore the signs after every step. Copies are not attached.
+        by_hand: whether the user calls the rules, so that hooks are inactive.
+        paused: the names of states whose observers are paused until their rule acts next. Copying and loading a
+            checkpoint clear it, because the next step is a different one then.
+        users: for each state, the names of the passes that use it.
+        output_rewritten_by: the pass that changes the output of the weight's operator; empty if there is none. Only the
+            graph contains this change.
     """
 
     def __init__(self, key: str, stored: nn.Parameter) -> None:
@@ -95,45 +96,46 @@ class Synapses(nn.Module):
         self.links: tuple[Link, ...] = ()
         self.attached = False
         self.by_hand = False
-        self.resting: tuple[str, ...] = ()  # a constant for torch.compile, which keeps one graph for each
+        self.paused: tuple[str, ...] = ()  # a constant for torch.compile, which keeps one graph for each
         self.users: dict[str, tuple[str, ...]] = {}
-        self.rewired = ""
-        self._change: Change | None = None
-        # An attribute of a module, such as `forward`, cannot be a parameter's name.
+        self.output_rewritten_by = ""
+        self._probe: WriteProbe | None = None
+        # A parameter cannot have the name of an attribute of modules, such as `forward`.
         self._key = f"{key}_" if hasattr(self, key) else key
         self.register_parameter(self._key, stored)
 
     @property
     def stored(self) -> nn.Parameter:
         """The stored tensor."""
-        return getattr(self, self._key)  # type: ignore[no-any-return]  # replicas of data parallelism keep a plain one
+        # Not from `_parameters`: replicas of DataParallel hold a plain tensor instead.
+        return getattr(self, self._key)  # type: ignore[no-any-return]
 
     @property
     def stored_name(self) -> str:
-        """The name of the stored tensor in this module."""
+        """The parameter name of the stored tensor in this module."""
         return self._key
 
     @property
     def is_computed(self) -> bool:
-        """Whether the weight is computed from what is stored, and not the same numbers."""
+        """Whether the weight differs from the stored tensor; gradient hooks alone leave it the same."""
         return any(link.origin.slot > Slot.HOOK for link in self.links)
 
     @property
     def is_split(self) -> bool:
-        """Whether there is a leading axis of synapses."""
+        """Whether the stored tensor has a leading axis of synapses."""
         return any(link.origin.slot is Slot.SUM for link in self.links)
 
     @property
     def shares(self) -> int:
-        """The number of synapses of a connection that together learn as fast as the connection would."""
+        """The number of synapses that share the gradient of their connection."""
         return next((round(1 / link.args[0]) for link in self.links if link.target is torch.ops.biofx.share_grad), 1)
 
     @property
-    def acting(self) -> tuple[Link, ...]:
-        """The links that act now, in order.
+    def active_links(self) -> tuple[Link, ...]:
+        """The active links, in order.
 
-        While hooks sleep, each of Γ synapses gets 1/√Γ of the gradient of its connection, so that all of them together
-        have the norm of that gradient.
+        While an optimizer is attached, each of Γ synapses gets 1/√Γ of the gradient of its connection. Together they
+        then have the norm of that gradient, so `clip_grad_norm_` clips as in the plain model.
         """
         if not self.attached:
             return tuple(link for link in self.links if not self.by_hand or link.origin.slot is not Slot.HOOK)
@@ -144,13 +146,13 @@ class Synapses(nn.Module):
         )
 
     def forward(self, *, until: Slot = Slot.SUM, stored: Tensor | None = None) -> Tensor:
-        """Compute the weight, or what it is after the links up to a slot; differentiable in what is stored.
+        """Compute the weight, or an intermediate value of its chain; differentiable in the stored tensor.
 
         Args:
-            until: the last slot.
-            stored: what is stored; None: what is stored here.
+            until: the last slot whose links are applied.
+            stored: a tensor to use instead of the stored one.
         """
-        return self._run([link for link in self.acting if link.origin.slot <= until], stored)
+        return self._run([link for link in self.active_links if link.origin.slot <= until], stored)
 
     def _run(self, links: Iterable[Link], stored: Tensor | None) -> Tensor:
         value: Tensor = self.stored if stored is None else stored
@@ -159,48 +161,48 @@ class Synapses(nn.Module):
         return value
 
     def arguments(self, link: Link) -> list[Any]:
-        """The arguments of a link beside the weight, as they are now."""
+        """The current arguments of a link, without the weight."""
         return [getattr(self, arg.key) if isinstance(arg, State) else arg for arg in link.args]
 
     def read(self) -> Tensor:
-        """The weight, as the attribute of its module.
+        """Return the value of `module.weight`.
 
-        It is computed once in the outermost forward that runs. If it is the same numbers as what is stored, what is
-        written into it takes effect; else it refuses to be written.
+        The outermost forward computes it once. A write into the result reaches the stored tensor, or raises if the
+        weight is computed from it.
 
         Raises:
-            ArgumentError: the weight that was read last was changed, and that change is lost.
+            ArgumentError: somebody wrote into the computed weight that was read last, so the write is lost.
         """
         if torch.compiler.is_compiling():
             return self.forward()
-        given = running.given(self)
-        if given is not None:
-            return given
-        self.refuse_lost_change()
-        if not self.acting or not (self.is_computed or torch.is_grad_enabled()):
+        substitute = weight_cache.substitute_for(self)
+        if substitute is not None:
+            return substitute
+        self.refuse_lost_writes()
+        if not self.active_links or not (self.is_computed or torch.is_grad_enabled()):
             return self.stored
-        return running.once(self, self.stored, self._hand_out)
+        return weight_cache.cached(self, self.stored, self._compute)
 
-    def _hand_out(self) -> Tensor:
-        weight = handed_out(self.forward(), self)
+    def _compute(self) -> Tensor:
+        weight = as_weight_tensor(self.forward(), self)
         if self.is_computed:
-            self._change = Change.of(weight)
+            self._probe = WriteProbe.of(weight)
         return weight
 
-    def refuse_lost_change(self) -> None:
-        """Refuse that somebody has written into a weight that is computed, by a way that it could not refuse itself.
+    def refuse_lost_writes(self) -> None:
+        """Raise if somebody wrote into the computed weight in a way that the tensor could not refuse.
 
         Raises:
-            ArgumentError: somebody has.
+            ArgumentError: somebody did.
         """
-        change = self._change
-        if change is not None:
-            self._change = None  # said once
-            change.refuse()
-            self._change = change
+        probe = self._probe
+        if probe is not None:
+            self._probe = None  # raise only once
+            probe.raise_if_written()
+            self._probe = probe
 
     def insert(self, link: Link) -> None:
-        """Put a link at the place of its slot, behind what is there already.
+        """Insert a link behind the links of the same slot.
 
         Raises:
             PipelineError: the link does not do what its slot promises.
@@ -212,33 +214,42 @@ class Synapses(nn.Module):
 
     @torch.no_grad()
     def _refuse_broken_promise(self, link: Link, before: tuple[Link, ...]) -> None:
-        """Run a link, to see whether a hook is the identity, and whether a sign constraint keeps the shape."""
+        """Run a link: a gradient hook has to be the identity, and a sign constraint has to keep the shape."""
         slot, value = link.origin.slot, self._run(before, self.stored)
         for arg in link.args:
             shape = getattr(self, arg.key).shape if isinstance(arg, State) else ()
             if len(shape) > value.dim() or any(
                 n not in (1, m) for n, m in zip(shape[::-1], value.shape[::-1], strict=False)
             ):
-                raise _broken(link, f"its {arg.key} has shape {tuple(shape)}, and the weight {tuple(value.shape)}")
+                raise _broken(
+                    link,
+                    f"its {arg.key} of shape {tuple(shape)} does not broadcast to the weight's {tuple(value.shape)}",
+                )
         result = link.target(value, *self.arguments(link))
         if slot <= Slot.SIGN and result.shape != value.shape:
-            raise _broken(link, f"it makes shape {tuple(result.shape)} of {tuple(value.shape)}")
+            raise _broken(link, f"it changes the shape from {tuple(value.shape)} to {tuple(result.shape)}")
         if slot is Slot.HOOK and not (result.is_set_to(value) or _are_equal(result, value)):
-            raise _broken(link, "it changes the weight, and a gradient hook changes gradients alone")
+            raise _broken(link, "it changes the weight, but a gradient hook may only change gradients")
 
     def keep(self, key: str, value: Tensor, by: str) -> None:
-        """Keep a tensor as state.
+        """Add a tensor as state.
 
         Raises:
-            PipelineError: there is something of that name.
+            PipelineError: the name is taken.
         """
         if hasattr(self, key):
-            raise PipelineError(f"{by} keeps its {key} with a weight, but there is something of that name")
+            raise PipelineError(f"{by} cannot keep a state called {key} with a weight: the name is taken")
         self.register_buffer(key, value.to(self.stored.device).contiguous())
         self.users[key] = (by,)
 
     def share(self, key: str, by: str, links: bool) -> Tensor | None:
-        """State that several passes use, or None: note that one more does, and that it shares the links on it."""
+        """Return the state `key` for one more pass, or None if there is no such state.
+
+        Args:
+            key: the state's name.
+            by: the pass.
+            links: whether the pass also shares the links that read the state.
+        """
         if key not in self.users:
             return None
         self.users[key] = tuple(dict.fromkeys([*self.users[key], by]))
@@ -250,40 +261,40 @@ class Synapses(nn.Module):
         return self.state(key)
 
     def state(self, key: str) -> Tensor | None:
-        """State by its name, or None."""
+        """Return a state by its name, or None if there is none."""
         return getattr(self, key) if key in self.users else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_change": None, "attached": False, "resting": ()}
+        return vars(self) | {"_probe": None, "attached": False, "paused": ()}
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:  # PyTorch's way to load
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         given, own = state.get(f"{prefix}gain"), self.state("gain")
         if isinstance(given, Tensor) and own is not None and torch.uint8 in (given.dtype, own.dtype):
             state[f"{prefix}gain"] = coded(decoded(given), own.dtype)
         super()._load_from_state_dict(state, prefix, *args)
-        self.resting = ()
+        self.paused = ()
 
-    def rest(self, key: str, resting: bool) -> None:
-        """Let the observers of a state look at what the weight's operator returns, or not."""
-        if resting is not (key in self.resting):
-            self.resting = (*self.resting, key) if resting else tuple(each for each in self.resting if each != key)
+    def pause(self, key: str, paused: bool) -> None:
+        """Pause or resume the observers of a state."""
+        if paused is not (key in self.paused):
+            self.paused = (*self.paused, key) if paused else tuple(each for each in self.paused if each != key)
 
     def extra_repr(self) -> str:
-        """The shape of what is stored, and the links."""
+        """The shape of the stored tensor, and the links."""
         steps = [f"stored {tuple(self.stored.shape)}", *(link.name for link in self.links)]
         return " → ".join(steps)
 
 
 def is_observed(synapses: Synapses, key: str, of: Any) -> Any:
-    """Whether the observers of a state look now: in training mode, unless they rest; one node in the graph.
+    """Whether the observers of a state are active: in training mode, unless paused. One node in the graph.
 
     Args:
-        synapses: the synapses of the weight whose operator they look at.
+        synapses: the synapses of the weight whose operator they observe.
         key: the state's name.
-        of: what they look at: under a tracer, a proxy.
+        of: the observed activity. A proxy tells that a graph is traced again, so the call becomes a node again.
     """
     if not isinstance(of, fx.Proxy):
-        return synapses.training and key not in synapses.resting
+        return synapses.training and key not in synapses.paused
     read = of.tracer.create_proxy("get_attr", of.tracer.path_of_module(synapses), (), {})  # type: ignore[attr-defined]
     return of.tracer.create_proxy("call_function", is_observed, (read, key, of), {})
 
@@ -299,25 +310,25 @@ def _broken(link: Link, what: str) -> PipelineError:
 
 
 def child_of(owner: nn.Module, key: str) -> Synapses | None:
-    """The synapses of a weight of a module, or None if it has none."""
+    """Return the synapses of a weight of a module, or None if it has none."""
     child = owner._modules.get(CHILD.format(key))
     return child if isinstance(child, Synapses) and owner._parameters.get(key) is None else None
 
 
 def has_synapses(owner: nn.Module) -> bool:
-    """Whether a module has weights with synapses, which somebody may have replaced."""
+    """Whether a module has synapses, including those of a replaced weight."""
     return any(isinstance(child, Synapses) for child in owner._modules.values())
 
 
 def replaced_weights(owner: nn.Module) -> Iterator[str]:
-    """The names of weights of a module in whose place there is a tensor, although they have synapses."""
+    """Names of a module's weights that have synapses, but were replaced, as by `torch.func.functional_call`."""
     for key, parameter in owner._parameters.items():
         if parameter is not None and isinstance(owner._modules.get(CHILD.format(key)), Synapses):
             yield key
 
 
 def synapses_of(model: nn.Module, name: str) -> Synapses | None:
-    """The synapses of a weight, by its name in the original model, or None if it has none."""
+    """Return the synapses of a weight by its name in the original model, or None if it has none."""
     path, _, key = name.rpartition(".")
     try:
         return child_of(model.get_submodule(path), key)
@@ -326,7 +337,7 @@ def synapses_of(model: nn.Module, name: str) -> Synapses | None:
 
 
 def stored(model: nn.Module, name: str) -> nn.Parameter:
-    """The stored tensor of a parameter, by its name in the original model.
+    """Return the stored tensor of a parameter by its name in the original model.
 
     Raises:
         AttributeError: there is no such parameter.
@@ -342,18 +353,18 @@ def stored(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def stored_name(model: nn.Module, name: str) -> str:
-    """The name of the stored tensor of a parameter, by its name in the original model."""
+    """Return the name of a parameter's stored tensor; `name` is the parameter's name in the original model."""
     path, _, key = name.rpartition(".")
     child = synapses_of(model, name)
     return name if child is None else f"{path}.{CHILD.format(key)}.{child.stored_name}".lstrip(".")
 
 
 def stored_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """All stored tensors, by the names that their parameters have in the original model, and in its order.
+    """All stored tensors with the names of their parameters in the original model, in its order.
 
     Args:
         model: a model, transformed or not.
-        remove_duplicate: list each once, by its first name.
+        remove_duplicate: yield a tied parameter once, with its first name.
     """
     seen: set[int] = set()
     for path, owner in model.named_modules(remove_duplicate=remove_duplicate):
@@ -368,7 +379,7 @@ def stored_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterat
 
 
 def synapses_in(model: nn.Module) -> dict[str, Synapses]:
-    """All synapses, by the name of their weight in the original model; the first one, if it is tied."""
+    """All synapses by the name of their weight in the original model; tied weights by their first name."""
     found: dict[Synapses, str] = {}
     for path, owner in model.named_modules():
         for key in owner._parameters:

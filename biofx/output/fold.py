@@ -8,11 +8,11 @@ from torch import fx, nn
 from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError
 from biofx.base.references import enclosed
-from biofx.capture.captured_module import CapturedModule, released
+from biofx.capture.captured_module import CapturedModule, original_form
 from biofx.capture.guards import GUARD
-from biofx.model.chain import hide, number_nodes, parameter_nodes
+from biofx.model.chain import number_nodes, parameter_nodes, remove_chain
 from biofx.model.fingerprint import fingerprint
-from biofx.model.owners import take_synapses
+from biofx.model.owners import remove_synapses
 from biofx.model.provenance import RECORD, inserted_nodes, record_of, transformed
 from biofx.model.slots import Slot
 
@@ -71,16 +71,16 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         plain = _copy(bio)
         _drop_observers(plain.graph)
         for name, start in parameter_nodes(plain).items():
-            hide(start, name)
+            remove_chain(start, name)
         with torch.no_grad():
-            take_synapses(plain)
+            remove_synapses(plain)
         record = record_of(plain)
         is_as_captured = rewired is None and fingerprint(plain) == record.captured
         _drop_state(plain)
         if record.model_class is not None and is_as_captured:
             for name in record.constants:
                 del plain._buffers[name]
-            result = released(plain, record.model_class)
+            result = original_form(plain, record.model_class)
         else:
             _keep_graph(plain)
             result = plain

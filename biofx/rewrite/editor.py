@@ -89,7 +89,7 @@ class Editor:
     def _show(self) -> None:
         synapses = synapses_of(self._bio, self.name)
         if self._start is not None and synapses is not None:
-            chain.show(self._start, stored_name(self._bio, self.name), synapses)
+            chain.write_chain(self._start, stored_name(self._bio, self.name), synapses)
 
     def on(self, start: fx.Node) -> Editor:
         """An editor for another parameter, given by its `get_attr` node, such as the bias of a weight's operator."""
@@ -200,8 +200,8 @@ class Editor:
     def count_steps(self) -> None:
         """Let `biofx.attach` count the steps that the weight's optimizer takes.
 
-        The buffer `<parameter>_synapses.steps` holds the number. It determines the random numbers of rules, together with
-        the seed (`keep_seed`).
+        The buffer `<parameter>_synapses.steps` holds the number. The number and the seed
+        (`keep_seed`) determine the random numbers of rules.
         """
         self.changed = True
         if self._synapses().share("steps", self._by.name, links=False) is None:
@@ -258,7 +258,7 @@ class Editor:
 
     def _rewire(self) -> None:
         """Record that only the graph computes the output of the parameter's operator, so its Python must not run."""
-        self._synapses().rewired = self._by.name
+        self._synapses().output_rewritten_by = self._by.name
 
     def _put_behind(self, node: fx.Node, new: fx.Node) -> fx.Node:
         self.changed = True

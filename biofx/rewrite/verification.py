@@ -97,7 +97,7 @@ def _chains(bio: fx.GraphModule) -> Iterator[str]:
         slots = [origin.slot for n in nodes if (origin := inserted(n)) is not None]
         if slots != sorted(slots):
             yield f"{name}: its chain is not in canonical order: {', '.join(s.label for s in slots)}"
-        if [node.target for node in nodes[1:]] != [link.target for link in (synapses.acting if synapses else ())]:
+        if [node.target for node in nodes[1:]] != [link.target for link in (synapses.active_links if synapses else ())]:
             yield f"{name}: the graph does not compute it from its synapses as its module does"
     for node, origin in inserted_nodes(bio.graph):
         where = f"{origin.by}: {origin.parameter}: {node.name}"

@@ -23,7 +23,7 @@ def use_no_hooks(bio: nn.Module) -> None:
     record_of(bio).by_hand = True
     for synapses in synapses_in(bio).values():
         synapses.by_hand = True
-    chain.show_all(bio)
+    chain.update_chains(bio)
 
 
 def with_hooks(bio: fx.GraphModule) -> dict[str, Synapses]:
@@ -36,4 +36,4 @@ def set_attached(bio: fx.GraphModule, names: Collection[str], *, attached: bool)
     for name, synapses in synapses_in(bio).items():
         if name in names:
             synapses.attached = attached
-    chain.show_all(bio)
+    chain.update_chains(bio)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from biofx.model.chain import attribute
-from biofx.model.parts import described, part_of
+from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.recording.catalog import Kind
 from biofx.widening.axis_doubling import AxisDoubling, adjacent_twins, is_same_doubling, with_size
 from biofx.widening.execution import Execution
@@ -87,9 +87,9 @@ class Propagation:
             return self._weight_operator(*self._uses[node])
         old = self._old_result(node)
         result = NodeValue.unchanged(old)
-        if changed and (part := part_of(self._bio, node)) is not None and part.chooses:
+        if changed and (found := control_flow_of(self._bio, node)) is not None and found.depends_on_mode:
             # This run is in evaluation mode; the part may not be compatible in training mode.
-            self._fail(weights_of(changed.values()), f"its units reach {described(self._bio, node)}")
+            self._fail(weights_of(changed.values()), f"its units reach {describe_control_flow(self._bio, node)}")
         elif changed:
             try:
                 result = self._compatible(node, old)

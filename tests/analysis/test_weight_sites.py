@@ -116,7 +116,7 @@ def test_what_is_no_weight_site_has_a_reason():
     assert list(biofx.weight_sites(bio)) == ["shared", "fc.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0"]
     text = biofx.summary(bio)
     assert "odd: mul reads what cumsum computes from it, but not as a weight" in text
-    assert "rnn (GRU): it is called in one piece, as modules of torch.nn are" in text
+    assert "rnn (GRU): it is a leaf module, as modules of torch.nn are" in text
     assert "not synapses: fc.bias, rnn.bias_ih_l0, rnn.bias_hh_l0" in text
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from biofx.capture.explanation import describe, lines_of
+from biofx.capture.explanation import explain, lines_of
 
 
 def caught(function):
@@ -22,7 +22,7 @@ def multiplies():
 
 
 def test_the_line_of_the_user_is_named():
-    text = describe(caught(fails))
+    text = explain(caught(fails))
     assert text.startswith("its forward cannot be traced at test_explanation.py:")
     assert "'raise ValueError(" in text
     assert "a message on two lines" in text
@@ -30,14 +30,14 @@ def test_the_line_of_the_user_is_named():
 
 
 def test_it_is_the_users_also_if_pytorch_failed_inside():
-    assert "return torch.ones(2) @ torch.ones(3)" in describe(caught(multiplies))
+    assert "return torch.ones(2) @ torch.ones(3)" in explain(caught(multiplies))
 
 
 def test_a_long_line_is_cut():
     def stops():
         raise ValueError("short" if stops else "a line of code that goes on, and on, and on, and on, and on, and on")
 
-    text = describe(caught(stops))
+    text = explain(caught(stops))
     assert text.endswith(
         """'raise ValueError("short" if stops else "a line of code that goes on, and on, an…': short"""
     )
@@ -47,7 +47,7 @@ def test_an_error_without_a_message_has_a_name():
     def stops():
         raise KeyError
 
-    assert describe(caught(stops)).endswith(": KeyError")
+    assert explain(caught(stops)).endswith(": KeyError")
 
 
 def test_the_innermost_line_is_the_last():

@@ -730,7 +730,10 @@ class Checkpoints(nn.Sequential):
     ("model", "message"),
     [
         (Decides(4, 4), r"Decides cannot be exported in training mode: .*data-dependent.*\n +at .*y if y.sum\(\) > 0"),
-        (Counts(4, 4), "Counts cannot be exported: its forward changes the attribute calls, which a graph does not do"),
+        (
+            Counts(4, 4),
+            "Counts cannot be exported: its forward changes the attribute calls, which a graph cannot represent",
+        ),
         (nn.Sequential(Counts(4, 4)), "Sequential cannot be exported: the forward of 0 changes the attribute calls"),
         (
             nn.Sequential(Decides(4, 4)),
@@ -739,7 +742,7 @@ class Checkpoints(nn.Sequential):
         (nn.BatchNorm1d(4, momentum=None), "makes a Python number of them: Could not extract"),
         (DrawsInPython(random.random), "its forward draws random numbers from Python or NumPy"),
         (DrawsInPython(lambda: numpy.random.random()), "its forward draws random numbers from Python or NumPy"),
-        (ReturnsAnything(4, 4), "forward returns an instance of Opaque, which torch.export cannot take apart"),
+        (ReturnsAnything(4, 4), "forward returns an instance of Opaque, which torch.export cannot unpack"),
         (Chooses(4, 4), "forward uses cond, whose branches biofx cannot follow"),
         (Hooked(), r"0 \(Linear\) has hooks, which only run when the module itself is called"),
         (
@@ -749,8 +752,8 @@ class Checkpoints(nn.Sequential):
         (ReversesInEvaluation(4, 4), "computes something else in evaluation mode: gradient of weight differs"),
         (ReversesInTraining(4, 4), "computes something else in training mode: gradient of weight differs"),
         (HooksItsTensor(4, 4), "computes something else in evaluation mode: gradient of weight differs"),
-        (Infers(4, 4), "its forward uses torch.inference_mode, which a graph does not do"),
-        (Checkpoints(use_reentrant=True), "its forward calls checkpoint with use_reentrant=True, which a graph does"),
+        (Infers(4, 4), "its forward uses torch.inference_mode, which a graph cannot represent"),
+        (Checkpoints(use_reentrant=True), "its forward calls checkpoint with use_reentrant=True, which a graph"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

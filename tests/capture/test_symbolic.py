@@ -229,7 +229,7 @@ def test_a_slice_and_a_tensor_that_depend_on_the_mode_follow_it():
     bio = biofx.transform(model, NEUTRAL)
     assert_same_in_both_modes(bio, model, torch.randn(2, 4))
     assert_same_in_both_modes(biofx.transform(biofx.fold(bio), NEUTRAL), model, torch.randn(2, 4))
-    assert list(bio.double().by_mode_1.state_dict()) == []
+    assert list(bio.double().mode_constant_1.state_dict()) == []
 
 
 class Frozen(nn.Module):
@@ -281,7 +281,7 @@ def test_a_module_that_switches_gradients_or_precision_is_called_as_it_is(kind):
     bio = biofx.transform(model, NEUTRAL)
     assert torch.no_grad.__enter__ is enter
     assert list(islands(bio)) == ["1"]
-    assert "which a graph does not hold" in islands(bio)["1"]
+    assert "which a graph cannot represent" in islands(bio)["1"]
     x = torch.randn(2, 3, requires_grad=True)
     assert bio(x).requires_grad == model(x).requires_grad
 
@@ -291,7 +291,7 @@ def test_a_model_that_switches_gradients_is_one_island(kind):
     model, x = BLOCKS[kind](), torch.randn(2, 3, requires_grad=True)
     bio = biofx.transform(model, NEUTRAL)
     assert list(islands(bio)) == [""]
-    assert "which a graph does not hold" in islands(bio)[""]
+    assert "which a graph cannot represent" in islands(bio)[""]
     assert bio(x).requires_grad == model(x).requires_grad
     assert torch.is_grad_enabled()
 
@@ -345,7 +345,7 @@ def test_a_module_that_counts_is_called_as_it_is():
 
     model, x = nn.Sequential(nn.Linear(3, 3), Counter()), torch.ones(1, 3)
     bio = biofx.transform(model, NEUTRAL)
-    assert islands(bio) == {"1": "its forward changes the attribute calls, which a graph does not do"}
+    assert islands(bio) == {"1": "its forward changes the attribute calls, which a graph cannot represent"}
     assert all(same(bio(x), model(x)) for _ in range(3))
 
 
@@ -358,7 +358,7 @@ def test_a_forward_that_assigns_to_an_attribute_of_a_value_is_called_as_it_is():
     model, x = nn.Sequential(MaxNorm(1, 4, 3), nn.ReLU(), nn.Conv1d(4, 1, 1)), torch.randn(2, 1, 5)
     bio = biofx.transform(model, [passes.SplitSynapses()])
     assert list(islands(bio)) == ["0"]
-    assert "its forward assigns the data of a tensor, which a graph does not do" in islands(bio)["0"]
+    assert "its forward assigns the data of a tensor, which a graph cannot represent" in islands(bio)["0"]
     assert "0.weight: forward assigns its data" in biofx.summary(bio)
     torch.testing.assert_close(bio(x), model(x))
     assert torch.equal(bio.get_parameter("0.weight"), model[0].weight)
@@ -413,7 +413,7 @@ def test_a_weight_that_is_taken_from_the_registry_is_refused(function, frontend)
 def test_a_module_that_computes_with_present_values_is_named_with_the_tensor():
     model = nn.Sequential(nn.Linear(3, 3), ByName(lambda m, y: y + m.state_dict()["fc.weight"].sum()))
     bio = biofx.transform(model, NEUTRAL)
-    reason = "its forward computes with the present values of 1.fc.weight, which a graph would keep"
+    reason = "its forward computes with the present values of 1.fc.weight, which would become constants of the graph"
     assert islands(bio) == {"1": reason}
 
 
@@ -718,10 +718,10 @@ class Named(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc, self.mask_must_be_none, self.by_mode = nn.Linear(3, 3), 2.0, 3.0
+        self.fc, self.mask_must_be_none, self.mode_constant = nn.Linear(3, 3), 2.0, 3.0
 
     def forward(self, x, mask=None):
-        x = F.dropout(self.fc(x), 0.5, self.training) * self.mask_must_be_none * self.by_mode
+        x = F.dropout(self.fc(x), 0.5, self.training) * self.mask_must_be_none * self.mode_constant
         return x if mask is None else x * mask
 
 

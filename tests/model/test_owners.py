@@ -132,14 +132,14 @@ def test_what_acts_behind_an_operator_is_in_the_graph_only():
     model, x = Autoencoder(), torch.randn(3, 6)
     bio = biofx.transform(model, [passes.GroupUnits(size=2)])
     bio(x)
-    with pytest.raises(biofx.CaptureError, match="Linear is called on its own, and group-units acts on what"):
+    with pytest.raises(biofx.CaptureError, match="Linear is called on its own, but group-units changes the"):
         bio.encoder(x)
 
 
 @pytest.mark.parametrize("name", ["reset", "clip"])
 def test_a_method_that_changes_an_effective_weight_has_to_be_called_before(name, frontend):
     _, bio = transformed(frontend)
-    with torch.no_grad(), pytest.raises(biofx.ArgumentError, match="would be lost; change what is stored"):
+    with torch.no_grad(), pytest.raises(biofx.ArgumentError, match="would be lost; change the stored tensor"):
         getattr(bio, name)()
 
 

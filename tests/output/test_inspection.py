@@ -66,7 +66,7 @@ def test_a_summary_is_not_wider_than_a_screen():
     pipeline = [passes.SynapticScaling(), passes.DalesPrinciple(), passes.FuzzyLearningRates()]
     text = biofx.summary(biofx.transform(model, pipeline, frontend="module"))
     assert max(map(len, text.splitlines())) <= 120
-    note = "synaptic-scaling: it is in the model, which is one island, so what its operator returns is out of reach"
+    note = "synaptic-scaling: it is in the model, which is untraced, so what its operator returns is out of reach"
     assert text.count(note) == 1
     found = re.search(rf"^\[(\d)\] {re.escape(note)}$", text, re.MULTILINE)
     assert found is not None

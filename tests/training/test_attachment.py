@@ -507,7 +507,7 @@ def test_a_checkpoint_of_another_pipeline_is_refused_before_anything_is_loaded(p
     checkpoint = biofx.transform(network(), GAINS).state_dict()
     other = biofx.transform(network(), pipeline, seed=5)
     before = {k: v.clone() for k, v in other.state_dict().items()}
-    with pytest.raises(biofx.ArgumentError, match=f"the checkpoint is of another pipeline than .*: {message}"):
+    with pytest.raises(biofx.ArgumentError, match=f"the checkpoint is from another pipeline than .*: {message}"):
         other.load_state_dict(checkpoint)
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 

@@ -1,8 +1,8 @@
-"""Both modes: one graph that follows `.train()` and `.eval()`, from one graph for each.
+"""Both modes: merge the graphs of training and evaluation mode into one that follows `.train()` and `.eval()`.
 
-Where the two only differ in constants, the graph reads them from `ByMode` modules. Where one has nodes that the other
-has not, a `Path` module runs those of the present mode. Either way the graph does in each mode just what the graph for
-that mode does, in the same order, whichever nodes of the two are taken for the same.
+Where the two differ only in a constant, the merged graph reads it from a `ModeConstant` module. Nodes that only one of
+them has run in a `ModeBranch` module. In each mode, the merged graph executes the operators of that mode's graph in the
+same order. This holds for any matching of the nodes, so a poor match costs readability, not correctness.
 """
 
 from __future__ import annotations
@@ -16,61 +16,61 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from biofx.capture.modes import ByMode
-from biofx.capture.tracer import StandIn, Tracer, unused_name
-from biofx.model.parts import Part
+from biofx.capture.modes import ModeConstant, is_equal
+from biofx.capture.tracer import HelperModule, Tracer, unused_name
+from biofx.model.control_flow import ControlFlow
 
 if TYPE_CHECKING:
     from biofx.capture.exported.program import Program
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their children are not all theirs to call
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # one more child would change what they do
 _CONTIGUOUS = torch.ops.aten.contiguous.default
 
 
-class Path(StandIn, Part):
-    """Two ways through a part of forward, of which the mode chooses one. What the other would compute is None."""
+class ModeBranch(HelperModule, ControlFlow):
+    """Runs one of two subgraphs, depending on the mode; the outputs of the other are None."""
 
-    chooses = True
-    _is_impure = True
+    depends_on_mode = True
+    _is_impure = True  # `fx.Graph.eliminate_dead_code` keeps it: its subgraphs may update buffers
 
     def __init__(self, in_training: fx.GraphModule, in_evaluation: fx.GraphModule, counts: tuple[int, int]) -> None:
         super().__init__()
         self.in_training = in_training
         self.in_evaluation = in_evaluation
-        self.counts = counts  # of what each computes
+        self.counts = counts  # of the outputs of each
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
-        """What the present way computes, and None in place of what the other does."""
+        """Return the outputs in training mode, then those in evaluation mode."""
         if self.training:
             return *self.in_training(*inputs), *[None] * self.counts[1]
         return *[None] * self.counts[0], *self.in_evaluation(*inputs)
 
-    def graphs(self) -> tuple[fx.GraphModule, ...]:
-        """The two ways."""
+    def subgraphs(self) -> tuple[fx.GraphModule, ...]:
+        """Both subgraphs."""
         return self.in_training, self.in_evaluation
 
 
-class Either(StandIn, Part):
-    """One of two values, chosen by the mode."""
+class ModeSelect(HelperModule, ControlFlow):
+    """Returns one of two values, depending on the mode."""
 
-    chooses = True
+    depends_on_mode = True
 
     def forward(self, in_training: Any, in_evaluation: Any) -> Any:
-        """The one for the present mode."""
+        """Return the value for the current mode."""
         return in_training if self.training else in_evaluation
 
 
 def merged(model: nn.Module, training: Program, evaluation: Program) -> tuple[fx.Graph, dict[str, Tensor], list[Any]]:
-    """One graph for both modes.
+    """Merge the graphs of both modes.
 
     Args:
-        model: the model; modules that choose by mode are added to those whose mode they follow.
+        model: the model; modules that depend on the mode are added to those whose mode they follow.
         training: the graph in training mode.
         evaluation: the graph in evaluation mode.
 
     Returns:
-        The graph, without an output; the constants that it reads; and what its output will return in training and in
-        evaluation mode, both as lists of nodes, or one list if it is the same in both.
+        The graph, without an output node; the constants that it reads; and the results in training and in evaluation
+        mode, two lists of nodes.
     """
     merger = _Merger(model, training, evaluation)
     merger.run()
@@ -78,6 +78,8 @@ def merged(model: nn.Module, training: Program, evaluation: Program) -> tuple[fx
 
 
 class _Merger:
+    """Merges two graphs. Where a method takes `mode`, 0 is training and 1 is evaluation."""
+
     def __init__(self, model: nn.Module, training: Program, evaluation: Program) -> None:
         self.graph = fx.Graph(tracer_cls=Tracer)
         self.constants = dict(training.constants)
@@ -100,29 +102,29 @@ class _Merger:
         for tag, a, b, c, d in SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes():
             if tag == "equal":
                 for t, e in zip(calls[0][a:b], calls[1][c:d], strict=True):
-                    self._both(t, e)
+                    self._merge_calls(t, e)
             else:
                 for ts, es in _runs(calls[0][a:b], calls[1][c:d]):
-                    self._part(ts, es)
+                    self._branch(ts, es)
         outputs = [next(iter(p.graph.find_nodes(op="output"))).args[0] for p in self._programs]
         self.results = [[self._value(mode, value) for value in outputs[mode]] for mode in (0, 1)]
 
     def _unify_constants(self) -> None:
-        """Names for the constants of both modes, the same for equal ones."""
+        """Name the constants of both modes; equal constants share a name."""
         for name, value in self._programs[1].constants.items():
-            same = (n for n, other in self._programs[0].constants.items() if _equal(value, other))
+            same = (n for n, other in self._programs[0].constants.items() if is_equal(value, other))
             self._renamed[name] = next(same, f"{name}_in_evaluation")
             self.constants[self._renamed[name]] = value
 
     def _key(self, node: fx.Node, program: Program) -> Any:
-        """What nodes of the two graphs have in common that are taken for the same."""
+        """Return the key by which nodes of the two graphs match."""
         target = program.blocks[str(node.target)].fingerprint if node.op == "call_module" else node.target
         return node.op, target, tuple(_stack(node)), _skeleton(_completed(node))
 
     # --- the graph -----------------------------------------------------------------------------------------------
 
     def _value(self, mode: int, value: Any) -> Any:
-        """What the new graph has in place of an argument of an old one."""
+        """Map an argument in an old graph to the new graph."""
         if not isinstance(value, fx.Node):
             return value
         if value.op != "get_attr":
@@ -132,7 +134,8 @@ class _Merger:
             self._attributes[name] = self.graph.get_attr(name)
         return self._attributes[name]
 
-    def _both(self, t: fx.Node, e: fx.Node) -> None:
+    def _merge_calls(self, t: fx.Node, e: fx.Node) -> None:
+        """Merge a node that both graphs have."""
         args, kwargs = (self._merge(a, b, t) for a, b in zip(_completed(t), _completed(e), strict=True))
         target = self._add_block(0, t) if t.op == "call_module" else t.target
         node = self.graph.create_node(t.op, target, *_without_defaults(t, args, kwargs))
@@ -140,28 +143,29 @@ class _Merger:
         self._new[0][t] = self._new[1][e] = node
 
     def _merge(self, a: Any, b: Any, node: fx.Node) -> Any:
+        """Merge an argument of a node that both graphs have."""
         if isinstance(a, fx.Node) or isinstance(b, fx.Node):
             x, y = self._value(0, a), self._value(1, b)
-            return x if x is y else self.either(x, y, _stack(node))
+            return x if x is y else self._select(x, y, _stack(node))
         if type(a) is type(b) and isinstance(a, tuple | list) and len(a) == len(b):
             return type(a)(self._merge(x, y, node) for x, y in zip(a, b, strict=True))
         if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
             return {key: self._merge(a[key], b[key], node) for key in a}
         if type(a) is type(b) and a == b:
             return a
-        return self.graph.call_module(self._add(ByMode(a, b), "by_mode", _stack(node)))
+        return self.graph.call_module(self._add(ModeConstant(a, b), "mode_constant", _stack(node)))
 
-    def either(self, x: Any, y: Any, stack: Sequence[str]) -> fx.Node:
-        """One of two values."""
-        for a, b in ((x, y), (y, x)):
+    def _select(self, x: Any, y: Any, stack: Sequence[str]) -> fx.Node:
+        """Return a node for one of two values."""
+        for a, b in ((x, y), (y, x)):  # `contiguous` returns a contiguous tensor unchanged, so it serves both modes
             if isinstance(a, fx.Node) and a.target is _CONTIGUOUS and a.args == (b,):
                 return a
-        return self.graph.call_module(self._add(Either(), "either", stack), (x, y))
+        return self.graph.call_module(self._add(ModeSelect(), "mode_select", stack), (x, y))
 
-    def _part(self, ts: list[fx.Node], es: list[fx.Node]) -> None:
-        """Nodes of the two graphs that have no counterpart in the other."""
+    def _branch(self, ts: list[fx.Node], es: list[fx.Node]) -> None:
+        """Put nodes that have no counterpart in the other graph into a `ModeBranch`."""
         if len(ts) + len(es) == 1 and (*ts, *es)[0].target is _CONTIGUOUS:
-            # It is in one graph only because its operand is contiguous in the other, and then it returns the operand.
+            # torch.export omits it for a contiguous operand, and it returns such an operand: both modes can run it.
             mode, node = (0, ts[0]) if ts else (1, es[0])
             operand = self._value(mode, node.args[0])
             self._new[mode][node] = self.graph.call_function(_CONTIGUOUS, (operand,))
@@ -172,15 +176,18 @@ class _Merger:
             outer = (source for node in nodes for source in node.all_input_nodes if source not in nodes)
             sources.update(dict.fromkeys(self._value(mode, source) for source in outer))
         results = [[node for node in nodes if not set(node.users) <= set(nodes)] for nodes in (ts, es)]
-        ways = [self._way(mode, nodes, results[mode], list(sources)) for mode, nodes in ((0, ts), (1, es))]
-        path = Path(ways[0], ways[1], (len(results[0]), len(results[1])))
+        subgraphs = [self._subgraph(mode, nodes, results[mode], list(sources)) for mode, nodes in ((0, ts), (1, es))]
+        branch = ModeBranch(subgraphs[0], subgraphs[1], (len(results[0]), len(results[1])))
         stack = _common([_stack(node) for node in (*ts, *es)])
-        call = self.graph.call_module(self._add(path, "by_mode_path", stack), tuple(sources))
+        call = self.graph.call_module(self._add(branch, "mode_branch", stack), tuple(sources))
         found = [(mode, node) for mode, nodes in enumerate(results) for node in nodes]
         for index, (mode, node) in enumerate(found):
             self._new[mode][node] = self.graph.call_function(operator.getitem, (call, index))
 
-    def _way(self, mode: int, nodes: list[fx.Node], results: list[fx.Node], sources: list[fx.Node]) -> fx.GraphModule:
+    def _subgraph(
+        self, mode: int, nodes: list[fx.Node], results: list[fx.Node], sources: list[fx.Node]
+    ) -> fx.GraphModule:
+        """Copy nodes into a graph of their own, which takes `sources` and returns `results`."""
         graph = fx.Graph(tracer_cls=Tracer)
         placeholders = {source: graph.placeholder(f"input_{i}") for i, source in enumerate(sources)}
         copies: dict[fx.Node, fx.Node] = {}
@@ -195,7 +202,7 @@ class _Merger:
         blocks = self._programs[mode].blocks
         return fx.GraphModule({str(n.target): blocks[str(n.target)] for n in nodes if n.op == "call_module"}, graph)
 
-    # --- modules that choose -------------------------------------------------------------------------------------
+    # --- modules -------------------------------------------------------------------------------------------------
 
     def _add_block(self, mode: int, node: fx.Node) -> str:
         target = str(node.target)
@@ -204,8 +211,8 @@ class _Merger:
             self._model.add_module(self._added[target], self._programs[mode].blocks[target])
         return self._added[target]
 
-    def _add(self, module: StandIn, name: str, stack: Sequence[str]) -> str:
-        """Add a module that chooses to the module whose mode it follows."""
+    def _add(self, module: HelperModule, name: str, stack: Sequence[str]) -> str:
+        """Add a module to the module whose mode it follows, and return its path."""
         path = self._owner(stack)
         owner = self._model.get_submodule(path)
         child = unused_name(owner, name)
@@ -213,7 +220,10 @@ class _Merger:
         return f"{path}.{child}".lstrip(".")
 
     def _owner(self, stack: Sequence[str]) -> str:
-        """The module whose mode was read while the modules of a stack ran, the innermost that can have a child more."""
+        """Return the path of the module whose mode decides: the innermost of a stack that read a mode, or its owner.
+
+        Containers are skipped, because they would call one more child.
+        """
         for path in reversed(stack):
             reads = [*self._programs[0].reads.get(path, ()), *self._programs[1].reads.get(path, ())]
             if reads:
@@ -232,14 +242,14 @@ def _stack(node: fx.Node) -> list[str]:
 
 
 def _common(stacks: Sequence[list[str]]) -> list[str]:
-    """What stacks have in common."""
+    """Return the longest common prefix of stacks."""
     shortest = min(stacks, key=len)
     count = next((i for i, path in enumerate(shortest) if any(stack[i] != path for stack in stacks)), len(shortest))
     return shortest[:count]
 
 
 def _runs(ts: list[fx.Node], es: list[fx.Node]) -> Iterator[tuple[list[fx.Node], list[fx.Node]]]:
-    """Parts of what has no counterpart: what belongs to one module, if it is in one of the graphs only."""
+    """Divide unmatched nodes into branches: by module if only one graph has nodes there, else not at all."""
     if ts and es:
         yield ts, es
         return
@@ -253,7 +263,7 @@ def _runs(ts: list[fx.Node], es: list[fx.Node]) -> Iterator[tuple[list[fx.Node],
 
 
 def _completed(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, with the defaults of an operator in place of those that are not given."""
+    """Return the arguments of a call, completed with the defaults of the operator."""
     args, kwargs = list(node.args), dict(node.kwargs)
     if isinstance(node.target, OpOverload):
         for argument in node.target._schema.arguments[len(args) :]:
@@ -267,7 +277,7 @@ def _completed(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _without_defaults(node: fx.Node, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, without the defaults of an operator."""
+    """Return the arguments of a call, without those equal to the defaults of the operator."""
     if not isinstance(node.target, OpOverload):
         return args, kwargs
     arguments = node.target._schema.arguments
@@ -283,7 +293,7 @@ def _without_defaults(node: fx.Node, args: Any, kwargs: Any) -> tuple[tuple[Any,
 
 
 def _skeleton(value: Any) -> Any:
-    """Where the arguments of a node have nodes."""
+    """Return the nested structure of arguments, with nodes marked and constants left out."""
     if isinstance(value, fx.Node):
         return str(value.target) if value.op in ("get_attr", "placeholder") else "node"
     if isinstance(value, tuple | list):
@@ -291,7 +301,3 @@ def _skeleton(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, _skeleton(item)) for key, item in value.items())
     return None
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b)

@@ -1,9 +1,8 @@
-"""Conditions: which shapes of its inputs an exported graph is right for."""
+"""Conditions: the input shapes for which an exported graph is correct."""
 
 from __future__ import annotations
 
 import ast
-import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 
 from biofx.base.errors import CaptureError, InputError
 from biofx.capture.exported.structure import Structure, read
-from biofx.capture.tracer import StandIn
+from biofx.capture.tracer import HelperModule
 
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -68,10 +67,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Condition:
-    """Something that has to hold of the shapes of inputs.
+    """A condition on the shapes of inputs.
 
     Attributes:
-        text: the condition as people read it, with `{0}` for the name of the first input.
+        text: the condition for messages, with `{0}` for the name of the first input.
         expression: the condition as a `Call`.
     """
 
@@ -79,7 +78,7 @@ class Condition:
     expression: Any
 
     def holds(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether it holds of inputs."""
+        """Whether the inputs satisfy the condition."""
         return bool(_value(self.expression, leaves))
 
 
@@ -92,20 +91,20 @@ def _value(expression: Any, leaves: Sequence[Tensor]) -> Any:
 
 
 def has_length(leaf: int, axis: int, relation: Callable[..., Any], number: int) -> Condition:
-    """A condition on the length of one axis, such as `operator.eq` and 3."""
+    """Return a condition on the length of one axis, such as `operator.eq` and 3."""
     sign = {operator.eq: "==", operator.ge: ">=", operator.le: "<="}[relation]
     return Condition(f"{{{leaf}}}.shape[{axis}] {sign} {number}", Call(relation, (Size(leaf, axis), number)))
 
 
 def parsed(guard: str, inputs: str) -> Condition:
-    """A guard of torch.export, such as `L['inputs'][0].size()[1] <= 16`.
+    """Parse a guard of torch.export, such as `L['inputs'][0].size()[1] <= 16`.
 
     Args:
         guard: Python code.
-        inputs: the name that it has for the tuple of all input tensors.
+        inputs: the name of the tuple of all input tensors in that code.
 
     Raises:
-        CaptureError: it is about something else.
+        CaptureError: the guard is not a condition on shapes of inputs.
     """
     sizes: list[Size] = []
 
@@ -167,22 +166,22 @@ def _any(*values: Any) -> bool:
     return any(values)
 
 
-class CheckInputs(StandIn):
-    """Refuses inputs for which the graph would compute something else than the model.
+class CheckInputs(HelperModule):
+    """Raises for inputs on which the graph may differ from the model.
 
     Attributes:
         arguments: the structure of each argument of forward, by its name.
         names: the name of each input tensor.
-        kinds: the number of axes of each, and its dtype.
+        kinds: the number of axes and the dtype of each input tensor.
         in_training: the conditions on their shapes in training mode.
-        in_evaluation: those in evaluation mode.
-        dtype: the dtype that the model had.
-        is_named: whether the graph contains it.
+        in_evaluation: the conditions on their shapes in evaluation mode.
+        dtype: the dtype of the model when it was captured.
+        is_named: whether the graph contains that dtype as a constant.
     """
 
-    like: Tensor | None  # has the dtype that the model has now
+    like: Tensor | None  # a buffer, so its dtype follows conversions of the model
 
-    _is_impure = True  # `fx.Graph.eliminate_dead_code` keeps it, although no node reads what it returns
+    _is_impure = True  # `fx.Graph.eliminate_dead_code` keeps it, although its result is unused
 
     def __init__(
         self,
@@ -203,12 +202,16 @@ class CheckInputs(StandIn):
         self.register_buffer("like", None, persistent=False)
 
     def follow_dtype(self, like: Tensor, is_named: bool) -> None:
-        """Follow conversions of the model to another dtype than that of a tensor; refuse them if the graph names it."""
+        """Expect the current dtype of the model where inputs had its dtype; raise if the graph names that dtype."""
         self.dtype, self.is_named = like.dtype, is_named
         self.like = torch.empty(0, dtype=like.dtype, device=like.device)
 
     def forward(self, *values: Any) -> None:
-        """Check the arguments of forward."""
+        """Check the arguments of forward.
+
+        Raises:
+            InputError: the graph is not correct for them.
+        """
         own = None if self.like is None else self.like.dtype
         if self.is_named and own != self.dtype:
             raise InputError(
@@ -217,7 +220,7 @@ class CheckInputs(StandIn):
             )
         found = [read(self.arguments[name], value, name) for name, value in zip(self.arguments, values, strict=True)]
         leaves = [leaf for group in found for leaf in group]
-        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):  # torch.fx.symbolic_trace of the graph
+        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):  # the graph is traced again
             return
         for name, leaf, (rank, dtype) in zip(self.names, leaves, self.kinds, strict=True):
             if leaf.dim() != rank:
@@ -241,6 +244,6 @@ class CheckInputs(StandIn):
         return ", ".join(condition.text.format(*self.names) for condition in self.in_evaluation)
 
 
-def implied(conditions: Sequence[Condition]) -> list[Condition]:
-    """The conditions, each once."""
-    return list(functools.reduce(lambda found, c: found | {c.text: c}, conditions, dict[str, Condition]()).values())
+def without_duplicates(conditions: Sequence[Condition]) -> list[Condition]:
+    """Return the conditions without duplicates."""
+    return list({condition.text: condition for condition in conditions}.values())

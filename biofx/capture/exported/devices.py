@@ -1,4 +1,4 @@
-"""Devices and dtypes of the model that an exported graph names, where forward asked for those of something else."""
+"""Devices and dtypes: an exported graph names those of the export, but the model may move or be converted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.capture.tracer import StandIn, unused_name
-from biofx.model.parts import part_of
+from biofx.capture.tracer import HelperModule, unused_name
+from biofx.model.control_flow import control_flow_of
 
 
-class Device(StandIn):
-    """The device that the model is on: stands where the graph would name the one of the export."""
+class Device(HelperModule):
+    """Returns the current device of the model, in place of the constant device of the export."""
 
     like: Tensor
 
@@ -22,12 +22,12 @@ class Device(StandIn):
         self.register_buffer("like", torch.empty(0, device=device), persistent=False)
 
     def forward(self) -> torch.device:
-        """The device."""
+        """Return the device."""
         return self.like.device
 
 
 def follow_device(owner: nn.Module, graph: fx.Graph, device: torch.device) -> None:
-    """Let a graph, and those of its parts, name the device that the model is on, where they name the present one."""
+    """Replace a constant device in a graph and its subgraphs by the model's current device."""
     for module, inner in _graphs(owner, graph):
         if device not in set(_constants(inner)):
             continue
@@ -47,16 +47,16 @@ def follow_device(owner: nn.Module, graph: fx.Graph, device: torch.device) -> No
 
 
 def names_dtype(owner: nn.Module, graph: fx.Graph, dtype: torch.dtype) -> bool:
-    """Whether a graph, or that of a part, names a dtype."""
+    """Whether a graph or one of its subgraphs names a dtype."""
     return any(dtype in set(_constants(inner)) for _, inner in _graphs(owner, graph))
 
 
 def _graphs(owner: nn.Module, graph: fx.Graph) -> Iterator[tuple[nn.Module, fx.Graph]]:
-    """A graph and those of the parts that it calls, each with the module that has what it calls."""
+    """A graph and its subgraphs, each with the module that owns it."""
     yield owner, graph
     for node in graph.find_nodes(op="call_module"):
-        part = part_of(owner, node)
-        for inner in () if part is None else part.graphs():
+        module = control_flow_of(owner, node)
+        for inner in () if module is None else module.subgraphs():
             yield from _graphs(inner, inner.graph)
 
 

@@ -1,8 +1,8 @@
-"""The front end `"export"`: from `torch.export` and example inputs to a graph module that takes over the module tree.
+"""The front end `"export"`: `torch.export` on example inputs gives a graph module that takes over the module tree.
 
 torch.export runs forward on the example inputs and records the dispatcher operators that it calls, so it follows any
-Python. It does so once in training mode and once in evaluation mode; one graph for both comes out (`both_modes`). What
-it assumed about the shapes of inputs is checked in every call (`CheckInputs`).
+Python. It runs once in training mode and once in evaluation mode, and `both_modes` merges the two graphs. Its
+assumptions about the shapes of inputs are checked in every call (`CheckInputs`).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import split_inputs
 from biofx.base.references import HOOKS
 from biofx.capture.captured_module import CapturedModule, captured
-from biofx.capture.checking import called_with, disagreement
+from biofx.capture.equivalence import disagreement, run_with
 from biofx.capture.explanation import lines_of
-from biofx.capture.exported.both_modes import Either, merged
+from biofx.capture.exported.both_modes import ModeSelect, merged
 from biofx.capture.exported.conditions import INSTEAD, CheckInputs
 from biofx.capture.exported.devices import follow_device, names_dtype
 from biofx.capture.exported.program import Program, export, read
 from biofx.capture.exported.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
-from biofx.capture.reparametrized import taken_hooks
-from biofx.capture.tracer import KeepWhole, KeywordOnly, StandIn, Tracer, unused_name
+from biofx.capture.reparametrized import pop_computing_hooks
+from biofx.capture.tracer import HelperModule, KeywordOnly, NotTraceable, Tracer, unused_name
 from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import ORIGINAL_HOOKS
 from biofx.model.provenance import RECORD, Record
@@ -39,7 +39,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     """Export a model into a graph module that takes over its module tree.
 
     Args:
-        model: a checked model (see `biofx.capture.checks.check`); its submodules become those of the result.
+        model: a checked model (see `check_model`); its submodules become those of the result.
         example_inputs: arguments of forward.
 
     Returns:
@@ -47,7 +47,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
 
     Raises:
         ArgumentError: the example inputs are missing, or do not fit.
-        CaptureError: the model cannot be exported; says why, and what else to try.
+        CaptureError: the model cannot be exported; says why, and what to try instead.
     """
     if example_inputs is None:
         raise ArgumentError('frontend="export" runs the model: it needs example_inputs, such as example_inputs=(x,)')
@@ -59,24 +59,24 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     arguments = {name: describe(value, []) for name, value in given.arguments.items()}
     training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
     graph, constants = _assembled(model, arguments, leaves, training, evaluation)
-    names = {name: unused_name(model, name) for name in constants}  # free in the model
+    names = {name: unused_name(model, name) for name in constants}
     for node in graph.find_nodes(op="get_attr"):
         if node.target in names:
             node.target = names[node.target]
     bio = captured(model, graph)
-    vars(bio)[ORIGINAL_HOOKS] = taken_hooks(bio)
+    vars(bio)[ORIGINAL_HOOKS] = pop_computing_hooks(bio)
     for name, constant in constants.items():
         bio.register_buffer(names[name], constant, persistent=False)
     record = Record(model, fingerprint(bio), names.values())
-    record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, StandIn))
+    record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, HelperModule))
     vars(bio)[RECORD] = record
     _check(bio, example_inputs)
     return bio
 
 
 def _check(bio: CapturedModule, example_inputs: Any) -> None:
-    """Refuse a model that computes something else when exported."""
-    run = called_with(*split_inputs(example_inputs))
+    """Raise if the exported graph differs from the model."""
+    run = run_with(*split_inputs(example_inputs))
     found = disagreement(bio, run, lambda: MethodType(type(bio).forward, bio), bio.original_forward)
     if found is not None:
         why = (
@@ -104,7 +104,7 @@ def _refuse_hooks(model: nn.Module) -> None:
 
 
 def _bind(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
-    """Example inputs by the name of the argument."""
+    """Bind example inputs to the arguments of forward."""
     args, kwargs = split_inputs(example_inputs)
     signature = inspect.signature(model.forward)
     try:
@@ -118,13 +118,13 @@ def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training:
         return read(model, export(model, inputs, leaves, training))
     except CaptureError:
         raise
-    except (Exception, KeepWhole) as error:
+    except (Exception, NotTraceable) as error:
         raise CaptureError(_explain(model, error, "training" if training else "evaluation")) from error
 
 
 def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
-    """Say in short why torch.export failed, at which line of the user, and what to do."""
-    if isinstance(error, KeepWhole):
+    """Summarize why torch.export failed, at which line of the user's code, and what to do."""
+    if isinstance(error, NotTraceable):
         ((path, why),) = error.reasons.items()
         why = why.replace("its forward", f"the forward of {path}", 1) if path else why
         return f"{type(model).__name__} cannot be exported: {why}; {INSTEAD}"
@@ -145,7 +145,7 @@ def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
 
 
 def _running_modules(model: nn.Module, error: BaseException) -> list[str]:
-    """The modules whose methods an error passed through, the innermost last; without the model itself."""
+    """Return the submodules whose methods are in the traceback of an error, the innermost last."""
     names = {id(module): f"{path} ({type(module).__name__})" for path, module in model.named_modules() if path}
     owners = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
     return [names[id(owner)] for owner in owners if id(owner) in names]
@@ -154,11 +154,11 @@ def _running_modules(model: nn.Module, error: BaseException) -> list[str]:
 def _assembled(
     model: nn.Module, arguments: dict[str, Structure], leaves: list[Tensor], training: Program, evaluation: Program
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """The graph for both modes, with the signature of forward, and with what it returns."""
+    """Return the graph for both modes, with the signature and the result of forward, and its constants."""
     body, constants, results = merged(model, training, evaluation)
     graph = fx.Graph(tracer_cls=Tracer)
 
-    def add_module(name: str, module: StandIn) -> str:
+    def add_module(name: str, module: HelperModule) -> str:
         name = unused_name(model, name)
         model.add_module(name, module.train(model.training))
         return name
@@ -174,14 +174,14 @@ def _assembled(
     graph.graph_copy(body, copies)
     returned = [fx.map_arg(tuple(values), copies.__getitem__) for values in results]
     if training.outputs == evaluation.outputs:
-        chosen = [_either(graph, t, e, add_module) for t, e in zip(*returned, strict=True)]
-        graph.output(packed(graph, training.outputs, iter(chosen), add_module))
+        selected = [_select(graph, t, e, add_module) for t, e in zip(*returned, strict=True)]
+        graph.output(packed(graph, training.outputs, iter(selected), add_module))
     else:
         values = [
             packed(graph, program.outputs, iter(found), add_module)
             for program, found in zip((training, evaluation), returned, strict=True)
         ]
-        graph.output(_either(graph, values[0], values[1], add_module))
+        graph.output(_select(graph, values[0], values[1], add_module))
     like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     if like is not None:
         follow_device(model, graph, like.device)
@@ -189,14 +189,15 @@ def _assembled(
     return graph, constants
 
 
-def _either(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, StandIn], str]) -> Any:
+def _select(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, HelperModule], str]) -> Any:
+    """Return a result that is the same in both modes, or a node that selects it by mode."""
     if t is e or (type(t) is type(e) and isinstance(t, CONSTANTS) and t == e):
         return t
-    return graph.call_module(add_module("either", Either()), (t, e))
+    return graph.call_module(add_module("mode_select", ModeSelect()), (t, e))
 
 
 def _placeholders(graph: fx.Graph, forward: Callable[..., Any], arguments: dict[str, Structure]) -> dict[str, fx.Node]:
-    """The arguments of forward, with their defaults, in the order in which torch.fx traces them."""
+    """Create placeholders for the arguments of forward, with defaults, in the order in which torch.fx traces them."""
     result = {}
     keyword_only = []
     parameters = inspect.signature(forward).parameters

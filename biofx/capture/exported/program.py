@@ -1,4 +1,4 @@
-"""One run of torch.export: a graph of a model in one mode, on its tensors alone."""
+"""Programs: the result of torch.export in one mode, a graph whose inputs and outputs are only tensors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from biofx.base.errors import CaptureError
 from biofx.base.isolation import Draws, Snapshot, parameters_kept
-from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, implied, parsed
+from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, parsed, without_duplicates
 from biofx.capture.exported.structure import Structure, build, describe
-from biofx.capture.reparametrized import computed_names, taken_hooks
-from biofx.capture.tracer import KeepWhole, StandIn, Tracer
-from biofx.capture.watching import watched
-from biofx.model.parts import Part
+from biofx.capture.monitoring import monitored
+from biofx.capture.reparametrized import computed_names, pop_computing_hooks
+from biofx.capture.tracer import HelperModule, NotTraceable, Tracer
+from biofx.model.chain import attribute
+from biofx.model.control_flow import ControlFlow
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 
@@ -35,23 +36,23 @@ class Program:
 
     Attributes:
         graph: its placeholders are the input tensors, and it returns the tensors of the result.
-        outputs: how the result is put together from them.
-        constants: tensors that forward makes, by the name under which the graph reads them.
-        blocks: the parts that run inside of a context, by the name under which the graph calls them.
-        conditions: the shapes of inputs that it is right for.
-        reads: the modules whose `training` was read, by the path of the module whose forward did.
+        outputs: the structure of the result, which is built from these tensors.
+        constants: tensors that forward creates, by the name under which the graph reads them.
+        blocks: the blocks that run in a context, by the name under which the graph calls them.
+        conditions: the conditions on input shapes under which the graph is correct.
+        reads: the modules whose `training` was read, by the path of the module whose forward read it.
     """
 
     graph: fx.Graph
     outputs: Structure
     constants: dict[str, Tensor]
-    blocks: dict[str, Block]
+    blocks: dict[str, ContextBlock]
     conditions: list[Condition]
     reads: dict[str, list[str]]
 
 
-class Block(StandIn, Part):
-    """A part of forward that runs in a context: `torch.set_grad_enabled` or `torch.autocast`, with its arguments."""
+class ContextBlock(HelperModule, ControlFlow):
+    """Runs a subgraph in a context: `torch.set_grad_enabled` or `torch.autocast`, with its arguments."""
 
     def __init__(self, context: str, arguments: tuple[Any, ...], inner: fx.GraphModule) -> None:
         super().__init__()
@@ -60,16 +61,16 @@ class Block(StandIn, Part):
         self.inner = inner
 
     def forward(self, *values: Any) -> Any:
-        """Run the part in its context."""
+        """Run the subgraph in its context."""
         with getattr(torch, self.context)(*self.arguments):
             return self.inner(*values)
 
-    def graphs(self) -> tuple[fx.GraphModule, ...]:
-        """The graph that runs in the context."""
+    def subgraphs(self) -> tuple[fx.GraphModule, ...]:
+        """The graph that runs in the context, as the only element."""
         return (self.inner,)
 
-    def described(self, owner: str) -> str:
-        """The part in words."""
+    def describe(self, owner: str) -> str:
+        """Describe the block by its context."""
         grad = "enable_grad" if self.arguments[0] else "no_grad"
         return f"the part of {owner} under torch.{grad if self.context == 'set_grad_enabled' else self.context}"
 
@@ -79,8 +80,8 @@ class Block(StandIn, Part):
 
     @property
     def fingerprint(self) -> tuple[Any, ...]:
-        """What two blocks have in common that do the same."""
-        inner = [block.fingerprint for block in self.inner.children() if isinstance(block, Block)]
+        """A key that is equal for blocks that compute the same."""
+        inner = [block.fingerprint for block in self.inner.children() if isinstance(block, ContextBlock)]
         return self.context, self.arguments, self.inner.code, tuple(inner)
 
 
@@ -88,49 +89,49 @@ _BLOCKS = {
     "wrap_with_set_grad_enabled": ("set_grad_enabled", 1),
     "wrap_with_autocast": ("autocast", 4),
 }
-"""The operators that torch.export makes of contexts: which, and the number of its arguments."""
+"""For each operator by which torch.export represents a context: the context, and the number of its arguments."""
 
 _ASSERTIONS = ("_assert_tensor_metadata",)
-"""Assertions that the graph is not converted to another dtype or device, which a module may be."""
+"""Assertions on dtype and device, which are dropped because a module may be converted or moved."""
 
 
 class _OnTensors(nn.Module):
-    """The model as a function of tensors; what else goes in and comes out is known."""
+    """The model as a function from tensors to tensors; `build` and `describe` convert the arguments and the result."""
 
-    def __init__(self, model: nn.Module, inputs: Structure, watcher: _Watcher) -> None:
+    def __init__(self, model: nn.Module, inputs: Structure, monitor: _ExportMonitor) -> None:
         super().__init__()
         self.model = model
-        vars(self).update(inputs=inputs, watcher=watcher)
+        vars(self).update(inputs=inputs, monitor=monitor)
 
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
-        watcher: _Watcher = vars(self)["watcher"]
+        monitor: _ExportMonitor = vars(self)["monitor"]
         before = dict(self.model.named_buffers())
         held = Snapshot(self.model)
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
         drawn = Draws.now()
-        watcher.outputs = describe(self.model(*args, **kwargs), results)
+        monitor.outputs = describe(self.model(*args, **kwargs), results)
         computed = computed_names(self.model)
         for path, name, _ in held.changes():
             if (path, name) not in computed and f"{path}.{name}".lstrip(".") not in before:
-                watcher.note_side_effect(path, f"changes the attribute {name}")
+                monitor.note_side_effect(path, f"changes the attribute {name}")
         if Draws.now() != drawn:
-            watcher.note_side_effect("", "draws random numbers from Python or NumPy")
+            monitor.note_side_effect("", "draws random numbers from Python or NumPy")
         after = dict(self.model.named_buffers())
-        watcher.assigned = [name for name in before if after.get(name) is not before[name]]
-        for name in watcher.assigned:
+        monitor.assigned = [name for name in before if after.get(name) is not before[name]]
+        for name in monitor.assigned:
             if name not in after or after[name].shape != before[name].shape:
-                watcher.note_side_effect(name.rpartition(".")[0], f"gives the buffer {name} another shape")
-        return *results, *(after[name] for name in watcher.assigned)
+                monitor.note_side_effect(name.rpartition(".")[0], f"gives the buffer {name} another shape")
+        return *results, *(after[name] for name in monitor.assigned)
 
 
-class _Watcher:
-    """What the graph does not say.
+class _ExportMonitor:
+    """Notes what an exported graph does not contain.
 
     Attributes:
-        reads: the modules whose `training` was read, by the path of the module whose forward did.
-        outputs: how the result is put together from tensors.
-        side_effect: the path of a module whose forward does what a graph does not do, and what that is.
+        reads: the modules whose `training` was read, by the path of the module whose forward read it.
+        outputs: the structure of the result, which is built from tensors.
+        side_effect: the path of a module whose forward does what a graph cannot represent, and the reason.
         assigned: the buffers to which forward assigns a new tensor.
     """
 
@@ -142,28 +143,28 @@ class _Watcher:
         self._paths = {module: path for path, module in model.named_modules()}
         self._running: list[nn.Module] = []
 
-    def note_read(self, module: nn.Module) -> None:
+    def note_mode_read(self, module: nn.Module) -> None:
         if module in self._paths and self._running:
             self.reads.setdefault(self._path, []).append(self._paths[module])
 
     def note_side_effect(self, path: str, what: str) -> None:
-        self.side_effect = path, f"its forward {what}, which a graph does not do"
+        self.side_effect = path, f"its forward {what}, which a graph cannot represent"
 
-    def enter_block(self, block: Any) -> None:
+    def enter_context(self, block: Any) -> None:
         if isinstance(block, torch.inference_mode) and block.mode:
             self.note_side_effect(self._path, "uses torch.inference_mode")
 
-    def exit_block(self, block: Any) -> None:
+    def exit_context(self, block: Any) -> None:
         pass
 
     @property
     def _path(self) -> str:
-        """The path of the module that runs."""
+        """The path of the innermost module whose forward runs."""
         return self._paths[self._running[-1]] if self._running else ""
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Know which module runs, and whether it is called again for the backward pass."""
+        """Track which module runs, and detect reentrant checkpointing, which torch.export would silently drop."""
 
         def apply(cls: Any, *args: Any) -> Any:
             self.note_side_effect(self._path, "calls checkpoint with use_reentrant=True")
@@ -193,10 +194,10 @@ class _Watcher:
 
 @dataclass(frozen=True)
 class Export:
-    """What torch.export made of a model, and what it does not say."""
+    """The result of torch.export, with what the monitor noted."""
 
     program: torch.export.ExportedProgram
-    watcher: _Watcher
+    monitor: _ExportMonitor
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -209,39 +210,39 @@ class Export:
 def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], training: bool) -> Export:
     """Export a model in one mode.
 
-    The first axis of every input, the batch, may have any length in the result, and the second axis of integers, as in
-    a batch of sequences of tokens, if forward allows it.
+    Two axes may have any length in later calls, if forward allows it: the first of every input, which is the batch, and
+    the second of inputs of integers, which are sequences of tokens.
 
     Args:
-        model: the model; nothing in it changes.
-        inputs: how the positional and the keyword arguments of forward are put together.
+        model: the model; it does not change.
+        inputs: the structure of the positional and keyword arguments of forward.
         leaves: the tensors in them.
-        training: whether all modules are in training mode, or all in evaluation mode.
+        training: whether to export in training mode.
 
     Raises:
-        KeepWhole: forward does what a graph does not do.
-        Exception: whatever torch.export says to a forward that it cannot export.
+        NotTraceable: forward does what a graph cannot represent.
+        Exception: torch.export cannot export forward.
     """
-    watcher = _Watcher(model)
-    module = _OnTensors(model, inputs, watcher)
-    with parameters_kept(model), watched(model, watcher), torch.enable_grad(), _silence():
-        computing = taken_hooks(model)
+    monitor = _ExportMonitor(model)
+    module = _OnTensors(model, inputs, monitor)
+    with parameters_kept(model), monitored(model, monitor), torch.enable_grad(), _silenced():
+        computing = pop_computing_hooks(model)
         for hooks in (model._forward_hooks, model._forward_pre_hooks):
-            hooks.clear()  # they stay on the result, which is called with them
+            hooks.clear()  # they stay on the result and run when it is called, so the graph must not contain them
         model._forward_pre_hooks.update(computing)  # the graph has what these compute
         for child in module.modules():
             child.training = training
-        with watcher.following():
+        with monitor.following():
             program = _exported(module, tuple(leaves))
-    if watcher.side_effect is not None:
-        path, reason = watcher.side_effect
-        raise KeepWhole({path: reason})
-    return Export(program, watcher)
+    if monitor.side_effect is not None:
+        path, reason = monitor.side_effect
+        raise NotTraceable({path: reason})
+    return Export(program, monitor)
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """No warnings, and no print of the graph so far if the export fails; that is an error anyway."""
+def _silenced() -> Iterator[None]:
+    """Suppress warnings and the graph that torch.export prints when it fails; the failure is reported as an error."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -255,10 +256,10 @@ def _silence() -> Iterator[None]:
 def _exported(module: nn.Module, leaves: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     dynamic = tuple(dict.fromkeys(_dynamic_axes(leaf), torch.export.Dim.AUTO) for leaf in leaves)
     try:
-        # No length is special, so that a batch of one is like any other, unless forward itself says otherwise.
+        # By default, torch.export specializes lengths of 0 and 1; here a batch of one is like any other.
         with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             return torch.export.export(module, leaves, dynamic_shapes=(dynamic,), strict=False)
-    except Exception:  # noqa: BLE001 - whatever fails there may not fail if all shapes are known
+    except Exception:  # noqa: BLE001 - the export may succeed with fixed shapes
         return torch.export.export(module, leaves, strict=False)
 
 
@@ -268,12 +269,12 @@ def _dynamic_axes(leaf: Tensor) -> range:
 
 
 def read(model: nn.Module, export: Export) -> Program:
-    """Take a graph over from torch.export, with the names of the model, and of `meta` only what biofx reads.
+    """Convert an exported graph: its tensors get their names in the model, and its `meta` only what biofx reads.
 
     Raises:
-        CaptureError: the graph assumes or does something that biofx does not know.
+        CaptureError: the graph contains an assumption or an operator that biofx does not support.
     """
-    program, watcher = export.program, export.watcher
+    program, monitor = export.program, export.monitor
     first = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
     graph, constants = fx.Graph(tracer_cls=Tracer), dict[str, Tensor]()
     nodes: dict[fx.Node, fx.Node] = {}
@@ -283,21 +284,21 @@ def read(model: nn.Module, export: Export) -> Program:
         if spec.kind is InputKind.USER_INPUT:
             nodes[node] = graph.placeholder(f"leaf_{len(nodes)}")
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            tensor = _attribute(model, _name(str(spec.target)))
+            tensor = attribute(model, _name(str(spec.target)))
             targets[node] = first[id(tensor)]
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             targets[node] = _name(str(spec.target)).replace(".", "_")
             constants[targets[node]] = program.constants[str(spec.target)].detach().clone()
         else:
-            raise CaptureError(f"torch.export makes an input of {spec.target}, which biofx does not know; {INSTEAD}")
-    blocks: dict[str, Block] = {}
+            raise CaptureError(f"torch.export turns {spec.target} into an input, which is not supported; {INSTEAD}")
+    blocks: dict[str, ContextBlock] = {}
     reader = _Reader(graph, program.graph_module, nodes, targets, blocks)
     results = reader.copy(program.graph)
-    kept = len(results) - len(watcher.assigned)
-    for name, value in zip(watcher.assigned, results[kept:], strict=True):
+    kept = len(results) - len(monitor.assigned)
+    for name, value in zip(monitor.assigned, results[kept:], strict=True):
         graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
     graph.output(tuple(results[:kept]))
-    return Program(graph, watcher.outputs, constants, blocks, conditions_of(export), watcher.reads)
+    return Program(graph, monitor.outputs, constants, blocks, conditions_of(export), monitor.reads)
 
 
 class _Reader:
@@ -309,7 +310,7 @@ class _Reader:
         owner: fx.GraphModule,
         nodes: dict[fx.Node, fx.Node],
         targets: dict[fx.Node, str],
-        blocks: dict[str, Block],
+        blocks: dict[str, ContextBlock],
     ) -> None:
         self._graph = graph
         self._owner = owner
@@ -319,7 +320,7 @@ class _Reader:
         self._attributes: dict[str, fx.Node] = {}
 
     def copy(self, source: fx.Graph) -> list[Any]:
-        """Copy the nodes; returns what the graph returned."""
+        """Copy the nodes, and return the arguments of the output node."""
         for node in source.nodes:
             if node.op == "output":
                 return list(fx.map_arg(node.args[0], self._copied))
@@ -331,7 +332,7 @@ class _Reader:
         raise AssertionError("a graph has an output")
 
     def attribute(self, name: str) -> fx.Node:
-        """The one node that reads a tensor of the model, made where it is read first."""
+        """Return the node that reads a tensor of the model, and create it at the first read."""
         if name not in self._attributes:
             self._attributes[name] = self._graph.get_attr(name)
         return self._attributes[name]
@@ -353,14 +354,14 @@ class _Reader:
             return self._graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         context, count = _BLOCKS[name]
         inner = getattr(self._owner, str(node.args[count].target))  # type: ignore[union-attr]
-        block = Block(context, tuple(node.args[:count]), _read_inner(inner))
+        block = ContextBlock(context, tuple(node.args[:count]), _read_inner(inner))
         target = f"in_{context}_{len(self._blocks)}"
         self._blocks[target] = block
         return self._graph.call_module(target, fx.map_arg(tuple(node.args[count + 1 :]), self._copied))
 
 
 def _read_inner(inner: fx.GraphModule) -> fx.GraphModule:
-    graph, blocks = fx.Graph(tracer_cls=Tracer), dict[str, Block]()
+    graph, blocks = fx.Graph(tracer_cls=Tracer), dict[str, ContextBlock]()
     nodes = {node: graph.placeholder(node.name) for node in inner.graph.find_nodes(op="placeholder")}
     graph.output(tuple(_Reader(graph, inner, nodes, {}, blocks).copy(inner.graph)))
     return fx.GraphModule(dict(blocks), graph)
@@ -370,26 +371,22 @@ def _name(target: str) -> str:
     return target.removeprefix(f"{MODEL}.")
 
 
-def _attribute(model: nn.Module, name: str) -> Any:
-    return operator.attrgetter(name)(model)
-
-
 def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
-    """The modules whose forward made a node, from the model inwards."""
+    """Return the modules whose forward created a node, from the model inwards."""
     paths = [(path, cls) for path, cls in node.meta.get("nn_module_stack", {}).values()]
     inside = [(path.partition("@")[0], cls) for path, cls in paths if path == MODEL or path.startswith(f"{MODEL}.")]
     return {path: ("" if path == MODEL else _name(path), cls) for path, cls in inside}
 
 
 def conditions_of(export: Export) -> list[Condition]:
-    """What a graph assumes about the shapes of inputs.
+    """Return the conditions on input shapes under which a graph is correct.
 
     Raises:
-        CaptureError: it assumes something else.
+        CaptureError: the graph has other conditions.
     """
     program = export.program
     if not hasattr(program, "_guards_code"):
-        raise CaptureError('frontend="export" needs a PyTorch that says what its graphs assume: 2.9 or newer')
+        raise CaptureError('frontend="export" needs PyTorch 2.9 or newer, which lists the assumptions of its graphs')
     result = []
     for leaf, node in enumerate(export.inputs):
         for axis, length in enumerate(node.meta["val"].shape):
@@ -400,4 +397,4 @@ def conditions_of(export: Export) -> list[Condition]:
             for relation, bound in ((operator.ge, allowed.lower), (operator.le, allowed.upper)) if allowed else ():
                 if bound.is_Integer and bound > 0:
                     result.append(has_length(leaf, axis, relation, int(bound)))
-    return implied([*result, *(parsed(guard, "leaves") for guard in program._guards_code)])
+    return without_duplicates([*result, *(parsed(guard, "leaves") for guard in program._guards_code)])

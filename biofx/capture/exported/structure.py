@@ -1,4 +1,4 @@
-"""Structure: how the arguments of forward, and what it returns, are put together from tensors."""
+"""Structure: how the arguments and the result of forward are built from tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from biofx.base.errors import CaptureError, InputError
-from biofx.capture.tracer import StandIn
+from biofx.capture.tracer import HelperModule
 
-LITERALS = (tuple, list, dict)  # what a graph can take apart, and return, without a module that does it
+LITERALS = (tuple, list, dict)  # containers that a graph can unpack and return without a helper module
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -26,20 +26,20 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Constant:
-    """A value that the graph was made for."""
+    """A value that has to be the same in every call."""
 
     value: Any
 
 
 @dataclass(frozen=True)
 class Container:
-    """A container whose type `torch.utils._pytree` knows, or a dataclass.
+    """A dataclass, or a container whose type is registered with `torch.utils._pytree`.
 
     Attributes:
         kind: its class.
-        spec: what builds it from its items: a tree of one level, or the names of the fields of a dataclass.
-        names: what its items are called, as in `[0]`, `["x"]` or `.x`.
-        items: the structure of each.
+        spec: rebuilds it from its items: a pytree spec of one level, or the names of the fields of a dataclass.
+        names: the names of its items, such as `[0]`, `["x"]` or `.x`.
+        items: the structure of each item.
     """
 
     kind: type
@@ -52,7 +52,7 @@ Structure = Leaf | Constant | Container
 
 
 def describe(value: Any, leaves: list[Any]) -> Structure:
-    """The structure of a value, whose tensors are appended to `leaves`."""
+    """Return the structure of a value, and append its tensors to `leaves`."""
     if isinstance(value, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
         leaves.append(value)
         return Leaf()
@@ -64,7 +64,7 @@ def describe(value: Any, leaves: list[Any]) -> Structure:
 
 
 def build(structure: Structure, leaves: Iterator[Any]) -> Any:
-    """A value of a structure, from its leaves in order."""
+    """Build a value from its structure and its leaves in order."""
     if isinstance(structure, Leaf):
         return next(leaves)
     if isinstance(structure, Constant):
@@ -76,10 +76,10 @@ def build(structure: Structure, leaves: Iterator[Any]) -> Any:
 
 
 def read(structure: Structure, value: Any, name: str) -> list[Any]:
-    """The leaves of a value that has to have the given structure.
+    """Return the leaves of a value that has to have the given structure.
 
     Raises:
-        InputError: it has another one; names the first part that differs.
+        InputError: it has another structure; names the first part that differs.
     """
     if isinstance(structure, Leaf):
         if not isinstance(value, torch.Tensor | fx.Proxy):
@@ -112,7 +112,7 @@ def _described(kind: type, names: Iterable[str]) -> str:
 
 
 def _parts(value: Any) -> tuple[Any, dict[str, Any]] | None:
-    """What builds a container from its items, and the items by name; None if the value is no container."""
+    """Return the spec of a container and its items by name; None if the value is not a container."""
     if (
         not isinstance(value, LITERALS)
         and dataclasses.is_dataclass(value)
@@ -127,8 +127,8 @@ def _parts(value: Any) -> tuple[Any, dict[str, Any]] | None:
     return spec, {f"[{key!r}]": item for key, item in zip(keys, items, strict=True)}
 
 
-class Unpack(StandIn):
-    """Takes an argument apart that is not of a type that a graph can take apart."""
+class Unpack(HelperModule):
+    """Unpacks an argument of a type that a graph cannot unpack."""
 
     def __init__(self, structure: Structure, name: str) -> None:
         super().__init__()
@@ -136,28 +136,28 @@ class Unpack(StandIn):
         self.name = name
 
     def forward(self, value: Any) -> list[Any]:
-        """Its tensors."""
+        """Return the tensors in the argument."""
         return read(self.structure, value, self.name)
 
 
-class Pack(StandIn):
-    """Puts a result together whose type a graph cannot write down."""
+class Pack(HelperModule):
+    """Builds a result of a type that a graph cannot build."""
 
     def __init__(self, structure: Structure) -> None:
         super().__init__()
         self.structure = structure
 
     def forward(self, *leaves: Any) -> Any:
-        """The result, from its tensors."""
+        """Build the result from its tensors."""
         return build(self.structure, iter(leaves))
 
 
-AddModule = Callable[[str, StandIn], str]
-"""Adds a module under a name like the one given, and returns its name."""
+AddModule = Callable[[str, HelperModule], str]
+"""Adds a module under an unused name that resembles the given one, and returns that name."""
 
 
 def unpacked(graph: fx.Graph, structure: Structure, node: fx.Node, add_module: AddModule) -> list[fx.Node]:
-    """The nodes of the leaves of an argument."""
+    """Add nodes that unpack an argument, and return those of its leaves."""
     if isinstance(structure, Leaf):
         return [node]
     if isinstance(structure, Constant):
@@ -176,20 +176,20 @@ def unpacked(graph: fx.Graph, structure: Structure, node: fx.Node, add_module: A
 
 
 def packed(graph: fx.Graph, structure: Structure, leaves: Iterator[Any], add_module: AddModule) -> Any:
-    """What the graph returns, from the nodes of its leaves.
+    """Add nodes that build the result from the nodes of its leaves, and return it.
 
     Raises:
-        CaptureError: a part of it is neither a tensor nor a plain value.
+        CaptureError: a part of the result is neither a tensor nor a plain value.
     """
     if isinstance(structure, Leaf):
         return next(leaves)
     if isinstance(structure, Constant):
         if not isinstance(structure.value, CONSTANTS):
             raise CaptureError(
-                f"forward returns an instance of {type(structure.value).__name__}, which torch.export cannot take "
-                "apart; make it return tensors (a cache of transformers: example_inputs with use_cache=False), or "
+                f"forward returns an instance of {type(structure.value).__name__}, which torch.export cannot "
+                "unpack; make it return tensors (a cache of transformers: example_inputs with use_cache=False), or "
                 "register the class with torch.utils._pytree.register_pytree_node; "
-                'frontend="module" keeps it as it is'
+                'or use frontend="module", which returns it unchanged'
             )
         return structure.value
     if structure.kind in LITERALS:
@@ -207,7 +207,7 @@ def _constants(structure: Structure) -> list[Constant]:
 
 
 def leaf_names(structure: Structure, name: str) -> list[str]:
-    """What the leaves of a value are called, from the name of the value."""
+    """Return the names of the leaves of a value with the given name."""
     if isinstance(structure, Container):
         named = zip(structure.names, structure.items, strict=True)
         return [leaf for key, item in named for leaf in leaf_names(item, name + key)]

@@ -1,10 +1,10 @@
-"""Checks: whether a graph computes what the Python does that it was traced from.
+"""Equivalence: whether a graph computes the same as the Python from which it was traced.
 
-Nothing can foresee every way in which Python looks at a value or remembers one. So both run, on the same inputs and
-with the same random numbers, twice in each mode, as what forward remembers shows in the second call, and once without
-gradients. A forward that neither asks for the mode nor computes activity again in the backward pass runs in one. What
-modules inside return is compared as well: behind units that are silent, nothing of it may be left in what the model
-returns. A module whose graph differs keeps its Python.
+A tracer cannot foresee every way in which Python inspects or remembers a value. So both run on the same inputs with the
+same random numbers: twice in each mode, because remembered values only show in the second call, and once without
+gradients. Training mode is skipped for a forward that neither reads the mode nor recomputes activity in the backward
+pass. The outputs of submodules are compared as well, because silent units may hide a difference from the output of the
+model. A module whose graph differs becomes an island.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch.utils import _pytree as pytree
 from biofx.base.comparison import difference, difference_of
 from biofx.base.isolation import gradients, parameters_kept, tensors_in, undisturbed
 from biofx.base.lazy_copies import lazy_copy
-from biofx.model.chain import attribute
-from biofx.model.islands import WHOLE
+from biofx.model.chain import attribute, compute
+from biofx.model.islands import WHOLE_MODEL
 
 if TYPE_CHECKING:
     from biofx.capture.tracing import Trace
 
-MORE, FEW = 1.5, 1024  # a graph may save so many times as many numbers as Python, and so many more
+MORE, FEW = 1.5, 1024  # autograd may save MORE times as many numbers for a graph as for Python, plus FEW
 
 Run = Callable[[nn.Module], Any]
 """Runs a model, once or several times."""
@@ -45,48 +45,51 @@ def disagreement(
     graph: Callable[[], Forward],
     python: Forward | None = None,
     by_mode: bool = True,
-    parts: Collection[str] = (),
+    submodules: Collection[str] = (),
 ) -> str | None:
-    """How a graph differs from the Python that it was traced from, in words, or None if it does not.
+    """Describe how a graph differs from the Python from which it was traced; None if it does not.
 
     Args:
-        model: the model; it is afterwards what it was.
+        model: the model; it does not change.
         run: runs the model.
-        graph: makes a forward that runs the graph.
+        graph: creates a forward that runs the graph.
         python: a forward that runs the Python; None for the model's own.
-        by_mode: whether forward asks for the mode.
-        parts: paths of modules inside, whose forward hooks the graph calls on what they return.
+        by_mode: whether forward reads the mode.
+        submodules: paths of submodules to compare; `graph` has to call their forward hooks.
     """
     saves_more = False
     for training in (False, True):
         if training and not (by_mode or saves_more):
             continue
         try:
-            with running(model, python):
-                expected = _behaviour(model, run, training, parts)
-        except Exception:  # noqa: BLE001 - such as batch norm of one sample
+            with replaced_forward(model, python):
+                expected = _behaviour(model, run, training, submodules)
+        except Exception:  # noqa: BLE001 - the model cannot run in this mode, as batch norm on one sample
             continue
         where = f"in {'training' if training else 'evaluation'} mode"
         try:
-            with running(model, graph()):
-                actual = _behaviour(model, run, training, parts)
+            with replaced_forward(model, graph()):
+                actual = _behaviour(model, run, training, submodules)
         except Exception as error:  # noqa: BLE001 - forward is anybody's code
             return f"its graph fails {where}: {' '.join(str(error).split())[:120]}"
         found = (
             difference(expected.tensors, actual.tensors)
             or _difference_of(expected.slopes, actual.slopes)
-            or _difference_inside(expected.parts, actual.parts)
+            or _difference_inside(expected.inside, actual.inside)
         )
         if found is not None:
             return f"its graph computes something else {where}: {found}"
-        saves_more = actual.saved > expected.saved  # what Python computes again, may change its state again
+        # If Python recomputes activity, it may update its state twice, which only shows in training mode.
+        saves_more = actual.saved > expected.saved
         if actual.saved > MORE * expected.saved + FEW:
-            return "its forward recomputes activity in the backward pass, to save memory, which a graph does not do"
+            return (
+                "its forward recomputes activity in the backward pass, to save memory, which a graph cannot represent"
+            )
     return None
 
 
-def calls_of(model: nn.Module, paths: Iterator[str], run: Run) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments of the first call of modules, by path, in a run in evaluation mode."""
+def first_calls(model: nn.Module, paths: Iterator[str], run: Run) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Run a model in evaluation mode, and return the arguments of the first call of each module, by path."""
     found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def note(path: str) -> Callable[..., None]:
@@ -106,8 +109,8 @@ def calls_of(model: nn.Module, paths: Iterator[str], run: Run) -> dict[str, tupl
     return found
 
 
-def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-    """A run on some arguments, which stay as they are."""
+def run_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    """Return a function that runs a model on copies of the arguments."""
 
     def run(model: nn.Module) -> Any:
         own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
@@ -117,22 +120,22 @@ def called_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
 
 
 class _Behaviour(NamedTuple):
-    """What three calls of a model do, the last without gradients.
+    """The effects of three calls of a model, the last without gradients.
 
     Attributes:
-        tensors: what they return, with and without gradients, and what buffers are afterwards.
-        slopes: sketches of the gradients of parameters, by call; None if they cannot be had.
-        saved: how many numbers autograd saves for the backward pass.
-        parts: what modules inside return in the last call, in order, each with its path.
+        tensors: the outputs, with and without gradients, and the buffers afterwards.
+        slopes: sketches of the gradients of parameters, by call; None if they cannot be computed.
+        saved: the number of values that autograd saves for the backward pass.
+        inside: the outputs of submodules in the last call, in order, each with the path.
     """
 
     tensors: list[Tensor]
     slopes: list[dict[str, Tensor] | None]
     saved: int
-    parts: list[tuple[str, list[Tensor]]]
+    inside: list[tuple[str, list[Tensor]]]
 
 
-def _behaviour(model: nn.Module, run: Run, training: bool, parts: Collection[str]) -> _Behaviour:
+def _behaviour(model: nn.Module, run: Run, training: bool, submodules: Collection[str]) -> _Behaviour:
     parameters = {name: parameter for name, parameter in model.named_parameters() if not parameter.is_inference()}
     saved = 0
 
@@ -151,17 +154,17 @@ def _behaviour(model: nn.Module, run: Run, training: bool, parts: Collection[str
                 outputs = tensors_in(run(model))
             tensors += [x.detach().clone() for x in outputs]
             slopes.append(gradients(outputs, parameters))
-        # Suppressed is the exception of, say, a forward that takes gradients itself.
-        with torch.no_grad(), contextlib.suppress(Exception), _returned_by(model, parts) as returned:
+        # A forward that computes gradients itself fails without them; then there is nothing to compare.
+        with torch.no_grad(), contextlib.suppress(Exception), _outputs_of(model, submodules) as inside:
             tensors += [x.detach().clone() for x in tensors_in(run(model))]
         with torch.no_grad():
             tensors += map(lazy_copy, model.buffers())
-    return _Behaviour(tensors, slopes, saved, returned)
+    return _Behaviour(tensors, slopes, saved, inside)
 
 
 @contextlib.contextmanager
-def _returned_by(model: nn.Module, paths: Collection[str]) -> Iterator[list[tuple[str, list[Tensor]]]]:
-    """Copies of the tensors that modules return while the block runs: later operators may write into them."""
+def _outputs_of(model: nn.Module, paths: Collection[str]) -> Iterator[list[tuple[str, list[Tensor]]]]:
+    """Collect the outputs of submodules while the block runs, as copies: later operators may write into them."""
     found: list[tuple[str, list[Tensor]]] = []
 
     def note(path: str) -> Callable[..., None]:
@@ -174,7 +177,7 @@ def _returned_by(model: nn.Module, paths: Collection[str]) -> Iterator[list[tupl
 
 
 def _difference_of(expected: list[dict[str, Tensor] | None], actual: list[dict[str, Tensor] | None]) -> str | None:
-    """How gradients differ, in words, or None if they do not."""
+    """Describe how gradients differ; None if they do not."""
     for before, after in zip(expected, actual, strict=True):
         if (before is None) != (after is None):
             return "it has no gradients" if after is None else "it has gradients"
@@ -188,9 +191,9 @@ def _difference_of(expected: list[dict[str, Tensor] | None], actual: list[dict[s
 
 
 def _difference_inside(expected: list[tuple[str, list[Tensor]]], actual: list[tuple[str, list[Tensor]]]) -> str | None:
-    """How what modules inside return differs, in words, or None if it does not."""
+    """Describe how the outputs of submodules differ; None if they do not."""
     if [path for path, _ in expected] != [path for path, _ in actual]:
-        return "other modules return"
+        return "other submodules run"
     pairs = ((path, difference(old, new)) for (path, old), (_, new) in zip(expected, actual, strict=True))
     return next((f"{found} in {path}" for path, found in pairs if found is not None), None)
 
@@ -205,8 +208,8 @@ def _seed() -> None:
 
 
 @contextlib.contextmanager
-def running(model: nn.Module, forward: Forward | None) -> Iterator[None]:
-    """Let calls of a model run another forward; None for its own."""
+def replaced_forward(model: nn.Module, forward: Forward | None) -> Iterator[None]:
+    """Replace the forward of a model while the block runs; None keeps its own."""
     had = vars(model).get("forward")
     if forward is not None:
         vars(model)["forward"] = forward
@@ -218,16 +221,16 @@ def running(model: nn.Module, forward: Forward | None) -> Iterator[None]:
             vars(model)["forward"] = had
 
 
-def parts_of(trace: Trace) -> list[str]:
-    """The modules whose forward hooks `forward_of` calls, by path."""
+def compared_submodules(trace: Trace) -> list[str]:
+    """Return the paths of the submodules whose forward hooks `forward_of` calls."""
     return list(dict.fromkeys(path for returned in _returns(trace).values() for path, _ in returned))
 
 
 def _returns(trace: Trace) -> dict[fx.Node, list[tuple[str, Any]]]:
-    """The modules that a trace went through, and what they return, by the node after which they do."""
+    """Return the traced submodules with their results, by the node after which they return."""
     found: dict[fx.Node, list[tuple[str, Any]]] = {}
     last, *_ = nodes = dict.fromkeys(trace.graph.nodes)
-    merged: set[str] = set()  # those that return what is another node by now, such as another read of a weight
+    merged: set[str] = set()  # submodules whose result was merged with another node, such as a read of the same weight
     for path, kind, what in trace.tracer.steps:
         if kind == "node" and what in nodes:
             last = what
@@ -240,7 +243,7 @@ def _returns(trace: Trace) -> dict[fx.Node, list[tuple[str, Any]]]:
 
 
 def forward_of(model: nn.Module, trace: Trace) -> Forward:
-    """A forward that runs the graph of a model, and calls the forward hooks of the modules that it goes through."""
+    """Return a forward that runs a graph and calls the forward hooks of the submodules in it."""
     signature = inspect.signature(type(model).forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -249,8 +252,9 @@ def forward_of(model: nn.Module, trace: Trace) -> Forward:
         return _run(model, trace.graph, own, bound.arguments, returns)
 
     returns = _returns(trace)
-    made = {name: x.clone() if isinstance(x, Tensor) else x for name, x in trace.constants.items()}
-    own: Mapping[str, Any] = {**made, **trace.tracer.refusals, WHOLE: model}
+    constants = {name: x.clone() if isinstance(x, Tensor) else x for name, x in trace.constants.items()}
+    # The model does not have these attributes yet; it gets them when the graph turns out to be right.
+    own: Mapping[str, Any] = {**constants, **trace.tracer.refusals, WHOLE_MODEL: model}
     return forward
 
 
@@ -274,18 +278,13 @@ def _run(
 def _value(
     model: nn.Module, node: fx.Node, own: Mapping[str, Any], given: Mapping[str, Any], values: Mapping[fx.Node, Any]
 ) -> Any:
-    """What a node computes; the output node, what the graph returns."""
+    """Compute a node; the value of the output node is the result of the graph."""
     target = str(node.target)
     if node.op == "placeholder":
         return given[target.lstrip("*")]
     if node.op == "get_attr":
         return own[target] if target in own else attribute(model, target)
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    if node.op == "output":
-        return args[0]
-    if node.op == "call_module":
-        return (own[target] if target in own else model.get_submodule(target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    function: Any = node.target
-    return function(*args, **kwargs)
+    if node.op == "call_module" and target in own:
+        return own[target](*args, **kwargs)
+    return compute(model, node, args, kwargs)

@@ -1,4 +1,4 @@
-"""Checks of a model before it is copied and captured."""
+"""Preconditions: which models can be captured."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from biofx.model.provenance import RECORD
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing torch.distributed.fsdp takes long
 
 
-def check(model: Any) -> None:
-    """Refuse what cannot be captured, before anything is copied.
+def check_model(model: Any) -> None:
+    """Raise for a model that cannot be captured, before anything is copied.
 
     Raises:
-        ArgumentError: not a module, a wrapped or sharded module, one without Python, one whose parameters have no
-            values yet, or one with an attribute that the result needs for itself.
+        ArgumentError: the model is not a module, is wrapped, sharded or TorchScript, has parameters without values, or
+            has an attribute whose name the result needs.
     """
     check_module(model)
     for path, module in model.named_modules():
@@ -31,8 +31,8 @@ def check(model: Any) -> None:
             )
         if not SHARDED.isdisjoint(cls.__name__ for cls in type(module).__mro__):
             raise ArgumentError(
-                f"{where} is sharded (FSDP); transform the model before that, then shard the result. "
-                "There, what passes do in forward and backward works; rules at optimizer.step() need whole weights"
+                f"{where} is sharded (FSDP); transform the original model, then shard the result. "
+                "Sharded, passes work in forward and backward, but rules at optimizer.step() need whole weights"
             )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):

@@ -1,4 +1,4 @@
-"""Watching: what a forward does while it is traced, beside what becomes a node."""
+"""Monitoring: what a forward does during a trace without making a node."""
 
 import threading
 
@@ -6,35 +6,35 @@ import pytest
 import torch
 from torch import nn
 
-from biofx.capture.watching import watched
+from biofx.capture.monitoring import monitored
 
 
 class Notes:
     def __init__(self):
-        self.reads, self.blocks = [], []
+        self.reads, self.contexts = [], []
 
-    def note_read(self, module):
+    def note_mode_read(self, module):
         self.reads.append(module)
 
-    def enter_block(self, block):
-        self.blocks.append(type(block).__name__)
+    def enter_context(self, context):
+        self.contexts.append(type(context).__name__)
 
-    def exit_block(self, block):
-        self.blocks.append("end")
+    def exit_context(self, context):
+        self.contexts.append("end")
 
 
 def test_reads_of_training_are_noted():
     model, notes = nn.Dropout(), Notes()
-    with watched(model, notes):
+    with monitored(model, notes):
         model(torch.ones(2))
     assert notes.reads == [model]
     assert "training" in vars(model)
     model(torch.ones(2))
-    assert notes.reads == [model]  # the watch is over
+    assert notes.reads == [model]  # monitoring is over
 
 
 @pytest.mark.parametrize(
-    ("block", "name"),
+    ("context", "name"),
     [
         (torch.no_grad, "no_grad"),
         (torch.enable_grad, "enable_grad"),
@@ -43,35 +43,35 @@ def test_reads_of_training_are_noted():
         (lambda: torch.autocast("cpu", torch.bfloat16), "autocast"),
     ],
 )
-def test_blocks_are_noted(block, name):
+def test_contexts_are_noted(context, name):
     notes = Notes()
-    with watched(nn.Identity(), notes), block():
-        assert notes.blocks == [name]
-    assert notes.blocks == [name, "end"]
+    with monitored(nn.Identity(), notes), context():
+        assert notes.contexts == [name]
+    assert notes.contexts == [name, "end"]
 
 
-def test_other_threads_are_not_watched():
+def test_other_threads_are_not_monitored():
     model, notes = nn.Dropout(), Notes()
 
     def work():
         with torch.no_grad():
             model(torch.ones(2))
 
-    with watched(nn.Identity(), notes):
+    with monitored(nn.Identity(), notes):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-    assert (notes.reads, notes.blocks) == ([], [])
+    assert (notes.reads, notes.contexts) == ([], [])
 
 
-def test_everything_is_as_it_was_after_an_error():
+def test_everything_is_restored_after_an_error():
     model = nn.Dropout()
 
     def fails():
         model.training, model.count = False, 3
         raise RuntimeError("inside")
 
-    with pytest.raises(RuntimeError, match="inside"), watched(model, Notes()):
+    with pytest.raises(RuntimeError, match="inside"), monitored(model, Notes()):
         fails()
     assert model.training
     assert not hasattr(model, "count")

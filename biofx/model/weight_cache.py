@@ -1,0 +1,85 @@
+"""The weight cache: the outermost forward of a thread computes each weight once, even if a loop reads it many times."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _ThreadState(threading.local):  # two threads may call the same model at the same time
+    """The weights of the present thread.
+
+    Attributes:
+        cache: the weights computed by the outermost forward, each with its key; None if no forward runs.
+        substitutes: tensors to use instead of weights, by synapses; None outside of `substituted`.
+    """
+
+    cache: dict[nn.Module, tuple[Any, Tensor]] | None = None
+    substitutes: Mapping[nn.Module, Tensor] | None = None
+
+
+_thread = _ThreadState()
+
+
+def is_active() -> bool:
+    """Whether a forward runs, so that weights are cached."""
+    return _thread.cache is not None
+
+
+@contextmanager
+def caching() -> Iterator[None]:
+    """Compute each weight only once inside the block; an outer block keeps its cache."""
+    if _thread.cache is not None:
+        yield
+        return
+    _thread.cache = {}
+    try:
+        yield
+    finally:
+        _thread.cache = None
+
+
+def cached(synapses: nn.Module, stored: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """Return a weight from the cache, or compute it if its stored tensor or the gradient mode has changed.
+
+    Three situations bypass the cache. Function transforms wrap tensors per level, and dispatch modes have to see every
+    operator. Hooks on saved tensors, which activation checkpointing sets, expect the same operators in the
+    recomputation as in the forward.
+    """
+    if _thread.cache is None or is_intercepted() or torch._C._autograd._top_saved_tensors_default_hooks(True):
+        return compute()
+    version = None if stored.is_inference() else stored._version
+    key = (id(stored), version, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    entry = _thread.cache.get(synapses)
+    if entry is None or entry[0] != key:
+        entry = _thread.cache[synapses] = key, compute()
+    return entry[1]
+
+
+def is_intercepted() -> bool:
+    """Whether a transform of `torch.func`, a dispatch mode or a function mode intercepts operators now."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def substitute_for(synapses: nn.Module) -> Tensor | None:
+    """Return the tensor that replaces a weight inside of `substituted`, or None."""
+    return None if _thread.substitutes is None else _thread.substitutes.get(synapses)
+
+
+@contextmanager
+def substituted(values: Mapping[Any, Tensor]) -> Iterator[None]:
+    """Use the given tensors instead of computed weights inside the block, by synapses."""
+    before, _thread.substitutes = _thread.substitutes, values
+    try:
+        yield
+    finally:
+        _thread.substitutes = before

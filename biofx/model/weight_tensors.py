@@ -1,0 +1,126 @@
+"""Weight tensors: what a read of `module.weight` returns; a write into one takes effect or raises."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from biofx.base.errors import ArgumentError
+from biofx.model.weight_cache import is_intercepted
+
+FOLD = "fold the model first (biofx.fold), and transform the result again"
+LOST = (
+    "the weight is computed from its synapses, so the write would be lost; change the stored tensor "
+    "(biofx.weight_sites(bio)[name].raw), assign a torch.nn.Parameter to remove the synapses, or, if forward writes, "
+    "transform the model without this weight (exclude=['*name'])"
+)
+
+
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    raise ArgumentError(LOST)
+
+
+def _of_stored(name: str) -> Any:
+    """A property that reads and writes the attribute of the stored tensor."""
+
+    def write(weight: Any, value: Any) -> None:
+        setattr(weight.synapses.stored, name, value)
+
+    return property(lambda weight: getattr(weight.synapses.stored, name), write)
+
+
+class WeightTensor(Tensor):
+    """A weight that shares its memory with the stored tensor, so that writes take effect."""
+
+    # As in nn.Parameter: operators return plain tensors, and run without the overhead of __torch_function__.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    synapses: Any  # the synapses that the weight comes from
+
+    # These would act on this temporary tensor only, not on the stored one.
+    register_hook = register_post_accumulate_grad_hook = set_ = resize_ = _refuse
+    data = _of_stored("data")
+    grad = _of_stored("grad")
+    requires_grad = _of_stored("requires_grad")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Set whether the stored tensor requires gradients."""
+        self.requires_grad = requires_grad
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self._plain().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain().clone().__reduce_ex__(protocol)
+
+    def _plain(self) -> Tensor:
+        return Tensor.detach(self).as_subclass(Tensor)
+
+
+class ComputedWeight(WeightTensor):
+    """A weight with memory of its own: every write raises, as it would not reach the stored tensor."""
+
+    data = property(lambda self: self.detach(), _refuse)
+    grad = property(Tensor.grad.__get__, _refuse)  # type: ignore[union-attr]
+    __setitem__ = _refuse
+
+    def detach(self) -> Tensor:
+        """Return the weight without its history; writes into it raise as well."""
+        return Tensor.detach(self).as_subclass(ComputedWeight)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the values as a read-only array."""
+        array = Tensor.numpy(self._plain() if force else self.as_subclass(Tensor), force=force)
+        array.flags.writeable = False
+        return array
+
+
+_IN_PLACE = frozenset(f"__i{name}__" for name in dir(operator))  # such as `__iadd__`
+
+
+def _writes(name: str) -> bool:
+    """Whether a method of tensors changes the tensor, by PyTorch's convention for names."""
+    return name in _IN_PLACE or (name.endswith("_") and not name.startswith("_") and name != "requires_grad_")
+
+
+for _name in filter(_writes, dir(Tensor)):
+    setattr(ComputedWeight, _name, _refuse)
+
+
+def as_weight_tensor(weight: Tensor, synapses: Any) -> Tensor:
+    """Wrap a weight, unless a transform or mode runs: these do not accept subclasses of tensors."""
+    if type(weight) is not Tensor or is_intercepted():
+        return weight
+    result = weight.as_subclass(ComputedWeight if synapses.is_computed else WeightTensor)
+    result.synapses = synapses
+    return result
+
+
+class WriteProbe:
+    """Detects writes that `ComputedWeight` cannot refuse, such as through a view or by a `torch._foreach_` operator.
+
+    Every write increments the version counter that a tensor shares with its views. The probe is a detached view, so it
+    shares this counter, and gives up its memory, so it does not keep the weight alive.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._counter = weight.detach().as_subclass(Tensor)
+        self._counter.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        self._version = self._counter._version
+
+    @classmethod
+    def of(cls, weight: Tensor) -> WriteProbe | None:
+        """Return a probe of a computed weight; None for other weights and for inference tensors."""
+        return None if not isinstance(weight, ComputedWeight) or weight.is_inference() else cls(weight)
+
+    def raise_if_written(self) -> None:
+        """Raise if somebody wrote into the weight.
+
+        Raises:
+            ArgumentError: somebody did.
+        """
+        if self._counter._version != self._version:
+            raise ArgumentError(f"a weight was written to, and {LOST}")
