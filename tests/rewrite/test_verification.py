@@ -146,7 +146,7 @@ def test_a_weight_that_was_replaced_after_the_transform(change, message, fronten
 
 def test_state_that_is_gone(bio):
     del bio.get_submodule("2").weight_synapses.gain
-    assert "gain of 2.weight, which fuzzy-learning-rates keeps, is gone" in violations(bio)
+    assert "gain of 2.weight, which fuzzy-learning-rates keeps, was removed" in violations(bio)
 
 
 def test_a_weight_may_be_reshaped_by_a_second_transform():
