@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from biofx.analysis.forms import Form, Forms
+from biofx.analysis.reads import Form
 from biofx.recording.catalog import PRODUCTS_OF_ENTRIES, Kind
 from biofx.recording.interpreter import Interpreter
 from biofx.recording.operations import Depends, Operation, Recording, Value
+
+if TYPE_CHECKING:
+    from biofx.analysis.forms import Forms
 
 Point = str | int
 """A weight, by its name, or a place where signals meet."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.analysis.forms import Forms, Read, bias_of
 from biofx.analysis.layouts import CannotFollowError, execute, varies
+from biofx.analysis.reads import Read, bias_of
 from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.errors import ArgumentError
 from biofx.model import weight_cache
@@ -24,6 +24,7 @@ from biofx.recording.catalog import COPIES, Kind
 from biofx.recording.recorder import Recorder, unrecorded
 
 if TYPE_CHECKING:
+    from biofx.analysis.forms import Forms
     from biofx.recording.operations import Operation, Recording, Value
     from biofx.weights.facts import WeightFacts
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from biofx.analysis.forms import Form, Forms, Mixture, Read, bias_of
+from biofx.analysis.reads import Form, Mixture, Read, bias_of
 from biofx.recording.operations import Operation, Recording, Value
 from biofx.recording.recorder import Recorder
+
+if TYPE_CHECKING:
+    from biofx.analysis.forms import Forms
 
 
 @dataclass(frozen=True, eq=False)

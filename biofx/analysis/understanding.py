@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from biofx.analysis.activity import Activity
 from biofx.analysis.flow import Flow
-from biofx.analysis.forms import Forms, Read
+from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import as_recorded_graph, shown
 from biofx.analysis.readings import Reading, Readings
 from biofx.analysis.unit_analysis import UnitAnalysis
@@ -32,6 +32,7 @@ from biofx.weights.fitness import why_unfit
 
 if TYPE_CHECKING:
     from biofx.analysis.numbers import Population
+    from biofx.analysis.reads import Read
     from biofx.recording.operations import Operation, Recording
 
 BY_FUNCTION = "given by a function"

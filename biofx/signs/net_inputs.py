@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from biofx.analysis.forms import Forms, Read
+from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import as_recorded_graph
 from biofx.analysis.replay import Moment, Replay
 from biofx.analysis.understanding import Run, Understanding, call
@@ -19,6 +19,7 @@ from biofx.recording.operations import Depends, Recording
 from biofx.recording.recorder import Recorder, recording_of
 
 if TYPE_CHECKING:
+    from biofx.analysis.reads import Read
     from biofx.analysis.sites import WeightSite
     from biofx.rewrite.model_editor import ModelEditor
 
