@@ -17,7 +17,7 @@ from torch import nn
 
 import biofx
 from biofx.base.randomness import generator
-from biofx.output.export import SUFFIXES, TRACED
+from biofx.output.export import PROGRAMS, WEIGHTS
 from biofx.rewrite import registry
 
 
@@ -50,13 +50,13 @@ def _parser() -> argparse.ArgumentParser:
             "--exclude", action="append", default=[], metavar="GLOB", help="leave matching weights alone"
         )
     look.add_argument("--nodes", action="store_true", help="also print the inserted nodes")
-    write.add_argument("path", help=f"a file; its suffix selects the format: {', '.join(SUFFIXES)}")
+    write.add_argument("path", help=f"a file; its suffix selects the format: {', '.join([*PROGRAMS, *WEIGHTS])}")
     write.add_argument(
         "--example-shape",
         action="append",
         type=_shape,
         metavar="1x3x32x32",
-        help=f"shape of an input of the model, needed for {' and '.join(TRACED)}; repeat it for each input",
+        help=f"shape of an input of the model, needed for {' and '.join(PROGRAMS)}; repeat it for each input",
     )
     return parser
 
@@ -79,7 +79,7 @@ def _export(options: argparse.Namespace) -> str:
             torch.randn(shape, generator=generator(0, "example input", index))
             for index, shape in enumerate(options.example_shape)
         )
-    elif Path(options.path).suffix in TRACED:
+    elif Path(options.path).suffix in PROGRAMS:
         raise biofx.ArgumentError(
             f"{options.path} needs the shape of the model's input, such as --example-shape 1x3x32x32"
         )

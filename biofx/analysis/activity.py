@@ -1,4 +1,4 @@
-"""Activity: by which operator the numbers in each tensor of a run can be negative."""
+"""Activity: for each tensor of a run, the operator that may have made it negative, or none."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class Rules:
         return [numbers.expand(v.shape) if v.is_activity else nobody(v.shape) for v in operation.outputs]
 
     def _window(self, operation: Operation) -> list[Tensor | None]:
-        """What pools and interpolates takes a feature map for one unit at many places, as convolutions do."""
+        """Pooling and interpolation read a feature map as one unit at many places, as convolutions do."""
         numbers = self._first(operation)
         match = re.search(r"([123])d", operation.name)
         space = int(match[1]) if match else numbers.dim() - 2
@@ -133,7 +133,7 @@ class Rules:
         rows = self._numbers.classes(flat.flatten(0, -2) if flat.dim() > 1 else flat[None])
         if not self._numbers.may_be_one(rows):
             raise CannotFollowError("different units lie next to each other")
-        self._numbers.unite(rows)
+        self._numbers.unite(rows)  # of an input, whose pixels had numbers of their own: wherever they are read
         low = _lowest(numbers, axes)
         return [low.expand(v.shape) if v.is_activity else nobody(v.shape) for v in operation.outputs]
 
@@ -211,7 +211,7 @@ class Rules:
                 result = low
             else:
                 different = torch.unique(columns.flatten(0, -2), dim=1) if columns.dim() > 1 else columns.unique()[None]
-                if different.shape[-1] > FEW:
+                if different.shape[-1] > FEW:  # sets of all subsets would be as many as 2ⁿ
                     result = self._pooled(operation, columns, low)
                 else:
                     result = different[:, 0]

@@ -96,7 +96,7 @@ class UnitAnalysis:
             for many in self.orientations.values() if to_weights else ():
                 for orientation in many:
                     self._unite(self.rows(orientation))
-            if self.numbers.representative is before:
+            if self.numbers.representative is before:  # `unite` puts a new tensor there if it unites anything
                 break
 
     # --- what is looked at ---------------------------------------------------------------------------------------

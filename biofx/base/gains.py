@@ -1,7 +1,7 @@
 r"""Gains of synapses: drawn from a counter, so that they need not be stored, and stored in 8 bits.
 
 *Drawn*: entry i of a weight has the gain $F^{-1}\bigl((k_i + \tfrac12) / 2^{14}\bigr)$, clamped, with F the cumulative
-distribution function, and $k_i$ in 0 … 2¹⁴ − 1 a hash of seed, weight and i (`biofx.noise.levels`). So one table holds
+distribution function, and $k_i$ in 0 … 2¹⁴ − 1 a hash of seed, weight and i (`noise.levels`). So one table holds
 all gains of a distribution, and a gain is one of 2¹⁴: the distribution function is off by at most 2⁻¹⁵.
 
 *In 8 bits* (`torch.uint8`), k is the gain (k/128)²: exact for 0 and 1, at most 3.97, and rounded by at most √c/128, or

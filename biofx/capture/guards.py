@@ -111,6 +111,7 @@ class Guard:
         if self._held is None:
             return False
         try:
+            # Containers compare their parts by identity first, so equal tensors are not compared by their numbers.
             return bool(self._held[0] == self._held[1])
         except (RuntimeError, ValueError):  # a changed tensor or array has no truth value
             return False

@@ -422,6 +422,8 @@ def observer(name: str) -> Callable[[Observation], Observation]:
     compensated (Kahan): $\mathrm{state}_1$ holds the rounding errors of $\mathrm{state}_0$. So any number of summands
     of the same sign add up to about a unit in the last place, and integers exactly, up to 2⁴⁸ in float32.
 
+    An activity whose sums are not finite is left out.
+
     The operator does nothing in evaluation mode and during a backward pass. There, activation checkpointing computes
     activations again, which must not count twice.
 
@@ -488,7 +490,10 @@ def _from_behind(axis: int, activity: Tensor) -> int:
 def _add(state: Tensor, sums: Tensor, positions: int) -> None:
     """Add to the totals of an observer's state, and keep the rounding errors in its rest."""
     total, rest = state
-    added, before = rest + torch.stack((sums, torch.full_like(sums, positions))), total.clone()
+    seen = torch.stack((sums, torch.full_like(sums, positions)))
+    # A batch that is not finite ends in a step that is refused; what rules remember must not keep it.
+    seen = torch.where(seen.isfinite().all(), seen, 0.0)
+    added, before = rest + seen, total.clone()
     total += added
     torch.sub(added, total - before, out=rest)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,9 +20,6 @@ from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.isolation import run_in_eval_mode, split_inputs
 from biofx.model.provenance import transformed
 from biofx.output.fold import fold, why_weights_do_not_suffice
-
-TRACED = (".pt2", ".onnx")  # suffixes of the formats that hold a program, and so need example inputs
-SUFFIXES = (*TRACED, ".safetensors")
 
 
 def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None:
@@ -58,26 +55,26 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         True
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ArgumentError(f"export: unknown suffix {path.suffix!r} of {path.name}; known are {', '.join(SUFFIXES)}")
+    if path.suffix not in {*PROGRAMS, *WEIGHTS}:
+        raise ArgumentError(
+            f"export: unknown suffix {path.suffix!r} of {path.name}; known are {', '.join([*PROGRAMS, *WEIGHTS])}"
+        )
     if not path.parent.is_dir():
         raise ArgumentError(f"export: there is no folder {path.parent}; create it first")
     if path.is_dir():
         raise ArgumentError(f"export: {path} is a folder; give the path of a file")
-    if path.suffix in TRACED and example_inputs is None:
+    if path.suffix in PROGRAMS and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
     rewired = why_weights_do_not_suffice(transformed(bio))
-    if path.suffix not in TRACED and rewired is not None:
-        raise ExportError(f"export: {path.suffix} holds weights only: {rewired}; use {' or '.join(TRACED)}")
+    if path.suffix in WEIGHTS and rewired is not None:
+        raise ExportError(f"export: {path.suffix} holds weights only: {rewired}; use {' or '.join(PROGRAMS)}")
     plain = fold(bio).eval()
     with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
         unchecked = Path(folder) / path.name
-        if path.suffix == ".safetensors":
-            _safetensors(plain, unchecked)
-        elif path.suffix == ".pt2":
-            _pt2(plain, unchecked, example_inputs)
+        if path.suffix in PROGRAMS:
+            PROGRAMS[path.suffix](plain, unchecked, example_inputs)
         else:
-            _onnx(plain, unchecked, example_inputs)
+            WEIGHTS[path.suffix](plain, unchecked)
         unchecked.replace(path)
 
 
@@ -172,3 +169,8 @@ def _run_onnx(path: Path, inputs: dict[str, Any]) -> list[torch.Tensor]:
         session = _require("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {port.name: inputs[port.name].detach().cpu().numpy() for port in session.get_inputs()}
         return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+
+# What writes a folded model, by suffix: as a program, which needs example inputs, or as weights alone.
+PROGRAMS: dict[str, Callable[[nn.Module, Path, Any], None]] = {".pt2": _pt2, ".onnx": _onnx}
+WEIGHTS: dict[str, Callable[[nn.Module, Path], None]] = {".safetensors": _safetensors}

@@ -8,7 +8,7 @@ thing of a tensor as a whole: what its activity can be negative by (`Activity`),
 
 Two domains know something of every entry, and so have a memory of their own, in which a view is a view: the numbers of
 units (`UnitAnalysis`), which are sent through it again until they are settled, and the coordinates of parameters
-(`Forms`). They share the operators' kinds (`operators`), the execution of layout operators on entries (`layouts`), and
+(`Forms`). They share the operators' kinds (`catalog`), the execution of layout operators on entries (`layouts`), and
 the rules by kind (`rules`).
 """
 

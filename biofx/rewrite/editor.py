@@ -45,6 +45,9 @@ def replace_parameter(places: Owners, old: nn.Parameter, value: Tensor) -> None:
         module._parameters[key] = new
 
 
+_COUNTERS = ("seed", "steps")  # state of every weight whose steps are counted, which passes share
+
+
 class Editor:
     """Edits the chain of one parameter on behalf of one pass.
 
@@ -125,8 +128,12 @@ class Editor:
         """Keep a tensor for this parameter in the buffer `<parameter>_synapses.<key>`, on the parameter's device.
 
         Raises:
-            PipelineError: the name is taken.
+            PipelineError: the name is taken, or `value` is not a tensor.
         """
+        if not isinstance(value, Tensor):
+            raise PipelineError(f"{self._by.name}: state is a tensor, got {key}={value!r}; use torch.tensor({value!r})")
+        if key in _COUNTERS:
+            raise PipelineError(f"{self._by.name} cannot keep a state called {key}: biofx counts steps by that name")
         self.changed = True
         self._synapses().keep(key, value, self._by.name)
 
@@ -195,7 +202,7 @@ class Editor:
         """
         self.changed = True
         if self._synapses().share("seed", self._by.name, links=False) is None:
-            self.keep("seed", torch.tensor(self._seed, dtype=torch.int64))
+            self._synapses().keep("seed", torch.tensor(self._seed, dtype=torch.int64), self._by.name)
 
     def count_steps(self) -> None:
         """Let `biofx.attach` count the steps that the weight's optimizer takes.
@@ -205,7 +212,7 @@ class Editor:
         """
         self.changed = True
         if self._synapses().share("steps", self._by.name, links=False) is None:
-            self.keep("steps", torch.zeros((), dtype=torch.int64))
+            self._synapses().keep("steps", torch.zeros((), dtype=torch.int64), self._by.name)
         self.keep_seed()
 
     def replace_raw(self, value: Tensor) -> None:

@@ -157,6 +157,13 @@ def _check_complete(pass_class: type[Pass], where: str) -> None:
     name = getattr(pass_class, "name", None)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ArgumentError(f"{where} needs a name of lower-case words joined by hyphens, got {name!r}")
+    has_rule, moment = pass_class.at_step is not Pass.at_step, pass_class.moment
+    if has_rule and moment is None:
+        raise ArgumentError(f"{where} has at_step, which is called at a moment: add moment = passes.Moment.GAIN, say")
+    if moment is not None and not has_rule:
+        raise ArgumentError(
+            f"{where} has moment = Moment.{moment.name}, and no method at_step(weights) to be called then"
+        )
 
 
 def _origin(pass_class: type[Pass]) -> tuple[str, str]:

@@ -189,6 +189,7 @@ def row_factors(
     `MEAN_LIMIT` times the largest mean with one. If one common signal drives all inputs, every B is a solution, so b
     and B/x are limited to `largest`.
     """
+    # In units of x and y, the equation is t·B² + 2u·B + v = 0; 1e-12 stands for a zero t, where every B is a solution.
     x, y = x + TINY, y + TINY
     p, r, c = xx / x**2, yy / y**2, xy / (x * y)
     mean = torch.minimum(torch.maximum(mean, -MEAN_LIMIT * (variance / r).sqrt()), MEAN_LIMIT * (variance / p).sqrt())

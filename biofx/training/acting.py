@@ -1,4 +1,4 @@
-"""Where gains act: on what an optimizer does to weights, on the copies that it keeps of them too, or on gradients.
+"""Where gains act: on the update, on the update and the optimizer's copies of the weights, or on the gradient.
 
 An optimizer that keeps a copy of the weights, such as an average or one of higher precision, undoes what gains do to
 the weights. Which way is right cannot be told from its state, so a small weight is trained with each.

@@ -342,6 +342,7 @@ class Attachment:
 
     def _put_back(self) -> None:
         """Give parameters the gradients back that the backward pass computed."""
+        # A parameter may have been given several gradients in turn; the first in the list is that of the backward pass.
         for parameter, gradient in reversed(self._step.gradients if self._step is not None else []):
             parameter.grad = gradient
 
@@ -355,7 +356,7 @@ class Attachment:
         gradient = raw.grad if scale is None else raw.grad.float() / scale
         shares = site.known_synapses.shares if site.learning is not None else 1
         if shares > 1:
-            gradient = gradient * shares**0.5
+            gradient = gradient * shares**0.5  # hooks give each synapse 1/√Γ; the optimizer sees the connection's
         elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
             gradient = gradient.clone()
         return PlasticWeight(site, raw, gradient, self.optimizer, step, compiled=self._compiled)

@@ -1,7 +1,7 @@
 """Whether gradients and weights are finite: a rule would spread what is not, or hide it.
 
-On a CPU that is known before the step, which is refused. A step on another device does not wait for the answer: what
-rules do is taken back there where the answer is no, and the error comes as soon as the host knows.
+On a CPU the answer is known before the step, which is refused. A step on another device does not wait for the answer:
+if something was not finite, what rules did is undone there, and the error comes as soon as the host knows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which gradient hooks act: those of weights that no optimizer is attached to."""
+"""Sleeping: gradient hooks are switched off while an optimizer is attached."""
 
 from __future__ import annotations
 

@@ -205,6 +205,16 @@ def test_observations_add_up_to_a_unit_in_the_last_place():
     assert ((state.sum(0)[:1] - expected).abs() <= torch.finfo(torch.float32).eps * expected).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_observers_leave_out_what_is_not_finite(bad):
+    state = torch.zeros(2, 2, 3)
+    batches = torch.ones(3, 4, 3)
+    batches[1, 2, 0] = bad
+    for x in batches:
+        torch.ops.biofx.sum_activity(x, state, 1, True)
+    assert torch.equal(state.sum(0), torch.full((2, 3), 8.0))
+
+
 def test_counts_are_exact_beyond_the_whole_numbers_of_float32():
     state = torch.zeros(2, 2, 1)
     state[0] = 2**24

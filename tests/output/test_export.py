@@ -11,6 +11,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
+from biofx.output.export import PROGRAMS, WEIGHTS
 from models.small import ConvNet, Residual, mlp
 
 PIPELINE = [passes.SplitSynapses(2), passes.FuzzyLearningRates()]
@@ -181,7 +182,7 @@ def test_safetensors_holds_tensors_only(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", biofx.export.__globals__["SUFFIXES"])
+@pytest.mark.parametrize("suffix", [*PROGRAMS, *WEIGHTS])
 def test_a_weight_without_elements(tmp_path, suffix):
     model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2))
     bio = biofx.transform(model, [passes.SplitSynapses()], example_inputs=torch.randn(2, 0))

@@ -143,3 +143,16 @@ def test_two_rules_may_observe_a_weight_of_several_synapses(guide):
     pipeline = ["hebbian-trace", "split-synapses", "synaptic-scaling"]
     codes = {biofx.transform(nn.Linear(2, 2), ",".join(order)).code for order in itertools.permutations(pipeline)}
     assert len(codes) == 1
+
+
+def test_a_refused_step_does_not_poison_the_trace(guide):
+    model = nn.Linear(3, 2)
+    bio = biofx.transform(model, "hebbian-trace")
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    with pytest.raises(biofx.LifecycleError, match="not finite"):
+        train(bio, optimizer, [torch.full((4, 3), torch.nan)])
+    train(bio, optimizer, torch.randn(3, 4, 3))
+    biofx.verify(bio)
+    assert bio.weight.isfinite().all()
+    assert bio.weight_synapses.trace.isfinite().all()

@@ -172,6 +172,26 @@ def test_state_that_would_hide_an_attribute_is_refused():
         biofx.transform(model, [passes.FuzzyLearningRates()])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("steps", torch.zeros(()), "keeper cannot keep a state called steps: biofx counts steps by that name"),
+        ("trace", 0.0, r"keeper: state is a tensor, got trace=0.0; use torch.tensor\(0.0\)"),
+        ("stored", torch.zeros(()), "keeper cannot keep a state called stored with a weight: the name is taken"),
+    ],
+)
+def test_state_that_cannot_be_kept_is_refused(key, value, message):
+    @dataclass(frozen=True)
+    class Keeper(passes.Pass):
+        name, slot = "keeper", passes.Slot.HOOK
+
+        def rewrite(self, site, edit):
+            edit.keep(key, value)
+
+    with pytest.raises(biofx.PipelineError, match=message):
+        biofx.transform(nn.Linear(2, 2), [Keeper()])
+
+
 def test_a_graph_grows_by_a_constant_for_each_weight():
     sizes = [len(biofx.transform(mlp(*[2] * (n + 1)), ALL).graph.nodes) for n in (2, 3, 4)]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0]

@@ -156,6 +156,14 @@ def test_a_class_may_be_registered_again_but_not_its_namesake_of_another_module(
         ({}, r"passes\[0\]: Incomplete must say which slot it fills"),
         ({"slot": passes.Slot.HOOK}, r"passes\[0\]: Incomplete needs a name of lower-case words .*, got None"),
         ({"slot": passes.Slot.HOOK, "name": "a, b"}, "needs a name of lower-case words .*, got 'a, b'"),
+        (
+            {"slot": passes.Slot.HOOK, "name": "a", "at_step": lambda self, weights: None},
+            r"Incomplete has at_step, which is called at a moment: add moment = passes\.Moment\.GAIN, say",
+        ),
+        (
+            {"slot": passes.Slot.HOOK, "name": "a", "moment": passes.Moment.GAIN},
+            r"has moment = Moment.GAIN, and no method at_step\(weights\)",
+        ),
     ],
 )
 def test_a_pass_that_is_not_registered_must_be_complete(attributes, message):
