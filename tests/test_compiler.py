@@ -125,7 +125,7 @@ def test_exclude_by_any_name_of_a_tied_weight():
         biofx.transform(model, BOTH, exclude=["2.weight"])
 
 
-def test_excluded_weights_take_other_options_in_a_second_transform():
+def test_excluded_weights_take_options_of_a_second_transform():
     model = mlp(2, 3, 2)
     bio = biofx.transform(model, [passes.SplitSynapses(2)], exclude="2.*")
     bio = biofx.transform(bio, [passes.SplitSynapses(5)], exclude="0.*")
@@ -216,7 +216,7 @@ def test_a_failed_transform_leaves_the_model_as_it_was(inplace, again):
 
 
 @pytest.mark.parametrize("balance", [True, False])
-def test_signs_that_are_given_in_place_are_taken_back_if_a_later_pass_fails(balance):
+def test_signs_given_in_place_are_undone_if_a_later_pass_fails(balance):
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     model[1].weight.data[0] = -1.0  # turned over, with the weights before it
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -247,7 +247,7 @@ def test_meta_says_what_ran():
     assert copy.deepcopy(bio).meta == bio.meta
 
 
-def test_importing_biofx_does_not_import_the_heavy_optional_packages():
+def test_importing_biofx_imports_no_heavy_packages():
     code = (
         "import sys, biofx; print([m for m in ('networkx', 'onnx', 'safetensors', 'matplotlib') if m in sys.modules])"
     )
@@ -335,7 +335,7 @@ def test_a_model_that_counts_its_calls_counts_no_checks():
         torch.testing.assert_close(bio(x), model(x))
 
 
-def test_a_model_that_computes_something_else_when_traced_keeps_its_python():
+def test_a_model_whose_trace_differs_keeps_its_python():
     class Missing(nn.Module):
         def __init__(self):
             super().__init__()

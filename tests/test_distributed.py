@@ -94,7 +94,7 @@ def test_shards_learn_as_one_process_does_and_none_is_empty(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("optimizer_name", ["SGD", "AdamW"])
-def test_data_parallel_ranks_agree_with_each_other_and_with_one_process(tmp_path, optimizer_name):
+def test_data_parallel_ranks_agree_with_one_process(tmp_path, optimizer_name):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -86,13 +86,13 @@ def test_networks_that_do_what_no_graph_holds(plan, frontend):
     check_python(plan, frontend)
 
 
-def test_what_is_computed_again_in_the_backward_pass_changes_state_again():
+def test_recomputation_in_backward_changes_state_again():
     """A checkpoint around batch norm counts each batch twice; its graph counted it once, without a word."""
     plan = {"images": (("python", "checkpoint", ("norm", "batch")),), "vectors": (("linear", "tanh", True),)}
     check_python(plan, "symbolic")
 
 
-def test_what_differs_behind_units_that_are_silent_in_evaluation_mode():
+def test_a_difference_behind_silent_units_is_found():
     """Asks whether gradients are on: they were for the graph, and no output of the check depended on it."""
     island = ("island", ("python", "training", ("python", "in_place", ("linear", "gelu", True))))
     plan = {"vectors": (("python", "gradients", ("linear", "tanh", True)), island)}

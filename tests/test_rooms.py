@@ -95,3 +95,13 @@ def test_few_files_lie_outside_of_rooms():
 def test_the_smallest_pass_needs_few_modules(imports):
     needed = networkx.descendants(imports, "biofx.passes.l1_regularization")
     assert len(needed) <= 15
+
+
+def test_names_of_tests_can_be_read_at_a_glance():
+    names = [
+        node.name
+        for path in Path(__file__).parent.rglob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert [name for name in names if len(name) > 60] == []

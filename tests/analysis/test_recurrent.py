@@ -277,7 +277,7 @@ def test_mixed_refuses_to_be_empty_where_weights_were_not_judged():
     assert list(caught.value.reasons) == ["h.weight"]
 
 
-def test_a_tied_autoencoder_takes_signs_from_the_axis_that_reads_units():
+def test_a_tied_autoencoder_takes_signs_from_the_hidden_axis():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()

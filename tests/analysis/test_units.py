@@ -651,7 +651,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_what_cannot_be_followed_starts_units_that_all_readers_share(name):
+def test_what_cannot_be_followed_starts_units_for_all_readers(name):
     function, children, width, operator = UNKNOWN[name]
 
     def forward(m, x):
@@ -852,7 +852,7 @@ def test_parameters_and_buffers_that_are_added(value, expected):
 # --- scales -------------------------------------------------------------------------------------------------------
 
 
-def test_scales_are_what_multiplies_units_on_their_way_to_a_weight():
+def test_scales_multiply_units_on_their_way_to_a_weight():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -874,7 +874,7 @@ def test_scales_are_what_multiplies_units_on_their_way_to_a_weight():
     assert found.readings["b.weight"].signed_by == "group_norm"
 
 
-def test_a_parameter_that_multiplies_units_does_not_make_them_negative():
+def test_a_parameter_that_multiplies_units_is_no_sign_of_them():
     model = Net(lambda m, x: m.b(F.relu(m.a(x)) * m.c), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
     model.c = nn.Parameter(torch.ones(6))
     found = biofx.units(model, torch.randn(2, 4))
@@ -1065,7 +1065,7 @@ def test_the_model_stays_as_it_is(is_transformed):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_silencing_a_unit_and_all_weights_that_leave_it_is_the_same():
+def test_silencing_a_unit_equals_silencing_its_weights():
     """The analysis agrees with the computation: for units made by a weight, without a bias or norm in between."""
     model, inputs = built("vgg")
     found = biofx.units(model, inputs)

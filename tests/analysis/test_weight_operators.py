@@ -80,7 +80,7 @@ def test_the_axes_are_those_along_which_units_act(kind, layer, x):
         torch.testing.assert_close(layer(x).select(kind.output, 5), bias)
 
 
-def test_splitting_preserves_the_function_and_scales_gradients_exactly(layer, x):
+def test_splitting_preserves_outputs_and_scales_gradients(layer, x):
     bio = biofx.transform(layer, DIVERSE, example_inputs=(x,))
     torch.testing.assert_close(bio(x), layer(x))
     plain, site = gradients(layer, x)["weight"], only(bio)
@@ -687,7 +687,7 @@ def test_an_orthogonal_weight_stays_orthogonal_and_has_no_axes(frontend):
         torch.testing.assert_close(w @ w.T, torch.eye(4))
 
 
-def test_units_are_not_followed_into_an_orthogonal_weight_but_out_of_it():
+def test_units_are_followed_out_of_an_orthogonal_weight_only():
     build, inputs, _ = MODELS["orthogonal"]
     found = biofx.units(build(), example_inputs=inputs())
     assert set(found.readings) == {"0.weight", "8.weight"}

@@ -120,7 +120,7 @@ def test_what_is_no_weight_site_has_a_reason():
     assert "not synapses: fc.bias, rnn.bias_ih_l0, rnn.bias_hh_l0" in text
 
 
-def test_a_parameter_that_is_an_input_of_an_operator_is_said_to_be_one():
+def test_a_parameter_read_as_an_input_is_said_to_be_one():
     class Perceiver(nn.Module):
         def __init__(self):
             super().__init__()

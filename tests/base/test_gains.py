@@ -105,7 +105,7 @@ def test_shapes_and_small_tensors():
     assert torch.equal(alone, found[0])
 
 
-def test_every_level_in_a_byte_is_kept_when_it_is_read_and_stored():
+def test_every_level_of_a_byte_survives_reading_and_storing():
     codes = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(coded(decoded(codes), torch.uint8), codes)
     assert torch.equal(decoded(codes[[0, 128, 255]]), torch.tensor([0, 1, LARGEST]))

@@ -107,7 +107,7 @@ def test_what_forward_writes_into_parameters_is_undone(write):
     assert weight.is_set_to(memory)
 
 
-def test_parameters_that_are_only_read_stay_good_for_a_backward_pass():
+def test_parameters_only_read_stay_good_for_backward():
     model, x = nn.Linear(2, 2), torch.ones(1, 2, requires_grad=True)
     loss = model(x).sum()
     with parameters_kept(model):

@@ -9,7 +9,7 @@ from biofx.base.isolation import parameters_kept, undisturbed
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
 
 
-def test_a_lazy_copy_keeps_the_numbers_when_its_tensor_is_written_to():
+def test_a_lazy_copy_keeps_its_numbers_under_writes():
     tensor = torch.ones(3)
     copy = lazy_copy(tensor)
     assert is_untouched(tensor)

@@ -139,7 +139,7 @@ def test_pairs_are_normal_and_independent(draw):
 
 
 @PAIRS
-def test_their_squares_add_up_to_an_exponential_number_that_does_not_depend_on_signs(draw):
+def test_sums_of_squares_are_exponential_and_ignore_signs(draw):
     a, b = draw(torch.empty(COUNT), counter(0, 4, "a"))
     for sign in (-1, 1):
         chosen = b.sign() == sign

@@ -50,7 +50,7 @@ def test_what_is_no_activation(activation):
     assert torch.equal(torch.get_rng_state(), rng)
 
 
-def test_an_activation_is_tried_out_whatever_the_callers_defaults_are():
+def test_an_activation_is_tried_whatever_the_defaults_are():
     with torch.device("meta"), torch.inference_mode():
         Owner("relu")
         with pytest.raises(biofx.ArgumentError):

@@ -28,7 +28,7 @@ def test_equal_long_notes_of_a_wide_table_share_a_number():
     assert notes.splitlines() == [f"[1] {LONG}", f"[2] {LONG} other"]
 
 
-def test_limited_columns_are_wrapped_only_if_the_table_is_too_wide():
+def test_limited_columns_are_wrapped_in_wide_tables_only():
     narrow, wide = (Table(("weight", "units"), [["a", "unit " * n]], {"units": 20}) for n in (10, 30))
     assert len(str(narrow).splitlines()) == 3
     assert len(str(wide).splitlines()) > 3

@@ -169,7 +169,7 @@ def test_hooks_of_the_root_run_as_on_the_original():
     assert events_of(copy.deepcopy(bio), x, events) == expected
 
 
-def test_a_hook_that_is_a_method_of_the_model_acts_on_the_captured_one():
+def test_a_hook_that_is_a_method_acts_on_the_captured_model():
     model, x = Model(), torch.randn(4, 3)
     model.register_forward_hook(model.count)
     model.norm.register_forward_pre_hook(model.count)

@@ -184,7 +184,7 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("has_examples", [True, False])
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_arguments_of_another_kind_take_the_way_that_the_model_takes(name, has_examples):
+def test_arguments_of_another_kind_take_the_models_way(name, has_examples):
     function, one, other = ARGUMENTS[name]
 
     class Masked(nn.Module):
@@ -244,7 +244,7 @@ def test_the_original_works_as_before():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_many_layers_with_another_path_in_training_are_found_at_once():
+def test_many_layers_with_a_training_path_are_found_at_once():
     class Counts(nn.Module):
         def __init__(self):
             super().__init__()

@@ -157,7 +157,7 @@ def assert_same_in_both_modes(bio, model, inputs):
             assert torch.equal(bio.get_buffer(name), buffer), name
 
 
-def test_it_computes_what_the_model_computes_with_its_gradients_in_both_modes(case):
+def test_outputs_and_gradients_equal_the_model_in_both_modes(case):
     for other in forms(case.neutral):
         assert_same_in_both_modes(other, case.model, case.inputs)
 
@@ -249,7 +249,7 @@ class OneApart(nn.Linear):
 
 
 @pytest.mark.parametrize(("first", "other"), [(1, 2), (2, 1)])
-def test_a_batch_of_one_that_the_model_treats_apart_runs_its_python_or_is_refused(first, other):
+def test_a_batch_of_one_runs_the_python_or_is_refused(first, other):
     model = OneApart(4, 4)
     bio = export(model, x(first, 4))
     for size in (first, other):
@@ -287,7 +287,7 @@ def test_containers_of_any_kind_are_arguments_and_results():
         ({"extra": torch.zeros(4)}, "forward was captured for 2 axes of named['extra'], which has 1"),
     ],
 )
-def test_arguments_of_another_kind_are_refused_where_a_pass_needs_the_graph(change, message):
+def test_other_kinds_of_arguments_are_refused_by_a_needed_graph(change, message):
     inputs = {"batch": {"x": x(), "more": [x()]}, "scale": 2.0, "extra": x()}
     bio = export_for_graph(any_python.Containers(), inputs)
     for other in (bio, reloaded(bio)):
@@ -446,7 +446,7 @@ PARTS = {
 
 @pytest.mark.parametrize("recipe", [EVERYTHING, "rejuvenate", [passes.MirrorUnits()], [passes.GroupUnits(2)]], ids=str)
 @pytest.mark.parametrize("name", PARTS)
-def test_weights_are_rewritten_inside_of_parts_that_have_a_graph_of_their_own(name, recipe):
+def test_weights_are_rewritten_inside_of_inner_graphs(name, recipe):
     build, inside = PARTS[name]
     model, value = build(), x()
     bio = export(model, value, recipe)
@@ -498,7 +498,7 @@ class Teacher(nn.Module):
 
 
 @pytest.mark.parametrize("frontend", ["export", "symbolic", "module"])
-def test_a_weight_that_forward_changes_is_left_alone_with_the_value_that_it_has(frontend):
+def test_a_weight_that_forward_changes_is_left_alone(frontend):
     model, value = Teacher(), x()
     bio = biofx.transform(model, NEUTRAL, frontend=frontend, example_inputs=value)
     assert torch.equal(bio.teacher.weight, model.teacher.weight)
@@ -757,7 +757,7 @@ class Checkpoints(nn.Sequential):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_what_a_graph_does_not_do_is_refused_with_the_reason_and_another_way(model, message, capsys):
+def test_what_a_graph_does_not_do_is_refused_with_the_reason(model, message, capsys):
     with pytest.raises(biofx.CaptureError, match=r"(?s)" + message) as error:
         export(model, x())
     assert 'frontend="module"' in str(error.value)
@@ -772,7 +772,7 @@ def test_a_checkpoint_that_is_not_reentrant_is_part_of_the_graph():
     assert len(biofx.weight_sites(bio)) == 2
 
 
-def test_padding_that_torch_fills_with_zeros_without_gradients_is_refused_with_the_way_out():
+def test_padding_filled_without_gradients_is_refused():
     inputs = {"src": x(2, 5, 8), "src_key_padding_mask": torch.tensor([[False] * 4 + [True]] * 2)}
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.raises(biofx.CaptureError, match="build it with enable_nested_tensor=False"):

@@ -136,7 +136,7 @@ def hook_of_nothing(m):
     m.body.register_forward_hook(lambda *_: None)
 
 
-def test_a_mode_a_dtype_and_more_axes_are_no_change_of_the_function():
+def test_mode_dtype_and_more_axes_do_not_change_the_function():
     model = Network()
     bio = biofx.transform(model, SPLIT, example_inputs=X)
     for x in (X, torch.randn(2, 3, 4), X[0]):
@@ -200,7 +200,7 @@ class ByName(nn.Module):
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
-def test_a_weight_that_forward_looks_up_by_name_is_no_silent_fault(frontend):
+def test_a_weight_looked_up_by_name_is_no_silent_fault(frontend):
     model = ByName()
     with pytest.raises(biofx.BiofxError, match="fails after the pass|does not compute what its graph does|output 0"):
         biofx.transform(model, SPLIT, example_inputs=X, frontend=frontend)
@@ -266,7 +266,7 @@ def test_a_tensor_outside_of_the_model_may_be_written():
         MASK.fill_(1.0)
 
 
-def test_where_a_pass_needs_the_graph_a_variable_that_changed_is_named(monkeypatch):
+def test_a_needed_graph_names_the_variable_that_changed(monkeypatch):
     bio = biofx.transform(Scheduled(), [passes.SynapticScaling()], example_inputs=X)
     monkeypatch.setattr(OPTIONS, "power", 3.0)
     with pytest.raises(

@@ -44,7 +44,7 @@ def test_the_function_is_preserved(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_graph_is_one_call_and_the_table_lists_what_weights_are_made_of():
+def test_the_graph_is_one_call_and_the_table_lists_its_weights():
     bio = module(mlp(3, 4, 2))
     assert isinstance(bio, torch.fx.GraphModule)
     calls = [node for node in bio.graph.nodes if node.op == "call_function"]
@@ -209,7 +209,7 @@ def test_generate_works(name):
         assert torch.equal(other.generate(**given, **options), expected)
 
 
-def test_methods_that_call_parts_of_the_model_see_effective_weights():
+def test_methods_that_call_submodules_see_effective_weights():
     pytest.importorskip("transformers")
     build, inputs = PRETRAINED["clip"]
     model, given = build().eval(), inputs()
@@ -223,7 +223,7 @@ def test_methods_that_call_parts_of_the_model_see_effective_weights():
     torch.testing.assert_close(bio.get_parameter("visual_projection.weight").grad, torch.stack([wanted, wanted]))
 
 
-def test_a_model_of_transformers_inside_another_is_an_island_of_its_own():
+def test_a_transformers_model_inside_another_is_an_island():
     pytest.importorskip("transformers")
 
     class Classifier(nn.Module):

@@ -137,7 +137,7 @@ def islands(bio):
     return bio.biofx.islands
 
 
-def test_the_smallest_module_that_takes_another_path_in_training_is_called_as_it_is():
+def test_the_smallest_module_with_a_training_path_is_an_island():
     model, x = nn.Sequential(Residual(), TwoPaths(), nn.Linear(4, 4)), torch.randn(8, 4)
     bio = biofx.transform(model, NEUTRAL)
     reason = "its forward takes another path in training than in evaluation mode"
@@ -148,7 +148,7 @@ def test_the_smallest_module_that_takes_another_path_in_training_is_called_as_it
     assert "training" not in vars(nn.Module)
 
 
-def test_a_module_that_returns_another_value_in_training_is_called_as_it_is():
+def test_a_module_that_returns_more_in_training_is_an_island():
     class Either(nn.Module):
         def forward(self, x, y):
             return x if self.training else y
@@ -166,7 +166,7 @@ def test_a_module_that_returns_another_value_in_training_is_called_as_it_is():
     assert list(biofx.weight_sites(bio)) == ["a.weight", "b.weight"]
 
 
-def test_a_model_that_takes_another_path_in_training_is_one_island():
+def test_a_model_with_a_training_path_is_one_island():
     model, x = TwoPaths(), torch.randn(8, 4)
     bio = biofx.transform(model, NEUTRAL)
     assert islands(bio) == {"": "its forward takes another path in training than in evaluation mode"}
@@ -275,7 +275,7 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_a_module_that_switches_gradients_or_precision_is_called_as_it_is(kind):
+def test_switching_gradients_or_precision_makes_an_island(kind):
     model = nn.Sequential(nn.Linear(3, 3), BLOCKS[kind]())
     enter = torch.no_grad.__enter__
     bio = biofx.transform(model, NEUTRAL)
@@ -349,7 +349,7 @@ def test_a_module_that_counts_is_called_as_it_is():
     assert all(same(bio(x), model(x)) for _ in range(3))
 
 
-def test_a_forward_that_assigns_to_an_attribute_of_a_value_is_called_as_it_is():
+def test_a_forward_that_assigns_to_values_is_an_island():
     class MaxNorm(nn.Conv1d):
         def forward(self, x):
             self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.1)
@@ -410,7 +410,7 @@ def test_a_weight_that_is_taken_from_the_registry_is_refused(function, frontend)
         biofx.transform(ByName(function), NEUTRAL, frontend=frontend)
 
 
-def test_a_module_that_computes_with_present_values_is_named_with_the_tensor():
+def test_a_module_that_computes_with_present_values_is_named():
     model = nn.Sequential(nn.Linear(3, 3), ByName(lambda m, y: y + m.state_dict()["fc.weight"].sum()))
     bio = biofx.transform(model, NEUTRAL)
     reason = "its forward computes with the present values of 1.fc.weight, which would become constants of the graph"
@@ -424,7 +424,7 @@ def test_the_dtype_of_parameters_is_no_constant():
     assert same(bio.double()(x.double()), model.double()(x.double()))
 
 
-def test_a_forward_that_changes_the_mode_of_a_child_is_called_as_it_is():
+def test_a_forward_that_changes_a_childs_mode_is_an_island():
     class Freezing(nn.Module):
         def __init__(self):
             super().__init__()
@@ -438,7 +438,7 @@ def test_a_forward_that_changes_the_mode_of_a_child_is_called_as_it_is():
 
 
 @pytest.mark.parametrize("by_keyword", [True, False])
-def test_a_transposed_convolution_with_an_output_size_is_called_as_it_is(by_keyword):
+def test_a_transposed_convolution_with_output_size_is_an_island(by_keyword):
     class Up(nn.Module):
         def __init__(self):
             super().__init__()
@@ -588,7 +588,7 @@ class Branch(nn.Module):
         return self.fc(x) if x.sum() > 0 else x
 
 
-def test_a_module_that_cannot_be_traced_is_an_island_with_the_line_that_says_why():
+def test_an_untraceable_module_is_an_island_with_its_line():
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Sequential(Branch())), torch.randn(2, 3)
     bio = biofx.transform(model, NEUTRAL)
     assert list(islands(bio)) == ["1.0"]
@@ -707,7 +707,7 @@ def test_an_optional_argument_of_the_example_inputs_is_an_input():
     assert same(bio(x, mask, scale=2.0), model(x, mask, scale=2.0))
 
 
-def test_a_graph_that_is_needed_refuses_arguments_that_it_was_captured_without():
+def test_a_needed_graph_refuses_arguments_it_has_not_seen():
     bio = biofx.transform(Optional(), [passes.SynapticScaling()])
     with pytest.raises(biofx.ArgumentError, match="captured without its optional argument 'mask'.*example_inputs"):
         bio(torch.randn(2, 3), mask=torch.ones(3))

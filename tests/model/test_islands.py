@@ -53,7 +53,7 @@ def assert_close(a, b):
         torch.testing.assert_close(x, y)
 
 
-def test_the_islands_are_the_smallest_modules_that_cannot_be_traced(kind):
+def test_islands_are_the_smallest_untraceable_modules(kind):
     bio = biofx.transform(network(kind), SPLIT)
     assert list(bio.biofx.islands) == ISLANDS[kind][1]
 
@@ -310,7 +310,7 @@ class Tied(Tokens):
         return self.head(super().forward(x))
 
 
-def test_a_weight_that_embedding_and_head_share_takes_its_signs_from_the_head():
+def test_a_tied_embedding_takes_its_signs_from_the_head():
     model = Around(Tied())
     bio = biofx.transform(model, SPLIT)
     (row,) = [line for line in biofx.summary(bio).splitlines() if line.startswith("inner.embedding.weight ")]
@@ -330,7 +330,7 @@ def test_depth_counts_the_weights_of_an_island_in_their_order():
     assert [site.is_output for site in sites] == [False, False, False, True]
 
 
-def test_the_fast_path_of_a_transformer_layer_reads_effective_weights():
+def test_transformer_fast_paths_read_effective_weights():
     model = Around(Encoder()).eval()
     bio = biofx.transform(model, SPLIT, frontend="symbolic")
     x = torch.randn(5, 3)
@@ -342,7 +342,7 @@ def test_the_fast_path_of_a_transformer_layer_reads_effective_weights():
         assert_close(bio(x), model(x))
 
 
-def test_a_module_called_on_its_own_computes_with_effective_weights(frontend):
+def test_a_module_called_alone_computes_with_effective_weights(frontend):
     model = network("branch")
     bio = biofx.transform(model, SPLIT, frontend=frontend)
     x = torch.randn(2, 4, dtype=torch.float64)
@@ -476,7 +476,7 @@ class AsksForType(nn.Module):
         return self.fc(x) if isinstance(x, torch.Tensor) else x
 
 
-def test_a_forward_that_asks_for_the_type_of_a_value_is_an_island():
+def test_a_forward_that_tests_the_type_of_a_value_is_an_island():
     model, x = nn.Sequential(nn.Linear(4, 4), AsksForType()), torch.randn(2, 4)
     bio = biofx.transform(model, SPLIT)
     assert "its graph computes something else" in bio.biofx.islands["1"]
@@ -602,7 +602,7 @@ def test_a_weight_that_is_stored_may_be_changed_by_forward(frontend):
 
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 @pytest.mark.parametrize("recipe", ["split-synapses"])
-def test_a_weight_that_forward_changes_is_refused_at_its_call_if_no_run_has_shown_that(frontend, recipe):
+def test_a_weight_changed_by_an_unseen_forward_is_refused_then(frontend, recipe):
     model = Unguessable(nn.Linear(2, 2), nn.ReLU(), Clamped(always=True))
     options = types.SimpleNamespace(value=torch.randn(3, 2))
     bio = biofx.transform(model, recipe, frontend=frontend)

@@ -137,7 +137,7 @@ def test_what_acts_behind_an_operator_is_in_the_graph_only():
 
 
 @pytest.mark.parametrize("name", ["reset", "clip"])
-def test_a_method_that_changes_an_effective_weight_has_to_be_called_before(name, frontend):
+def test_a_method_that_changes_a_weight_has_to_be_called_before(name, frontend):
     _, bio = transformed(frontend)
     with torch.no_grad(), pytest.raises(biofx.ArgumentError, match="would be lost; change the stored tensor"):
         getattr(bio, name)()

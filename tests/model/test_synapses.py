@@ -57,7 +57,7 @@ def test_gradients_reach_what_is_stored():
         torch.testing.assert_close(synapse, plain.grad * 0.5, rtol=1e-12, atol=0)
 
 
-def test_links_are_in_canonical_order_whatever_the_order_of_passes():
+def test_links_are_in_canonical_order_for_any_order_of_passes():
     a, b = layer(SUM, HOOK)[0], layer(HOOK, SUM)[0]
     assert a.weight_synapses.links == b.weight_synapses.links == (HOOK, SUM)
 
@@ -219,7 +219,7 @@ def test_calls_of_a_model_do_not_share_what_they_computed():
     torch.testing.assert_close(slopes, alone)
 
 
-def test_what_was_computed_without_gradients_is_not_used_with_them():
+def test_what_was_computed_without_gradients_is_not_reused():
     class NoGradFirst(nn.Module):
         def __init__(self):
             super().__init__()
@@ -353,7 +353,7 @@ def test_a_write_into_a_weight_that_is_computed_raises(write):
 @pytest.mark.parametrize(
     "write", [write for name, write in WRITES.items() if name not in OF_THE_TENSOR | OF_THE_PARAMETER]
 )
-def test_a_write_into_a_weight_that_is_what_is_stored_takes_effect(write):
+def test_a_write_into_a_weight_that_is_stored_takes_effect(write):
     fc, weight = layer(HOOK)
     without_gradients(write, fc.weight)
     assert not torch.equal(fc.weight_synapses.weight, weight)

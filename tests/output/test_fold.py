@@ -71,7 +71,7 @@ def test_mode_and_requires_grad_are_kept():
     assert [p.requires_grad for p in plain.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
-def test_a_graph_that_was_edited_stays_as_it_was_captured_but_for_the_edit():
+def test_an_edited_graph_stays_as_captured_but_for_the_edit():
     bio, x = biofx.transform(ConvNet().eval(), PIPELINES["both"]), torch.randn(4, 1, 8, 8)
     captured = biofx.capture.symbolic.capture(ConvNet())
     (output,) = bio.graph.find_nodes(op="output")
@@ -118,7 +118,7 @@ def test_what_is_done_to_layers_of_a_folded_model_takes_effect():
     assert plain(x).shape == (5, 7)
 
 
-def test_attributes_set_since_the_transform_are_those_of_the_folded_model():
+def test_attributes_set_since_the_transform_are_folded():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -247,7 +247,7 @@ def test_fold_into_an_instance():
         (lambda: mlp(2, 3, 2, 2), r"4.weight is missing in the folded model and \(2, 2\) in this one"),
     ],
 )
-def test_fold_into_another_architecture_names_the_first_difference(target, message):
+def test_fold_into_another_model_names_the_first_difference(target, message):
     model = target()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(biofx.ArgumentError, match="is not the model that was transformed: " + message):
@@ -255,7 +255,7 @@ def test_fold_into_another_architecture_names_the_first_difference(target, messa
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_a_per_synapse_activation_keeps_its_graph_without_training_nodes():
+def test_a_per_synapse_activation_folds_to_a_graph():
     layer, x = layer_and_input("conv2d", "grouped")
     pipeline = [passes.SplitSynapses(3, activation="tanh"), passes.FuzzyLearningRates()]
     bio = trained(biofx.transform(layer, pipeline), x)

@@ -251,7 +251,7 @@ def test_a_checkpoint_and_a_copy_keep_the_signs():
         )
 
 
-def test_new_synapses_have_their_units_sign_and_absent_ones_stay_absent():
+def test_new_synapses_have_their_units_sign():
     bio = biofx.transform(mlp(4, 50, 50, 3), [passes.DalesPrinciple(), passes.Rejuvenate(dre=1e-6)])
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
     biofx.attach(bio, optimizer)
@@ -312,7 +312,7 @@ def test_summary_marks_units_whose_activity_can_be_negative():
     assert [row.split()[0] for row in rows if row.endswith("[2]")] == ["2.weight"]
 
 
-def test_a_gamma_that_stays_negative_is_reported_where_its_units_are_read():
+def test_a_negative_gamma_is_reported_where_its_units_are_read():
     model = nn.Sequential(nn.Linear(3, 10), nn.LayerNorm(10), nn.ReLU(), nn.Linear(10, 2))
     with torch.no_grad():
         model[1].weight[:4] = -1
@@ -321,7 +321,7 @@ def test_a_gamma_that_stays_negative_is_reported_where_its_units_are_read():
     assert "1.weight is negative for 4 units, and inverts their signs" in biofx.summary(bio)
 
 
-def test_weights_of_either_sign_that_read_the_same_units_are_reported():
+def test_weights_of_both_signs_on_the_same_units_are_reported():
     bio = biofx.transform(Split(), [passes.DalesPrinciple()], exclude="right.weight")
     assert "right.weight read the same units with weights of either sign" in biofx.summary(bio)
     assert not obeys(bio)
@@ -527,7 +527,7 @@ class Reshaped(nn.Module):
 @pytest.mark.parametrize(
     "change", [lambda x: x.unsqueeze(1), lambda x: x[:, None], lambda x: x.view(x.shape[0], 1, -1)]
 )
-def test_an_input_in_another_layout_is_an_input_without_example_inputs_as_well(change):
+def test_an_input_in_another_layout_is_an_input_when_guessed(change):
     for example_inputs in (None, torch.randn(2, 8)):
         bio = biofx.transform(Reshaped(change), [passes.DalesPrinciple()], example_inputs=example_inputs)
         first, second = biofx.weight_sites(bio).values()

@@ -217,7 +217,7 @@ def test_temporal_gains_decay_and_are_stirred_every_tenth_time():
 
 
 @pytest.mark.parametrize("name", ["temporal", "weight_adaptive"])
-def test_a_refresh_follows_from_the_entry_not_from_how_a_weight_is_cut(name, monkeypatch):
+def test_a_refresh_does_not_depend_on_how_a_weight_is_cut(name, monkeypatch):
     torch.manual_seed(0)
     state = nn.Linear(80, 100).state_dict()
     results = []
@@ -244,7 +244,7 @@ def test_dampened_gains_are_not_refreshed():
     assert (gain[50:] != before[50:]).double().mean() > 0.99
 
 
-def test_weight_adaptive_gains_are_redrawn_for_the_present_weights():
+def test_weight_adaptive_gains_are_redrawn_for_present_weights():
     bio, g = trained("weight_adaptive", 4, every=2, nu=0.2)
     assert [torch.equal(a, b) for a, b in pairwise(g)] == [True, False, True, False]
     half_width = weight_adaptive_spread(0.2, [bio.weight.detach()])[0]

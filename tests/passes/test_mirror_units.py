@@ -143,7 +143,7 @@ def test_operators_are_doubled_and_weights_on_a_path_left_alone(name):
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_of_every_kind_are_doubled_or_left_alone_with_a_reason(name):
+def test_every_kind_of_weight_is_doubled_or_left_with_a_reason(name):
     build, inputs, weights = MODELS[name]
     model, x = build().eval(), inputs()
     bio = mirror(model, *x)
@@ -315,7 +315,7 @@ def test_twins_are_followed_wherever_they_go(name):
     assert_one_sign(bio, x)
 
 
-def test_a_norm_in_the_middle_keeps_its_groups_and_its_statistics():
+def test_a_norm_in_the_middle_keeps_its_groups_and_statistics():
     norms = (nn.GroupNorm(2, 8), nn.LayerNorm([8, 6]), nn.InstanceNorm1d(8, affine=True), nn.PReLU(8), nn.RMSNorm(6))
     model = nn.Sequential(nn.Conv1d(2, 8, 1), *norms, nn.Conv1d(8, 2, 1))
     for parameter in model.parameters():
@@ -627,7 +627,7 @@ def test_a_unit_with_both_signs_is_found():
         biofx.verify(bio)
 
 
-def test_units_that_are_joined_with_a_parameter_are_left_alone_with_its_name():
+def test_units_joined_with_a_parameter_are_left_alone():
     class Latents(nn.Module):
         def __init__(self):
             super().__init__()

@@ -134,7 +134,7 @@ def test_the_optimizer_forgets_replaced_synapses_only(name):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_turnover_follows_from_the_entry_not_from_how_a_weight_is_cut(rule, monkeypatch):
+def test_turnover_does_not_depend_on_how_a_weight_is_cut(rule, monkeypatch):
     results = []
     for size in (1 << 18, 500):
         monkeypatch.setattr(blocks, "CPU", size)
@@ -252,7 +252,7 @@ def test_new_synapses_keep_the_sign_of_their_unit(rule):
 
 
 @pytest.mark.parametrize("rule", ["exponential", "threshold"])
-def test_under_dales_principle_excitation_and_inhibition_keep_their_totals(rule):
+def test_excitation_and_inhibition_keep_their_totals(rule):
     """… so that activity does not explode when turnover fills up what was sparse."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 50), torch.nn.ReLU(), torch.nn.Linear(50, 30))
     pipeline = [passes.DalesPrinciple(), passes.SplitSynapses(), passes.Rejuvenate(dre=0.1, rule=rule)]

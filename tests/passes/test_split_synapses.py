@@ -116,7 +116,7 @@ def test_per_synapse_activation(kind, grouping, bias):
         torch.testing.assert_close(given[1], wanted[1] / 3)
 
 
-def test_per_synapse_activation_with_unbatched_and_leading_dimensions():
+def test_per_synapse_activation_takes_any_leading_dimensions():
     layer = nn.Linear(4, 5)
     bio = biofx.transform(layer, [passes.SplitSynapses(3, activation="relu")])
     for x in (torch.randn(4), torch.randn(2, 3, 4)):

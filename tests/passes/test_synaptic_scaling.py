@@ -114,7 +114,7 @@ def test_nothing_happens_before_anything_was_seen():
     assert torch.equal(bio.weight, before)
 
 
-def test_the_observer_sees_units_also_behind_a_per_synapse_activation():
+def test_the_observer_sees_units_behind_synaptic_activations():
     pipeline = [passes.SplitSynapses(3, activation="relu"), passes.SynapticScaling(memory=0.0)]
     bio = biofx.transform(nn.Conv2d(2, 4, 3, groups=2), pipeline)
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
@@ -156,7 +156,7 @@ def test_observers_of_other_rules_look_on():
     assert (bio.weight_synapses.active.sum(0)[1] == 32).all()
 
 
-def test_a_compiled_model_has_two_graphs_whatever_the_number_of_steps():
+def test_a_compiled_model_has_two_graphs_after_any_steps():
     torch._dynamo.reset()
     bio, optimizer = attached(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), memory=0.0, every=3)
     counter = CompileCounter()

@@ -405,7 +405,7 @@ def test_the_number_of_attempts_is_bounded():
     assert next(count) == inputs.ATTEMPTS
 
 
-def test_layers_that_do_not_know_their_shapes_are_left_as_they_are():
+def test_layers_without_shapes_are_left_alone():
     model = nn.LazyLinear(4)
     assert guess(model) is None
     assert nn.parameter.is_lazy(model.weight)

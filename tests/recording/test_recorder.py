@@ -48,7 +48,7 @@ def test_a_recorded_run_leaves_everything_as_it_was():
     assert not model._forward_pre_hooks
 
 
-def test_a_scripted_model_is_recorded_by_the_operators_that_it_calls():
+def test_a_scripted_model_is_recorded_by_its_operators():
     model = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2)))
     x = torch.randn(2, 3)
     names = [operation.name for operation in record(model, lambda m: m(x)).operations]
@@ -72,7 +72,7 @@ class Chooses(nn.Module):
         return self.c(torch.cond(y.sum() > -1, lambda y: self.b(y).relu(), torch.cos, (y,)))
 
 
-def test_the_branch_that_a_conditional_takes_is_recorded_and_named_as_a_decision():
+def test_a_branch_taken_is_recorded_and_named_as_a_decision():
     found = biofx.units(Chooses(), torch.randn(2, 4))
     assert [site.operator for site in found.sites.values()] == ["linear"] * 3
     assert [set(found.owner[r.numbers.flatten()].tolist()) for r in found.readings.values()] == [{1}, {2}, {3}]
@@ -218,7 +218,7 @@ def test_what_numpy_or_python_computes_is_not_judged(name):
     assert (verdict.kind, "numpy" in verdict.reason) == ("not judged", True)
 
 
-def test_loops_that_inputs_decide_on_are_recorded_as_they_were_taken():
+def test_loops_that_inputs_decide_on_are_recorded_as_taken():
     def until_large(_, y):
         while y.abs().max() < 100:
             y = y * 2
@@ -229,13 +229,13 @@ def test_loops_that_inputs_decide_on_are_recorded_as_they_were_taken():
     assert "what it does with other inputs was not seen" in found.notes[0]
 
 
-def test_a_forward_that_draws_random_numbers_is_recorded_like_any_other():
+def test_a_forward_that_draws_random_numbers_is_recorded():
     model = Between(lambda _, y: y + torch.rand_like(y) * random.random())
     found = biofx.units(model, torch.randn(3, 4))
     assert found.readings["b.weight"].remark == ""
 
 
-def test_a_model_on_the_meta_device_is_understood_without_its_memory():
+def test_a_model_on_the_meta_device_is_understood():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2**15, 2**15), nn.ReLU(), nn.Linear(2**15, 2**15))
         x = torch.empty(2, 2**15)

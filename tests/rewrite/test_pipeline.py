@@ -107,7 +107,7 @@ def test_conflicts_name_both(pipeline, message):
 
 
 @pytest.mark.parametrize("pipeline", [[passes.FuzzyLearningRates()] * 2, [Rectify(), Negate()]])
-def test_a_conflict_with_an_earlier_transform_leaves_the_model_as_it_was(pipeline):
+def test_a_conflict_with_an_earlier_transform_changes_nothing(pipeline):
     first = biofx.transform(nn.Linear(2, 2), pipeline[:1])
     state, code = first.state_dict(), first.code
     with pytest.raises(biofx.PipelineError, match=r"already|both claim"):
@@ -115,7 +115,7 @@ def test_a_conflict_with_an_earlier_transform_leaves_the_model_as_it_was(pipelin
     assert (first.code, list(first.state_dict())) == (code, list(state))
 
 
-def test_a_pass_that_lies_about_preserving_the_function_is_caught():
+def test_a_false_claim_to_preserve_the_function_is_caught():
     with pytest.raises(
         biofx.VerificationError,
         match="negate says that it preserves the function, but on the inputs with which the model ran output 0",

@@ -134,7 +134,7 @@ def test_registering_what_is_no_pass():
         passes.register(Taken)
 
 
-def test_a_class_may_be_registered_again_but_not_its_namesake_of_another_module():
+def test_a_class_may_be_registered_again_but_not_its_namesake():
     def define(module):
         @dataclass(frozen=True)
         class Namesake(passes.Pass):

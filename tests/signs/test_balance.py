@@ -51,7 +51,7 @@ def test_rows_keep_their_sum_and_their_energy():
 @pytest.mark.parametrize(
     ("density", "excitatory", "inhibitory"), [(0.1, 16, MIN_SYNAPSES), (0.5, 80, 20), (1.0, 160, 40)]
 )
-def test_each_row_keeps_the_fraction_of_each_sign_but_enough_to_balance(density, excitatory, inhibitory):
+def test_each_row_keeps_enough_of_each_sign_to_balance(density, excitatory, inhibitory):
     sign = signs(7, excitatory=160, inhibitory=40)
     mask = kept_synapses(sign, density, generator(0, "x"))
     assert (mask & (sign > 0)).sum(1).tolist() == [excitatory] * 7
@@ -68,7 +68,7 @@ def test_free_weights_stay():
     assert torch.equal(balanced_rows(weight, sign, 0.1, generator(0, "x"))[:, -10:], weight[:, -10:])
 
 
-def test_a_row_whose_inputs_have_all_one_sign_stays_dense_and_gets_smaller():
+def test_a_row_with_inputs_of_one_sign_stays_dense_and_shrinks():
     """Its inputs do not cancel: E[z²] is what it is for weights of random signs, Σw²·E[h²], with E[h²] = 1/2 here."""
     weight = torch.randn(5, 9, dtype=torch.float64)
     new = balanced_rows(weight, -torch.ones(5, 9), 0.1, generator(0, "x"))
@@ -128,7 +128,7 @@ def test_synapses_keep_their_shares():
     assert biofx.weight_sites(several)["2.weight"].synapses == 3
 
 
-def test_balance_depends_on_the_seed_and_moves_no_global_random_numbers():
+def test_balance_depends_on_the_seed_alone():
     model = mlp(4, 30, 30, 3)
     state = torch.get_rng_state()
     first, second, third = (biofx.transform(model, [passes.DalesPrinciple()], seed=seed) for seed in (1, 1, 2))

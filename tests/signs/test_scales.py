@@ -40,7 +40,7 @@ def first_layer_of():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_negative_gamma_behind_a_weight_is_turned_over_without_changing_anything(first_layer_of, bias):
+def test_a_negative_gamma_is_turned_over_and_preserves_the_model(first_layer_of, bias):
     model = network(nn.BatchNorm2d(6), bias=bias)
     with torch.no_grad():  # weights of the right sign after the turn, so that signs change nothing
         model[0].weight.copy_(model[0].weight.abs() * model[1].weight.sign()[:, None, None, None])
@@ -73,7 +73,7 @@ def test_an_excluded_one_is_left_alone():
     assert torch.equal(bio.get_parameter("1.weight"), model[1].weight)
 
 
-def test_a_batch_norm_whose_weight_others_read_is_not_turned_over():
+def test_a_batch_norm_with_a_shared_weight_is_not_turned_over():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()

@@ -93,7 +93,7 @@ class Shared(nn.Module):
         return self.left(h), self.right(h)
 
 
-def test_verify_finds_a_unit_that_is_excitatory_here_and_inhibitory_there():
+def test_verify_finds_a_unit_of_both_signs():
     """Each weight keeps to its own signs, but the two do not agree."""
     bio = biofx.transform(Shared(), [passes.DalesPrinciple(balance=False)])
     biofx.verify(bio)

@@ -100,14 +100,14 @@ def test_rows_keep_their_energies_relative_to_each_other():
     ("density", "excitatory", "inhibitory"),
     [(0.01, MIN_SYNAPSES, 8), (0.1, 2, 8), (0.2, 4, 16), (0.5, 10, 20), (1.0, 20, 20)],
 )
-def test_rows_keep_of_each_sign_a_fraction_of_the_number_of_the_other(density, excitatory, inhibitory):
+def test_rows_keep_a_fraction_of_each_sign_of_the_others_number(density, excitatory, inhibitory):
     sign = signs(100, 0.8)
     new = balanced(free("uniform", 100), sign, density)
     assert (new > 0).sum(1).tolist() == [excitatory] * 100
     assert (new < 0).sum(1).tolist() == [inhibitory] * 100
 
 
-def test_columns_have_about_as_many_synapses_and_as_much_energy_as_others():
+def test_columns_have_similar_numbers_of_synapses_and_energy():
     sign = signs(200, 0.8)
     new = balanced(free("normal", 200), sign, 0.1)
     for own in (sign > 0, sign < 0):
@@ -118,7 +118,7 @@ def test_columns_have_about_as_many_synapses_and_as_much_energy_as_others():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_network_of_one_sign_becomes_almost_a_permutation_with_gains(kind):
+def test_a_network_of_one_sign_becomes_nearly_a_permutation(kind):
     old = free(kind, 64)
     new = balanced(old, -torch.ones(64))
     assert (new <= 0).all()
@@ -167,7 +167,7 @@ def test_without_a_radius_rows_keep_their_energy(name):
     torch.testing.assert_close(balanced(old, signs(len(old), 0.5)).norm(dim=1), old.norm(dim=1))
 
 
-def test_free_columns_stay_and_the_others_keep_the_radius_among_them():
+def test_free_columns_stay_and_the_others_keep_the_radius():
     old, sign = free("normal", 64), signs(64, 0.8)
     sign[:9] = 0
     new = balanced(old, sign)
@@ -175,7 +175,7 @@ def test_free_columns_stay_and_the_others_keep_the_radius_among_them():
     assert spectral_radius(new[9:, 9:]) == pytest.approx(spectral_radius(old[9:, 9:]), rel=1e-9)
 
 
-def test_the_generator_decides_and_the_weight_is_a_new_one_of_its_dtype():
+def test_the_generator_decides_and_the_weight_keeps_its_dtype():
     old, sign = free("normal", 32).float(), signs(32, 0.8).float()
     before = old.clone()
     one, two, other = (balanced_recurrent(old, sign, 0.1, generator(0, name)) for name in ("a", "a", "b"))

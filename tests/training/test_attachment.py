@@ -137,7 +137,7 @@ def test_an_attached_graph_is_plain(name):
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "rmsprop"])
-def test_compensation_of_split_synapses_holds_for_every_optimizer(name):
+def test_compensation_of_splitting_holds_for_every_optimizer(name):
     """One step moves a connection as far as it moves the plain weight, whatever Γ is."""
     plain = network()
     bio = biofx.transform(plain, [passes.SplitSynapses(4)])
@@ -400,7 +400,7 @@ def test_a_fresh_process_resumes_bit_for_bit(tmp_path, pipeline, name):
     assert_same_states(torch.load(path + ".after"), states(bio, optimizer))
 
 
-def test_observers_are_invisible_and_count_nothing_in_evaluation_mode():
+def test_observers_count_nothing_in_evaluation_mode():
     plain = ConvNet().eval()
     bio = biofx.transform(plain, ACTIVITY)
     x = torch.randn(4, 1, 8, 8)
@@ -503,7 +503,7 @@ def test_what_cannot_be_attached():
         ([*GAINS, passes.SplitSynapses(2)], r"0.weight is \(32, 64\) in it and \(2, 32, 64\) here"),
     ],
 )
-def test_a_checkpoint_of_another_pipeline_is_refused_before_anything_is_loaded(pipeline, message):
+def test_a_checkpoint_of_another_pipeline_loads_nothing(pipeline, message):
     checkpoint = biofx.transform(network(), GAINS).state_dict()
     other = biofx.transform(network(), pipeline, seed=5)
     before = {k: v.clone() for k, v in other.state_dict().items()}
@@ -513,13 +513,13 @@ def test_a_checkpoint_of_another_pipeline_is_refused_before_anything_is_loaded(p
 
 
 @pytest.mark.parametrize("pipeline", [[passes.MirrorUnits()], [passes.DalesPrinciple(inputs="excitatory")]])
-def test_a_checkpoint_of_the_plain_model_that_does_not_fit_is_refused_with_what_to_do(pipeline):
+def test_a_plain_checkpoint_that_does_not_fit_is_refused(pipeline):
     checkpoint = network().state_dict()
     with pytest.raises(biofx.ArgumentError, match="looks like a checkpoint of the plain model; load it into that, bef"):
         biofx.transform(network(), pipeline).load_state_dict(checkpoint)
 
 
-def test_an_overflow_that_the_scaler_skips_leaves_no_trace_in_the_activity():
+def test_a_skipped_overflow_leaves_no_trace_in_the_activity():
     bio = biofx.transform(network().float(), [passes.SynapticScaling(on="weight")])
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.01)
     biofx.attach(bio, optimizer)
@@ -557,7 +557,7 @@ def test_a_split_bias_is_no_synapse_in_the_summary():
     assert "left alone" not in text
 
 
-def test_parameters_that_are_added_later_are_refused_until_attached_again():
+def test_parameters_added_later_are_refused_until_reattached():
     bio = biofx.transform(network(), GAINS)
     optimizer = torch.optim.Adam(bio.get_submodule("2").parameters())
     attachment = biofx.attach(bio, optimizer)
@@ -571,7 +571,7 @@ def test_parameters_that_are_added_later_are_refused_until_attached_again():
     train(bio, optimizer, 1)
 
 
-def test_regularization_pulls_towards_zero_also_when_the_optimizer_maximizes():
+def test_regularization_pulls_towards_zero_under_maximize():
     for optimizer_class in (torch.optim.SGD, torch.optim.Adam):
         bio = biofx.transform(network(), [passes.L1Regularization(0.1)])
         optimizer = optimizer_class(bio.parameters(), lr=0.001, maximize=True)
@@ -584,7 +584,7 @@ def test_regularization_pulls_towards_zero_also_when_the_optimizer_maximizes():
         assert float(biofx.l1(bio)) < before
 
 
-def test_half_precision_gradients_survive_a_fused_optimizer_with_a_scaler():
+def test_half_precision_survives_a_fused_optimizer_with_scaler():
     steps = []
     for attached in (True, False):
         torch.manual_seed(0)
@@ -626,7 +626,7 @@ class Perturbing(torch.optim.SGD):
         return loss
 
 
-def test_gains_act_on_the_whole_step_of_an_optimizer_that_perturbs_weights():
+def test_gains_act_on_the_step_of_perturbing_optimizers():
     plain = network()
     bio = biofx.transform(plain, GAINS)
     optimizers = [Perturbing(m.parameters(), lr=0.1) for m in (plain, bio)]
@@ -737,7 +737,7 @@ class Around(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("hooks", [True, False])
-def test_a_wrapper_whose_steps_run_no_hooks_is_refused_with_the_one_to_attach(hooks):
+def test_a_wrapper_that_runs_no_hooks_is_refused(hooks):
     bio = biofx.transform(network(), GAINS)
     code = bio.code
     optimizer = Around(torch.optim.Adam(bio.parameters()), hooks)
@@ -808,7 +808,7 @@ INEXACT = ("muon", "adafactor")  # Muon takes no weights with three axes; Adafac
 
 @pytest.mark.parametrize("synapses", [2, 3])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in INEXACT])
-def test_a_connection_of_several_synapses_moves_as_the_plain_one_for_fifty_steps(name, synapses):
+def test_split_connections_move_as_plain_ones_for_fifty_steps(name, synapses):
     plain = network()
     bio, optimizer, _ = start([passes.SplitSynapses(synapses)], name, plain)
     train(plain, OPTIMIZERS[name](plain.parameters()), 50)
@@ -938,7 +938,7 @@ class NoDefaults(Master):
         super().__init__(params, rate)
 
 
-def test_a_copy_of_the_weights_is_found_where_nothing_could_be_tried():
+def test_a_copy_of_the_weights_is_found_without_a_trial():
     bio = biofx.transform(network(), GAINS)
     optimizer = NoDefaults(bio.parameters(), 0.01, extra=None)
     biofx.attach(bio, optimizer)
@@ -983,7 +983,7 @@ def test_signs_of_a_pass_without_a_rule_hold_through_steps():
     assert all((site.effective() >= 0).all() for site in biofx.weight_sites(bio).values())
 
 
-def test_verify_finds_signs_that_were_overwritten_between_two_steps():
+def test_verify_finds_signs_overwritten_between_steps():
     bio, optimizer, _ = start([passes.DalesPrinciple(balance=False)], "sgd")
     with torch.no_grad():
         bio.get_submodule("2").weight.fill_(1.0)

@@ -57,7 +57,7 @@ def test_the_numbers_are_the_same_to_rounding(pipeline, optimizer):
     torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
 
 
-def test_the_number_of_kernels_does_not_grow_with_the_number_of_weights():
+def test_kernels_do_not_grow_with_the_number_of_weights():
     graphs = []
     for layers in (2, 30):
         torch.compiler.reset()

@@ -96,7 +96,7 @@ def test_noise_follows_from_pass_weight_purpose_and_step():
     assert all((first != other).any() for other in [*others, drawn()])
 
 
-def test_the_slope_is_the_derivative_of_the_magnitude_of_what_is_stored(weight):
+def test_the_slope_is_the_derivative_of_the_stored_magnitude(weight):
     weight.raw.grad = None
     weight.site.effective().abs().sum().backward()
     torch.testing.assert_close(weight.slope, weight.raw.grad)
