@@ -321,9 +321,9 @@ def test_several_optimizers_over_parts_of_the_model():
     bio = biofx.transform(network(), EVERYTHING)
     first = torch.optim.SGD(bio.get_submodule("0").parameters(), lr=0.1)
     second = torch.optim.AdamW(bio.get_submodule("2").parameters())
-    assert "nothing happens at its steps (biofx.attach): 0.weight, 2.weight" in biofx.summary(bio)
+    assert "no rule acts at its steps (biofx.attach): 0.weight, 2.weight" in biofx.summary(bio)
     a = biofx.attach(bio, first)
-    assert "nothing happens at its steps (biofx.attach): 2.weight" in biofx.summary(bio)
+    assert "no rule acts at its steps (biofx.attach): 2.weight" in biofx.summary(bio)
     b = biofx.attach(bio, second)
     assert "nothing happens" not in biofx.summary(bio)
     assert (a.weights, b.weights) == (("0.weight",), ("2.weight",))
@@ -359,7 +359,7 @@ def test_detach_leaves_optimizer_and_model_as_before():
 def test_a_copy_of_an_attached_model_is_not_attached():
     bio, optimizer, _ = start()
     other = copy.deepcopy(bio)
-    assert "nothing happens at its steps" in biofx.summary(other)
+    assert "no rule acts at its steps" in biofx.summary(other)
     biofx.attach(other, torch.optim.SGD(other.parameters(), lr=0.1)).detach()
     assert "scale_grad" in other.code
     assert "scale_grad" not in bio.code
@@ -667,7 +667,7 @@ def test_frozen_weights_with_biases_that_train():
 
 def test_a_second_transform_that_would_not_fit_is_refused():
     first = biofx.transform(network(), [passes.Crystallize()])
-    with pytest.raises(biofx.PipelineError, match="split-synapses changes the shape of 0.weight, .* with both"):
+    with pytest.raises(biofx.PipelineError, match="split-synapses changes the shape of 0.weight .* with both"):
         biofx.transform(first, [passes.SplitSynapses(3)])
     with pytest.raises(biofx.PipelineError, match="group-units changes the shape of 0.weight, or of what it returns"):
         biofx.transform(biofx.transform(network(), [passes.SynapticScaling()]), [passes.GroupUnits()])
@@ -715,7 +715,7 @@ def test_an_optimizer_that_is_gone_holds_nothing():
     bio, optimizer, attachment = start(GAINS)
     del optimizer, attachment
     gc.collect()
-    assert "nothing happens at its steps" in biofx.summary(bio)
+    assert "no rule acts at its steps" in biofx.summary(bio)
     biofx.detach(bio)
     biofx.attach(bio, torch.optim.SGD(bio.parameters(), lr=0.1))
 
