@@ -669,7 +669,9 @@ def test_a_second_transform_that_would_not_fit_is_refused():
     first = biofx.transform(network(), [passes.Crystallize()])
     with pytest.raises(biofx.PipelineError, match="split-synapses changes the shape of 0.weight .* with both"):
         biofx.transform(first, [passes.SplitSynapses(3)])
-    with pytest.raises(biofx.PipelineError, match="group-units changes the shape of 0.weight, or of what it returns"):
+    with pytest.raises(
+        biofx.PipelineError, match="group-units changes the shape of 0.weight or of its operator's output"
+    ):
         biofx.transform(biofx.transform(network(), [passes.SynapticScaling()]), [passes.GroupUnits()])
 
 
