@@ -5,7 +5,7 @@ from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
-# Passes are installed as a part of the package. In a checkout, which Python may find first, they lie beside it.
+# An installed package contains its passes. In a checkout, which Python may find first, they lie next to the package.
 if find_spec("biofx.passes") is None:
     _folder = Path(__file__).parents[1] / "passes"
     _spec = spec_from_file_location("biofx.passes", _folder / "__init__.py", submodule_search_locations=[str(_folder)])

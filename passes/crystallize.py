@@ -125,7 +125,7 @@ def crystallize_(
 def dampened(
     gain: Tensor, weight: Tensor, gradient: Tensor, mean: Tensor, *, threshold: float, dampening: float, floor: float
 ) -> Tensor:
-    """The gain of synapses, as it is stored, after crystallization, for the mean magnitude of their weight."""
+    """The stored gain of synapses after crystallization, for the mean magnitude of their weight."""
     settles = (gradient.abs() < threshold * weight.abs()) | (gradient.abs() > mean)
     present = decoded(gain)
     dampened_gain = torch.minimum(present, (dampening * present).clamp(min=floor))

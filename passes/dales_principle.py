@@ -67,7 +67,7 @@ class DalesPrinciple(Pass):
 
     *What can turn a sign over.* A parameter that multiplies units on their way, such as γ of a batch norm, is kept
     from being negative; one that is negative already, and cannot be turned over together with the weights before it, is
-    left as it is, and `summary` says so. Where a unit's activity can be negative (tanh, no activation), its *effect*
+    left alone, and `summary` says so. Where a unit's activity can be negative (tanh, no activation), its *effect*
     changes sign although its weights do not; `summary` says so. A weight that is used on different units would need
     two signs: its positions get signs of their own. A weight that is not alone between two populations (a sum of two
     parameters, a product with two activations, an embedding that is tied to an output layer) is left alone.
@@ -144,7 +144,7 @@ class DalesPrinciple(Pass):
 
     @property
     def instead(self) -> str:
-        """Random signs suit a network that is to be trained."""
+        """Random signs suit a network before training."""
         if self.assign == "closest":
             return "mirror-units keeps the function"
         return 'for a trained network, assign="closest" keeps most of each weight, and mirror-units keeps the function'

@@ -29,7 +29,7 @@ class GroupUnits(Pass):
     $$y_i = \sum_{j \,\in\, \mathrm{group}(i)} f(z_j)$$
 
     with z the operator's output (the axis of postsynaptic units is divided into groups of Γ adjacent units) and f the
-    `activation`. Shapes stay as they are. Every connection between two groups is thus made of Γ² weights. This does not
+    `activation`. Shapes do not change. Every connection between two groups is thus made of Γ² weights. This does not
     preserve the function. The model's output layers, behind which there is no other weight, are left alone.
 
     The reference package does the same, but takes 2-D inputs of linear layers and 4-D inputs of convolutions only,

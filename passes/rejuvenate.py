@@ -39,7 +39,7 @@ class Rejuvenate(Pass):
     with w the weight of a synapse (each of several on its own), and σ(w) its standard deviation over the site. The
     sign of a new synapse is its unit's under Dale's principle, and random otherwise; its gain is that of the place.
     Only replaced entries change, and the optimizer forgets what it remembers of them (momentum, Adam's moments), since
-    that was about another synapse. Under the exponential rule, a site whose weights are all equal is left as it is
+    that was about another synapse. Under the exponential rule, a site whose weights are all equal is left alone
     (a standard deviation below 0.3 % of the root mean square may be rounding, and counts as 0).
     `<weight>_replaced` counts all replacements.
 

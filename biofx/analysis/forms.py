@@ -121,7 +121,7 @@ class Forms:
             self.biases[operation] = known.parameter.name
 
     def _after(self, operation: Operation) -> list[Form | Mixture] | None:
-        """What an operator makes of forms, for each output; None if it is no weight any more."""
+        """The forms of the outputs of an operator on forms; None if they are no weights any more."""
         if any(v.depends is Depends.INPUTS for v in (*operation.operands, *operation.outputs)):
             return None
         forms = [self.found[v] for v in operation.operands if v in self.found]
@@ -153,7 +153,7 @@ class Forms:
         return replace(like, parameter=value)
 
     def _moved(self, operation: Operation, form: Form) -> list[Form | Mixture]:
-        """What an operator on layout makes of a form."""
+        """The forms of the outputs of a layout operator on a form."""
         first, *others = operation.operands
         if others or operation.args[0] is not first:
             return [*_moved(operation, form)]

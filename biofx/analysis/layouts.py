@@ -21,7 +21,7 @@ class CannotFollowError(Exception):
 
 
 def execute(operation: Operation, look: Look) -> list[Tensor]:
-    """What an operator on layout makes of other tensors, one for each of its outputs.
+    """Run a layout operator on other tensors, and return a tensor for each of its outputs.
 
     Raises:
         CannotFollowError: which entries it takes depends on the inputs, or is not known.

@@ -288,7 +288,7 @@ def _written_axes(operation: Operation) -> tuple[list[int], list[int]] | None:
 
 
 def _executed(operation: Operation, target: Tensor, source: Tensor) -> Tensor | None:
-    """What an operator that writes at known places makes of numbers."""
+    """The numbers after an operator wrote into known places."""
     written = _source_of_write(operation)
     try:
         return execute(

@@ -58,7 +58,7 @@ class WeightSite:
         facts: what a run of the model told of it.
         node: the `get_attr` node of the stored parameter; None if the model is not transformed.
         calls: the nodes of the graph that use it.
-        inside: the nodes that use it inside of an island, a module whose Python forward is called as it is, or of a
+        inside: the nodes that use it inside of an island, an untraced submodule, or of a
             part, which has a graph of its own.
     """
 

@@ -178,7 +178,7 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     that cannot be followed starts a new population, which all its readers share.
 
     Args:
-        model: any module: transformed, folded, or any other. It stays as it is.
+        model: any module: transformed, folded, or any other. It is not changed.
         example_inputs: arguments of the model, as for `transform`; or a function that runs the model, for state that is
             carried from call to call. Without them, arguments that fit are guessed, and shown below the table.
 

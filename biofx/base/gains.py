@@ -79,7 +79,7 @@ def decoded(gain: Tensor) -> Tensor:
 
 
 def coded(gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gain as it is stored in a dtype: rounded to the nearest."""
+    """Gains in the code of a dtype, rounded to the nearest."""
     if dtype is not torch.uint8:
         return gain.to(dtype)
     return gain.clamp(0, LARGEST).sqrt().mul(128).round().to(torch.uint8)

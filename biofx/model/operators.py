@@ -214,7 +214,7 @@ def counter_of(target: Any, arguments: Sequence[Any]) -> tuple[Counter | None, t
 
     Args:
         target: a hook.
-        arguments: the operator's arguments beside the weight.
+        arguments: the operator's arguments after the weight.
     """
     hook = _HOOKS[name_of(target)]
     if hook.draw is None:
@@ -338,7 +338,7 @@ def _takes_weight(rule: GradientRule) -> bool:
 
 
 def _check_rule(rule: GradientRule, schema: str, draw: Draw | None) -> tuple[bool, int]:
-    """Whether a rule takes the weight, and how many arguments its noise is drawn from, beside the counter."""
+    """Whether a rule takes the weight, and how many arguments, in addition to the counter, its noise is drawn from."""
     parsed = torch._C.parse_schema(schema)
     if not parsed.name.endswith("_grad"):
         raise ArgumentError(f"operators.gradient_hook: the name of a hook ends in _grad, got {parsed.name!r}")

@@ -30,7 +30,7 @@ LARGEST = 2**23  # of the numbers in a tensor
 
 
 def guess(model: nn.Module) -> Inputs | None:
-    """The first candidate, as it is or repaired, with which forward runs in evaluation mode; None if there is none.
+    """The first candidate, repaired if need be, with which forward runs in evaluation mode; None if there is none.
 
     That forward runs does not prove that it was meant to be run so. The model, with its buffers and its mode, and the
     global random number generators are afterwards what they were before.

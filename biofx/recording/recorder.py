@@ -251,7 +251,7 @@ class Recorder(TorchDispatchMode):
         value.depends = depends
         value.is_inside = bool(self._running) or any(operand.is_inside for operand in operation.operands)
         if _returns_view(operation.operator) or (operation.kind is Kind.LAYOUT and operation.written):
-            operation.written = ()  # transpose_ and the like leave the entries as they are
+            operation.written = ()  # transpose_ and the like do not change the entries
             value.view_of = operation.operands[0]
             value.depends = depends_of(operation.operands[0])
         if depends is Depends.NOTHING or (depends is Depends.PARAMETERS and tensor.numel() == 1):

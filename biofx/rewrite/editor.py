@@ -143,8 +143,8 @@ class Editor:
         All rules share one gain, in the buffer `<parameter>_synapses.gain`, and one `biofx.scale_grad` that applies it.
 
         Args:
-            value: factors, of the shape of `raw`, as they are stored (`biofx.base.gains.coded`); None asks for a gain,
-                neutral if there is none yet.
+            value: factors, of the shape of `raw`, in the code of their dtype (`base/gains.py`); None asks for a gain, which
+                is neutral if there is none yet.
 
         Raises:
             PipelineError: the gain that the weight has is stored nowhere.
@@ -187,7 +187,7 @@ class Editor:
         )
 
     def drawn_gain(self, distribution: str, nu: float, minimum: float, maximum: float, *, dtype: torch.dtype) -> Tensor:
-        """The gains of `unstored_gain`, as they are stored in a dtype."""
+        """The gains of `unstored_gain`, in the code of a dtype."""
         raw, synapses = self.raw, synapses_of(self._bio, self.name)
         seed = None if synapses is None else synapses.state("seed")
         seed = torch.tensor(self._seed, device=raw.device) if seed is None else seed

@@ -35,7 +35,7 @@ def acting_with(optimizer: Optimizer) -> Acting | None:
     """Where gains have to act for a weight to move by gain times the distance that it would have moved without.
 
     Args:
-        optimizer: the optimizer; it stays as it is.
+        optimizer: the optimizer; it is not changed.
 
     Returns:
         The way; None if none could be tried, as another optimizer of its class could not be made or used.

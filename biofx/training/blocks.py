@@ -117,7 +117,7 @@ def _cut(
 
 
 def lines(group: Sequence[Tensor]) -> list[Tensor] | None:
-    """Views of the tensors of one weight as vectors; numbers stay as they are. None where there is no such view.
+    """Views of the tensors of one weight as vectors; their numbers are shared. None where there is no such view.
 
     Args:
         group: the tensors.

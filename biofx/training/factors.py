@@ -23,8 +23,8 @@ class Hook:
 
     Attributes:
         name: its name.
-        others: the arguments of its rule beside weight and noise; None stands for a tensor of the weight's own.
-        drawn_from: what its noise is drawn from beside the counter; None if its rule takes no noise.
+        others: the other arguments of its rule, without weight and noise; None stands for a tensor of the weight's own.
+        drawn_from: what its noise is drawn from in addition to the counter; None if its rule takes no noise.
     """
 
     name: str

@@ -202,7 +202,7 @@ class PlasticWeight:
 
 
 def scale_learning(synapses: Synapses, gradient: Tensor, weight: Tensor, by: str) -> Tensor:
-    """What the rules of a pass make of a gradient.
+    """Apply the rules of a pass to a gradient.
 
     Args:
         synapses: the synapses of the weight.

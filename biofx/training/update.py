@@ -1,4 +1,4 @@
-"""Updates: what gains make of the change that an optimizer makes to weights, whatever optimizer that is."""
+"""Updates: gains scale the change that an optimizer makes to weights, whichever optimizer that is."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Update:
             if own.hooks or synapses.shares > 1:
                 alike.setdefault((own.hooks, synapses.shares, old.device), []).append((synapses.stored, old, own))
         for (hooks, shares, _), rows in alike.items():
-            if finite and shares > 1:  # first what the optimizer did, which stays, and then what hooks make of it
+            if finite and shares > 1:  # first the step of the optimizer, which stays, and then the gains on it
                 self._move(rows, (), shares, {})
                 self._move(rows, hooks, 1, finite)
             else:
