@@ -39,8 +39,8 @@ class MirrorUnits(Pass):
     trained, computes what it did, to rounding; half of the units of every doubled population are excitatory; and every
     unit has one sign for all its targets, in whichever weights, which it keeps: the weight that is used is relu(r·s)·s,
     with r the stored weight and s the sign, in the buffer `<weight>_sign`. Its gradient reaches r unchanged, so
-    synapses at 0 learn as well, and r is projected on its sign after every step of the optimizer. Twins start out equal and part
-    as they learn. As both parts of a weight move, it learns up to twice as fast under gradient descent.
+    synapses at 0 learn as well, and r is projected on its sign after every step of the optimizer. Twins start out equal
+    and part as they learn. As both parts of a weight move, it learns up to twice as fast under gradient descent.
 
     *Shapes.* Parameters change their shape: a weight between doubled populations has four times as many entries, and
     the axes of biases and normalisations are twice as long. Twins are adjacent (x₀, x₀', x₁, x₁', …), so groups of
@@ -49,8 +49,9 @@ class MirrorUnits(Pass):
 
     *What is doubled.* The outputs of linear layers and convolutions, on all ways on which they come to another weight:
     activations, norms, pooling, flattening, concatenations, residual additions, gates. Before anything is changed, the
-    graph is run to find out what has to be doubled as well; sizes in the model's forward are adapted. Inputs and outputs
-    of the model keep their shape. What cannot be doubled is left alone, with free weights, and `summary` tells why: units that are added to an input or to the output of an embedding, or queries and keys, whose products would be
+    graph is run to find out what has to be doubled as well; sizes in the model's forward are adapted. Inputs and
+    outputs of the model keep their shape. What cannot be doubled is left alone, with free weights, and `summary` tells
+    why: units that are added to an input or to the output of an embedding, or queries and keys, whose products would be
     twice as large. Dropout draws for each twin by itself.
 
     *What can turn a sign over.* A parameter that multiplies twins on their way, such as γ of a batch norm, is kept from

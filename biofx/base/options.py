@@ -71,8 +71,8 @@ def check_flag(owner: object, option: str) -> None:
 def check_activation(owner: object, option: str) -> None:
     """Refuse anything but None, a function or module, or the name of an activation in `torch.nn.functional` or `torch`.
 
-    A name is tried out: its function has to return a tensor of the shape and dtype of its argument, and the same one each
-    time.
+    A name is tried out: its function has to return a tensor of the shape and dtype of its argument, and the same one
+    each time.
     """
     value = getattr(owner, option)
     if not (value is None or callable(value) or (isinstance(value, str) and _is_activation(_find_function(value)))):

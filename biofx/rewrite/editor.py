@@ -143,8 +143,8 @@ class Editor:
         All rules share one gain, in the buffer `<parameter>_synapses.gain`, and one `biofx.scale_grad` that applies it.
 
         Args:
-            value: factors, of the shape of `raw`, in the code of their dtype (`base/gains.py`); None asks for a gain, which
-                is neutral if there is none yet.
+            value: factors, of the shape of `raw`, in the code of their dtype (`base/gains.py`); None asks for a gain,
+                which is neutral if there is none yet.
 
         Raises:
             PipelineError: the gain that the weight has is stored nowhere.
