@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Moment:
+class PendingRead:
     """An operator that is about to read a weight.
 
     Attributes:
@@ -33,8 +33,8 @@ class Moment:
     net_input: Callable[[Tensor], Tensor]
 
 
-See = Callable[[Moment], Tensor | None]
-"""Looks at a moment; returns the weight that the operator reads instead, if any."""
+See = Callable[[PendingRead], Tensor | None]
+"""Called before an operator reads a weight; returns the weight that it reads instead, or None."""
 
 
 class Replay(Recorder):
@@ -80,7 +80,7 @@ class Replay(Recorder):
             return result
 
         source = next(leaf for leaf, value in zip(flat, recorded, strict=True) if value is read.source)
-        new = see(Moment(read, source, net_input))
+        new = see(PendingRead(read, source, net_input))
         return (args, kwargs) if new is None else given(new, with_bias=True)
 
     def _are_same(self, given: list[Any], recorded: list[Any]) -> bool:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from biofx.base.contents import contents_key, holders, is_holder, key_by_name
 from biofx.base.errors import CaptureError
 from biofx.capture.assignments import assign_attribute
-from biofx.capture.variables import Variable, reads
+from biofx.capture.outside_variables import Variable, reads
 from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import WHOLE_MODEL
 from biofx.model.provenance import RECORD, inserted_nodes, record_of

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import as_recorded_graph
-from biofx.analysis.replay import Moment, Replay
+from biofx.analysis.replay import PendingRead, Replay
 from biofx.analysis.understanding import Run, Understanding, call
 from biofx.recording.operations import Depends, Recording
 from biofx.recording.recorder import Recorder, recording_of
@@ -75,12 +75,12 @@ class NetInputRuns:
         if self._recording is None:
             return
 
-        def look(moment: Moment) -> Tensor | None:
-            site = self._sites[moment.read.parameter.name]
-            if len(moment.source) < MIN_SAMPLES:
+        def look(pending: PendingRead) -> Tensor | None:
+            site = self._sites[pending.read.parameter.name]
+            if len(pending.source) < MIN_SAMPLES:
                 return None
-            visitor(site, lambda weight: self._by_sample(moment, moment.net_input(_as_read(site, moment.read, weight))))
-            return _as_read(site, moment.read, site.effective())
+            visitor(site, lambda w: self._by_sample(pending, pending.net_input(_as_read(site, pending.read, w))))
+            return _as_read(site, pending.read, site.effective())
 
         replay = Replay(self._recording, self._forms, dict.fromkeys(self._first.values(), look))
         self._recorded(replay, self._batch.run)
@@ -94,9 +94,9 @@ class NetInputRuns:
         assert torch.equal(generator, torch.random.get_rng_state())
         return recorder.recording
 
-    def _by_sample(self, moment: Moment, net: Tensor) -> Tensor:
+    def _by_sample(self, pending: PendingRead, net: Tensor) -> Tensor:
         """Net input as (samples, units, positions), also if samples and positions share an axis of the operator."""
-        axes = [axis % net.dim() for axis in moment.read.output_axes]
+        axes = [axis % net.dim() for axis in pending.read.output_axes]
         net = net.movedim(axes, list(range(1, 1 + len(axes)))) if axes else net[:, None]
         net = net.flatten(1, max(1, len(axes))).unsqueeze(-1).flatten(2)
         samples, axis = self._batch.samples, self._batch.axis

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from biofx.capture.variables import reads
+from biofx.capture.outside_variables import reads
 
 RATE, UNUSED = 0.5, 1.0
 LEVELS = {"low": [1, 2]}
