@@ -1,4 +1,4 @@
-"""A cell that defines a pass, a hook or an observer is run again, as it is or edited."""
+"""A notebook cell that defines a pass, a hook or an observer may be run again, edited or not."""
 
 import copy
 import io

@@ -161,7 +161,7 @@ class Forms:
         key = given, tuple(map(id, form.coordinates))
         if key not in self._same:
             moved = _moved(operation, form)
-            self._same[key] = form, moved  # kept alive, as it is known by its id
+            self._same[key] = form, moved  # kept alive: the key holds ids of its tensors
         return [replace(form, coordinates=made.coordinates) for made in self._same[key][1]]
 
     def _kept(self, operation: Operation, form: Form) -> Form:
