@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+import biofx
 from biofx.model.synapses import stored_parameters
 from biofx.rewrite import registry
 from models.small import ZOO
@@ -55,3 +56,25 @@ def gradients(model: nn.Module, *inputs) -> dict[str, torch.Tensor]:
     result = {name: p.grad.clone() for name, p in stored_parameters(model) if p.grad is not None}
     model.zero_grad()
     return result
+
+
+def same(a, b):
+    """Whether two models returned the same tensors, to the bit."""
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def assert_same_in_both_modes(bio, model, x):
+    """Assert that two models compute the same in training and in evaluation mode, to the bit."""
+    for mode in (True, False):
+        model.train(mode)
+        bio.train(mode)
+        torch.manual_seed(3)
+        expected = model(x)
+        torch.manual_seed(3)
+        assert same(bio(x), expected)
+
+
+def only(bio):
+    """The weight of a model that has one."""
+    (site,) = biofx.weight_sites(bio).values()
+    return site

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 SCHEDULE = {"temperature": 1.5}
@@ -120,3 +121,19 @@ class Block(nn.Module):
 
 
 KINDS = sorted(name.removeprefix("_") for name, value in vars(Block).items() if name[0] == "_" and name[1] != "_")
+
+
+class StochasticDepth(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * torch.bernoulli(torch.full_like(x, 0.5))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.drop = nn.Linear(4, 4), StochasticDepth()
+
+    def forward(self, x):
+        return F.dropout(x + self.drop(self.fc(x)), 0.5, self.training)

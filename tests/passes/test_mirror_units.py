@@ -1,17 +1,14 @@
 """MirrorUnits: Dale's principle without a change of the function."""
 
-import copy
-import io
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 import biofx
 from biofx import passes
-from conftest import gradients, loss, tensors
+from conftest import tensors
+from mirrored import Tokens, assert_one_sign, double, doubled, mirror
 from models.architectures import ARCHITECTURES
 from models.convolutional import DenseNet, ResNet, channel_shuffle
 from models.small import CONVOLUTIONS, GROUPS, ConvNet, Residual, Reused, mlp
@@ -41,56 +38,10 @@ DOUBLED = {  # whose units are doubled, of how many weights
 }
 
 
-def mirror(model, *x, **options):
-    """The transformed model, with the check that it computes what it did."""
-    bio = biofx.transform(model, [passes.MirrorUnits()], example_inputs=x or None, **options)
-    for a, b in zip(tensors(bio(*x)), tensors(model(*x)), strict=True) if x else ():
-        torch.testing.assert_close(a, b)
-    return bio
-
-
-def doubled(bio, model):
-    """The weights whose units are doubled."""
-    sites, original = biofx.weight_sites(bio), dict(model.named_parameters())
-    axes = {name: site.postsynaptic_axis for name, site in sites.items()}
-    return {n for n, a in axes.items() if a is not None and sites[n].raw.shape[a] == 2 * original[n].shape[a]}
-
-
 def left(bio, weight):
     """Why the units of a weight are not doubled."""
     run = bio.biofx.passes[0]
     return run.left.get(weight) or run.remarks[weight]
-
-
-def assert_one_sign(bio, *x):
-    """Every unit has outgoing weights of one sign, by an analysis of the folded model, which knows of no signs."""
-    units = biofx.units(biofx.fold(bio), x)
-    signs = {}
-    for name, site in biofx.weight_sites(bio).items():
-        if site.sign is None:
-            continue
-        constrained = site.outgoing(site.sign.expand(site.shape))[:, 0] != 0
-        outgoing = site.outgoing(units.sites[name].effective().detach())
-        for unit, weights in zip(
-            units.readings[name].numbers[constrained].tolist(), outgoing[constrained], strict=True
-        ):
-            signs.setdefault(unit, set()).update(weights.sign().unique().tolist())
-    assert signs
-    assert all({1.0, -1.0} - found for found in signs.values())
-
-
-def double(build):
-    """A model in evaluation mode with inputs, in float64, with norms that have seen something."""
-    make, inputs = ARCHITECTURES[build]
-    model, x = make().double(), inputs()
-    x = pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, x)
-    for module in model.modules():
-        if getattr(module, "running_var", None) is not None:
-            nn.init.uniform_(module.running_mean, -1, 1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -1, 1)
-    return model.eval(), x
 
 
 # --- what it does ----------------------------------------------------------------------------------------------------
@@ -248,22 +199,6 @@ def test_biases_that_are_computed():
     bio = mirror(model, x)
     assert doubled(bio, model) == {"first.weight", "second.weight"}
     assert bio.first.bias.shape == (8,)
-
-
-class Tokens(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(3, 6)
-        self.token, self.position = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 5, 6))
-        self.norm, self.gamma = nn.LayerNorm(6), nn.Parameter(torch.rand(6))
-        self.fc = nn.Linear(6, 6)
-        self.out = nn.Linear(6, 2)
-
-    def forward(self, x):
-        x = self.embed(x)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
-        x = x + self.gamma * self.fc(self.norm(x))
-        return self.out(x[:, 0])
 
 
 def test_parameters_that_meet_units_are_doubled():
@@ -496,146 +431,3 @@ def test_another_negative_scale_stays_and_is_named():
     bio = mirror(model, x)
     assert "and inverts their signs" in biofx.summary(bio)
     assert set(bio.biofx.nonnegative) == {"norm.weight"}
-
-
-# --- learning --------------------------------------------------------------------------------------------------------
-
-TOGETHER = {
-    "alone": [],
-    "split": [passes.SplitSynapses(3), passes.FuzzyLearningRates(nu=0.3)],
-    "turnover": [passes.Rejuvenate(dre=4.0)],
-    "homeostasis": [passes.SynapticScaling(on="weight", strength=0.1)],
-    "all": [passes.SplitSynapses(2), passes.FuzzyLearningRates(), passes.Rejuvenate(), passes.SynapticScaling()],
-}
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("others", TOGETHER)
-def test_the_principle_holds_while_it_learns(others, optimizer):
-    model, x = ConvNet().eval(), torch.randn(8, 1, 8, 8)
-    bio = biofx.transform(model, [*TOGETHER[others], passes.MirrorUnits()], example_inputs=x)
-    torch.testing.assert_close(bio(x), model(x), rtol=1e-4, atol=1e-5)
-    optimizer = optimizer(bio.parameters(), lr=0.05)
-    with biofx.attach(bio, optimizer):
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss(bio.train()(x)).mul(1e-3).backward()
-            optimizer.step()
-            biofx.verify(bio)
-    bio.eval()
-    assert_one_sign(bio, x)
-    for site in biofx.weight_sites(bio).values():
-        if site.sign is not None:
-            assert (site.raw * site.sign >= 0).all()  # stored as well
-    assert not torch.allclose(bio.stem.weight[..., 0::2, :, :, :], bio.stem.weight[..., 1::2, :, :, :])  # twins part
-    torch.testing.assert_close(biofx.fold(bio)(x), bio(x))
-
-
-def test_a_mirrored_network_learns_as_well_as_the_plain_one():
-    x = torch.randn(256, 8)
-    y = torch.sin(x[:, :1] * 2) * x[:, 1:2]
-    losses = []
-    model = mlp(8, 32, 32, 32, 1)
-    for candidate in (model, biofx.transform(model, [passes.MirrorUnits()])):
-        optimizer = torch.optim.AdamW(candidate.parameters(), lr=3e-3)
-        if candidate is not model:
-            biofx.attach(candidate, optimizer)
-        for _ in range(200):
-            optimizer.zero_grad()
-            result = F.mse_loss(candidate(x), y)
-            result.backward()
-            optimizer.step()
-        losses.append(float(result))
-    assert losses[1] < max(2 * losses[0], 0.02) < float(y.var()) / 4
-
-
-def test_the_gradient_of_both_twins_is_that_of_the_unit():
-    """The incoming weights of the twins feel what the unit felt, one its excitatory and one its inhibitory part."""
-    model, x = mlp(3, 5, 4).double(), torch.randn(6, 3, dtype=torch.float64)
-    bio = mirror(model, x)
-    expected, given = gradients(model, x)["0.weight"], gradients(bio, x)["0.weight"]
-    torch.testing.assert_close(given.view(5, 2, 3).sum(1), expected)
-
-
-# --- around it -------------------------------------------------------------------------------------------------------
-
-
-def test_copies_and_checkpoints():
-    model, x = double("shufflenet")
-    bio = mirror(model, *x)
-    file = io.BytesIO()
-    torch.save(bio, file)
-    file.seek(0)
-    other = mirror(model, *x)
-    other.load_state_dict(bio.state_dict(), strict=True)
-    for again in (copy.deepcopy(bio), torch.load(file, weights_only=False), other):
-        biofx.verify(again)
-        assert torch.equal(again(*x), bio(*x))
-
-
-def test_it_draws_nothing_and_disturbs_nothing():
-    model = double("efficientnet")[0].train()
-    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    results = [biofx.transform(model, [passes.MirrorUnits()], seed=seed).state_dict() for seed in (0, 1)]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(torch.equal(results[0][n], v) for n, v in results[1].items() if not n.endswith(".seed"))
-    assert model.training
-
-
-def test_a_network_with_zeros_in_it_is_doubled_like_any_other():
-    """What goes along must not depend on values, such as γ = 0 behind the last weight of a residual branch."""
-    model, x = double("resnet")
-    expected = doubled(mirror(model, *x), model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert doubled(mirror(model, *x), model) == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    model, x = Tokens().to(dtype), torch.randn(2, 4, 3, dtype=dtype)
-    assert doubled(biofx.transform(model, [passes.MirrorUnits()], example_inputs=x), model) == {
-        "embed.weight",
-        "fc.weight",
-    }
-
-
-def test_the_folded_model_has_other_shapes_than_the_original():
-    model = mlp(3, 4, 2)
-    bio = mirror(model)
-    assert {n: tuple(p.shape) for n, p in biofx.fold(bio).named_parameters()} == {
-        "0.weight": (8, 3),
-        "0.bias": (8,),
-        "2.weight": (2, 8),
-        "2.bias": (2,),
-    }
-    with pytest.raises(biofx.ArgumentError, match=r"0.weight is \(8, 3\) in the folded model and \(4, 3\) in this one"):
-        biofx.fold(bio, into=model)
-
-
-def test_two_passes_that_give_signs():
-    with pytest.raises(biofx.PipelineError, match="sign constraint"):
-        biofx.transform(mlp(3, 4, 2), "mirror-units,dales-principle")
-
-
-def test_a_unit_with_both_signs_is_found():
-    bio = mirror(mlp(3, 4, 2))
-    bio.get_buffer("2.weight_synapses.units").zero_()
-    with pytest.raises(biofx.VerificationError, match="1 of its presynaptic units are excitatory and inhibitory"):
-        biofx.verify(bio)
-
-
-def test_units_joined_with_a_parameter_are_left_alone():
-    class Latents(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.latents = nn.Parameter(torch.randn(5, 4))
-            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.c(self.latents + self.a(x) * self.b(self.latents).softmax(0))
-
-    bio = biofx.transform(Latents(), [passes.MirrorUnits()], example_inputs=torch.randn(5, 4))
-    assert "mirror-units: add joins its units with the parameter latents, not doubled" in biofx.summary(bio)

@@ -1,0 +1,135 @@
+"""By what activity can be negative, and which parameters multiply units on their way to a weight."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import biofx
+from unit_tracing import Net, behind
+
+# --- signs of activity --------------------------------------------------------------------------------------------
+
+SIGNED_BY = {
+    "nothing": (lambda x: x, "linear without activation"),
+    "relu": (F.relu, ""),
+    "relu module": (nn.ReLU6(), ""),
+    "sigmoid": (lambda x: x.sigmoid(), ""),
+    "softplus": (F.softplus, ""),
+    "exp": (torch.exp, ""),
+    "square": (torch.square, ""),
+    "power": (lambda x: x**2, ""),
+    "cube": (lambda x: x.pow(3), "linear without activation"),
+    "abs": (abs, ""),
+    "softmax": (lambda x: x.softmax(-1), ""),
+    "clamp": (lambda x: x.clamp(min=0), ""),
+    "clamp below zero": (lambda x: x.clamp(-1, 1), "linear without activation"),
+    "tanh": (torch.tanh, "tanh"),
+    "tanh behind relu": (lambda x: torch.tanh(F.relu(x)), ""),
+    "gelu": (nn.GELU(), "gelu"),
+    "leaky relu": (F.leaky_relu, "leaky_relu"),
+    "layer norm": (lambda x: F.layer_norm(F.relu(x), (6,)), "layer_norm"),
+    "minus": (lambda x: F.relu(x) - 1, "sub"),
+    "negated": (lambda x: -F.relu(x), "neg"),
+    "times a negative number": (lambda x: F.relu(x) * -0.5, "mul"),
+    "times a positive number": (lambda x: F.relu(x) * 0.5, ""),
+    "plus a negative number": (lambda x: F.relu(x) + (-1.0), "add"),
+    "divided by a negative number": (lambda x: F.relu(x).div(-2), "div"),
+    "negative alpha": (lambda x: torch.add(F.relu(x), F.relu(x), alpha=-2), "add"),
+    "filled": (lambda x: F.relu(x).masked_fill(x > 0, -1e9), "masked_fill"),
+    "filled with zeros": (lambda x: F.relu(x).masked_fill(x > 0, 0.0), ""),
+    "dropout": (lambda x: F.dropout(F.relu(x)), ""),
+    "propagated": (lambda x: torch.cat([F.relu(x)[..., :3], torch.tanh(x)[..., 3:]], -1), "tanh"),
+    "concatenated": (lambda x: torch.cat([F.relu(x)[..., :3], x.exp()[..., 3:]], -1), ""),
+    "sum": (lambda x: F.relu(x) + x.exp(), ""),
+    "sum with a negative one": (lambda x: F.relu(x) + torch.sin(x), "sin"),
+    "mean": (lambda x: F.relu(x).mean(1), ""),
+    "deviation": (lambda x: x.std(1), ""),
+    "pooled": (lambda x: F.max_pool1d(F.relu(x).transpose(1, 2), 2).transpose(1, 2), ""),
+    "attention": (lambda x: (x @ x.mT).softmax(-1) @ F.relu(x), ""),
+    "fused attention": (lambda x: F.scaled_dot_product_attention(x, x, F.relu(x)), ""),
+    "raw attention": (lambda x: (x @ x.mT) @ F.relu(x), "linear without activation"),
+    "changed in place": (lambda x: (x.relu_(), x)[1], ""),
+    "added up": (lambda x: x.abs().cumsum(-1), ""),
+    "unknown": (lambda x: torch.linalg.matrix_exp(x[..., :1, :1].abs()).expand(2, 5, 6), "linalg_matrix_exp"),
+    "shape": (lambda x: F.relu(x) * (-x.size(1)), "mul"),
+}
+
+
+@pytest.mark.parametrize("name", SIGNED_BY)
+def test_by_what_activity_can_be_negative(name):
+    function, expected = SIGNED_BY[name]
+    found = behind(function, torch.randn(2, 5, 4), nn.Linear(4, 6), nn.Linear(6, 3))
+    assert found.readings["a.weight"].signed_by == "input x"
+    assert found.readings["b.weight"].signed_by == expected
+
+
+def test_feature_maps_that_can_be_negative():
+    def signed_by(*layers):
+        return biofx.units(nn.Sequential(*layers, nn.Conv2d(4, 1, 1)), torch.randn(2, 4, 6, 6)).readings
+
+    assert signed_by(nn.ReLU(), nn.AvgPool2d(2))["2.weight"].signed_by == ""
+    assert signed_by(nn.ReLU(), nn.BatchNorm2d(4))["2.weight"].signed_by == "batch_norm"
+    assert signed_by(nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear"))["2.weight"].signed_by == ""
+    assert signed_by(nn.ReLU(), nn.Upsample(scale_factor=2, mode="bicubic"))["2.weight"].signed_by == "interpolate"
+    assert signed_by(nn.Conv2d(4, 4, 1))["1.weight"].signed_by == "conv2d without activation"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(nn.Parameter(torch.ones(6)), "parameter"), (torch.ones(6), ""), (-torch.ones(6), "buffer")]
+)
+def test_parameters_and_buffers_that_are_added(value, expected):
+    model = Net(lambda m, x: m.b(F.relu(m.a(x)) + m.c), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    if isinstance(value, nn.Parameter):
+        model.c = value
+    else:
+        model.register_buffer("c", value)
+    assert biofx.units(model, torch.randn(2, 4)).readings["b.weight"].signed_by == expected
+
+
+# --- scales -------------------------------------------------------------------------------------------------------
+
+
+def test_scales_multiply_units_on_their_way_to_a_weight():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm, self.last = (
+                nn.Conv2d(3, 4, 1),
+                nn.Conv2d(4, 2, 1),
+                nn.BatchNorm2d(4),
+                nn.BatchNorm2d(2),
+            )
+            self.gamma, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+            self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.a(x))) * self.gamma.view(1, -1, 1, 1) + self.shift[:, None, None]
+            return self.last(self.b(F.group_norm(x, 2, self.weight, self.bias)))
+
+    found = biofx.units(Scaled(), torch.randn(2, 3, 4, 4))
+    assert found.scales == {name: {"b.weight"} for name in ("norm.weight", "gamma", "weight")}
+    assert found.readings["b.weight"].signed_by == "group_norm"
+
+
+def test_a_parameter_that_multiplies_units_is_no_sign_of_them():
+    model = Net(lambda m, x: m.b(F.relu(m.a(x)) * m.c), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    model.c = nn.Parameter(torch.ones(6))
+    found = biofx.units(model, torch.randn(2, 4))
+    assert (found.scales, found.readings["b.weight"].signed_by) == ({"c": {"b.weight"}}, "")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x, w, b: F.batch_norm(x, torch.zeros(4), torch.ones(4), w, b), {"w"}),
+        (lambda x, w, b: F.batch_norm(x, torch.zeros(4), torch.ones(4), None, b), set()),
+        (lambda x, w, b: F.layer_norm(x, (4,), bias=b, weight=w), {"w"}),
+        (lambda x, w, b: x * (1 + w) + b, set()),
+        (lambda x, w, b: x / w, {"w"}),
+    ],
+)
+def test_functional_scales(function, expected):
+    model = Net(lambda m, x: m.b(function(m.a(x), m.w, m.v)), a=nn.Linear(4, 4), b=nn.Linear(4, 2))
+    model.w, model.v = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    assert biofx.units(model, torch.randn(2, 4)).scales.keys() == expected
