@@ -19,14 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from biofx.base.isolation import parameters_kept, undisturbed
+from biofx.base.torch_internals import (
+    HigherOrderOperator,
+    OpOverload,
+    StorageWeakRef,
+    TorchDispatchMode,
+    WeakTensorKeyDictionary,
+    memory_of,
+    pytree,
+    schema_of,
+)
 from biofx.model.synapses import stored_parameters
 from biofx.recording.catalog import MAKES_CONSTANTS, Kind, decomposed, kind_of, name_of
 from biofx.recording.operations import Depends, Operation, Recording, Value, depends_of
@@ -181,7 +186,7 @@ class Recorder(TorchDispatchMode):
                 return decomposition(*args, **kwargs)
         recorded = mapped(Tensor, self.value, (tuple(args), kwargs))
         args, kwargs = self.intercept(func, args, kwargs)
-        calls_functions = isinstance(func, torch._ops.HigherOrderOperator) and name_of(func) not in _MAPS_ENTRIES
+        calls_functions = isinstance(func, HigherOrderOperator) and name_of(func) not in _MAPS_ENTRIES
         if calls_functions:
             args, kwargs = pytree.tree_map_only(Callable, self._recorded, (args, kwargs))  # type: ignore[call-overload]
         result = func(*args, **kwargs)
@@ -324,8 +329,8 @@ class Recorder(TorchDispatchMode):
         handles = [
             # A scripted module hides this method, but runs such hooks.
             nn.Module.register_forward_pre_hook(model, name_inputs, with_kwargs=True, prepend=True),
-            global_hooks.register_module_forward_pre_hook(enter),
-            global_hooks.register_module_forward_hook(leave, always_call=True),
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
         try:
             with _Names(self), _listing(model, self):
@@ -542,13 +547,13 @@ def _place_in_memory(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, .
     """Where a tensor lies; the storage is 0 if there is none to tell tensors apart by."""
     if not _is_plain(tensor):
         return 0, 0, torch.Size(()), ()
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.shape, tensor.stride()
+    return memory_of(tensor), int(tensor.storage_offset()), tensor.shape, tensor.stride()
 
 
 @cache
 def _aliases(operator: Any) -> tuple[tuple[tuple[str, int], ...], bool]:
     """The arguments that an operator writes to, by name and position, and whether it returns a view."""
-    schema = getattr(operator, "_schema", None)
+    schema = schema_of(operator)
     if schema is None:
         return (), False
     written = [
@@ -578,8 +583,8 @@ _OWN = tuple(
 
 
 def _short_name(function: Any) -> str:
-    if isinstance(function, torch._ops.OpOverload):
-        return str(function._schema.name).rpartition("::")[2]
+    if isinstance(function, OpOverload):
+        return str(schema_of(function).name).rpartition("::")[2]
     name = str(getattr(function, "__name__", function)).strip("_")
     is_operator = str(getattr(function, "__name__", "")).startswith("__")
     if is_operator:
