@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental import _config as shape_config
 from torch.fx.graph_module import reduce_graph_module
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -36,7 +36,6 @@ __all__ = [
     "HigherOrderOperator",  # there is no public name for the classes of operators
     "HookWithModule",  # hooks that were registered with `with_kwargs` or `always_call` are public only as handles
     "OpOverload",
-    "OpOverloadPacket",
     "SpectralNorm",  # `torch.nn.utils.spectral_norm` is public, but not the hook that it leaves
     "StorageWeakRef",  # `weakref.ref(tensor.untyped_storage())` dies at once: each call makes another object
     "TorchDispatchMode",  # documented in "Extending PyTorch", under this private name

@@ -384,8 +384,6 @@ def conditions_of(export: Export) -> list[Condition]:
         CaptureError: the graph has other conditions.
     """
     program = export.program
-    if not hasattr(program, "_guards_code"):
-        raise CaptureError('frontend="export" needs PyTorch 2.9 or newer, which lists the assumptions of its graphs')
     result = []
     for leaf, node in enumerate(export.inputs):
         for axis, length in enumerate(node.meta["val"].shape):
