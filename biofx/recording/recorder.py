@@ -383,7 +383,7 @@ class _Names(TorchFunctionMode):
         if name in _HANDS_OUT:
             self._recorder.note_handed_out(args[0])
         try:
-            with _without_onednn() if name in _RECURRENT else contextlib.nullcontext():
+            with _without(torch.backends.mkldnn) if name in _RECURRENT else contextlib.nullcontext():
                 return func(*args, **(kwargs or {}))
         except Exception:
             self._recorder.failed = self._recorder.failed or self._recorder.described
@@ -393,13 +393,13 @@ class _Names(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
-    """Turn off oneDNN, which has recurrent layers in one piece; `flags` would set other things, too, and warn."""
-    enabled, *_ = torch.backends.mkldnn.set_flags(False, _fp32_precision=None)
+def _without(library: Any) -> Iterator[None]:
+    """Turn off oneDNN or cuDNN, which run a layer in one piece; `flags` would set other things, too, and warn."""
+    enabled, library.enabled = library.enabled, False
     try:
         yield
     finally:
-        torch.backends.mkldnn.set_flags(enabled, _fp32_precision=None)
+        library.enabled = enabled
 
 
 _CHOOSES = frozenset(("cond", "while_loop"))
@@ -481,10 +481,7 @@ def _operator_by_operator() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            torch.backends.cudnn.flags(enabled=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with _without(torch.backends.cudnn), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
