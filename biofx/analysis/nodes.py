@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from biofx.base.torch_internals import pytree
 from biofx.model.chain import callee
 from biofx.model.islands import island_path
 from biofx.recording.catalog import COPIES, Kind

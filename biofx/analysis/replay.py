@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from biofx.analysis.reads import Form, Mixture, Read, bias_of
+from biofx.base.torch_internals import pytree
 from biofx.recording.operations import Operation, Recording, Value
 from biofx.recording.recorder import Recorder
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from biofx.analysis.activity import Activity
 from biofx.analysis.flow import Flow
@@ -22,6 +21,7 @@ from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.errors import ArgumentError
 from biofx.base.isolation import is_function, parameters_kept, split_inputs, undisturbed
 from biofx.base.randomness import fixed_defaults
+from biofx.base.torch_internals import pytree
 from biofx.model.provenance import is_transformed
 from biofx.model.synapses import stored_parameters
 from biofx.recording import inputs as guesses

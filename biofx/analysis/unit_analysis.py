@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
 from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
 from biofx.analysis.reads import Read
 from biofx.analysis.rules import Rules, nobody
+from biofx.base.torch_internals import pytree
 from biofx.recording.catalog import Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
 

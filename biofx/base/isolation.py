@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from biofx.base.contents import ATOMS, holders, is_array, is_holder, put_back
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
+from biofx.base.torch_internals import DERIVED, pytree
 
 LOCK = threading.RLock()  # random number generators and torch.nn.Module, which tracing patches, are global
 
@@ -293,13 +293,13 @@ class Snapshot:
     def changes(self) -> Iterator[Change]:
         """The changes since the snapshot."""
         for path, attribute, holder, content in self._held:
-            if attribute in _DERIVED:
+            if attribute in DERIVED:
                 continue
             if not isinstance(holder, dict):
                 if not _is_same(holder, content):
                     yield Change(path, attribute, False)
                 continue
-            for key in dict.fromkeys(key for key in [*content, *holder] if key not in _DERIVED):
+            for key in dict.fromkeys(key for key in [*content, *holder] if key not in DERIVED):
                 if key not in holder or key not in content or not _is_same(holder[key], content[key]):
                     name = str(key) if attribute in ("", *_REGISTRIES) else attribute
                     yield Change(path, name, attribute in ("", "_buffers"))
@@ -309,7 +309,6 @@ _EMPTY: dict[Any, Any] = {}
 _DICTIONARIES = frozenset((dict, OrderedDict))
 _OF_TENSORS_AND_MODULES = frozenset(("_parameters", "_buffers", "_modules"))
 _REGISTRIES = frozenset(vars(nn.Module()))
-_DERIVED = ("_flat_weights", "_flat_weight_refs")  # of recurrent layers, from their parameters
 
 
 def _has_same(holder: dict[Any, Any], content: dict[Any, Any]) -> bool:

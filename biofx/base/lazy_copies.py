@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from biofx.base.torch_internals import copy_on_write, is_copy_on_write, uses_of_memory
+
 
 def lazy_copy(tensor: Tensor) -> Tensor:
     """A copy of a tensor that shares its memory until one of the two is written to, or a clone if it cannot be shared.
@@ -18,7 +20,7 @@ def lazy_copy(tensor: Tensor) -> Tensor:
     """
     if _is_alone(tensor):
         try:
-            return tensor._lazy_clone()
+            return copy_on_write(tensor)
         except RuntimeError:  # the memory comes from a file or another process
             pass
     return tensor.clone()
@@ -26,7 +28,7 @@ def lazy_copy(tensor: Tensor) -> Tensor:
 
 def is_untouched(tensor: Tensor) -> bool:
     """Whether a tensor has certainly not been written to since it was copied lazily."""
-    return _is_plain(tensor) and bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
+    return _is_plain(tensor) and is_copy_on_write(tensor)
 
 
 def settle(tensor: Tensor) -> None:
@@ -37,11 +39,7 @@ def settle(tensor: Tensor) -> None:
 
 def _is_alone(tensor: Tensor) -> bool:
     """Whether a tensor is known to be the only one on its memory."""
-    return _is_plain(tensor) and _uses(tensor) == _uses(torch.empty(0))
-
-
-def _uses(tensor: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+    return _is_plain(tensor) and uses_of_memory(tensor) == uses_of_memory(torch.empty(0))
 
 
 def _is_plain(tensor: Tensor) -> bool:

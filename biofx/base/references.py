@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from biofx.base.torch_internals import DERIVED, HOOKS
+
 _REGISTRIES = frozenset(vars(nn.Module())) - {*HOOKS}
-_DERIVED = ("_flat_weights", "_compiled_call_impl")  # copies of a module rebuild or drop them
 
 
 def held_parameters(model: nn.Module) -> set[int]:
@@ -42,7 +42,7 @@ def enclosed(model: nn.Module) -> tuple[str, str] | None:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in (*_REGISTRIES, *_DERIVED)}
+    return {name: value for name, value in vars(module).items() if name not in (*_REGISTRIES, *DERIVED)}
 
 
 def _parts(value: Any, kind: Any, seen: set[int]) -> Iterator[Any]:

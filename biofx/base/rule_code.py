@@ -14,7 +14,7 @@ from typing import Any
 import torch.compiler.config as config
 
 _codes: dict[str, str] = {}  # of the hooks that are in models, by the name of their operator
-_others_tag = getattr(config, "cache_key_tag", "")
+_others_tag = config.cache_key_tag
 
 
 def tell_caches(name: str, *functions: Callable[..., Any] | None) -> None:
@@ -25,7 +25,7 @@ def tell_caches(name: str, *functions: Callable[..., Any] | None) -> None:
         functions: what the operator runs.
     """
     code = digest(functions)
-    if _codes.get(name) != code and hasattr(config, "cache_key_tag"):  # since PyTorch 2.7
+    if _codes.get(name) != code:
         _codes[name] = code
         config.cache_key_tag = f"{_others_tag} biofx:{digest(tuple(sorted(_codes.items())))}".strip()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
+from biofx.base.torch_internals import pytree
 from biofx.model.islands import WHOLE_MODEL
 
 

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.graph_module import reduce_graph_module
-from torch.nn.modules.module import _WrappedHook
-from torch.utils import _pytree as pytree
 
 from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
 from biofx.base.errors import CaptureError, InputError
+from biofx.base.torch_internals import DERIVED, HookWithModule, pytree, reduce_graph_module, tracer_class
 from biofx.capture.guards import GUARD
 from biofx.capture.tracer import HelperModule
 from biofx.model import weight_cache
@@ -40,8 +38,6 @@ REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstan
 
 # Their methods iterate over all children, and a captured model has more of them: synapses and helper modules.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
-_DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")  # a copy computes its own
 
 _OPERATOR = re.compile(r"torch\.ops\.biofx\.\w+")  # in generated code
 
@@ -154,7 +150,7 @@ def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) 
     Raises:
         CaptureError: the class of the model does not allow subclasses.
     """
-    module = _empty(type(model).__name__, _model_class(model), graph._tracer_cls)
+    module = _empty(type(model).__name__, _model_class(model), tracer_class(graph))
     _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_one_island else {}), graph)
     _bind_hooks(module, model)
     return module
@@ -181,7 +177,7 @@ def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Modul
 
 def _kept(model: nn.Module) -> dict[str, Any]:
     """Return the attributes that carry over between a model and its captured form, with copied registries."""
-    kept = {name: value for name, value in vars(model).items() if name not in {*_OF_GRAPH_MODULES, GUARD, *_DERIVED}}
+    kept = {name: value for name, value in vars(model).items() if name not in {*_OF_GRAPH_MODULES, GUARD, *DERIVED}}
     return {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}
 
 
@@ -244,8 +240,8 @@ def _is_traced(args: Any, kwargs: Any) -> bool:
 
 def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
     """Return a hook, bound to `module` if it is a method of `model`."""
-    if isinstance(hook, _WrappedHook):
-        return _WrappedHook(_bound_to(module, model, hook.hook), module if hook.with_module else None)
+    if isinstance(hook, HookWithModule):
+        return HookWithModule(_bound_to(module, model, hook.hook), module if hook.with_module else None)
     if isinstance(hook, MethodType) and hook.__self__ is model:
         return MethodType(hook.__func__, module)
     return hook
@@ -295,7 +291,7 @@ def _item(sequence: nn.Sequential, index: Any) -> nn.Module:
 
 
 def _attributes(module: fx.GraphModule) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in ("_graph", *_DERIVED)}
+    return {name: value for name, value in vars(module).items() if name not in ("_graph", *DERIVED)}
 
 
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from biofx.base.comparison import difference, difference_of
 from biofx.base.isolation import gradients, parameters_kept, tensors_in, undisturbed
 from biofx.base.lazy_copies import lazy_copy
+from biofx.base.torch_internals import pytree
 from biofx.model.chain import attribute, compute
 from biofx.model.islands import WHOLE_MODEL
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as global_hooks
-from torch.utils import _pytree as pytree
 
 from biofx.base.contents import contents_key, holders, is_holder, key_by_name
 from biofx.base.errors import CaptureError
+from biofx.base.torch_internals import DERIVED, GLOBAL_HOOKS, HOOKS, pytree
 from biofx.capture.assignments import assign_attribute
 from biofx.capture.outside_variables import Variable, reads
 from biofx.model.fingerprint import fingerprint
@@ -27,12 +26,9 @@ from biofx.model.slots import Slot
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 
 GUARD = "_biofx_guard"  # the attribute of a transformed model that is its guard
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _REGISTRIES = frozenset(vars(nn.Module()))
 _OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
-_DERIVED = frozenset({"_flat_weights", "_flat_weight_refs", "_compiled_call_impl"})
-_NOT_OF_USERS = _REGISTRIES | _OF_GRAPHS | _DERIVED | {RECORD}
-_GLOBAL_HOOKS = [vars(global_hooks)[f"_global{name}"] for name in HOOKS]
+_NOT_OF_USERS = _REGISTRIES | _OF_GRAPHS | {*DERIVED} | {RECORD}
 _DEEPEST = 4  # levels of nested objects that are inspected in an argument
 
 Structure = tuple[Any, ...]
@@ -102,7 +98,7 @@ class Guard:
                 )
             return True
         is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
-        if changed is not None or any(_GLOBAL_HOOKS) or is_autocast:
+        if changed is not None or any(GLOBAL_HOOKS) or is_autocast:
             return False
         return self.structures is None or structure(args, kwargs) in self.structures
 

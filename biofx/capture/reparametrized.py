@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import parametrize, prune
+
+from biofx.base.torch_internals import SpectralNorm, WeightNorm, WeightNormParametrization, pruned_name
 
 TRACEABLE_HOOKS: tuple[type, ...] = (prune.BasePruningMethod, WeightNorm)
 COMPUTING_HOOKS: tuple[type, ...] = (*TRACEABLE_HOOKS, SpectralNorm)
-TRACED_MODULES: tuple[type[nn.Module], ...] = (parametrize.ParametrizationList, parametrizations._WeightNorm)
+TRACED_MODULES: tuple[type[nn.Module], ...] = (parametrize.ParametrizationList, WeightNormParametrization)
 
 
 def unparametrized_class(module: nn.Module) -> type[nn.Module]:
@@ -69,7 +69,7 @@ def detach_computed_attributes(model: nn.Module) -> None:
 def computed_names(model: nn.Module) -> set[tuple[str, str]]:
     """The attributes that hooks compute before every forward, each as (path of the module, name)."""
     return {
-        (path, hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name)
+        (path, pruned_name(hook) if isinstance(hook, prune.BasePruningMethod) else hook.name)
         for path, module in model.named_modules()
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, prune.BasePruningMethod | WeightNorm | SpectralNorm)

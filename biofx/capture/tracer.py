@@ -13,15 +13,20 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
 from torch.fx.graph import CodeGen
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from biofx.base.contents import is_array
 from biofx.base.errors import InputError
 from biofx.base.isolation import LOCK, Draws
-from biofx.base.references import HOOKS
+from biofx.base.torch_internals import (
+    HOOKS,
+    OpOverload,
+    TorchDispatchMode,
+    call_untraced,
+    memory_of,
+    pytree,
+    without_dispatch_modes,
+)
 from biofx.capture.explanation import explain
 from biofx.capture.reparametrized import (
     TRACED_MODULES,
@@ -240,7 +245,7 @@ class Tracer(fx.Tracer):
         self.islands[path] = error.reasons[path] if isinstance(error, NotTraceable) else explain(error)
         if not any(inner.startswith(f"{path}.") for inner in self.failures):  # it may have failed only because they did
             self.failures[path] = self.islands[path]
-        torch._C._set_grad_enabled(self._gradients[0])
+        torch.set_grad_enabled(self._gradients[0])
         torch.set_rng_state(self._states[0])
         self._states[1].restore()
 
@@ -366,13 +371,13 @@ class _RefuseValues(TorchDispatchMode):
             name = self._stored.get(_memory(value)) if isinstance(value, torch.Tensor) else None
             if name is not None:
                 self._tracer.refuse_value(name)
-        return func._op(*args, **(kwargs or {}))  # not `func()`, which `_recorded_operators` makes a node
+        return call_untraced(func, args, kwargs or {})  # not `func()`, which `_recorded_operators` makes a node
 
 
 def _memory(tensor: torch.Tensor) -> int:
     """Return a key for the memory of a tensor; its views have the same key."""
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return memory_of(tensor)
     except (NotImplementedError, RuntimeError):  # sparse and nested tensors
         return id(tensor)
 
@@ -386,7 +391,7 @@ def _gradient_mode() -> tuple[bool, bool]:
 
 
 def _random_state() -> tuple[Any, Any]:
-    with torch._C._DisableTorchDispatch():  # it is called for every module, and is no computation of the model
+    with without_dispatch_modes():  # it is called for every module, and is no computation of the model
         return torch.get_rng_state().numpy().tobytes(), Draws.now()
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
+from biofx.base.torch_internals import pytree
 from biofx.capture.assignments import add_assignment
 from biofx.capture.explanation import explain
 from biofx.capture.monitoring import monitored

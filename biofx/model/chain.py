@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from biofx.base.torch_internals import empty_like, qualified_name
 from biofx.model.operators import name_of, written_name
 from biofx.model.provenance import RECORD, inserted
 from biofx.model.synapses import State, Synapses, stored_name, stored_parameters, synapses_of
@@ -164,16 +165,15 @@ def callee(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return node.target
     packet = getattr(node.target, "overloadpacket", node.target)
-    name = getattr(packet, "_qualified_op_name", None)  # only dispatcher operators have one
+    name = qualified_name(packet)  # only dispatcher operators have one
     if name is not None:
-        return written_name(str(name)).replace("::", ".").removeprefix("aten.")
+        return written_name(name).replace("::", ".").removeprefix("aten.")
     return str(getattr(node.target, "__name__", node.target))
 
 
 def number_nodes(bio: fx.GraphModule) -> None:
     """Number the nodes in graph order, so that the generated code reads in order, and recompile."""
-    numbered = fx.Graph(tracer_cls=bio.graph._tracer_cls)
-    numbered.set_codegen(bio.graph._codegen)
+    numbered = empty_like(bio.graph)
     copies: dict[fx.Node, fx.Node] = {}
     for node in bio.graph.nodes:
         args, kwargs = (fx.map_arg(a, copies.__getitem__) for a in (node.args, node.kwargs))

@@ -17,13 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from biofx.base import rule_code
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.gains import decoded, drawn
 from biofx.base.noise import Counter
+from biofx.base.torch_internals import (
+    below_autograd,
+    below_transform,
+    is_transformed_by_functions,
+    parsed_schema,
+    qualified_name,
+    runs_backward,
+)
 
 NAMESPACE = "biofx"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -148,7 +154,7 @@ def gradient_hook(
         Hook.__name__ = Hook.__qualname__ = name.replace(".", "_")
 
         def hook(weight: Tensor, *others: Any) -> Tensor:
-            if functorch.peek_interpreter_stack() is None:
+            if not is_transformed_by_functions():
                 result: Tensor = Hook.apply(weight, *others)  # type: ignore[no-untyped-call]
                 return result
             # Under torch.func transforms, the dispatcher finds no kernel of an autograd.Function. `scaled` carries the
@@ -244,7 +250,7 @@ def draw_noise(
 def _with_noise(rule: GradientRule, name: str, schema: str, draw: Draw, drawn_from: int) -> GradientRule:
     """A rule that draws its noise itself, by an operator of its own."""
     end = len(COUNTER) + drawn_from
-    arguments = ["Tensor like", *(f"{a.type} {a.name}" for a in torch._C.parse_schema(schema).arguments[1 : 1 + end])]
+    arguments = ["Tensor like", *(f"{a.type} {a.name}" for a in parsed_schema(schema).arguments[1 : 1 + end])]
 
     def noise(like: Tensor, seed: Tensor, steps: Tensor, site: str, *others: Any) -> Tensor:
         return draw([like], [Counter(seed, steps, (written_name(name), site))], *others)[0]
@@ -275,7 +281,7 @@ def _with_noise(rule: GradientRule, name: str, schema: str, draw: Draw, drawn_fr
 
 def name_of(target: Any) -> str:
     """Return the name of an operator of biofx without its overload; empty for other targets."""
-    namespace, _, name = str(getattr(target, "_qualified_op_name", "")).partition("::")
+    namespace, _, name = (qualified_name(target) or "").partition("::")
     return name if namespace == NAMESPACE else ""
 
 
@@ -339,7 +345,7 @@ def _takes_weight(rule: GradientRule) -> bool:
 
 def _check_rule(rule: GradientRule, schema: str, draw: Draw | None) -> tuple[bool, int]:
     """Whether a rule takes the weight, and how many arguments, in addition to the counter, its noise is drawn from."""
-    parsed = torch._C.parse_schema(schema)
+    parsed = parsed_schema(schema)
     if not parsed.name.endswith("_grad"):
         raise ArgumentError(f"operators.gradient_hook: the name of a hook ends in _grad, got {parsed.name!r}")
     takes_weight, drawn_from = _takes_weight(rule), []
@@ -457,8 +463,8 @@ def observer(name: str) -> Callable[[Observation], Observation]:
         name = _new_name("observer", written, look)
 
         def kernel(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
-            if training and torch._C._current_graph_task_id() == -1:
-                with torch._C._AutoDispatchBelowAutograd():  # no gradients, and no tangents in the state
+            if training and not runs_backward():
+                with below_autograd():  # no gradients, and no tangents in the state
                     axis = _from_behind(unit_axis, activity)
                     activity = activity[None]
                     positions = tuple(d for d in range(-activity.dim(), 0) if d != axis)
@@ -471,7 +477,7 @@ def observer(name: str) -> Callable[[Observation], Observation]:
 
         def below_transform(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
             axis = _from_behind(unit_axis, activity)
-            for seen_activity, seen_state in _below_transform(activity, state):
+            for seen_activity, seen_state in _for_each_model(activity, state):
                 operator(seen_activity, seen_state, axis, training)
 
         # Observers have no gradients, so every transform of torch.func just passes on the tensors that it wraps.
@@ -498,21 +504,12 @@ def _add(state: Tensor, sums: Tensor, positions: int) -> None:
     torch.sub(added, total - before, out=rest)
 
 
-def _below_transform(activity: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _for_each_model(activity: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Unwrap the innermost transform of torch.func: yield each state with the activity that belongs to it."""
-    interpreter = retrieve_current_functorch_interpreter()
-    (activity, of_activity), (state, of_state) = (_unwrapped(x, interpreter) for x in (activity, state))
-    with interpreter.lower():
+    with below_transform(activity, state) as ((activity, of_activity), (state, of_state)):
         if of_state is None:  # one model on many samples
             yield activity if of_activity is None else activity.movedim(of_activity, 0), state
             return
         for model in range(state.shape[of_state]):  # many models, each with a state of its own
             own = activity if of_activity is None else activity.select(of_activity, model)
             yield own, state.select(of_state, model)
-
-
-def _unwrapped(x: Tensor, interpreter: Any) -> tuple[Tensor, int | None]:
-    """Return the tensor that a transform wraps, and the dimension that `vmap` maps over."""
-    if interpreter.key() == functorch.TransformType.Vmap:
-        return functorch._unwrap_batched(x, interpreter.level())
-    return functorch._unwrap_for_grad(x, interpreter.level()), None

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.errors import PipelineError
 from biofx.base.gains import coded, decoded
+from biofx.base.torch_internals import qualified_name
 from biofx.model import weight_cache
 from biofx.model.operators import operator_of, tell_caches, written_name
 from biofx.model.slots import Inserted, Slot
@@ -53,12 +54,12 @@ class Link:
     @property
     def name(self) -> str:
         """The target's name."""
-        name = getattr(self.target, "_qualified_op_name", getattr(self.target, "__name__", self.target))
-        return written_name(str(name)).replace("::", ".")
+        name = qualified_name(self.target) or str(getattr(self.target, "__name__", self.target))
+        return written_name(name).replace("::", ".")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        name = getattr(self.target, "_qualified_op_name", None)  # pickle cannot save dispatcher operators
-        return _unpickled_link, (self.target if name is None else str(name), self.args, self.origin)
+        # Pickle cannot save dispatcher operators.
+        return _unpickled_link, (qualified_name(self.target) or self.target, self.args, self.origin)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return self  # the copy of a model runs what the model runs; one that was pickled, what a name means then

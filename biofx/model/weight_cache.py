@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biofx.base.torch_internals import is_intercepted, saves_by_hooks
+
 
 class _ThreadState(threading.local):  # two threads may call the same model at the same time
     """The weights of the present thread.
@@ -51,7 +53,7 @@ def cached(synapses: nn.Module, stored: Tensor, compute: Callable[[], Tensor]) -
     operator. Hooks on saved tensors, which activation checkpointing sets, expect the same operators in the
     recomputation as in the forward.
     """
-    if _thread.cache is None or is_intercepted() or torch._C._autograd._top_saved_tensors_default_hooks(True):
+    if _thread.cache is None or is_intercepted() or saves_by_hooks():
         return compute()
     version = None if stored.is_inference() else stored._version
     key = (id(stored), version, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
@@ -59,15 +61,6 @@ def cached(synapses: nn.Module, stored: Tensor, compute: Callable[[], Tensor]) -
     if entry is None or entry[0] != key:
         entry = _thread.cache[synapses] = key, compute()
     return entry[1]
-
-
-def is_intercepted() -> bool:
-    """Whether a transform of `torch.func`, a dispatch mode or a function mode intercepts operators now."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def substitute_for(synapses: nn.Module) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from biofx.base.errors import ArgumentError
-from biofx.model.weight_cache import is_intercepted
+from biofx.base.torch_internals import NO_TORCH_FUNCTION, is_intercepted
 
 FOLD = "fold the model first (biofx.fold), and transform the result again"
 LOST = (
@@ -36,7 +36,7 @@ class WeightTensor(Tensor):
     """A weight that shares its memory with the stored tensor, so that writes take effect."""
 
     # As in nn.Parameter: operators return plain tensors, and run without the overhead of __torch_function__.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = NO_TORCH_FUNCTION
     synapses: Any  # the synapses that the weight comes from
 
     # These would act on this temporary tensor only, not on the stored one.

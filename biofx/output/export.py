@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
 from biofx.base.comparison import difference
 from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.isolation import run_in_eval_mode, split_inputs
+from biofx.base.torch_internals import pytree
 from biofx.model.provenance import transformed
 from biofx.output.fold import fold, why_weights_do_not_suffice
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from biofx.base.isolation import split_inputs
+from biofx.base.torch_internals import pytree
 
 BATCH = 2
 FIRST = 3  # layers, or weights, that may read the arguments

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from biofx.base.torch_internals import OpOverload, schema_of
+
 
 class Kind(enum.Enum):
     """What becomes of units in an operator."""
@@ -163,7 +165,7 @@ TAKES_NUMBERS = PRODUCTS_OF_ENTRIES | _names(
 
 def name_of(operator: Any) -> str:
     """The name of a dispatcher operator."""
-    schema = getattr(operator, "_schema", None)
+    schema = schema_of(operator)
     if schema is None:  # a higher-order operator
         return str(operator)
     namespace, _, name = schema.name.partition("::")
@@ -175,12 +177,12 @@ def name_of(operator: Any) -> str:
 def kind_of(operator: Any) -> Kind:
     """What an operator does to the units of its operands."""
     name = name_of(operator)
-    if name in ("max", "min") and operator._overloadname == "other":
+    if operator in (torch.ops.aten.max.other, torch.ops.aten.min.other):
         return Kind.MERGE
     if name in _KINDS:
         return _KINDS[name]
     if torch.Tag.pointwise in getattr(operator, "tags", ()):
-        tensors = [a for a in operator._schema.arguments if "Tensor" in str(a.type)]
+        tensors = [a for a in schema_of(operator).arguments if "Tensor" in str(a.type)]
         return Kind.MERGE if len(tensors) > 1 else Kind.KEEP
     return Kind.UNKNOWN
 
@@ -193,21 +195,19 @@ def sign_of(name: str) -> Sign:
 @cache
 def decomposed(operator: Any) -> Callable[..., Any] | None:
     """The function by which an operator is replaced that has no entry here, and consists of others; else None."""
-    if not isinstance(operator, torch._ops.OpOverload):
+    if not isinstance(operator, OpOverload):
         return None
     is_known = kind_of(operator) is not Kind.UNKNOWN and name_of(operator) not in ("linear", "matmul")
-    if is_known or operator._schema.is_mutable:
+    if is_known or schema_of(operator).is_mutable:
         return None
-    if torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"):
+    if operator.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd):
         return operator.decompose  # inference mode hands them over whole
     return _decompositions().get(operator)
 
 
 @cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    from torch._decomp import core_aten_decompositions  # takes 0.1 s to import
-
-    return dict(core_aten_decompositions().items())
+    return dict(torch.export.default_decompositions().items())
 
 
 @cache
@@ -215,5 +215,5 @@ def argument_positions(operator: Any) -> dict[str, tuple[int, Any]]:
     """The position and the default of each argument of an operator, by its name."""
     return {
         argument.name: (position, argument.default_value if argument.has_default_value() else None)
-        for position, argument in enumerate(operator._schema.arguments)
+        for position, argument in enumerate(schema_of(operator).arguments)
     }

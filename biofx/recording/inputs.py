@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils import _pytree as pytree
 
 from biofx.base.isolation import parameters_kept, undisturbed
+from biofx.base.torch_internals import pytree
 from biofx.recording.arguments import BATCH, EXTENTS, Extents, Forward, Inputs, Option, TensorSpec
 
 ATTEMPTS = 64  # for one model; most die in its first layers
@@ -45,7 +44,7 @@ def guess(model: nn.Module) -> Inputs | None:
         >>> guess(model).description
         'guessed: input float32 (2, 3, 14, 14)'
     """
-    if any(map(is_lazy, chain(model.parameters(), model.buffers()))):  # a run would settle their shapes
+    if any(map(nn.parameter.is_lazy, chain(model.parameters(), model.buffers()))):  # a run would settle their shapes
         return None
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):  # their state cannot be restored
         return None

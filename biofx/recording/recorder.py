@@ -19,14 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from biofx.base.isolation import parameters_kept, undisturbed
+from biofx.base.torch_internals import (
+    HigherOrderOperator,
+    OpOverload,
+    StorageWeakRef,
+    TorchDispatchMode,
+    WeakTensorKeyDictionary,
+    memory_of,
+    pytree,
+    schema_of,
+)
 from biofx.model.synapses import stored_parameters
 from biofx.recording.catalog import MAKES_CONSTANTS, Kind, decomposed, kind_of, name_of
 from biofx.recording.operations import Depends, Operation, Recording, Value, depends_of
@@ -181,7 +186,7 @@ class Recorder(TorchDispatchMode):
                 return decomposition(*args, **kwargs)
         recorded = mapped(Tensor, self.value, (tuple(args), kwargs))
         args, kwargs = self.intercept(func, args, kwargs)
-        calls_functions = isinstance(func, torch._ops.HigherOrderOperator) and name_of(func) not in _MAPS_ENTRIES
+        calls_functions = isinstance(func, HigherOrderOperator) and name_of(func) not in _MAPS_ENTRIES
         if calls_functions:
             args, kwargs = pytree.tree_map_only(Callable, self._recorded, (args, kwargs))  # type: ignore[call-overload]
         result = func(*args, **kwargs)
@@ -324,8 +329,8 @@ class Recorder(TorchDispatchMode):
         handles = [
             # A scripted module hides this method, but runs such hooks.
             nn.Module.register_forward_pre_hook(model, name_inputs, with_kwargs=True, prepend=True),
-            global_hooks.register_module_forward_pre_hook(enter),
-            global_hooks.register_module_forward_hook(leave, always_call=True),
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
         try:
             with _Names(self), _listing(model, self):
@@ -378,7 +383,7 @@ class _Names(TorchFunctionMode):
         if name in _HANDS_OUT:
             self._recorder.note_handed_out(args[0])
         try:
-            with _without_onednn() if name in _RECURRENT else contextlib.nullcontext():
+            with _without(torch.backends.mkldnn) if name in _RECURRENT else contextlib.nullcontext():
                 return func(*args, **(kwargs or {}))
         except Exception:
             self._recorder.failed = self._recorder.failed or self._recorder.described
@@ -388,13 +393,13 @@ class _Names(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
-    """Turn off oneDNN, which has recurrent layers in one piece; `flags` would set other things, too, and warn."""
-    enabled, *_ = torch.backends.mkldnn.set_flags(False, _fp32_precision=None)
+def _without(library: Any) -> Iterator[None]:
+    """Turn off oneDNN or cuDNN, which run a layer in one piece; `flags` would set other things, too, and warn."""
+    enabled, library.enabled = library.enabled, False
     try:
         yield
     finally:
-        torch.backends.mkldnn.set_flags(enabled, _fp32_precision=None)
+        library.enabled = enabled
 
 
 _CHOOSES = frozenset(("cond", "while_loop"))
@@ -476,10 +481,7 @@ def _operator_by_operator() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            torch.backends.cudnn.flags(enabled=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with _without(torch.backends.cudnn), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -542,13 +544,13 @@ def _place_in_memory(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, .
     """Where a tensor lies; the storage is 0 if there is none to tell tensors apart by."""
     if not _is_plain(tensor):
         return 0, 0, torch.Size(()), ()
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.shape, tensor.stride()
+    return memory_of(tensor), int(tensor.storage_offset()), tensor.shape, tensor.stride()
 
 
 @cache
 def _aliases(operator: Any) -> tuple[tuple[tuple[str, int], ...], bool]:
     """The arguments that an operator writes to, by name and position, and whether it returns a view."""
-    schema = getattr(operator, "_schema", None)
+    schema = schema_of(operator)
     if schema is None:
         return (), False
     written = [
@@ -578,8 +580,8 @@ _OWN = tuple(
 
 
 def _short_name(function: Any) -> str:
-    if isinstance(function, torch._ops.OpOverload):
-        return str(function._schema.name).rpartition("::")[2]
+    if isinstance(function, OpOverload):
+        return str(schema_of(function).name).rpartition("::")[2]
     name = str(getattr(function, "__name__", function)).strip("_")
     is_operator = str(getattr(function, "__name__", "")).startswith("__")
     if is_operator:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from torch.utils import _pytree as pytree
+from biofx.base.torch_internals import pytree
 
 Leaf = TypeVar("Leaf")
 

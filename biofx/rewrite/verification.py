@@ -13,6 +13,7 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.verdict import Verdict
 from biofx.base.errors import VerificationError
 from biofx.base.gains import decoded
+from biofx.base.torch_internals import qualified_name
 from biofx.model.chain import chain, parameter_nodes
 from biofx.model.operators import NAMESPACE
 from biofx.model.provenance import changed_since, inserted, inserted_nodes, record_of, unwrapped
@@ -115,7 +116,7 @@ def _chains(bio: fx.GraphModule) -> Iterator[str]:
 
 
 def _namespace(node: fx.Node) -> str:
-    return str(getattr(node.target, "_qualified_op_name", "")).partition("::")[0]
+    return (qualified_name(node.target) or "").partition("::")[0]
 
 
 def _parameters(bio: fx.GraphModule) -> Iterator[str]:

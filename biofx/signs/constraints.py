@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biofx.base.torch_internals import is_transformed_by_functions
 from biofx.model.operators import define_operator
 from biofx.model.slots import Slot
 
@@ -64,7 +65,7 @@ class _Rectify(torch.autograd.Function):
 
 def _project(weight: Tensor, sign: Tensor) -> Tensor:
     """relu(w·s)·s with the gradient of the identity, so that synapses at zero learn."""
-    if torch._C._functorch.peek_interpreter_stack() is None:  # torch.func runs no autograd.Function without vmap rules
+    if not is_transformed_by_functions():  # torch.func runs no autograd.Function without vmap rules
         return _Rectify.apply(weight, sign)  # type: ignore[no-any-return, no-untyped-call]
     return rectify(weight, sign).detach() + (weight - weight.detach())
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import as_recorded_graph
 from biofx.analysis.replay import PendingRead, Replay
 from biofx.analysis.understanding import Run, Understanding, call
+from biofx.base.torch_internals import pytree
 from biofx.recording.operations import Depends, Recording
 from biofx.recording.recorder import Recorder, recording_of
 

@@ -16,7 +16,7 @@ from biofx.weights.facts import Need
 if TYPE_CHECKING:
     from biofx.rewrite.model_editor import ModelEditor
 
-BatchNorm = nn.modules.batchnorm._BatchNorm
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def keep_scales_nonnegative(model: ModelEditor, scales: Mapping[str, Collection[str]]) -> None:
@@ -58,7 +58,7 @@ def _move_sign_into_weight(model: ModelEditor, scale: str) -> None:
     path = scale.rpartition(".")[0]
     norm = model.bio.get_submodule(path)
     calls = list(model.bio.graph.find_nodes(op="call_module", target=path))
-    if not isinstance(norm, BatchNorm) or len(calls) != 1:
+    if not isinstance(norm, BATCH_NORMS) or len(calls) != 1:
         return
     site = next((s for s in model.sites.values() if s.outputs == (calls[0].args[0],)), None)
     if site is None or site.unmet(Need.OUTPUT) is not None or set(site.outputs[0].users) != set(calls):

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.randomness import fixed_defaults
+from biofx.base.torch_internals import runs_step_hooks
 from biofx.model.provenance import record_of, transformed
 from biofx.model.synapses import Synapses, stored
 from biofx.rewrite.registry import Moment, Pass
@@ -144,8 +145,7 @@ def detach(bio: nn.Module) -> None:
 
 def _check_runs_hooks(optimizer: Optimizer) -> None:
     """Refuse an optimizer that wraps another one without being one itself: its steps would run no hooks."""
-    # The constructor of Optimizer marks the step of a class that runs hooks so.
-    if getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if runs_step_hooks(optimizer):
         return
     inner = next((f".{name}" for name, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
     what = f"attach the one that it wraps, its {inner}" if inner else "call super().__init__() in its class"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from biofx.base.errors import LifecycleError
+from biofx.base.torch_internals import recompile_limit
 from biofx.training import blocks
 
 CPU = 1 << 20  # entries in a block: what is compiled goes over memory once
@@ -77,18 +76,10 @@ def _kernel(each: Callable[..., Tensor]) -> Callable[..., None]:
     compiled = torch.compile(in_place, dynamic=True)
 
     def run(*tensors: Tensor, **options: Any) -> None:
-        with _many_variants():
+        with recompile_limit(VARIANTS):  # one for each pipeline of a process
             compiled(*tensors, **options)
 
     return run
-
-
-def _many_variants() -> AbstractContextManager[None]:
-    """Let a kernel have a variant for each pipeline of a process; after eight, PyTorch would not compile any more."""
-    config: Any = importlib.import_module("torch._dynamo.config")
-    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
-    patched: AbstractContextManager[None] = config.patch({limit: VARIANTS})
-    return patched
 
 
 def check_compiler(device: torch.device) -> None:

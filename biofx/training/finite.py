@@ -118,7 +118,9 @@ def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) ->
     for tensor in dict.fromkeys(tensors):
         if tensor.device in finite:
             kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
-    before = {kind: list(torch._foreach_clone(own)) for kind, own in kinds.items()}
+    before = {kind: [torch.empty_like(tensor) for tensor in own] for kind, own in kinds.items()}
+    for kind, own in kinds.items():
+        torch._foreach_copy_(before[kind], own)
     yield
     for (device, dtype), own in kinds.items():
         for block in blocks.blocks(own, before[device, dtype]):

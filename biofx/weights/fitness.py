@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from biofx.base.torch_internals import is_traceable_wrapper_subclass
 
 
 def why_unfit(parameter: nn.Parameter) -> str | None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from biofx.base.torch_internals import pytree
 from biofx.model.chain import attribute, compute
 from biofx.model.islands import island_path
 from biofx.widening.sizes import SIZES, doubled_sizes, own_tensors, unit_axis

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from biofx.base.torch_internals import pytree
 from biofx.recording.catalog import Kind
 from biofx.widening.axis_doubling import (
     AxisDoubling,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from biofx.base.torch_internals import pytree
 
 if TYPE_CHECKING:
     from biofx.widening.axis_doubling import AxisDoubling

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from biofx.base.torch_internals import pytree
 from biofx.model.chain import attribute
 from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.recording.catalog import Kind

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 
+from biofx.base.torch_internals import OpOverload, schema_of
 from biofx.capture.modes import ModeConstant, is_equal
 from biofx.capture.tracer import HelperModule, Tracer, unused_name
 from biofx.model.control_flow import ControlFlow
@@ -266,12 +266,12 @@ def _completed(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call, completed with the defaults of the operator."""
     args, kwargs = list(node.args), dict(node.kwargs)
     if isinstance(node.target, OpOverload):
-        for argument in node.target._schema.arguments[len(args) :]:
+        for argument in schema_of(node.target).arguments[len(args) :]:
             if argument.name in kwargs or not argument.has_default_value():
                 continue
             if argument.kwarg_only:
                 kwargs[argument.name] = argument.default_value
-            elif len(args) == node.target._schema.arguments.index(argument):
+            elif len(args) == schema_of(node.target).arguments.index(argument):
                 args.append(argument.default_value)
     return tuple(args), dict(sorted(kwargs.items()))
 
@@ -280,7 +280,7 @@ def _without_defaults(node: fx.Node, args: Any, kwargs: Any) -> tuple[tuple[Any,
     """Return the arguments of a call, without those equal to the defaults of the operator."""
     if not isinstance(node.target, OpOverload):
         return args, kwargs
-    arguments = node.target._schema.arguments
+    arguments = schema_of(node.target).arguments
 
     def is_default(argument: Any, value: Any) -> bool:
         default = argument.default_value

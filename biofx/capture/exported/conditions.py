@@ -36,8 +36,10 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": min,
     "Min": min,
+    "torch.sym_min": min,
     "max": max,
     "Max": max,
+    "torch.sym_max": max,
     "abs": abs,
     "Mod": operator.mod,
     "PythonMod": operator.mod,
@@ -147,7 +149,7 @@ def parsed(guard: str, inputs: str) -> Condition:
 
     tree = ast.parse(guard.strip(), mode="eval").body
     condition = expression(tree)
-    text = ast.unparse(tree)
+    text = ast.unparse(tree).replace("torch.sym_", "")
     for found in sizes:
         text = text.replace(
             f"L['{inputs}'][{found.leaf}].size()[{found.axis}]", f"{{{found.leaf}}}.shape[{found.axis}]"

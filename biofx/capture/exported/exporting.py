@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import split_inputs
-from biofx.base.references import HOOKS
+from biofx.base.torch_internals import HOOKS
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.equivalence import disagreement, run_with
 from biofx.capture.explanation import lines_of

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental import _config as shape_config
-from torch.utils.checkpoint import CheckpointFunction
 
 from biofx.base.errors import CaptureError
 from biofx.base.isolation import Draws, Snapshot, parameters_kept
+from biofx.base.torch_internals import CheckpointFunction, any_batch_size, guards_of
 from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, parsed, without_duplicates
 from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.monitoring import monitored
@@ -166,9 +165,9 @@ class _ExportMonitor:
     def following(self) -> Iterator[None]:
         """Track which module runs, and detect reentrant checkpointing, which torch.export would silently drop."""
 
-        def apply(cls: Any, *args: Any) -> Any:
+        def apply(*args: Any) -> Any:
             self.note_side_effect(self._path, "calls checkpoint with use_reentrant=True")
-            return original(cls, *args)
+            return original(*args)
 
         def enter(module: nn.Module, *_: Any) -> None:
             if module in self._paths:
@@ -182,8 +181,8 @@ class _ExportMonitor:
             nn.modules.module.register_module_forward_pre_hook(enter),
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
-        original = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-        CheckpointFunction.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        original: Any = CheckpointFunction.apply
+        CheckpointFunction.apply = apply  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -257,7 +256,7 @@ def _exported(module: nn.Module, leaves: tuple[Tensor, ...]) -> torch.export.Exp
     dynamic = tuple(dict.fromkeys(_dynamic_axes(leaf), torch.export.Dim.AUTO) for leaf in leaves)
     try:
         # By default, torch.export specializes lengths of 0 and 1; here a batch of one is like any other.
-        with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        with any_batch_size():
             return torch.export.export(module, leaves, dynamic_shapes=(dynamic,), strict=False)
     except Exception:  # noqa: BLE001 - the export may succeed with fixed shapes
         return torch.export.export(module, leaves, strict=False)
@@ -385,8 +384,6 @@ def conditions_of(export: Export) -> list[Condition]:
         CaptureError: the graph has other conditions.
     """
     program = export.program
-    if not hasattr(program, "_guards_code"):
-        raise CaptureError('frontend="export" needs PyTorch 2.9 or newer, which lists the assumptions of its graphs')
     result = []
     for leaf, node in enumerate(export.inputs):
         for axis, length in enumerate(node.meta["val"].shape):
@@ -397,4 +394,4 @@ def conditions_of(export: Export) -> list[Condition]:
             for relation, bound in ((operator.ge, allowed.lower), (operator.le, allowed.upper)) if allowed else ():
                 if bound.is_Integer and bound > 0:
                     result.append(has_length(leaf, axis, relation, int(bound)))
-    return without_duplicates([*result, *(parsed(guard, "leaves") for guard in program._guards_code)])
+    return without_duplicates([*result, *(parsed(guard, "leaves") for guard in guards_of(program))])

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from biofx.base.errors import CaptureError, InputError
+from biofx.base.torch_internals import pytree
 from biofx.capture.tracer import HelperModule
 
 LITERALS = (tuple, list, dict)  # containers that a graph can unpack and return without a helper module

@@ -1,0 +1,204 @@
+"""Torch internals: all private and undocumented interfaces of PyTorch that biofx uses.
+
+Each has the public alternative that is not enough beside it. `tests/base/test_torch_internals.py` fails by name if one
+changes, and lists the private attributes that are read where they are needed, such as `Module._parameters`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx.experimental import _config as shape_config
+from torch.fx.graph_module import reduce_graph_module
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as modules
+from torch.nn.modules.module import _WrappedHook as HookWithModule
+from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = [
+    "CheckpointFunction",  # patching `torch.utils.checkpoint.checkpoint` misses who imported it by name
+    "HigherOrderOperator",  # there is no public name for the classes of operators
+    "HookWithModule",  # hooks that were registered with `with_kwargs` or `always_call` are public only as handles
+    "OpOverload",
+    "SpectralNorm",  # `torch.nn.utils.spectral_norm` is public, but not the hook that it leaves
+    "StorageWeakRef",  # `weakref.ref(tensor.untyped_storage())` dies at once: each call makes another object
+    "TorchDispatchMode",  # documented in "Extending PyTorch", under this private name
+    "WeakTensorKeyDictionary",  # `weakref.WeakKeyDictionary` compares tensors with ==
+    "WeightNorm",  # `torch.nn.utils.weight_norm` is public, but not the hook that it leaves
+    "WeightNormParametrization",  # `torch.nn.utils.parametrizations.weight_norm` returns the module, not this
+    "is_traceable_wrapper_subclass",  # `type(tensor)` does not tell whether a subclass wraps other tensors
+    "pytree",  # `torch.fx.map_arg` knows only the containers of graphs
+    "reduce_graph_module",  # `pickle` rebuilds a `GraphModule`, but not of a class of one's own
+]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The registries of hooks of a module; public are only functions that add to them."""
+
+GLOBAL_HOOKS: list[dict[int, Any]] = [vars(modules)[f"_global{name}"] for name in HOOKS]
+"""The hooks of all modules; public are only functions that add to them."""
+
+DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
+"""What a module derives from its parameters and its forward, so that a copy makes its own; nothing public tells."""
+
+NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
+"""The `__torch_function__` of `nn.Parameter`: operators return plain tensors. What is public is a context only."""
+
+
+# --- what intercepts operators now -----------------------------------------------------------------------------------
+
+
+def is_intercepted() -> bool:
+    """Whether a transform of `torch.func`, a dispatch mode or a function mode is active; nothing public tells."""
+    return bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or is_transformed_by_functions()
+    )
+
+
+def is_transformed_by_functions() -> bool:
+    """Whether a transform of `torch.func` runs; nothing public tells."""
+    return functorch.peek_interpreter_stack() is not None
+
+
+def saves_by_hooks() -> bool:
+    """Whether hooks on saved tensors are set; `torch.autograd.graph.saved_tensors_hooks` only sets them."""
+    return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))
+
+
+def runs_backward() -> bool:
+    """Whether backward runs on this thread, as in the recomputation of a checkpoint; nothing public tells."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Run operators without gradients and tangents; `torch.no_grad` keeps the tangents of forward mode."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def without_dispatch_modes() -> AbstractContextManager[None]:
+    """Run operators that dispatch modes do not see; public modes can only be left by whoever entered them."""
+    return torch._C._DisableTorchDispatch()
+
+
+@contextmanager
+def below_transform(*tensors: Tensor) -> Iterator[list[tuple[Tensor, int | None]]]:
+    """Run the block below the innermost transform of `torch.func`; `torch.library` has a rule for `vmap` only.
+
+    Yields:
+        The tensors that the transform wraps, each with the dimension that `vmap` maps over.
+    """
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    if interpreter.key() == functorch.TransformType.Vmap:
+        unwrapped = [functorch._unwrap_batched(tensor, level) for tensor in tensors]
+    else:
+        unwrapped = [(functorch._unwrap_for_grad(tensor, level), None) for tensor in tensors]
+    with interpreter.lower():
+        yield unwrapped
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def qualified_name(target: Any) -> str | None:
+    """Namespace and name of an operator without its overload, or None; `str` tells operators not from functions."""
+    name = getattr(target, "_qualified_op_name", None)
+    return None if name is None else str(name)
+
+
+def schema_of(operator: Any) -> Any:
+    """The schema of an operator, or None; `torch.library.infer_schema` reads that of a function only."""
+    return getattr(operator, "_schema", None)
+
+
+def parsed_schema(schema: str) -> Any:
+    """The arguments and results in the text of a schema; `torch.library` only defines operators by it."""
+    return torch._C.parse_schema(schema)
+
+
+def call_untraced(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call an operator that a patch of `OpOverload.__call__` does not see; calling it is the only public way."""
+    return operator._op(*args, **kwargs)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def memory_of(tensor: Tensor) -> int:
+    """A key for the memory of a tensor and its views; `data_ptr` is 0 if empty, and ends copies on write."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def uses_of_memory(tensor: Tensor) -> int:
+    """How many objects refer to the memory of a tensor; nothing public tells."""
+    return int(torch._C._storage_Use_Count(memory_of(tensor)))
+
+
+def copy_on_write(tensor: Tensor) -> Tensor:
+    """A copy whose memory moves when one of the two is written to; `clone` copies at once."""
+    return tensor._lazy_clone()
+
+
+def is_copy_on_write(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor has not moved yet; nothing public tells."""
+    return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
+
+
+# --- modules, graphs, optimizers -------------------------------------------------------------------------------------
+
+
+def pruned_name(hook: BasePruningMethod) -> str:
+    """The name of the parameter that a hook prunes; `torch.nn.utils.prune.is_pruned` tells only that there is one."""
+    return hook._tensor_name
+
+
+def tracer_class(graph: fx.Graph) -> Any:
+    """The class of the tracer of a graph; `fx.Graph` only takes it."""
+    return graph._tracer_cls
+
+
+def empty_like(graph: fx.Graph) -> fx.Graph:
+    """A graph without nodes whose tracer and code generation are those of another; `fx.Graph` only takes them."""
+    result = fx.Graph(tracer_cls=tracer_class(graph))
+    result.set_codegen(graph._codegen)
+    return result
+
+
+def runs_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether steps of an optimizer run hooks; `register_step_pre_hook` succeeds where they do not."""
+    return getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks")
+
+
+# --- compiling and exporting -----------------------------------------------------------------------------------------
+
+
+def recompile_limit(limit: int) -> AbstractContextManager[None]:
+    """Let functions have this many compiled variants; `torch.compile` takes a limit only since PyTorch 2.12."""
+    config: Any = importlib.import_module("torch._dynamo.config")  # takes seconds, and only who compiles needs it
+    patched: AbstractContextManager[None] = config.patch(recompile_limit=limit)
+    return patched
+
+
+def any_batch_size() -> AbstractContextManager[None]:
+    """Let `torch.export` take lengths of 0 and 1 like any others; `Dim.AUTO` specializes them."""
+    return shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined, no-any-return]
+
+
+def guards_of(program: torch.export.ExportedProgram) -> list[str]:
+    """The assumptions about shapes under which a graph is correct; `range_constraints` has only those of one length."""
+    return list(program._guards_code)
