@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,16 +26,17 @@ def written_options(options: Any) -> dict[str, Any]:
     return {field.name: _written(getattr(options, field.name), field.name) for field in dataclasses.fields(options)}
 
 
-def described_options(options: Any) -> dict[str, str]:
-    """The fields of a dataclass as texts, to compare with those of another: what has no name is its class."""
-    described = {}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        try:
-            described[field.name] = json.dumps(_written(value, field.name), ensure_ascii=False)
-        except SavingError:
-            described[field.name] = f"an instance of {type(value).__qualname__}"
-    return described
+def described_options(options: Any, omitted: Collection[str]) -> dict[str, str]:
+    """The fields of a dataclass as texts, to compare with those of another. What has no name is its class."""
+    names = [field.name for field in dataclasses.fields(options) if field.name not in omitted]
+    return {name: _described(getattr(options, name)) for name in names}
+
+
+def _described(value: Any) -> str:
+    name = _name(value) if callable(value) else None
+    if name is not None:
+        return name
+    return f"an instance of {type(value).__qualname__}" if callable(value) else repr(value)
 
 
 def read_option(value: Any, where: str) -> Any:

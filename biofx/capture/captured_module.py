@@ -23,7 +23,7 @@ from biofx.capture.guards import GUARD
 from biofx.capture.tracer import HelperModule
 from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
-from biofx.model.checkpoints import converted_checkpoint
+from biofx.model.checkpoints import OPTIONS, converted_checkpoint, other_option, passes_of
 from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
 from biofx.model.operators import written_name
@@ -116,11 +116,25 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         """Load a checkpoint of this model, or of the original one; see `torch.nn.Module.load_state_dict`.
 
         Raises:
-            ArgumentError: `strict`, and other passes made the model of the checkpoint; names the first difference.
+            ArgumentError: `strict`, and other passes, or these with other options, made the model of the checkpoint;
+                names the first difference.
         """
         if is_transformed(self):
-            state_dict = converted_checkpoint(self, state_dict, str(record_of(self)), strict)
+            state_dict = converted_checkpoint(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_transformed(self) and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][OPTIONS] = passes_of(self)
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: Any
+    ) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        found = other_option(self, metadata) if is_transformed(self) else None
+        if found is not None:  # in a model that contains this one, which raises if it is strict
+            unexpected.append(f"{prefix}: {found}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         _, (_, imports) = super().__reduce__()

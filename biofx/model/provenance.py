@@ -49,6 +49,10 @@ class RunnablePass(Protocol):
     def acts_at_step(self) -> bool:
         """Whether it acts around `optimizer.step()`."""
 
+    @property
+    def converted(self) -> tuple[str, ...]:
+        """The options in which a checkpoint may differ."""
+
 
 @dataclass(frozen=True)
 class PassRun:
