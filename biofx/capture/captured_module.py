@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
-from biofx.base.errors import CaptureError, InputError
+from biofx.base.errors import CaptureError, ExportError, InputError
 from biofx.capture.guards import GUARD
 from biofx.capture.tracer import HelperModule
 from biofx.model import weight_cache
@@ -293,10 +293,23 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 
 
 def _save_folded(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-    """Save the effective weights under their original names, so that the original class can load them."""
-    from biofx.output.fold import fold  # it imports this module
+    """Save the effective weights under their original names, so that the original class can load them.
 
-    model: Any = fold(bio) if is_transformed(bio) else super(type(bio), bio)
+    Raises:
+        ExportError: the original class with these weights would compute something else.
+    """
+    from biofx.output.fold import folded_for_original  # it imports this module
+
+    if not is_transformed(bio):
+        raise ExportError(
+            f"save_pretrained: this folded {type(bio).__name__} is a graph, and its class with these weights would "
+            "compute something else; use torch.save(model, path)"
+        )
+    state = kwargs.pop("state_dict", None)  # trainers give what they gathered from all processes
+    if state is not None:
+        bio = copy.deepcopy(bio)
+        bio.load_state_dict(state)
+    model: Any = folded_for_original(bio, "save_pretrained")
     return model.save_pretrained(*args, **kwargs)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import fx, nn
 
 from biofx.base.copying import copied
-from biofx.base.errors import ArgumentError
+from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.references import enclosed
 from biofx.capture.captured_module import CapturedModule, original_form
 from biofx.capture.guards import GUARD
@@ -100,6 +100,32 @@ def why_weights_do_not_suffice(bio: fx.GraphModule) -> str | None:
         if origin.slot is Slot.OUTPUT:
             return f"{origin.by} changed what the operator of {origin.parameter} returns, which no weight can express"
     return None
+
+
+def folded_for_original(bio: nn.Module, by: str) -> nn.Module:
+    """Fold a model whose weights somebody will load into the original model.
+
+    Args:
+        bio: the transformed model.
+        by: the function that needs it, for the message.
+
+    Raises:
+        ExportError: the original model would compute something else, or its weights have other shapes.
+    """
+    bio = transformed(bio)
+    plain, reason = fold(bio), why_weights_do_not_suffice(bio)
+    if isinstance(plain, fx.GraphModule) and record_of(bio).model_class is not None:
+        reason = reason or "the graph was edited, which no weight can express"
+    shapes = {name: value.shape for name, value in plain.named_parameters()}
+    for name, shape in record_of(bio).original.items():
+        if reason is None and name in shapes and shapes[name] != shape:
+            reason = f"{name} is {tuple(shapes[name])} now and {tuple(shape)} in the original, whose units were doubled"
+    if reason is not None:
+        raise ExportError(
+            f"{by}: {type(bio).__name__} cannot load this model: {reason}; keep it with biofx.save(bio, folder), or "
+            "torch.save(biofx.fold(bio), path)"
+        )
+    return plain
 
 
 def _copy(bio: fx.GraphModule) -> CapturedModule:
