@@ -302,6 +302,39 @@ def test_what_files_cannot_hold_is_refused(tmp_path):
         assert not (tmp_path / "model").exists()
 
 
+class Marked(torch.Tensor):
+    """A tensor subclass, as those of sharded models are."""
+
+
+def test_tensors_without_plain_values_are_refused(tmp_path):
+    cases = {
+        "an instance of Marked": torch.zeros(2).as_subclass(Marked),
+        "not a plain dense tensor": torch.eye(2).to_sparse(),
+    }
+    for message, value in cases.items():
+        bio = biofx.transform(mlp(4, 6, 2), "split-synapses")
+        bio.register_buffer("extra", value)
+        with pytest.raises(SavingError, match=f"save: extra is {message}, which state.safetensors cannot hold"):
+            biofx.save(bio, tmp_path)
+
+
+def test_a_wrapped_model_is_saved_without_its_wrapper(tmp_path):
+    bio = biofx.transform(mlp(4, 6, 2), "split-synapses")
+    for index, wrap in enumerate((torch.compile, nn.DataParallel, torch.optim.swa_utils.AveragedModel)):
+        biofx.save(wrap(bio), tmp_path / str(index))
+        assert_same(bio, loads(tmp_path / str(index)))
+
+
+def test_missing_and_extra_buffers_are_named(folder, tmp_path):
+    model = mlp(4, 6, 2)
+    model.register_buffer("count", torch.zeros(3))
+    with pytest.raises(ArgumentError, match=r"count is missing there and \(3,\) here"):
+        biofx.load(folder, model)
+    biofx.save(biofx.transform(model, "split-synapses"), tmp_path / "counting")
+    with pytest.raises(ArgumentError, match=r"count is \(3,\) there and missing here"):
+        loads(tmp_path / "counting")
+
+
 def test_places_that_cannot_be_written_are_refused(tmp_path):
     bio = biofx.transform(mlp(4, 6, 2), "split-synapses")
     (tmp_path / "file").touch()

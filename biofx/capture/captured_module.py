@@ -139,6 +139,10 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         _, (_, imports) = super().__reduce__()
         attributes = _attributes(self)
+        if not (is_transformed(self) or "biofx" in imports or any(isinstance(m, HelperModule) for m in self.modules())):
+            # It is folded, and nothing in it is of biofx, so it loads as a plain graph where biofx is not installed.
+            attributes = {n: x for n, x in attributes.items() if n not in ("_tracer_cls", GUARD, ORIGINAL_HOOKS)}
+            return reduce_graph_module, (_without_hooks(attributes), imports), attributes
         attributes["_code"] = _OPERATOR.sub(lambda found: written_name(found[0]), attributes["_code"])
         return _empty, (type(self).__name__, _model_class(self)), (attributes, imports, *_origins(self.graph))
 
@@ -331,6 +335,11 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
     refresh_flat_weights(module)
     install_weight_properties(module)
     warn_if_unattached(module)
+
+
+def _without_hooks(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Replace hooks, which may refer to the model, by none."""
+    return attributes | {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:

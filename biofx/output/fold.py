@@ -29,6 +29,10 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
     `into` is refused, because the original with the folded state would compute something else. The result is a
     `GraphModule` as well if you edited the graph, or transformed a `GraphModule`.
 
+    `torch.save(fold(bio), path)` can be loaded where biofx is not installed, a `GraphModule` without the methods of the
+    original's class. Not so a `GraphModule` that follows `.train()` and `.eval()` or checks its arguments by modules of
+    biofx, as those of `frontend="export"` do; export it as `.pt2`.
+
     Args:
         bio: a model made by `biofx.transform`, which is not changed.
         into: an instance of the original model to fill with the folded parameters and buffers, instead of building a
