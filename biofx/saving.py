@@ -20,7 +20,7 @@ from biofx.base.errors import ArgumentError, SavingError
 from biofx.base.option_values import read_option, written_options
 from biofx.compiler import transform
 from biofx.model.fingerprint import fingerprint
-from biofx.model.provenance import Request, is_transformed, record_of, transformed
+from biofx.model.provenance import Request, is_transformed, record_of, shapes, transformed
 from biofx.model.synapses import synapses_in
 from biofx.output.packages import require
 from biofx.rewrite.registry import Pass, registered_passes
@@ -107,7 +107,7 @@ def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> fx
     if is_transformed(model):
         raise ArgumentError("load: model is transformed; give an instance of the original model")
     if isinstance(model, nn.Module):
-        _refuse_difference(model, document["parameters"], _shapes(dict(model.named_parameters())))
+        _refuse_difference(model, document["parameters"], _written_shapes(shapes(model.named_parameters())))
     bio: Any = model
     for request in requests:
         bio = transform(
@@ -147,7 +147,7 @@ def _described(bio: fx.GraphModule) -> dict[str, Any]:
                 )
     return {
         "transforms": [_written_request(request) for request in record.requests],
-        "parameters": _shapes(record.original),
+        "parameters": _written_shapes(record.original),
         "weights": _weights(bio),
         "passes": [{"left": run.left, "remarks": run.remarks} for run in record.passes],
         "nonnegative": record.nonnegative,
@@ -190,8 +190,8 @@ def _pass(folder: Path, written: Mapping[str, Any]) -> Pass:
         raise SavingError(f"load: {folder} has options that {name} does not have here: {error}") from error
 
 
-def _shapes(tensors: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(tuple(getattr(value, "shape", value))) for name, value in tensors.items()}
+def _written_shapes(given: Mapping[str, torch.Size]) -> dict[str, str]:
+    return {name: str(tuple(shape)) for name, shape in given.items()}
 
 
 def _weights(bio: nn.Module) -> dict[str, str]:
@@ -277,7 +277,8 @@ def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor],
     state: dict[str, Tensor] = bio.state_dict(keep_vars=True)
     tied = document["tied"]
     saved = saved | {name: saved[first] for name, first in tied.items()}
-    _refuse_difference(bio, _shapes(saved), _shapes(state), hint)
+    there, here = (_written_shapes(shapes(each.items())) for each in (saved, state))
+    _refuse_difference(bio, there, here, hint)
     _refuse_difference(bio, _ties(tied), _ties(_aliases(state)))
     for name, value in saved.items():
         own, strides = state[name], tuple(document["strides"].get(name, value.stride()))

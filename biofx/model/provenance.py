@@ -75,6 +75,11 @@ class PassRun:
     seconds: float
 
 
+def shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Size]:
+    """The shapes of tensors by name; that of a nested one, which has none, is empty."""
+    return {name: torch.Size() if tensor.is_nested else tensor.shape for name, tensor in tensors}
+
+
 @dataclass(frozen=True)
 class Request:
     """One call of `biofx.transform`, which `biofx.load` repeats.
@@ -123,7 +128,7 @@ class Record:
     """
 
     def __init__(self, model: nn.Module, captured: str, constants: Iterable[str]) -> None:
-        self.original = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.original = shapes(model.named_parameters())
         self.model_class = None if isinstance(model, fx.GraphModule) else type(model)
         self.captured = captured
         self.constants = tuple(constants)

@@ -13,7 +13,7 @@ from biofx.capture.guards import GUARD
 from biofx.model.chain import number_nodes, parameter_nodes, remove_chain
 from biofx.model.fingerprint import fingerprint
 from biofx.model.owners import remove_synapses
-from biofx.model.provenance import RECORD, inserted_nodes, record_of, transformed
+from biofx.model.provenance import RECORD, inserted_nodes, record_of, shapes, transformed
 from biofx.model.slots import Slot
 
 
@@ -120,10 +120,10 @@ def folded_for_original(bio: nn.Module, by: str) -> nn.Module:
     plain, reason = fold(bio), why_weights_do_not_suffice(bio)
     if isinstance(plain, fx.GraphModule) and record_of(bio).model_class is not None:
         reason = reason or "the graph was edited, which no weight can express"
-    shapes = {name: value.shape for name, value in plain.named_parameters()}
+    present = shapes(plain.named_parameters())
     for name, shape in record_of(bio).original.items():
-        if reason is None and name in shapes and shapes[name] != shape:
-            reason = f"{name} is {tuple(shapes[name])} now and {tuple(shape)} in the original, whose units were doubled"
+        if reason is None and present.get(name, shape) != shape:
+            reason = f"{name} is {tuple(present[name])} now and {tuple(shape)} in the original"
     if reason is not None:
         raise ExportError(
             f"{by}: {type(bio).__name__} cannot load this model: {reason}; keep it with biofx.save(bio, folder), or "
