@@ -27,6 +27,7 @@ from biofx.base.errors import (
     LifecycleError,
     NotJudgedError,
     PipelineError,
+    SavingError,
     VerificationError,
 )
 from biofx.compiler import transform
@@ -37,6 +38,7 @@ from biofx.output.export import export
 from biofx.output.fold import fold
 from biofx.output.inspection import summary, table, to_networkx
 from biofx.rewrite.verification import verify
+from biofx.saving import load, save
 from biofx.training.attachment import Attachment, attach, detach
 
 __version__ = version("biofx")
@@ -52,6 +54,7 @@ __all__ = [
     "LifecycleError",
     "NotJudgedError",
     "PipelineError",
+    "SavingError",
     "Units",
     "Verdict",
     "VerificationError",
@@ -61,9 +64,11 @@ __all__ = [
     "export",
     "fold",
     "l1",
+    "load",
     "noise",
     "operators",
     "passes",
+    "save",
     "shard_placement",
     "summary",
     "table",

@@ -28,7 +28,7 @@ from biofx.capture.guards import GUARD, Guard, Structure, structure
 from biofx.capture.preconditions import check_model
 from biofx.model.islands import is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class
-from biofx.model.provenance import is_transformed, record_of, transformed
+from biofx.model.provenance import Request, is_transformed, record_of, transformed
 from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.rewrite import pipeline
 from biofx.rewrite.registry import Pass, as_passes
@@ -144,6 +144,7 @@ def transform(
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
         outputs = pipeline.run(bio, chosen, excluded, seed, understood, check=verify, print_between=printer)
+        record_of(bio).requests.append(Request((*chosen,), frontend, patterns, seed, example_inputs is not None))
         if not is_one_island(bio):
             guard = Guard(bio, _checked(frontend, understood) if old is None else old.structures)
             if understood is not None and not guard.needs_graph:

@@ -112,6 +112,7 @@ class FuzzyLearningRates(Pass):
     name: ClassVar[str] = "fuzzy-learning-rates"
     slot: ClassVar[Slot] = Slot.HOOK
     moment: ClassVar[Moment] = Moment.REFRESH
+    converted: ClassVar[tuple[str, ...]] = ("dtype",)
 
     nu: float = 0.16
     distribution: str = "uniform"

@@ -32,7 +32,8 @@ def readme_blocks(language, folder="."):
     return [content for its_language, content in blocks if its_language == language]
 
 
-def test_readme_code_runs(capsys):
+def test_readme_code_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in readme_blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)

@@ -87,6 +87,17 @@ def test_a_checkpoint_restores_everything(pass_, bio):
     assert same(gradients(other, X), gradients(bio, X))
 
 
+def test_a_saved_folder_restores_everything(pass_, bio, tmp_path):
+    biofx.save(bio, tmp_path)
+    torch.manual_seed(99)
+    other = biofx.load(tmp_path, ConvNet())
+    assert torch.equal(other(X), bio(X))
+    assert same(gradients(other, X), gradients(bio, X))
+    assert same(other.state_dict(), bio.state_dict())
+    assert str(other.biofx) == str(bio.biofx)
+    assert biofx.summary(other) == biofx.summary(bio)
+
+
 def test_folds(bio):
     plain = biofx.fold(bio)
     torch.testing.assert_close(plain(X), bio(X))

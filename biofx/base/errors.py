@@ -57,5 +57,9 @@ class ExportError(BiofxError):
     """An export that failed, or a file that computes something else than the model."""
 
 
+class SavingError(BiofxError):
+    """A model that cannot be saved, or saved files that are damaged or cannot be read."""
+
+
 class LifecycleError(BiofxError):
     """A step of an optimizer around which rules cannot act; nothing has happened."""

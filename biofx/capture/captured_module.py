@@ -15,13 +15,13 @@ from torch import fx, nn
 
 from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
-from biofx.base.errors import CaptureError, InputError
+from biofx.base.errors import CaptureError, ExportError, InputError
 from biofx.base.torch_internals import DERIVED, HookWithModule, pytree, reduce_graph_module, tracer_class
 from biofx.capture.guards import GUARD
 from biofx.capture.tracer import HelperModule
 from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
-from biofx.model.checkpoints import converted_checkpoint
+from biofx.model.checkpoints import OPTIONS, converted_checkpoint, other_option, passes_of
 from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
 from biofx.model.operators import written_name
@@ -112,15 +112,33 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         """Load a checkpoint of this model, or of the original one; see `torch.nn.Module.load_state_dict`.
 
         Raises:
-            ArgumentError: `strict`, and other passes made the model of the checkpoint; names the first difference.
+            ArgumentError: `strict`, and other passes, or these with other options, made the model of the checkpoint;
+                names the first difference.
         """
         if is_transformed(self):
-            state_dict = converted_checkpoint(self, state_dict, str(record_of(self)), strict)
+            state_dict = converted_checkpoint(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_transformed(self) and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][OPTIONS] = passes_of(self)
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: Any
+    ) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        found = other_option(self, metadata) if is_transformed(self) else None
+        if found is not None:  # in a model that contains this one, which raises if it is strict
+            unexpected.append(f"{prefix}: {found}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         _, (_, imports) = super().__reduce__()
         attributes = _attributes(self)
+        if not (is_transformed(self) or "biofx" in imports or any(isinstance(m, HelperModule) for m in self.modules())):
+            # It is folded, and nothing in it is of biofx, so it loads as a plain graph where biofx is not installed.
+            attributes = {n: x for n, x in attributes.items() if n not in ("_tracer_cls", GUARD, ORIGINAL_HOOKS)}
+            return reduce_graph_module, (_without_hooks(attributes), imports), attributes
         attributes["_code"] = _OPERATOR.sub(lambda found: written_name(found[0]), attributes["_code"])
         return _empty, (type(self).__name__, _model_class(self)), (attributes, imports, *_origins(self.graph))
 
@@ -275,10 +293,23 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 
 
 def _save_folded(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-    """Save the effective weights under their original names, so that the original class can load them."""
-    from biofx.output.fold import fold  # it imports this module
+    """Save the effective weights under their original names, so that the original class can load them.
 
-    model: Any = fold(bio) if is_transformed(bio) else super(type(bio), bio)
+    Raises:
+        ExportError: the original class with these weights would compute something else.
+    """
+    from biofx.output.fold import folded_for_original  # it imports this module
+
+    if not is_transformed(bio):
+        raise ExportError(
+            f"save_pretrained: this folded {type(bio).__name__} is a graph, and its class with these weights would "
+            "compute something else; use torch.save(model, path)"
+        )
+    state = kwargs.pop("state_dict", None)  # trainers give what they gathered from all processes
+    if state is not None:
+        bio = copy.deepcopy(bio)
+        bio.load_state_dict(state)
+    model: Any = folded_for_original(bio, "save_pretrained")
     return model.save_pretrained(*args, **kwargs)
 
 
@@ -300,6 +331,11 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
     refresh_flat_weights(module)
     install_weight_properties(module)
     warn_if_unattached(module)
+
+
+def _without_hooks(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Replace hooks, which may refer to the model, by none."""
+    return attributes | {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:

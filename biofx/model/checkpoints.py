@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.errors import ArgumentError
+from biofx.base.option_values import described_options
+from biofx.model.provenance import record_of
 from biofx.model.synapses import CHILD, Synapses, child_of
 
 PLAIN = "this looks like a checkpoint of the plain model; load it into that, before transform"
 
 
-def converted_checkpoint(
-    model: nn.Module, state_dict: Mapping[str, Any], pipeline: str, strict: bool
-) -> Mapping[str, Any]:
+OPTIONS = "biofx"  # the key of `passes_of` in the metadata of a `state_dict`, which `torch.save` keeps
+
+
+def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
     """Convert a checkpoint to the names and shapes of a transformed model.
 
     A checkpoint of the original model has weights and no state of passes. Each weight is distributed over its synapses
@@ -25,14 +29,16 @@ def converted_checkpoint(
     Args:
         model: the transformed model.
         state_dict: the checkpoint.
-        pipeline: the passes that made the model.
         strict: refuse a checkpoint that does not fit.
 
     Raises:
-        ArgumentError: if `strict`, the checkpoint is from another pipeline; names the first difference. Or a weight of
-            the original model violates the signs of its units.
+        ArgumentError: if `strict`, the checkpoint is from another pipeline, or from the same passes with other options;
+            names the first difference. Or a weight of the original model violates the signs of its units.
     """
-    result = dict(state_dict)
+    result = OrderedDict(state_dict)
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        vars(result)["_metadata"] = metadata
     owned = list(_owned(model))
     ours = f"{CHILD.format('')}."
     is_plain = not any(ours in name for name in state_dict) and not any(_has_old_state(*each, result) for each in owned)
@@ -47,10 +53,45 @@ def converted_checkpoint(
         if isinstance(given, Tensor) and is_plain:
             result[f"{place}.{child.stored_name}"] = _distributed(name, child, given)
     if strict:
-        _refuse_difference(
-            model, owned, result, PLAIN if is_plain else f"the checkpoint is from another pipeline than {pipeline}"
-        )
+        title = PLAIN if is_plain else f"the checkpoint is from another pipeline than {record_of(model)}"
+        _refuse_difference(model, owned, result, title)
+        found = other_option(model, (metadata or {}).get(""))
+        if found is not None:
+            raise ArgumentError(
+                f"the checkpoint is from the same passes with other options: {found}; transform the model with those, "
+                "or load it with strict=False"
+            )
     return result
+
+
+def passes_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The passes that made a model, with all options and the weights that each changed, for the metadata of a state."""
+    return [
+        {
+            "pass": run.pass_.name,
+            "options": described_options(run.pass_, run.pass_.converted),
+            "weights": sorted(run.weights),
+        }
+        for run in record_of(model).passes
+    ]
+
+
+def other_option(model: nn.Module, metadata: Mapping[str, Any] | None) -> str | None:
+    """Describe the first option in which a checkpoint differs from a model; None if it has no metadata of biofx.
+
+    Args:
+        model: the transformed model.
+        metadata: the metadata that the checkpoint has of it.
+    """
+    theirs = (metadata or {}).get(OPTIONS, ())
+    for own, other in ((own, other) for own in passes_of(model) for other in theirs):
+        shared = sorted({*own["weights"]}.intersection(other["weights"]))
+        if own["pass"] == other["pass"] and shared:
+            for option, value in own["options"].items():
+                given = other["options"].get(option, value)
+                if given != value:
+                    return f"{own['pass']} of {shared[0]} has {option}={given} in it and {option}={value} here"
+    return None
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[str, Synapses]]:

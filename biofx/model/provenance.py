@@ -49,6 +49,10 @@ class RunnablePass(Protocol):
     def acts_at_step(self) -> bool:
         """Whether it acts around `optimizer.step()`."""
 
+    @property
+    def converted(self) -> tuple[str, ...]:
+        """The options in which a checkpoint may differ."""
+
 
 @dataclass(frozen=True)
 class PassRun:
@@ -71,6 +75,30 @@ class PassRun:
     seconds: float
 
 
+def shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Size]:
+    """The shapes of tensors by name; that of a nested one, which has none, is empty."""
+    return {name: torch.Size() if tensor.is_nested else tensor.shape for name, tensor in tensors}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `biofx.transform`, which `biofx.load` repeats.
+
+    Attributes:
+        passes: the passes, with their options.
+        frontend: the front end that captured the model, in the first call.
+        exclude: the patterns of weights that were left alone.
+        seed: the seed.
+        has_inputs: whether example inputs were given.
+    """
+
+    passes: tuple[RunnablePass, ...]
+    frontend: str
+    exclude: tuple[str, ...]
+    seed: int
+    has_inputs: bool
+
+
 class Record:
     """The attribute `biofx` of a transformed model: what the compiler did.
 
@@ -80,7 +108,7 @@ class Record:
         constants: names of the buffers for tensors that forward itself creates.
 
     Attributes:
-        original: names of the parameters of the original model.
+        original: shapes of the parameters of the original model, by name.
         model_class: class of the original model; None if that was a graph.
         captured: fingerprint of the graph as it was captured.
         constants: names of the buffers for tensors that forward itself creates.
@@ -93,13 +121,14 @@ class Record:
         synapses: names of the weights that have synapses.
         shapes: the shapes of the stored tensors that passes changed.
         nonnegative: the parameters that have to stay non-negative, each with the pass that requires it.
+        requests: the calls of `biofx.transform`.
         passes: the passes that ran, in order.
         attachments: the attachments to optimizers (`biofx.attach`); a copy of the model starts with none.
         by_hand: whether the user calls the rules (`BioConverter`), not an optimizer.
     """
 
     def __init__(self, model: nn.Module, captured: str, constants: Iterable[str]) -> None:
-        self.original = tuple(name for name, _ in model.named_parameters())
+        self.original = shapes(model.named_parameters())
         self.model_class = None if isinstance(model, fx.GraphModule) else type(model)
         self.captured = captured
         self.constants = tuple(constants)
@@ -112,6 +141,7 @@ class Record:
         self.synapses: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
         self.nonnegative: dict[str, str] = {}
+        self.requests: list[Request] = []
         self.passes: list[PassRun] = []
         self.attachments: WeakSet[Attachment] = WeakSet()  # the optimizers hold them
         self.by_hand = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from biofx.base.isolation import run_in_eval_mode, split_inputs
 from biofx.base.torch_internals import pytree
 from biofx.model.provenance import transformed
 from biofx.output.fold import fold, why_weights_do_not_suffice
+from biofx.output.packages import require
 
 
 def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None:
@@ -78,13 +78,6 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         unchecked.replace(path)
 
 
-def _require(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ExportError(f"export: {package} is not installed; pip install 'biofx[export]'") from error
-
-
 @contextmanager
 def _export_error(what: str) -> Iterator[None]:
     try:
@@ -94,7 +87,7 @@ def _export_error(what: str) -> Iterator[None]:
 
 
 def _safetensors(plain: nn.Module, path: Path) -> None:
-    save_file = _require("safetensors.torch").save_file
+    save_file = require("safetensors.torch", "export").save_file
     state = plain.state_dict()
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
@@ -147,7 +140,7 @@ def _as_module(plain: nn.Module) -> nn.Module:
 
 def _onnx(plain: nn.Module, path: Path, example_inputs: Any) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        _require(package)
+        require(package, "export")
     args, kwargs = _in_order(plain, example_inputs)
     bound = inspect.signature(plain.forward).bind(*args, **kwargs)
     program = _program(plain, args, kwargs, pytree.tree_map(_dynamic_batch, dict(bound.arguments)))
@@ -166,7 +159,7 @@ def _dynamic_batch(value: Any) -> dict[int, Any] | None:
 
 def _run_onnx(path: Path, inputs: dict[str, Any]) -> list[torch.Tensor]:
     with _export_error(f"ONNX Runtime cannot run {path.name}"):
-        session = _require("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = require("onnxruntime", "export").InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {port.name: inputs[port.name].detach().cpu().numpy() for port in session.get_inputs()}
         return [torch.from_numpy(output) for output in session.run(None, feed)]
 

@@ -6,14 +6,14 @@ import torch
 from torch import fx, nn
 
 from biofx.base.copying import copied
-from biofx.base.errors import ArgumentError
+from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.references import enclosed
 from biofx.capture.captured_module import CapturedModule, original_form
 from biofx.capture.guards import GUARD
 from biofx.model.chain import number_nodes, parameter_nodes, remove_chain
 from biofx.model.fingerprint import fingerprint
 from biofx.model.owners import remove_synapses
-from biofx.model.provenance import RECORD, inserted_nodes, record_of, transformed
+from biofx.model.provenance import RECORD, inserted_nodes, record_of, shapes, transformed
 from biofx.model.slots import Slot
 
 
@@ -28,6 +28,10 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
     per synapse needs the wider operator. Then the folded model is a `GraphModule` that computes these outputs, and
     `into` is refused, because the original with the folded state would compute something else. The result is a
     `GraphModule` as well if you edited the graph, or transformed a `GraphModule`.
+
+    `torch.save(fold(bio), path)` can be loaded where biofx is not installed, a `GraphModule` without the methods of the
+    original's class. Not so a `GraphModule` that follows `.train()` and `.eval()` or checks its arguments by modules of
+    biofx, as those of `frontend="export"` do; export it as `.pt2`.
 
     Args:
         bio: a model made by `biofx.transform`, which is not changed.
@@ -100,6 +104,32 @@ def why_weights_do_not_suffice(bio: fx.GraphModule) -> str | None:
         if origin.slot is Slot.OUTPUT:
             return f"{origin.by} changed what the operator of {origin.parameter} returns, which no weight can express"
     return None
+
+
+def folded_for_original(bio: nn.Module, by: str) -> nn.Module:
+    """Fold a model whose weights somebody will load into the original model.
+
+    Args:
+        bio: the transformed model.
+        by: the function that needs it, for the message.
+
+    Raises:
+        ExportError: the original model would compute something else, or its weights have other shapes.
+    """
+    bio = transformed(bio)
+    plain, reason = fold(bio), why_weights_do_not_suffice(bio)
+    if isinstance(plain, fx.GraphModule) and record_of(bio).model_class is not None:
+        reason = reason or "the graph was edited, which no weight can express"
+    present = shapes(plain.named_parameters())
+    for name, shape in record_of(bio).original.items():
+        if reason is None and present.get(name, shape) != shape:
+            reason = f"{name} is {tuple(present[name])} now and {tuple(shape)} in the original"
+    if reason is not None:
+        raise ExportError(
+            f"{by}: {type(bio).__name__} cannot load this model: {reason}; keep it with biofx.save(bio, folder), or "
+            "torch.save(biofx.fold(bio), path)"
+        )
+    return plain
 
 
 def _copy(bio: fx.GraphModule) -> CapturedModule:

@@ -50,12 +50,14 @@ class Pass:
         moment: when the pass acts around `optimizer.step()`, if it does (see `biofx.attach`).
         changes_units: whether the pass changes the set of units. Such a pass runs before all others, and calls
             `ModelEditor.look_again` after the change.
+        converted: the options in which a checkpoint may differ from the model, because state is converted as it loads.
     """
 
     name: ClassVar[str]
     slot: ClassVar[Slot]
     moment: ClassVar[Moment | None] = None
     changes_units: ClassVar[bool] = False
+    converted: ClassVar[tuple[str, ...]] = ()
 
     @property
     def preserves_function(self) -> bool:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import passes
+from models.pretrained import PRETRAINED
 
 FRONTENDS = ["symbolic", "module"]
 
@@ -190,3 +191,38 @@ def test_models_of_transformers_generate_tie_and_save(frontend, tmp_path):
         bio.resize_token_embeddings(50)
     bio.save_pretrained(tmp_path)
     torch.testing.assert_close(type(model).from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_what_from_pretrained_loads_computes_what_was_saved(tmp_path):
+    pytest.importorskip("transformers")
+    build, make_inputs = PRETRAINED["resnet"]
+    model, x = build().eval(), make_inputs()
+    bio = biofx.transform(model, "dales-principle{constraint=softplus},split-synapses", example_inputs=x)
+    other = copy.deepcopy(bio)
+    for parameter in other.parameters():
+        parameter.data *= 1.1
+    cases = [(bio, {}), (bio, {"state_dict": bio.state_dict()}), (other, {"state_dict": bio.state_dict()})]
+    for index, (saved, options) in enumerate(cases):
+        saved.save_pretrained(tmp_path / str(index), **options)
+        loaded = type(model).from_pretrained(tmp_path / str(index))
+        torch.testing.assert_close(loaded(**x).logits, bio(**x).logits)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reason"),
+    [
+        ("group-units", "group-units changed what the operator of .* returns"),
+        ("mirror-units", "is .* now and .* in the original"),
+    ],
+)
+def test_save_pretrained_refuses_what_the_class_cannot_load(pipeline, reason, tmp_path):
+    pytest.importorskip("transformers")
+    build, make_inputs = PRETRAINED["resnet"]
+    bio = biofx.transform(build().eval(), pipeline, example_inputs=make_inputs())
+    with pytest.raises(biofx.ExportError, match=rf"save_pretrained: .*{reason}.*biofx.save\(bio, folder\)"):
+        bio.save_pretrained(tmp_path)
+    plain = biofx.fold(bio)
+    if pipeline == "group-units":
+        with pytest.raises(biofx.ExportError, match="this folded ResNetForImageClassification is a graph"):
+            plain.save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -98,6 +98,11 @@ class Residual(nn.Module):
         return {"hidden": hidden, "logits": self.outer(hidden) + shift}
 
 
+def keep_logits(module: nn.Module, args: object, output: dict[str, Tensor]) -> None:
+    """A forward hook."""
+    module.hooked = output["logits"].detach()
+
+
 ZOO = {
     "mlp": (lambda: mlp(4, 8, 6, 3), (5, 4)),
     "convnet": (ConvNet, (5, 1, 8, 8)),

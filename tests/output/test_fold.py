@@ -2,7 +2,11 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from torch import nn
 import biofx
 from biofx import passes
 from conftest import loss, tensors
-from models.small import ConvNet, Functional, layer_and_input, mlp
+from models.small import ConvNet, Functional, Residual, keep_logits, layer_and_input, mlp
 
 PIPELINES = {
     "split": [passes.SplitSynapses(3)],
@@ -142,6 +146,37 @@ def test_a_folded_model_trains_pickles_and_transforms_again():
     assert_close(torch.load(file, weights_only=False).eval()(x), plain.eval()(x))
     again = biofx.transform(plain, PIPELINES["split"])
     assert_close(trained(again, x)(x), biofx.fold(again)(x))
+
+
+WITHOUT_BIOFX = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "biofx":
+            raise ImportError("biofx is not installed here")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+
+for model, x, expected in torch.load(sys.argv[1], weights_only=False):
+    torch.testing.assert_close(model(**x)["logits"], expected)
+    torch.testing.assert_close(model.hooked, expected)
+"""
+
+
+def test_folded_models_load_where_biofx_is_not_installed(tmp_path):
+    model, x = Residual(), {"x": torch.randn(5, 4), "shift": 0.5}
+    model.register_forward_hook(keep_logits)
+    kept = [
+        biofx.fold(biofx.transform(model, "cortex", example_inputs=x, frontend=frontend))
+        for frontend in ("symbolic", "module", "export")
+    ]
+    kept += [biofx.fold(biofx.transform(model, p, example_inputs=x)) for p in ("split-synapses{activation=tanh}",)]
+    assert [type(plain) is Residual for plain in kept] == [True] * 3 + [False]
+    torch.save([(plain, x, plain(**x)["logits"].detach()) for plain in kept], tmp_path / "folded.pt")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", WITHOUT_BIOFX, tmp_path / "folded.pt"], env=environment, check=True)
 
 
 class RootBuffers(nn.Module):

@@ -512,6 +512,37 @@ def test_a_checkpoint_of_another_pipeline_loads_nothing(pipeline, message):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (passes.FuzzyLearningRates(nu=0.1), passes.FuzzyLearningRates(nu=0.3), "nu=0.1 in it and nu=0.3 here"),
+        (
+            passes.DalesPrinciple(constraint="softplus"),
+            passes.DalesPrinciple(constraint="abs"),
+            "constraint='softplus' in it and constraint='abs' here",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_options_loads_nothing(one, other, message):
+    file = io.BytesIO()
+    torch.save(biofx.transform(network(), [one]).state_dict(), file)
+    file.seek(0)
+    checkpoint = torch.load(file)
+    bio = biofx.transform(network(), [other], seed=5)
+    before = {k: v.clone() for k, v in bio.state_dict().items()}
+    with pytest.raises(
+        biofx.ArgumentError, match=f"the same passes with other options: {one.name} of .* has {message}"
+    ):
+        bio.load_state_dict(checkpoint)
+    assert all(torch.equal(v, before[k]) for k, v in bio.state_dict().items())
+    bio.load_state_dict(checkpoint, strict=False)
+    bio.load_state_dict(
+        dict(checkpoint)
+    )  # as from safetensors, or from an earlier version: nothing is known of options
+    with pytest.raises(RuntimeError, match=message):
+        nn.Sequential(bio).load_state_dict(nn.Sequential(biofx.transform(network(), [one])).state_dict())
+
+
 @pytest.mark.parametrize("pipeline", [[passes.MirrorUnits()], [passes.DalesPrinciple(inputs="excitatory")]])
 def test_a_plain_checkpoint_that_does_not_fit_is_refused(pipeline):
     checkpoint = network().state_dict()

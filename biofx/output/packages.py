@@ -1,0 +1,24 @@
+"""Optional packages: those that only some outputs need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from biofx.base.errors import ExportError
+
+
+def require(package: str, by: str) -> Any:
+    """Import a package.
+
+    Args:
+        package: its name.
+        by: the function that needs it, for the message.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ExportError(f"{by}: {package} is not installed; pip install 'biofx[export]'") from error
