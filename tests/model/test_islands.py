@@ -432,18 +432,6 @@ def test_modules_keep_their_class_names_and_trees(frontend):
         assert type(b).__name__ == type(a).__name__
 
 
-def test_it_compiles_without_graph_breaks():
-    model = Around(Kernels()).eval()
-    x = torch.randn(5, 3)
-    for frontend in ("symbolic", "module"):
-        bio = biofx.transform(model, SLOW, frontend=frontend)
-        compiled = torch.compile(bio, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), bio(x))
-        for a, b in zip(gradients(compiled, x).values(), gradients(bio, x).values(), strict=True):
-            torch.testing.assert_close(a, b)
-        torch._dynamo.reset()
-
-
 def test_a_trace_of_a_transformed_model_keeps_layers_of_pytorch():
     bio = biofx.transform(nn.Sequential(nn.Linear(3, 4), nn.RNN(4, 3)).double(), SLOW)
     traced = torch.fx.symbolic_trace(bio)
