@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from tabulate import tabulate
-from torch import nn
+from torch import fx, nn
 
 import biofx
 from biofx.base.randomness import generator
@@ -49,44 +49,58 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--exclude", action="append", default=[], metavar="GLOB", help="leave matching weights alone"
         )
+        command.add_argument(
+            "--input",
+            action="append",
+            type=_input,
+            metavar="2,3,224,224:float32",
+            help="sizes and dtype of an example input of the model (default: float32); repeat it for each input; "
+            f"export needs it for {' and '.join(PROGRAMS)}",
+        )
     look.add_argument("--nodes", action="store_true", help="also print the inserted nodes")
     write.add_argument("path", help=f"a file; its suffix selects the format: {', '.join([*PROGRAMS, *WEIGHTS])}")
-    write.add_argument(
-        "--example-shape",
-        action="append",
-        type=_shape,
-        metavar="1x3x32x32",
-        help=f"shape of an input of the model, needed for {' and '.join(PROGRAMS)}; repeat it for each input",
-    )
     return parser
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(x\d+)*", text):
-        raise argparse.ArgumentTypeError(f"must be sizes joined by x, such as 1x3x32x32, got {text!r}")
-    return tuple(map(int, text.split("x")))
+def _input(text: str) -> torch.Tensor:
+    """An example input from its sizes and dtype: random numbers, or ones, which are a token and a mask alike."""
+    sizes, _, name = text.partition(":")
+    dtype = getattr(torch, name or "float32", None)
+    if not re.fullmatch(r"\d+(,\d+)*", sizes) or not isinstance(dtype, torch.dtype):
+        raise argparse.ArgumentTypeError(
+            f"must be sizes and a dtype, such as 2,3,224,224:float32 or 2,16:int64, got {text!r}"
+        )
+    shape = tuple(map(int, sizes.split(",")))
+    if not dtype.is_floating_point:
+        return torch.ones(shape, dtype=dtype)
+    return torch.randn(shape, generator=generator(0, "example input", text)).to(dtype)
+
+
+def _transformed(options: argparse.Namespace) -> fx.GraphModule:
+    return biofx.transform(
+        _build(options.model),
+        options.passes,
+        example_inputs=_inputs(options),
+        seed=options.seed,
+        exclude=options.exclude,
+    )
+
+
+def _inputs(options: argparse.Namespace) -> tuple[torch.Tensor, ...] | None:
+    return None if options.input is None else tuple(options.input)
 
 
 def _inspect(options: argparse.Namespace) -> str:
-    bio = biofx.transform(_build(options.model), options.passes, seed=options.seed, exclude=options.exclude)
+    bio = _transformed(options)
     return biofx.summary(bio) + (f"\n\n{biofx.table(bio)}" if options.nodes else "")
 
 
 def _export(options: argparse.Namespace) -> str:
-    inputs = None
-    if options.example_shape is not None:
-        inputs = tuple(
-            torch.randn(shape, generator=generator(0, "example input", index))
-            for index, shape in enumerate(options.example_shape)
-        )
-    elif Path(options.path).suffix in PROGRAMS:
+    if options.input is None and Path(options.path).suffix in PROGRAMS:
         raise biofx.ArgumentError(
-            f"{options.path} needs the shape of the model's input, such as --example-shape 1x3x32x32"
+            f"{options.path} needs an example of each input of the model, such as --input 2,3,224,224:float32"
         )
-    bio = biofx.transform(
-        _build(options.model), options.passes, example_inputs=inputs, seed=options.seed, exclude=options.exclude
-    )
-    biofx.export(bio, options.path, inputs)
+    biofx.export(_transformed(options), options.path, _inputs(options))
     return f"wrote {options.path}"
 
 

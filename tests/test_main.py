@@ -1,7 +1,9 @@
 """The command line."""
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from biofx.__main__ import main
 
@@ -34,19 +36,41 @@ def test_export(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-def test_export_of_a_program_needs_a_shape(capsys, tmp_path, suffix):
+def test_export_of_a_program_needs_an_input(capsys, tmp_path, suffix):
     path = tmp_path / f"model.{suffix}"
     command = ["export", "models.small:ConvNet", str(path), "--passes", "split-synapses"]
     assert main(command) == 1
-    assert "needs the shape of the model's input, such as --example-shape 1x3x32x32" in capsys.readouterr().err
-    assert main([*command, "--example-shape", "2x1x8"]) == 1
+    assert "needs an example of each input of the model, such as --input 2,3,224,224:float32" in capsys.readouterr().err
+    assert main([*command, "--input", "2,1,8"]) == 1
     assert "example_inputs do not fit ConvNet.forward" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*command, "--example-shape", "2 by 3"])
-    assert "must be sizes joined by x, such as 1x3x32x32, got '2 by 3'" in capsys.readouterr().err
+    for wrong in ("2 by 3", "2,3:nothing", "2,:float32", ":int64"):
+        with pytest.raises(SystemExit):
+            main([*command, "--input", wrong])
+        message = f"must be sizes and a dtype, such as 2,3,224,224:float32 or 2,16:int64, got {wrong!r}"
+        assert message in " ".join(capsys.readouterr().err.split())
     assert not path.exists()
-    assert main([*command, "--example-shape", "2x1x8x8"]) == 0
+    assert main([*command, "--input", "2,1,8,8"]) == 0
     assert path.exists()
+
+
+class TokensAndFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fc = nn.Embedding(5, 4), nn.Linear(3, 4)
+
+    def forward(self, tokens, features):
+        return self.embedding(tokens).mean(1) + self.fc(features)
+
+
+def test_inputs_are_given_by_sizes_and_dtype(capsys, tmp_path):
+    path = tmp_path / "model.pt2"
+    command = ["test_main:TokensAndFeatures", "--passes", "split-synapses"]
+    inputs = ["--input", "2,6:int64", "--input", "2,3:float64"]
+    assert main(["export", *command[:1], str(path), *command[1:], *inputs[:-1], "2,3"]) == 0
+    program = torch.export.load(path).module()
+    assert program(torch.tensor([[0, 1, 4]]), torch.zeros(1, 3)).shape == (1, 4)
+    assert main(["inspect", *command, *inputs]) == 1
+    assert "example_inputs do not fit TokensAndFeatures.forward" in capsys.readouterr().err
 
 
 def needs_arguments(width):

@@ -113,13 +113,6 @@ def test_changes_something_and_shows_it(pass_, bio):
         assert pass_.name in site.passes or f"{pass_.name}: it " in why  # … is an output layer, or reads free inputs
 
 
-def test_compiles_without_graph_breaks(bio):
-    compiled = torch.compile(bio, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(X), bio(X))
-    for (_, a), (_, b) in zip(gradients(compiled, X).items(), gradients(bio, X).items(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_adding_a_layer_changes_no_other_draw(pass_):
     if pass_.changes_units:
         pytest.skip("the last layer becomes a hidden one, whose units such a pass changes")

@@ -192,7 +192,8 @@ class WeightSite:
         """The reason why the weight does not meet a need of a pass, or None if it does."""
         if need is Need.NODES:
             if self.surroundings is not None:
-                return f"it is in {self.surroundings}, so what its operator returns is out of reach"
+                instead = "" if self.island is None else '; frontend="export" follows it unless it decides by values'
+                return f"it is in {self.surroundings}, so what its operator returns is out of reach{instead}"
             return None if self.calls else "no node of the graph is known to use it"
         if need is Need.OUTPUT:
             return self.unmet(Need.NODES) or self.unmet(Need.AXES) or self._unmet_output()

@@ -23,7 +23,7 @@ def call_python(model: Any, args: Any, kwargs: Any) -> Any:
     if tracer is not None:  # the graph is traced again, by any tracer: the call becomes a node again
         target = tracer.create_proxy("get_attr", WHOLE_MODEL, (), {})
         return tracer.create_proxy("call_function", call_python, (target, args, kwargs), {})
-    return model.original_forward(*args, **kwargs)
+    return model.original_forward(*args, **dict(kwargs))  # fx.Interpreter gives an empty list where there are none
 
 
 def island_path(bio: nn.Module, node: fx.Node) -> str | None:

@@ -15,11 +15,13 @@ from torch.export.graph_signature import InputKind
 
 from biofx.base.comparison import difference
 from biofx.base.errors import ArgumentError, ExportError
-from biofx.base.isolation import run_in_eval_mode, split_inputs
+from biofx.base.isolation import run_in_eval_mode, split_inputs, tensors_in
 from biofx.base.torch_internals import pytree
-from biofx.model.provenance import transformed
+from biofx.model.provenance import record_of, transformed
 from biofx.output.fold import fold, why_weights_do_not_suffice
 from biofx.output.packages import require
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a call, by position and by keyword
 
 
 def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None:
@@ -31,9 +33,11 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
     - `.onnx`: an ONNX model by PyTorch's exporter, checked against ONNX Runtime on the example inputs.
     - `.safetensors`: the folded state, with the original's names and shapes, to be loaded into the original model.
 
-    Dimensions are fixed to those of the example inputs, except the batch (the first axis of an ONNX model's inputs),
-    which is dynamic if the model allows it. A `.pt2` program takes its arguments like the example inputs: by position
-    or by keyword.
+    A program takes inputs of any sizes that the model allows: batches, and sequences or images where no weight fixes
+    them. If the exporter cannot follow that, only the batch (the first axis of each tensor) is dynamic, or nothing is.
+    Numbers of axes, dtypes and arguments that are not tensors are those of the example inputs; so are the decisions
+    that the model takes by sizes. A `.pt2` program takes its arguments like the example inputs: by position or by
+    keyword. A batch of 1 is as good an example as any.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -42,7 +46,8 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
 
     Raises:
         ArgumentError: the path is invalid, or example inputs are missing or do not fit.
-        ExportError: a package is missing, the format cannot hold the model, or ONNX Runtime computes another output.
+        ExportError: a package is missing, the format cannot hold the model, the original could not load the weights, or
+            the written program computes another output.
 
     Example:
         >>> import biofx, pathlib, tempfile, torch
@@ -65,17 +70,25 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         raise ArgumentError(f"export: {path} is a folder; give the path of a file")
     if path.suffix in PROGRAMS and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
-    rewired = why_weights_do_not_suffice(transformed(bio))
-    if path.suffix in WEIGHTS and rewired is not None:
-        raise ExportError(f"export: {path.suffix} holds weights only: {rewired}; use {' or '.join(PROGRAMS)}")
+    obstacle = _why_original_cannot_load(transformed(bio))
+    if path.suffix in WEIGHTS and obstacle is not None:
+        raise ExportError(f"export: {path.suffix} holds weights only: {obstacle}; use {' or '.join(PROGRAMS)}")
     plain = fold(bio).eval()
     with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
         unchecked = Path(folder) / path.name
         if path.suffix in PROGRAMS:
-            PROGRAMS[path.suffix](plain, unchecked, example_inputs)
+            _write_program(plain, unchecked, example_inputs)
         else:
             WEIGHTS[path.suffix](plain, unchecked)
         unchecked.replace(path)
+
+
+def _why_original_cannot_load(bio: fx.GraphModule) -> str | None:
+    """Why the original model cannot load the folded weights and compute what they do; None if it can."""
+    for run in record_of(bio).passes:
+        if run.pass_.changes_units and run.weights:
+            return f"{run.pass_.name} changed the number of units of {', '.join(sorted(run.weights))}"
+    return why_weights_do_not_suffice(bio)
 
 
 @contextmanager
@@ -100,13 +113,43 @@ def _safetensors(plain: nn.Module, path: Path) -> None:
         save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, path)
 
 
-def _pt2(plain: nn.Module, path: Path, example_inputs: Any) -> None:
-    program = _program(plain, *_in_order(plain, example_inputs))
-    with _export_error(f"torch.export cannot save {type(plain).__name__}"):
+def _write_program(plain: nn.Module, path: Path, example_inputs: Any) -> None:
+    """Write a program with as many dynamic axes as the exporter can follow, and check it on the example inputs."""
+    given = _in_order(plain, example_inputs)
+    try:
+        expected = run_in_eval_mode(plain, example_inputs)
+    except Exception as error:
+        raise ArgumentError(f"export: example_inputs do not fit {type(plain).__name__}.forward: {error}") from error
+    for inputs, axes in _attempts(given):
+        try:
+            found = difference(expected, PROGRAMS[path.suffix](_program(plain, *inputs, axes), path, given))
+        except ExportError as error:
+            failure = error
+        else:
+            if found is None:
+                return
+            failure = ExportError(f"export: {path.name} computes something else than {type(plain).__name__}: {found}")
+    raise failure
+
+
+def _attempts(given: Inputs) -> Iterator[tuple[Inputs, slice]]:
+    """Example inputs, and the axes of each tensor that are to be dynamic; the best comes first."""
+    twice = pytree.tree_map_only(torch.Tensor, lambda x: torch.cat([x, x]) if x.shape[:1] == (1,) else x, given)
+    if any(old is not new for old, new in zip(*map(pytree.tree_leaves, (given, twice)), strict=True)):
+        yield from ((twice, axes) for axes in (slice(None), slice(1)))  # as torch.export takes a size of 1 for constant
+    yield from ((given, axes) for axes in (slice(None), slice(1), slice(0)))
+
+
+def _pt2(program: torch.export.ExportedProgram, path: Path, given: Inputs) -> list[torch.Tensor]:
+    with _export_error("torch.export cannot save the model"):
         torch.export.save(program, path)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, given)
+    failed = _export_error("torch.export cannot run its program on the example inputs")
+    with failed, torch.no_grad(), torch.random.fork_rng():
+        return tensors_in(program.module()(*args, **kwargs))
 
 
-def _in_order(plain: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _in_order(plain: nn.Module, example_inputs: Any) -> Inputs:
     """Checked example inputs, with keyword arguments in the order of the signature."""
     args, kwargs = split_inputs(example_inputs)
     signature = inspect.signature(plain.forward)
@@ -116,14 +159,21 @@ def _in_order(plain: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], d
         raise ArgumentError(
             f"export: example_inputs do not fit {type(plain).__name__}.forward{signature}: {error}"
         ) from error
-    return args, {name: kwargs[name] for name in signature.parameters if name in kwargs}
+    return args, {name: kwargs[name] for name in [*signature.parameters, *kwargs] if name in kwargs}
 
 
 def _program(
-    plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any = None
+    plain: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], axes: slice
 ) -> torch.export.ExportedProgram:
-    with _export_error(f"torch.export cannot export {type(plain).__name__}"), torch.no_grad():
-        return torch.export.export(_as_module(plain), args, kwargs, dynamic_shapes=dynamic)
+    shapes = torch.export.ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor):
+            shapes[leaf] = dict.fromkeys(range(leaf.dim())[axes], torch.export.Dim.AUTO)
+    name = type(plain).__name__
+    with _export_error(f"torch.export cannot export {name}; .safetensors holds weights alone"), torch.no_grad():
+        module = _as_module(plain)
+        dynamic = shapes.dynamic_shapes(module, args, kwargs)
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic)
 
 
 def _as_module(plain: nn.Module) -> nn.Module:
@@ -138,23 +188,13 @@ def _as_module(plain: nn.Module) -> nn.Module:
     return module
 
 
-def _onnx(plain: nn.Module, path: Path, example_inputs: Any) -> None:
+def _onnx(program: torch.export.ExportedProgram, path: Path, given: Inputs) -> list[torch.Tensor]:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, "export")
-    args, kwargs = _in_order(plain, example_inputs)
-    bound = inspect.signature(plain.forward).bind(*args, **kwargs)
-    program = _program(plain, args, kwargs, pytree.tree_map(_dynamic_batch, dict(bound.arguments)))
-    with _export_error(f"torch.onnx cannot export {type(plain).__name__}"):
+    with _export_error("torch.onnx cannot export the model; .pt2 holds all that torch.export can"):
         torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    inputs = dict(zip(names, pytree.tree_leaves((args, kwargs)), strict=True))
-    found = difference(run_in_eval_mode(plain, example_inputs), _run_onnx(path, inputs))
-    if found is not None:
-        raise ExportError(f"export: ONNX Runtime disagrees with PyTorch on {path.name}: {found}")
-
-
-def _dynamic_batch(value: Any) -> dict[int, Any] | None:
-    return {0: torch.export.Dim.AUTO} if isinstance(value, torch.Tensor) and value.shape[:1] > (1,) else None
+    return _run_onnx(path, dict(zip(names, pytree.tree_leaves(given), strict=True)))
 
 
 def _run_onnx(path: Path, inputs: dict[str, Any]) -> list[torch.Tensor]:
@@ -164,6 +204,10 @@ def _run_onnx(path: Path, inputs: dict[str, Any]) -> list[torch.Tensor]:
         return [torch.from_numpy(output) for output in session.run(None, feed)]
 
 
-# What writes a folded model, by suffix: as a program, which needs example inputs, or as weights alone.
-PROGRAMS: dict[str, Callable[[nn.Module, Path, Any], None]] = {".pt2": _pt2, ".onnx": _onnx}
+# What writes a folded model, by suffix: as a program, which needs example inputs, or as weights alone. A program is run
+# on the example inputs when it is written, and its outputs are returned.
+PROGRAMS: dict[str, Callable[[torch.export.ExportedProgram, Path, Inputs], list[torch.Tensor]]] = {
+    ".pt2": _pt2,
+    ".onnx": _onnx,
+}
 WEIGHTS: dict[str, Callable[[nn.Module, Path], None]] = {".safetensors": _safetensors}

@@ -68,7 +68,7 @@ def test_a_summary_is_not_wider_than_a_screen():
     assert max(map(len, text.splitlines())) <= 120
     note = "synaptic-scaling: it is in the model, which is untraced, so what its operator returns is out of reach"
     assert text.count(note) == 1
-    found = re.search(rf"^\[(\d)\] {re.escape(note)}$", text, re.MULTILINE)
+    found = re.search(rf"^\[(\d)\] {re.escape(note)};", text, re.MULTILINE)
     assert found is not None
     assert len(re.findall(rf"^encoder_blocks.*\[{found[1]}\]", text, re.MULTILINE)) == 8
     assert all(times_listed(text, name) == 1 for name, _ in model.named_parameters())

@@ -1,0 +1,158 @@
+"""What `torch.compile` makes of transformed models. This file is the list of what compiles.
+
+A transformed model compiles where the plain one does, into as many graphs. What PyTorch cannot compile, transformed or
+not, is marked as failing, with the reason. The backends here are cheap ones, as biofx has no part in code generation;
+`test_compiling_changes_nothing` in `training/test_attachment.py` trains with Inductor.
+"""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
+
+import biofx
+from biofx.rewrite import registry
+from models.islands import ISLANDS, Around
+from models.small import mlp
+
+BATCHES = (3, 5, 4, 2)
+X = torch.randn(max(BATCHES), 3, generator=torch.Generator().manual_seed(0))
+LEARNING = "split-synapses,fuzzy-learning-rates"
+
+BRANCHES = pytest.mark.xfail(strict=True, reason="PyTorch compiles no decision by values without a graph break")
+RECURRENT = pytest.mark.xfail(strict=True, reason="PyTorch compiles no recurrent layers of torch.nn")
+MARKS = {
+    **dict.fromkeys(("branch", "nested", "structures", "tuple", "iterates", "reads", "calls_methods"), BRANCHES),
+    **dict.fromkeys(("shared", "checkpointed", "checkpointed_reentrant"), BRANCHES),
+    **dict.fromkeys(("hooked", "lstm", "gru", "rnn"), RECURRENT),
+}
+UNROLLED = {"loop", "sizes"}  # PyTorch makes a graph for each number of rounds, and for each number that numpy gets
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+
+
+def compiled(model, backend="eager"):
+    """The compiled model, and what counts its graphs."""
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+def transformed(model, pipeline, **options):
+    """A transformed model and its copy."""
+    bio = biofx.transform(model, pipeline, example_inputs=X, **options)
+    return bio, copy.deepcopy(bio)
+
+
+def leaves(output):
+    return pytree.tree_leaves(vars(output) if hasattr(output, "hidden") else output)
+
+
+def compare(run, model, eager, training):
+    """Run a compiled model and an eager one on all batches; their outputs, gradients and buffers have to be equal."""
+    for size in BATCHES:
+        outputs = [leaves(each(X[:size])) for each in (run, eager)]
+        torch.testing.assert_close(*outputs)
+        if training:
+            for values in outputs:
+                sum(value.square().sum() for value in values).backward()
+    gradients = [{name: p.grad for name, p in each.named_parameters() if p.grad is not None} for each in (model, eager)]
+    assert bool(gradients[0]) is training
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(eager.named_buffers()))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("pipeline", [*registry.registered_passes(), *registry.recipes()])
+def test_every_pass_before_and_after_attach(pipeline, training):
+    pair = transformed(mlp(3, 8, 4), pipeline)
+    bio, eager = (model.train(training) for model in pair)
+    run, counter = compiled(bio, "aot_eager" if training else "eager")
+    compare(run, bio, eager, training)
+    assert counter.frame_count == 2  # the second is for all batch sizes
+    for model in pair:
+        model.zero_grad()
+        biofx.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    compare(run, bio, eager, training)
+    assert counter.frame_count <= 4
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in ISLANDS])
+def test_islands_compile_into_two_graphs(name):
+    bio, eager = transformed(Around(ISLANDS[name][0]()), LEARNING)
+    run, counter = compiled(bio.eval())
+    with torch.no_grad():
+        compare(run, bio, eager.eval(), training=False)
+    assert counter.frame_count == (len(BATCHES) if name in UNROLLED else 2)
+
+
+def test_islands_learn_as_without_compiling():
+    bio, eager = transformed(Around(ISLANDS["registered"][0]()), LEARNING, frontend="module")
+    run, _ = compiled(bio, "aot_eager")
+    compare(run, bio, eager, training=True)
+
+
+@pytest.mark.parametrize("name", ["branch", "rnn"])
+def test_what_breaks_the_graph_runs_in_parts(name):
+    bio, eager = transformed(Around(ISLANDS[name][0]()), LEARNING)
+    compare(torch.compile(bio, backend="eager"), bio, eager, training=True)
+
+
+def test_a_folded_graph_compiles():
+    bio, eager = (biofx.fold(model) for model in transformed(mlp(3, 8, 4), "hofmann2025"))
+    run, counter = compiled(bio)
+    compare(run, bio, eager, training=True)
+    assert counter.frame_count == 2
+
+
+def step(model, optimizer, x):
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def attached(model, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    biofx.attach(model, optimizer, **options)
+    return optimizer
+
+
+@pytest.mark.parametrize(("pipeline", "rules"), [("cortex", False), ("crystallize", True), ("dales-principle", False)])
+def test_a_step_that_is_compiled_as_a_whole(pipeline, rules):
+    bio, eager = transformed(mlp(3, 8, 4), pipeline)
+    counter = CompileCounterWithBackend("eager")
+    run = torch.compile(functools.partial(step, bio, attached(bio, compile=rules)), backend=counter)
+    optimizer, graphs = attached(eager), []
+    for size in BATCHES:
+        run(X[:size])
+        step(eager, optimizer, X[:size])
+        graphs.append(counter.frame_count)
+    torch.testing.assert_close(bio.state_dict(), eager.state_dict(), rtol=1e-4, atol=1e-6)
+    assert graphs[1] == graphs[0] + 1 == graphs[-1]
+
+
+@pytest.mark.xfail(strict=True, reason="PyTorch breaks the graph at Optimizer.step, and rules act in its hooks")
+@pytest.mark.parametrize("pipeline", [None, "fuzzy-learning-rates"])
+def test_an_optimizer_step_in_one_graph(pipeline):
+    model = mlp(3, 4)
+    if pipeline is not None:
+        model = biofx.transform(model, pipeline)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if pipeline is not None:
+        biofx.attach(model, optimizer)
+    model(X).sum().backward()
+    torch.compile(lambda: optimizer.step(), fullgraph=True, backend="eager")()
+
+
+def test_a_model_that_compiles_itself():
+    model = mlp(3, 4)
+    model.compile(backend="eager")
+    bio, eager = transformed(model, LEARNING)
+    bio.compile(backend="eager")
+    compare(bio, bio, eager, training=True)
+    torch.testing.assert_close(biofx.fold(bio)(X), bio(X))
