@@ -216,7 +216,7 @@ class Attachment:
         """Let rules act on weights at the steps of the optimizer, and gains on what holds these synapses."""
         self._hold(sites, learning)
         if not self._hooks:
-            # Rules compile their own arithmetic. Decorators would import the compiler with biofx; optimizers did by now.
+            # Rules compile their own arithmetic. As decorators these would import the compiler with biofx.
             before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
             self._hooks.append(self.optimizer.register_step_pre_hook(before))
             self._hooks.append(self.optimizer.register_step_post_hook(after))

@@ -60,8 +60,9 @@ def trainer(model, folder, *callbacks, **options):
         per_device_train_batch_size=4,
         **{"num_train_epochs": 2, "save_strategy": "no", "logging_strategy": "no"} | options,
     )
+    data = examples(model)
     return transformers.Trainer(
-        model, arguments, train_dataset=examples(model), callbacks=[BiofxCallback(), *callbacks]
+        model, arguments, train_dataset=data, eval_dataset=data, callbacks=[BiofxCallback(), *callbacks]
     )
 
 
@@ -103,3 +104,21 @@ def test_a_checkpoint_of_the_trainer_resumes_bit_for_bit(make, tmp_path):
     state, other = rest.state_dict(), whole.state_dict()
     assert state.keys() == other.keys()
     assert [name for name in state if not torch.equal(state[name], other[name])] == []
+
+
+def test_a_checkpoint_that_lacks_what_rules_kept_is_refused(tmp_path):
+    trainer(language_model(), tmp_path, save_strategy="epoch", num_train_epochs=1).train()
+    (tmp_path / "checkpoint-6" / "biofx.pt").unlink()
+    with pytest.raises(biofx.LifecycleError, match=r"checkpoint-6 has no biofx.pt, so what rules kept is lost"):
+        trainer(language_model(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_the_best_weights_come_with_what_rules_kept_then(tmp_path):
+    bio = language_model()
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
+    one = trainer(bio, tmp_path, metric_for_best_model="worse", greater_is_better=True, **options)
+    one.evaluate = lambda *args, **kwargs: {"eval_worse": -one.state.global_step}
+    one.train()
+    assert steps_of(bio) == {6}
+    saved = torch.load(tmp_path / "checkpoint-6" / "biofx.pt", weights_only=True)
+    assert all(torch.equal(value, saved[name]) for name, value in bio.state_dict().items())
