@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import biofx
@@ -335,19 +334,3 @@ def test_a_memory_in_a_code_is_refused_before_turnover():
     with pytest.raises(biofx.LifecycleError, match="0.weight: Coded remembers 'code' of every synapse in a code"):
         train(bio, optimizer, 1)
     assert torch.equal(bio[0].weight, before)
-
-
-def test_zero_redundancy_in_one_process_forgets_what_is_replaced(tmp_path):
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        bio = biofx.transform(network(), [passes.Rejuvenate(dre=2.0)])
-        optimizer = ZeroRedundancyOptimizer([*bio.parameters()], torch.optim.SGD, lr=0.1, momentum=0.9)
-        biofx.attach(bio, optimizer)
-        train(bio, optimizer, 2)
-        for site in biofx.weight_sites(bio).values():
-            momentum = optimizer.optim.state[site.raw]["momentum_buffer"]
-            assert 0 < int((momentum == 0).sum()) <= int(site.state("replaced"))
-    finally:
-        dist.destroy_process_group()
