@@ -28,12 +28,8 @@ class BiofxCallback(TrainerCallback):
         LifecycleError: if there is no such file in the checkpoint from which training resumes.
 
     Example:
-        >>> import biofx, tempfile, torch
-        >>> from transformers import Trainer, TrainingArguments
         >>> from biofx.integrations.transformers import BiofxCallback
-        >>> bio = biofx.transform(torch.nn.Linear(8, 2), "rejuvenate")
-        >>> arguments = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none")
-        >>> trainer = Trainer(bio, arguments, callbacks=[BiofxCallback()])
+        >>> callbacks = [BiofxCallback()]  # an argument of `transformers.Trainer`
     """
 
     def on_train_begin(
