@@ -193,18 +193,17 @@ class PlasticWeight:
         for key, memory in self.memories.items():
             if key == "ax":  # ASGD: average of the weight
                 memory.copy_(torch.where(mask, self.raw, memory))
-            elif type(self.optimizer).__module__.startswith("torch.optim"):
+            elif type(self.optimizer).__module__.startswith("torch.optim") or memory.dtype is torch.bool:
                 memory.masked_fill_(mask, initial.get(key, 0.0))
             else:
                 value = memory if type(memory).dequantize is Tensor.dequantize else memory.dequantize()
-                memory.copy_(torch.where(mask, self._like_new(value, mask), value))
+                memory.copy_(torch.where(mask, self._like_new(value, mask, initial.get(key, 0.0)), value))
 
-    def _like_new(self, memory: Tensor, replaced: Tensor) -> Tensor:
-        """What an optimizer remembers of new synapses: the weight, if it keeps a copy of that, else nothing."""
+    def _like_new(self, memory: Tensor, replaced: Tensor, initial: float) -> Tensor:
+        """What an optimizer remembers of new synapses: the weight, if it keeps a copy of it, else the initial value."""
         raw, others = self.raw.detach().to(memory), ~replaced
         distance, size = ((x * others).norm() for x in (memory - raw, raw))
-        copied: Tensor = raw * (distance < CLOSE * size)
-        return copied
+        return torch.where(distance < CLOSE * size, raw, initial)
 
     def check_can_forget(self) -> None:
         """Refuse a memory of which nobody knows how it says that there is nothing to remember.

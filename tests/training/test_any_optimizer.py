@@ -195,6 +195,14 @@ def fail_once(wanted):
     return failing
 
 
+def fail_after_one(wanted):
+    def failing(sites):
+        yield next(wanted(sites))
+        fail()
+
+    return failing
+
+
 STAGES = {
     "trial": lambda m, o: m.setattr(attachment, "acting_with", fail),
     "update": lambda m, o: m.setattr(attachment, "Update", fail),
@@ -202,7 +210,7 @@ STAGES = {
     "second hook": lambda m, o: m.setattr(o, "register_step_post_hook", fail),
     "step": lambda m, o: m.setattr(attachment, "_guarded", fail_once(attachment._guarded)),
     "graph": lambda m, o: m.setattr(attachment, "set_attached", fail_once(attachment.set_attached)),
-    "weights": lambda m, o: m.setattr(attachment, "_feasible", lambda sites: [*sites, fail()]),
+    "weights": lambda m, o: m.setattr(attachment, "_feasible", fail_after_one(attachment._feasible)),
 }
 
 
@@ -212,6 +220,9 @@ def test_what_fails_leaves_model_and_optimizer_as_they_were(monkeypatch, stage, 
     bio = biofx.transform(network(), [*GAINS, passes.DalesPrinciple(balance=False)])
     first, optimizer = adam(bio.parameters()), adam(bio.parameters())
     held = biofx.attach(bio, first) if earlier else None
+    with torch.no_grad():
+        for site in biofx.weight_sites(bio).values():
+            site.raw.neg_()  # signs that `attach` is to correct
     code, values = bio.code, {k: v.clone() for k, v in bio.state_dict().items()}
     with monkeypatch.context() as patched:
         STAGES[stage](patched, optimizer)
