@@ -67,7 +67,8 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     one, so rules act at its steps: before what the wrapper does to the weights, and in its two-step forms as well.
 
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
-    later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them.
+    later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
+    `attach` fails, model and optimizers are as they were.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -81,8 +82,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, no pass changed a weight of it, the optimizer holds none
-            of those weights, or it is a wrapper whose steps run no hooks. Model and optimizer are as before then,
-            whatever fails.
+            of those weights, or it is a wrapper whose steps run no hooks.
         LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients, and
             optimizers that undo gains whatever these act on; `compile`, where nothing can be compiled. At a step:
             a gradient or weight that is not finite, if a rule acts on it; a sparse gradient; no `backward()` before; a
