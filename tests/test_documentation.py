@@ -22,6 +22,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", sorted(set(MODULES)))
 def test_docstring_examples_run(name):
+    if name.startswith("biofx.integrations."):
+        pytest.importorskip(name.rpartition(".")[2])  # the package whose name the module has
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
     assert result.failed == 0
 

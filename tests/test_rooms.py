@@ -83,6 +83,13 @@ def test_passes_know_the_compiler_and_not_the_other_way_round(rooms):
     assert [*rooms.predecessors("passes")] == ["biofx"]
 
 
+def test_nothing_imports_the_trainers_but_their_callbacks(imports):
+    assert {"biofx.integrations", "biofx.integrations.lightning"} <= set(imports)
+    assert {room(name) for module in imports if room(module) == "integrations" for name in imports.pred[module]} == {
+        "integrations"
+    }
+
+
 def test_no_public_name_hides_a_module(imports):
     hidden = {f"biofx.{name}" for name in biofx.__all__} & set(imports)
     assert hidden == {"biofx.passes"}  # which is the module itself

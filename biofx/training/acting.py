@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import enum
+import inspect
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from biofx.base.errors import LifecycleError
 from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import Link, State, Synapses
 from biofx.training.update import Update
+from biofx.training.wrappers import inside
 
 STEPS = 40
 TOLERANCE = 0.05  # of the slope of displacement on gain
@@ -43,6 +46,7 @@ def acting_with(optimizer: Optimizer) -> Acting | None:
     Raises:
         LifecycleError: none of them is right.
     """
+    optimizer = next(inside(optimizer), optimizer)  # such as that of a shard
     if type(optimizer).__module__.startswith("torch.optim"):
         return Acting.UPDATE
     slopes = {}
@@ -50,6 +54,8 @@ def acting_with(optimizer: Optimizer) -> Acting | None:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plain = _displacement(optimizer, None)
+            if not plain.any():
+                return None
             for acting in Acting:
                 slopes[acting] = _slope(_displacement(optimizer, acting), plain)
                 if abs(slopes[acting] - 1) < TOLERANCE:
@@ -59,23 +65,27 @@ def acting_with(optimizer: Optimizer) -> Acting | None:
     raise LifecycleError(
         f"attach: {type(optimizer).__name__} undoes gains, as it keeps copies of the weights: in {STEPS} steps on a "
         f"small weight the slope of displacement on gain was {slopes[Acting.UPDATE]:.2f} with gains on its update, and "
-        f"{slopes[Acting.GRADIENT]:.2f} with gains on the gradient; use an optimizer that keeps no copy"
+        f"{slopes[Acting.GRADIENT]:.2f} with gains on the gradient; use an optimizer that keeps no copy, "
+        "or one in a wrapper that keeps it (ScheduleFreeWrapper, Lookahead)"
     )
 
 
 def _displacement(optimizer: Optimizer, acting: Acting | None) -> Tensor:
     """How far a small weight moves with random gradients that are the same at every call; None: without gains."""
+    torch.manual_seed(0)  # some optimizers draw numbers
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(16, 16, generator=generator)
+    start = torch.randn(16, 16, generator=generator, dtype=torch.float64)  # some hardly move at first
     synapses = Synapses("weight", nn.Parameter(start.clone()))
     gain = _gain()
     synapses.keep("gain", gain, "trial")
     synapses.insert(Link(torch.ops.biofx.scale_grad, (State("gain"),), Inserted(("trial",), "weight", Slot.HOOK)))
     weight = synapses.stored
-    one = type(optimizer)([weight], **copy.deepcopy(optimizer.defaults))
+    one = type(optimizer)([weight], **_options(optimizer))
+    if callable(train := getattr(one, "train", None)):
+        train()  # schedule-free ones refuse to step else
     update = Update([synapses], one, with_copies=acting is Acting.COPIES)
     for _ in range(STEPS):
-        weight.grad = 1 + 0.1 * torch.randn(16, 16, generator=generator)
+        weight.grad = 1 + 0.1 * torch.randn(16, 16, generator=generator, dtype=torch.float64)
         if acting is Acting.GRADIENT:
             weight.grad *= gain
         update.begin()
@@ -84,12 +94,20 @@ def _displacement(optimizer: Optimizer, acting: Acting | None) -> Tensor:
     return weight.detach() - start
 
 
+def _options(optimizer: Optimizer) -> dict[str, Any]:
+    """The defaults of an optimizer that its constructor takes; some keep more in them."""
+    parameters = inspect.signature(type(optimizer)).parameters
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return copy.deepcopy({k: v for k, v in optimizer.defaults.items() if takes_all or k in parameters})
+
+
 def _gain() -> Tensor:
-    return torch.linspace(0.7, 1.3, 256).view(16, 16)
+    return torch.linspace(0.7, 1.3, 256, dtype=torch.float64).view(16, 16)
 
 
 def _slope(moved: Tensor, plain: Tensor) -> float:
-    """The slope of displacement, relative to that without gains, on gain."""
-    ratio, gain = (moved / plain).flatten(), _gain().flatten()
-    ratio, gain = ratio / ratio.mean() - 1, gain / gain.mean() - 1
-    return float((ratio * gain).sum() / gain.square().sum())
+    """The slope of displacement, relative to that without gains, on gain; by least squares, as some hardly move."""
+    gain = _gain() - _gain().mean()
+    terms = torch.stack([plain.flatten(), (plain * gain).flatten()], 1)
+    level, slope = map(float, torch.linalg.lstsq(terms, moved.flatten().unsqueeze(1)).solution.flatten())
+    return float(_gain().mean()) * slope / level

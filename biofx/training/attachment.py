@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import MethodType, TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.utils.hooks import RemovableHandle
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
@@ -29,6 +31,7 @@ from biofx.training.finite import Finite, taken_back
 from biofx.training.plastic_weight import PlasticWeight
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.update import Update
+from biofx.training.wrappers import held, innermost, inside
 
 
 def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> Attachment:  # noqa: A002 - torch's word
@@ -61,12 +64,17 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     the step the optimizer sees Γ·w and that gradient, and the change is divided by Γ, so the connection moves as the
     plain one would.
 
+    *Wrappers* around an optimizer of the same parameters (Lookahead, SAM, those of trainers) leave the steps to that
+    one, so rules act at its steps: before what the wrapper does to the weights, and in its two-step forms as well.
+
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
-    later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them.
+    later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
+    `attach` fails, model and optimizers are as they were.
 
     Args:
         bio: a model made by `biofx.transform`.
-        optimizer: an optimizer that holds parameters of `bio`. Several optimizers may hold parts of it: attach each.
+        optimizer: an optimizer that holds parameters of `bio`, or a wrapper around one. Several optimizers may hold
+            parts of it: attach each.
         compile: whether to compile what rules do to entries: fewer passes over memory, after some seconds in the first
             steps. The numbers are the same to rounding. It needs what `torch.compile` needs, such as a C++ compiler.
 
@@ -96,6 +104,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
         raise ArgumentError("attach: the arguments are swapped; write attach(bio, optimizer)")
     bio = transformed(bio)
     record = record_of(bio)
+    optimizer = innermost(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise ArgumentError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, LBFGS | SparseAdam):
@@ -103,9 +112,9 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
         raise LifecycleError(f"attach: {type(optimizer).__name__} {why}, so there is no one update for rules to act on")
     if record.by_hand:
         raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
-    held = _held(optimizer)
-    sites = {name: site for name, site in find_weights(bio).sites.items() if id(site.raw) in held and site.passes}
-    if not sites and not any(id(stored(bio, name)) in held for name in record.nonnegative):
+    own = held(optimizer)
+    sites = {name: site for name, site in find_weights(bio).sites.items() if id(site.raw) in own and site.passes}
+    if not sites and not any(id(stored(bio, name)) in own for name in record.nonnegative):
         if not any(run.weights for run in record.passes):
             raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
         raise ArgumentError(
@@ -116,10 +125,19 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     if compile:
         for device in {parameter.device for parameter in bio.parameters()}:
             check_compiler(device)
-    acting = acting_with(optimizer)  # which may refuse: nothing has changed until then
-    for other in [*record.attachments]:
-        other.give_up(held)
-    return Attachment(bio, optimizer, sites, acting, compiled=compile)
+    attachment = Attachment(bio, optimizer, acting_with(optimizer), compiled=compile)
+    learning = {name: synapses for name, synapses in with_hooks(bio).items() if id(synapses.stored) in own}
+    with ExitStack() as undo:
+        for other in [*record.attachments]:
+            undo.callback(other.take, *other.holding)
+            other.give_up(own)
+        undo.callback(attachment.give_up, own)
+        attachment.take(sites, learning)
+        for raw, feasible in _feasible(sites.values()):
+            undo.callback(raw.copy_, raw.clone())
+            raw.copy_(feasible)
+        undo.pop_all()
+    return attachment
 
 
 def detach(bio: nn.Module) -> None:
@@ -147,8 +165,9 @@ def _check_runs_hooks(optimizer: Optimizer) -> None:
     """Refuse an optimizer that wraps another one without being one itself: its steps would run no hooks."""
     if runs_step_hooks(optimizer):
         return
-    inner = next((f".{name}" for name, value in vars(optimizer).items() if isinstance(value, Optimizer)), None)
-    what = f"attach the one that it wraps, its {inner}" if inner else "call super().__init__() in its class"
+    shared = [each for each in inside(optimizer) if held(each) & held(optimizer)]
+    names = [f".{name}" for name, value in vars(optimizer).items() if any(value is each for each in shared)]
+    what = f"attach each one that it wraps: {', '.join(names)}" if names else "call super().__init__() in its class"
     raise ArgumentError(f"attach: steps of {type(optimizer).__name__} run no hooks, so rules could not act; {what}")
 
 
@@ -174,7 +193,6 @@ class Attachment:
         self,
         bio: fx.GraphModule,
         optimizer: Optimizer,
-        sites: dict[str, WeightSite],
         acting: Acting | None,
         *,
         compiled: bool,
@@ -182,23 +200,30 @@ class Attachment:
         self.optimizer = optimizer
         self._compiled = compiled
         self._bio = bio
-        self._held = _held(optimizer)
+        self._held = held(optimizer)
         self._acting = acting
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._counters = Counters()
         self._finite = Finite()
-        self._hold(sites, {n: s for n, s in with_hooks(bio).items() if id(s.stored) in self._held})
-        _make_feasible(sites.values())
-        set_attached(bio, {*sites, *self._learning}, attached=True)
+        self._hooks: list[RemovableHandle] = []
+        self._guarded: MethodType | None = None
+        self._hold({}, {})
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
-        # Rules compile their own arithmetic. A decorator would import the compiler with biofx; optimizers have by now.
-        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
-        self._hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-        self._guarded = _guarded(self, optimizer)
-        optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
-        record_of(bio).attachments.add(self)
+
+    def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
+        """Let rules act on weights at the steps of the optimizer, and gains on what holds these synapses."""
+        self._hold(sites, learning)
+        if not self._hooks:
+            # Rules compile their own arithmetic. As decorators these would import the compiler with biofx.
+            before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+            self._hooks.append(self.optimizer.register_step_pre_hook(before))
+            self._hooks.append(self.optimizer.register_step_post_hook(after))
+            self._guarded = _guarded(self, self.optimizer)
+            self.optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
+        record_of(self._bio).attachments.add(self)
+        set_attached(self._bio, {*sites, *learning}, attached=True)
 
     def _hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         self._sites = sites
@@ -207,6 +232,11 @@ class Attachment:
         self._update = Update(
             learning.values(), self.optimizer, with_copies=self._acting is Acting.COPIES, compiled=self._compiled
         )
+
+    @property
+    def holding(self) -> tuple[dict[str, WeightSite], dict[str, Synapses]]:
+        """The weights on which rules act, and the synapses on which gains do."""
+        return self._sites, self._learning
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -246,7 +276,7 @@ class Attachment:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
-            if vars(self.optimizer).get("step") is self._guarded:
+            if self._guarded is not None and vars(self.optimizer).get("step") is self._guarded:
                 del self.optimizer.step
             record_of(self._bio).attachments.discard(self)
 
@@ -385,7 +415,8 @@ class Attachment:
             projected = {name for rule, names in self._rules if rule.moment is Moment.PROJECTION for name in names}
             others = [weight for weight in step.weights if weight.name not in projected]
             with taken_back(step.finite, (weight.raw for weight in others)):
-                _make_feasible(weight.site for weight in others)
+                for raw, feasible in _feasible(weight.site for weight in others):
+                    raw.copy_(feasible)
             with taken_back(step.finite, (stored(self._bio, name) for name in record_of(self._bio).nonnegative)):
                 project_scales(self._bio, self._held)
         finally:
@@ -397,6 +428,9 @@ class Attachment:
             if not chosen or pass_.moment is None or pass_.moment.before_step is not before_step:
                 continue
             _refuse_captured(pass_)
+            if pass_.moment is Moment.TURNOVER:
+                for weight in chosen:
+                    weight.check_can_forget()
             changing = [x for w in chosen for x in w.own_state()] if finite else []
             changing += [w.raw for w in chosen] if not before_step else []
             changing += [w.gradient for w in chosen] if pass_.moment is Moment.GRADIENT else []
@@ -411,7 +445,7 @@ class Attachment:
                     f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(site.raw.shape)}; "
                     "detach, build the optimizer again, and attach"
                 )
-        if _held(self.optimizer) != self._held:
+        if held(self.optimizer) != self._held:
             raise LifecycleError(
                 "the optimizer holds other parameters than when it was attached; detach and attach again"
             )
@@ -442,17 +476,13 @@ def _refuse_captured(pass_: Pass) -> None:
         )
 
 
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-@torch.no_grad()
-def _make_feasible(sites: Iterable[WeightSite]) -> None:
-    """Store weights with the signs of their units, as each step does: the projection in forward sleeps from now on."""
+def _feasible(sites: Iterable[WeightSite]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is stored, and the same with the signs of units, where the projection in forward sleeps."""
     for site in sites:
         constraint, sign = constraint_of(site), site.sign
         if constraint is CONSTRAINTS["project"] and sign is not None:
-            site.raw.copy_(constraint.store(site.raw, sign))
+            raw = site.raw.detach()
+            yield raw, constraint.store(raw, sign)
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base import randomness
+from biofx.base.errors import LifecycleError
 from biofx.base.noise import Counter
 from biofx.model.operators import apply_rule, is_hook
 from biofx.signs.constraints import constraint_of
+from biofx.training.wrappers import CLOSE, memory_of
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -191,13 +193,36 @@ class PlasticWeight:
         for key, memory in self.memories.items():
             if key == "ax":  # ASGD: average of the weight
                 memory.copy_(torch.where(mask, self.raw, memory))
-            else:
+            elif type(self.optimizer).__module__.startswith("torch.optim") or memory.dtype is torch.bool:
                 memory.masked_fill_(mask, initial.get(key, 0.0))
+            else:
+                value = memory if type(memory).dequantize is Tensor.dequantize else memory.dequantize()
+                memory.copy_(torch.where(mask, self._like_new(value, mask, initial.get(key, 0.0)), value))
+
+    def _like_new(self, memory: Tensor, replaced: Tensor, initial: float) -> Tensor:
+        """What an optimizer remembers of new synapses: the weight, if it keeps a copy of it, else the initial value."""
+        raw, others = self.raw.detach().to(memory), ~replaced
+        distance, size = ((x * others).norm() for x in (memory - raw, raw))
+        return torch.where(distance < CLOSE * size, raw, initial)
+
+    def check_can_forget(self) -> None:
+        """Refuse a memory of which nobody knows how it says that there is nothing to remember.
+
+        Raises:
+            LifecycleError: the optimizer remembers a synapse as whole numbers, which need not stand for themselves.
+        """
+        for key, memory in self.memories.items():
+            if not memory.is_floating_point() and memory.dtype is not torch.bool:
+                raise LifecycleError(
+                    f"{self.name}: {type(self.optimizer).__name__} remembers {key!r} of every synapse in a code "
+                    f"({memory.dtype}), so {self.by} cannot let it forget the synapses that are replaced; use an "
+                    "optimizer whose state is in floating point"
+                )
 
     @property
     def memories(self) -> dict[str, Tensor]:
         """What the optimizer remembers of every synapse, by its key."""
-        state = {} if self.optimizer is None else self.optimizer.state.get(self.raw, {})
+        state = {} if self.optimizer is None else memory_of(self.optimizer, self.raw)
         return {k: m for k, m in state.items() if isinstance(m, Tensor) and m.shape == self.raw.shape}
 
 

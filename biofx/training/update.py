@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 from biofx.training import blocks, compiling
 from biofx.training.factors import Hook, Learning, combined, draw, factors, learning_of
 from biofx.training.finite import taken_back
+from biofx.training.wrappers import CLOSE, memory_of
 
 if TYPE_CHECKING:
     from biofx.model.synapses import Synapses
-
-CLOSE = 0.1  # the relative distance from a weight below which what an optimizer remembers is a copy of the weight
 
 
 class Update:
@@ -137,7 +136,7 @@ class Update:
     def _found(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
         """What the optimizer keeps of the weights themselves."""
         for index, synapses in enumerate(self._synapses):
-            state: dict[str, Any] = self._optimizer.state.get(synapses.stored, {})
+            state: dict[str, Any] = memory_of(self._optimizer, synapses.stored)
             for key, memory in state.items():
                 is_alike = isinstance(memory, Tensor) and memory.shape == synapses.stored.shape
                 if not is_alike or not memory.is_floating_point():

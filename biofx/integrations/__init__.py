@@ -1,0 +1,44 @@
+"""Trainers that make the optimizer themselves: a callback for each, in the module that has the name of its package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx, nn
+from torch.optim import Optimizer
+
+from biofx.base.errors import ArgumentError
+from biofx.model.provenance import is_transformed
+from biofx.training.attachment import attach, detach
+from biofx.training.wrappers import held
+
+
+def transformed_in(model: nn.Module) -> list[fx.GraphModule]:
+    """The transformed models in a model, or that model itself.
+
+    Raises:
+        ArgumentError: there are none.
+    """
+    found = [module for module in model.modules() if isinstance(module, fx.GraphModule) and is_transformed(module)]
+    if not found:
+        raise ArgumentError(f"no module of this {type(model).__name__} was made by biofx.transform; transform it first")
+    return found
+
+
+def attach_all(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Attach every transformed model in a model to the optimizers that hold its parameters.
+
+    Args:
+        model: the model.
+        optimizers: the optimizers, at least one.
+    """
+    for bio in transformed_in(model):
+        own = {id(parameter) for parameter in bio.parameters()}
+        for optimizer in [each for each in optimizers if held(each) & own] or optimizers:
+            attach(bio, optimizer)
+
+
+def detach_all(model: nn.Module) -> None:
+    """End all attachments of the transformed models in a model."""
+    for bio in transformed_in(model):
+        detach(bio)

@@ -1,0 +1,61 @@
+"""Lightning trains a transformed model, or a module that contains one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from biofx.integrations import attach_all, detach_all
+from biofx.model.synapses import Synapses
+
+
+class BiofxCallback(Callback):
+    """Attach the transformed models in a `LightningModule` to the optimizers of each `fit`; detach them at its end.
+
+    What rules keep (counters, gains) is part of the module's state, so checkpoints and `ckpt_path` resume bit for bit.
+    Where a callback averages weights, the average gets what rules keep as it is: means of it would be meaningless.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from biofx.integrations.lightning import BiofxCallback
+        >>> trainer = Trainer(callbacks=[BiofxCallback()], logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Come first: before a learning rate is looked for, and before averages take the place of weights."""
+        trainer.callbacks = [self, *(each for each in trainer.callbacks if each is not self)]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach."""
+        attach_all(pl_module, trainer.optimizers)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach."""
+        detach_all(pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give averages what rules keep, as they are about to take the place of weights."""
+        _keep(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same for good."""
+        _keep(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The same in a checkpoint."""
+        _keep(trainer, pl_module)
+
+
+@torch.no_grad()
+def _keep(trainer: Trainer, model: nn.Module) -> None:
+    averages = [x for each in trainer.callbacks for x in vars(each).values() if isinstance(x, AveragedModel)]
+    for average in averages:
+        for own, other in zip(model.modules(), average.module.modules(), strict=True):
+            if isinstance(own, Synapses) and isinstance(other, Synapses):
+                for key in own.users:
+                    getattr(other, key).copy_(getattr(own, key))

@@ -1,0 +1,50 @@
+"""Optimizers around others: which one changes the weights, and what they remember of a weight together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+CLOSE = 0.1  # the relative distance from a weight below which what an optimizer remembers is a copy of the weight
+
+
+def held(optimizer: Any) -> set[int]:
+    """The parameters of an optimizer, by id."""
+    groups = getattr(optimizer, "param_groups", ())  # some wrappers have none
+    return {id(p) for group in groups for p in group["params"]}
+
+
+def inside(optimizer: Any) -> Iterator[Optimizer]:
+    """The optimizers that an optimizer keeps in its attributes."""
+    attributes: dict[str, Any] = getattr(optimizer, "__dict__", {})
+    return (value for value in attributes.values() if isinstance(value, Optimizer) and value is not optimizer)
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer whose steps change the weights.
+
+    A wrapper (Lookahead, SAM, those of trainers) leaves the steps to an optimizer of the same parameters. It may do so
+    from methods of its own, whose steps run no hooks of the wrapper.
+
+    Args:
+        optimizer: an optimizer, or a wrapper, which may be no `Optimizer` itself.
+    """
+    alike = [each for each in inside(optimizer) if held(each) == held(optimizer)]
+    return innermost(alike[0]) if len(alike) == 1 else optimizer
+
+
+def memory_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """What an optimizer, or one inside, such as that of a shard, remembers of a parameter.
+
+    Args:
+        optimizer: the optimizer.
+        parameter: the parameter.
+    """
+    memory: dict[str, Any] = {}
+    for each in inside(optimizer):
+        memory |= memory_of(each, parameter)
+    memory.update(optimizer.state.get(parameter, {}))
+    return memory
