@@ -35,6 +35,7 @@ from biofx.model.owners import (
     refresh_flat_weights,
 )
 from biofx.model.provenance import RECORD, is_transformed, record_of
+from biofx.model.synapses import observers_in
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
@@ -63,6 +64,13 @@ RESERVED = frozenset(
 """Attributes that a captured model has and a plain module has not, so a model must not use these names."""
 
 
+class _Unsynchronized:
+    """What `DistributedDataParallel` leaves to each rank: what observers accumulate, which `attach` reduces."""
+
+    def __get__(self, module: fx.GraphModule | None, cls: type) -> list[str]:
+        return [] if module is None else [f"{path}.{key}" for path, key in observers_in(module.graph)]
+
+
 class CapturedModule(HasSynapses, fx.GraphModule):
     """The result of `biofx.transform` and `biofx.fold`.
 
@@ -73,6 +81,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     Copying or pickling a plain `torch.fx.GraphModule` loses its `meta`, the hooks and attributes of the root, which of
     its buffers are persistent, and the `meta` of nodes. This class keeps them.
     """
+
+    _ddp_params_and_buffers_to_ignore = _Unsynchronized()
 
     @property
     def whole_model(self) -> CapturedModule:

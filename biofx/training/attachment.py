@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import MethodType, TracebackType
 from typing import Any
@@ -16,7 +16,7 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.randomness import fixed_defaults
 from biofx.model.provenance import record_of, transformed
-from biofx.model.synapses import Synapses, stored
+from biofx.model.synapses import Synapses, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.signs.scales import project_scales
@@ -26,6 +26,7 @@ from biofx.training.counting import Counters, is_captured
 from biofx.training.factors import factors
 from biofx.training.finite import Finite, taken_back
 from biofx.training.plastic_weight import PlasticWeight
+from biofx.training.ranks import average_, data_parallel_groups, stop_broadcasts, wrapper_of
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.update import Update
 
@@ -60,11 +61,16 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     the step the optimizer sees Γ·w and that gradient, and the change is divided by Γ, so the connection moves as the
     plain one would.
 
+    *Data parallelism.* Ranks stay equal, and do what one process would with the whole batch: what observers saw is
+    averaged over ranks, in one all-reduce at the steps at which a rule reads it. Attach the
+    `DistributedDataParallel(bio)` if you can: its process group is used, and it broadcasts no state of rules before
+    each forward any more. Otherwise it is the default group.
+
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
     later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them.
 
     Args:
-        bio: a model made by `biofx.transform`.
+        bio: a model made by `biofx.transform`, bare or inside `torch.compile` or a data-parallel wrapper.
         optimizer: an optimizer that holds parameters of `bio`. Several optimizers may hold parts of it: attach each.
         compile: whether to compile what rules do to entries: fewer passes over memory, after some seconds in the first
             steps. The numbers are the same to rounding. It needs what `torch.compile` needs, such as a C++ compiler.
@@ -93,7 +99,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     """
     if isinstance(bio, Optimizer):
         raise ArgumentError("attach: the arguments are swapped; write attach(bio, optimizer)")
-    bio = transformed(bio)
+    model, bio = bio, transformed(bio)
     record = record_of(bio)
     if not isinstance(optimizer, Optimizer):
         raise ArgumentError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -118,7 +124,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     acting = acting_with(optimizer)  # which may refuse: nothing has changed until then
     for other in [*record.attachments]:
         other.give_up(held)
-    return Attachment(bio, optimizer, sites, acting, compiled=compile)
+    return Attachment(bio, optimizer, sites, acting, wrapper_of(model), compiled=compile)
 
 
 def detach(bio: nn.Module) -> None:
@@ -176,14 +182,21 @@ class Attachment:
         optimizer: Optimizer,
         sites: dict[str, WeightSite],
         acting: Acting | None,
+        wrapper: nn.parallel.DistributedDataParallel | None,
         *,
         compiled: bool,
     ) -> None:
         self.optimizer = optimizer
+        self._wrapper = wrapper
         self._compiled = compiled
         self._bio = bio
         self._held = _held(optimizer)
         self._acting = acting
+        self._observed = {
+            (id(synapses), key) for path, key in observers_in(bio.graph) for synapses in [bio.get_submodule(path)]
+        }
+        if wrapper is not None:
+            stop_broadcasts(wrapper)
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._counters = Counters()
@@ -318,6 +331,7 @@ class Attachment:
             )
         if self._rules and weights:
             self._step.finite = self._finite.look(weights)
+            average_(self._read_now(weights), data_parallel_groups(self._wrapper))
         self._act(weights, self._step.finite, before_step=True)
         scale = _gradient_scale(self.optimizer)
         for weight in weights:
@@ -403,6 +417,15 @@ class Attachment:
             with fixed_defaults(), taken_back(finite, changing):
                 pass_.at_step(chosen)
 
+    def _read_now(self, weights: Sequence[PlasticWeight]) -> Iterator[Tensor]:
+        """What observers saw that a rule reads in this step."""
+        for weight in weights:
+            for pass_, names in self._rules:
+                if weight.name in names and weight.step % _every(pass_) == 0:
+                    for key, users in weight.synapses.users.items():
+                        if pass_.name in users and (id(weight.synapses), key) in self._observed:
+                            yield weight.state(key)
+
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
         for name, site in self._sites.items():
@@ -434,12 +457,17 @@ def _guarded(attachment: Attachment, optimizer: Optimizer) -> MethodType:
 
 def _refuse_captured(pass_: Pass) -> None:
     """Refuse a rule that does not act at every step while a CUDA graph is captured, which is one step for all."""
-    every = getattr(pass_, "every", 1)
-    if every != 1 and is_captured():
+    if _every(pass_) != 1 and is_captured():
         raise LifecycleError(
-            f"{pass_.name} acts every {every} steps, and a CUDA graph replays the step that was captured; "
+            f"{pass_.name} acts every {_every(pass_)} steps, and a CUDA graph replays the step that was captured; "
             "use every=1, or do not capture the optimizer's step"
         )
+
+
+def _every(pass_: Pass) -> int:
+    """The number of steps from one at which a rule acts to the next."""
+    every: int = getattr(pass_, "every", 1)
+    return every
 
 
 def _held(optimizer: Optimizer) -> set[int]:
