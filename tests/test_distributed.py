@@ -1,6 +1,10 @@
 """Several processes over gloo: rules do the same on every rank, and the same as one process with the whole batch."""
 
+import copy
+import functools
+import re
 import socket
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,9 +26,10 @@ OPTIONS = {
 STEPS = 20
 
 
-def everything(*without: str) -> list[passes.Pass]:
+def everything(*without: str, **other_options) -> list[passes.Pass]:
     """All registered passes, but for those that the others exclude."""
-    return [cls(**OPTIONS.get(name, {})) for name, cls in passes.registered_passes().items() if name not in without]
+    options = {**OPTIONS, **other_options}
+    return [cls(**options.get(name, {})) for name, cls in passes.registered_passes().items() if name not in without]
 
 
 def spawn(function, ranks: int, folder) -> list:
@@ -97,41 +102,209 @@ def test_data_parallel_ranks_agree_with_one_process(tmp_path):
 # --- Shards
 
 
-def train_sharded(rank: int, ranks: int, dtype: str | None) -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]:
-    """Four steps on the whole batch, each block a shard of its own; local shapes of split weights, and all values."""
+SPLIT = [passes.SplitSynapses(2), passes.FuzzyLearningRates()]
+UNSTORED = [passes.SplitSynapses(2), passes.FuzzyLearningRates(dtype="unstored")]
+IN_BLOCKS = {
+    "fuzzy-learning-rates": {"distribution": "weight_adaptive", "every": 2},
+    "rejuvenate": {"dre": 14.0, "rule": "threshold"},
+    "dales-principle": {"constraint": "softplus"},
+}
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A way to shard a model.
+
+    Attributes:
+        pipeline: its passes.
+        optimizer: the name of the optimizer.
+        sizes: of its layers.
+        blocks: whether each layer is a block of its own.
+        placed: whether weights are cut along their connections, not their synapses.
+        attached: whether rules act.
+    """
+
+    pipeline: list[passes.Pass]
+    optimizer: str = "AdamW"
+    sizes: tuple[int, ...] = (6, 12, 6, 6)
+    blocks: bool = False
+    placed: bool = True
+    attached: bool = True
+
+
+SHARDED = {
+    "an empty shard": Sharded(everything("mirror-units"), placed=False, sizes=(6, 10, 6, 4)),
+    "uneven shards": Sharded(everything("mirror-units", "split-synapses"), "SGD", sizes=(6, 10, 8, 4)),
+    "mirrored units": Sharded(everything("dales-principle", "group-units")),
+    "blocks": Sharded(everything("mirror-units", "group-units", "synaptic-scaling", **IN_BLOCKS), blocks=True),
+    "unstored": Sharded(UNSTORED, "SGD", blocks=True),
+    "not attached": Sharded(SPLIT, "SGD", blocks=True, attached=False),
+}
+
+
+TRAINED = [*SHARDED]
+
+
+@functools.cache  # which forked processes know
+def transformed(name: str):
+    torch.manual_seed(0)
+    return biofx.transform(mlp(*SHARDED[name].sizes).double(), SHARDED[name].pipeline, verify=False)
+
+
+def start_sharded(name: str, ranks: int):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    bio = biofx.transform(mlp(6, 9, 3).double(), [passes.SplitSynapses(2), passes.FuzzyLearningRates(dtype=dtype)])
-    placement = biofx.shard_placement(bio)
-    mesh = init_device_mesh("cpu", (ranks,))
-    for block in (bio[0], bio[2]):
-        fully_shard(block, mesh=mesh, shard_placement_fn=placement)
-    fully_shard(bio, mesh=mesh, shard_placement_fn=placement)
-    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
-    for images in torch.randn(4, 16, 6, dtype=torch.float64):
+    case, bio = SHARDED[name], copy.deepcopy(transformed(name))
+    if ranks > 1:
+        options = {"mesh": init_device_mesh("cpu", (ranks,))}
+        options |= {"shard_placement_fn": biofx.shard_placement(bio)} if case.placed else {}
+        for block in bio.children() if case.blocks else ():
+            if [*block.parameters()]:
+                fully_shard(block, **options)
+        fully_shard(bio, **options)
+    optimizer = getattr(torch.optim, case.optimizer)(bio.parameters(), lr=0.01)
+    if case.attached:
+        biofx.attach(bio, optimizer)
+    return bio, optimizer
+
+
+def train_sharded(name: str, rank: int, ranks: int, bio, optimizer, steps=range(6)) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randn(6, 12, SHARDED[name].sizes[0], dtype=torch.float64, generator=generator)
+    labels = torch.arange(12) % SHARDED[name].sizes[-1]
+    for step in steps:
         optimizer.zero_grad()
-        bio(images).square().sum().backward()
+        F.cross_entropy(bio(batches[step].chunk(ranks)[rank]), labels.chunk(ranks)[rank]).backward()
         optimizer.step()
-    local = [tuple(p.to_local().shape) for p in bio.parameters() if p.dim() == 3]
-    return local, {name: p.full_tensor().detach() for name, p in bio.named_parameters()}
 
 
-def train_both_sharded(rank: int, ranks: int):
-    return [train_sharded(rank, ranks, dtype) for dtype in (None, "unstored")]
+def whole(bio) -> dict[str, torch.Tensor]:
+    """The state of a model, in whole tensors that nobody changes any more."""
+    return {n: (x.full_tensor() if hasattr(x, "full_tensor") else x).clone() for n, x in bio.state_dict().items()}
 
 
-def test_shards_learn_as_one_process_does_and_none_is_empty(tmp_path):
-    torch.manual_seed(0)
-    bio = biofx.transform(mlp(6, 9, 3).double(), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
-    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
-    for images in torch.randn(4, 16, 6, dtype=torch.float64):
-        optimizer.zero_grad()
-        bio(images).square().sum().backward()
-        optimizer.step()
-    for results in spawn(train_both_sharded, 3, tmp_path):  # more than there are synapses
-        for local, values in results:
-            assert all(0 not in shape and shape[0] == 2 for shape in local)
-            for name, parameter in bio.named_parameters():
-                torch.testing.assert_close(values[name], parameter.detach(), rtol=1e-10, atol=1e-10)
+def train_all_sharded(rank: int, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
+    results = {}
+    for name in TRAINED:
+        bio, optimizer = start_sharded(name, ranks)
+        train_sharded(name, rank, ranks, bio, optimizer)
+        results[name] = whole(bio)
+        for key, x in bio.state_dict().items() if ranks > 1 else ():
+            results[name, key] = tuple(x.to_local().shape if hasattr(x, "to_local") else x.shape)
+    return results
+
+
+def test_rules_do_on_shards_what_they_do_on_whole_weights(tmp_path):
+    trained = train_all_sharded(0, 1)
+    for rank, found in enumerate(spawn(train_all_sharded, 3, tmp_path)):
+        for name in TRAINED:
+            for key, value in trained[name].items():
+                if not key.endswith((".seen", ".active")):
+                    torch.testing.assert_close(
+                        found[name][key], value, rtol=1e-7, atol=1e-9, msg=lambda m, k=key, n=name: f"{n}: {k}: {m}"
+                    )
+                if key.endswith(".gain") and SHARDED[name].attached:  # no rank holds a whole one
+                    assert found[name, key] == found[name, key.replace(".gain", ".weight")] != value.shape
+        assert found["an empty shard", "0.weight_synapses.gain"][0] == (1, 1, 0)[rank]
+        assert found["blocks", "0.weight_synapses.weight"] == (2, 4, 6)
+    assert sum(int(value) for key, value in trained["blocks"].items() if key.endswith(".replaced")) > 0
+
+
+def saved_and_loaded(rank: int, ranks: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Train three steps, save and train on; and load into another model, and train that on."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    bio, optimizer = start_sharded("blocks", ranks)
+    train_sharded("blocks", rank, ranks, bio, optimizer, range(3))
+    model_state, optimizer_state = get_state_dict(bio, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    train_sharded("blocks", rank, ranks, bio, optimizer, range(3, 6))
+    again, optimizer = start_sharded("blocks", ranks)
+    fresh = whole(again)
+    model_state, optimizer_state = get_state_dict(again, optimizer)  # makes a step, which trains nothing
+    untouched = whole(again)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    set_state_dict(again, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    train_sharded("blocks", rank, ranks, again, optimizer, range(3, 6))
+    return {"fresh": fresh, "untouched": untouched, "on": whole(bio), "loaded": whole(again)}
+
+
+def error_of(function) -> str:
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001 - whichever it is, another rank waits for this one
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@dataclass(frozen=True)
+class Halve(passes.Pass):
+    """A rule that was not written for shards."""
+
+    name = "halve"
+    slot = passes.Slot.HOOK
+    moment = passes.Moment.SCALING
+
+    def rewrite(self, site, edit):
+        pass
+
+    def at_step(self, weights):
+        for weight in weights:
+            weight.assign(weight.value / weight.value.std())
+
+
+SHARDED["detached"] = Sharded(SPLIT, "SGD")
+SHARDED["observed blocks"] = Sharded([passes.SynapticScaling()], blocks=True)
+SHARDED["another rule"] = Sharded([Halve()])
+
+
+def refusals(rank: int, ranks: int) -> dict[str, str]:
+    found = {name: error_of(lambda n=name: start_sharded(n, ranks)) for name in ("observed blocks", "another rule")}
+    bio, optimizer = start_sharded("mirrored units", ranks)
+    train_sharded("mirrored units", rank, ranks, bio, optimizer, range(1))
+    before = whole(bio)
+    bio(torch.ones(2, 6).double()).sum().backward()
+    bio.get_parameter("0.weight").grad.to_local().view(-1)[:1] = torch.nan if rank == 1 else 1.0
+    found["not finite"] = error_of(optimizer.step)
+    with torch.no_grad():
+        bio(torch.ones(2, 6).double())
+    found["unsharded"] = error_of(optimizer.step)
+    bio.reshard()
+    observed = (".seen", ".active")
+    assert all(torch.equal(x, before[name]) for name, x in whole(bio).items() if not name.endswith(observed))
+    train_sharded("mirrored units", rank, ranks, bio, optimizer, range(1))
+    optimizer = torch.optim.SGD(copy.deepcopy(transformed("mirrored units")).parameters())
+    found["made before"] = error_of(lambda: biofx.attach(bio, optimizer))
+    return found
+
+
+def detached(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """Without an optimizer that is attached, gains act in the backward pass, as on one process."""
+    bio, optimizer = start_sharded("detached", ranks)
+    biofx.detach(bio)
+    train_sharded("detached", rank, ranks, bio, optimizer)
+    return whole(bio)
+
+
+def use_shards(rank: int, ranks: int, folder: str):
+    return saved_and_loaded(rank, ranks, folder), refusals(rank, ranks), detached(rank, ranks)
+
+
+def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
+    alone = detached(0, 1)
+    transformed("blocks"), transformed("mirrored units")
+    for saved, errors, gains in spawn(functools.partial(use_shards, folder=str(tmp_path / "saved")), 2, tmp_path):
+        assert all(torch.equal(x, saved["fresh"][name]) for name, x in saved["untouched"].items())
+        assert all(torch.equal(x, saved["on"][name]) for name, x in saved["loaded"].items())
+        for name, value in alone.items():
+            torch.testing.assert_close(gains[name], value, rtol=1e-7, atol=1e-10)
+        for name, message in {
+            "observed blocks": r"ArgumentError: attach: 0 is sharded as a block .* fully_shard\(bio\)",
+            "another rule": "ArgumentError: attach: 0.weight is sharded, and halve does not say .* works_on_shards",
+            "not finite": "LifecycleError: 0.weight: its gradient is not finite",
+            "unsharded": r"LifecycleError: .* is whole on every rank.* call reshard\(\)",
+            "made before": "ArgumentError: .* holds no weight of this model .* after fully_shard",
+        }.items():
+            assert re.match(message, errors[name]), f"{name}: {errors[name]}"

@@ -33,6 +33,7 @@ from biofx.model.owners import (
     container_methods,
     install_weight_properties,
     refresh_flat_weights,
+    set_class,
 )
 from biofx.model.provenance import RECORD, is_transformed, record_of
 from biofx.model.synapses import observers_in
@@ -98,8 +99,13 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
-        code = super().recompile()
-        cls = type(self)
+        present: Any = type(self)
+        cls: Any = next(each for each in present.__mro__ if CapturedModule in each.__bases__)
+        set_class(self, cls)  # of which `fully_shard` makes a subclass, where torch.fx would call itself for ever
+        try:
+            code = super().recompile()
+        finally:
+            set_class(self, present)
         cls.forward = (
             _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward)
             if is_one_island(self)

@@ -24,6 +24,7 @@ from biofx.base import rule_code
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.gains import decoded, drawn
 from biofx.base.noise import Counter
+from biofx.base.shards import gathered
 
 NAMESPACE = "biofx"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -142,7 +143,7 @@ def gradient_hook(
             @staticmethod
             def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
                 tensors = iter(ctx.saved_tensors)
-                others = [next(tensors) if x is None else x for x in ctx.constants]
+                others = gathered([next(tensors) if x is None else x for x in ctx.constants])
                 return (rule(gradient, *others).to(gradient.dtype), *[None] * (ctx.arity - 1))
 
         Hook.__name__ = Hook.__qualname__ = name.replace(".", "_")

@@ -50,12 +50,15 @@ class Pass:
         moment: when the pass acts around `optimizer.step()`, if it does (see `biofx.attach`).
         changes_units: whether the pass changes the set of units. Such a pass runs before all others, and calls
             `ModelEditor.look_again` after the change.
+        works_on_shards: whether `at_step` works on a part of a weight, as under FSDP: entry by entry, with sums over a
+            weight by `biofx.training.ranks.summed`. If not, `biofx.attach` refuses sharded weights.
     """
 
     name: ClassVar[str]
     slot: ClassVar[Slot]
     moment: ClassVar[Moment | None] = None
     changes_units: ClassVar[bool] = False
+    works_on_shards: ClassVar[bool] = False
 
     @property
     def preserves_function(self) -> bool:

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.randomness import fixed_defaults
+from biofx.base.shards import cut_like, is_sharded, local, shard_of
 from biofx.model.provenance import record_of, transformed
 from biofx.model.synapses import Synapses, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
@@ -26,7 +27,8 @@ from biofx.training.counting import Counters, is_captured
 from biofx.training.factors import factors
 from biofx.training.finite import Finite, taken_back
 from biofx.training.plastic_weight import PlasticWeight
-from biofx.training.ranks import average_, data_parallel_groups, stop_broadcasts, wrapper_of
+from biofx.training.ranks import average_, data_parallel_groups, is_on_any, stop_broadcasts, wrapper_of
+from biofx.training.sharding import check_shards, cut_state
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.update import Update
 
@@ -115,8 +117,9 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
         raise ArgumentError(
             f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
-            "build it from bio.parameters(), after the transform"
+            "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
         )
+    check_shards(bio, sites)
     _check_runs_hooks(optimizer)
     if compile:
         for device in {parameter.device for parameter in bio.parameters()}:
@@ -201,6 +204,7 @@ class Attachment:
         self._nested = 0  # steps of a base class in a step
         self._counters = Counters()
         self._finite = Finite()
+        cut_state(sites.values())
         self._hold(sites, {n: s for n, s in with_hooks(bio).items() if id(s.stored) in self._held})
         _make_feasible(sites.values())
         set_attached(bio, {*sites, *self._learning}, attached=True)
@@ -217,9 +221,15 @@ class Attachment:
         self._sites = sites
         self._learning = learning
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
+        self._is_sharded = any(is_sharded(parameter) for _, parameter in self._parameters())
         self._update = Update(
             learning.values(), self.optimizer, with_copies=self._acting is Acting.COPIES, compiled=self._compiled
         )
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The stored parameters on which rules or gains act, by name."""
+        yield from ((name, site.raw) for name, site in self._sites.items())
+        yield from ((name, synapses.stored) for name, synapses in self._learning.items())
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -288,7 +298,7 @@ class Attachment:
         if self._step is not None:
             self._nested += 1
             return None
-        if _is_skipped(optimizer):
+        if _is_skipped(optimizer) or self._trains_nothing():
             return None
         self._finite.refuse_if_known()
         self._check_unchanged()
@@ -315,6 +325,17 @@ class Attachment:
         return (args[0], evaluate_then_prepare), {k: v for k, v in kwargs.items() if k != "closure"}
 
     @torch.no_grad()
+    def _trains_nothing(self) -> bool:
+        """Whether a step lets the optimizer make its state and no more, as one of `torch.distributed.checkpoint`."""
+        groups = self.optimizer.param_groups
+        if any((isinstance(lr := group.get("lr"), Tensor) and lr.device.type != "cpu") or lr != 0 for group in groups):
+            return False
+        gradients = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        learns = any(bool(gradient.any()) for gradient in gradients)
+        ranks = data_parallel_groups(None, (parameter for _, parameter in self._parameters()))
+        return bool(gradients) and not (is_on_any(learns, ranks) if self._is_sharded else learns)
+
+    @torch.no_grad()
     def _prepare(self) -> None:
         """Act on the gradients, which are there now."""
         assert self._step is not None
@@ -331,20 +352,23 @@ class Attachment:
             )
         if self._rules and weights:
             self._step.finite = self._finite.look(weights)
-            average_(self._read_now(weights), data_parallel_groups(self._wrapper))
+            groups = data_parallel_groups(self._wrapper, [weight.site.raw for weight in weights])
+            average_(self._read_now(weights), groups)
         self._act(weights, self._step.finite, before_step=True)
         scale = _gradient_scale(self.optimizer)
         for weight in weights:
-            if weight.gradient is not weight.raw.grad:
-                self._give(weight.raw, weight.gradient if scale is None else weight.gradient * scale)
+            if weight.gradient is not local(weight.site.raw.grad):
+                self._give(weight.site.raw, weight.gradient if scale is None else weight.gradient * scale)
         for name, synapses in self._learning.items():  # biases that were split with their weights
             if name not in self._sites and synapses.shares > 1 and synapses.stored.grad is not None:
-                self._give(synapses.stored, synapses.stored.grad * synapses.shares**0.5)
+                self._give(synapses.stored, local(synapses.stored.grad) * synapses.shares**0.5)
         if self._acting is Acting.GRADIENT:
             learning = [s for s in self._learning.values() if s.stored.grad is not None]
-            for synapses, gain in zip(learning, factors(learning, [s.stored.detach() for s in learning]), strict=True):
+            shards = [shard_of(synapses.stored_name, synapses.stored) for synapses in learning]
+            gains = factors(learning, shards, [local(synapses.stored.detach()) for synapses in learning])
+            for synapses, gain in zip(learning, gains, strict=True):
                 if gain is not None and synapses.stored.grad is not None:
-                    self._give(synapses.stored, synapses.stored.grad * gain)
+                    self._give(synapses.stored, local(synapses.stored.grad) * gain)
         self._step.weights = weights
 
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -352,7 +376,7 @@ class Attachment:
         assert self._step is not None
         assert parameter.grad is not None
         self._step.gradients.append((parameter, parameter.grad))
-        parameter.grad = gradient.to(parameter.grad.dtype)
+        parameter.grad = cut_like(parameter.grad, gradient.to(parameter.grad.dtype))
 
     def _put_back(self) -> None:
         """Give parameters the gradients back that the backward pass computed."""
@@ -367,13 +391,14 @@ class Attachment:
             return None
         if raw.grad.layout is not torch.strided:
             raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
-        gradient = raw.grad if scale is None else raw.grad.float() / scale
+        given = local(raw.grad)
+        gradient = given if scale is None else given.float() / scale
         shares = site.known_synapses.shares if site.learning is not None else 1
         if shares > 1:
             gradient = gradient * shares**0.5  # hooks give each synapse 1/√Γ; the optimizer sees the connection's
         elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
             gradient = gradient.clone()
-        return PlasticWeight(site, raw, gradient, self.optimizer, step, compiled=self._compiled)
+        return PlasticWeight(site, local(raw), gradient, self.optimizer, step, compiled=self._compiled)
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -400,7 +425,7 @@ class Attachment:
             others = [weight for weight in step.weights if weight.name not in projected]
             with taken_back(step.finite, (weight.raw for weight in others)):
                 _make_feasible(weight.site for weight in others)
-            with taken_back(step.finite, (stored(self._bio, name) for name in record_of(self._bio).nonnegative)):
+            with taken_back(step.finite, (local(stored(self._bio, n)) for n in record_of(self._bio).nonnegative)):
                 project_scales(self._bio, self._held)
         finally:
             self._counters.add(counters)
@@ -428,6 +453,12 @@ class Attachment:
 
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
+        for name, parameter in self._parameters():
+            if self._is_sharded and id(parameter) not in self._held:
+                raise LifecycleError(
+                    f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
+                    "reshard() of the model before optimizer.step()"
+                )
         for name, site in self._sites.items():
             if site.raw.shape != self._shapes[name]:
                 raise LifecycleError(
@@ -480,7 +511,8 @@ def _make_feasible(sites: Iterable[WeightSite]) -> None:
     for site in sites:
         constraint, sign = constraint_of(site), site.sign
         if constraint is CONSTRAINTS["project"] and sign is not None:
-            site.raw.copy_(constraint.store(site.raw, sign))
+            raw = local(site.raw)
+            raw.copy_(constraint.store(raw, shard_of(site.name, site.raw).part(sign)))
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from biofx.base.shards import is_sharded
 from biofx.model.synapses import Synapses
+
+if TYPE_CHECKING:
+    from biofx.training.plastic_weight import PlasticWeight
 
 Groups = tuple[Any, ...]  # process groups, each of which is a part of the ranks
 
 
-def data_parallel_groups(wrapper: DistributedDataParallel | None) -> Groups:
+def data_parallel_groups(wrapper: DistributedDataParallel | None, weights: Iterable[Any]) -> Groups:
     """The process groups over which a batch is divided; empty for a process on its own.
 
     Args:
-        wrapper: what the model was attached in, if it was. Without, the batch is divided over the default group, as for
-            `torch.nn.SyncBatchNorm`: the model may be wrapped later, or gradients be reduced by other means.
+        wrapper: what the model was attached in, if it was.
+        weights: the stored weights. The batch is divided over the mesh of those that are sharded; without any, and
+            without a wrapper, over the default group, as for `torch.nn.SyncBatchNorm`: the model may be wrapped later,
+            or gradients be reduced by other means.
     """
     if not dist.is_available() or not dist.is_initialized():
         return ()
+    mesh = next((weight.device_mesh for weight in weights if is_sharded(weight)), None)
+    if mesh is not None:
+        return tuple(mesh.get_group(which) for which in range(mesh.ndim))
     group = dist.group.WORLD if wrapper is None else wrapper.process_group
     return (group,) if dist.get_world_size(group) > 1 else ()
 
@@ -49,6 +58,44 @@ def average_(tensors: Iterable[Tensor], groups: Groups) -> None:
     for own in kinds.values():
         torch._foreach_copy_(own, _reduced(own, groups, dist.ReduceOp.SUM))
         torch._foreach_div_(own, float(_size(groups)))
+
+
+def is_on_any(flag: bool, groups: Groups) -> bool:
+    """Whether a flag is set on any rank."""
+    found = [flag]
+    for group in groups:
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, any(found), group)
+        found = gathered
+    return any(found)
+
+
+def summed(weights: Sequence[PlasticWeight], numbers: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over the parts of weights, given those of the parts of this process: one all-reduce for all of a kind.
+
+    Args:
+        weights: the weights, the same on all ranks.
+        numbers: a small tensor for each.
+    """
+    return _over_parts(weights, numbers, "SUM")
+
+
+def largest(weights: Sequence[PlasticWeight], numbers: Sequence[Tensor]) -> list[Tensor]:
+    """The largest numbers of all parts; arguments as of `summed`."""
+    return _over_parts(weights, numbers, "MAX")
+
+
+def _over_parts(weights: Sequence[PlasticWeight], numbers: Sequence[Tensor], operation: str) -> list[Tensor]:
+    result = list(numbers)
+    kinds: dict[tuple[Groups, torch.device, torch.dtype], list[int]] = {}
+    for index, (weight, number) in enumerate(zip(weights, numbers, strict=True)):
+        if weight.shard.groups:
+            kinds.setdefault((weight.shard.groups, number.device, number.dtype), []).append(index)
+    for (groups, *_), own in kinds.items():
+        reduced = _reduced([numbers[index] for index in own], groups, getattr(dist.ReduceOp, operation))
+        for index, number in zip(own, reduced, strict=True):
+            result[index] = number
+    return result
 
 
 def _size(groups: Groups) -> int:
