@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -288,18 +289,59 @@ def detached(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     return whole(bio)
 
 
+TENSOR_PARALLEL = [
+    passes.SplitSynapses(2),
+    passes.DalesPrinciple(),
+    passes.FuzzyLearningRates(),
+    passes.Crystallize(),
+    passes.Rejuvenate(dre=6.0),
+]
+
+
+def tensor_parallel(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """Train with the first weight cut along its postsynaptic axis, and the others along their presynaptic axis."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    bio = biofx.transform(mlp(6, 8, 8, 4).double(), TENSOR_PARALLEL, verify=False)
+    batches = torch.randn(4, 8, 6, dtype=torch.float64)
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        error = error_of(lambda: parallelize_module(copy.deepcopy(bio), mesh, {"0": ColwiseParallel()}))
+        assert error.startswith("ArgumentError: weight_synapses.weight of Linear is stored by its synapses"), error
+        for name, module in bio.named_modules():
+            for key, parameter in [*module.named_parameters(recurse=False)]:
+                cut = Shard(1 if name.startswith("0") else 2) if name.endswith("_synapses") else Replicate()
+                module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [cut])))
+        batches = distribute_tensor(batches, mesh, [Replicate()])
+    optimizer = torch.optim.AdamW(bio.parameters(), lr=0.01)
+    biofx.attach(bio, optimizer)
+    for batch in batches:
+        optimizer.zero_grad()
+        bio(batch).square().mean().backward()
+        optimizer.step()
+    return whole(bio)
+
+
 def use_shards(rank: int, ranks: int, folder: str):
-    return saved_and_loaded(rank, ranks, folder), refusals(rank, ranks), detached(rank, ranks)
+    without_optimizer, in_parallel = detached(rank, ranks), tensor_parallel(rank, ranks)
+    return saved_and_loaded(rank, ranks, folder), refusals(rank, ranks), without_optimizer, in_parallel
 
 
 def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
-    alone = detached(0, 1)
+    alone, one = detached(0, 1), tensor_parallel(0, 1)
     transformed("blocks"), transformed("mirrored units")
-    for saved, errors, gains in spawn(functools.partial(use_shards, folder=str(tmp_path / "saved")), 2, tmp_path):
+    for saved, errors, gains, parallel in spawn(
+        functools.partial(use_shards, folder=str(tmp_path / "saved")), 2, tmp_path
+    ):
         assert all(torch.equal(x, saved["fresh"][name]) for name, x in saved["untouched"].items())
         assert all(torch.equal(x, saved["on"][name]) for name, x in saved["loaded"].items())
         for name, value in alone.items():
             torch.testing.assert_close(gains[name], value, rtol=1e-7, atol=1e-10)
+        for name, value in one.items():
+            torch.testing.assert_close(parallel[name], value, rtol=1e-7, atol=1e-10)
         for name, message in {
             "observed blocks": r"ArgumentError: attach: 0 is sharded as a block .* fully_shard\(bio\)",
             "another rule": "ArgumentError: attach: 0.weight is sharded, and halve does not say .* works_on_shards",

@@ -99,6 +99,14 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
+def gradient_of(parameter: Tensor) -> Tensor:
+    """What this process holds of a gradient, which tensor parallelism may leave cut otherwise than its parameter."""
+    gradient: Any = parameter.grad
+    if is_sharded(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+        gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return local(gradient)
+
+
 def cut_like(tensor: Any, part: Tensor) -> Tensor:
     """The tensor of which this process holds a part, cut as another one of its shape."""
     if not is_sharded(tensor):

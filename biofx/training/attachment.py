@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.randomness import fixed_defaults
-from biofx.base.shards import cut_like, is_sharded, local, shard_of
+from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
 from biofx.model.provenance import record_of, transformed
 from biofx.model.synapses import Synapses, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
@@ -361,14 +361,14 @@ class Attachment:
                 self._give(weight.site.raw, weight.gradient if scale is None else weight.gradient * scale)
         for name, synapses in self._learning.items():  # biases that were split with their weights
             if name not in self._sites and synapses.shares > 1 and synapses.stored.grad is not None:
-                self._give(synapses.stored, local(synapses.stored.grad) * synapses.shares**0.5)
+                self._give(synapses.stored, gradient_of(synapses.stored) * synapses.shares**0.5)
         if self._acting is Acting.GRADIENT:
             learning = [s for s in self._learning.values() if s.stored.grad is not None]
             shards = [shard_of(synapses.stored_name, synapses.stored) for synapses in learning]
             gains = factors(learning, shards, [local(synapses.stored.detach()) for synapses in learning])
             for synapses, gain in zip(learning, gains, strict=True):
                 if gain is not None and synapses.stored.grad is not None:
-                    self._give(synapses.stored, local(synapses.stored.grad) * gain)
+                    self._give(synapses.stored, gradient_of(synapses.stored) * gain)
         self._step.weights = weights
 
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -376,7 +376,7 @@ class Attachment:
         assert self._step is not None
         assert parameter.grad is not None
         self._step.gradients.append((parameter, parameter.grad))
-        parameter.grad = cut_like(parameter.grad, gradient.to(parameter.grad.dtype))
+        parameter.grad = cut_like(parameter, gradient.to(parameter.grad.dtype))
 
     def _put_back(self) -> None:
         """Give parameters the gradients back that the backward pass computed."""
@@ -391,7 +391,7 @@ class Attachment:
             return None
         if raw.grad.layout is not torch.strided:
             raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
-        given = local(raw.grad)
+        given = gradient_of(raw)
         gradient = given if scale is None else given.float() / scale
         shares = site.known_synapses.shares if site.learning is not None else 1
         if shares > 1:
