@@ -4,7 +4,10 @@ import copy
 import functools
 import re
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -98,6 +101,15 @@ def test_data_parallel_ranks_agree_with_one_process(tmp_path):
                     first[name][key], value, rtol=1e-7, atol=1e-10, msg=lambda m, k=key, n=name: f"{n}: {k}: {m}"
                 )
         assert sum(int(value) for key, value in alone.items() if key.endswith(".replaced")) > 0
+
+
+def test_the_example_shows_that_ranks_agree_with_one_process():
+    example = Path(__file__).parents[1] / "examples" / "data_parallel.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
+    run = subprocess.run([*command, "--steps", "11"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^2 ranks, a share of each batch .*% +[\d.]+e-1\d from one process$", run.stdout, re.MULTILINE)
+    assert re.search(r"^one rank and another +0$", run.stdout, re.MULTILINE)
 
 
 # --- Shards
