@@ -25,7 +25,7 @@ from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.equivalence import replaced_forward
 from biofx.capture.exported import exporting
 from biofx.capture.guards import GUARD, Guard, Structure, structure
-from biofx.capture.preconditions import check_model
+from biofx.capture.preconditions import check_model, refuse_sharded
 from biofx.model.islands import is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class
 from biofx.model.provenance import Request, is_transformed, record_of, transformed
@@ -118,7 +118,7 @@ def transform(
     seed, patterns, printer = _seed(seed), _patterns(exclude), _printer(print_between)
     again = is_transformed(model)
     if again:
-        transformed(model)
+        refuse_sharded(transformed(model))
     else:
         check_model(model)
     if again and inplace and record_of(model).attached:

@@ -19,6 +19,7 @@ from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
 from biofx.training.blocks import batches
 from biofx.training.compiling import over_blocks
+from biofx.training.statistics import mean_magnitudes
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -74,6 +75,7 @@ class Crystallize(Pass):
     name: ClassVar[str] = "crystallize"
     slot: ClassVar[Slot] = Slot.HOOK
     moment: ClassVar[Moment] = Moment.GAIN
+    works_on_shards: ClassVar[bool] = True
 
     threshold: float = 4.5e-5
     dampening: float = 0.6
@@ -99,25 +101,38 @@ class Crystallize(Pass):
         """Dampen gains, every so many steps."""
         due = [weight for weight in weights if weight.step % self.every == 0]
         options = self.threshold, self.dampening, self.floor
+        means = mean_magnitudes(due)
         for batch in batches([weight.raw for weight in due]):
             own = [due[index] for index in batch]
             gains, gradients = [weight.state("gain") for weight in own], [weight.gradient for weight in own]
-            crystallize_(gains, [weight.value for weight in own], gradients, *options, compiled=own[0].compiled)
+            values, sizes = [weight.value for weight in own], [means[index] for index in batch]
+            crystallize_(gains, values, gradients, sizes, *options, compiled=own[0].compiled)
 
 
 def crystallize_(
     gains: list[Tensor],
     weights: list[Tensor],
     gradients: list[Tensor],
+    means: list[Tensor],
     threshold: float,
     dampening: float,
     floor: float,
     *,
     compiled: bool = False,
 ) -> None:
-    """Crystallize gains once, in place; of each weight, all three tensors have the shape of what is stored."""
-    means = torch._foreach_norm(weights, 1)
-    torch._foreach_div_(means, [float(weight.numel()) for weight in weights])
+    """Crystallize gains once, in place.
+
+    Args:
+        gains: the gains, of the shape of what is stored.
+        weights: the weights, of that shape.
+        gradients: their gradients, of that shape.
+        means: the mean magnitude of each weight.
+        threshold: as for the pass.
+        dampening: as for the pass.
+        floor: as for the pass.
+        compiled: whether to compile what is computed.
+    """
+    means = [mean.to(weight.dtype) for mean, weight in zip(means, weights, strict=True)]
     options = {"threshold": threshold, "dampening": dampening, "floor": floor}
     over_blocks(dampened, dampen_, gains, weights, gradients, means, compiled=compiled, **options)
 

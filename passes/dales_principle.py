@@ -111,6 +111,7 @@ class DalesPrinciple(Pass):
     name: ClassVar[str] = "dales-principle"
     slot: ClassVar[Slot] = Slot.SIGN
     moment: ClassVar[Moment] = Moment.PROJECTION
+    works_on_shards: ClassVar[bool] = True
 
     excitatory: float = 0.8
     assign: str | Mapping[str, Sequence[int]] = "random"

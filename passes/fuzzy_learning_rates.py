@@ -20,6 +20,7 @@ from biofx.model.operators import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
 from biofx.training.blocks import batches, blocks, wide
+from biofx.training.statistics import mean_magnitudes
 from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class FuzzyLearningRates(Pass):
     slot: ClassVar[Slot] = Slot.HOOK
     moment: ClassVar[Moment] = Moment.REFRESH
     converted: ClassVar[tuple[str, ...]] = ("dtype",)
+    works_on_shards: ClassVar[bool] = True
 
     nu: float = 0.16
     distribution: str = "uniform"
@@ -174,7 +176,8 @@ class FuzzyLearningRates(Pass):
         dtype = self._stored(site.raw.dtype)
         if self.distribution == "weight_adaptive":
             drawn = edit.drawn_gain("uniform", 1.0, 0.0, 2.0, dtype=torch.promote_types(site.raw.dtype, torch.float32))
-            (spread,) = weight_adaptive_spread(self.nu, [wide(site.synaptic().detach())])
+            weight = wide(site.synaptic().detach())
+            (spread,) = weight_adaptive_spread(self.nu, [weight], [weight.abs().mean()])
             drawn = drawn.sub_(1).mul_(spread).add_(1).clamp_(self.minimum, self.maximum)
             edit.gain(coded(drawn, dtype))
         else:
@@ -191,17 +194,18 @@ class FuzzyLearningRates(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Refresh dynamic gains, every so many steps; gains that are dampened below `minimum` stay."""
-        due = [weight for weight in weights if weight.step % self.every == 0 and weight.raw.numel()]
+        due = [weight for weight in weights if weight.step % self.every == 0]
         drawn = [weight for weight in due if self.distribution != "temporal" or weight.step % (10 * self.every) == 0]
         for group, is_drawn in ((drawn, True), ([weight for weight in due if weight not in drawn], False)):
+            means = mean_magnitudes(group) if self.distribution == "weight_adaptive" else []
             for batch in batches([weight.state("gain") for weight in group]):
-                self._refresh([group[index] for index in batch], is_drawn)
+                self._refresh([group[index] for index in batch], is_drawn, [means[index] for index in batch if means])
 
-    def _refresh(self, weights: list[PlasticWeight], is_drawn: bool) -> None:
+    def _refresh(self, weights: list[PlasticWeight], is_drawn: bool, means: list[Tensor]) -> None:
         """Refresh the gains of weights on one device and of one dtype, by noise or without."""
         gains, counters = [w.state("gain") for w in weights], [w.counter("gain") for w in weights]
         minimum = _rounded(self.minimum, gains[0])
-        for block in blocks(gains, self._spreads(weights, gains)):
+        for block in blocks(gains, self._spreads(weights, gains, means)):
             stored, spread = block.parts
             present = [wide(decoded(x)) for x in stored]
             decay = self.decay if self.distribution == "temporal" else 0.0
@@ -216,16 +220,16 @@ class FuzzyLearningRates(Pass):
             torch._foreach_lerp_(fresh, present, below(present, minimum))  # exact for 0 and 1
             torch._foreach_copy_(stored, [coded(x, gains[0].dtype) for x in fresh])
 
-    def _spreads(self, weights: list[PlasticWeight], gains: list[Tensor]) -> list[Tensor]:
+    def _spreads(self, weights: list[PlasticWeight], gains: list[Tensor], means: list[Tensor]) -> list[Tensor]:
         """How far the gains of each weight are drawn around where they are."""
         if self.distribution == "temporal":
             return [gains[0].new_full((), 0.1 * self.nu)] * len(gains)
         if self.distribution == "weight_adaptive":
-            return weight_adaptive_spread(self.nu, [wide(weight.value) for weight in weights])
+            return weight_adaptive_spread(self.nu, [wide(weight.value) for weight in weights], means)
         result = []
         for weight, gain in zip(weights, gains, strict=True):
             counts, _ = weight.state("active").sum(0)
-            spread = weight.site.spread(activity_spread(self.nu, counts))
+            spread = weight.part(weight.site.spread(activity_spread(self.nu, counts)))
             result.append(wide(spread).expand_as(gain))
         return result
 
@@ -288,11 +292,17 @@ def count_active(activity: Tensor, positions: tuple[int, ...]) -> Tensor:
     return activity.abs().gt_(0.01).sum(positions, dtype=torch.promote_types(activity.dtype, torch.float32))
 
 
-def weight_adaptive_spread(nu: float, weights: list[Tensor]) -> list[Tensor]:
-    """ν_w = ν·clamp(2 − |w|/mean|w|, 0.5, 1.5), elementwise, for each weight; one of zeros counts as average."""
-    means = torch.stack(torch._foreach_div(torch._foreach_norm(weights, 1), [float(w.numel()) for w in weights]))
-    is_known = means > 0
-    slopes, tops = torch.where(is_known, -1 / means, 0), torch.where(is_known, 2.0, 1.0).to(means)
+def weight_adaptive_spread(nu: float, weights: list[Tensor], means: list[Tensor]) -> list[Tensor]:
+    """ν_w = ν·clamp(2 − |w|/mean|w|, 0.5, 1.5), elementwise, for each weight; one of zeros counts as average.
+
+    Args:
+        nu: ν.
+        weights: the weights.
+        means: the mean of |w| for each.
+    """
+    mean = torch.stack(means)
+    is_known = mean > 0
+    slopes, tops = torch.where(is_known, -1 / mean, 0), torch.where(is_known, 2.0, 1.0).to(mean)
     spreads = list(torch._foreach_abs(weights))
     torch._foreach_mul_(spreads, slopes.unbind())
     torch._foreach_add_(spreads, tops.unbind())

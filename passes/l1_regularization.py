@@ -56,6 +56,7 @@ class L1Regularization(Pass):
     name: ClassVar[str] = "l1-regularization"
     slot: ClassVar[Slot] = Slot.HOOK
     moment: ClassVar[Moment] = Moment.GRADIENT
+    works_on_shards: ClassVar[bool] = True
 
     strength: float = 1e-4
 

@@ -83,6 +83,7 @@ class MirrorUnits(Pass):
     name: ClassVar[str] = "mirror-units"
     slot: ClassVar[Slot] = Slot.SIGN
     moment: ClassVar[Moment] = Moment.PROJECTION
+    works_on_shards: ClassVar[bool] = True
     changes_units: ClassVar[bool] = True
 
     @property

@@ -17,6 +17,8 @@ from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
 from biofx.training.blocks import batches, blocks, wide
+from biofx.training.ranks import largest, summed
+from biofx.training.statistics import Statistic, of_parts
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -82,6 +84,7 @@ class Rejuvenate(Pass):
     name: ClassVar[str] = "rejuvenate"
     slot: ClassVar[Slot] = Slot.HOOK
     moment: ClassVar[Moment] = Moment.TURNOVER
+    works_on_shards: ClassVar[bool] = True
 
     dre: float = 8.0
     every: int = 1
@@ -103,9 +106,15 @@ class Rejuvenate(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Replace synapses, every so many steps."""
-        due = [weight for weight in weights if weight.step % self.every == 0 and weight.raw.numel()]
-        for batch in batches([weight.raw for weight in due]):
-            _turn_over([due[index] for index in batch], RULES[self.rule], self.dre)
+        due, rule = [weight for weight in weights if weight.step % self.every == 0], RULES[self.rule]
+        if not due:
+            return
+        numbers = rule.numbers(rule.over_parts(due, of_parts(due, rule.statistics)), [w.size for w in due], self.dre)
+        counts = [torch.zeros_like(weight.state("replaced")) for weight in due]
+        for batch in batches([weight.site.raw for weight in due]):  # the same on all ranks
+            columns = [[column[index] for index in batch] for column in (counts, *numbers)]
+            _turn_over(rule, [due[index] for index in batch], *columns)
+        torch._foreach_add_([weight.state("replaced") for weight in due], summed(due, counts))
 
 
 @dataclass(frozen=True)
@@ -113,20 +122,25 @@ class Rule:
     """A rule of turnover, for many weights at once: a synapse is replaced where X·scale > |w|, for a random X.
 
     Attributes:
-        numbers: the scale of each weight, and what else new synapses depend on.
+        statistics: what `numbers` are computed from, of parts of weights.
+        over_parts: the same of whole weights, from that of their parts.
+        numbers: the scale of each weight, and what else new synapses depend on, from statistics and sizes of weights.
         random: X, from pairs of noise.
         renewed: new synapses, from the second of each pair, other normal noise, and these numbers.
     """
 
-    numbers: Callable[[list[Tensor], float], tuple[list[Tensor], ...]]
+    statistics: Statistic
+    over_parts: Callable[[list[PlasticWeight], list[Tensor]], list[Tensor]]
+    numbers: Callable[[list[Tensor], list[int], float], tuple[list[Tensor], ...]]
     random: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
     renewed: Callable[..., list[Tensor]]
 
 
-def _turn_over(weights: list[PlasticWeight], rule: Rule, dre: float) -> None:
-    """Replace synapses of weights on one device and of one dtype."""
+def _turn_over(
+    rule: Rule, weights: list[PlasticWeight], counts: list[Tensor], scales: list[Tensor], *numbers: list[Tensor]
+) -> None:
+    """Replace synapses of weights on one device and of one dtype, and count them."""
     values, signs = [weight.value for weight in weights], [weight.sign for weight in weights]
-    scales, *numbers = rule.numbers(values, dre)
     scales = [*map(_without_absent, weights, values, scales)]
     # Under Dale's principle the totals of the old weights are needed, so the new ones are stored at the end.
     targets = [w.raw if sign is None else v.clone() for w, v, sign in zip(weights, values, signs, strict=True)]
@@ -140,13 +154,14 @@ def _turn_over(weights: list[PlasticWeight], rule: Rule, dre: float) -> None:
         pairs = noise.pairs(likes, [which[place.index].at(place.start) for place in block.places])
         normal = noise.normal(likes, [new[place.index].at(place.start) for place in block.places])
         chosen = turn_over_(rule, pairs, normal, own, *others)
-        _count([weights[place.index].state("replaced") for place in block.places], chosen)
+        _count([counts[place.index] for place in block.places], chosen)
         for place, mask, is_new in zip(block.places, parts, chosen, strict=True):
             if is_asked[place.index]:
                 mask.copy_(is_new)
+    _give_signs(weights, values, targets, masks)
     for index, weight in enumerate(weights):
         if is_asked[index]:
-            _finish(weight, values[index], targets[index], masks[index])
+            weight.forget(masks[index])
 
 
 def turn_over_(
@@ -199,41 +214,44 @@ def _without_absent(weight: PlasticWeight, value: Tensor, scale: Tensor) -> Tens
     return weight.without_padding(present) * scale
 
 
-def _finish(weight: PlasticWeight, old: Tensor, new: Tensor, mask: Tensor) -> None:
-    """Give new synapses the signs of their units, and let the optimizer forget the old ones."""
-    sign = weight.sign
-    if sign is not None:
-        signed = torch.where(mask & (sign != 0), new.abs() * sign, new)
-        weight.assign(with_totals_of(weight.site, old, signed, sign))
-    weight.forget(mask)
+def _give_signs(weights: list[PlasticWeight], old: list[Tensor], new: list[Tensor], masks: list[Tensor]) -> None:
+    """Give new synapses the signs of their units, and units the totals of excitation and inhibition that they had."""
+    signed = [(index, sign) for index, weight in enumerate(weights) if (sign := weight.sign) is not None]
+    for index, sign in signed:
+        new[index] = torch.where(masks[index] & (sign != 0), new[index].abs() * sign, new[index])
+    own = [weights[index] for index, _ in signed]
+    totals = [_totals(weights[index], (old[index], new[index]), sign) for index, sign in signed]
+    for weight, (index, sign), total in zip(own, signed, summed(own, totals), strict=True):
+        ratios = torch.where(total[1] > 0, total[0] / total[1], 1).to(old[index].dtype)
+        factor = torch.ones_like(old[index])
+        for ratio, has_sign in zip(ratios, (sign > 0, sign < 0), strict=True):
+            factor = torch.where(has_sign, weight.part(weight.site.spread(ratio)), factor)
+        weight.assign(new[index] * factor)
 
 
-def with_totals_of(site: WeightSite, old: Tensor, new: Tensor, sign: Tensor) -> Tensor:
-    """New weights, scaled so that excitation and inhibition of every unit have the totals that they had."""
-    factor = torch.ones_like(new)
-    for own in (sign > 0, sign < 0):
-        totals = []
-        for weight in (old, new):
-            part = (weight * own).abs()
-            totals.append(site.incoming(part.sum(0) if site.is_split else part).sum(1))
-        ratio = torch.where(totals[1] > 0, totals[0] / totals[1], 1).to(new.dtype)
-        factor = torch.where(own, site.spread(ratio), factor)
-    return new * factor
+def _totals(weight: PlasticWeight, values: Sequence[Tensor], sign: Tensor) -> Tensor:
+    """The excitation and inhibition of every postsynaptic unit under several values of a weight, in this part of it."""
+    both = [(value * has_sign).abs() for value in values for has_sign in (sign > 0, sign < 0)]
+    return torch.stack([weight.by_unit(each) for each in both]).view(len(values), 2, -1)
 
 
-def lognormal_numbers(weights: list[Tensor], dre: float) -> tuple[list[Tensor], ...]:
+def lognormal_statistics(weights: list[Tensor]) -> Sequence[Tensor]:
+    """Of each weight the sums of w, of |w| and of w²."""
+    dtype = wide(weights[0][:0]).dtype
+    sizes, norms = (torch._foreach_norm(weights, order, dtype=dtype) for order in (1, 2))
+    sums = torch.stack([*(weight.sum(dtype=dtype) for weight in weights), *sizes, *torch._foreach_mul(norms, norms)])
+    return sums.view(3, -1).unbind(1)
+
+
+def lognormal_numbers(sums: list[Tensor], counts: list[int], dre: float) -> tuple[list[Tensor], ...]:
     """For each weight σ(w)/dre, and mean and standard deviation of ln|w| if |w| were lognormal.
 
     The lognormal variable has the mean and the standard deviation of |w|.
     """
-    dtype, counts = wide(weights[0]).dtype, [float(weight.numel()) for weight in weights]
-    sums = [weight.sum(dtype=dtype) for weight in weights]
-    sizes, norms = (torch._foreach_norm(weights, order, dtype=dtype) for order in (1, 2))
-    roots = [count**0.5 for count in counts]
-    found = torch._foreach_div([*sums, *sizes, *norms], [*counts, *counts, *roots])
-    mean, size, root = torch.stack(found).view(3, -1)
+    mean, size, square = torch.stack(torch._foreach_div(sums, [float(count) for count in counts])).unbind(1)
+    root = square.sqrt()
     variance = (root - mean) * (root + mean)
-    variance = torch.where(variance > EQUAL * root**2, variance, 0)
+    variance = torch.where(variance > EQUAL * square, variance, 0)
     half = (root / size).nan_to_num(nan=1.0).clamp_min(1).log()  # of the variance of ln|w|; 0 for a weight of zeros
     columns = variance.sqrt() / dre, size.log() - half, (2 * half).sqrt()
     return tuple(list(column.unbind()) for column in columns)
@@ -257,11 +275,15 @@ def lognormal(
     return normal
 
 
-def uniform_numbers(weights: list[Tensor], dre: float) -> tuple[list[Tensor], ...]:
+def uniform_statistics(weights: list[Tensor]) -> Sequence[Tensor]:
+    """Of each weight max|w|."""
+    lowest, highest = zip(*(torch.aminmax(w if w.numel() else w.new_zeros(1)) for w in weights), strict=True)
+    return wide(torch.maximum(-torch.stack(lowest), torch.stack(highest))).unbind()
+
+
+def uniform_numbers(largest: list[Tensor], counts: list[int], dre: float) -> tuple[list[Tensor], ...]:
     """For each weight √2·M/dre and M, with M = max|w|."""
-    lowest, highest = (torch.stack(each) for each in zip(*map(torch.aminmax, weights), strict=True))
-    largest = wide(torch.maximum(-lowest, highest))
-    return list((2**0.5 / dre * largest).unbind()), list(largest.unbind())
+    return list(torch._foreach_mul(largest, 2**0.5 / dre)), largest
 
 
 def half_normal(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
@@ -278,6 +300,6 @@ def uniform(second: list[Tensor], normal: list[Tensor], largest: list[Tensor]) -
 
 
 RULES = {
-    "exponential": Rule(lognormal_numbers, exponential, lognormal),
-    "threshold": Rule(uniform_numbers, half_normal, uniform),
+    "exponential": Rule(lognormal_statistics, summed, lognormal_numbers, exponential, lognormal),
+    "threshold": Rule(uniform_statistics, largest, uniform_numbers, half_normal, uniform),
 }

@@ -82,6 +82,7 @@ class SynapticScaling(Pass):
     name: ClassVar[str] = "synaptic-scaling"
     slot: ClassVar[Slot] = Slot.HOOK
     moment: ClassVar[Moment] = Moment.SCALING
+    works_on_shards: ClassVar[bool] = True
 
     target: float | None = None
     strength: float | None = None
@@ -144,7 +145,7 @@ class SynapticScaling(Pass):
             torch._foreach_copy_([weight.state("homeostasis") for weight in weights], factors)
             return
         for weight, own in zip(weights, factors, strict=True):
-            weight.assign(weight.value * own)
+            weight.assign(weight.value * weight.part(own))
 
 
 def moved(activity: Tensor, seen: Tensor, memory: float) -> Tensor:

@@ -1,11 +1,18 @@
-"""Two processes over gloo: rules do the same on every rank, and the same as one process with the whole batch."""
+"""Several processes over gloo: rules do the same on every rank, and the same as one process with the whole batch."""
 
+import copy
+import functools
+import re
 import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,96 +20,345 @@ import biofx
 from biofx import passes
 from models.small import mlp
 
-PIPELINE = [
-    passes.SplitSynapses(2),
-    passes.FuzzyLearningRates(distribution="temporal", every=2),
-    passes.VolumeDependentLearningRates(base_lr=0.9),
-    passes.Crystallize(),
-    passes.Rejuvenate(dre=6.0),
-    passes.L1Regularization(1e-4),
-]
+OPTIONS = {
+    "fuzzy-learning-rates": {"distribution": "activity", "every": 4},
+    "volume-dependent-learning-rates": {"base_lr": 0.9},
+    "rejuvenate": {"dre": 6.0},
+    "synaptic-scaling": {"every": 2},
+    "l1-regularization": {"strength": 1e-4},
+}
+STEPS = 20
 
 
-def train(rank: int, ranks: int, optimizer_name: str) -> dict[str, torch.Tensor]:
-    """Four steps, each rank on its share of the batch."""
+def everything(*without: str, **other_options) -> list[passes.Pass]:
+    """All registered passes, but for those that the others exclude."""
+    options = {**OPTIONS, **other_options}
+    return [cls(**options.get(name, {})) for name, cls in passes.registered_passes().items() if name not in without]
+
+
+def spawn(function, ranks: int, folder) -> list:
+    """What a function of rank, number of ranks and port returns on each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked processes start in no time, but must not be used where threads for a GPU run.
+    method = "spawn" if torch.accelerator.is_available() else "fork"
+    mp.start_processes(_work, args=(function, ranks, port, str(folder)), nprocs=ranks, start_method=method)
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(ranks)]
+
+
+def _work(rank: int, function, ranks: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    bio = biofx.transform(mlp(6, 8, 4).double(), PIPELINE)
-    model = DistributedDataParallel(bio) if ranks > 1 else bio
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    torch.save(function(rank, ranks), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+# --- Data parallel
+
+
+DATA_PARALLEL = {  # the optimizer, the passes that are left out, and what is attached
+    "SGD": ("SGD", ("mirror-units",), "wrapper"),
+    "attached before": ("AdamW", ("dales-principle", "group-units"), "before"),
+    "attached after": ("AdamW", ("mirror-units", "split-synapses"), "after"),
+}
+
+
+def train_data_parallel(name: str, rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """Train on a share of every batch, in two micro-batches."""
+    optimizer_name, without, attached = DATA_PARALLEL[name]
+    seed = rank if attached == "wrapper" else 0  # wrapping makes ranks equal
+    torch.manual_seed(seed)
+    bio = biofx.transform(mlp(6, 8, 8, 4).double(), everything(*without), seed=seed, verify=False)
     optimizer = getattr(torch.optim, optimizer_name)(bio.parameters(), lr=0.01)
-    biofx.attach(model, optimizer)
-    images, labels = torch.randn(4, 16, 6, dtype=torch.float64), torch.arange(16) % 4
-    for batch in images:
+    if attached == "before":
+        biofx.attach(bio, optimizer)
+    model = DistributedDataParallel(bio) if ranks > 1 else bio
+    if attached != "before":
+        biofx.attach(model if attached == "wrapper" else bio, optimizer)
+    torch.manual_seed(1)
+    labels = torch.arange(32) % 4
+    for batch in torch.randn(STEPS, 32, 6, dtype=torch.float64):
         optimizer.zero_grad()
-        F.cross_entropy(model(batch.chunk(ranks)[rank]), labels.chunk(ranks)[rank]).backward()
+        for images, own in zip(batch.chunk(2), labels.chunk(2), strict=True):
+            F.cross_entropy(model(images.chunk(ranks)[rank]), own.chunk(ranks)[rank]).backward()
         optimizer.step()
     return bio.state_dict()
 
 
-def work(rank: int, ranks: int, port: int, optimizer_name: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    torch.save(train(rank, ranks, optimizer_name), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def train_all_data_parallel(rank: int, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: train_data_parallel(name, rank, ranks) for name in DATA_PARALLEL}
 
 
-def train_sharded(rank: int, ranks: int, dtype: str | None) -> tuple[list[tuple[int, ...]], dict[str, torch.Tensor]]:
-    """Four steps on the whole batch, each block a shard of its own; local shapes of split weights, and all values."""
+def test_data_parallel_ranks_agree_with_one_process(tmp_path):
+    trained = train_all_data_parallel(0, 1)  # before others start, which are forked and know its tables of noise
+    first, second = spawn(train_all_data_parallel, 2, tmp_path)
+    for name, alone in trained.items():
+        for key, value in alone.items():
+            assert torch.equal(first[name][key], second[name][key]), f"{name}: {key}"
+            if not key.endswith((".seen", ".active")):  # sums of a whole batch, or its mean over ranks
+                torch.testing.assert_close(
+                    first[name][key], value, rtol=1e-7, atol=1e-10, msg=lambda m, k=key, n=name: f"{n}: {k}: {m}"
+                )
+        assert sum(int(value) for key, value in alone.items() if key.endswith(".replaced")) > 0
+
+
+def test_the_example_shows_that_ranks_agree_with_one_process():
+    example = Path(__file__).parents[1] / "examples" / "data_parallel.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example)]
+    run = subprocess.run([*command, "--steps", "11"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"^2 ranks, a share of each batch .*% +[\d.]+e-1\d from one process$", run.stdout, re.MULTILINE)
+    assert re.search(r"^one rank and another +0$", run.stdout, re.MULTILINE)
+
+
+# --- Shards
+
+
+SPLIT = [passes.SplitSynapses(2), passes.FuzzyLearningRates()]
+UNSTORED = [passes.SplitSynapses(2), passes.FuzzyLearningRates(dtype="unstored")]
+IN_BLOCKS = {
+    "fuzzy-learning-rates": {"distribution": "weight_adaptive", "every": 2},
+    "rejuvenate": {"dre": 14.0, "rule": "threshold"},
+    "dales-principle": {"constraint": "softplus"},
+}
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A way to shard a model.
+
+    Attributes:
+        pipeline: its passes.
+        optimizer: the name of the optimizer.
+        sizes: of its layers.
+        blocks: whether each layer is a block of its own.
+        placed: whether weights are cut along their connections, not their synapses.
+        attached: whether rules act.
+    """
+
+    pipeline: list[passes.Pass]
+    optimizer: str = "AdamW"
+    sizes: tuple[int, ...] = (6, 12, 6, 6)
+    blocks: bool = False
+    placed: bool = True
+    attached: bool = True
+
+
+SHARDED = {
+    "an empty shard": Sharded(everything("mirror-units"), placed=False, sizes=(6, 10, 6, 4)),
+    "uneven shards": Sharded(everything("mirror-units", "split-synapses"), "SGD", sizes=(6, 10, 8, 4)),
+    "mirrored units": Sharded(everything("dales-principle", "group-units")),
+    "blocks": Sharded(everything("mirror-units", "group-units", "synaptic-scaling", **IN_BLOCKS), blocks=True),
+    "unstored": Sharded(UNSTORED, "SGD", blocks=True),
+    "not attached": Sharded(SPLIT, "SGD", blocks=True, attached=False),
+}
+
+
+TRAINED = [*SHARDED]
+
+
+@functools.cache  # which forked processes know
+def transformed(name: str):
+    torch.manual_seed(0)
+    return biofx.transform(mlp(*SHARDED[name].sizes).double(), SHARDED[name].pipeline, verify=False)
+
+
+def start_sharded(name: str, ranks: int):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    bio = biofx.transform(mlp(6, 9, 3).double(), [passes.SplitSynapses(2), passes.FuzzyLearningRates(dtype=dtype)])
-    placement = biofx.shard_placement(bio)
-    mesh = init_device_mesh("cpu", (ranks,))
-    for block in (bio[0], bio[2]):
-        fully_shard(block, mesh=mesh, shard_placement_fn=placement)
-    fully_shard(bio, mesh=mesh, shard_placement_fn=placement)
-    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
-    for images in torch.randn(4, 16, 6, dtype=torch.float64):
+    case, bio = SHARDED[name], copy.deepcopy(transformed(name))
+    if ranks > 1:
+        options = {"mesh": init_device_mesh("cpu", (ranks,))}
+        options |= {"shard_placement_fn": biofx.shard_placement(bio)} if case.placed else {}
+        for block in bio.children() if case.blocks else ():
+            if [*block.parameters()]:
+                fully_shard(block, **options)
+        fully_shard(bio, **options)
+    optimizer = getattr(torch.optim, case.optimizer)(bio.parameters(), lr=0.01)
+    if case.attached:
+        biofx.attach(bio, optimizer)
+    return bio, optimizer
+
+
+def train_sharded(name: str, rank: int, ranks: int, bio, optimizer, steps=range(6)) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randn(6, 12, SHARDED[name].sizes[0], dtype=torch.float64, generator=generator)
+    labels = torch.arange(12) % SHARDED[name].sizes[-1]
+    for step in steps:
         optimizer.zero_grad()
-        bio(images).square().sum().backward()
+        F.cross_entropy(bio(batches[step].chunk(ranks)[rank]), labels.chunk(ranks)[rank]).backward()
         optimizer.step()
-    local = [tuple(p.to_local().shape) for p in bio.parameters() if p.dim() == 3]
-    return local, {name: p.full_tensor().detach() for name, p in bio.named_parameters()}
 
 
-def work_sharded(rank: int, ranks: int, port: int, dtype: str | None, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    torch.save(train_sharded(rank, ranks, dtype), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def whole(bio) -> dict[str, torch.Tensor]:
+    """The state of a model, in whole tensors that nobody changes any more."""
+    return {n: (x.full_tensor() if hasattr(x, "full_tensor") else x).clone() for n, x in bio.state_dict().items()}
 
 
-@pytest.mark.parametrize("dtype", [None, "unstored"])
-def test_shards_learn_as_one_process_does_and_none_is_empty(tmp_path, dtype):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work_sharded, args=(3, port, dtype, str(tmp_path)), nprocs=3)  # more than there are synapses
+def train_all_sharded(rank: int, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
+    results = {}
+    for name in TRAINED:
+        bio, optimizer = start_sharded(name, ranks)
+        train_sharded(name, rank, ranks, bio, optimizer)
+        results[name] = whole(bio)
+        for key, x in bio.state_dict().items() if ranks > 1 else ():
+            results[name, key] = tuple(x.to_local().shape if hasattr(x, "to_local") else x.shape)
+    return results
+
+
+def test_rules_do_on_shards_what_they_do_on_whole_weights(tmp_path):
+    trained = train_all_sharded(0, 1)
+    for rank, found in enumerate(spawn(train_all_sharded, 3, tmp_path)):
+        for name in TRAINED:
+            for key, value in trained[name].items():
+                if not key.endswith((".seen", ".active")):
+                    torch.testing.assert_close(
+                        found[name][key], value, rtol=1e-7, atol=1e-9, msg=lambda m, k=key, n=name: f"{n}: {k}: {m}"
+                    )
+                if key.endswith(".gain") and SHARDED[name].attached:  # no rank holds a whole one
+                    assert found[name, key] == found[name, key.replace(".gain", ".weight")] != value.shape
+        assert found["an empty shard", "0.weight_synapses.gain"][0] == (1, 1, 0)[rank]
+        assert found["blocks", "0.weight_synapses.weight"] == (2, 4, 6)
+    assert sum(int(value) for key, value in trained["blocks"].items() if key.endswith(".replaced")) > 0
+
+
+def saved_and_loaded(rank: int, ranks: int, folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Train three steps, save and train on; and load into another model, and train that on."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    bio, optimizer = start_sharded("blocks", ranks)
+    train_sharded("blocks", rank, ranks, bio, optimizer, range(3))
+    model_state, optimizer_state = get_state_dict(bio, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    train_sharded("blocks", rank, ranks, bio, optimizer, range(3, 6))
+    again, optimizer = start_sharded("blocks", ranks)
+    fresh = whole(again)
+    model_state, optimizer_state = get_state_dict(again, optimizer)  # makes a step, which trains nothing
+    untouched = whole(again)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    set_state_dict(again, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    train_sharded("blocks", rank, ranks, again, optimizer, range(3, 6))
+    return {"fresh": fresh, "untouched": untouched, "on": whole(bio), "loaded": whole(again)}
+
+
+def error_of(function) -> str:
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001 - whichever it is, another rank waits for this one
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@dataclass(frozen=True)
+class Halve(passes.Pass):
+    """A rule that was not written for shards."""
+
+    name = "halve"
+    slot = passes.Slot.HOOK
+    moment = passes.Moment.SCALING
+
+    def rewrite(self, site, edit):
+        pass
+
+    def at_step(self, weights):
+        for weight in weights:
+            weight.assign(weight.value / weight.value.std())
+
+
+SHARDED["detached"] = Sharded(SPLIT, "SGD")
+SHARDED["observed blocks"] = Sharded([passes.SynapticScaling()], blocks=True)
+SHARDED["another rule"] = Sharded([Halve()])
+
+
+def refusals(rank: int, ranks: int) -> dict[str, str]:
+    found = {name: error_of(lambda n=name: start_sharded(n, ranks)) for name in ("observed blocks", "another rule")}
+    bio, optimizer = start_sharded("mirrored units", ranks)
+    train_sharded("mirrored units", rank, ranks, bio, optimizer, range(1))
+    before = whole(bio)
+    bio(torch.ones(2, 6).double()).sum().backward()
+    bio.get_parameter("0.weight").grad.to_local().view(-1)[:1] = torch.nan if rank == 1 else 1.0
+    found["not finite"] = error_of(optimizer.step)
+    with torch.no_grad():
+        bio(torch.ones(2, 6).double())
+    found["unsharded"] = error_of(optimizer.step)
+    bio.reshard()
+    observed = (".seen", ".active")
+    assert all(torch.equal(x, before[name]) for name, x in whole(bio).items() if not name.endswith(observed))
+    train_sharded("mirrored units", rank, ranks, bio, optimizer, range(1))
+    optimizer = torch.optim.SGD(copy.deepcopy(transformed("mirrored units")).parameters())
+    found["made before"] = error_of(lambda: biofx.attach(bio, optimizer))
+    return found
+
+
+def detached(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """Without an optimizer that is attached, gains act in the backward pass, as on one process."""
+    bio, optimizer = start_sharded("detached", ranks)
+    biofx.detach(bio)
+    train_sharded("detached", rank, ranks, bio, optimizer)
+    return whole(bio)
+
+
+TENSOR_PARALLEL = [
+    passes.SplitSynapses(2),
+    passes.DalesPrinciple(),
+    passes.FuzzyLearningRates(),
+    passes.Crystallize(),
+    passes.Rejuvenate(dre=6.0),
+]
+
+
+def tensor_parallel(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """Train with the first weight cut along its postsynaptic axis, and the others along their presynaptic axis."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
     torch.manual_seed(0)
-    bio = biofx.transform(mlp(6, 9, 3).double(), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
-    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
-    for images in torch.randn(4, 16, 6, dtype=torch.float64):
+    bio = biofx.transform(mlp(6, 8, 8, 4).double(), TENSOR_PARALLEL, verify=False)
+    batches = torch.randn(4, 8, 6, dtype=torch.float64)
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        error = error_of(lambda: parallelize_module(copy.deepcopy(bio), mesh, {"0": ColwiseParallel()}))
+        assert error.startswith("ArgumentError: weight_synapses.weight of Linear is stored by its synapses"), error
+        for name, module in bio.named_modules():
+            for key, parameter in [*module.named_parameters(recurse=False)]:
+                cut = Shard(1 if name.startswith("0") else 2) if name.endswith("_synapses") else Replicate()
+                module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [cut])))
+        batches = distribute_tensor(batches, mesh, [Replicate()])
+    optimizer = torch.optim.AdamW(bio.parameters(), lr=0.01)
+    biofx.attach(bio, optimizer)
+    for batch in batches:
         optimizer.zero_grad()
-        bio(images).square().sum().backward()
+        bio(batch).square().mean().backward()
         optimizer.step()
-    for rank in range(3):
-        local, values = torch.load(tmp_path / f"{rank}.pt")
-        assert all(0 not in shape and shape[0] == 2 for shape in local)
-        for name, parameter in bio.named_parameters():
-            torch.testing.assert_close(values[name], parameter.detach(), rtol=1e-10, atol=1e-10)
+    return whole(bio)
 
 
-@pytest.mark.parametrize("optimizer_name", ["SGD", "AdamW"])
-def test_data_parallel_ranks_agree_with_one_process(tmp_path, optimizer_name):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(2, port, optimizer_name, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    alone = train(0, 1, optimizer_name)
-    assert first.keys() == second.keys() == alone.keys()
-    for name in alone:
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], alone[name], rtol=1e-7, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-    assert sum(int(v) for n, v in alone.items() if n.endswith(".replaced")) > 0
+def use_shards(rank: int, ranks: int, folder: str):
+    without_optimizer, in_parallel = detached(rank, ranks), tensor_parallel(rank, ranks)
+    return saved_and_loaded(rank, ranks, folder), refusals(rank, ranks), without_optimizer, in_parallel
+
+
+def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
+    alone, one = detached(0, 1), tensor_parallel(0, 1)
+    transformed("blocks"), transformed("mirrored units")
+    for saved, errors, gains, parallel in spawn(
+        functools.partial(use_shards, folder=str(tmp_path / "saved")), 2, tmp_path
+    ):
+        assert all(torch.equal(x, saved["fresh"][name]) for name, x in saved["untouched"].items())
+        assert all(torch.equal(x, saved["on"][name]) for name, x in saved["loaded"].items())
+        for name, value in alone.items():
+            torch.testing.assert_close(gains[name], value, rtol=1e-7, atol=1e-10)
+        for name, value in one.items():
+            torch.testing.assert_close(parallel[name], value, rtol=1e-7, atol=1e-10)
+        for name, message in {
+            "observed blocks": r"ArgumentError: attach: 0 is sharded as a block .* fully_shard\(bio\)",
+            "another rule": "ArgumentError: attach: 0.weight is sharded, and halve does not say .* works_on_shards",
+            "not finite": "LifecycleError: 0.weight: its gradient is not finite",
+            "unsharded": r"LifecycleError: .* is whole on every rank.* call reshard\(\)",
+            "made before": "ArgumentError: .* holds no weight of this model .* after fully_shard",
+        }.items():
+            assert re.match(message, errors[name]), f"{name}: {errors[name]}"

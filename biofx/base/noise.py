@@ -26,6 +26,21 @@ LEVELS = 1 << 14  # at most 2¹⁵, as two numbers share a word
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Where the entries of a part lie, if a tensor is cut along another axis than the first.
+
+    Attributes:
+        first: the index in the whole of the first entry.
+        length: the entries of a row of the part.
+        whole: the entries of a row of the whole.
+    """
+
+    first: int
+    length: int
+    whole: int
+
+
+@dataclass(frozen=True)
 class Counter:
     """What the noise of a tensor follows from.
 
@@ -34,16 +49,26 @@ class Counter:
         steps: the number of the step, an integer on the tensor's device.
         purpose: who draws: a pass, a weight, and what for.
         start: the index of the first entry, if the tensor is a part of another one.
+        rows: where the entries lie in the whole; None if side by side.
     """
 
     seed: Tensor
     steps: Tensor
     purpose: tuple[str, ...]
     start: int = 0
+    rows: Rows | None = None
 
     def at(self, start: int) -> Counter:
         """The counter of the part that begins at an entry."""
         return replace(self, start=self.start + start)
+
+    def places(self, count: int) -> Tensor:
+        """The indices of entries in the whole, int64."""
+        index = torch.arange(self.start, self.start + count, device=self.seed.device)
+        if self.rows is None:
+            return index
+        gaps = index // max(self.rows.length, 1) * (self.rows.whole - self.rows.length)
+        return index + gaps + self.rows.first
 
 
 def normal(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bool = False) -> list[Tensor]:
@@ -99,6 +124,10 @@ def _read(
     seeds, steps = (torch.stack(x).tolist() for x in zip(*((c.seed, c.steps) for c in counters), strict=True))
     found: tuple[list[Tensor], list[Tensor]] = [], []
     for like, counter, seed, step in zip(likes, counters, seeds, steps, strict=True):
+        if counter.rows is not None:
+            for index, table, terms in zip(_scattered(counter, like.numel(), seed, step), tables, found, strict=True):
+                terms.append(table[index].view(like.shape))
+            continue
         places = [*_places(counter, like.numel(), seed, step)]
         for which, (table, terms) in enumerate(zip(tables, found, strict=True)):
             if len(places) == 1:  # one operator for each of many weights
@@ -120,6 +149,15 @@ def _places(counter: Counter, count: int, seed: int, step: int) -> Iterator[tupl
         place, left = place + length, left - length
         if not left:
             return
+
+
+def _scattered(counter: Counter, count: int, seed: int, step: int) -> Tensor:
+    """From where in both tables each entry is read."""
+    places = counter.places(count)
+    block, inside = places // BLOCK, places % BLOCK
+    first, last = (int(block[0]), int(block[-1])) if count else (0, 0)
+    words = [words_of(seed, step, *counter.purpose, each) for each in range(first, last + 1)]
+    return (torch.tensor(words) % (TABLE - BLOCK))[block - first].T + inside
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
@@ -180,6 +218,13 @@ def levels(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bo
         counters: the counter of each.
         compiled: whether to compile what is computed; on a CPU, that would not be faster.
     """
+    if any(counter.rows is not None for counter in counters):
+        for counter, like in zip(counters, likes, strict=True):
+            places = counter.places(like.numel())
+            key, other, *_ = _keys([1], [replace(counter, rows=None)])
+            pairs_of_levels = _word((places >> 1).to(torch.int32), key, other)
+            yield (pairs_of_levels >> (places % 2 * 16).to(torch.int32)).bitwise_and_(LEVELS - 1)
+        return
     halves = [replace(counter, start=counter.start // 2) for counter in counters]
     sizes = [(c.start % 2 + like.numel() + 1) // 2 for c, like in zip(counters, likes, strict=True)]
     if likes[0].device.type == "cpu":
@@ -187,8 +232,8 @@ def levels(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bo
     else:
         words = iter((_compiled(_first_words) if compiled else _first_words)(*_keys(sizes, halves)).split(sizes))
     for own, counter, like in zip(words, counters, likes, strict=True):
-        pairs_of_levels = own.view(torch.int16)[counter.start % 2 :][: like.numel()]
-        yield pairs_of_levels.to(torch.int32).bitwise_and_(LEVELS - 1)
+        own_levels = own.view(torch.int16)[counter.start % 2 :][: like.numel()]
+        yield own_levels.to(torch.int32).bitwise_and_(LEVELS - 1)
 
 
 def _sizes(likes: Sequence[Tensor]) -> list[int]:
@@ -209,8 +254,14 @@ def _first_words(*keys: Any) -> Tensor:
     return _words(*keys)[0]
 
 
-def _keys(sizes: Sequence[int], counters: Sequence[Counter]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """What words are computed from: two keys of each tensor, where it ends, what its places lack, and all entries."""
+def _keys(
+    sizes: Sequence[int], counters: Sequence[Counter]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None]:
+    """What words are computed from.
+
+    These are two keys of each tensor, where it ends, what its places lack, the number of all entries, and their places,
+    if they do not lie side by side.
+    """
     device = counters[0].seed.device
     seeds = torch.stack([c.seed for c in counters]).to(torch.int32)
     steps = torch.stack([c.steps for c in counters]).to(torch.int32)
@@ -219,7 +270,9 @@ def _keys(sizes: Sequence[int], counters: Sequence[Counter]) -> tuple[Tensor, Te
     ends = tuple(itertools.accumulate(sizes))
     lacks = (c.start - end + size for c, end, size in zip(counters, ends, sizes, strict=True))
     shifts = tuple(_signed(lack % (1 << 32)) for lack in lacks)
-    return key, other, _on_device(device, torch.int32, ends), _on_device(device, torch.int32, shifts), ends[-1]
+    is_scattered = any(counter.rows is not None for counter in counters)
+    places = torch.cat([c.places(size) for c, size in zip(counters, sizes, strict=True)]) if is_scattered else None
+    return key, other, _on_device(device, torch.int32, ends), _on_device(device, torch.int32, shifts), ends[-1], places
 
 
 def _pair(seeds: Tensor, steps: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,11 +281,14 @@ def _pair(seeds: Tensor, steps: Tensor, first: Tensor, second: Tensor) -> tuple[
     return key, _mixed(_mixed(steps ^ second) + key)
 
 
-def _words(key: Tensor, other: Tensor, ends: Tensor, shifts: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _words(
+    key: Tensor, other: Tensor, ends: Tensor, shifts: Tensor, count: int, places: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Two words for every entry of all tensors, side by side."""
     index = torch.arange(count, dtype=torch.int32, device=key.device)
     tensor = torch.bucketize(index, ends, right=True, out_int32=True)
-    word = _word(index + shifts[tensor], key[tensor], other[tensor])
+    place = index + shifts[tensor] if places is None else places.to(torch.int32)
+    word = _word(place, key[tensor], other[tensor])
     return word, _mixed(word + other[tensor])
 
 

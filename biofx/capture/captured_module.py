@@ -31,8 +31,10 @@ from biofx.model.owners import (
     container_methods,
     install_weight_properties,
     refresh_flat_weights,
+    set_class,
 )
 from biofx.model.provenance import RECORD, is_transformed, record_of
+from biofx.model.synapses import observers_in
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
@@ -59,6 +61,13 @@ RESERVED = frozenset(
 """Attributes that a captured model has and a plain module has not, so a model must not use these names."""
 
 
+class _Unsynchronized:
+    """What `DistributedDataParallel` leaves to each rank: what observers accumulate, which `attach` reduces."""
+
+    def __get__(self, module: fx.GraphModule | None, cls: type) -> list[str]:
+        return [] if module is None else [f"{path}.{key}" for path, key in observers_in(module.graph)]
+
+
 class CapturedModule(HasSynapses, fx.GraphModule):
     """The result of `biofx.transform` and `biofx.fold`.
 
@@ -69,6 +78,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     Copying or pickling a plain `torch.fx.GraphModule` loses its `meta`, the hooks and attributes of the root, which of
     its buffers are persistent, and the `meta` of nodes. This class keeps them.
     """
+
+    _ddp_params_and_buffers_to_ignore = _Unsynchronized()
 
     @property
     def whole_model(self) -> CapturedModule:
@@ -84,8 +95,13 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
-        code = super().recompile()
-        cls = type(self)
+        present: Any = type(self)
+        cls: Any = next(each for each in present.__mro__ if CapturedModule in each.__bases__)
+        set_class(self, cls)  # of which `fully_shard` makes a subclass, where torch.fx would call itself for ever
+        try:
+            code = super().recompile()
+        finally:
+            set_class(self, present)
         cls.forward = (
             _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward)
             if is_one_island(self)

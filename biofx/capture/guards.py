@@ -148,7 +148,8 @@ class Guard:
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         kept = {name: _noted(value) for name, value in _attributes(module) if (path, name) not in self._assigned}
-        hooks = {name: len(getattr(module, name)) for name in HOOKS}
+        # Those of the model itself run around its forward, be that the graph or the Python.
+        hooks = {name: len(getattr(module, name)) for name in HOOKS if path}
         forward = {"forward": vars(module).get("forward")}
         return {**kept, **hooks, **forward, "_modules": dict(module._modules)}
 

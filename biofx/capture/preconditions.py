@@ -29,11 +29,11 @@ def check_model(model: Any) -> None:
             raise ArgumentError(
                 f"{where} is a TorchScript module, which has no Python forward; use the original module"
             )
-        if not SHARDED.isdisjoint(cls.__name__ for cls in type(module).__mro__):
+        if path and isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise ArgumentError(
-                f"{where} is sharded (FSDP); transform the original model, then shard the result. "
-                "Sharded, passes work in forward and backward, but rules at optimizer.step() need whole weights"
+                f"{where} is wrapped in {type(module).__name__}; put its .module there, transform, then wrap the result"
             )
+    refuse_sharded(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise ArgumentError(f"{name} is lazy and has no shape yet; call the model once, then transform it")
@@ -42,6 +42,20 @@ def check_model(model: Any) -> None:
     if "forward" in vars(model):
         raise ArgumentError("model.forward was replaced on the instance, and only its class can be traced; subclass it")
     _check_names(model)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise for a model that is sharded, so that no process has whole weights.
+
+    Raises:
+        ArgumentError: says what to do instead.
+    """
+    for path, module in model.named_modules():
+        if not SHARDED.isdisjoint(cls.__name__ for cls in type(module).__mro__):
+            raise ArgumentError(
+                f"{path or 'model'} is sharded (FSDP); transform the original model, then shard the result: "
+                "fully_shard(bio)"
+            )
 
 
 def _check_names(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from biofx.base import rule_code
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.gains import decoded, drawn
 from biofx.base.noise import Counter
+from biofx.base.shards import gathered
 from biofx.base.torch_internals import (
     below_autograd,
     below_transform,
@@ -148,7 +149,7 @@ def gradient_hook(
             @staticmethod
             def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
                 tensors = iter(ctx.saved_tensors)
-                others = [next(tensors) if x is None else x for x in ctx.constants]
+                others = gathered([next(tensors) if x is None else x for x in ctx.constants])
                 return (rule(gradient, *others).to(gradient.dtype), *[None] * (ctx.arity - 1))
 
         Hook.__name__ = Hook.__qualname__ = name.replace(".", "_")

@@ -129,6 +129,11 @@ class HasSynapses:
                 f"{name} of {type(self).__name__} cannot be registered: it is a weight with synapses, not a parameter; "
                 f"{FOLD}"
             )
+        if "." in name:  # of `module.named_parameters()`, by which parallelize_module replaces parameters
+            raise ArgumentError(
+                f"{name} of {type(self).__name__} is stored by its synapses, which parallelize_module does not look "
+                "for; use torch.distributed.fsdp.fully_shard, or register a DTensor as that parameter of that child"
+            )
         child = _synapses_of(self, name)
         if child is not None and param is not child.stored:
             del vars(self)["_modules"][CHILD.format(name)]

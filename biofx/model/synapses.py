@@ -300,6 +300,12 @@ def is_observed(synapses: Synapses, key: str, of: Any) -> Any:
     return of.tracer.create_proxy("call_function", is_observed, (read, key, of), {})
 
 
+def observers_in(graph: fx.Graph) -> set[tuple[str, str]]:
+    """The states in which observers of a graph accumulate: the path of the synapses, and the name of the state."""
+    looks = graph.find_nodes(op="call_function", target=is_observed)
+    return {(str(node.args[0].target), node.args[1]) for node in looks}
+
+
 def _are_equal(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 

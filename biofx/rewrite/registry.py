@@ -51,6 +51,8 @@ class Pass:
         changes_units: whether the pass changes the set of units. Such a pass runs before all others, and calls
             `ModelEditor.look_again` after the change.
         converted: the options in which a checkpoint may differ from the model, because state is converted as it loads.
+        works_on_shards: whether `at_step` works on a part of a weight, as under FSDP: entry by entry, with sums over a
+            weight by `biofx.training.ranks.summed`. If not, `biofx.attach` refuses sharded weights.
     """
 
     name: ClassVar[str]
@@ -58,6 +60,7 @@ class Pass:
     moment: ClassVar[Moment | None] = None
     changes_units: ClassVar[bool] = False
     converted: ClassVar[tuple[str, ...]] = ()
+    works_on_shards: ClassVar[bool] = False
 
     @property
     def preserves_function(self) -> bool:

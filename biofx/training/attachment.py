@@ -17,9 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.randomness import fixed_defaults
+from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
 from biofx.base.torch_internals import runs_step_hooks
 from biofx.model.provenance import record_of, transformed
-from biofx.model.synapses import Synapses, stored
+from biofx.model.synapses import Synapses, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.signs.scales import project_scales
@@ -29,6 +30,8 @@ from biofx.training.counting import Counters, is_captured
 from biofx.training.factors import factors
 from biofx.training.finite import Finite, taken_back
 from biofx.training.plastic_weight import PlasticWeight
+from biofx.training.ranks import average_, data_parallel_groups, is_on_any, stop_broadcasts, wrapper_of
+from biofx.training.sharding import check_shards, cut_state
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.update import Update
 from biofx.training.wrappers import held, innermost, inside
@@ -67,12 +70,17 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     *Wrappers* around an optimizer of the same parameters (Lookahead, SAM, those of trainers) leave the steps to that
     one, so rules act at its steps: before what the wrapper does to the weights, and in its two-step forms as well.
 
+    *Data parallelism.* Ranks stay equal, and do what one process would with the whole batch: what observers saw is
+    averaged over ranks, in one all-reduce at the steps at which a rule reads it. Attach the
+    `DistributedDataParallel(bio)` if you can: its process group is used, and it broadcasts no state of rules before
+    each forward any more. Otherwise it is the default group.
+
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
     later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
     `attach` fails, model and optimizers are as they were.
 
     Args:
-        bio: a model made by `biofx.transform`.
+        bio: a model made by `biofx.transform`, bare or inside `torch.compile` or a data-parallel wrapper.
         optimizer: an optimizer that holds parameters of `bio`, or a wrapper around one. Several optimizers may hold
             parts of it: attach each.
         compile: whether to compile what rules do to entries: fewer passes over memory, after some seconds in the first
@@ -102,7 +110,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     """
     if isinstance(bio, Optimizer):
         raise ArgumentError("attach: the arguments are swapped; write attach(bio, optimizer)")
-    bio = transformed(bio)
+    model, bio = bio, transformed(bio)
     record = record_of(bio)
     optimizer = innermost(optimizer)
     if not isinstance(optimizer, Optimizer):
@@ -119,24 +127,29 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
         raise ArgumentError(
             f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
-            "build it from bio.parameters(), after the transform"
+            "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
         )
+    check_shards(bio, sites)
     _check_runs_hooks(optimizer)
     if compile:
         for device in {parameter.device for parameter in bio.parameters()}:
             check_compiler(device)
-    attachment = Attachment(bio, optimizer, acting_with(optimizer), compiled=compile)
+    wrapper = wrapper_of(model)
+    attachment = Attachment(bio, optimizer, acting_with(optimizer), wrapper, compiled=compile)
     learning = {name: synapses for name, synapses in with_hooks(bio).items() if id(synapses.stored) in own}
     with ExitStack() as undo:
         for other in [*record.attachments]:
             undo.callback(other.take, *other.holding)
             other.give_up(own)
         undo.callback(attachment.give_up, own)
+        cut_state(sites.values())
         attachment.take(sites, learning)
         for raw, feasible in _feasible(sites.values()):
             undo.callback(raw.copy_, raw.clone())
             raw.copy_(feasible)
         undo.pop_all()
+    if wrapper is not None:
+        stop_broadcasts(wrapper)
     return attachment
 
 
@@ -194,14 +207,19 @@ class Attachment:
         bio: fx.GraphModule,
         optimizer: Optimizer,
         acting: Acting | None,
+        wrapper: nn.parallel.DistributedDataParallel | None,
         *,
         compiled: bool,
     ) -> None:
         self.optimizer = optimizer
+        self._wrapper = wrapper
         self._compiled = compiled
         self._bio = bio
         self._held = held(optimizer)
         self._acting = acting
+        self._observed = {
+            (id(synapses), key) for path, key in observers_in(bio.graph) for synapses in [bio.get_submodule(path)]
+        }
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._counters = Counters()
@@ -229,9 +247,15 @@ class Attachment:
         self._sites = sites
         self._learning = learning
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
+        self._is_sharded = any(is_sharded(parameter) for _, parameter in self._parameters())
         self._update = Update(
             learning.values(), self.optimizer, with_copies=self._acting is Acting.COPIES, compiled=self._compiled
         )
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The stored parameters on which rules or gains act, by name."""
+        yield from ((name, site.raw) for name, site in self._sites.items())
+        yield from ((name, synapses.stored) for name, synapses in self._learning.items())
 
     @property
     def holding(self) -> tuple[dict[str, WeightSite], dict[str, Synapses]]:
@@ -305,7 +329,7 @@ class Attachment:
         if self._step is not None:
             self._nested += 1
             return None
-        if _is_skipped(optimizer):
+        if _is_skipped(optimizer) or self._trains_nothing():
             return None
         self._finite.refuse_if_known()
         self._check_unchanged()
@@ -332,6 +356,17 @@ class Attachment:
         return (args[0], evaluate_then_prepare), {k: v for k, v in kwargs.items() if k != "closure"}
 
     @torch.no_grad()
+    def _trains_nothing(self) -> bool:
+        """Whether a step lets the optimizer make its state and no more, as one of `torch.distributed.checkpoint`."""
+        groups = self.optimizer.param_groups
+        if any((isinstance(lr := group.get("lr"), Tensor) and lr.device.type != "cpu") or lr != 0 for group in groups):
+            return False
+        gradients = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        learns = any(bool(gradient.any()) for gradient in gradients)
+        ranks = data_parallel_groups(None, (parameter for _, parameter in self._parameters()))
+        return bool(gradients) and not (is_on_any(learns, ranks) if self._is_sharded else learns)
+
+    @torch.no_grad()
     def _prepare(self) -> None:
         """Act on the gradients, which are there now."""
         assert self._step is not None
@@ -348,19 +383,23 @@ class Attachment:
             )
         if self._rules and weights:
             self._step.finite = self._finite.look(weights)
+            groups = data_parallel_groups(self._wrapper, [weight.site.raw for weight in weights])
+            average_(self._read_now(weights), groups)
         self._act(weights, self._step.finite, before_step=True)
         scale = _gradient_scale(self.optimizer)
         for weight in weights:
-            if weight.gradient is not weight.raw.grad:
-                self._give(weight.raw, weight.gradient if scale is None else weight.gradient * scale)
+            if weight.gradient is not local(weight.site.raw.grad):
+                self._give(weight.site.raw, weight.gradient if scale is None else weight.gradient * scale)
         for name, synapses in self._learning.items():  # biases that were split with their weights
             if name not in self._sites and synapses.shares > 1 and synapses.stored.grad is not None:
-                self._give(synapses.stored, synapses.stored.grad * synapses.shares**0.5)
+                self._give(synapses.stored, gradient_of(synapses.stored) * synapses.shares**0.5)
         if self._acting is Acting.GRADIENT:
             learning = [s for s in self._learning.values() if s.stored.grad is not None]
-            for synapses, gain in zip(learning, factors(learning, [s.stored.detach() for s in learning]), strict=True):
+            shards = [shard_of(synapses.stored_name, synapses.stored) for synapses in learning]
+            gains = factors(learning, shards, [local(synapses.stored.detach()) for synapses in learning])
+            for synapses, gain in zip(learning, gains, strict=True):
                 if gain is not None and synapses.stored.grad is not None:
-                    self._give(synapses.stored, synapses.stored.grad * gain)
+                    self._give(synapses.stored, gradient_of(synapses.stored) * gain)
         self._step.weights = weights
 
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -368,7 +407,7 @@ class Attachment:
         assert self._step is not None
         assert parameter.grad is not None
         self._step.gradients.append((parameter, parameter.grad))
-        parameter.grad = gradient.to(parameter.grad.dtype)
+        parameter.grad = cut_like(parameter, gradient.to(parameter.grad.dtype))
 
     def _put_back(self) -> None:
         """Give parameters the gradients back that the backward pass computed."""
@@ -383,13 +422,14 @@ class Attachment:
             return None
         if raw.grad.layout is not torch.strided:
             raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
-        gradient = raw.grad if scale is None else raw.grad.float() / scale
+        given = gradient_of(raw)
+        gradient = given if scale is None else given.float() / scale
         shares = site.known_synapses.shares if site.learning is not None else 1
         if shares > 1:
             gradient = gradient * shares**0.5  # hooks give each synapse 1/√Γ; the optimizer sees the connection's
         elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
             gradient = gradient.clone()
-        return PlasticWeight(site, raw, gradient, self.optimizer, step, compiled=self._compiled)
+        return PlasticWeight(site, local(raw), gradient, self.optimizer, step, compiled=self._compiled)
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -417,7 +457,7 @@ class Attachment:
             with taken_back(step.finite, (weight.raw for weight in others)):
                 for raw, feasible in _feasible(weight.site for weight in others):
                     raw.copy_(feasible)
-            with taken_back(step.finite, (stored(self._bio, name) for name in record_of(self._bio).nonnegative)):
+            with taken_back(step.finite, (local(stored(self._bio, n)) for n in record_of(self._bio).nonnegative)):
                 project_scales(self._bio, self._held)
         finally:
             self._counters.add(counters)
@@ -437,8 +477,23 @@ class Attachment:
             with fixed_defaults(), taken_back(finite, changing):
                 pass_.at_step(chosen)
 
+    def _read_now(self, weights: Sequence[PlasticWeight]) -> Iterator[Tensor]:
+        """What observers saw that a rule reads in this step."""
+        for weight in weights:
+            for pass_, names in self._rules:
+                if weight.name in names and weight.step % _every(pass_) == 0:
+                    for key, users in weight.synapses.users.items():
+                        if pass_.name in users and (id(weight.synapses), key) in self._observed:
+                            yield weight.state(key)
+
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
+        for name, parameter in self._parameters():
+            if self._is_sharded and id(parameter) not in self._held:
+                raise LifecycleError(
+                    f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
+                    "reshard() of the model before optimizer.step()"
+                )
         for name, site in self._sites.items():
             if site.raw.shape != self._shapes[name]:
                 raise LifecycleError(
@@ -468,12 +523,17 @@ def _guarded(attachment: Attachment, optimizer: Optimizer) -> MethodType:
 
 def _refuse_captured(pass_: Pass) -> None:
     """Refuse a rule that does not act at every step while a CUDA graph is captured, which is one step for all."""
-    every = getattr(pass_, "every", 1)
-    if every != 1 and is_captured():
+    if _every(pass_) != 1 and is_captured():
         raise LifecycleError(
-            f"{pass_.name} acts every {every} steps, and a CUDA graph replays the step that was captured; "
+            f"{pass_.name} acts every {_every(pass_)} steps, and a CUDA graph replays the step that was captured; "
             "use every=1, or do not capture the optimizer's step"
         )
+
+
+def _every(pass_: Pass) -> int:
+    """The number of steps from one at which a rule acts to the next."""
+    every: int = getattr(pass_, "every", 1)
+    return every
 
 
 def _feasible(sites: Iterable[WeightSite]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -481,8 +541,8 @@ def _feasible(sites: Iterable[WeightSite]) -> Iterator[tuple[Tensor, Tensor]]:
     for site in sites:
         constraint, sign = constraint_of(site), site.sign
         if constraint is CONSTRAINTS["project"] and sign is not None:
-            raw = site.raw.detach()
-            yield raw, constraint.store(raw, sign)
+            raw = local(site.raw).detach()
+            yield raw, constraint.store(raw, shard_of(site.name, site.raw).part(sign))
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

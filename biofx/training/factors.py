@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from biofx.base.shards import Shard, is_sharded, local
 from biofx.model import operators
 from biofx.training.blocks import Place
 
@@ -52,8 +53,8 @@ class Learning:
     counters: tuple[Counter, ...]
 
 
-def learning_of(synapses: Synapses) -> Learning:
-    """The gradient hooks of a weight, but for the share of each of several synapses."""
+def learning_of(synapses: Synapses, shard: Shard) -> Learning:
+    """The gradient hooks of the part of a weight, but for the share of each of several synapses."""
     hooks: list[Hook] = []
     tensors: list[Tensor] = []
     counters: list[Counter] = []
@@ -62,8 +63,8 @@ def learning_of(synapses: Synapses) -> Learning:
             continue
         counter, drawn_from, others = operators.counter_of(link.target, synapses.arguments(link))
         if counter is not None:
-            counters.append(counter)
-        tensors.extend(x for x in others if isinstance(x, Tensor))
+            counters.append(shard.counter(counter))
+        tensors.extend(local(x) if is_sharded(x) else shard.part(x) for x in others if isinstance(x, Tensor))
         own = tuple(None if isinstance(x, Tensor) else x for x in others)
         hooks.append(Hook(operators.name_of(link.target), own, None if counter is None else drawn_from))
     return Learning(tuple(hooks), tuple(tensors), tuple(counters))
@@ -115,16 +116,17 @@ def combined(
     return result
 
 
-def factors(synapses: Sequence[Synapses], weights: Sequence[Tensor]) -> list[Tensor | None]:
+def factors(synapses: Sequence[Synapses], shards: Sequence[Shard], weights: Sequence[Tensor]) -> list[Tensor | None]:
     """The factor on the learning of every synapse, for each weight; None for one without hooks.
 
     Args:
         synapses: the synapses of the weights.
+        shards: the part of each that this process holds.
         weights: what they store, or stored when the change was computed.
     """
     result: list[Tensor | None] = []
-    for each, weight in zip(synapses, weights, strict=True):
-        own = learning_of(each)
+    for each, shard, weight in zip(synapses, shards, weights, strict=True):
+        own = learning_of(each, shard)
         drawn = draw([weight], [Place(0, 0)], [own])
         tensors = [[x] for x in own.tensors]
         result.append(combined(own.hooks, [weight], [*tensors, *drawn])[0] if own.hooks else None)

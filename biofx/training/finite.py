@@ -17,6 +17,7 @@ from torch import Tensor
 from biofx.base.errors import LifecycleError
 from biofx.training import blocks
 from biofx.training.counting import is_captured, on_host
+from biofx.training.ranks import summed
 
 if TYPE_CHECKING:
     from biofx.training.plastic_weight import PlasticWeight
@@ -82,8 +83,9 @@ class _Found:
     def look(self, weights: Sequence[PlasticWeight]) -> Tensor:
         kinds = [("gradient", [w.gradient for w in weights]), ("weight", [w.raw.detach() for w in weights])]
         self._places = [f"{weight.name}: its {what}" for what, _ in kinds for weight in weights]
-        tensors = [x for _, values in kinds for x in values]
-        is_finite = torch.isfinite(torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)]))
+        tensors = [x if x.numel() else x.new_zeros(1) for _, values in kinds for x in values]  # a shard may be empty
+        norms = summed([*weights, *weights], [norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
+        is_finite = torch.isfinite(torch.stack(norms))
         now = torch.where(is_finite.all(), -1, is_finite.logical_not().int().argmax())
         self._first.copy_(torch.where(self._first < 0, now, self._first))
         if not is_captured():
@@ -131,14 +133,16 @@ def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) ->
 
 
 def _refuse(weights: Sequence[PlasticWeight]) -> None:
-    kinds: dict[str, list[Tensor]] = {"gradient": [w.gradient for w in weights], "weight": [w.raw for w in weights]}
+    kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw.detach() for w in weights]}
     # Norms cost a fraction of looking at every entry. They can overflow, so they only acquit.
-    norms = torch._foreach_norm([x for values in kinds.values() for x in values], 2)
+    # A sum over ranks is finite on none of them if it is not on one, so all of them refuse.
+    norms = summed([*weights, *weights], torch._foreach_norm([x for values in kinds.values() for x in values], 2))
     if all(map(math.isfinite, on_host(norms))):
         return
     for what, values in kinds.items():
         for weight, value in zip(weights, values, strict=True):
-            if not bool(torch.isfinite(value).all()):
+            (bad,) = summed([weight], [torch.isfinite(value).logical_not().sum()])
+            if int(bad):
                 raise LifecycleError(
                     f"{weight.name}: its {what} is not finite, so rules cannot act on it; nothing was changed. {HELP}"
                 )

@@ -7,12 +7,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from biofx.base import randomness
 from biofx.base.errors import LifecycleError
 from biofx.base.noise import Counter
+from biofx.base.shards import Shard, local, shard_of
 from biofx.model.operators import apply_rule, is_hook
+from biofx.model.slots import Slot
 from biofx.signs.constraints import constraint_of
 from biofx.training.wrappers import CLOSE, memory_of
 
@@ -25,9 +27,12 @@ if TYPE_CHECKING:
 class PlasticWeight:
     """A weight at one step of its optimizer.
 
+    If processes hold shards of the weight (FSDP), this is the part of this process, and so are all tensors that have a
+    number for each synapse. State of another shape is whole on every rank.
+
     Attributes:
         site: the weight site.
-        raw: the stored parameter.
+        raw: the stored parameter; of a shard, its local tensor.
         gradient: its gradient as the optimizer sees it; a rule at `Moment.GRADIENT` may change it in place.
         optimizer: the optimizer that holds it; None if rules are called by hand.
         step: number of this step, counted from 1.
@@ -37,7 +42,7 @@ class PlasticWeight:
     """
 
     site: WeightSite
-    raw: nn.Parameter
+    raw: Tensor
     gradient: Tensor
     optimizer: torch.optim.Optimizer | None
     step: int
@@ -55,11 +60,25 @@ class PlasticWeight:
         """What holds the stored parameter, its links and their state."""
         return self.site.known_synapses
 
+    @cached_property
+    def shard(self) -> Shard:
+        """Which part of the weight this process holds."""
+        return shard_of(self.name, self.site.raw)
+
+    @property
+    def size(self) -> int:
+        """The number of synapses, in all parts."""
+        return self.site.raw.numel()
+
     def state(self, key: str) -> Tensor:
         """A tensor that the pass keeps for the weight."""
         value = self.synapses.state(key)
         assert value is not None, f"{self.by} keeps no {key} for {self.name}"
-        return value
+        return local(value)
+
+    def part(self, values: Tensor) -> Tensor:
+        """The part of this process, as a view, of values that broadcast to the whole weight."""
+        return self.shard.part(values)
 
     def observed(self, key: str) -> Tensor:
         """What an observer saw since this was last asked: its mean for each unit, 0 if it saw nothing.
@@ -101,18 +120,33 @@ class PlasticWeight:
     @property
     def sign(self) -> Tensor | None:
         """Sign of the unit behind every synapse, as `WeightSite.sign`."""
-        return self.synapses.state("sign")
+        sign = self.synapses.state("sign")
+        return None if sign is None else self.part(sign)
 
     @property
     def value(self) -> Tensor:
         """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, or that itself."""
-        return self.site.synaptic().detach()
+        value = self.raw.detach()
+        for link in self.synapses.active_links:
+            if link.origin.slot is Slot.SIGN:
+                arguments = (self.part(x) if isinstance(x, Tensor) else x for x in self.synapses.arguments(link))
+                value = link.target(value, *arguments)
+        return value
 
     @property
     def slope(self) -> Tensor:
         """Derivative of every synapse's magnitude with respect to what is stored for it."""
         raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.sign
         return raw.sign() if constraint is None or sign is None else constraint.slope(raw, sign)
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        """Sums of values, one for every synapse, over the incoming synapses of each postsynaptic unit in this part."""
+        units = self.site.units
+        unit = self.part(self.site.spread(torch.arange(units, device=values.device)))
+        outer = values.dim() - unit.dim()
+        alike = [*range(outer), *(outer + axis for axis, length in enumerate(unit.shape) if length == 1)]
+        rows = values.sum(alike, keepdim=True) if alike else values
+        return values.new_zeros(units).index_add_(0, unit.expand(rows.shape).reshape(-1), rows.reshape(-1))
 
     def assign(self, value: Tensor) -> None:
         """Store weights, one for every synapse; what has another sign than its unit becomes zero."""
@@ -121,8 +155,9 @@ class PlasticWeight:
 
     def without_padding(self, values: Tensor) -> Tensor:
         """Values for every synapse, in place set to 0 in the row of an embedding that stands for no token."""
-        if self.site.padding is not None:
-            values[..., self.site.padding, :] = 0
+        padding = None if self.site.padding is None else self.shard.index(-2, self.site.padding)
+        if padding is not None:
+            values[..., padding, :] = 0
         return values
 
     def counter(self, purpose: str) -> Counter:
@@ -131,7 +166,7 @@ class PlasticWeight:
         Args:
             purpose: what it is for; for each of them it is independent.
         """
-        return Counter(self.state("seed"), self.state("steps"), (self.by, self.name, purpose))
+        return self.shard.counter(Counter(self.state("seed"), self.state("steps"), (self.by, self.name, purpose)))
 
     def generator(self) -> torch.Generator:
         """Random numbers of the CPU, to be waited for, that follow from the same as those of `counter`."""
@@ -141,7 +176,7 @@ class PlasticWeight:
     def group(self) -> dict[str, Any]:
         """The optimizer's options for the weight; none if rules are called by hand."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return next((group for group in groups if any(p is self.raw for p in group["params"])), {})
+        return next((group for group in groups if any(p is self.site.raw for p in group["params"])), {})
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
         """Put new weights where a mask says, and let the optimizer remember of them what it does of a new weight.
@@ -222,8 +257,9 @@ class PlasticWeight:
     @property
     def memories(self) -> dict[str, Tensor]:
         """What the optimizer remembers of every synapse, by its key."""
-        state = {} if self.optimizer is None else memory_of(self.optimizer, self.raw)
-        return {k: m for k, m in state.items() if isinstance(m, Tensor) and m.shape == self.raw.shape}
+        state = {} if self.optimizer is None else memory_of(self.optimizer, self.site.raw)
+        own = ((key, local(memory)) for key, memory in state.items() if isinstance(memory, Tensor))
+        return {key: memory for key, memory in own if memory.shape == self.raw.shape}
 
 
 def scale_learning(synapses: Synapses, gradient: Tensor, weight: Tensor, by: str) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from biofx.base.shards import local, shard_of
 from biofx.training import blocks, compiling
 from biofx.training.factors import Hook, Learning, combined, draw, factors, learning_of
 from biofx.training.finite import taken_back
@@ -39,6 +40,7 @@ class Update:
         self, synapses: Iterable[Synapses], optimizer: Optimizer, *, with_copies: bool = False, compiled: bool = False
     ) -> None:
         self._synapses = list(synapses)
+        self._shards = [shard_of(each.stored_name, each.stored) for each in self._synapses]
         self._optimizer = optimizer
         self._with_copies = with_copies
         self._compiled = compiled
@@ -49,7 +51,7 @@ class Update:
 
     @property
     def _weights(self) -> list[Tensor]:
-        return [synapses.stored for synapses in self._synapses]
+        return [local(synapses.stored) for synapses in self._synapses]
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -69,7 +71,7 @@ class Update:
         split = [synapses for synapses in self._synapses if synapses.shares > 1]
         if split:
             scale = torch._foreach_mul_ if up else torch._foreach_div_
-            scale([synapses.stored for synapses in split], [float(synapses.shares) for synapses in split])
+            scale([local(synapses.stored) for synapses in split], [float(synapses.shares) for synapses in split])
 
     def pause(self) -> None:
         """Put the weights back while a closure runs the model."""
@@ -99,10 +101,11 @@ class Update:
         if self._with_copies:
             self._move_copies(taking_part)
         alike: dict[tuple[tuple[Hook, ...], int, torch.device], list[tuple[Tensor, Tensor, Learning]]] = {}
-        for synapses, old, takes_part in zip(self._synapses, self._old, taking_part, strict=True):
-            own = learning_of(synapses) if takes_part else Learning((), (), ())
+        for synapses, shard, old, takes_part in zip(self._synapses, self._shards, self._old, taking_part, strict=True):
+            own = learning_of(synapses, shard) if takes_part else Learning((), (), ())
             if own.hooks or synapses.shares > 1:
-                alike.setdefault((own.hooks, synapses.shares, old.device), []).append((synapses.stored, old, own))
+                row = local(synapses.stored), old, own
+                alike.setdefault((own.hooks, synapses.shares, old.device), []).append(row)
         for (hooks, shares, _), rows in alike.items():
             if finite and shares > 1:  # first the step of the optimizer, which stays, and then the gains on it
                 self._move(rows, (), shares, {})
@@ -137,19 +140,20 @@ class Update:
         """What the optimizer keeps of the weights themselves."""
         for index, synapses in enumerate(self._synapses):
             state: dict[str, Any] = memory_of(self._optimizer, synapses.stored)
-            for key, memory in state.items():
-                is_alike = isinstance(memory, Tensor) and memory.shape == synapses.stored.shape
+            weight = local(synapses.stored)
+            for key, memory in ((key, local(value)) for key, value in state.items()):
+                is_alike = isinstance(memory, Tensor) and memory.shape == weight.shape
                 if not is_alike or not memory.is_floating_point():
                     continue
                 place = index, key
-                if place not in self._copies and place not in self._looked_at and _is_close(memory, synapses.stored):
+                if place not in self._copies and place not in self._looked_at and _is_close(memory, weight):
                     self._copies[place] = self._old[index] * synapses.shares
                 self._looked_at.add(place)
                 if place in self._copies:
                     yield place, memory
 
     def _move_copies(self, taking_part: Sequence[bool]) -> None:
-        gains = factors(self._synapses, self._old)
+        gains = factors(self._synapses, self._shards, self._old)
         for (index, key), memory in [*self._found()]:
             gain = gains[index]
             if gain is not None and taking_part[index]:

@@ -1,13 +1,14 @@
 """Noise: random numbers that follow from a counter, whatever was drawn before."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy import stats
 
 from biofx.base import noise
-from biofx.base.noise import Counter
+from biofx.base.noise import Counter, Rows
 
 COUNT = 1 << 18
 
@@ -157,3 +158,21 @@ def test_a_part_has_the_pairs_that_it_has_in_the_whole(draw, cut):
     whole = draw(torch.empty(noise.BLOCK + 100), counter(3, 5, "a"))
     part = draw(torch.empty(8, 8), counter(3, 5, "a", start=cut))
     assert all(torch.equal(x.flatten(), y[cut : cut + 64]) for x, y in zip(part, whole, strict=True))
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 3), (3, 4), (6, 1), (7, 0)])
+def test_a_shard_has_the_numbers_that_it_has_in_the_whole(start, length):
+    """A part along the second axis, whose entries do not lie side by side in the whole, and a part of that."""
+    outer, whole, inner = 5, 7, 30011
+    own = Rows(start * inner, length * inner, whole * inner)
+    kinds = {
+        "tables": lambda like, c: noise.normal([like], [c])[0],
+        "uniform": lambda like, c: noise.uniform([like], [c])[0],
+        "words": lambda like, c: noise.normal_from_words([like], [c]).view(like.shape),
+        "levels": lambda like, c: next(noise.levels([like], [c])).view(like.shape),
+    }
+    for draw in kinds.values():
+        expected = draw(torch.empty(outer, whole, inner), counter(3, 5, "a"))[:, start : start + length]
+        part, place = torch.empty(outer, length, inner), replace(counter(3, 5, "a"), rows=own)
+        assert torch.equal(draw(part, place), expected)
+        assert torch.equal(draw(part[2:], place.at(2 * length * inner)), expected[2:])

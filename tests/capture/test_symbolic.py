@@ -386,6 +386,7 @@ def named(name):
         (nn.LazyLinear(3), "weight is lazy and has no shape yet; call the model once"),
         (nn.Linear(2, 2, device="meta"), r"weight is on the meta device.*to_empty"),
         (nn.DataParallel(nn.Linear(2, 2)), "DataParallel; transform model.module"),
+        (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "0 is wrapped in DataParallel; put its .module there"),
         (torch.jit.script(nn.Linear(2, 2)), "model is a TorchScript module, which has no Python forward; use the orig"),
         (nn.Sequential(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))), "0 is a TorchScript module"),
         (named("graph"), 'an attribute "graph", a name that the torch.fx.GraphModule that the result is needs; rename'),
@@ -408,7 +409,8 @@ def test_a_sharded_model_is_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         layer = fully_shard(nn.Linear(2, 2))
-        for model, where in ((layer, "model"), (nn.Sequential(layer), "0")):
+        again = fully_shard(biofx.transform(nn.Linear(2, 2), NEUTRAL))
+        for model, where in ((layer, "model"), (nn.Sequential(layer), "0"), (again, "model")):
             with pytest.raises(biofx.ArgumentError, match=rf"{where} is sharded \(FSDP\); transform .* then shard"):
                 biofx.transform(model, NEUTRAL)
     finally:

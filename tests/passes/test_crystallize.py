@@ -23,7 +23,7 @@ def test_the_formula():
         0.001,  # the floor
         0.0005,  # already below it
     ]
-    crystallize_([gain], [weight], [gradient], threshold=4.5e-5, dampening=0.6, floor=1e-3)
+    crystallize_([gain], [weight], [gradient], [weight.abs().mean()], threshold=4.5e-5, dampening=0.6, floor=1e-3)
     torch.testing.assert_close(gain, torch.tensor(expected).double())
 
 
@@ -44,7 +44,8 @@ def test_many_weights_of_any_size_and_layout_at_once(compiled):
     weights[5] = weights[5].to(memory_format=torch.channels_last)  # the others are not
     options = {"threshold": 0.1, "dampening": 0.6, "floor": 1e-3}
     expected = [slowly(*each, **options) for each in zip(gains, weights, gradients, strict=True)]
-    crystallize_(gains, weights, gradients, **options, compiled=compiled)
+    means = [weight.abs().mean() for weight in weights]
+    crystallize_(gains, weights, gradients, means, **options, compiled=compiled)
     for given, wanted in zip(gains, expected, strict=True):
         torch.testing.assert_close(given, wanted)
 

@@ -93,7 +93,7 @@ def test_weight_adaptive_is_wide_for_small_weights():
 
 
 def test_weight_adaptive_of_a_weight_of_zeros_is_uniform():
-    assert torch.equal(weight_adaptive_spread(0.2, [torch.zeros(3)])[0], torch.full((3,), 0.2))
+    assert torch.equal(weight_adaptive_spread(0.2, [torch.zeros(3)], [torch.zeros(())])[0], torch.full((3,), 0.2))
 
 
 def test_layer_adaptive_narrows_to_half_with_depth():
@@ -247,7 +247,8 @@ def test_dampened_gains_are_not_refreshed():
 def test_weight_adaptive_gains_are_redrawn_for_present_weights():
     bio, g = trained("weight_adaptive", 4, every=2, nu=0.2)
     assert [torch.equal(a, b) for a, b in pairwise(g)] == [True, False, True, False]
-    half_width = weight_adaptive_spread(0.2, [bio.weight.detach()])[0]
+    weight = bio.weight.detach()
+    half_width = weight_adaptive_spread(0.2, [weight], [weight.abs().mean()])[0]
     assert ((g[-1] - 1).abs() <= half_width * (1 + 1e-5)).all()
 
 
