@@ -32,11 +32,13 @@ from biofx.base.errors import (
 )
 from biofx.compiler import transform
 from biofx.converter import BioConfig, BioConverter
+from biofx.looking.difference import Difference, diff
+from biofx.looking.drawing import draw
+from biofx.looking.inspection import summary, table, to_networkx
 from biofx.model import operators
 from biofx.model.sharding import shard_placement
 from biofx.output.export import export
 from biofx.output.fold import fold
-from biofx.output.inspection import summary, table, to_networkx
 from biofx.rewrite.verification import verify
 from biofx.saving import load, save
 from biofx.training.attachment import Attachment, attach, detach
@@ -50,6 +52,7 @@ __all__ = [
     "BioConverter",
     "BiofxError",
     "CaptureError",
+    "Difference",
     "ExportError",
     "LifecycleError",
     "NotJudgedError",
@@ -61,6 +64,8 @@ __all__ = [
     "WeightSite",
     "attach",
     "detach",
+    "diff",
+    "draw",
     "export",
     "fold",
     "l1",

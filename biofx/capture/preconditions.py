@@ -14,6 +14,8 @@ from biofx.model.provenance import RECORD
 
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing torch.distributed.fsdp takes long
 
+_UNESCAPED = set('"\\\n\r')  # torch.fx writes names into code between double quotes, and does not escape them
+
 
 def check_model(model: Any) -> None:
     """Raise for a model that cannot be captured, before anything is copied.
@@ -25,6 +27,8 @@ def check_model(model: Any) -> None:
     check_module(model)
     for path, module in model.named_modules():
         where = path or "model"
+        if not _UNESCAPED.isdisjoint(path):
+            raise ArgumentError(f"the name {path!r} of a module has a quote, a backslash or a line break; rename it")
         if isinstance(module, torch.jit.ScriptModule):
             raise ArgumentError(
                 f"{where} is a TorchScript module, which has no Python forward; use the original module"

@@ -14,11 +14,11 @@ from biofx.base.comparison import difference
 from biofx.base.errors import PipelineError, VerificationError
 from biofx.base.isolation import run_in_eval_mode
 from biofx.base.randomness import fixed_defaults
+from biofx.looking.inspection import table
 from biofx.model.chain import number_nodes
 from biofx.model.provenance import PassRun, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored
-from biofx.output.inspection import table
 from biofx.rewrite.model_editor import ModelEditor
 from biofx.rewrite.verification import verify
 

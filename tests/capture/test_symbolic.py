@@ -384,6 +384,7 @@ def named(name):
         (nn.Linear, r"the class Linear; transform an instance, Linear\(\.\.\.\)"),
         (math.sqrt, "must be a torch.nn.Module, got an instance of builtin"),
         (nn.LazyLinear(3), "weight is lazy and has no shape yet; call the model once"),
+        (named('a"b'), "has a quote, a backslash or a line break; rename it"),
         (nn.Linear(2, 2, device="meta"), r"weight is on the meta device.*to_empty"),
         (nn.DataParallel(nn.Linear(2, 2)), "DataParallel; transform model.module"),
         (nn.Sequential(nn.DataParallel(nn.Linear(2, 2))), "0 is wrapped in DataParallel; put its .module there"),

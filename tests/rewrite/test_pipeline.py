@@ -74,7 +74,7 @@ def test_the_order_of_passes_does_not_matter(order):
 def test_a_chain_reads_in_canonical_order():
     bio = biofx.transform(nn.Linear(3, 2), ALL)
     site = biofx.weight_sites(bio)["weight"]
-    calls = [biofx.output.inspection.callee(node) for node in site.chain]
+    calls = [biofx.looking.inspection.callee(node) for node in site.chain]
     assert calls == ["weight_synapses.weight", "biofx.scale_grad", "biofx.scale_grad", "abs", "sum", "biofx.share_grad"]
     torch.testing.assert_close(site.effective(), site.raw.abs().sum(0))
     site.effective().sum().backward()

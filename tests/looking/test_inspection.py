@@ -104,7 +104,7 @@ def test_the_networkx_graph_is_the_graph(bio):
     }
     roles = networkx.get_node_attributes(graph, "role")
     assert [roles[n] for n in ("weight", "sum_1", "linear", "input_1")] == [
-        "weight",
+        "stored weight",
         "sum over synapses",
         "original",
         "original",

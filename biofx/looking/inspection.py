@@ -11,7 +11,8 @@ from torch import fx, nn
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError
 from biofx.base.tables import Cell, Table, wrapped
-from biofx.model.chain import attribute, callee, parameter_nodes
+from biofx.looking.roles import role_of
+from biofx.model.chain import callee, parameter_nodes
 from biofx.model.provenance import RunnablePass, inserted, record_of, transformed
 from biofx.model.synapses import State, synapses_in
 from biofx.weights.facts import NOT_A_SYNAPSE, Need
@@ -168,9 +169,8 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
         origin = inserted(node)
         if origin is None and only == "inserted":
             continue
-        arguments = ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
         where = (origin.parameter, origin.slot.label, origin.by) if origin else ("", "", "")
-        rows.append([node.name, callee(node), arguments, *where])
+        rows.append([node.name, callee(node), written_arguments(node), *where])
     shown = parameter_nodes(bio)
     for name, synapses in synapses_in(bio).items():
         for link in synapses.links if name not in shown else ():
@@ -179,22 +179,18 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
     return str(Table(("node", "calls", "arguments", "weight", "slot", "pass"), rows))
 
 
-def role(node: fx.Node, bio: fx.GraphModule) -> str:
-    """The role of a node: `original`, `weight`, or the slot in which a pass inserted it."""
-    origin = inserted(node)
-    if origin is not None:
-        return origin.slot.label
-    is_weight = node.op == "get_attr" and isinstance(attribute(bio, str(node.target)), nn.Parameter)
-    return "weight" if is_weight else "original"
+def written_arguments(node: fx.Node) -> str:
+    """The arguments of a node, as in a call."""
+    return ", ".join([*map(str, node.args), *(f"{key}={value}" for key, value in node.kwargs.items())])
 
 
 def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
     """The graph as a networkx multigraph, in which a node may use another more than once.
 
     Nodes are named as in the graph. Their attributes are strings: `op`, `calls`, `module` (the path of the module whose
-    forward made the node), `role` (`original`, `weight`, or the slot), and `weight` and `pass`, which are empty for
-    nodes that no pass inserted. The key of an edge, and its attribute `position`, is the argument's position among all
-    inputs of the node. GraphML and node-link JSON can hold the graph.
+    forward made the node), `role` (as in pictures, such as `original` and `stored weight`), and `weight` and `pass`,
+    which are empty for nodes that no pass inserted. The key of an edge, and its attribute `position`, is the argument's
+    position among all inputs of the node. GraphML, GEXF and node-link JSON can hold the graph.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -222,7 +218,7 @@ def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
             op=node.op,
             calls=callee(node),
             module=next((path for path, _ in reversed(stack.values())), ""),
-            role=role(node, bio),
+            role=role_of(node, bio).value,
             weight=origin.parameter if origin else "",
             **{"pass": origin.by if origin else ""},
         )

@@ -1,0 +1,1 @@
+"""Looking: tables and pictures of a transformed model."""

@@ -1,0 +1,137 @@
+"""Layout: what a box contains in rows, so that values flow downwards and edges have a way past other boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from biofx.base.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from biofx.looking.view import View
+
+
+@dataclass(frozen=True)
+class Way:
+    """A gap in a row, through which an edge passes.
+
+    Attributes:
+        source: the name of the box where the edge starts, or the entrance of the box around the row.
+        target: the name of the box where it ends, or the exit of the box around the row.
+    """
+
+    source: str
+    target: str
+
+
+def entrance(box: str) -> str:
+    """What stands for the upper side of a box among the ends of edges inside."""
+    return f"{box}>"
+
+
+def exit_of(box: str) -> str:
+    """What stands for the lower side of a box among the ends of edges inside."""
+    return f"{box}<"
+
+
+def route(parents: Mapping[str, str], source: str, target: str) -> list[tuple[str, str]]:
+    """The steps of an edge: out of the modules around its source, past their neighbours, into those around its target.
+
+    Args:
+        parents: the box around each box.
+        source: where the edge starts.
+        target: where it ends; neither contains the other.
+    """
+    above = [source]
+    while above[-1] in parents:
+        above.append(parents[above[-1]])
+    into, end = [], target
+    while parents[end] not in above:
+        into.append((entrance(parents[end]), end))
+        end = parents[end]
+    start = above[above.index(parents[end]) - 1]
+    out = [(child, exit_of(around)) for child, around in pairwise(above[: above.index(start) + 1])]
+    return [*out, (start, end), *reversed(into)]
+
+
+def edges_by_box(view: View) -> dict[str, list[tuple[str, str]]]:
+    """The steps of all edges, by the name of the box in which they lie."""
+    parents = {child.name: box.name for box in view.root.walk() for child in box.children}
+    found: dict[str, dict[tuple[str, str], None]] = {}
+    for source, target in view.edges:
+        for step in route(parents, source, target):
+            inside = parents[step[0]] if step[0] in parents else parents[step[1]]
+            found.setdefault(inside, {})[step] = None
+    return {name: list(steps) for name, steps in found.items()}
+
+
+def rows_of(box: str, children: Sequence[str], edges: Sequence[tuple[str, str]]) -> list[list[str | Way]]:
+    """Arrange the contents of a box in rows: each below those that it reads, with few crossings (Sugiyama's method).
+
+    Args:
+        box: the name of the box.
+        children: the names of what it contains, in the order of the graph.
+        edges: the steps of edges in it. Those against the order of the graph (modules that are called in turn) get no
+            gaps.
+    """
+    ends = {entrance(box), exit_of(box)}
+    used = {end for edge in edges for end in edge}
+    names = [
+        *([entrance(box)] if entrance(box) in used else []),
+        *children,
+        *([exit_of(box)] if exit_of(box) in used else []),
+    ]
+    rows = [[item for item in row if item not in ends] for row in _arranged(names, edges)]
+    return [row for row in rows if any(isinstance(item, str) for item in row)]
+
+
+def _arranged(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> list[list[str | Way]]:
+    position = {name: index for index, name in enumerate(names)}
+    forward = [(a, b) for a, b in dict.fromkeys(edges) if position[a] < position[b]]
+    layer = _layers(names, forward)
+    items: list[str | Way] = [*names]
+    layers = [layer[name] for name in names]
+    steps: list[tuple[int, int]] = []
+    for source, target in forward:
+        previous = position[source]
+        for between in range(layer[source] + 1, layer[target]):
+            items.append(Way(source, target))
+            layers.append(between)
+            steps.append((previous, len(items) - 1))
+            previous = len(items) - 1
+        steps.append((previous, position[target]))
+    columns = _columns(layers, steps)
+    rows: list[list[tuple[float, int]]] = [[] for _ in range(max(layers) + 1)]
+    for index, (row, column) in enumerate(zip(layers, columns, strict=True)):
+        rows[row].append((column, index))
+    return [[items[index] for _, index in sorted(row)] for row in rows]
+
+
+def _layers(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> Mapping[str, int]:
+    """The row of each box: below all that it reads. What reads nothing stands just above its first reader."""
+    below: dict[str, list[str]] = {name: [] for name in names}
+    above: dict[str, list[str]] = {name: [] for name in names}
+    for source, target in edges:
+        below[source].append(target)
+        above[target].append(source)
+    layer: dict[str, int] = {}
+    for name in names:
+        layer[name] = max((layer[a] + 1 for a in above[name]), default=0)
+    for name in reversed(names):
+        if not above[name] and below[name]:
+            layer[name] = min(layer[b] for b in below[name]) - 1
+    return layer
+
+
+def _columns(layers: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[float]:
+    """Where each item stands in its row, from left to right."""
+    if len(set(layers)) == len(layers):
+        return [0.0] * len(layers)
+    try:
+        import igraph
+    except ImportError as error:
+        raise ArgumentError("draw: igraph is not installed; pip install 'biofx[draw]'") from error
+    graph = igraph.Graph(n=len(layers), edges=list(edges), directed=True)
+    return [float(column) for column, _ in graph.layout_sugiyama(layers=list(layers)).coords]

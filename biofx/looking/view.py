@@ -1,0 +1,308 @@
+"""The view of a graph: boxes in boxes, by module. Every picture is drawn from it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from biofx.analysis.sites import WeightSite, find_weights
+from biofx.base.errors import ArgumentError
+from biofx.base.isolation import run_in_eval_mode, split_inputs
+from biofx.looking.roles import Role, role_of
+from biofx.model.chain import attribute, callee, parameter_nodes
+from biofx.model.provenance import inserted, is_transformed, record_of
+
+AT_MOST = 200  # boxes at the start and at the end of a box that holds more than twice as many
+
+
+@dataclass(frozen=True)
+class Box:
+    """A node of the graph, or a module with all that it contains.
+
+    Attributes:
+        name: the node's name or the module's path, which nothing else in the picture has.
+        label: what is written in it.
+        role: what it is there for.
+        facts: what is known of it, in words, by what it is.
+        nodes: the names of the nodes for which it stands.
+        children: what it contains, in the order of the graph; empty for a node.
+        count: the number of equal neighbours for which it stands.
+        signs: 1, -1 or 0 for each unit that a weight reads: excitatory, inhibitory, or free.
+    """
+
+    name: str
+    label: str
+    role: Role
+    facts: Mapping[str, str] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
+    children: tuple[Box, ...] = ()
+    count: int = 1
+    signs: tuple[int, ...] = ()
+
+    def walk(self) -> Iterator[Box]:
+        """This box and all boxes inside, outermost first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def inserted_roles(self) -> dict[Role, int]:
+        """How many nodes of each role passes inserted inside."""
+        found: dict[Role, int] = {}
+        for box in self.walk():
+            if not box.children and box.role.is_inserted:
+                found[box.role] = found.get(box.role, 0) + 1
+        return found
+
+
+@dataclass(frozen=True)
+class View:
+    """What a picture shows.
+
+    Attributes:
+        root: the model.
+        edges: the label of the value that one box passes to another, by the names of both; boxes without children only.
+    """
+
+    root: Box
+    edges: dict[tuple[str, str], str]
+
+    def lifted(self, shown: Mapping[str, str]) -> dict[tuple[str, str], str]:
+        """The edges between the boxes that are shown, given the one that stands for each box."""
+        found: dict[tuple[str, str], str] = {}
+        for (source, target), label in self.edges.items():
+            ends = shown[source], shown[target]
+            if ends[0] != ends[1]:
+                found.setdefault(ends, label)
+        return found
+
+
+def view_of(model: fx.GraphModule, example_inputs: Any = None) -> View:
+    """The view of a graph.
+
+    Args:
+        model: a transformed model, or any other graph.
+        example_inputs: arguments of the model, to show shapes; without them, only those that the graph carries.
+    """
+    shapes = _shapes(model, example_inputs)
+    signs = _signs(model) if is_transformed(model) else {}
+    places = _places(model)
+    leaves = {node.name: _leaf(model, node, shapes, signs) for node in model.graph.nodes}
+    root = _folded(_module(model, [node.name for node in model.graph.nodes], leaves, places))
+    owner = {node: box.name for box in root.walk() if not box.children for node in box.nodes}
+    edges: dict[tuple[str, str], str] = {}
+    for node in model.graph.nodes:
+        for source in node.all_input_nodes:
+            ends = owner.get(source.name), owner.get(node.name)
+            if ends[0] is not None and ends[1] is not None and ends[0] != ends[1]:
+                edges.setdefault((ends[0], ends[1]), shapes.get(source.name, ""))
+    return View(root, edges)
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes the shape of each node's value."""
+
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self.found: dict[str, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.found[n.name] = _size(value.shape)
+        return value
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
+    carried = {n.name: n.meta["val"].shape for n in model.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+    found = {name: _size(shape) for name, shape in carried.items()}
+    if example_inputs is not None:
+        interpreter, ordered = _Shapes(model), _in_order(model, example_inputs)
+        run_in_eval_mode(model, lambda _: interpreter.run(*ordered))
+        found |= interpreter.found
+    return found
+
+
+def _in_order(model: fx.GraphModule, example_inputs: Any) -> list[Any]:
+    """The example inputs by position, copied, as an interpreter takes them."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(f"draw: example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+    bound.apply_defaults()
+    return list(bound.arguments.values())
+
+
+def _signs(model: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """The sign of each unit that a weight reads, by the name of the weight's node."""
+    found = {}
+    for site in find_weights(model).sites.values():
+        if site.node is not None and site.sign is not None:
+            found[site.node.name] = unit_signs(site)
+    return found
+
+
+def unit_signs(site: WeightSite) -> tuple[int, ...]:
+    """The sign of each presynaptic unit of a weight that has signs."""
+    assert site.sign is not None
+    outgoing = site.outgoing(site.sign.expand(site.shape)).flatten(1)
+    largest = outgoing.gather(1, outgoing.abs().argmax(1, keepdim=True)) if outgoing.shape[1] else outgoing[:, :0]
+    return tuple(int(sign) for sign in largest.flatten().sign().tolist())
+
+
+def _places(model: fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    """The paths of the modules around each node, outermost first."""
+    stacks = {n.name: tuple(p for p, _ in n.meta.get("nn_module_stack", {}).values() if p) for n in model.graph.nodes}
+    known = {stack[-1]: stack for stack in stacks.values() if stack}
+    weights = parameter_nodes(model) if is_transformed(model) else {}
+    for node in model.graph.nodes:
+        origin = inserted(node)
+        if stacks[node.name]:
+            continue
+        if origin is not None and origin.parameter in weights:
+            stacks[node.name] = stacks[weights[origin.parameter].name]
+        elif node.op in ("get_attr", "call_module"):
+            path = str(node.target)
+            while path and path not in known:
+                path = path.rpartition(".")[0]
+            stacks[node.name] = known.get(path, ())
+    return stacks
+
+
+def _leaf(model: fx.GraphModule, node: fx.Node, shapes: Mapping[str, str], signs: Mapping[str, tuple[int, ...]]) -> Box:
+    origin = inserted(node)
+    called = callee(node)
+    facts = {"calls" if node.op.startswith("call") else "reads" if node.op == "get_attr" else "is": called}
+    label = called.rpartition(".")[2]
+    if node.op in ("placeholder", "output"):
+        facts["is"], label = ("an input" if node.op == "placeholder" else "the output"), node.name
+    elif node.op == "call_module":
+        kind = type(model.get_submodule(str(node.target))).__name__
+        facts["class"], label = kind, f"{label} ({kind})"
+    if node.op == "get_attr":
+        value = attribute(model, str(node.target))
+        if isinstance(value, Tensor):
+            facts["shape"] = _size(value.shape)
+    elif node.name in shapes:
+        facts["shape"] = shapes[node.name]
+    if origin is not None:
+        facts |= {"weight": origin.parameter, "inserted by": origin.by}
+    return Box(node.name, label, role_of(node, model), facts, (node.name,), signs=signs.get(node.name, ()))
+
+
+def _module(
+    model: fx.GraphModule,
+    names: Sequence[str],
+    leaves: Mapping[str, Box],
+    places: Mapping[str, tuple[str, ...]],
+    path: str = "",
+    depth: int = 0,
+) -> Box:
+    """The box of a module, given the nodes in it and the number of modules around them."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for name in names:
+        inside = len(places[name]) > depth
+        groups.setdefault((places[name][depth] if inside else name, inside), []).append(name)
+    children = []
+    for (key, is_module), members in groups.items():
+        child = _module(model, members, leaves, places, key, depth + 1) if is_module else leaves[key]
+        # A module with one node is that node.
+        children.append(child.children[0] if len(child.children) == 1 else child)
+    return Box(
+        f"module {path}",
+        _module_label(model, path),
+        Role.MODULE,
+        {"module": path or "the model", **({"class": kind} if (kind := _class_at(model, path)) else {})},
+        tuple(node for child in children for node in child.nodes),
+        tuple(children),
+    )
+
+
+def _module_label(model: fx.GraphModule, path: str) -> str:
+    if not path:
+        kept = record_of(model).model_class if is_transformed(model) else None
+        return type(model).__name__ if kept is None else kept.__name__
+    kind = _class_at(model, path)
+    return path.rpartition(".")[2] + (f" ({kind})" if kind else "")
+
+
+def _class_at(model: nn.Module, path: str) -> str:
+    """The class of the module at a path; empty for the model, and for one that is called by another name."""
+    try:
+        return type(model.get_submodule(path)).__name__ if path else ""
+    except AttributeError:
+        return ""
+
+
+def _folded(box: Box) -> Box:
+    """The box with runs of equal neighbours drawn once, and with the middle of very many boxes left out."""
+    children = [_folded(child) for child in box.children]
+    folded: list[Box] = []
+    last: Any = None
+    for child in children:
+        shape = _structure(child) if child.children else None
+        if shape is not None and shape == last:
+            first = _merged(folded[-1], child)
+            own, other = first.label.partition(" ")[0], child.label.partition(" ")[0]
+            kind = f" ({child.facts['class']})" if "class" in child.facts else ""
+            count = first.count + 1
+            folded[-1] = replace(first, count=count, label=f"{own} … {other}{kind} × {count}")
+        else:
+            folded.append(child)
+        last = shape
+    if len(folded) > 2 * AT_MOST:
+        left = folded[AT_MOST:-AT_MOST]
+        nodes = tuple(n for b in left for n in b.nodes)
+        note = Box(f"left out of {box.name}", f"… {len(left)} boxes left out …", Role.OMITTED, {}, nodes)
+        folded = [*folded[:AT_MOST], note, *folded[-AT_MOST:]]
+    return replace(box, children=tuple(folded))
+
+
+def _merged(box: Box, other: Box) -> Box:
+    """A box that stands for the nodes of another one of the same structure as well."""
+    children = tuple(_merged(a, b) for a, b in zip(box.children, other.children, strict=True))
+    return replace(box, nodes=box.nodes + other.nodes, children=children)
+
+
+def _structure(box: Box) -> Any:
+    """What two modules have in common if a picture of one stands for the other."""
+    own = (box.role, box.facts.get("class"), box.facts.get("shape"), box.count)
+    if not box.children:
+        return (*own, box.label, box.facts.get("inserted by"))
+    return (*own, tuple(map(_structure, box.children)))
+
+
+def depth_that_shows(root: Box, boxes: int) -> int:
+    """The depth to which modules can be opened with at most a number of boxes, at least 1."""
+    depth = 1
+    while depth < 50 and _shown(root, depth) != _shown(root, depth + 1) and _shown(root, depth + 1) <= boxes:
+        depth += 1
+    return depth
+
+
+def _shown(box: Box, depth: int) -> int:
+    return 1 + (sum(_shown(child, depth - 1) for child in box.children) if depth > 0 else 0)
+
+
+def shown_at(root: Box, depth: int) -> dict[str, str]:
+    """The name of the box that stands for each box if modules are opened to a depth."""
+    shown: dict[str, str] = {}
+
+    def visit(box: Box, depth: int, by: str | None) -> None:
+        shown[box.name] = by or box.name
+        closed = by or (box.name if depth < 1 else None)
+        for child in box.children:
+            visit(child, depth - 1, closed)
+
+    visit(root, depth, None)
+    return shown
