@@ -27,11 +27,6 @@ NEUTRAL = [passes.FuzzyLearningRates(distribution="baseline")]
 EVERYTHING = [passes.SplitSynapses(3), passes.DalesPrinciple(balance=False), passes.FuzzyLearningRates()]
 
 
-def gpt2(transformers):
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=32, n_positions=32, **NO_TOKENS)
-    return transformers.GPT2LMHeadModel(config), {"input_ids": tokens(), "use_cache": False}
-
-
 def bert(transformers):
     config = transformers.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32
@@ -46,13 +41,6 @@ def llama(transformers):
     return transformers.LlamaForCausalLM(config), {"input_ids": tokens(), "use_cache": False}
 
 
-def vit(transformers):
-    config = transformers.ViTConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4
-    )
-    return transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
-
-
 def t5(transformers):
     config = transformers.T5Config(d_model=8, num_layers=1, num_heads=2, d_ff=16, d_kv=4, vocab_size=32)
     inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(), "use_cache": False}
@@ -60,7 +48,7 @@ def t5(transformers):
 
 
 NO_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-TRANSFORMERS = {f.__name__: f for f in (gpt2, bert, llama, vit, t5)}
+TRANSFORMERS = {f.__name__: f for f in (bert, llama, t5)}
 
 
 def tokens():
