@@ -282,6 +282,7 @@ class TakesOptions(nn.Sequential):
         return super().forward(options["values"][0])
 
 
+@pytest.mark.xfail(torch.__version__ < (2, 13), reason="torch.compile could not follow vars() of a container")
 def test_a_model_that_nobody_could_check_compiles_its_python():
     model = TakesOptions(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     bio = biofx.transform(model, SPLIT)

@@ -83,13 +83,18 @@ def _check(bio: CapturedModule, example_inputs: Any) -> None:
             "Its forward takes decisions, draws random numbers, has side effects, or has gradients of its own "
             "(a torch.autograd.Function, a hook on a tensor)"
         )
-        for name, module in bio.named_modules():
-            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-                why = (
-                    f"{name or 'It'} is a torch.nn.TransformerEncoder, which returns zeros for padding when no "
-                    "gradients are needed; build it with enable_nested_tensor=False"
-                )
-        raise CaptureError(f"{type(bio).__name__} cannot be exported: {found}. {why}, or {INSTEAD}")
+        raise CaptureError(f"{type(bio).__name__} cannot be exported: {found}. {_on_nested(bio) or why}, or {INSTEAD}")
+
+
+def _on_nested(model: nn.Module) -> str | None:
+    """What to do about a module that computes with nested tensors; None if there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            return (
+                f"{name or 'It'} is a torch.nn.TransformerEncoder, which returns zeros for padding when no "
+                "gradients are needed; build it with enable_nested_tensor=False"
+            )
+    return None
 
 
 def _refuse_hooks(model: nn.Module) -> None:
@@ -139,6 +144,7 @@ def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
             f"{type(model).__name__} cannot be exported in {mode} mode: {name}{message}",
             *(f"  in {where}" for where in _running_modules(model, error)[-1:]),
             *(f"  at {line.file}:{line.number}: {line.text}" for line in of_user[-1:]),
+            *(f"  {advice}." for advice in [_on_nested(model)] if advice and "nested_tensor" in message),
             f"  {INSTEAD[0].upper()}{INSTEAD[1:]}.",
         ]
     )

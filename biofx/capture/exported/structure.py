@@ -82,7 +82,7 @@ def read(structure: Structure, value: Any, name: str) -> list[Any]:
         InputError: it has another structure; names the first part that differs.
     """
     if isinstance(structure, Leaf):
-        if not isinstance(value, torch.Tensor | fx.Proxy):
+        if not isinstance(value, (torch.Tensor, fx.Proxy)):  # the compiler of 2.9 cannot follow a union
             raise _mismatch(name, value, "a tensor")
         return [value]
     if isinstance(structure, Constant):
