@@ -109,12 +109,14 @@ class Rejuvenate(Pass):
         due, rule = [weight for weight in weights if weight.step % self.every == 0], RULES[self.rule]
         if not due:
             return
-        numbers = rule.numbers(rule.over_parts(due, of_parts(due, rule.statistics)), [w.size for w in due], self.dre)
-        counts = [torch.zeros_like(weight.state("replaced")) for weight in due]
+        statistics = rule.over_parts(due, of_parts(due, rule.statistics))
+        counts: list[list[Tensor]] = [[] for _ in due]  # of each weight, a number for each block
         for batch in batches([weight.site.raw for weight in due]):  # the same on all ranks
-            columns = [[column[index] for index in batch] for column in (counts, *numbers)]
-            _turn_over(rule, [due[index] for index in batch], *columns)
-        torch._foreach_add_([weight.state("replaced") for weight in due], summed(due, counts))
+            own = [due[index] for index in batch]
+            numbers = rule.numbers([statistics[index] for index in batch], [weight.size for weight in own], self.dre)
+            _turn_over(rule, own, [counts[index] for index in batch], *numbers)
+        found = [each[0] if len(each) == 1 else torch.stack(each).sum() for each in counts]
+        torch._foreach_add_([weight.state("replaced") for weight in due], summed(due, found))
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Rule:
 
 
 def _turn_over(
-    rule: Rule, weights: list[PlasticWeight], counts: list[Tensor], scales: list[Tensor], *numbers: list[Tensor]
+    rule: Rule, weights: list[PlasticWeight], counts: list[list[Tensor]], scales: list[Tensor], *numbers: list[Tensor]
 ) -> None:
     """Replace synapses of weights on one device and of one dtype, and count them."""
     values, signs = [weight.value for weight in weights], [weight.sign for weight in weights]
@@ -154,7 +156,8 @@ def _turn_over(
         pairs = noise.pairs(likes, [which[place.index].at(place.start) for place in block.places])
         normal = noise.normal(likes, [new[place.index].at(place.start) for place in block.places])
         chosen = turn_over_(rule, pairs, normal, own, *others)
-        _count([counts[place.index] for place in block.places], chosen)
+        for place, number in zip(block.places, _numbers(chosen), strict=True):
+            counts[place.index].append(number)
         for place, mask, is_new in zip(block.places, parts, chosen, strict=True):
             if is_asked[place.index]:
                 mask.copy_(is_new)
@@ -199,11 +202,10 @@ def turn_over_(
     return chosen
 
 
-def _count(counts: list[Tensor], chosen: list[Tensor]) -> None:
-    """Count replacements."""
+def _numbers(chosen: list[Tensor]) -> Sequence[Tensor]:
+    """The numbers of replacements."""
     # The norm of zeros and ones is the root of their number: to the unit, up to four million at once.
-    found = torch.stack(torch._foreach_norm(chosen, 2)).square().round().to(torch.int64)
-    torch._foreach_add_(counts, found.unbind())
+    return torch.stack(torch._foreach_norm(chosen, 2)).square().round().to(torch.int64).unbind()
 
 
 def _without_absent(weight: PlasticWeight, value: Tensor, scale: Tensor) -> Tensor:

@@ -75,6 +75,11 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     `DistributedDataParallel(bio)` if you can: its process group is used, and it broadcasts no state of rules before
     each forward any more. Otherwise it is the default group.
 
+    *Shards.* Attach after `fully_shard(bio)`, with an optimizer that is built from its parameters. Rules act on the
+    part of every weight that a process holds, and do what they would on the whole: sums over a weight take an
+    all-reduce, and random numbers follow from the place in the whole. From then on, gains are cut like their weights,
+    and `torch.distributed.checkpoint` saves both. A model with observers is sharded as a whole, not block by block.
+
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
     later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
     `attach` fails, model and optimizers are as they were.
@@ -91,7 +96,8 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, no pass changed a weight of it, the optimizer holds none
-            of those weights, or it is a wrapper whose steps run no hooks.
+            of those weights, or it is a wrapper whose steps run no hooks; or weights are sharded in a way that rules do
+            not follow.
         LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients, and
             optimizers that undo gains whatever these act on; `compile`, where nothing can be compiled. At a step:
             a gradient or weight that is not finite, if a rule acts on it; a sparse gradient; no `backward()` before; a

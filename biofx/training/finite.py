@@ -133,7 +133,7 @@ def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) ->
 
 
 def _refuse(weights: Sequence[PlasticWeight]) -> None:
-    kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw.detach() for w in weights]}
+    kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw for w in weights]}
     # Norms cost a fraction of looking at every entry. They can overflow, so they only acquit.
     # A sum over ranks is finite on none of them if it is not on one, so all of them refuse.
     norms = summed([*weights, *weights], torch._foreach_norm([x for values in kinds.values() for x in values], 2))

@@ -123,10 +123,15 @@ class PlasticWeight:
         sign = self.synapses.state("sign")
         return None if sign is None else self.part(sign)
 
+    @cached_property
+    def _values(self) -> Tensor:
+        """What is stored, without its history."""
+        return self.raw.detach()
+
     @property
     def value(self) -> Tensor:
         """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, or that itself."""
-        value = self.raw.detach()
+        value = self._values
         for link in self.synapses.active_links:
             if link.origin.slot is Slot.SIGN:
                 arguments = (self.part(x) if isinstance(x, Tensor) else x for x in self.synapses.arguments(link))

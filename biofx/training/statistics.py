@@ -32,8 +32,8 @@ def of_parts(weights: Sequence[PlasticWeight], statistic: Statistic) -> list[Ten
 
 def mean_magnitudes(weights: Sequence[PlasticWeight]) -> list[Tensor]:
     """The mean of |w| for each weight, in single precision at least."""
-    means = summed(weights, of_parts(weights, _magnitudes))
-    return [mean / weight.size for mean, weight in zip(means, weights, strict=True)]
+    sums = summed(weights, of_parts(weights, _magnitudes))
+    return list(torch._foreach_div(sums, [float(weight.size) for weight in weights])) if sums else []
 
 
 def _magnitudes(values: list[Tensor]) -> Sequence[Tensor]:

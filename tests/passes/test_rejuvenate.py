@@ -272,3 +272,14 @@ def test_excitation_and_inhibition_keep_their_totals(rule):
     optimizer.step()
     assert int(site.state("replaced")) > 1000
     torch.testing.assert_close(totals(), before, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_several_dtypes_turn_over_in_one_step():
+    bio = biofx.transform(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), [passes.Rejuvenate(dre=0.1)])
+    bio[1].double()
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+    biofx.attach(bio, optimizer)
+    for parameter in bio.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(int(bio[layer].weight_synapses.replaced) > 0 for layer in (0, 1))
