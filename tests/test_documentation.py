@@ -59,7 +59,7 @@ def test_readme_shows_what_is_printed(capsys):
 def test_readme_has_the_two_commands_first():
     install_and_run, install_and_test, *_ = readme_blocks("sh")
     assert install_and_run.splitlines()[-1] == "python examples/digits.py"
-    assert install_and_test.splitlines()[-1] == "python -m pytest -n auto"
+    assert install_and_test.splitlines()[-1] == "python -m pytest -n auto --dist worksteal"
 
 
 def test_the_map_of_biofx_names_files_that_exist():
