@@ -1,11 +1,16 @@
 """The command line."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import biofx
 from biofx.__main__ import main
+from models.small import ConvNet
 
 
 def test_passes_lists_every_pass_with_its_options(capsys):
@@ -51,6 +56,59 @@ def test_export_of_a_program_needs_an_input(capsys, tmp_path, suffix):
     assert not path.exists()
     assert main([*command, "--input", "2,1,8,8"]) == 0
     assert path.exists()
+
+
+def test_units_of_a_plain_and_of_a_transformed_model(capsys):
+    assert main(["units", "models.small:ConvNet", "--input", "2,1,8,8"]) == 0
+    plain = capsys.readouterr().out
+    assert "presynaptic units" in plain
+    assert main(["units", "models.small:ConvNet", "--passes", "fuzzy-learning-rates", "--input", "2,1,8,8"]) == 0
+    assert capsys.readouterr().out == plain
+
+
+def test_draw(capsys, tmp_path):
+    path = tmp_path / "model.mmd"
+    assert main(["draw", "models.small:ConvNet", str(path), "--passes", "split-synapses", "--depth", "2"]) == 0
+    assert "share_grad" in path.read_text()
+    assert capsys.readouterr().out == f"wrote {path}\n"
+
+
+def test_diff_with_the_model_and_with_other_passes(capsys, tmp_path):
+    path = tmp_path / "model.mmd"
+    command = ["diff", "models.small:ConvNet", "--passes", "fuzzy-learning-rates", "--frontend", "symbolic"]
+    assert main([*command, "--draw", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "+ scale_grad" in out
+    assert out.endswith(f"wrote {path}\n")
+    assert main([*command, "--against", "split-synapses"]) == 0
+    assert "- share_grad" in capsys.readouterr().out
+    assert main([*command, "--against", "fuzzy-learning-rates"]) == 0
+    assert capsys.readouterr().out == "no difference\n"
+
+
+def test_a_saved_folder_takes_the_place_of_passes(capsys, tmp_path):
+    torch.manual_seed(1)
+    biofx.save(biofx.transform(ConvNet(), "split-synapses{synapses=3}"), tmp_path / "saved")
+    assert main(["inspect", "models.small:ConvNet", "--saved", str(tmp_path / "saved")]) == 0
+    assert "split-synapses{synapses=3}" in capsys.readouterr().out
+    assert main(["inspect", "models.small:ConvNet", "--saved", str(tmp_path)]) == 1
+    assert "give a folder that biofx.save wrote" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", "models.small:ConvNet", "--saved", str(tmp_path), "--passes", "cortex"])
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["draw", "--help"])
+    assert "biofx draw my_package.models:make_rnn rnn.html" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_no_traceback():
+    run = "import sys, biofx.__main__ as m; sys.exit(m.main(['passes']))"
+    process = subprocess.Popen([sys.executable, "-c", run], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # before the first line, as head does after its last
+    assert process.wait() == 141
+    assert process.stderr.read() == b""
 
 
 class TokensAndFeatures(nn.Module):
