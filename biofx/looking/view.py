@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError
 from biofx.base.isolation import run_in_eval_mode, split_inputs
+from biofx.base.torch_internals import pytree
 from biofx.looking.roles import Role, role_of
 from biofx.model.chain import attribute, callee, parameter_nodes
 from biofx.model.provenance import inserted, is_transformed, record_of

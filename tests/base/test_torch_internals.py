@@ -23,6 +23,7 @@ READ_IN_PLACE = {
     lambda: fx.symbolic_trace(nn.Identity()): ("_code", "_graph", "_tracer_cls"),
     lambda: torch.compile(nn.Identity()): ("_orig_mod",),
     lambda: torch.zeros(1): ("_version", "_base"),
+    lambda: nn.Linear(1, 1).state_dict(): ("_metadata",),
 }
 """Private attributes that are the state or the protocol of what biofx rewrites: everywhere, and with no public name."""
 
