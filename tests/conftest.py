@@ -1,13 +1,12 @@
 """Fixtures and helpers that all tests share."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import biofx
+from biofx.base.tables import Report
 from biofx.model.synapses import stored_parameters
 from biofx.rewrite import registry
 from models.small import ZOO
@@ -38,10 +37,16 @@ def tensors(outputs):
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
 
 
-def times_listed(summary: str, parameter: str) -> int:
+def flat(text: str) -> str:
+    """A text without its line breaks, which depend on its width."""
+    return " ".join(text.split())
+
+
+def times_listed(summary: Report, parameter: str) -> int:
     """How often a summary lists a parameter: in a row of its own, as left alone, or as not a synapse."""
-    rows = re.findall(rf"^(?:  )?{re.escape(parameter)}(?=[ :])(?!.*\n--)", summary, re.MULTILINE)
-    return len(rows) + re.split(r",\s+", summary.partition("\nnot synapses: ")[2]).count(parameter)
+    told = summary.to_dict()
+    names = [*(row["weight"] for row in told["rows"]), *told["left_alone"], *told["not_synapses"]]
+    return names.count(parameter)
 
 
 def loss(outputs):

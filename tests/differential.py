@@ -7,7 +7,6 @@ are not counted and not named: what is said of a weight is said of all that `bio
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,11 +161,10 @@ def check_trains(case: Case) -> None:
 
 def check_summary(case: Case) -> None:
     """Every parameter of the original is named exactly once: in a row, as left alone, or as not a synapse."""
-    text = biofx.summary(case.bio)
+    summary = biofx.summary(case.bio)
     for name, _ in case.model.named_parameters():
-        assert times_listed(text, name) == 1, f"{name} in\n{text}"
-    plain = re.split(r",\s+", text.partition("\nnot synapses: ")[2])
-    assert {name for name, _ in case.model.named_parameters()} >= {*filter(None, plain)}
+        assert times_listed(summary, name) == 1, f"{name} in\n{summary}"
+    assert {name for name, _ in case.model.named_parameters()} >= {*summary.to_dict()["not_synapses"]}
 
 
 def check_same_weights(cases: Sequence[Case]) -> None:

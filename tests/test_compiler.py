@@ -14,6 +14,7 @@ import biofx
 from biofx import passes
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored_parameters
+from conftest import flat
 from models.small import ConvNet, mlp
 
 BOTH = [passes.SplitSynapses(3), passes.FuzzyLearningRates()]
@@ -66,7 +67,7 @@ def test_requires_grad_is_kept():
     assert {n: p.requires_grad for n, p in stored_parameters(bio)} == {
         n: p.requires_grad for n, p in model.named_parameters()
     }
-    assert "0.weight (frozen)" in biofx.summary(bio)
+    assert "0.weight (frozen)" in flat(biofx.summary(bio))
 
 
 def test_the_global_rng_is_not_moved():
@@ -115,7 +116,7 @@ def test_exclude():
     bio = biofx.transform(model, BOTH, exclude="0.*")
     assert torch.equal(bio.get_parameter("0.weight"), model[0].weight)
     assert bio.get_parameter("1.weight").dim() == 3
-    assert 'split-synapses: excluded by pattern "0.*"' in biofx.summary(bio)
+    assert 'split-synapses: excluded by pattern "0.*"' in flat(biofx.summary(bio))
 
 
 def test_exclude_by_any_name_of_a_tied_weight():
@@ -312,8 +313,8 @@ def test_complex_and_integer_weights_are_left_alone():
         biofx.transform(model, BOTH)
     model = mlp(2, 2, 2)
     model[0].weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int64), requires_grad=False)
-    assert "0.weight: its dtype is torch.int64, and synapses are real numbers" in biofx.summary(
-        biofx.transform(model, BOTH)
+    assert "0.weight: its dtype is torch.int64, and synapses are real numbers" in flat(
+        biofx.summary(biofx.transform(model, BOTH))
     )
 
 
@@ -330,7 +331,7 @@ class CountsCalls(nn.Module):
 def test_a_model_that_counts_its_calls_counts_no_checks():
     model, x = CountsCalls(), torch.randn(1, 2)
     bio = biofx.transform(model, BOTH, example_inputs=(x,))
-    assert "the model (CountsCalls): its forward changes the attribute calls" in biofx.summary(bio)
+    assert "the model (CountsCalls): its forward changes the attribute calls" in flat(biofx.summary(bio))
     for _ in range(3):
         torch.testing.assert_close(bio(x), model(x))
 
@@ -422,7 +423,9 @@ def test_a_layer_whose_class_refuses_subclasses_is_left_alone():
     model, x = nn.Sequential(nn.Linear(3, 3), Closed(3, 3)), torch.randn(2, 3)
     bio = biofx.transform(model, [passes.SplitSynapses()])
     assert [site.is_split for site in biofx.weight_sites(bio).values()] == [True, False]
-    assert "Closed does not allow subclasses, and a module with synapses gets one: it is closed" in biofx.summary(bio)
+    assert "Closed does not allow subclasses, and a module with synapses gets one: it is closed" in flat(
+        biofx.summary(bio)
+    )
     torch.testing.assert_close(bio(x), model(x))
     torch.testing.assert_close(biofx.fold(bio)(x), model(x))
 

@@ -12,6 +12,7 @@ import biofx
 from biofx import BioConfig, BioConverter
 from biofx.converter import DEFAULT_BIO_CONFIG, Distribution
 from biofx.model.synapses import stored_parameters
+from conftest import flat
 
 
 class Net(nn.Module):
@@ -90,7 +91,7 @@ def test_a_class_becomes_a_class_of_converted_models():
         def forward(self, x):
             return self.fc(x)
 
-    assert "fuzzy-learning-rates" in biofx.summary(Decorated())
+    assert "fuzzy-learning-rates" in flat(biofx.summary(Decorated()))
 
 
 def test_nothing_happens_by_itself():

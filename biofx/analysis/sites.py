@@ -15,7 +15,7 @@ from biofx.base.references import held_parameters
 from biofx.model.chain import chain, parameter_nodes
 from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.model.islands import describe_island, island_path
-from biofx.model.operators import apply_rule
+from biofx.model.operators import apply_rule, counter_of, is_hook
 from biofx.model.provenance import inserted, record_of, transformed
 from biofx.model.slots import Slot
 from biofx.model.synapses import Link, Synapses, stored, synapses_of
@@ -162,6 +162,23 @@ class WeightSite:
                 arguments = self.known_synapses.arguments(link)
                 return apply_rule(link.target, torch.ones_like(self.raw), self.raw, *arguments)
         return None
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What gradient hooks multiply the learning of every synapse by: gains and state of all passes together.
+
+        Noise of every step is left out. None if no pass has a hook.
+        """
+        result = None
+        for link in self.links:
+            if not is_hook(link.target) or link.target is torch.ops.biofx.share_grad:
+                continue
+            arguments = self.known_synapses.arguments(link)
+            if link.target is not torch.ops.biofx.drawn_grad and counter_of(link.target, arguments)[0] is not None:
+                continue
+            ones = torch.ones_like(self.raw) if result is None else result
+            result = apply_rule(link.target, ones, self.raw.detach(), *arguments)
+        return result
 
     @property
     def sign(self) -> Tensor | None:

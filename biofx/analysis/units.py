@@ -16,7 +16,7 @@ from biofx.analysis.understanding import Understanding, understand
 from biofx.analysis.verdict import Verdict
 from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
-from biofx.base.tables import Cell, Table, wrapped
+from biofx.base.tables import Cell, Report, Table, wrapped
 from biofx.model.provenance import is_transformed, transformed, unwrapped
 from biofx.weights.facts import NOT_RUN, Need
 
@@ -132,34 +132,77 @@ class Units:
             negative[reading.classes[neural & (weight < 0).any(1)]] = True
         return (positive & negative).nonzero().flatten()
 
-    def __str__(self) -> str:
-        table = Table(HEADERS, [self._row(name, site) for name, site in self.sites.items()], LIMITS)
-        run = [f"inputs: {self.inputs}"] if self.inputs != "given" else []
-        return "\n\n".join([str(table), *map(wrapped, [*run, *self.notes])])
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The table as data: a dict for each weight.
 
-    def _row(self, name: str, site: WeightSite) -> list[Cell]:
-        reason = self._unjudged(name, site)
-        note = [f"not judged: {reason}"] if reason else []
-        reading = self.readings.get(name)
-        if reading is None:
-            return [name, site.operator, "", "", "", note]
-        activity = f"any sign ({reading.signed_by})" if reading.signed_by else "≥ 0"
-        units = "" if reason else self.describe(reading.numbers)
-        return [name, site.operator, str(len(reading.numbers)), units, activity, note]
+        `units` has a dict for each population that the weight reads: how many `units` `of` it, and how many
+        presynaptic `positions` they feed. It is empty if the weight cannot be judged.
+        """
+        return [self._row(name, site) for name, site in self.sites.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the printed table says, as data."""
+        return self._report().to_dict()
+
+    def __str__(self) -> str:
+        return str(self._report())
+
+    def _repr_html_(self) -> str:
+        return self._report()._repr_html_()
+
+    def _report(self) -> Report:
+        rows = self.rows
+        run = [f"inputs: {self.inputs}"] if self.inputs != "given" else []
+        parts: list[Table | str] = [
+            Table(HEADERS, [_cells(row) for row in rows], LIMITS),
+            *map(wrapped, [*run, *self.notes]),
+        ]
+        return Report(parts, rows, inputs=self.inputs, notes=list(self.notes))
+
+    def _row(self, name: str, site: WeightSite) -> dict[str, Any]:
+        reason, reading = self._unjudged(name, site), self.readings.get(name)
+        return {
+            "weight": name,
+            "operator": site.operator,
+            "positions": None if reading is None else len(reading.numbers),
+            "units": [] if reason or reading is None else self._counted(reading.numbers),
+            "signed_by": None if reading is None else reading.signed_by,
+            "not_judged": reason,
+        }
+
+    def _counted(self, numbers: Tensor) -> list[dict[str, Any]]:
+        """Units by population, in the order of their first appearance."""
+        owners = self.owner[numbers]
+        found = []
+        for index in dict.fromkeys(owners.tolist()):
+            mine, population = numbers[owners == index], self.populations[index]
+            counts = {"units": len(mine.unique()), "of": population.size, "positions": len(mine)}
+            found.append({"population": population.name, **counts})
+        return found
 
     def describe(self, numbers: Tensor) -> str:
         """Units in words, in the order of their first appearance."""
-        owners = self.owner[numbers]
-        parts = []
-        for index in dict.fromkeys(owners.tolist()):
-            mine = numbers[owners == index]
-            count = len(mine.unique())
-            repeated = f" × {len(mine) // count}" if len(mine) > count else ""
-            if len(mine) % count:
-                repeated = f" at {len(mine)} positions"
-            of = f" of {self.populations[index].size}" if count < self.populations[index].size else ""
-            parts.append(f"{count}{of}{repeated}: {self.populations[index].name}")
-        return ",\n".join(parts)
+        return ",\n".join(map(_in_words, self._counted(numbers)))
+
+
+def _in_words(counted: Mapping[str, Any]) -> str:
+    """The units of one population."""
+    count, positions = counted["units"], counted["positions"]
+    repeated = f" × {positions // count}" if positions > count else ""
+    if positions % count:
+        repeated = f" at {positions} positions"
+    of = f" of {counted['of']}" if count < counted["of"] else ""
+    return f"{count}{of}{repeated}: {counted['population']}"
+
+
+def _cells(row: Mapping[str, Any]) -> list[Cell]:
+    note = [f"not judged: {row['not_judged']}"] if row["not_judged"] else []
+    if row["positions"] is None:
+        return [row["weight"], row["operator"], "", "", "", note]
+    activity = f"any sign ({row['signed_by']})" if row["signed_by"] else "≥ 0"
+    units = ",\n".join(map(_in_words, row["units"]))
+    return [row["weight"], row["operator"], str(row["positions"]), units, activity, note]
 
 
 def units(model: nn.Module, example_inputs: Any = None) -> Units:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError
-from biofx.base.tables import Cell, Table, wrapped
+from biofx.base.tables import Cell, Report, Table, wrapped
 from biofx.looking.roles import role_of
 from biofx.model.chain import callee, parameter_nodes
 from biofx.model.provenance import RunnablePass, inserted, record_of, transformed
@@ -21,20 +21,28 @@ if TYPE_CHECKING:
     import networkx
 
 HEADERS = ("weight", "operator", "shape", "Γ", "gain", "sign", "left alone", "remark")
+USUAL = {"Γ": "1", "gain": "1", "sign": "free"}
+LIMITS = {"operator": 24, "gain": 15, "sign": 10}  # widths in a table that is too wide
+NAMES = 6  # of a longer list, the text gives the number and the first few
 
 
-def summary(bio: nn.Module) -> str:
+def summary(bio: nn.Module) -> Report:
     """The passes that ran, and a table with one row for each weight.
 
     Columns: the weight's name; its operator, and the island that contains it, if any; its shape, without the axis of
-    synapses; Γ, the number of synapses for each connection; mean, standard deviation and range of the learning gain;
-    the sign constraint; and, if there are any, the passes that left the weight alone, with the reason, and remarks of
-    passes. Long notes of a wide table are numbered and stand below it. Lists follow: the islands (untraced submodules)
-    and the weights that no pass could see, each with the reason; the weights that wait for `biofx.attach`; and the
-    parameters that are not synapses.
+    synapses; Γ, the number of synapses for each connection; mean, standard deviation and range of what gradient hooks
+    multiply learning by; the sign constraint; and, if there are any, the passes that left the weight alone, with the
+    reason, and remarks of passes, among them why the units that the weight reads cannot be judged. A column in which
+    all weights are as without biofx is omitted. Long notes of a wide table are numbered and stand below it. Lists
+    follow: the islands (untraced submodules) and the weights that no pass could see, each with the reason; the weights
+    that wait for `biofx.attach`; the memory that synapses take; and the parameters that are not synapses.
 
     Args:
         bio: a model made by `biofx.transform`.
+
+    Returns:
+        A text. Its `rows` are the table as data, a dict for each weight, and `to_dict()` is all that it says, with
+        lists that the text shortens. A notebook shows it as a table.
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`.
@@ -43,23 +51,35 @@ def summary(bio: nn.Module) -> str:
         >>> import biofx, torch
         >>> from biofx import passes
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
-        >>> print(biofx.summary(biofx.transform(model, [passes.SplitSynapses(synapses=4)], exclude="2.*")))
+        >>> summary = biofx.summary(biofx.transform(model, [passes.SplitSynapses(synapses=4)], exclude="2.*"))
+        >>> print(summary)
         passes: split-synapses{synapses=4}
         <BLANKLINE>
-        weight    operator    shape    Γ    gain    sign    left alone
-        --------  ----------  -------  ---  ------  ------  -----------------------------------------
-        0.weight  linear      8 × 4    4    1       free
-        2.weight  linear      2 × 8    1    1       free    split-synapses: excluded by pattern "2.*"
+        weight    operator    shape    Γ    left alone
+        --------  ----------  -------  ---  -----------------------------------------
+        0.weight  linear      8 × 4    4
+        2.weight  linear      2 × 8    1    split-synapses: excluded by pattern "2.*"
         <BLANKLINE>
         inputs with which the model ran: guessed: input float32 (2, 4)
         <BLANKLINE>
+        memory: 384 bytes more than the model's 372 (+103 %)
+        <BLANKLINE>
         not synapses: 0.bias, 1.weight, 1.bias, 2.bias
+        >>> [row["synapses"] for row in summary.rows]
+        [4, 1]
     """
     bio = transformed(bio)
     record = record_of(bio)
     sites, others = find_weights(bio)
-    parts = ["passes: " + ",\n        ".join(str(run.pass_) for run in record.passes)]
-    parts.append(str(Table(HEADERS, [_row(site) for site in sites.values()])))
+    unseen = {name: reason for name, reason in others.items() if reason != NOT_A_SYNAPSE}
+    plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
+    acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
+    acting |= {name for name, site in sites.items() if site.learning is not None and site.learning.attached}
+    idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
+    added, total = _memory(bio)
+    rows = [_row(site) for site in sites.values()]
+    parts: list[Table | str] = ["passes: " + ",\n        ".join(str(run.pass_) for run in record.passes)]
+    parts.append(Table(HEADERS, [_cells(row) for row in rows], LIMITS, USUAL))
     parts += [wrapped(note) for run in record.passes if (note := _function_note(run.pass_))]
     if record.inputs not in ("", "given"):
         parts.append(wrapped(f"inputs with which the model ran: {record.inputs}"))
@@ -67,20 +87,54 @@ def summary(bio: nn.Module) -> str:
     if record.islands:
         title = "islands (untraced submodules; passes rewrite the weights inside):"
         parts.append("\n".join([title, *(_island(bio, path, why) for path, why in record.islands.items())]))
-    unseen = [wrapped(f"  {name}: {reason}") for name, reason in others.items() if reason != NOT_A_SYNAPSE]
     if unseen:
-        parts.append("\n".join(["left alone:", *unseen]))
-    acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
-    acting |= {name for name, site in sites.items() if site.learning is not None and site.learning.attached}
-    idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
+        parts.append("\n".join(["left alone:", *(wrapped(f"  {name}: {why}") for name, why in unseen.items())]))
     if idle:
         parts.append(_listed("no optimizer is attached, so no rule acts at its steps (biofx.attach)", idle))
     if record.nonnegative:
-        parts.append(_listed("scale parameters kept from being negative", record.nonnegative))
-    plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
+        parts.append(_listed("scale parameters kept from being negative", [*record.nonnegative]))
+    if added:
+        more = f"{100 * added / total:.0f}" if total else "∞"
+        parts.append(
+            f"memory: {_bytes(added)} more than the model's {_bytes(total).removesuffix(' bytes')} (+{more} %)"
+        )
     if plain:
         parts.append(_listed("not synapses", plain))
-    return "\n\n".join(parts)
+    return Report(
+        parts,
+        rows,
+        passes=[str(run.pass_) for run in record.passes],
+        inputs=record.inputs,
+        notes=list(record.notes),
+        islands=dict(record.islands),
+        left_alone=unseen,
+        not_attached=idle,
+        nonnegative=dict(record.nonnegative),
+        bytes_added=added,
+        bytes_of_model=total,
+        not_synapses=plain,
+    )
+
+
+def _memory(bio: fx.GraphModule) -> tuple[int, int]:
+    """The bytes that synapses and their state take beyond one number for each connection, and those of the model."""
+    added = 0
+    for synapses in set(synapses_in(bio).values()):
+        added += sum(map(_size, synapses.buffers()))
+        if synapses.is_split:
+            added += _size(synapses.stored[1:])
+    return added, sum(map(_size, (*bio.parameters(), *bio.buffers()))) - added
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return 0 if tensor.layout is not torch.strided or tensor.is_nested else tensor.numel() * tensor.element_size()
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _function_note(pass_: RunnablePass) -> str:
@@ -90,8 +144,10 @@ def _function_note(pass_: RunnablePass) -> str:
     return f"{pass_.name} changes what the model computes" + (f"; {pass_.instead}" if pass_.instead else "")
 
 
-def _listed(title: str, names: Iterable[str]) -> str:
-    return wrapped(f"{title}: {', '.join(names)}")
+def _listed(title: str, names: Sequence[str]) -> str:
+    if len(names) <= NAMES:
+        return wrapped(f"{title}: {', '.join(names)}")
+    return wrapped(f"{title}: {', '.join(names[: NAMES // 2])}, … ({len(names)} in all)")
 
 
 def _island(bio: fx.GraphModule, path: str, reason: str) -> str:
@@ -99,47 +155,65 @@ def _island(bio: fx.GraphModule, path: str, reason: str) -> str:
     return wrapped(f"  {path} ({name}): {reason}" if path else f"  the model ({name}): {reason}")
 
 
-def _row(site: WeightSite) -> list[Cell]:
+def _row(site: WeightSite) -> dict[str, Any]:
+    """What a summary says of a weight, as data."""
     runs = record_of(site.bio).passes
-    remarks = [f"{run.pass_.name}: {run.remarks[site.name]}" for run in runs if site.name in run.remarks]
-    unjudged = site.unmet(Need.UNITS)
-    if unjudged and not any(unjudged in reason for run in runs for reason in run.left.values()):
-        remarks.append(f"not judged: {unjudged}")
-    left = [f"{run.pass_.name}: {run.left[site.name]}" for run in runs if site.name in run.left]
+    unjudged = site.unmet(Need.UNITS) or ""
+    gain, sign = site.factor, site.sign
+    values = None if gain is None or gain.numel() == 0 else gain.detach().double()
+    return {
+        "weight": site.name,
+        "frozen": not site.raw.requires_grad,
+        "operator": site.operator,
+        "uses": site.facts.uses,
+        "inside": site.island if site.island is not None else site.surroundings,
+        "shape": tuple(site.shape),
+        "synapses": site.synapses,
+        "gain_mean": 1.0 if values is None else float(values.mean()),
+        "gain_std": 0.0 if values is None else float(values.std(correction=0)),
+        "gain_min": 1.0 if values is None else float(values.min()),
+        "gain_max": 1.0 if values is None else float(values.max()),
+        "excitatory": None if sign is None else float((sign > 0).double().mean()),
+        "free": None if sign is None else float((sign == 0).double().mean()),
+        "left_alone": {run.pass_.name: run.left[site.name] for run in runs if site.name in run.left},
+        "remarks": {run.pass_.name: run.remarks[site.name] for run in runs if site.name in run.remarks},
+        "not_judged": unjudged,
+    }
+
+
+def _cells(row: Mapping[str, Any]) -> list[Cell]:
+    """The cells of a row."""
+    left = [f"{name}: {reason}" for name, reason in row["left_alone"].items()]
+    remarks = [f"{name}: {remark}" for name, remark in row["remarks"].items()]
+    if row["not_judged"] and not any(row["not_judged"] in reason for reason in row["left_alone"].values()):
+        remarks.append(f"not judged: {row['not_judged']}")
+    times = f" × {row['uses']}" if row["uses"] > 1 else ""
+    inside = "" if row["inside"] is None else f", in {row['inside']}"
     return [
-        site.name if site.raw.requires_grad else f"{site.name} (frozen)",
-        _operator(site),
-        " × ".join(map(str, site.shape)),
-        str(site.synapses),
-        _gains(site.gain),
-        _signs(site.sign),
+        row["weight"] + (" (frozen)" if row["frozen"] else ""),
+        row["operator"] + times + inside,
+        " × ".join(map(str, row["shape"])),
+        str(row["synapses"]),
+        _gain(row),
+        _signs(row),
         left,
         remarks,
     ]
 
 
-def _operator(site: WeightSite) -> str:
-    times = f" × {site.facts.uses}" if site.facts.uses > 1 else ""
-    where = site.island if site.island is not None else site.surroundings
-    return site.operator + times + (f", in {where}" if where else "")
-
-
-def _gains(gain: torch.Tensor | None) -> str:
-    if gain is None or gain.numel() == 0:
+def _gain(row: Mapping[str, Any]) -> str:
+    if row["gain_min"] == row["gain_max"] == 1:
         return "1"
-    values = gain.detach().double()
-    deviation = float(values.std(correction=0))
-    return f"{float(values.mean()):.2f} ± {deviation:.2f} in [{float(values.min()):.2f}, {float(values.max()):.2f}]"
+    return f"{row['gain_mean']:.2f} ± {row['gain_std']:.2f} in [{row['gain_min']:.2f}, {row['gain_max']:.2f}]"
 
 
-def _signs(sign: torch.Tensor | None) -> str:
-    if sign is None:
+def _signs(row: Mapping[str, Any]) -> str:
+    if row["excitatory"] is None:
         return "free"
-    excitatory, free = float((sign > 0).double().mean()), float((sign == 0).double().mean())
-    return f"{excitatory:.0%} excitatory" + (f", {free:.0%} free" if free else "")
+    return f"{row['excitatory']:.0%} excitatory" + (f", {row['free']:.0%} free" if row["free"] else "")
 
 
-def table(bio: nn.Module, only: str = "inserted") -> str:
+def table(bio: nn.Module, only: str = "inserted") -> Report:
     """The graph as a table with one row for each node: its name, function and arguments, and the pass that inserted it.
 
     Weights that only the Python of islands reads have no nodes; the links of their chains follow the nodes.
@@ -147,6 +221,9 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
     Args:
         bio: a model made by `biofx.transform`.
         only: `"inserted"` for the nodes that passes inserted, `"all"` for all nodes.
+
+    Returns:
+        A text, whose `rows` are the table as data.
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, or `only` is neither of the two.
@@ -176,7 +253,8 @@ def table(bio: nn.Module, only: str = "inserted") -> str:
         for link in synapses.links if name not in shown else ():
             arguments = ", ".join(["…", *(str(arg.key if isinstance(arg, State) else arg) for arg in link.args)])
             rows.append(["", link.name, arguments, name, link.origin.slot.label, link.origin.by])
-    return str(Table(("node", "calls", "arguments", "weight", "slot", "pass"), rows))
+    headers = ("node", "calls", "arguments", "weight", "slot", "pass")
+    return Report([Table(headers, rows)], [dict(zip(headers, row, strict=True)) for row in rows])
 
 
 def written_arguments(node: fx.Node) -> str:

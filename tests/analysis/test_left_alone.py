@@ -13,7 +13,7 @@ import biofx
 from biofx import passes
 from biofx.analysis.understanding import understand
 from biofx.weights.facts import Need
-from conftest import only
+from conftest import flat, only
 from models.weights import Layer, Network, Words
 from pipelines import DIVERSE, EVERYTHING
 
@@ -32,7 +32,7 @@ def test_embeddings_with_rules_of_their_own_are_left_alone(options, reason):
     model, tokens = Words(**options), torch.randint(9, (4, 3))
     expected = copy.deepcopy(model)(tokens)
     bio = biofx.transform(model, DIVERSE)
-    assert f"words.weight: {reason}" in biofx.summary(bio)
+    assert f"words.weight: {reason}" in flat(biofx.summary(bio))
     assert list(biofx.weight_sites(bio)) == ["head.weight"]
     torch.testing.assert_close(bio(tokens), expected)
 
@@ -102,7 +102,7 @@ def test_what_is_left_alone_has_a_reason_and_computes_the_same(case):
     expected = model(x)
     bio = biofx.transform(model, DIVERSE, inplace=case == "sparse")  # copy.deepcopy refuses sparse parameters
     assert list(biofx.weight_sites(bio)) == ["plain.weight"]
-    assert reason in biofx.summary(bio)
+    assert reason in flat(biofx.summary(bio))
     torch.testing.assert_close(bio(x), expected)
 
 
@@ -112,8 +112,8 @@ def test_axes_that_are_lost_leave_what_needs_no_axes():
     bio = biofx.transform(model, [*DIVERSE, passes.DalesPrinciple(), passes.GroupUnits(2)])
     assert biofx.weight_sites(bio)["0.weight"].passes == ("split-synapses", "fuzzy-learning-rates")
     reason = "which of its axes run over units is lost on the way to linear"
-    assert f"dales-principle: {reason}" in biofx.summary(bio)
-    assert f"group-units: {reason}" in biofx.summary(bio)
+    assert f"dales-principle: {reason}" in flat(biofx.summary(bio))
+    assert f"group-units: {reason}" in flat(biofx.summary(bio))
 
 
 @st.composite
@@ -147,7 +147,7 @@ def test_gathered_rows_return_units_in_another_order():
     assert found.describe(numbers) == "8: layer.weight"
     assert (numbers - numbers.min()).tolist() == [3, 0, 1, 2, 7, 4, 6, 5]
     bio = biofx.transform(model, [passes.SynapticScaling()], example_inputs=(torch.randn(3, 4),))
-    assert "layer.weight" in biofx.summary(bio)
+    assert "layer.weight" in flat(biofx.summary(bio))
     assert biofx.weight_sites(bio)["layer.weight"].unmet(Need.OUTPUT) == "linear does not return its units on one axis"
 
 
@@ -226,8 +226,8 @@ def test_nested_and_quantized_parameters_are_left_alone():
 
     bio = biofx.transform(Odd(), DIVERSE, example_inputs=torch.randn(2, 4))
     assert list(biofx.weight_sites(bio)) == ["plain.weight"]
-    assert "nested: its layout is nested, and synapses need a dense one" in biofx.summary(bio)
-    assert "quantized: its dtype is torch.qint8, and synapses are real numbers" in biofx.summary(bio)
+    assert "nested: its layout is nested, and synapses need a dense one" in flat(biofx.summary(bio))
+    assert "quantized: its dtype is torch.qint8, and synapses are real numbers" in flat(biofx.summary(bio))
 
 
 def test_a_weight_without_elements():
@@ -243,7 +243,7 @@ def test_a_weight_without_elements():
     for inputs in (None, (x,)):
         bio = biofx.transform(model, EVERYTHING, example_inputs=inputs)
         assert list(biofx.weight_sites(bio)) == ["head.weight"]
-        assert "empty.weight: it has no entries" in biofx.summary(bio)
+        assert "empty.weight: it has no entries" in flat(biofx.summary(bio))
         assert bio(x).shape == (2, 2)
         assert biofx.fold(bio).empty.weight.shape == (0, 3)
     torch.testing.assert_close(biofx.transform(model, DIVERSE)(x), model(x))

@@ -10,6 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import biofx
 from biofx import passes
 from biofx.weights.facts import Need
+from conftest import flat
 from models.weights import MODELS
 from pipelines import DIVERSE, EVERYTHING
 
@@ -72,7 +73,7 @@ def test_an_orthogonal_weight_stays_orthogonal_and_has_no_axes(frontend):
         optimizer.zero_grad()
         bio(x).square().sum().backward()
         optimizer.step()
-    summary, sites = " ".join(biofx.summary(bio).split()), biofx.weight_sites(bio)
+    summary, sites = flat(biofx.summary(bio)), biofx.weight_sites(bio)
     assert set(sites) == weights
     for index in (2, 4):
         site = sites[f"{index}.parametrizations.weight.original"]
@@ -127,4 +128,4 @@ def test_a_tensor_subclass_is_left_alone():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].weight = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
     bio = biofx.transform(model, DIVERSE, inplace=True)
-    assert "0.weight: it is a TwoTensor, and biofx rewrites plain tensors only" in biofx.summary(bio)
+    assert "0.weight: it is a TwoTensor, and biofx rewrites plain tensors only" in flat(biofx.summary(bio))

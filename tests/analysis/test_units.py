@@ -209,6 +209,23 @@ def test_the_table():
     ]
 
 
+def test_the_table_is_data():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    found = biofx.units(model, torch.randn(1, 1, 8, 8))
+    first, second = found.rows
+    assert first["signed_by"] == "input input"
+    assert second == {
+        "weight": "3.weight",
+        "operator": "linear",
+        "positions": 144,
+        "units": [{"population": "0.weight", "units": 4, "of": 4, "positions": 144}],
+        "signed_by": "",
+        "not_judged": "",
+    }
+    assert found.to_dict() == {"rows": [first, second], "inputs": "given", "notes": []}
+    assert "<td>3.weight" in found._repr_html_()
+
+
 def test_units_of_several_populations_are_listed_in_order():
     layers = {"a": nn.Linear(2, 4), "b": nn.Linear(2, 3), "c": nn.Linear(6, 1)}
     found = analysed(lambda m, x: m.c(torch.cat([m.b(x), m.a(x)[..., 1:]], -1)), torch.randn(3, 2), **layers)

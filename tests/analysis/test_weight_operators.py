@@ -13,7 +13,7 @@ from biofx import passes
 from biofx.analysis.understanding import understand
 from biofx.recording.inputs import guess
 from biofx.weights.facts import Need
-from conftest import gradients, only, tensors, times_listed
+from conftest import flat, gradients, only, tensors, times_listed
 from models.composite import GraphConvolution, normalised_adjacency
 from models.weights import KINDS, MODELS, PATHS, FusedAttention, Layer, LoRA, Network, TiedLanguageModel, Words
 from pipelines import DIVERSE, EVERYTHING
@@ -158,7 +158,7 @@ def test_every_synapse_can_have_an_activation(name):
     pipeline = [passes.SplitSynapses(3, activation="tanh"), passes.FuzzyLearningRates()]
     bio = biofx.transform(layer, pipeline, example_inputs=(x,))
     if "add" in kind.name:  # their bias is a constant of eight values
-        assert "its operator's bias is computed" in " ".join(biofx.summary(bio).split())
+        assert "its operator's bias is computed" in flat(biofx.summary(bio))
         return
     expected = sum(torch.tanh(kind.function(x, synapse)) for synapse in bio.get_parameter("weight"))
     torch.testing.assert_close(bio(x), expected)
@@ -171,7 +171,7 @@ def test_behind_a_path_there_is_no_place_for_an_activation(name):
     kind = PATHS[name]
     layer, x = Layer(kind.shape, kind.function), torch.randn(kind.inputs)
     bio = biofx.transform(layer, [passes.SplitSynapses(3, activation="tanh")], example_inputs=(x,))
-    assert "something else than its operator reads the weight" in biofx.summary(bio)
+    assert "something else than its operator reads the weight" in flat(biofx.summary(bio))
 
 
 def test_without_example_inputs(kind, x):
@@ -298,7 +298,7 @@ def test_a_tied_weight_has_the_axes_of_its_head():
     assert (site.operator, site.presynaptic_axis, site.postsynaptic_axis) == ("embedding, linear", 1, 0)
     assert site.sign.shape == (1, 8)
     assert "dales-principle" in site.passes
-    summary = " ".join(biofx.summary(bio).split())
+    summary = flat(biofx.summary(bio))
     for name in ("fuzzy-learning-rates", "synaptic-scaling"):  # the embedding returns other units than the head
         assert f"{name}: embedding, linear does not return its units on one axis" in summary
 
@@ -334,12 +334,12 @@ def test_parts_of_a_weight_read_and_return_parts_of_its_units(crossed):
     reads = [read for read in understood.forms.reads if read.parameter.name == "qkv"]
     positions = [read.postsynaptic_positions(read.axes()).tolist() for read in reads]
     assert positions == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert "synaptic-scaling: not each of its uses returns all of its units" in " ".join(biofx.summary(bio).split())
+    assert "synaptic-scaling: not each of its uses returns all of its units" in flat(biofx.summary(bio))
 
 
 def test_a_sum_of_weights_has_no_sign():
     bio = biofx.transform(LoRA(merged=True), [passes.DalesPrinciple(inputs="mixed"), passes.SplitSynapses(2)])
-    summary, sites = biofx.summary(bio), biofx.weight_sites(bio)
+    summary, sites = flat(biofx.summary(bio)), biofx.weight_sites(bio)
     assert "dales-principle: not judged: its operator reads the sum of it and something else" in summary
     reason = "matmul computes the weight that its operator reads from it"
     assert {name: site.unmet(Need.AXES) for name, site in sites.items()} == {"base": None, "a": reason, "b": reason}

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import biofx
 from biofx import passes
 from biofx.weights.axes import Axes
+from conftest import flat
 from models.small import CONVOLUTIONS, GROUPS, ConvNet, Functional, layer_and_input, mlp
 
 SPLIT = [passes.SplitSynapses(3)]
@@ -114,7 +115,7 @@ class Confused(nn.Module):
 def test_what_is_no_weight_site_has_a_reason():
     bio = biofx.transform(Confused(), SPLIT, example_inputs=torch.randn(4, 4, 4))
     assert list(biofx.weight_sites(bio)) == ["shared", "fc.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0"]
-    text = biofx.summary(bio)
+    text = flat(biofx.summary(bio))
     assert "odd: mul reads what cumsum computes from it, but not as a weight" in text
     assert "rnn (GRU): it is a leaf module, as modules of torch.nn are" in text
     assert "not synapses: fc.bias, rnn.bias_ih_l0, rnn.bias_hh_l0" in text
@@ -131,14 +132,16 @@ def test_a_parameter_read_as_an_input_is_said_to_be_one():
             latents = self.latents.expand(x.shape[0], -1, -1)
             return latents + self.fc(latents) * x
 
-    text = biofx.summary(biofx.transform(Perceiver(), SPLIT, example_inputs=torch.randn(2, 3, 4)))
+    text = flat(biofx.summary(biofx.transform(Perceiver(), SPLIT, example_inputs=torch.randn(2, 3, 4))))
     assert "latents: linear in fc reads it as an input, not as a weight" in text
 
 
 def test_a_quantized_module_has_a_reason():
     model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Flatten(), nn.Linear(4, 4))
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    assert "  2: its weights are packed for quantized operators" in biofx.summary(biofx.transform(quantized, SPLIT))
+    assert " 2: its weights are packed for quantized operators" in flat(
+        biofx.summary(biofx.transform(quantized, SPLIT))
+    )
     with pytest.raises(biofx.ArgumentError, match="no weight that biofx can give synapses:\n  - 2: its weights are pa"):
         biofx.transform(quantized[2:], SPLIT)
 

@@ -1,6 +1,6 @@
 """Tables: columns without notes are omitted, and a table that is too wide has its long notes below it."""
 
-from biofx.base.tables import INLINE, WIDTH, Table
+from biofx.base.tables import INLINE, WIDTH, Report, Table
 
 LONG = "because " * 8 + "it is"
 
@@ -33,3 +33,16 @@ def test_limited_columns_are_wrapped_in_wide_tables_only():
     assert len(str(narrow).splitlines()) == 3
     assert len(str(wide).splitlines()) > 3
     assert max(map(len, str(wide).splitlines())) <= WIDTH
+
+
+def test_a_column_of_usual_cells_is_omitted():
+    table = Table(("weight", "Γ"), [["a", "1"], ["b", "1"]], usual={"Γ": "1"})
+    assert str(table).splitlines()[0] == "weight"
+    other = Table(("weight", "Γ"), [["a", "1"], ["b", "2"]], usual={"Γ": "1"})
+    assert str(other).splitlines()[0].split() == ["weight", "Γ"]
+
+
+def test_markup_in_a_report_is_escaped():
+    report = Report([Table(("weight",), [["<b>"]]), "a < b"], [])
+    assert "&lt;b&gt;" in report._repr_html_()
+    assert "a &lt; b" in report._repr_html_()

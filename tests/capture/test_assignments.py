@@ -9,6 +9,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
+from conftest import flat
 from models.small import Residual
 
 NEUTRAL = [passes.FuzzyLearningRates(distribution="baseline")]
@@ -342,4 +343,4 @@ def test_example_inputs_leave_the_state_of_the_model(build):
 
 def test_the_summary_says_which_attribute():
     bio = biofx.transform(nn.Sequential(Residual(), Counts()), NEUTRAL)
-    assert "its forward changes the attribute calls" in biofx.summary(bio)
+    assert "its forward changes the attribute calls" in flat(biofx.summary(bio))

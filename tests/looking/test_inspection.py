@@ -1,7 +1,9 @@
 """Looking: tables and graphs."""
 
+import copy
 import io
 import json
+import pickle
 import re
 
 import networkx
@@ -11,7 +13,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from conftest import times_listed
+from conftest import flat, times_listed
 from models.small import ConvNet, Reused, mlp
 
 GOLDEN = """\
@@ -44,11 +46,59 @@ def test_table_refuses_other_selections(bio):
 
 def test_the_summary_lists_every_parameter_exactly_once(zoo):
     model, _ = zoo
-    text = biofx.summary(biofx.transform(model, [passes.SplitSynapses(2)]))
-    words = text.replace(",", " ").replace(":", " ").split()
-    assert {name: words.count(name) for name, _ in model.named_parameters()} == {
-        name: 1 for name, _ in model.named_parameters()
-    }
+    summary = biofx.summary(biofx.transform(model, [passes.SplitSynapses(2)]))
+    assert {times_listed(summary, name) for name, _ in model.named_parameters()} == {1}
+
+
+def test_a_summary_is_its_table_as_data():
+    bio = biofx.transform(mlp(6, 8, 4), [passes.SplitSynapses(2), passes.DalesPrinciple(excitatory=0.5)])
+    summary = biofx.summary(bio)
+    first, second = summary.rows
+    assert (first["weight"], first["shape"], first["synapses"], first["excitatory"]) == ("0.weight", (8, 6), 2, None)
+    assert (second["weight"], second["shape"], second["excitatory"], second["free"]) == ("2.weight", (4, 8), 0.5, 0.0)
+    assert first["left_alone"] == {"dales-principle": "it reads the model's inputs, which are free"}
+    told = summary.to_dict()
+    assert told["rows"] == summary.rows
+    assert told["passes"] == [str(run.pass_) for run in bio.biofx.passes]
+    assert told["not_attached"] == ["2.weight"]
+    json.dumps(told)
+
+
+def test_a_summary_shows_itself(bio):
+    summary = biofx.summary(bio)
+    assert repr(summary) == str(summary) == f"{summary}"
+    assert "<td>weight  </td>" in summary._repr_html_()
+    assert copy.deepcopy(summary).to_dict() == pickle.loads(pickle.dumps(summary)).to_dict() == summary.to_dict()
+
+
+def test_columns_that_say_nothing_are_omitted():
+    model = mlp(6, 8, 4)
+    for pipeline, columns in [
+        ([passes.FuzzyLearningRates(distribution="baseline")], "weight operator shape"),
+        ([passes.FuzzyLearningRates()], "weight operator shape gain"),
+        ([passes.SplitSynapses(2)], "weight operator shape Γ"),
+    ]:
+        (header,) = re.findall("^weight.*$", biofx.summary(biofx.transform(model, pipeline)), re.MULTILINE)
+        assert header.split() == columns.split()
+
+
+def test_the_memory_of_synapses_is_told():
+    bio = biofx.transform(nn.Linear(100, 10), [passes.SplitSynapses(3), passes.FuzzyLearningRates()])
+    plain, state = 4 * 1010, sum(x.numel() * x.element_size() for x in bio.buffers())
+    told = biofx.summary(bio).to_dict()
+    assert (told["bytes_added"], told["bytes_of_model"]) == (2 * 4000 + state, plain)
+    assert f"memory: {(8000 + state) / 1000:.1f} kB more than the model's 4.0 kB" in flat(biofx.summary(bio))
+
+
+def test_gains_of_every_hook_count():
+    bio = biofx.transform(nn.Linear(4, 2), [passes.FuzzyLearningRates(), passes.SynapticScaling()])
+    gain = biofx.weight_sites(bio)["weight"].gain
+    synapses = bio.weight_synapses
+    synapses.homeostasis.fill_(3.0)
+    (row,) = biofx.summary(bio).rows
+    assert row["gain_mean"] == pytest.approx(3 * float(gain.mean()))
+    biofx.attach(bio, torch.optim.SGD(bio.parameters(), lr=0.1))
+    assert biofx.summary(bio).rows[0]["gain_mean"] == row["gain_mean"]
 
 
 def test_a_summary_is_not_wider_than_a_screen():
@@ -64,18 +114,20 @@ def test_a_summary_is_not_wider_than_a_screen():
 
     model = Encoder()
     pipeline = [passes.SynapticScaling(), passes.DalesPrinciple(), passes.FuzzyLearningRates()]
-    text = biofx.summary(biofx.transform(model, pipeline, frontend="module"))
-    assert max(map(len, text.splitlines())) <= 120
+    summary = biofx.summary(biofx.transform(model, pipeline, frontend="module"))
+    text = str(summary)
+    assert max(map(len, text.splitlines())) <= 100
+    text = text.replace("\n    ", " ")
     note = "synaptic-scaling: it is in the model, which is untraced, so what its operator returns is out of reach"
     assert text.count(note) == 1
     found = re.search(rf"^\[(\d)\] {re.escape(note)};", text, re.MULTILINE)
     assert found is not None
     assert len(re.findall(rf"^encoder_blocks.*\[{found[1]}\]", text, re.MULTILINE)) == 8
-    assert all(times_listed(text, name) == 1 for name, _ in model.named_parameters())
+    assert all(times_listed(summary, name) == 1 for name, _ in model.named_parameters())
 
 
 def test_the_summary_counts_uses():
-    assert "linear × 3" in biofx.summary(biofx.transform(Reused(), [passes.SplitSynapses(2)]))
+    assert "linear × 3" in flat(biofx.summary(biofx.transform(Reused(), [passes.SplitSynapses(2)])))
 
 
 def test_provenance_survives_pickling_and_deepcopy(bio):

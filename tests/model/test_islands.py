@@ -17,7 +17,7 @@ import biofx
 from biofx import passes
 from biofx.model.synapses import Synapses, stored_name, stored_parameters, synapses_of
 from biofx.weights.facts import Need
-from conftest import gradients, loss, tensors, times_listed
+from conftest import flat, gradients, loss, tensors, times_listed
 from models.islands import ISLANDS, Around, Branch, Checkpointed, Encoder, Kernels, Recursive, Tokens
 
 SPLIT = (passes.SplitSynapses(2, init="equal", compensate=False),)
@@ -244,7 +244,7 @@ def test_a_pass_that_needs_the_operator_leaves_the_weight_alone(pass_):
     assert sites["1.a.weight"].passes == sites["1.b.weight"].passes == ()
     assert (
         f"{pass_.name}: it is in the untraced submodule 1, so what its operator returns is out of reach; "
-        'frontend="export" follows it unless it decides by values' in " ".join(biofx.summary(bio).split())
+        'frontend="export" follows it unless it decides by values' in flat(biofx.summary(bio))
     )
 
 
@@ -298,7 +298,7 @@ def test_axes_inside_islands():
 
 def test_what_is_left_alone_in_an_island_has_a_reason():
     bio = biofx.transform(Around(Tokens()), SPLIT)
-    text = biofx.summary(bio)
+    text = flat(biofx.summary(bio))
     assert "inner.sparse.weight: embedding gives it a sparse gradient, and rules act on every entry" in text
     assert "inner.bounded.weight: embedding changes it in forward, as max_norm is set" in text
     own = biofx.weight_sites(bio)["inner.own"]  # a parameter that forward multiplies by itself
@@ -318,8 +318,8 @@ class Tied(Tokens):
 def test_a_tied_embedding_takes_its_signs_from_the_head():
     model = Around(Tied())
     bio = biofx.transform(model, SPLIT)
-    (row,) = [line for line in biofx.summary(bio).splitlines() if line.startswith("inner.embedding.weight ")]
-    assert "embedding, linear × 2, in inner" in row
+    (row,) = [row for row in biofx.summary(bio).rows if row["weight"] == "inner.embedding.weight"]
+    assert (row["operator"], row["uses"], row["inside"]) == ("embedding, linear", 2, "inner")
     torch.testing.assert_close(bio(torch.ones(2, 3)), model(torch.ones(2, 3)))
     bio = biofx.transform(model, [passes.DalesPrinciple(balance=False)])
     tied = biofx.weight_sites(bio)["inner.embedding.weight"]
@@ -528,7 +528,7 @@ def test_a_parameter_that_is_kept_in_an_attribute_is_left_alone():
     model[0].kept = [model[0].a.weight]
     bio = biofx.transform(model, SPLIT)
     assert list(biofx.weight_sites(bio)) == ["0.b.weight", "1.weight"]
-    assert "0.a.weight: a module keeps it in a list or a plain attribute as well" in biofx.summary(bio)
+    assert "0.a.weight: a module keeps it in a list or a plain attribute as well" in flat(biofx.summary(bio))
 
 
 @pytest.mark.parametrize(
@@ -571,7 +571,7 @@ def test_a_weight_that_forward_changes_in_place_is_left_alone(frontend, recipe, 
     model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), Clamped(always)), torch.randn(3, 2)
     bio = biofx.transform(model, recipe, frontend=frontend)
     assert list(biofx.weight_sites(bio)) == ["0.weight"]
-    assert "2.inner.weight: forward changes it in place, by clamp_ in 2 (test_islands.py" in biofx.summary(bio)
+    assert "2.inner.weight: forward changes it in place, by clamp_ in 2 (test_islands.py" in flat(biofx.summary(bio))
     assert torch.equal(bio.get_parameter("2.inner.weight"), model[2].inner.weight)
     torch.testing.assert_close(bio(x), model(x))
     assert bio.get_parameter("2.inner.weight").abs().max() <= 0.1
@@ -673,7 +673,7 @@ def test_a_parametrization_is_followed_or_the_reason_is_said():
     bio = biofx.transform(model, SPLIT)
     assert list(biofx.weight_sites(bio)) == ["before.weight", "inner.a.parametrizations.weight.original"]
     assert biofx.weight_sites(bio)["inner.a.parametrizations.weight.original"].unmet(Need.UNITS) is None
-    summary = " ".join(biofx.summary(bio).split())
+    summary = flat(biofx.summary(bio))
     assert "inner.b.parametrizations.weight.original: forward takes whole numbers from it, by int in" in summary
 
 
@@ -705,7 +705,7 @@ def test_weights_that_forward_changes_are_left_alone(update, frontend):
     model, x = Momentum(update), torch.randn(2, 3)
     bio = biofx.transform(copy.deepcopy(model), SPLIT, frontend=frontend)
     assert [(site.name, site.unmet(Need.UNITS)) for site in biofx.weight_sites(bio).values()] == [("head.weight", None)]
-    assert "query.weight: forward takes it from parameters(), which lists what is stored" in biofx.summary(bio)
+    assert "query.weight: forward takes it from parameters(), which lists what is stored" in flat(biofx.summary(bio))
     assert re.search(r"key\.weight: forward (changes it in place|takes it from parameters)", biofx.summary(bio))
     for _ in range(3):
         torch.testing.assert_close(bio(x), model(x))

@@ -314,7 +314,7 @@ def test_unstored_gains_are_those_that_would_be_stored(name):
         assert other.state("gain") is None
         assert torch.equal(one.gain, other.gain)
     biofx.verify(unstored)
-    shown, expected = (biofx.summary(bio).splitlines()[1:] for bio in (unstored, stored))
+    shown, expected = (biofx.summary(bio).rows for bio in (unstored, stored))
     assert shown == expected
 
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import passes
-from conftest import tensors
+from conftest import flat, tensors
 from mirrored import Tokens, assert_one_sign, double, doubled, mirror
 from models.architectures import ARCHITECTURES
 from models.convolutional import DenseNet, ResNet, channel_shuffle
@@ -339,8 +339,8 @@ class Recurrent(nn.Module):
 def test_a_module_that_cannot_be_wider():
     bio = mirror(Recurrent(), torch.randn(2, 5, 3))
     assert "its units reach LSTM in rnn, whose result changes" in left(bio, "fc.weight")
-    assert "its units reach LSTM in rnn" in biofx.summary(bio)
-    assert "given by a function" not in biofx.summary(bio)
+    assert "its units reach LSTM in rnn" in flat(biofx.summary(bio))
+    assert "given by a function" not in flat(biofx.summary(bio))
     assert bio.hidden.weight.shape == (10, 4)
     assert bio.head.weight.shape == (2, 10)
 
@@ -431,5 +431,5 @@ def test_another_negative_scale_stays_and_is_named():
     with torch.no_grad():
         model.gamma[2] = -1
     bio = mirror(model, x)
-    assert "and inverts their signs" in biofx.summary(bio)
+    assert "and inverts their signs" in flat(biofx.summary(bio))
     assert set(bio.biofx.nonnegative) == {"norm.weight"}

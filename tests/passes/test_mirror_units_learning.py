@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import passes
-from conftest import gradients, loss
+from conftest import flat, gradients, loss
 from mirrored import Tokens, assert_one_sign, double, doubled, mirror
 from models.small import ConvNet, mlp
 
@@ -154,4 +154,4 @@ def test_units_joined_with_a_parameter_are_left_alone():
             return self.c(self.latents + self.a(x) * self.b(self.latents).softmax(0))
 
     bio = biofx.transform(Latents(), [passes.MirrorUnits()], example_inputs=torch.randn(5, 4))
-    assert "mirror-units: add joins its units with the parameter latents, not doubled" in biofx.summary(bio)
+    assert "mirror-units: add joins its units with the parameter latents, not doubled" in flat(biofx.summary(bio))

@@ -10,6 +10,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
+from conftest import flat
 from models.small import ConvNet, mlp
 
 
@@ -160,7 +161,7 @@ def defaults(default):
 
 
 def test_nothing_is_skipped_silently():
-    text = biofx.summary(biofx.transform(mlp(2, 2, 2), [Halve(), Reluctant()]))
+    text = flat(biofx.summary(biofx.transform(mlp(2, 2, 2), [Halve(), Reluctant()])))
     assert "reluctant: it is the first" in text
     assert "reluctant: it changed nothing" in text
 
