@@ -249,3 +249,13 @@ class TestAgainstTheReference:
         for layer in ("conv", "fc1", "fc2"):
             gain = getattr(theirs, layer).bio_mod.fuzzy_learning_rate_parameters
             torch.testing.assert_close(getattr(ours, layer).weight_synapses.gain, gain.data)
+
+
+def test_converted_models_run_graphs_of_their_own():
+    x, models = torch.randn(2, 4), [nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 3), nn.ReLU())]
+    converted = [BioConverter(dampening_factor=0.5)(model) for model in models]
+    for bio in converted:
+        bio.recompile()
+    for model, bio in zip(models, converted, strict=True):
+        torch.testing.assert_close(bio(x), model(x))
+        torch.testing.assert_close(copy.deepcopy(bio)(x), model(x))

@@ -96,7 +96,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
         present: Any = type(self)
-        cls: Any = next(each for each in present.__mro__ if CapturedModule in each.__bases__)
+        compiled = (each for each in present.__mro__ if issubclass(each, CapturedModule) and "forward" in vars(each))
+        cls: Any = next(compiled, present)
         set_class(self, cls)  # of which `fully_shard` makes a subclass, where torch.fx would call itself for ever
         try:
             code = super().recompile()
