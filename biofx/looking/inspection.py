@@ -62,7 +62,7 @@ def summary(bio: nn.Module) -> Report:
         <BLANKLINE>
         inputs with which the model ran: guessed: input float32 (2, 4)
         <BLANKLINE>
-        memory: 384 bytes more than the model's 372 (+103 %)
+        memory: 384 bytes more than the model's 368 (+104 %)
         <BLANKLINE>
         not synapses: 0.bias, 1.weight, 1.bias, 2.bias
         >>> [row["synapses"] for row in summary.rows]
