@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 
 from biofx.base.errors import ArgumentError, SavingError
 from biofx.base.option_values import read_option, written_options
+from biofx.base.packages import require
 from biofx.compiler import transform
 from biofx.model.fingerprint import fingerprint
 from biofx.model.provenance import Request, is_transformed, record_of, shapes, transformed
 from biofx.model.synapses import synapses_in
-from biofx.output.packages import require
 from biofx.rewrite.registry import Pass, registered_passes
 
 PIPELINE, STATE = "pipeline.json", "state.safetensors"

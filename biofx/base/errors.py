@@ -54,7 +54,7 @@ class NotJudgedError(BiofxError):
 
 
 class ExportError(BiofxError):
-    """An export that failed, or a file that computes something else than the model."""
+    """An export that failed, a file that computes something else than the model, or a missing package."""
 
 
 class SavingError(BiofxError):

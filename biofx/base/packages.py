@@ -8,12 +8,13 @@ from typing import Any
 from biofx.base.errors import ExportError
 
 
-def require(package: str, by: str) -> Any:
+def require(package: str, by: str, extra: str = "export") -> Any:
     """Import a package.
 
     Args:
         package: its name.
         by: the function that needs it, for the message.
+        extra: the extra of biofx that installs it.
 
     Raises:
         ExportError: it is not installed.
@@ -21,4 +22,4 @@ def require(package: str, by: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ExportError(f"{by}: {package} is not installed; pip install 'biofx[export]'") from error
+        raise ExportError(f"{by}: {package} is not installed; pip install 'biofx[{extra}]'") from error

@@ -40,7 +40,8 @@ def draw(bio: nn.Module, path: str | Path, *, depth: int | None = None, example_
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`; the path or depth is invalid, or the example inputs do
-            not fit; matplotlib or igraph is missing (`pip install 'biofx[draw]'`); or a picture would be too large.
+            not fit; or a picture would be too large.
+        ExportError: matplotlib or igraph is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, pathlib, tempfile, torch

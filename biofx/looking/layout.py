@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from biofx.base.errors import ArgumentError
+from biofx.base.packages import require
 
 if TYPE_CHECKING:
     from biofx.looking.view import View
@@ -129,9 +129,5 @@ def _columns(layers: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[fl
     """Where each item stands in its row, from left to right."""
     if len(set(layers)) == len(layers):
         return [0.0] * len(layers)
-    try:
-        import igraph
-    except ImportError as error:
-        raise ArgumentError("draw: igraph is not installed; pip install 'biofx[draw]'") from error
-    graph = igraph.Graph(n=len(layers), edges=list(edges), directed=True)
+    graph = require("igraph", "draw", "draw").Graph(n=len(layers), edges=list(edges), directed=True)
     return [float(column) for column, _ in graph.layout_sugiyama(layers=list(layers)).coords]

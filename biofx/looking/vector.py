@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from biofx.base.errors import ArgumentError
+from biofx.base.packages import require
 from biofx.looking.layout import Way, edges_by_box, route, rows_of
 from biofx.looking.roles import Role
 from biofx.looking.view import Box, View, shown_at
@@ -102,10 +102,7 @@ def _lines(box: Box) -> list[str]:
 
 def draw_vector(view: View, path: Path, depth: int) -> None:
     """Write a picture of a view, with modules opened to a depth."""
-    try:
-        figure_module = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ArgumentError(f"draw: {path.suffix} needs matplotlib; pip install 'biofx[draw]'") from error
+    figure_module = require("matplotlib.figure", "draw", "draw")
     placed = place(view.root, depth, edges_by_box(view))
     legend = [role for role in Role if any(box.role is role for box in view.root.walk()) and role is not Role.MODULE]
     width, height = max(placed.width, 260.0) + 2 * MARGIN, placed.height + LINE * (1.5 + len(legend))
@@ -151,7 +148,7 @@ def _plain(text: str) -> str:
 
 
 def _outline(axes: Axes, role: Role, left: float, top: float, width: float, height: float, depth: int = 0) -> None:
-    patches: Any = importlib.import_module("matplotlib.patches")
+    patches: Any = require("matplotlib.patches", "draw", "draw")
     is_module = role is Role.MODULE
     style: dict[str, Any] = {
         "facecolor": "#ffffff" if is_module and depth % 2 == 0 else role.style.colour,
@@ -171,8 +168,8 @@ def _outline(axes: Axes, role: Role, left: float, top: float, width: float, heig
 
 
 def _draw_edges(axes: Axes, view: View, root: Placed, depth: int) -> None:
-    patches: Any = importlib.import_module("matplotlib.patches")
-    paths: Any = importlib.import_module("matplotlib.path")
+    patches: Any = require("matplotlib.patches", "draw", "draw")
+    paths: Any = require("matplotlib.path", "draw", "draw")
     placed = {p.box.name: p for p in _all(root)}
     ways = {key: way for p in _all(root) for key, way in (p.ways or {}).items()}
     parents = {child.name: box.name for box in view.root.walk() for child in box.children}

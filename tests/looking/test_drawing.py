@@ -224,6 +224,6 @@ def test_invalid_arguments(tmp_path, path, options, message):
 def test_a_missing_package_is_named(monkeypatch, tmp_path, package, suffix):
     monkeypatch.setitem(sys.modules, package, None)
     bio = biofx.transform(mlp(6, 8, 4), PIPELINE)
-    with pytest.raises(biofx.ArgumentError, match=re.escape("pip install 'biofx[draw]'")):
+    with pytest.raises(biofx.ExportError, match=re.escape("pip install 'biofx[draw]'")):
         biofx.draw(bio, tmp_path / f"model{suffix}")
     assert not any(tmp_path.iterdir())
