@@ -151,7 +151,7 @@ class Sharded:
         pipeline: its passes.
         optimizer: the name of the optimizer.
         sizes: of its layers.
-        blocks: whether each layer is a block of its own.
+        blocks: whether each layer is sharded separately.
         placed: whether weights are cut along their connections, not their synapses.
         attached: whether rules act.
     """

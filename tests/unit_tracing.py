@@ -41,7 +41,7 @@ def feeds(found, weight):
 
 
 def run(name, *units, times=1):
-    """Units of one population in a row, each as often as it is said."""
+    """Units of one population in a row, each repeated `times` times."""
     return [(name, unit) for unit in units for _ in range(times)]
 
 

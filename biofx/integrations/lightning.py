@@ -18,7 +18,7 @@ class BiofxCallback(Callback):
     """Attach the transformed models in a `LightningModule` to the optimizers of each `fit`; detach them at its end.
 
     What rules keep (counters, gains) is part of the module's state, so checkpoints and `ckpt_path` resume bit for bit.
-    Where a callback averages weights, the average gets what rules keep as it is: means of it would be meaningless.
+    If a callback averages weights, counters and gains are copied into the average: means of them are meaningless.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -39,15 +39,15 @@ class BiofxCallback(Callback):
         detach_all(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give averages what rules keep, as they are about to take the place of weights."""
+        """Copy counters and gains into averages, which take the place of weights now."""
         _keep(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same for good."""
+        """Copy counters and gains into averages once more: they take the place of weights for good."""
         _keep(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The same in a checkpoint."""
+        """Copy counters and gains into averages, which the checkpoint holds."""
         _keep(trainer, pl_module)
 
 

@@ -100,7 +100,7 @@ def test_it_draws_nothing_and_disturbs_nothing():
 
 
 def test_a_network_with_zeros_in_it_is_doubled_like_any_other():
-    """What goes along must not depend on values, such as γ = 0 behind the last weight of a residual branch."""
+    """What is doubled must not depend on values, such as γ = 0 behind the last weight of a residual branch."""
     model, x = double("resnet")
     expected = doubled(mirror(model, *x), model)
     with torch.no_grad():
