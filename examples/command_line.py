@@ -27,3 +27,11 @@ def plot_path(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path.parent} is not a folder")
     return path
+
+
+def folder(text: str) -> Path:
+    """A folder to write to, checked before training rather than after."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    return path
