@@ -19,6 +19,13 @@ def positive(text: str) -> int:
     return number
 
 
+def several(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {number}: one value has no interval")
+    return number
+
+
 def plot_path(text: str) -> Path:
     """A place to write to, checked before training rather than after."""
     path = Path(text)

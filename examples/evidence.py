@@ -22,7 +22,7 @@ from scipy import stats
 from tqdm import tqdm
 
 import biofx
-from command_line import folder, positive
+from command_line import folder, several
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -54,7 +54,7 @@ def in_processes(
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean over seeds, with the 95% confidence interval of Student's t distribution."""
+    """The mean over two or more seeds, with the 95% confidence interval of Student's t distribution."""
 
     mean: float
     low: float
@@ -62,10 +62,8 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Estimate:
-        """The estimate from one value for each seed; its interval is infinite if there is just one."""
+        """The estimate from one value for each seed."""
         sample = numpy.asarray(list(values), dtype=float)
-        if len(sample) < 2:
-            return cls(sample.mean().item(), float("-inf"), float("inf"))
         mean, error = sample.mean().item(), stats.sem(sample)
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(sample) - 1) * error)
         return cls(mean, mean - half, mean + half)
@@ -111,7 +109,7 @@ def _paired_p(differences: numpy.ndarray) -> float:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p values that hold for all tests together: the k-th smallest of n times n − k + 1, and never less than before."""
+    """Correct p values so that they hold for all tests together: the k-th smallest of n is multiplied by n − k + 1."""
     corrected, largest = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
@@ -123,7 +121,7 @@ def parse_arguments(description: str, seeds: int, quick_seeds: int) -> argparse.
     """The options of every experiment: `quick`, `seeds`, and `output`, the folder for its files."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a smaller run, to see how it works; no evidence")
-    parser.add_argument("--seeds", type=positive, help=f"number of seeds (default: {seeds}, quick: {quick_seeds})")
+    parser.add_argument("--seeds", type=several, help=f"number of seeds (default: {seeds}, quick: {quick_seeds})")
     parser.add_argument("--output", type=folder, default=Path(), help="the folder for table and figure (default: .)")
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or (quick_seeds if arguments.quick else seeds)
@@ -147,7 +145,7 @@ class Report:
         }
         data = self.arguments.output / f"{self.name}.json"
         picture = data.with_suffix(".png")
-        text = json.dumps(head | dict(numbers), indent=1, ensure_ascii=False, default=_plain, allow_nan=True)
+        text = json.dumps(head | dict(numbers), indent=1, ensure_ascii=False, default=_plain, allow_nan=False)
         data.write_text(text + "\n", encoding="utf-8")
         figure.savefig(picture, dpi=110)
         print(f"\nThe numbers are in {data}, the figure is in {picture} ({head['seconds']} s)")
