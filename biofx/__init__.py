@@ -42,6 +42,7 @@ from biofx.output.fold import fold
 from biofx.rewrite.verification import verify
 from biofx.saving import load, save
 from biofx.training.attachment import Attachment, attach, detach
+from biofx.training.history import History, record
 
 __version__ = version("biofx")
 
@@ -54,6 +55,7 @@ __all__ = [
     "CaptureError",
     "Difference",
     "ExportError",
+    "History",
     "LifecycleError",
     "NotJudgedError",
     "PipelineError",
@@ -73,6 +75,7 @@ __all__ = [
     "noise",
     "operators",
     "passes",
+    "record",
     "save",
     "shard_placement",
     "summary",
