@@ -32,6 +32,7 @@ from biofx.base.errors import (
 )
 from biofx.compiler import transform
 from biofx.converter import BioConfig, BioConverter
+from biofx.looking import plot
 from biofx.looking.difference import Difference, diff
 from biofx.looking.drawing import draw
 from biofx.looking.inspection import summary, table, to_networkx
@@ -75,6 +76,7 @@ __all__ = [
     "noise",
     "operators",
     "passes",
+    "plot",
     "record",
     "save",
     "shard_placement",
