@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ HEADERS = ("weight", "operator", "positions", "presynaptic units", "activity", "
 LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}  # widths in a table that is too wide
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Units:
     """The units of a network; `biofx.units` makes it, and as a string it is a table.
 
@@ -49,8 +49,8 @@ class Units:
     classes: Tensor
     readings: dict[str, Reading]
     scales: dict[str, set[str]]
-    sites: dict[str, WeightSite] = field(repr=False)
-    others: dict[str, str] = field(repr=False)
+    sites: dict[str, WeightSite]
+    others: dict[str, str]
     inputs: str
     notes: list[str]
 
@@ -182,6 +182,9 @@ class Units:
 
     def __str__(self) -> str:
         return str(self._report())
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         return self._report()._repr_html_()

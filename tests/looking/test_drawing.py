@@ -14,6 +14,7 @@ from torch import fx, nn
 import biofx
 from biofx import passes
 from biofx.looking.drawing import write
+from biofx.looking.layout import Way, entrance, exit_of, rows_of
 from biofx.looking.view import AT_MOST, view_of
 from models.architectures import ARCHITECTURES
 from models.small import mlp
@@ -248,3 +249,17 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, package, suffix):
     with pytest.raises(biofx.ExportError, match=re.escape("pip install 'biofx[draw]'")):
         biofx.draw(bio, tmp_path / f"model{suffix}")
     assert not any(tmp_path.iterdir())
+
+
+def test_edges_from_and_to_the_outside_pass_what_a_module_contains():
+    inside = [("weight", "hook"), ("gain", "hook"), ("hook", "linear"), ("linear", "observer")]
+    outside = [(entrance("fc"), "linear"), ("linear", exit_of("fc"))]
+    rows = rows_of("fc", ["weight", "gain", "hook", "linear", "observer"], [*inside, *outside])
+    assert [{item for item in row if isinstance(item, str)} for row in rows] == [
+        {"weight", "gain"},
+        {"hook"},
+        {"linear"},
+        {"observer"},
+    ]
+    entering, leaving = Way(entrance("fc"), "linear"), Way("linear", exit_of("fc"))
+    assert [[item for item in row if isinstance(item, Way)] for row in rows] == [[entering], [entering], [], [leaving]]
