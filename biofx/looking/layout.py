@@ -112,7 +112,7 @@ def _arranged(names: Sequence[str], ends: Set[str], edges: Sequence[tuple[str, s
 def _layers(names: Sequence[str], ends: Set[str], edges: Sequence[tuple[str, str]]) -> Mapping[str, int]:
     """The row of each box: below all that it reads. What reads nothing stands just above its first reader.
 
-    The ends have the first and the last row for themselves, so that edges from and to the outside get ways past the rest.
+    The ends have the first and the last row for themselves, so edges from and to the outside get ways past the rest.
     """
     inside = [name for name in names if name not in ends]
     below: dict[str, list[str]] = {name: [] for name in inside}
