@@ -41,8 +41,9 @@ COLUMNS = (
     "weight_max",
     *QUANTILES,
 )
-HEADERS = ("weight", "learning rate", "gain", "crystallized", "turnover", "excitation", "weight's sd")
-USUAL = {"gain": "1", "crystallized": "0.0%", "turnover": ""}
+HEADERS = ("weight", "learning rate", "gain", "crystallized", "turnover", "excitation")
+LIMITS = {"weight": 24, "learning rate": 9, "gain": 13}  # widths in a table that is too wide
+USUAL = {"gain": "1", "crystallized": "0%", "turnover": ""}
 
 
 def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 50, limit: int = 1000) -> History:
@@ -75,7 +76,7 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 50, limit: int 
 
     Args:
         bio: a model made by `biofx.transform`, bare or inside `torch.compile` or a data-parallel wrapper. To record a
-            plain model, transform it by no passes: `biofx.transform(model, [])`.
+            plain model, give it gains of 1: `passes.FuzzyLearningRates(distribution="baseline")`.
         optimizer: an optimizer that holds weights of `bio`, or a wrapper around one.
         every: steps from one record to the next, at least 1.
         limit: most records that are held, at least 2; one has about 70 bytes for each weight.
@@ -213,7 +214,7 @@ class History:
         first, last = rows[:count], rows[-count:]
         held_steps = f"{len(self._records)} records, every {self.every} steps" if len(self._records) > 1 else "1 record"
         title = f"steps {first[0]['step']} → {last[0]['step']}; {held_steps}; {self.steps} steps in all"
-        table = Table(HEADERS, [_cells(a, b) for a, b in zip(first, last, strict=True)], usual=USUAL)
+        table = Table(HEADERS, [_cells(a, b) for a, b in zip(first, last, strict=True)], LIMITS, USUAL)
         return Report([wrapped(title), table], rows, **{k: v for k, v in self.to_dict().items() if k != "rows"})
 
     def _rows(self, found: _Record) -> list[dict[str, Any]]:
@@ -271,7 +272,7 @@ class History:
         if (noisy := site.noisy_factor) is not None:
             rate = wide(noisy).mean()
         replaced = site.state("replaced")
-        turnover = none if replaced is None else replaced / site.raw.numel()
+        turnover = none if replaced is None else replaced.to(weight) / site.raw.numel()
         group = next((g for g in self._optimizer.param_groups if any(p is site.raw for p in g["params"])), {})
         learning_rate = rate * group["lr"] if "lr" in group else none
         exciting, inhibiting = _sums(weight, lambda part: part.clamp(min=0), lambda part: part.clamp(max=0))
@@ -324,8 +325,7 @@ def _cells(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Cell]:
         last["weight"],
         change("learning_rate", "{:.2g}"),
         "1" if is_plain else f"{change('gain_mean', '{:.2f}')} ± {last['gain_std']:.2f}",
-        change("crystallized", "{:.1%}"),
+        change("crystallized", "{:.0%}"),
         change("turnover", "{:.2f}"),
-        change("excitation", "{:.1%}"),
-        change("weight_std", "{:.2g}"),
+        change("excitation", "{:.0%}"),
     ]
