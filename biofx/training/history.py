@@ -60,7 +60,7 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 50, limit: int 
       in $\overline{c}$ the noise that the next step draws (`VolumeDependentLearningRates`). None without an `lr`.
     - `turnover`: replacements so far, divided by the number of synapses. None without `Rejuvenate`.
     - `excitation`: the balance of excitation and inhibition, $e = \sum \max(w, 0) \,/ \sum \lvert w \rvert$. It is ½ if
-      they balance; the ratio E/I is e/(1 − e).
+      they balance; the ratio E/I is e/(1 − e). None if all w are 0.
     - `weight_mean`, `weight_std`, `weight_min`, `weight_max`: of w.
     - `weight_q05`, `weight_q25`, `weight_q50`, `weight_q75`, `weight_q95`: quantiles of w, from 8,192 of its
       connections if there are more (a standard error of at most 0.6 % of the distribution).
@@ -222,6 +222,8 @@ class History:
         for name, values in zip(self._sites, found.values.tolist(), strict=True):
             row = dict(zip(COLUMNS, values, strict=True))
             row |= {key: None for key in ("turnover", "learning_rate") if math.isnan(row[key])}
+            if row["weight_min"] == row["weight_max"] == 0:
+                row["excitation"] = None
             rows.append({"step": found.step, "weight": name, **row})
         return rows
 
@@ -233,6 +235,8 @@ class History:
                 each.values = values
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_captured():
+            raise LifecycleError("record: a replayed CUDA graph runs no hooks; stop() the recording before the capture")
         self._has_begun = True
         if (self.steps + 1) % self.every == 0:
             # Behind the hooks of an optimizer that was attached since: these project the weights.
@@ -252,8 +256,6 @@ class History:
     @torch.no_grad()
     def _note(self) -> None:
         """Take the statistics of all weights."""
-        if is_captured():
-            raise LifecycleError("record: a replayed CUDA graph runs no hooks; stop() the recording before the capture")
         rows = [self._statistics(name, site) for name, site in self._sites.items()]
         self._records.append(_Record(self.steps, torch.stack([row.to(rows[0].device) for row in rows])))
         if len(self._records) > self._limit:

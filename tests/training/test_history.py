@@ -81,6 +81,7 @@ def test_steps_are_recorded_from_the_start_at_equal_distances():
     assert (steps_of(history), history.steps) == ([0, 3, 6], 7)
 
 
+@pytest.mark.filterwarnings("ignore:.*without its rules")
 @pytest.mark.parametrize("order", ["attach, record", "record, attach", "record, attach, attach", "record"])
 def test_weights_are_seen_after_all_rules_have_acted(order):
     bio = biofx.transform(
@@ -101,6 +102,7 @@ def test_weights_are_seen_after_all_rules_have_acted(order):
         assert row["turnover"] == int(site.state("replaced")) / site.raw.numel()
 
 
+@pytest.mark.filterwarnings("ignore:.*without its rules")
 def test_a_record_survives_attaching_and_detaching():
     bio = linear("fuzzy-learning-rates,rejuvenate")
     optimizer = sgd(bio)
@@ -171,8 +173,8 @@ def test_only_weights_of_the_optimizer_are_recorded():
     assert biofx.record(bio, torch.optim.SGD([second], lr=0.1)).weights == ("2.weight",)
 
 
-def test_excitation_is_exact_for_one_sign_and_none_for_no_weights():
-    for value, expected in ((0.3, 1.0), (-0.3, 0.0)):
+def test_excitation_is_exact_for_weights_of_one_sign():
+    for value, expected in ((0.3, 1.0), (-0.3, 0.0), (0.0, None)):
         bio = linear(NEUTRAL)
         only(bio).raw.data.fill_(value)
         assert biofx.record(bio, sgd(bio)).rows[0]["excitation"] == expected
@@ -222,6 +224,24 @@ def test_a_step_that_fails_does_not_count():
         optimizer.step()
     train(bio, optimizer, 2)
     assert steps_of(history) == [0, 1, 2]
+
+
+def test_a_step_that_a_cuda_graph_captures_is_refused(monkeypatch):
+    bio = linear("fuzzy-learning-rates")
+    optimizer = sgd(bio)
+    history = biofx.record(bio, optimizer)
+    monkeypatch.setattr(history_module, "is_captured", lambda: True)
+    with pytest.raises(biofx.LifecycleError, match=r"stop\(\) the recording before the capture"):
+        train(bio, optimizer, 1)
+    history.stop()
+    train(bio, optimizer, 1)
+
+
+def test_sharded_weights_are_refused(monkeypatch):
+    bio = linear("fuzzy-learning-rates")
+    monkeypatch.setattr(history_module, "is_sharded", lambda tensor: True)
+    with pytest.raises(biofx.ArgumentError, match="record: weight is sharded"):
+        biofx.record(bio, sgd(bio))
 
 
 def test_a_step_waits_for_nothing():
