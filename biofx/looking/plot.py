@@ -24,6 +24,7 @@ from biofx.analysis.sites import WeightSite, weight_sites
 from biofx.analysis.units import EFFECTS, Units
 from biofx.analysis.units import units as find_units
 from biofx.base.errors import ArgumentError
+from biofx.base.gains import CRYSTALLIZED
 from biofx.base.packages import require
 from biofx.model.provenance import is_transformed, unwrapped
 
@@ -38,7 +39,6 @@ ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#666666"
 PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 COLOURS = dict(zip(EFFECTS, ("#DDDDDD", ORANGE, BLUE, "#F0E442", "#555555"), strict=True))
 LISTED = 12  # names in a legend; of more lines, so many are named
-CRYSTALLIZED = 0.5
 BINS = 100
 
 

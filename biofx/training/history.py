@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
+from biofx.base.gains import CRYSTALLIZED
 from biofx.base.shards import is_sharded
 from biofx.base.tables import Cell, Report, Table, wrapped
 from biofx.base.torch_internals import runs_step_hooks
@@ -22,7 +23,6 @@ from biofx.training.blocks import wide
 from biofx.training.counting import is_captured
 from biofx.training.wrappers import held, innermost
 
-CRYSTALLIZED = 0.5  # a synapse has crystallized when its gain is below half of the neutral one
 SAMPLE = 1 << 13  # connections of which quantiles are taken: their levels have a standard error of at most 0.6 %
 PART = 1 << 16  # values that are summed at once on a CPU
 QUANTILES = {"weight_q05": 0.05, "weight_q25": 0.25, "weight_q50": 0.5, "weight_q75": 0.75, "weight_q95": 0.95}
@@ -46,7 +46,7 @@ LIMITS = {"weight": 24, "learning rate": 9, "gain": 13}  # widths in a table tha
 USUAL = {"gain": "1", "crystallized": "0%", "turnover": ""}
 
 
-def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 50, limit: int = 1000) -> History:
+def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int = 1000) -> History:
     r"""Record what becomes of every weight in training: gains, crystallization, turnover, excitation, distribution.
 
     Statistics are taken now, as step 0, and after every `every`-th step of the optimizer, when rules have acted and
@@ -149,7 +149,7 @@ class History:
         self._sites = dict(sites)
         self._optimizer = optimizer
         self._records: list[_Record] = []
-        self._samples: dict[str, Tensor | None] = {}
+        self._samples: dict[Any, Tensor | None] = {}
         self._levels: dict[Any, Tensor] = {}
         self._has_begun = False
         self._note()
@@ -256,20 +256,20 @@ class History:
     @torch.no_grad()
     def _note(self) -> None:
         """Take the statistics of all weights."""
-        rows = [self._statistics(name, site) for name, site in self._sites.items()]
+        rows = [self._statistics(site) for site in self._sites.values()]
         self._records.append(_Record(self.steps, torch.stack([row.to(rows[0].device) for row in rows])))
         if len(self._records) > self._limit:
             self.every *= 2
             self._records = [each for each in self._records if each.step % self.every == 0]
 
-    def _statistics(self, name: str, site: WeightSite) -> Tensor:
+    def _statistics(self, site: WeightSite) -> Tensor:
         """The columns of a weight."""
         weight, gain = wide(site.effective().detach()).flatten(), site.factor
         one, none = weight.new_ones(()), weight.new_full((), math.nan)
         gains, rate = [one, one - 1, one, one, one - 1], one
         if gain is not None:
             gain = wide(gain)
-            (low,) = _sums(gain, lambda part: part < CRYSTALLIZED)
+            (low,) = _sums(gain, lambda part: torch.count_nonzero(part < CRYSTALLIZED))
             gains, rate = [*_moments(gain), *torch.aminmax(gain), low / gain.numel()], gain.mean()
         if (noisy := site.noisy_factor) is not None:
             rate = wide(noisy).mean()
@@ -280,14 +280,15 @@ class History:
         exciting, inhibiting = _sums(weight, lambda part: part.clamp(min=0), lambda part: part.clamp(max=0))
         excitation = exciting / (exciting - inhibiting)
         numbers = [*gains, learning_rate, turnover, excitation, *_moments(weight), *torch.aminmax(weight)]
-        return torch.stack([*(x.to(weight) for x in numbers), *self._quantiles(name, weight)])
+        return torch.stack([*(x.to(weight) for x in numbers), *self._quantiles(weight)])
 
-    def _quantiles(self, name: str, weight: Tensor) -> Sequence[Tensor]:
-        if name not in self._samples:
-            self._samples[name] = places(weight.numel(), weight.device)
-        chosen, kind = self._samples[name], (weight.device, weight.dtype)
+    def _quantiles(self, weight: Tensor) -> Sequence[Tensor]:
+        size, kind = (weight.numel(), weight.device), (weight.device, weight.dtype)
+        if size not in self._samples:
+            self._samples[size] = places(*size)
         if kind not in self._levels:
             self._levels[kind] = weight.new_tensor(list(QUANTILES.values()))
+        chosen = self._samples[size]
         sample = weight if chosen is None else weight[chosen]
         return torch.quantile(sample, self._levels[kind]).unbind()
 
