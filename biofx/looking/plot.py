@@ -24,6 +24,7 @@ from biofx.analysis.sites import WeightSite, weight_sites
 from biofx.analysis.units import EFFECTS, Units
 from biofx.analysis.units import units as find_units
 from biofx.base.errors import ArgumentError
+from biofx.base.gains import CRYSTALLIZED
 from biofx.base.packages import require
 from biofx.model.provenance import is_transformed, unwrapped
 
@@ -38,7 +39,6 @@ ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#666666"
 PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 COLOURS = dict(zip(EFFECTS, ("#DDDDDD", ORANGE, BLUE, "#F0E442", "#555555"), strict=True))
 LISTED = 12  # names in a legend; of more lines, so many are named
-CRYSTALLIZED = 0.5
 BINS = 100
 
 
@@ -151,10 +151,10 @@ def history(
 def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> Axes:
     r"""Draw an effective weight as a matrix, with a column for each presynaptic position, sorted by sign.
 
-    Columns are sorted by the share of excitation, Σ max(w, 0) ÷ Σ\|w\|; among equals, their order stays. The strip above
-    the matrix tells what a column does: excites (orange), inhibits (blue), both (yellow), nothing (grey). Rows are
-    postsynaptic units; of weights with more than two axes, such as kernels of convolutions, all outgoing connections of
-    a position. Colours are cut off at the 99.5 % quantile of \|w\|.
+    Columns are sorted by the share of excitation, Σ max(w, 0) ÷ Σ\|w\|; among equals, their order stays. The strip
+    above the matrix tells what a column does: excites (orange), inhibits (blue), both (yellow), nothing (grey). Rows
+    are postsynaptic units; of weights with more than two axes, such as kernels of convolutions, all outgoing
+    connections of a position. Colours are cut off at the 99.5 % quantile of \|w\|.
 
     Args:
         model: a transformed model; or any other, which runs once on inputs that are guessed; or, if these do not fit,

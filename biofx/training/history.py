@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
+from biofx.base.gains import CRYSTALLIZED
 from biofx.base.shards import is_sharded
 from biofx.base.tables import Cell, Report, Table, wrapped
 from biofx.base.torch_internals import runs_step_hooks
@@ -22,7 +23,6 @@ from biofx.training.blocks import wide
 from biofx.training.counting import is_captured
 from biofx.training.wrappers import held, innermost
 
-CRYSTALLIZED = 0.5  # a synapse has crystallized when its gain is below half of the neutral one
 SAMPLE = 1 << 13  # connections of which quantiles are taken: their levels have a standard error of at most 0.6 %
 PART = 1 << 16  # values that are summed at once on a CPU
 QUANTILES = {"weight_q05": 0.05, "weight_q25": 0.25, "weight_q50": 0.5, "weight_q75": 0.75, "weight_q95": 0.95}
@@ -41,11 +41,12 @@ COLUMNS = (
     "weight_max",
     *QUANTILES,
 )
-HEADERS = ("weight", "learning rate", "gain", "crystallized", "turnover", "excitation", "weight's sd")
-USUAL = {"gain": "1", "crystallized": "0.0%", "turnover": ""}
+HEADERS = ("weight", "learning rate", "gain", "crystallized", "turnover", "excitation")
+LIMITS = {"weight": 24, "learning rate": 9, "gain": 13}  # widths in a table that is too wide
+USUAL = {"gain": "1", "crystallized": "0%", "turnover": ""}
 
 
-def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 50, limit: int = 1000) -> History:
+def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int = 1000) -> History:
     r"""Record what becomes of every weight in training: gains, crystallization, turnover, excitation, distribution.
 
     Statistics are taken now, as step 0, and after every `every`-th step of the optimizer, when rules have acted and
@@ -59,7 +60,7 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 50, limit: int 
       in $\overline{c}$ the noise that the next step draws (`VolumeDependentLearningRates`). None without an `lr`.
     - `turnover`: replacements so far, divided by the number of synapses. None without `Rejuvenate`.
     - `excitation`: the balance of excitation and inhibition, $e = \sum \max(w, 0) \,/ \sum \lvert w \rvert$. It is ½ if
-      they balance; the ratio E/I is e/(1 − e).
+      they balance; the ratio E/I is e/(1 − e). None if all w are 0.
     - `weight_mean`, `weight_std`, `weight_min`, `weight_max`: of w.
     - `weight_q05`, `weight_q25`, `weight_q50`, `weight_q75`, `weight_q95`: quantiles of w, from 8,192 of its
       connections if there are more (a standard error of at most 0.6 % of the distribution).
@@ -75,7 +76,7 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 50, limit: int 
 
     Args:
         bio: a model made by `biofx.transform`, bare or inside `torch.compile` or a data-parallel wrapper. To record a
-            plain model, transform it by no passes: `biofx.transform(model, [])`.
+            plain model, give it gains of 1: `passes.FuzzyLearningRates(distribution="baseline")`.
         optimizer: an optimizer that holds weights of `bio`, or a wrapper around one.
         every: steps from one record to the next, at least 1.
         limit: most records that are held, at least 2; one has about 70 bytes for each weight.
@@ -148,7 +149,7 @@ class History:
         self._sites = dict(sites)
         self._optimizer = optimizer
         self._records: list[_Record] = []
-        self._samples: dict[str, Tensor | None] = {}
+        self._samples: dict[Any, Tensor | None] = {}
         self._levels: dict[Any, Tensor] = {}
         self._has_begun = False
         self._note()
@@ -213,7 +214,7 @@ class History:
         first, last = rows[:count], rows[-count:]
         held_steps = f"{len(self._records)} records, every {self.every} steps" if len(self._records) > 1 else "1 record"
         title = f"steps {first[0]['step']} → {last[0]['step']}; {held_steps}; {self.steps} steps in all"
-        table = Table(HEADERS, [_cells(a, b) for a, b in zip(first, last, strict=True)], usual=USUAL)
+        table = Table(HEADERS, [_cells(a, b) for a, b in zip(first, last, strict=True)], LIMITS, USUAL)
         return Report([wrapped(title), table], rows, **{k: v for k, v in self.to_dict().items() if k != "rows"})
 
     def _rows(self, found: _Record) -> list[dict[str, Any]]:
@@ -221,6 +222,8 @@ class History:
         for name, values in zip(self._sites, found.values.tolist(), strict=True):
             row = dict(zip(COLUMNS, values, strict=True))
             row |= {key: None for key in ("turnover", "learning_rate") if math.isnan(row[key])}
+            if row["weight_min"] == row["weight_max"] == 0:
+                row["excitation"] = None
             rows.append({"step": found.step, "weight": name, **row})
         return rows
 
@@ -232,6 +235,8 @@ class History:
                 each.values = values
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if is_captured():
+            raise LifecycleError("record: a replayed CUDA graph runs no hooks; stop() the recording before the capture")
         self._has_begun = True
         if (self.steps + 1) % self.every == 0:
             # Behind the hooks of an optimizer that was attached since: these project the weights.
@@ -251,40 +256,39 @@ class History:
     @torch.no_grad()
     def _note(self) -> None:
         """Take the statistics of all weights."""
-        if is_captured():
-            raise LifecycleError("record: a replayed CUDA graph runs no hooks; stop() the recording before the capture")
-        rows = [self._statistics(name, site) for name, site in self._sites.items()]
+        rows = [self._statistics(site) for site in self._sites.values()]
         self._records.append(_Record(self.steps, torch.stack([row.to(rows[0].device) for row in rows])))
         if len(self._records) > self._limit:
             self.every *= 2
             self._records = [each for each in self._records if each.step % self.every == 0]
 
-    def _statistics(self, name: str, site: WeightSite) -> Tensor:
+    def _statistics(self, site: WeightSite) -> Tensor:
         """The columns of a weight."""
         weight, gain = wide(site.effective().detach()).flatten(), site.factor
         one, none = weight.new_ones(()), weight.new_full((), math.nan)
         gains, rate = [one, one - 1, one, one, one - 1], one
         if gain is not None:
             gain = wide(gain)
-            (low,) = _sums(gain, lambda part: part < CRYSTALLIZED)
+            (low,) = _sums(gain, lambda part: torch.count_nonzero(part < CRYSTALLIZED))
             gains, rate = [*_moments(gain), *torch.aminmax(gain), low / gain.numel()], gain.mean()
         if (noisy := site.noisy_factor) is not None:
             rate = wide(noisy).mean()
         replaced = site.state("replaced")
-        turnover = none if replaced is None else replaced / site.raw.numel()
+        turnover = none if replaced is None else replaced.to(weight) / site.raw.numel()
         group = next((g for g in self._optimizer.param_groups if any(p is site.raw for p in g["params"])), {})
         learning_rate = rate * group["lr"] if "lr" in group else none
         exciting, inhibiting = _sums(weight, lambda part: part.clamp(min=0), lambda part: part.clamp(max=0))
         excitation = exciting / (exciting - inhibiting)
         numbers = [*gains, learning_rate, turnover, excitation, *_moments(weight), *torch.aminmax(weight)]
-        return torch.stack([*(x.to(weight) for x in numbers), *self._quantiles(name, weight)])
+        return torch.stack([*(x.to(weight) for x in numbers), *self._quantiles(weight)])
 
-    def _quantiles(self, name: str, weight: Tensor) -> Sequence[Tensor]:
-        if name not in self._samples:
-            self._samples[name] = places(weight.numel(), weight.device)
-        chosen, kind = self._samples[name], (weight.device, weight.dtype)
+    def _quantiles(self, weight: Tensor) -> Sequence[Tensor]:
+        size, kind = (weight.numel(), weight.device), (weight.device, weight.dtype)
+        if size not in self._samples:
+            self._samples[size] = places(*size)
         if kind not in self._levels:
             self._levels[kind] = weight.new_tensor(list(QUANTILES.values()))
+        chosen = self._samples[size]
         sample = weight if chosen is None else weight[chosen]
         return torch.quantile(sample, self._levels[kind]).unbind()
 
@@ -324,8 +328,7 @@ def _cells(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Cell]:
         last["weight"],
         change("learning_rate", "{:.2g}"),
         "1" if is_plain else f"{change('gain_mean', '{:.2f}')} ± {last['gain_std']:.2f}",
-        change("crystallized", "{:.1%}"),
+        change("crystallized", "{:.0%}"),
         change("turnover", "{:.2f}"),
-        change("excitation", "{:.1%}"),
-        change("weight_std", "{:.2g}"),
+        change("excitation", "{:.0%}"),
     ]
