@@ -56,13 +56,15 @@ def test_the_code_of_the_guide_runs(monkeypatch, tmp_path):
     for block in readme_blocks("python", "biofx", "GUIDE.md"):
         exec(compile(block, "biofx/GUIDE.md", "exec"), namespace)
     assert (tmp_path / "checkpoint" / "pipeline.json").exists()
-    fresh = biofx.load("checkpoint", namespace["model"])
-    assert torch.equal(fresh.get_buffer("0.weight_synapses.gain"), namespace["bio"].get_buffer("0.weight_synapses.gain"))
+    models = biofx.load("checkpoint", namespace["model"]), namespace["bio"]
+    assert torch.equal(*(model.get_buffer("0.weight_synapses.gain") for model in models))
 
 
 def test_links_lead_somewhere():
     root = Path(__file__).parents[1]
-    pages = [path for path in root.glob("**/*.md") if not {"build", "node_modules"} & {*path.parts}]
+    folders = ("biofx", "examples", "passes", "tests")
+    pages = [root / "README.md", *(page for folder in folders for page in (root / folder).rglob("*.md"))]
+    assert len(pages) >= 6
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.relative_to(root)}: {target}"
