@@ -4,6 +4,7 @@ from biofx.analysis.sites import WeightSite
 from biofx.model.slots import Slot
 from biofx.passes.crystallize import Crystallize
 from biofx.passes.dales_principle import DalesPrinciple
+from biofx.passes.exponentiated_gradient import ExponentiatedGradient
 from biofx.passes.fuzzy_learning_rates import FuzzyLearningRates
 from biofx.passes.group_units import GroupUnits
 from biofx.passes.l1_regularization import L1Regularization
@@ -25,6 +26,7 @@ __all__ = [
     "Crystallize",
     "DalesPrinciple",
     "Editor",
+    "ExponentiatedGradient",
     "FuzzyLearningRates",
     "GroupUnits",
     "L1Regularization",

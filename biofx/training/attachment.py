@@ -20,7 +20,7 @@ from biofx.base.randomness import fixed_defaults
 from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
 from biofx.base.torch_internals import runs_step_hooks
 from biofx.model.provenance import record_of, transformed
-from biofx.model.synapses import Synapses, observers_in, stored
+from biofx.model.synapses import Synapses, observers_in, stored, synapses_in
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.signs.scales import project_scales
@@ -45,7 +45,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     after the all-reduce of data parallelism. The order at every step:
 
     1. before it: `L1Regularization`, then `Crystallize`;
-    2. the optimizer's step, and gains on what it changed;
+    2. the optimizer's step, gains on what it changed, and `ExponentiatedGradient` on the result;
     3. after it: `Rejuvenate`, `SynapticScaling`, refresh of the gains of `FuzzyLearningRates`, projection on signs
        (`DalesPrinciple`, `MirrorUnits`), and of the parameters that multiply their units on what is not negative.
 
@@ -141,8 +141,17 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
         for device in {parameter.device for parameter in bio.parameters()}:
             check_compiler(device)
     wrapper = wrapper_of(model)
-    attachment = Attachment(bio, optimizer, acting_with(optimizer), wrapper, compiled=compile)
-    learning = {name: synapses for name, synapses in with_hooks(bio).items() if id(synapses.stored) in own}
+    acting = acting_with(optimizer)
+    attachment = Attachment(bio, optimizer, acting, wrapper, compiled=compile)
+    hooked, changed = with_hooks(bio), attachment.acted_on(Moment.UPDATE)
+    followed = {name: s for name, s in synapses_in(bio).items() if name in hooked or name in changed}
+    learning = {name: synapses for name, synapses in followed.items() if id(synapses.stored) in own}
+    undone = [name for name in learning if name in changed and acting not in (None, Acting.UPDATE)]
+    if undone:
+        raise LifecycleError(
+            f"attach: {type(optimizer).__name__} keeps copies of the weights, which undo what {changed[undone[0]]} "
+            f"does to the update of {undone[0]}; use an optimizer that keeps no copy"
+        )
     with ExitStack() as undo:
         for other in [*record.attachments]:
             undo.callback(other.take, *other.holding)
@@ -262,6 +271,10 @@ class Attachment:
         """The stored parameters on which rules or gains act, by name."""
         yield from ((name, site.raw) for name, site in self._sites.items())
         yield from ((name, synapses.stored) for name, synapses in self._learning.items())
+
+    def acted_on(self, moment: Moment) -> dict[str, str]:
+        """The rule that acts last at a moment, by the name of the weight."""
+        return {name: rule.name for rule, names in self._rules if rule.moment is moment for name in names}
 
     @property
     def holding(self) -> tuple[dict[str, WeightSite], dict[str, Synapses]]:
@@ -458,7 +471,7 @@ class Attachment:
         counters = {w.name: steps for w in step.weights if (steps := w.site.state("steps")) is not None}
         try:
             self._act(step.weights, step.finite, before_step=False)
-            projected = {name for rule, names in self._rules if rule.moment is Moment.PROJECTION for name in names}
+            projected = self.acted_on(Moment.PROJECTION)
             others = [weight for weight in step.weights if weight.name not in projected]
             with taken_back(step.finite, (weight.raw for weight in others)):
                 for raw, feasible in _feasible(weight.site for weight in others):
@@ -474,6 +487,9 @@ class Attachment:
             if not chosen or pass_.moment is None or pass_.moment.before_step is not before_step:
                 continue
             _refuse_captured(pass_)
+            if pass_.moment is Moment.UPDATE:
+                old = dict(zip(self._learning, self._update.old, strict=True))
+                chosen = [replace(weight, stored_before=old[weight.name]) for weight in chosen]
             if pass_.moment is Moment.TURNOVER:
                 for weight in chosen:
                     weight.check_can_forget()

@@ -39,6 +39,7 @@ class PlasticWeight:
         by: name of the pass that looks at the weight.
         compiled: whether to compile what a rule does to entries.
         finite: whether gradients and weights are finite, on a device that is not waited for; else None.
+        stored_before: what `raw` was before the step, for rules at `Moment.UPDATE`; else None.
     """
 
     site: WeightSite
@@ -49,6 +50,7 @@ class PlasticWeight:
     by: str = ""
     compiled: bool = False
     finite: Tensor | None = None
+    stored_before: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +77,12 @@ class PlasticWeight:
         value = self.synapses.state(key)
         assert value is not None, f"{self.by} keeps no {key} for {self.name}"
         return local(value)
+
+    @property
+    def old(self) -> Tensor:
+        """What `raw` was before the step of the optimizer; at `Moment.UPDATE`."""
+        assert self.stored_before is not None, f"{self.by} asks for old weights, which are kept for Moment.UPDATE"
+        return self.stored_before
 
     def part(self, values: Tensor) -> Tensor:
         """The part of this process, as a view, of values that broadcast to the whole weight."""

@@ -31,6 +31,7 @@ EVERYTHING = [
     passes.Rejuvenate(dre=6.0),
     passes.SynapticScaling(on="weight"),
     passes.L1Regularization(1e-4),
+    passes.ExponentiatedGradient(),
 ]
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -783,6 +784,7 @@ FORGOTTEN = {
     "gains cancel": (GAINS, "adamw", "fuzzy-learning-rates"),
     "gains act on gradients": (GAINS, "momentum", None),
     "split": ([passes.SplitSynapses(2)], "adam", "split-synapses"),
+    "updates": ([passes.ExponentiatedGradient()], "sgd", "exponentiated-gradient"),
     "rules at steps": ([*GAINS, passes.Crystallize()], "sgd", "crystallize"),
     "nothing to do": ([passes.GroupUnits(2)], "adam", None),
 }

@@ -40,7 +40,7 @@ def network():
     ("pipeline", "optimizer"),
     [
         (f"{ALL},synaptic-scaling", torch.optim.SGD),
-        (f"split-synapses{{synapses=3}},{ALL},dales-principle", torch.optim.AdamW),
+        (f"split-synapses{{synapses=3}},{ALL},dales-principle,exponentiated-gradient", torch.optim.AdamW),
     ],
 )
 def test_the_numbers_are_the_same_to_rounding(pipeline, optimizer):

@@ -24,6 +24,7 @@ WAITS = (  # all but the first as the number of entries that a mask selects has 
 COSTS = {  # what a step adds at most: operators, operators for each weight, waits
     "fuzzy-learning-rates": (5, 0, 0),
     "crystallize": (25, 1, 0),
+    "exponentiated-gradient": (20, 1, 0),
     "l1-regularization": (10, 5, 0),
     "split-synapses": (10, 7, 0),
     "volume-dependent-learning-rates": (20, 2, 0),
