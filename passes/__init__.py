@@ -6,6 +6,7 @@ from biofx.passes.crystallize import Crystallize
 from biofx.passes.dales_principle import DalesPrinciple
 from biofx.passes.fuzzy_learning_rates import FuzzyLearningRates
 from biofx.passes.group_units import GroupUnits
+from biofx.passes.inhibitory_interneurons import InhibitoryInterneurons
 from biofx.passes.l1_regularization import L1Regularization
 from biofx.passes.mirror_units import MirrorUnits
 from biofx.passes.recipes import CORTEX, HOFMANN2025
@@ -27,6 +28,7 @@ __all__ = [
     "Editor",
     "FuzzyLearningRates",
     "GroupUnits",
+    "InhibitoryInterneurons",
     "L1Regularization",
     "MirrorUnits",
     "Moment",

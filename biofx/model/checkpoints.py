@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from biofx.base.errors import ArgumentError
 from biofx.base.option_values import described_options
 from biofx.model.provenance import record_of
+from biofx.model.slots import Slot
 from biofx.model.synapses import CHILD, Synapses, child_of
 
 PLAIN = "this looks like a checkpoint of the plain model; load it into that, before transform"
@@ -121,6 +122,8 @@ def _rename(state: dict[str, Any], old: str, new: str) -> None:
 def _distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
     """Return the stored tensor from which synapses compute a weight of the original model."""
     present = child.stored.detach()
+    if child.has_interneurons and weight.shape == child().shape:  # they inhibit as they do now
+        weight = weight + (child(until=Slot.SUM) - child()).detach().to(weight)
     if not child.is_computed or weight.shape != (present[0] if child.is_split else present).shape:
         return weight
     if child.is_split:
