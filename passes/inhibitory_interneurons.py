@@ -6,7 +6,7 @@ W^{\mathrm{EX}},\ W^{\mathrm{EI}},\ W^{\mathrm{IX}} \ge 0$$
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -42,11 +42,11 @@ class InhibitoryInterneurons(Pass):
     $$W = W^{\mathrm{EX}} - W^{\mathrm{EI}}\, W^{\mathrm{IX}}, \qquad
     W^{\mathrm{EX}},\ W^{\mathrm{EI}},\ W^{\mathrm{IX}} \ge 0$$
 
-    with $W^{\mathrm{EX}}$, shape (n, m), the synapses of m excitatory units on n units, $W^{\mathrm{IX}}$, (k, m), their
-    synapses on k interneurons, and $W^{\mathrm{EI}}$, (n, k), the synapses of the interneurons. So each unit has one
-    sign for all its targets, in whichever weights. The interneurons of a weight serve no other. They are linear, which
-    is no restriction as long as units are not negative: their input is not negative either, so a ReLU would do nothing.
-    The convolution kernels of a channel are a row here; interneurons then have the positions of the output.
+    with $W^{\mathrm{EX}}$, shape (n, m), the synapses of m excitatory units on n units, $W^{\mathrm{IX}}$, (k, m),
+    their synapses on k interneurons, and $W^{\mathrm{EI}}$, (n, k), the synapses of the interneurons. So each unit has
+    one sign for all its targets, in whichever weights. The interneurons of a weight serve no other. They are linear,
+    which is no restriction as long as units are not negative: their input is not negative either, so a ReLU would do
+    nothing. Of a convolution, a row is all kernels of a channel, and an interneuron is a channel as well.
 
     *Insertion.* Every W can be written so, with however few interneurons. Unit i listens to interneuron
     $\kappa(i) = i \bmod k$, which inhibits its pool as much as the one of its units that needs it most:
@@ -247,7 +247,9 @@ def _inhibit(weight: Tensor, inhibition: Tensor, drive: Tensor, sign: Tensor, ax
     return weight - product(inhibition, drive * sign, axis)
 
 
-define_operator("inhibit", "(Tensor weight, Tensor inhibition, Tensor drive, Tensor sign, int axis) -> Tensor", _inhibit)
+define_operator(
+    "inhibit", "(Tensor weight, Tensor inhibition, Tensor drive, Tensor sign, int axis) -> Tensor", _inhibit
+)
 
 
 def _divided(site: WeightSite, weight: Tensor) -> Tensor:

@@ -107,9 +107,9 @@ class Units:
     def mixed(self) -> Tensor:
         """The numbers of the units with outgoing weights of both signs, over all weights that read them.
 
-        Inputs are left out: they are no units of the network. Where units inhibit through interneurons, which a pass
-        keeps apart, it is their own synapses that count; `fold` merges the two. If it returns no unit, the model, transformed, folded or
-        any other, obeys Dale's principle in every weight.
+        Inputs are left out: they are no units of the network. Of units that inhibit through interneurons, their own
+        synapses count; `fold` adds up both. If it returns no unit, the model, transformed, folded or any other, obeys
+        Dale's principle in every weight.
 
         Raises:
             NotJudgedError: no unit was found to be mixed, but some weights could not be judged; names them, with the
