@@ -114,6 +114,7 @@ class InhibitoryInterneurons(Pass):
     name: ClassVar[str] = "inhibitory-interneurons"
     slot: ClassVar[Slot] = Slot.SIGN
     moment: ClassVar[Moment] = Moment.PROJECTION
+    works_on_shards: ClassVar[bool] = True
 
     fraction: float = 0.1
     inputs: str = "free"
