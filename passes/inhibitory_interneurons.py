@@ -203,7 +203,11 @@ def _unfit(site: WeightSite, reading: Reading | None, known: Tensor) -> str | No
     if unjudged is not None:
         return f"not judged: {unjudged}"
     axis, factors = site.postsynaptic_axis, site.known_axes.factors
-    if axis is None or site.units != site.shape[axis] or any(f.presynaptic for f in factors if f.axis == axis):
+    if (
+        axis is None
+        or site.units != site.shape[axis]
+        or any(f.presynaptic and f.size > 1 for f in factors if f.axis == axis)
+    ):
         return "it has groups of units, which have no interneurons in common"
     if site.direct().shape != site.shape:
         return "its synapses have an activation each, so it is no sum from which interneurons could subtract"
@@ -235,7 +239,8 @@ def factors_of_inhibition(weight: Tensor, axis: int, count: int) -> tuple[Tensor
 
 def product(inhibition: Tensor, drive: Tensor, axis: int) -> Tensor:
     r"""$W^{\mathrm{EI}} W^{\mathrm{IX}}$, with postsynaptic units on an axis."""
-    return torch.tensordot(inhibition, drive, dims=([1], [axis])).movedim(0, axis)
+    inhibited: Tensor = torch.tensordot(inhibition, drive, dims=([1], [axis]))
+    return inhibited.movedim(0, axis)
 
 
 def _inhibit(weight: Tensor, inhibition: Tensor, drive: Tensor, sign: Tensor, axis: int) -> Tensor:
@@ -245,7 +250,7 @@ def _inhibit(weight: Tensor, inhibition: Tensor, drive: Tensor, sign: Tensor, ax
     """
     positive = weight.new_ones(())
     inhibition, drive = (CONSTRAINTS["project"].operator(each, positive) for each in (inhibition, drive))
-    return weight - product(inhibition, drive * sign, axis)
+    return weight - product(inhibition, drive * sign.narrow(axis, 0, 1), axis)
 
 
 define_operator(

@@ -37,7 +37,7 @@ class Role(enum.Enum):
     WEIGHT = "stored weight"
     SYNAPSES = "sum over synapses"
     SIGN = "sign constraint"
-    INTERNEURONS = "inhibition by interneurons"
+    INTERNEURONS = "pool of interneurons"
     HOOK = "gradient hook"
     OBSERVER = "observer"
     OUTPUT = "operator output"

@@ -122,17 +122,18 @@ def _rename(state: dict[str, Any], old: str, new: str) -> None:
 def _distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
     """Return the stored tensor from which synapses compute a weight of the original model."""
     present = child.stored.detach()
-    if child.has_interneurons and weight.shape == child().shape:  # they inhibit as they do now
-        weight = weight + (child(until=Slot.SUM) - child()).detach().to(weight)
     if not child.is_computed or weight.shape != (present[0] if child.is_split else present).shape:
         return weight
+    direct = weight
+    if child.has_interneurons:  # they inhibit as they do now
+        direct = weight + (child(until=Slot.SUM) - child()).detach().to(weight)
     if child.is_split:
         sizes = present.abs().double()
         total = sizes.sum(0)
         shares = torch.where(total > 0, sizes / total.where(total > 0, 1.0), 1 / len(present))
-        stored = (weight.to(shares) * shares).to(present)
+        stored = (direct.to(shares) * shares).to(present)
     else:
-        stored = weight.to(present)
+        stored = direct.to(present)
     with torch.no_grad():
         computed = child(stored=stored)
     if computed.shape != weight.shape or not torch.allclose(computed, weight.to(computed), rtol=1e-4, atol=1e-6):

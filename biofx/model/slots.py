@@ -29,7 +29,7 @@ class Slot(enum.IntEnum):
             Slot.HOOK: "gradient hook",
             Slot.SIGN: "sign constraint",
             Slot.SUM: "sum over synapses",
-            Slot.INTERNEURONS: "inhibition by interneurons",
+            Slot.INTERNEURONS: "pool of interneurons",
             Slot.OUTPUT: "operator output",
             Slot.OBSERVER: "observer",
         }[self]
