@@ -45,6 +45,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+import biofx
+from biofx import passes
+from command_line import headline, plot_path, positive
 from rate_networks import (
     BATCH_SIZE,
     COHERENCES,
@@ -62,13 +69,6 @@ from rate_networks import (
     ideal,
     train,
 )
-from tabulate import tabulate
-from torch import Tensor
-from tqdm import tqdm
-
-import biofx
-from biofx import passes
-from command_line import headline, plot_path, positive
 
 FREE, SIGNS_ONLY, BALANCED = "free", "signs only", "balanced"
 PASSES: dict[str, passes.Pass | None] = {

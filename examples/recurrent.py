@@ -41,18 +41,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from evidence import Comparison, Estimate, Report, compare, in_processes, parse_arguments
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
-from rate_networks import BATCH_SIZE, COHERENCES, CRITERION, RateNetwork, draw, eigenvalues, ideal, train
 from scipy import stats
 from tabulate import tabulate
 
 from biofx import passes
 from biofx.signs.spectrum import singular_entropy, spectral_radius
 from command_line import headline
+from evidence import Comparison, Estimate, Report, compare, in_processes, parse_arguments
+from rate_networks import BATCH_SIZE, COHERENCES, CRITERION, RateNetwork, draw, eigenvalues, ideal, train
 
 FREE = "free"
 CONDITIONS: dict[str, Callable[[float], Sequence[passes.Pass]]] = {  # the passes for a fraction of excitatory cells
