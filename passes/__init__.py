@@ -7,6 +7,7 @@ from biofx.passes.dales_principle import DalesPrinciple
 from biofx.passes.exponentiated_gradient import ExponentiatedGradient
 from biofx.passes.fuzzy_learning_rates import FuzzyLearningRates
 from biofx.passes.group_units import GroupUnits
+from biofx.passes.inhibitory_interneurons import InhibitoryInterneurons
 from biofx.passes.l1_regularization import L1Regularization
 from biofx.passes.mirror_units import MirrorUnits
 from biofx.passes.recipes import CORTEX, HOFMANN2025
@@ -29,6 +30,7 @@ __all__ = [
     "ExponentiatedGradient",
     "FuzzyLearningRates",
     "GroupUnits",
+    "InhibitoryInterneurons",
     "L1Regularization",
     "MirrorUnits",
     "Moment",

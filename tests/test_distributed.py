@@ -33,6 +33,7 @@ OPTIONS = {
     "l1-regularization": {"strength": 1e-4},
 }
 STEPS = 20
+DALE, MIRRORED, INTERNEURONS = "dales-principle", "mirror-units", "inhibitory-interneurons"  # exclude each other
 
 
 def everything(*without: str, **other_options) -> list[passes.Pass]:
@@ -69,9 +70,9 @@ def _work(rank: int, ranks: int, port: int, function, folder: str) -> None:
 
 
 DATA_PARALLEL = {  # the optimizer, the passes that are left out, and what is attached
-    "SGD": ("SGD", ("mirror-units",), "wrapper"),
-    "attached before": ("AdamW", ("dales-principle", "group-units"), "before"),
-    "attached after": ("AdamW", ("mirror-units", "split-synapses"), "after"),
+    "SGD": ("SGD", (MIRRORED, INTERNEURONS), "wrapper"),
+    "attached before": ("AdamW", (DALE, INTERNEURONS, "group-units"), "before"),
+    "attached after": ("AdamW", (DALE, MIRRORED, "split-synapses"), "after"),
 }
 
 
@@ -168,10 +169,10 @@ class Sharded:
 
 
 SHARDED = {
-    "an empty shard": Sharded(everything("mirror-units"), placed=False, sizes=(6, 10, 6, 4)),
-    "uneven shards": Sharded(everything("mirror-units", "split-synapses"), "SGD", sizes=(6, 10, 8, 4)),
-    "mirrored units": Sharded(everything("dales-principle", "group-units")),
-    "blocks": Sharded(everything("mirror-units", "group-units", "synaptic-scaling", **IN_BLOCKS), blocks=True),
+    "an empty shard": Sharded(everything(MIRRORED, INTERNEURONS), placed=False, sizes=(6, 10, 6, 4)),
+    "uneven shards": Sharded(everything(MIRRORED, DALE, "split-synapses"), "SGD", sizes=(6, 10, 8, 4)),
+    "mirrored units": Sharded(everything(DALE, INTERNEURONS, "group-units")),
+    "blocks": Sharded(everything(MIRRORED, INTERNEURONS, "group-units", "synaptic-scaling", **IN_BLOCKS), blocks=True),
     "unstored": Sharded(UNSTORED, "SGD", blocks=True),
     "not attached": Sharded(SPLIT, "SGD", blocks=True, attached=False),
 }
