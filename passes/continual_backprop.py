@@ -152,8 +152,10 @@ class ContinualBackprop(Pass):
         for names, prefix in ((layer.incoming, INTO), (layer.outgoing, OUT_OF)):
             for name, places in names.items():
                 model.edits[name].keep(f"{prefix}{key}", places)
-        for name in layer.incoming:
-            model.edits[name].keep(BOUNDS, bounds_of(model.sites[name]))
+        for site in (model.sites[name] for name in layer.incoming):
+            weight, sign = _connections(site, site.synaptic().detach()), site.sign
+            sign = sign if sign is None else _connections(site, sign.expand(site.raw.shape)).sign()
+            model.edits[site.name].keep(BOUNDS, bounds_of(weight, sign, site.synapses))
         home = model.edits[layer.name]
         dtype = torch.promote_types(home.raw.dtype, torch.float32)
         home.keep(UTILITY, torch.zeros(layer.size, dtype=dtype))
@@ -260,22 +262,19 @@ def fresh(uniform: Tensor, sign: Tensor | None, bounds: Tensor) -> Tensor:
     return torch.where(sign == 0, free, sign * uniform * torch.where(sign > 0, bounds[1], bounds[2]))
 
 
-def bounds_of(site: WeightSite) -> Tensor:
-    """The bounds of `fresh` for new synapses of a weight, so that connections are spread as they are now."""
-    weight = site.synaptic().detach()
-    connection, synapses = (weight.sum(0), len(weight)) if site.is_split else (weight, 1)
-    spread = (3 * connection.square().mean() / synapses).sqrt()
-    means = [2 * connection.abs().mean() / synapses] * 2
-    sign = site.sign
-    if sign is not None:
-        sign = sign.expand(weight.shape)[0] if site.is_split else sign.expand(weight.shape)
-        has_sign = [sign > 0, sign < 0]
-        sums = [(connection * mask).abs().sum() / synapses for mask in has_sign]
-        means = [
-            2 * total / mask.sum() if bool(mask.any()) else mean
-            for total, mask, mean in zip(sums, has_sign, means, strict=True)
-        ]
-    return torch.stack([spread, *means])
+def bounds_of(weight: Tensor, sign: Tensor | None = None, synapses: int = 1) -> Tensor:
+    """The bounds of `fresh` for new synapses of a weight, so that connections are spread as they are now.
+
+    Args:
+        weight: the weight of every connection.
+        sign: the sign of the presynaptic unit of each, if they have signs.
+        synapses: Γ, the number of synapses that add up to a connection.
+    """
+    bounds = [(3 * weight.square().mean() / synapses).sqrt()]
+    for positive in (True, False):
+        mask = torch.ones_like(weight, dtype=torch.bool) if sign is None else (sign > 0 if positive else sign < 0)
+        bounds.append(2 * (weight.abs() * mask).sum() / mask.sum().clamp(min=1) / synapses)
+    return torch.stack(bounds)
 
 
 @dataclass(eq=False)
@@ -320,9 +319,13 @@ def _seen(weight: PlasticWeight) -> tuple[Tensor, Tensor]:
 
 def _outgoing(weight: PlasticWeight) -> Tensor:
     """The sum of the magnitudes of the connections that leave each presynaptic position."""
-    value = weight.value.sum(0) if weight.site.is_split else weight.value
-    sums: Tensor = torch.linalg.vector_norm(weight.site.outgoing(value), 1, 1)
+    sums: Tensor = torch.linalg.vector_norm(weight.site.outgoing(_connections(weight.site, weight.value)), 1, 1)
     return sums
+
+
+def _connections(site: WeightSite, values: Tensor) -> Tensor:
+    """The sum over the synapses of each connection."""
+    return values.sum(0) if site.is_split else values
 
 
 def _at_places(mask: Tensor, places: Tensor, count: int) -> Tensor:

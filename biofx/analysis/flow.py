@@ -94,8 +94,8 @@ class Flow(Interpreter[Signal]):
                 scales |= self._bits.setdefault(name, 1 << len(self._bits))
         return Signal(point, scales)
 
-    def readers(self, weight: str) -> tuple[set[str], bool]:
-        """The weights that a signal comes to next after a weight, and whether the model returns it as well."""
+    def ahead(self, weight: str) -> tuple[set[str], set[Point]]:
+        """The weights that a signal comes to next after a weight, and the points on its way, with the weight."""
         found: set[str] = set()
         ahead: list[Point] = [weight]
         seen: set[Point] = {weight}
@@ -106,7 +106,7 @@ class Flow(Interpreter[Signal]):
                 elif point not in seen:
                     seen.add(point)
                     ahead.append(point)
-        return found, not seen.isdisjoint(self.returned)
+        return found, seen
 
     @cached_property
     def _after_point(self) -> dict[Point, list[Point]]:

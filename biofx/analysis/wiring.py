@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from biofx.analysis.numbers import NOBODY, connected
+from biofx.recording.operations import Depends
 
 if TYPE_CHECKING:
+    from biofx.analysis.flow import Point
     from biofx.analysis.understanding import Understanding
+    from biofx.recording.operations import Recording
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +65,22 @@ class _Wiring:
         self._parts = {name: self._parts_of(name) for name in understood.readings if name not in unread}
         self._origins = [population.origin for population in self._numbers.populations]
         self._feeds = {name: self._feeders(parts) for name, parts in self._parts.items()}
+        self._weighing = self._weighing_points(understood.recording)
         self._reasons = dict(fixed)
         for name in self._own:
             reason = self._why_open(name)
             if reason:
                 self._reasons[name] = reason
+
+    def _weighing_points(self, recording: Recording) -> set[Point | None]:
+        """Where activity acts on others in a way that is not followed, as queries and keys do."""
+        acting = (operation for operation in recording.operations if operation.depends is Depends.INPUTS)
+        return {
+            self._flow.of(value).point
+            for operation in acting
+            if not self._told.units.is_read(operation)
+            for value in set(operation.operands).difference(self._told.units.carried(operation))
+        }
 
     def _units_of(self, name: str) -> Tensor:
         """The numbers of a weight's postsynaptic units."""
@@ -91,11 +105,14 @@ class _Wiring:
 
     def _why_open(self, name: str) -> str:
         """Why it is not known, or not open to change, what all units of a weight do; empty if it is."""
-        readers, is_returned = self._flow.readers(name)
+        readers, points = self._flow.ahead(name)
+        is_returned = not points.isdisjoint(self._flow.returned)
         if not readers:
             return "it computes what the model returns" if is_returned else "no weight reads its units"
         if is_returned:
             return "the model returns what its units compute, also without another weight"
+        if not points.isdisjoint(self._weighing):
+            return "what its units compute also acts on others, as queries and keys do"
         for reader in sorted(readers):
             if reader in self._unread:
                 return f"its units are read by {reader}, and {self._unread[reader]}"

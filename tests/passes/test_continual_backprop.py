@@ -153,11 +153,11 @@ def test_many_steps_are_those_of_the_pseudocode(network):
                 own.bias[unit] = 0
                 for p in (own.weight, own.bias):
                     plain.state[p]["exp_avg"][unit] = plain.state[p]["exp_avg_sq"][unit] = 0
-            for name, layer, unit in ((name, layer, unit) for layer, unit in found for name in layer.out_of):
+            for name, units, unit in ((name, len(layer.age), unit) for layer, unit in found for name in layer.out_of):
                 own = model.get_submodule(name)
                 moments = plain.state[own.weight]
                 for x in (own.weight, moments["exp_avg"], moments["exp_avg_sq"]):
-                    clear_outgoing(own, x, unit, len(layer.age))
+                    clear_outgoing(own, x, unit, units)
     for p, q in zip(biofx.fold(bio).parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p, q)
     for (_, p), q in zip(stored_parameters(bio), model.parameters(), strict=True):
@@ -171,7 +171,7 @@ def test_many_steps_are_those_of_the_pseudocode(network):
     biofx.verify(bio)
 
 
-def test_a_new_unit_changes_no_output_but_by_the_old_ones_absence(network):
+def test_only_the_absence_of_the_old_unit_shows_in_outputs(network):
     model, batches, _, layers = network
     bio, optimizer = attached(model, lr=0.0, replacement_rate=0.25, maturity=0)
     step(bio, optimizer, batches[0])
