@@ -13,7 +13,7 @@ from biofx.analysis.wiring import wire
 
 def wired(model, *inputs, fixed=(), unread=()):
     """For each layer, its size, and of each weight how often a unit is there; and why others lead into none."""
-    reasons = {name: "it was asked for" for name in (*fixed, *unread)}
+    reasons = dict.fromkeys((*fixed, *unread), "it was asked for")
     layers, left = wire(understand(model, inputs), {n: reasons[n] for n in fixed}, {n: reasons[n] for n in unread})
     counts = [
         (each.size, *({n: places.shape[1] for n, places in side.items()} for side in (each.incoming, each.outgoing)))
@@ -48,7 +48,7 @@ FOLLOWED = {
     "a concatenation": (lambda n, x: n.out(torch.cat([n.a(x), n.c(x)], 1).relu()), 8, [("a", "out"), ("c", "out")]),
     "a loop": (recurrent, 4, [("ab", "b out")]),
     "a norm": (lambda n, x: n.out(F.layer_norm(n.a(x), (4,))), 4, [("a", "out")]),
-    "two readers": (lambda n, x: n.out((h := n.a(x).relu())) + n.b(h)[:, :2], 4, [("a", "b out")]),
+    "two readers": (lambda n, x: n.out(h := n.a(x).relu()) + n.b(h)[:, :2], 4, [("a", "b out")]),
     "attention": (lambda n, x: n.out((n.c(x) @ n.c(x).T).softmax(-1) @ n.a(x)), 4, [("a", "out")]),
 }
 
