@@ -346,7 +346,7 @@ def drawn(errors: Mapping[str, Tensor]) -> Figure:
     right.set_title("… and better than a linear one?", loc="left", fontweight="bold")
     count = len(errors[PLAIN])
     figure.supxlabel(
-        f"An input bit flips every {EVERY:,} examples. Mean and 95% interval over {count} seeds; dashed: linear learner",
+        f"An input bit flips every {EVERY:,} examples. Mean and 95% interval, {count} seeds; dashed: linear learner",
         fontsize="small",
         color="dimgray",
     )
