@@ -129,9 +129,10 @@ class ContinualBackprop(Pass):
             for edit in model.edits.values():
                 edit.leave(f"it is not judged: {NOT_RUN}")
             return
+        gone = dict.fromkeys(model.understood.readings.keys() - model.all_sites.keys(), "it is no weight any more")
         fixed = {name: why for name, site in model.all_sites.items() if (why := _why_fixed(model, site))}
         unread = {name: why for name, site in model.all_sites.items() if (why := _why_unread(model, site))}
-        layers, reasons = wire(model.understood, fixed, unread)
+        layers, reasons = wire(model.understood, gone | fixed, gone | unread)
         reading: set[str] = set()
         for layer in layers:
             self._keep(model, layer)
