@@ -2,6 +2,7 @@
 
 from biofx.analysis.sites import WeightSite
 from biofx.model.slots import Slot
+from biofx.passes.continual_backprop import ContinualBackprop
 from biofx.passes.crystallize import Crystallize
 from biofx.passes.dales_principle import DalesPrinciple
 from biofx.passes.exponentiated_gradient import ExponentiatedGradient
@@ -24,6 +25,7 @@ register_recipe("hofmann2025", HOFMANN2025)
 register_recipe("cortex", CORTEX)
 
 __all__ = [
+    "ContinualBackprop",
     "Crystallize",
     "DalesPrinciple",
     "Editor",

@@ -29,6 +29,7 @@ OPTIONS = {
     "fuzzy-learning-rates": {"distribution": "activity", "every": 4},
     "volume-dependent-learning-rates": {"base_lr": 0.9},
     "rejuvenate": {"dre": 6.0},
+    "continual-backprop": {"replacement_rate": 0.02, "maturity": 3},
     "synaptic-scaling": {"every": 2},
     "l1-regularization": {"strength": 1e-4},
 }
@@ -138,6 +139,7 @@ def test_the_example_shows_that_ranks_agree_with_one_process(tmp_path):
 # --- Shards
 
 
+WHOLE = [name for name, rule in passes.registered_passes().items() if rule.moment and not rule.works_on_shards]
 SPLIT = [passes.SplitSynapses(2), passes.FuzzyLearningRates()]
 UNSTORED = [passes.SplitSynapses(2), passes.FuzzyLearningRates(dtype="unstored")]
 IN_BLOCKS = {
@@ -169,10 +171,12 @@ class Sharded:
 
 
 SHARDED = {
-    "an empty shard": Sharded(everything(MIRRORED, INTERNEURONS), placed=False, sizes=(6, 10, 6, 4)),
-    "uneven shards": Sharded(everything(MIRRORED, DALE, "split-synapses"), "SGD", sizes=(6, 10, 8, 4)),
-    "mirrored units": Sharded(everything(DALE, INTERNEURONS, "group-units")),
-    "blocks": Sharded(everything(MIRRORED, INTERNEURONS, "group-units", "synaptic-scaling", **IN_BLOCKS), blocks=True),
+    "an empty shard": Sharded(everything(MIRRORED, INTERNEURONS, *WHOLE), placed=False, sizes=(6, 10, 6, 4)),
+    "uneven shards": Sharded(everything(MIRRORED, DALE, "split-synapses", *WHOLE), "SGD", sizes=(6, 10, 8, 4)),
+    "mirrored units": Sharded(everything(DALE, INTERNEURONS, "group-units", *WHOLE)),
+    "blocks": Sharded(
+        everything(MIRRORED, INTERNEURONS, "group-units", "synaptic-scaling", *WHOLE, **IN_BLOCKS), blocks=True
+    ),
     "unstored": Sharded(UNSTORED, "SGD", blocks=True),
     "not attached": Sharded(SPLIT, "SGD", blocks=True, attached=False),
 }

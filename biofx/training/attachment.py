@@ -46,8 +46,9 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
 
     1. before it: `L1Regularization`, then `Crystallize`;
     2. the optimizer's step, gains on what it changed, and `ExponentiatedGradient` on the result;
-    3. after it: `Rejuvenate`, `SynapticScaling`, refresh of the gains of `FuzzyLearningRates`, projection on signs
-       (`DalesPrinciple`, `MirrorUnits`), and of the parameters that multiply their units on what is not negative.
+    3. after it: `ContinualBackprop`, `Rejuvenate`, `SynapticScaling`, refresh of the gains of `FuzzyLearningRates`,
+       projection on signs (`DalesPrinciple`, `MirrorUnits`, `InhibitoryInterneurons`), and of the parameters that
+       multiply their units on what is not negative.
 
     *Gains act on the update.* Adam and its like normalise every entry of the gradient, so a gain on it would cancel.
     While an optimizer is attached, gradient hooks sleep, and for every optimizer alike

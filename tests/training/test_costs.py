@@ -32,6 +32,7 @@ COSTS = {  # what a step adds at most: operators, operators for each weight, wai
     "rejuvenate{every=100}": (10, 0, 0),
     "rejuvenate": (60, 6, 0),
     "rejuvenate{rule=threshold}": (40, 6, 0),
+    "continual-backprop": (20, 55, 0),
     "fuzzy-learning-rates{distribution=temporal,every=1}": (30, 2, 0),
     "fuzzy-learning-rates{distribution=weight_adaptive,every=1}": (50, 3, 0),
     "synaptic-scaling": (40, 5, 0),
