@@ -42,7 +42,6 @@ from typing import Any
 
 import numpy
 import torch
-from evidence import Comparison, Estimate, Report, compare, in_processes, parse_arguments
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -54,6 +53,7 @@ from biofx.base import noise
 from biofx.passes.continual_backprop import bounds_of, fresh, judged
 from biofx.passes.rejuvenate import RULES, turn_over_
 from command_line import headline
+from evidence import Comparison, Estimate, Report, compare, in_processes, parse_arguments
 
 PLAIN, EXPONENTIAL, THRESHOLD = "plain", "Rejuvenate, exponential", "Rejuvenate, threshold"
 CONTINUAL, LINEAR = "ContinualBackprop", "linear"
