@@ -32,6 +32,7 @@ from biofx.base.errors import (
 )
 from biofx.compiler import transform
 from biofx.converter import BioConfig, BioConverter
+from biofx.looking import plot
 from biofx.looking.difference import Difference, diff
 from biofx.looking.drawing import draw
 from biofx.looking.inspection import summary, table, to_networkx
@@ -42,6 +43,7 @@ from biofx.output.fold import fold
 from biofx.rewrite.verification import verify
 from biofx.saving import load, save
 from biofx.training.attachment import Attachment, attach, detach
+from biofx.training.history import History, record
 
 __version__ = version("biofx")
 
@@ -54,6 +56,7 @@ __all__ = [
     "CaptureError",
     "Difference",
     "ExportError",
+    "History",
     "LifecycleError",
     "NotJudgedError",
     "PipelineError",
@@ -73,6 +76,8 @@ __all__ = [
     "noise",
     "operators",
     "passes",
+    "plot",
+    "record",
     "save",
     "shard_placement",
     "summary",

@@ -96,8 +96,10 @@ def test_every_pass_on_other_devices(pipeline, devices, second_device):
         trained = copy.deepcopy(bio)
         optimizer = optimizer_class(trained.parameters(), 0.01)
         biofx.attach(trained, optimizer)
+        history = biofx.record(trained, optimizer, every=1)
         for _ in range(2):
             trained(x).square().sum().backward()
             optimizer.step()
         biofx.verify(trained)
+        assert len(history.rows) == 3 * len(history.weights)
         torch.testing.assert_close(biofx.fold(trained).eval()(x), trained.eval()(x))

@@ -10,6 +10,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import biofx
 from biofx import passes
+from biofx.base.shards import is_sharded
+from biofx.training import attachment
 from models.small import mlp
 
 OPTIONS = {
@@ -288,11 +291,24 @@ class Halve(passes.Pass):
 
 
 SHARDED["detached"] = Sharded(SPLIT, "SGD")
+SHARDED["failed attach"] = Sharded(SPLIT, "SGD", attached=False)
 SHARDED["observed blocks"] = Sharded([passes.SynapticScaling()], blocks=True)
 SHARDED["another rule"] = Sharded([Halve()])
 
 
+def check_a_failed_attach(ranks: int) -> None:
+    """Gains that were cut are whole again, and a second attempt cuts them."""
+    bio, optimizer = start_sharded("failed attach", ranks)
+    gain = bio.get_buffer("0.weight_synapses.gain")
+    with mock.patch.object(attachment, "_feasible", side_effect=RuntimeError("late")):
+        assert error_of(lambda: biofx.attach(bio, optimizer)) == "RuntimeError: late"
+    assert bio.get_buffer("0.weight_synapses.gain") is gain
+    biofx.attach(bio, optimizer)
+    assert is_sharded(bio.get_buffer("0.weight_synapses.gain"))
+
+
 def refusals(rank: int, ranks: int) -> dict[str, str]:
+    check_a_failed_attach(ranks)
     found = {name: error_of(lambda n=name: start_sharded(n, ranks)) for name in ("observed blocks", "another rule")}
     bio, optimizer = start_sharded("mirrored units", ranks)
     train_sharded("mirrored units", rank, ranks, bio, optimizer, range(1))
@@ -363,7 +379,7 @@ def use_shards(rank: int, ranks: int, folder: str):
 
 def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
     alone, one = detached(0, 1), tensor_parallel(0, 1)
-    transformed("blocks"), transformed("mirrored units")
+    transformed("blocks"), transformed("mirrored units"), transformed("failed attach")
     for saved, errors, gains, parallel in spawn(
         functools.partial(use_shards, folder=str(tmp_path / "saved")), 2, tmp_path
     ):

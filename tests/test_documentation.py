@@ -28,8 +28,8 @@ def test_docstring_examples_run(name):
     assert result.failed == 0
 
 
-def readme_blocks(language, folder="."):
-    text = (Path(__file__).parents[1] / folder / "README.md").read_text()
+def readme_blocks(language, folder=".", name="README.md"):
+    text = (Path(__file__).parents[1] / folder / name).read_text()
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return [content for its_language, content in blocks if its_language == language]
 
@@ -48,6 +48,26 @@ def test_readme_code_runs(capsys, monkeypatch, tmp_path):
     name = "0.weight"
     age = bio.get_buffer("0.weight_synapses.age")
     torch.testing.assert_close(bio.get_parameter(name).grad, plain.get_parameter(name).grad * torch.exp(-2 * age))
+
+
+def test_the_code_of_the_guide_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in readme_blocks("python", "biofx", "GUIDE.md"):
+        exec(compile(block, "biofx/GUIDE.md", "exec"), namespace)
+    assert (tmp_path / "checkpoint" / "pipeline.json").exists()
+    models = biofx.load("checkpoint", namespace["model"]), namespace["bio"]
+    assert torch.equal(*(model.get_buffer("0.weight_synapses.gain") for model in models))
+
+
+def test_links_lead_somewhere():
+    root = Path(__file__).parents[1]
+    folders = ("biofx", "examples", "passes", "tests")
+    pages = [root / "README.md", *(page for folder in folders for page in (root / folder).rglob("*.md"))]
+    assert len(pages) >= 6
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(root)}: {target}"
 
 
 def test_readme_shows_what_is_printed(capsys):

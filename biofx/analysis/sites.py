@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -169,15 +169,28 @@ class WeightSite:
 
         Noise of every step is left out. None if no pass has a hook.
         """
+        return self._product(link for link in self._hooks if not self._is_noisy(link))
+
+    @property
+    def noisy_factor(self) -> Tensor | None:
+        """The same with the noise that the next step draws; None if no hook draws any."""
+        return self._product(self._hooks) if any(map(self._is_noisy, self._hooks)) else None
+
+    @property
+    def _hooks(self) -> list[Link]:
+        """The gradient hooks, but for the share of each of several synapses."""
+        return [link for link in self.links if is_hook(link.target) and link.target is not torch.ops.biofx.share_grad]
+
+    def _is_noisy(self, link: Link) -> bool:
+        """Whether a gradient hook draws noise at every step; gains that are stored nowhere are the same at each."""
+        arguments = self.known_synapses.arguments(link)
+        return link.target is not torch.ops.biofx.drawn_grad and counter_of(link.target, arguments)[0] is not None
+
+    def _product(self, hooks: Iterable[Link]) -> Tensor | None:
         result = None
-        for link in self.links:
-            if not is_hook(link.target) or link.target is torch.ops.biofx.share_grad:
-                continue
-            arguments = self.known_synapses.arguments(link)
-            if link.target is not torch.ops.biofx.drawn_grad and counter_of(link.target, arguments)[0] is not None:
-                continue
+        for link in hooks:
             ones = torch.ones_like(self.raw) if result is None else result
-            result = apply_rule(link.target, ones, self.raw.detach(), *arguments)
+            result = apply_rule(link.target, ones, self.raw.detach(), *self.known_synapses.arguments(link))
         return result
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from biofx.weights.facts import NOT_RUN, Need
 
 __all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]
 
+EFFECTS = ("silent", "excites", "inhibits", "mixed", "not judged")  # what the outgoing weights of a unit do
 HEADERS = ("weight", "operator", "positions", "presynaptic units", "activity", "note")
 LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}  # widths in a table that is too wide
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Units:
     """The units of a network; `biofx.units` makes it, and as a string it is a table.
 
@@ -48,8 +49,8 @@ class Units:
     classes: Tensor
     readings: dict[str, Reading]
     scales: dict[str, set[str]]
-    sites: dict[str, WeightSite] = field(repr=False)
-    others: dict[str, str] = field(repr=False)
+    sites: dict[str, WeightSite]
+    others: dict[str, str]
     inputs: str
     notes: list[str]
 
@@ -120,7 +121,41 @@ class Units:
             raise NotJudgedError(unjudged)
         return found
 
+    def effects(self) -> Tensor:
+        """What the outgoing weights of each unit do, over all weights that read it, by the unit's number.
+
+        Returns:
+            A tensor of indices into `EFFECTS`: `"excites"` or `"inhibits"`: all of its outgoing weights that are not 0
+            are positive, or negative; `"mixed"`: it has both; `"silent"`: all are 0, or nothing reads it; `"not
+            judged"`: a weight that may read it could not be judged, and the others are not mixed.
+
+        Example:
+            >>> import biofx, torch
+            >>> from biofx.analysis.units import EFFECTS
+            >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+            >>> _ = model[2].weight.data.copy_(torch.tensor([[1.0, -1, 1, 0], [2, -1, -1, 0]]))
+            >>> units = biofx.units(model, torch.randn(1, 3))
+            >>> members = units.members([population.name for population in units.populations].index("0.weight"))
+            >>> [EFFECTS[index] for index in units.effects()[members]]
+            ['excites', 'inhibits', 'mixed', 'silent']
+        """
+        positive, negative = self._signs()
+        unjudged = torch.zeros(len(self.classes), dtype=torch.bool)
+        for name, site in self.sites.items():
+            if self._unjudged(name, site):
+                reading = self.readings.get(name)  # what did not run may read any unit
+                unjudged[slice(None) if reading is None else torch.cat((reading.classes, reading.sources))] = True
+        unjudged[self.classes[unjudged]] = True
+        found = positive.long() + 2 * negative.long()  # silent, excites, inhibits, mixed
+        found[unjudged & ~(positive & negative)] = EFFECTS.index("not judged")
+        return found[self.classes]
+
     def _mixed(self) -> Tensor:
+        positive, negative = self._signs()
+        return (positive & negative).nonzero().flatten()
+
+    def _signs(self) -> tuple[Tensor, Tensor]:
+        """Whether units have positive and negative outgoing weights, by the number that stands for their class."""
         positive, negative = (torch.zeros(len(self.classes), dtype=torch.bool) for _ in range(2))
         for name, reading in self.readings.items():
             if self._unjudged(name, self.sites[name]):
@@ -130,7 +165,7 @@ class Units:
             neural = ~reading.is_free
             positive[reading.classes[neural & (weight > 0).any(1)]] = True
             negative[reading.classes[neural & (weight < 0).any(1)]] = True
-        return (positive & negative).nonzero().flatten()
+        return positive, negative
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -147,6 +182,9 @@ class Units:
 
     def __str__(self) -> str:
         return str(self._report())
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         return self._report()._repr_html_()

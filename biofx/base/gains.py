@@ -21,6 +21,7 @@ from biofx.base import noise
 from biofx.base.noise import LEVELS, Counter
 
 CPU, OTHER = 1 << 18, 1 << 24  # entries that are drawn at once
+CRYSTALLIZED = 0.5  # a synapse has crystallized when its gain is below half of the neutral one
 LARGEST = (255 / 128) ** 2  # in 8 bits
 POINTS = 1 << 17  # at which a density is integrated
 

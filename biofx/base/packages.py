@@ -12,7 +12,7 @@ def require(package: str, by: str, extra: str = "export") -> Any:
     """Import a package.
 
     Args:
-        package: its name.
+        package: its name, or that of a module in it.
         by: the function that needs it, for the message.
         extra: the extra of biofx that installs it.
 
@@ -22,4 +22,5 @@ def require(package: str, by: str, extra: str = "export") -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ExportError(f"{by}: {package} is not installed; pip install 'biofx[{extra}]'") from error
+        name = package.partition(".")[0]
+        raise ExportError(f"{by}: {name} is not installed; pip install 'biofx[{extra}]'") from error

@@ -266,9 +266,11 @@ def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
     """The graph as a networkx multigraph, in which a node may use another more than once.
 
     Nodes are named as in the graph. Their attributes are strings: `op`, `calls`, `module` (the path of the module whose
-    forward made the node), `role` (as in pictures, such as `original` and `stored weight`), and `weight` and `pass`,
-    which are empty for nodes that no pass inserted. The key of an edge, and its attribute `position`, is the argument's
-    position among all inputs of the node. GraphML, GEXF and node-link JSON can hold the graph.
+    forward made the node), `role` (as in pictures, such as `original` and `stored weight`), `weight` (the weight's name
+    in the original model, for stored weights and inserted nodes), and `pass` (for inserted nodes); what a node does not
+    have is empty. The key of an edge, and its attribute `position`, is the argument's position among all inputs of the
+    node. GraphML, GEXF and node-link JSON can hold the graph. `examples/graph_questions.py` asks it about reach, depth
+    and what lies between layers.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -288,6 +290,7 @@ def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
 
     bio = transformed(bio)
     graph: networkx.MultiDiGraph[str] = networkx.MultiDiGraph()
+    stored = {node: name for name, node in parameter_nodes(bio).items()}
     for node in bio.graph.nodes:
         origin = inserted(node)
         stack = node.meta.get("nn_module_stack", {})
@@ -297,7 +300,7 @@ def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
             calls=callee(node),
             module=next((path for path, _ in reversed(stack.values())), ""),
             role=role_of(node, bio).value,
-            weight=origin.parameter if origin else "",
+            weight=origin.parameter if origin else stored.get(node, ""),
             **{"pass": origin.by if origin else ""},
         )
         inputs: list[fx.Node] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -83,14 +83,14 @@ def rows_of(box: str, children: Sequence[str], edges: Sequence[tuple[str, str]])
         *children,
         *([exit_of(box)] if exit_of(box) in used else []),
     ]
-    rows = [[item for item in row if item not in ends] for row in _arranged(names, edges)]
+    rows = [[item for item in row if item not in ends] for row in _arranged(names, ends, edges)]
     return [row for row in rows if any(isinstance(item, str) for item in row)]
 
 
-def _arranged(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> list[list[str | Way]]:
+def _arranged(names: Sequence[str], ends: Set[str], edges: Sequence[tuple[str, str]]) -> list[list[str | Way]]:
     position = {name: index for index, name in enumerate(names)}
     forward = [(a, b) for a, b in dict.fromkeys(edges) if position[a] < position[b]]
-    layer = _layers(names, forward)
+    layer = _layers(names, ends, forward)
     items: list[str | Way] = [*names]
     layers = [layer[name] for name in names]
     steps: list[tuple[int, int]] = []
@@ -109,20 +109,26 @@ def _arranged(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> list[li
     return [[items[index] for _, index in sorted(row)] for row in rows]
 
 
-def _layers(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> Mapping[str, int]:
-    """The row of each box: below all that it reads. What reads nothing stands just above its first reader."""
-    below: dict[str, list[str]] = {name: [] for name in names}
-    above: dict[str, list[str]] = {name: [] for name in names}
+def _layers(names: Sequence[str], ends: Set[str], edges: Sequence[tuple[str, str]]) -> Mapping[str, int]:
+    """The row of each box: below all that it reads. What reads nothing stands just above its first reader.
+
+    The ends have the first and the last row for themselves, so edges from and to the outside get ways past the rest.
+    """
+    inside = [name for name in names if name not in ends]
+    below: dict[str, list[str]] = {name: [] for name in inside}
+    above: dict[str, list[str]] = {name: [] for name in inside}
     for source, target in edges:
-        below[source].append(target)
-        above[target].append(source)
+        if source in below and target in above:
+            below[source].append(target)
+            above[target].append(source)
     layer: dict[str, int] = {}
-    for name in names:
-        layer[name] = max((layer[a] + 1 for a in above[name]), default=0)
-    for name in reversed(names):
+    for name in inside:
+        layer[name] = max((layer[a] + 1 for a in above[name]), default=1)
+    for name in reversed(inside):
         if not above[name] and below[name]:
             layer[name] = min(layer[b] for b in below[name]) - 1
-    return layer
+    last = max(layer.values(), default=0) + 1
+    return layer | {name: 0 if name == names[0] else last for name in names if name in ends}
 
 
 def _columns(layers: Sequence[int], edges: Sequence[tuple[int, int]]) -> list[float]:

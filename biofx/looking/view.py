@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,12 +53,13 @@ class Box:
             yield from child.walk()
 
     def inserted_roles(self) -> dict[Role, int]:
-        """How many nodes of each role passes inserted inside."""
-        found: dict[Role, int] = {}
-        for box in self.walk():
-            if not box.children and box.role.is_inserted:
-                found[box.role] = found.get(box.role, 0) + 1
-        return found
+        """How many nodes of each role passes inserted inside, those of equal neighbours included."""
+        if not self.children:
+            return {self.role: self.count} if self.role.is_inserted else {}
+        found: Counter[Role] = Counter()
+        for child in self.children:
+            found.update(child.inserted_roles())
+        return {role: self.count * number for role, number in found.items()}
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,13 @@ def view_of(model: fx.GraphModule, example_inputs: Any = None) -> View:
 class _Shapes(fx.Interpreter):
     """Runs a graph and notes the shape of each node's value."""
 
-    def __init__(self, model: fx.GraphModule) -> None:
+    def __init__(self, model: fx.GraphModule, arguments: Mapping[str, Any]) -> None:
         super().__init__(model)
+        self.arguments = arguments
         self.found: dict[str, str] = {}
+
+    def placeholder(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.arguments[str(target).lstrip("*")]  # fx gives **kwargs a list
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -126,21 +132,21 @@ def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
     carried = {n.name: n.meta["val"].shape for n in model.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
     found = {name: _size(shape) for name, shape in carried.items()}
     if example_inputs is not None:
-        interpreter, ordered = _Shapes(model), _in_order(model, example_inputs)
-        run_in_eval_mode(model, lambda _: interpreter.run(*ordered))
+        interpreter = _Shapes(model, _bound(model, example_inputs))
+        run_in_eval_mode(model, lambda _: interpreter.run())
         found |= interpreter.found
     return found
 
 
-def _in_order(model: fx.GraphModule, example_inputs: Any) -> list[Any]:
-    """The example inputs by position, copied, as an interpreter takes them."""
+def _bound(model: fx.GraphModule, example_inputs: Any) -> dict[str, Any]:
+    """The example inputs, copied, by the names of forward's parameters."""
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"draw: example_inputs do not fit {type(model).__name__}.forward: {error}") from error
     bound.apply_defaults()
-    return list(bound.arguments.values())
+    return dict(bound.arguments)
 
 
 def _signs(model: fx.GraphModule) -> dict[str, tuple[int, ...]]:

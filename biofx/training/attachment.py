@@ -148,7 +148,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             undo.callback(other.take, *other.holding)
             other.give_up(own)
         undo.callback(attachment.give_up, own)
-        cut_state(sites.values())
+        cut_state(sites.values(), undo)
         attachment.take(sites, learning)
         for raw, feasible in _feasible(sites.values()):
             undo.callback(raw.copy_, raw.clone())

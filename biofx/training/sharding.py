@@ -16,6 +16,8 @@ from biofx.model.synapses import State, observers_in
 from biofx.rewrite.registry import Pass
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
+
     from biofx.analysis.sites import WeightSite
 
 
@@ -50,8 +52,13 @@ def _refuse_blocks(bio: fx.GraphModule, observed: Collection[str]) -> None:
             )
 
 
-def cut_state(sites: Iterable[WeightSite]) -> None:
-    """Keep only this process's part of state that has a number for every synapse of a sharded weight."""
+def cut_state(sites: Iterable[WeightSite], undo: ExitStack) -> None:
+    """Keep only this process's part of state that has a number for every synapse of a sharded weight.
+
+    Args:
+        sites: the weights.
+        undo: closing it makes the state whole again.
+    """
     for site in sites:
         if site.learning is None or not is_sharded(site.raw):
             continue
@@ -62,5 +69,6 @@ def cut_state(sites: Iterable[WeightSite]) -> None:
         for key in site.learning.users.keys() - read:
             whole = site.state(key)
             if whole is not None and whole.shape == site.raw.shape and not is_sharded(whole):
+                undo.callback(site.learning.register_buffer, key, whole)
                 with torch.no_grad():
                     site.learning.register_buffer(key, cut_like(site.raw, shard.part(whole).clone()))

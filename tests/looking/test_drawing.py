@@ -14,6 +14,7 @@ from torch import fx, nn
 import biofx
 from biofx import passes
 from biofx.looking.drawing import write
+from biofx.looking.layout import Way, entrance, exit_of, rows_of
 from biofx.looking.view import AT_MOST, view_of
 from models.architectures import ARCHITECTURES
 from models.small import mlp
@@ -57,6 +58,13 @@ def test_nodes_stand_in_the_boxes_of_their_modules(gpt):
     assert weights == {"transformer.h.0.mlp.fc1.weight"}
 
 
+def test_a_box_counts_what_was_inserted_into_equal_neighbours():
+    chain = nn.Sequential(nn.Linear(4, 3), *[nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(5)])
+    root = view_of(biofx.transform(chain, [passes.FuzzyLearningRates()])).root
+    assert any(box.count == 5 for box in root.walk())
+    assert {role.value: number for role, number in root.inserted_roles().items()} == {"gradient hook": 12}
+
+
 def test_every_node_is_in_one_box(gpt):
     leaves = [node for box in view_of(gpt[0]).root.walk() if not box.children for node in box.nodes]
     assert sorted(leaves) == sorted(node.name for node in gpt[0].graph.nodes)
@@ -84,6 +92,20 @@ def test_edges_show_the_shapes_of_a_run(gpt):
     state = {name: value.clone() for name, value in bio.state_dict().items()}
     assert "2 × 12 × 48" in view_of(bio, inputs).edges.values()
     assert all(torch.equal(value, state[name]) for name, value in bio.state_dict().items())
+
+
+def test_edges_show_shapes_behind_keyword_arguments():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x, **options):
+            return self.fc(x) * options["scale"]
+
+    arguments = {"x": torch.ones(5, 3), "scale": torch.ones(5, 1)}
+    bio = biofx.transform(Scaled(), [passes.SplitSynapses(2)], example_inputs=arguments)
+    assert set(view_of(bio, arguments).edges.values()) >= {"5 × 3", "5 × 2"}
 
 
 def test_a_weight_shows_the_signs_of_the_units_that_it_reads():
@@ -227,3 +249,17 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, package, suffix):
     with pytest.raises(biofx.ExportError, match=re.escape("pip install 'biofx[draw]'")):
         biofx.draw(bio, tmp_path / f"model{suffix}")
     assert not any(tmp_path.iterdir())
+
+
+def test_edges_from_and_to_the_outside_pass_what_a_module_contains():
+    inside = [("weight", "hook"), ("gain", "hook"), ("hook", "linear"), ("linear", "observer")]
+    outside = [(entrance("fc"), "linear"), ("linear", exit_of("fc"))]
+    rows = rows_of("fc", ["weight", "gain", "hook", "linear", "observer"], [*inside, *outside])
+    assert [{item for item in row if isinstance(item, str)} for row in rows] == [
+        {"weight", "gain"},
+        {"hook"},
+        {"linear"},
+        {"observer"},
+    ]
+    entering, leaving = Way(entrance("fc"), "linear"), Way("linear", exit_of("fc"))
+    assert [[item for item in row if isinstance(item, Way)] for row in rows] == [[entering], [entering], [], [leaving]]

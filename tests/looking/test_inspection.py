@@ -177,15 +177,27 @@ def test_a_node_that_uses_another_twice_has_two_edges():
     assert sorted(key for _, _, key in graph.in_edges("mul", keys=True)) == [0, 1]
 
 
-def test_graphml_and_json_round_trip():
-    graph = biofx.to_networkx(biofx.transform(ConvNet(), [passes.SplitSynapses(2)]))
-    file = io.BytesIO()
-    networkx.write_graphml(graph, file)
-    file.seek(0)
-    again = networkx.read_graphml(file, force_multigraph=True, edge_key_type=int)
-    data = json.loads(json.dumps(networkx.node_link_data(graph)))
-    for other in (again, networkx.node_link_graph(data)):
+def test_graphml_gexf_and_json_round_trip():
+    class Squared(ConvNet):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits * logits  # two edges between the same nodes
+
+    graph = biofx.to_networkx(biofx.transform(Squared(), [passes.SplitSynapses(2)]))
+    graphml, gexf = io.BytesIO(), io.BytesIO()
+    networkx.write_graphml(graph, graphml)
+    networkx.write_gexf(graph, gexf)
+    graphml.seek(0)
+    gexf.seek(0)
+    from_gexf = networkx.read_gexf(gexf)
+    for _, attributes in from_gexf.nodes(data=True):
+        assert attributes.pop("label")  # GEXF repeats the node's name
+    from_graphml = networkx.read_graphml(graphml, force_multigraph=True, edge_key_type=int)
+    from_json = networkx.node_link_graph(json.loads(json.dumps(networkx.node_link_data(graph))))
+    for other in (from_graphml, from_json, from_gexf):
         assert dict(other.nodes(data=True)) == dict(graph.nodes(data=True))
+        assert sorted(other.edges(data="position")) == sorted(graph.edges(data="position"))
+    for other in (from_graphml, from_json):  # networkx gives the edges of GEXF keys of its own
         assert set(other.edges(keys=True)) == set(graph.edges(keys=True))
 
 

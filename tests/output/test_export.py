@@ -336,7 +336,7 @@ def test_a_missing_package_says_what_to_install(bio, tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr("importlib.import_module", without)
-    with pytest.raises(biofx.ExportError, match=r"safetensors.torch is not installed; pip install 'biofx\[export\]'"):
+    with pytest.raises(biofx.ExportError, match=r"safetensors is not installed; pip install 'biofx\[export\]'"):
         biofx.export(bio, tmp_path / "model.safetensors")
 
 

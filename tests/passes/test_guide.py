@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from test_documentation import readme_blocks
 from torch import nn
 
 import biofx
 from conftest import flat
+from test_documentation import readme_blocks
 
 NETWORKS = {
     "linear": (lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), (7, 5)),

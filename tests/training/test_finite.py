@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from training.test_costs import WAITS, operators_of_a_step
 
 import biofx
 from biofx.base.errors import LifecycleError
 from biofx.training import finite
+from training.test_costs import WAITS, operators_of_a_step
 
 RULES = (
     "split-synapses{synapses=2},fuzzy-learning-rates{distribution=lognormal},volume-dependent-learning-rates,"
