@@ -9,7 +9,8 @@ takes less than two; `--help` lists the options). The networks are those of `rat
 - "signs only": units are excitatory or inhibitory, with the magnitudes that they had (`DalesPrinciple(balance=False)`);
 - "balanced": sparse weights with the free one's spectral radius (`DalesPrinciple`);
 - "interneurons": all units are excitatory, and inhibit through linear interneurons (`InhibitoryInterneurons`), of
-  which there are as many as make up the rest of the cells, in addition to the units.
+  which there are as many as make up the rest of the cells, in addition to the units;
+- "signs, EG": as "signs only", and learned by exponentiated gradients (`ExponentiatedGradient`).
 
 Per seed, all conditions start from the same free network, and see the same trials in the same order. Each condition has
 the learning rate that was the best of LEARNING_RATES on validation trials, with seeds of their own, for 100 units and
@@ -59,7 +60,10 @@ CONDITIONS: dict[str, Callable[[float], Sequence[passes.Pass]]] = {  # the passe
     "signs only": lambda excitatory: [passes.DalesPrinciple(excitatory=excitatory, balance=False)],
     "balanced": lambda excitatory: [passes.DalesPrinciple(excitatory=excitatory)],
     "interneurons": lambda excitatory: [passes.InhibitoryInterneurons(fraction=(1 - excitatory) / excitatory)],
-    # Another condition is another line, with a colour in `LINES`.
+    "signs, EG": lambda excitatory: [
+        passes.DalesPrinciple(excitatory=excitatory, balance=False),
+        passes.ExponentiatedGradient(),
+    ],
 }
 
 TASK = "context"
@@ -77,6 +81,7 @@ LINES: dict[str, dict[str, Any]] = {
     "signs only": {"color": "#D55E00", "marker": "^"},
     "balanced": {"color": "#0072B2", "marker": "o"},
     "interneurons": {"color": "#009E73", "marker": "D"},
+    "signs, EG": {"color": "#CC79A7", "marker": "v"},
 }
 
 
