@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import MethodType, TracebackType
 from typing import Any
@@ -134,7 +135,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     wrapper = wrapper_of(model)
     acting = acting_with(optimizer)
     attachment = Attachment(bio, optimizer, acting, wrapper, compiled=compile)
-    hooked, changed = with_hooks(bio), attachment._lifecycle.acted_on(Moment.UPDATE)
+    hooked, changed = with_hooks(bio), attachment.acted_on(Moment.UPDATE)
     followed = {name: s for name, s in synapses_in(bio).items() if name in hooked or name in changed}
     learning = {name: synapses for name, synapses in followed.items() if id(synapses.stored) in own}
     undone = [name for name in learning if name in changed and acting not in (None, Acting.UPDATE)]
@@ -190,7 +191,7 @@ def _check_runs_hooks(optimizer: Optimizer) -> None:
     raise ArgumentError(f"attach: steps of {type(optimizer).__name__} run no hooks, so rules could not act; {what}")
 
 
-class Attachment:
+class Attachment(Lifecycle):
     """The connection between a transformed model and an optimizer; `biofx.attach` makes it."""
 
     def __init__(
@@ -202,22 +203,19 @@ class Attachment:
         *,
         compiled: bool,
     ) -> None:
-        self.optimizer = optimizer
-        self._lifecycle = Lifecycle(bio, optimizer, acting, wrapper, compiled=compiled)
-        self._bio = bio
-        self._acting = acting
+        super().__init__(bio, optimizer, acting, wrapper, compiled=compiled)
         self._hooks: list[RemovableHandle] = []
         self._guarded: MethodType | None = None
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Let rules act on weights at the steps of the optimizer, and gains on what holds these synapses."""
-        self._lifecycle.hold(sites, learning)
+        self._hold(sites, learning)
         if not self._hooks:
             # Rules compile their own arithmetic. As decorators these would import the compiler with biofx.
-            before, after = map(torch.compiler.disable, (self._lifecycle.before, self._lifecycle.after))
+            before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
             self._hooks.append(self.optimizer.register_step_pre_hook(before))
             self._hooks.append(self.optimizer.register_step_post_hook(after))
-            self._guarded = _guarded(self._lifecycle, self.optimizer)
+            self._guarded = _guarded(self._undo, self.optimizer)
             self.optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
         record_of(self._bio).attachments.add(self)
         set_attached(self._bio, {*sites, *learning}, attached=True)
@@ -225,12 +223,12 @@ class Attachment:
     @property
     def holding(self) -> tuple[dict[str, WeightSite], dict[str, Synapses]]:
         """The weights on which rules act, and the synapses on which gains do."""
-        return self._lifecycle.sites, self._lifecycle.learning
+        return self._sites, self._learning
 
     @property
     def weights(self) -> tuple[str, ...]:
         """The names of the weights on which rules act."""
-        return tuple(self._lifecycle.sites)
+        return tuple(self._sites)
 
     def detach(self) -> None:
         """Leave the model and the optimizer as they were before `attach`; their values stay. Idempotent.
@@ -238,7 +236,7 @@ class Attachment:
         Raises:
             LifecycleError: a gradient or weight was not finite at an earlier step, after everything is done.
         """
-        self.give_up(self._lifecycle.held)
+        self.give_up(self._held)
         self.check()
 
     def check(self) -> None:
@@ -250,7 +248,7 @@ class Attachment:
         Raises:
             LifecycleError: something was not finite. Rules did not act at that step.
         """
-        self._lifecycle.finite.check()
+        self._finite.check()
 
     def give_up(self, parameters: set[int]) -> None:
         """Let rules not act on some parameters any more, given by id; without any left, leave the optimizer alone."""
@@ -260,8 +258,8 @@ class Attachment:
         set_attached(self._bio, given, attached=False)
         sites = {name: site for name, site in sites.items() if id(site.raw) not in parameters}
         learning = {name: synapses for name, synapses in learning.items() if name not in given}
-        self._lifecycle.hold(sites, learning)
-        if self._lifecycle.held <= parameters or not (sites or learning):
+        self._hold(sites, learning)
+        if self._held <= parameters or not (sites or learning):
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
@@ -282,10 +280,10 @@ class Attachment:
         if error is None:
             self.detach()
         else:
-            self.give_up(self._lifecycle.held)
+            self.give_up(self._held)
 
 
-def _guarded(lifecycle: Lifecycle, optimizer: Optimizer) -> MethodType:
+def _guarded(undo: Callable[[], None], optimizer: Optimizer) -> MethodType:
     """The step of an optimizer, undone if it fails; a method of the optimizer, as schedulers take it apart."""
     step = optimizer.step
 
@@ -294,7 +292,7 @@ def _guarded(lifecycle: Lifecycle, optimizer: Optimizer) -> MethodType:
         try:
             return step(*args, **kwargs)
         except BaseException:
-            lifecycle.undo()
+            undo()
             raise
 
     return MethodType(guarded, optimizer)

@@ -50,10 +50,7 @@ class Lifecycle:
     """What rules do around the steps of one optimizer, on the weights of one model.
 
     Attributes:
-        sites: the weights on which rules act, by name.
-        learning: the synapses on whose learning gains act, by the weight's name.
-        held: the parameters of the optimizer, by id.
-        finite: what is known of gradients and weights that were not finite.
+        optimizer: the optimizer.
     """
 
     def __init__(
@@ -65,10 +62,10 @@ class Lifecycle:
         *,
         compiled: bool,
     ) -> None:
-        self.held = held(optimizer)
-        self.finite = Finite()
+        self._held = held(optimizer)
+        self._finite = Finite()
         self._bio = bio
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._acting = acting
         self._wrapper = wrapper
         self._compiled = compiled
@@ -78,43 +75,43 @@ class Lifecycle:
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._counters = Counters()
-        self.hold({}, {})
+        self._hold({}, {})
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
 
-    def hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
+    def _hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Act on these weights from now on, and let gains act on what holds these synapses."""
-        self.sites = sites
-        self.learning = learning
+        self._sites = sites
+        self._learning = learning
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
         self._is_sharded = any(is_sharded(parameter) for _, parameter in self._parameters())
         self._update = Update(
-            learning.values(), self._optimizer, with_copies=self._acting is Acting.COPIES, compiled=self._compiled
+            learning.values(), self.optimizer, with_copies=self._acting is Acting.COPIES, compiled=self._compiled
         )
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The stored parameters on which rules or gains act, by name."""
-        yield from ((name, site.raw) for name, site in self.sites.items())
-        yield from ((name, synapses.stored) for name, synapses in self.learning.items())
+        yield from ((name, site.raw) for name, site in self._sites.items())
+        yield from ((name, synapses.stored) for name, synapses in self._learning.items())
 
     def acted_on(self, moment: Moment) -> dict[str, str]:
         """The rule that acts last at a moment, by the name of the weight."""
         return {name: rule.name for rule, names in self._rules if rule.moment is moment for name in names}
 
-    def undo(self) -> None:
+    def _undo(self) -> None:
         """Leave no weight and no gradient as the optimizer saw it, as its step failed."""
         self._put_back()
         self._update.undo()
         self._step, self._nested = None, 0
 
-    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Before a step: act on gradients, which may come from the closure, whose arguments are returned then."""
         if self._step is not None:
             self._nested += 1
             return None
         if _is_skipped(optimizer) or self._trains_nothing():
             return None
-        self.finite.refuse_if_known()
+        self._finite.refuse_if_known()
         self._check_unchanged()
         self._step = _Step()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -122,7 +119,7 @@ class Lifecycle:
             try:
                 self._prepare()
             except BaseException:
-                self.undo()
+                self._undo()
                 raise
             self._update.begin()
             return None
@@ -141,7 +138,7 @@ class Lifecycle:
     @torch.no_grad()
     def _trains_nothing(self) -> bool:
         """Whether a step lets the optimizer make its state and no more, as one of `torch.distributed.checkpoint`."""
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         if any((isinstance(lr := group.get("lr"), Tensor) and lr.device.type != "cpu") or lr != 0 for group in groups):
             return False
         gradients = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
@@ -154,30 +151,30 @@ class Lifecycle:
         """Act on the gradients, which are there now."""
         assert self._step is not None
         if self._step.weights is not None:
-            name = type(self._optimizer).__name__
+            name = type(self.optimizer).__name__
             raise LifecycleError(f"{name} evaluates its closure twice in a step, so there is no one gradient to act on")
-        counters = {name: steps for name, site in self.sites.items() if (steps := site.state("steps")) is not None}
+        counters = {name: steps for name, site in self._sites.items() if (steps := site.state("steps")) is not None}
         counts = self._counters.read(counters)
-        found = (self._weight(site, counts.get(name, 0) + 1) for name, site in self.sites.items())
+        found = (self._weight(site, counts.get(name, 0) + 1) for name, site in self._sites.items())
         weights = [weight for weight in found if weight is not None]
-        if not weights and all(p.grad is None for group in self._optimizer.param_groups for p in group["params"]):
+        if not weights and all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
             raise LifecycleError(
-                f"optimizer.step() without backward(): none of the {len(self.sites)} weights has a gradient"
+                f"optimizer.step() without backward(): none of the {len(self._sites)} weights has a gradient"
             )
         if self._rules and weights:
-            self._step.finite = self.finite.look(weights)
+            self._step.finite = self._finite.look(weights)
             groups = data_parallel_groups(self._wrapper, [weight.site.raw for weight in weights])
             average_(self._read_now(weights), groups)
         self._act(weights, self._step.finite, before_step=True)
-        scale = _gradient_scale(self._optimizer)
+        scale = _gradient_scale(self.optimizer)
         for weight in weights:
             if weight.gradient is not local(weight.site.raw.grad):
                 self._give(weight.site.raw, weight.gradient if scale is None else weight.gradient * scale)
-        for name, synapses in self.learning.items():  # biases that were split with their weights
-            if name not in self.sites and synapses.shares > 1 and synapses.stored.grad is not None:
+        for name, synapses in self._learning.items():  # biases that were split with their weights
+            if name not in self._sites and synapses.shares > 1 and synapses.stored.grad is not None:
                 self._give(synapses.stored, gradient_of(synapses.stored) * synapses.shares**0.5)
         if self._acting is Acting.GRADIENT:
-            learning = [s for s in self.learning.values() if s.stored.grad is not None]
+            learning = [s for s in self._learning.values() if s.stored.grad is not None]
             shards = [shard_of(synapses.stored_name, synapses.stored) for synapses in learning]
             gains = factors(learning, shards, [local(synapses.stored.detach()) for synapses in learning])
             for synapses, gain in zip(learning, gains, strict=True):
@@ -200,7 +197,7 @@ class Lifecycle:
 
     def _weight(self, site: WeightSite, step: int) -> PlasticWeight | None:
         """A weight that takes part in this step, by its number, or None if it has no gradient."""
-        raw, scale = site.raw, _gradient_scale(self._optimizer)
+        raw, scale = site.raw, _gradient_scale(self.optimizer)
         if raw.grad is None or raw.numel() == 0:
             return None
         if raw.grad.layout is not torch.strided:
@@ -212,10 +209,10 @@ class Lifecycle:
             gradient = gradient * shares**0.5  # hooks give each synapse 1/√Γ; the optimizer sees the connection's
         elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
             gradient = gradient.clone()
-        return PlasticWeight(site, local(raw), gradient, self._optimizer, step, compiled=self._compiled)
+        return PlasticWeight(site, local(raw), gradient, self.optimizer, step, compiled=self._compiled)
 
     @torch.no_grad()
-    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step: let gains act on what it changed, and rules on the weights."""
         if self._nested:
             self._nested -= 1
@@ -226,7 +223,7 @@ class Lifecycle:
             self._update.undo()
             return
         on_update = self._acting is not Acting.GRADIENT
-        self._update.end([on_update and s.stored.grad is not None for s in self.learning.values()], step.finite)
+        self._update.end([on_update and s.stored.grad is not None for s in self._learning.values()], step.finite)
         if self._acting is None and (key := self._update.copied()) is not None:
             raise LifecycleError(
                 f"{type(optimizer).__name__} keeps a copy of the weights ({key!r} in its state), which undoes gains; "
@@ -242,7 +239,7 @@ class Lifecycle:
                 for raw, signed in feasible(weight.site for weight in others):
                     raw.copy_(signed)
             with taken_back(step.finite, (local(stored(self._bio, n)) for n in record_of(self._bio).nonnegative)):
-                project_scales(self._bio, self.held)
+                project_scales(self._bio, self._held)
         finally:
             self._counters.add(counters)
 
@@ -253,7 +250,7 @@ class Lifecycle:
                 continue
             _refuse_captured(pass_)
             if pass_.moment is Moment.UPDATE:
-                old = dict(zip(self.learning, self._update.old, strict=True))
+                old = dict(zip(self._learning, self._update.old, strict=True))
                 chosen = [replace(weight, stored_before=old[weight.name]) for weight in chosen]
             if pass_.moment is Moment.TURNOVER:
                 for weight in chosen:
@@ -276,18 +273,18 @@ class Lifecycle:
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
         for name, parameter in self._parameters():
-            if self._is_sharded and id(parameter) not in self.held:
+            if self._is_sharded and id(parameter) not in self._held:
                 raise LifecycleError(
                     f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
                     "reshard() of the model before optimizer.step()"
                 )
-        for name, site in self.sites.items():
+        for name, site in self._sites.items():
             if site.raw.shape != self._shapes[name]:
                 raise LifecycleError(
                     f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(site.raw.shape)}; "
                     "detach, build the optimizer again, and attach"
                 )
-        if held(self._optimizer) != self.held:
+        if held(self.optimizer) != self._held:
             raise LifecycleError(
                 "the optimizer holds other parameters than when it was attached; detach and attach again"
             )
