@@ -9,7 +9,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from conftest import flat
+from conftest import flat, in_turn
 from models.architectures import ARCHITECTURES
 from models.small import CONVOLUTIONS, mlp
 
@@ -202,8 +202,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("constraint", ["project", "abs", "softplus"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "constraint"), in_turn(OPTIMIZERS, ["project", "abs", "softplus"]))
 def test_signs_stay_through_training(optimizer, constraint):
     pipeline = [
         passes.DalesPrinciple(constraint=constraint),
