@@ -208,7 +208,7 @@ def fast_export() -> Iterator[None]:
     gets the place in the source that made it.
     """
     config: Any = importlib.import_module("torch._dynamo.config")
-    before = getattr(fx_config, "do_not_emit_stack_traces", False)  # since PyTorch 2.13
+    before = getattr(fx_config, "do_not_emit_stack_traces", False)  # not every version has it
     fx_config.do_not_emit_stack_traces = True
     try:
         with config.patch(fake_tensor_cache_enabled=False):
