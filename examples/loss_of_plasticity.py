@@ -1,11 +1,11 @@
 """Loss of plasticity: does turnover of synapses, or of units, keep a network able to learn?
 
-Run it with `python examples/loss_of_plasticity.py` (TIME on two CPU cores; `--quick` takes QUICK; `--help` lists the
-options). A network with 5 hidden units (ReLU) learns the slowly changing regression problem (Dohare et al. 2024) by
-gradient descent, from one example after the other: 20 bits, of which 5 are random; of the other 15, one flips after
-every 10,000 examples. The target is a network of 100 linear threshold units, which a small network cannot represent,
-so it has to follow the flips for ever. Each error is measured before the example is learned. Five learners see the
-same 300,000 examples:
+Run it with `python examples/loss_of_plasticity.py` (five minutes on two CPU cores that were busy otherwise, too;
+`--quick` took half of that; `--help` lists the options). A network with 5 hidden units (ReLU) learns the slowly
+changing regression problem (Dohare et al. 2024) by gradient descent, from one example after the other: 20 bits, of
+which 5 are random; of the other 15, one flips after every 10,000 examples. The target is a network of 100 linear
+threshold units, which a small network cannot represent, so it has to follow the flips for ever. Each error is measured
+before the example is learned. Five learners see the same 300,000 examples:
 
 - plain gradient descent,
 - with `Rejuvenate`, which replaces small synapses, by its exponential or by the paper's threshold rule,
@@ -21,11 +21,22 @@ seeds than those that are shown. You see
    error against the plain network's, in paired t tests with Holm's correction,
 3. a figure, `loss_of_plasticity.png`: the error over time.
 
-RESULTS
+What came out, with the default options (in `results/`): `ContinualBackprop` helps. Its late error is 0.72 ± 0.11, that
+of the plain network 0.97 ± 0.11, that of the linear learner 1.18 ± 0.12; the paired difference from plain is
+−0.25 ± 0.07 (p = 1e-6). It is as much ahead early (0.64 ± 0.10 against 0.88 ± 0.14, not tested), with a step size of
+0.01, the largest of those that it could choose. `Rejuvenate` does not help: by the exponential rule the difference from
+plain is +0.05 ± 0.12, which cannot be told from chance, and the threshold rule harms, +0.16 ± 0.10 (p = 0.008). Both
+chose the least turnover that was offered.
 
-Networks that differ in nothing but seed and options are computed side by side, 300 times as fast as one by one. Their
-rules are the functions of which the passes are made, with the same random numbers: `tests/test_loss_of_plasticity.py`
-compares them with a network that `biofx.transform` and `biofx.attach` made.
+Loss of plasticity proper was *not* found in the plain network at the step size that was best for it, 0.001: its error
+grew no more than the linear learner's (−0.01 ± 0.09); with the threshold rule it did (+0.11 ± 0.10, not tested). On the
+10 seeds that served for the choice, the plain network's late error at a step size of 0.01 is above the linear learner's
+best (1.66 and 1.50), and that of `ContinualBackprop` is 1.08 to 1.19, depending on its rate. Longer runs may tell more:
+the authors' code has a million examples.
+
+Networks that differ in nothing but seed and options are computed side by side, as a step of one network alone takes
+almost as long. Their rules are the functions of which the passes are made, with the same random numbers:
+`tests/test_loss_of_plasticity.py` compares them with a network that `biofx.transform` and `biofx.attach` made.
 
 References:
     Dohare, Hernandez-Garcia, Lan, Rahman, Mahmood & Sutton, Loss of plasticity in deep continual learning, Nature 632,
@@ -149,7 +160,7 @@ def network(seed: int) -> nn.Sequential:
 class Networks:
     """Networks that learn side by side, one for each setting and seed: what `network` does with rules attached.
 
-    One step of each network for itself would take weeks. Gradients are written out, and rules are the functions of
+    Gradients are written out, and rules are the functions of
     which the passes are made, with the same random numbers; `tests/test_loss_of_plasticity.py` compares the two.
 
     Attributes:
@@ -335,7 +346,7 @@ def plot_errors(axes: Axes, errors: Mapping[str, Tensor], base: Tensor | None = 
 
 
 def drawn(errors: Mapping[str, Tensor]) -> Figure:
-    figure = Figure(figsize=(12, 5), layout=ConstrainedLayoutEngine(wspace=0.05))  # without pyplot
+    figure = Figure(figsize=(10, 4.4), layout=ConstrainedLayoutEngine(wspace=0.05))  # without pyplot
     left, right = figure.subplots(1, 2)
     plot_errors(left, errors)
     left.set(ylabel="mean squared error", ylim=(0, None))
