@@ -142,27 +142,23 @@ def compare(gain: Tensor, moved: Tensor, plain: Tensor) -> Found:
 Results = dict[tuple[str, int, str], list[Found]]
 
 
-def table(results: Results) -> str:
+def rows_of(results: Results) -> list[dict[str, str]]:
+    """What came out, as people read it: one row for each optimizer and number of steps."""
     rows = []
     for optimizer in OPTIMIZERS:
         for steps in STEPS:
-            own = [results[optimizer, steps, where] for where in STYLES]
-            cells = [
-                Estimate.of(getattr(each, value) for each in found).text("{:.3f}")
-                for found in own
-                for value in ("slope", "correlation")
-            ]
-            rows.append([optimizer, steps, *cells])
-    headers = [
-        "optimizer",
-        "steps",
-        *(f"{what}, gains\n{where}" for where in STYLES for what in ("slope", "correlation")),
-    ]
-    return tabulate(rows, headers=headers, disable_numparse=True)
+            row = {"optimizer": optimizer, "steps": str(steps)}
+            for where in STYLES:
+                for value in ("slope", "correlation"):
+                    estimate = Estimate.of(getattr(each, value) for each in results[optimizer, steps, where])
+                    row[f"{value}, gains {where}"] = estimate.text("{:.3f}").replace("-0.000", "0.000")
+            rows.append(row)
+    return rows
 
 
 def numbers(results: Results) -> Mapping[str, Any]:
     return {
+        "rows": rows_of(results),
         "results": [
             {
                 "optimizer": optimizer,
@@ -172,7 +168,7 @@ def numbers(results: Results) -> Mapping[str, Any]:
                 "correlation": Estimate.of(each.correlation for each in found),
             }
             for (optimizer, steps, where), found in results.items()
-        ]
+        ],
     }
 
 
@@ -235,7 +231,7 @@ def main() -> None:
         for (steps, where), each in found.items():
             results.setdefault((job.optimizer, steps, where), []).append(each)
     headline("Displacement ÷ plain displacement against gain, mean and 95% interval")
-    print(table(results))
+    print(tabulate(rows_of(results), headers="keys", disable_numparse=True, maxheadercolwidths=14))
     report.write(numbers(results), plot(results, arguments.seeds))
 
 

@@ -365,16 +365,18 @@ def comparisons(results: Results) -> dict[str, dict[str, Comparison]]:
     }
 
 
-def table(state: str, found: list[Found], tests: dict[str, Comparison]) -> str:
+def rows_of(state: str, found: list[Found], tests: dict[str, Comparison]) -> list[dict[str, str]]:
+    """What came out, as people read it: one row for each mechanism and what is sent."""
     rows = []
     for condition, view in KEYS:
-        own = [[each.scores[condition, view][0][metric] for each in found] for metric in METRICS]
-        forms = ("{:.4f}", "{:.1f}", "{:.2f}")
         test = tests.get(f"{condition}: {view}")
-        difference = ["–", "–"] if test is None else [test.difference.text("{:.1f}"), f"{test.corrected:.2g}"]
-        rows.append([condition, view, *map(lambda v, f: Estimate.of(v).text(f), own, forms), *difference])
-    headers = [state, "sent", "MSE", "PSNR (dB)", "SSIM", "PSNR − plain", "p, corrected"]
-    return tabulate(rows, headers=headers, disable_numparse=True)
+        row = {"network": state, "mechanism": condition, "sent": view}
+        for metric, form in zip(METRICS, ("{:.4f}", "{:.1f}", "{:.2f}"), strict=True):
+            row[metric] = Estimate.of(each.scores[condition, view][0][metric] for each in found).text(form)
+        row["PSNR − plain"] = "–" if test is None else test.difference.text("{:.1f}")
+        row["p, corrected"] = "–" if test is None else f"{test.corrected:.2g}"
+        rows.append(row)
+    return rows
 
 
 def numbers(results: Results, tests: dict[str, dict[str, Comparison]]) -> Mapping[str, Any]:
@@ -460,12 +462,14 @@ def main() -> None:
     for job, found in zip(jobs, in_processes(run, jobs, unit="network"), strict=True):
         results[job.state].append(found)
     tests = comparisons(results)
+    rows = {state: rows_of(state, found, tests[state]) for state, found in results.items()}
     for state, found in results.items():
         headline(f"How close are reconstructions? {state}; mean and 95% interval over networks")
-        print(table(state, found, tests[state]))
+        print(tabulate(rows[state], headers="keys", disable_numparse=True))
         accuracies = (f"{name} {Estimate.of(each.accuracies[name] for each in found).text()}" for name in (PLAIN, DALE))
         print(f"\nTest accuracy: {', '.join(accuracies)}")
-    report.write(numbers(results, tests), plot(results))
+    numbers_of_all = {"rows": [row for each in rows.values() for row in each], **numbers(results, tests)}
+    report.write(numbers_of_all, plot(results))
 
 
 if __name__ == "__main__":

@@ -201,39 +201,29 @@ def against_free(outcomes: Outcomes, value: Callable[[Outcome], float]) -> dict[
     return {key: compared[str(key)] for key in differences}
 
 
-def results(outcomes: Outcomes, units: int, batches: int, compared: dict[Cell, Comparison]) -> str:
-    """A table for one size: one row for each condition and fraction."""
+def results(outcomes: Outcomes, batches: int, compared: dict[Cell, Comparison]) -> list[dict[str, str]]:
+    """What came out, as people read it: one row for each size, condition and fraction."""
     rows = []
-    for key, found in outcomes.items():
-        if key[0] != units:
-            continue
-        reached = sum(outcome.trials is not None for outcome in found)
-        comparison = compared.get(key)
+    for (units, condition, excitatory), found in outcomes.items():
+        comparison = compared.get((units, condition, excitatory))
+        against = "–", "–"
+        if comparison is not None:
+            against = f"{100 * comparison.difference.mean:+.1f}", f"{comparison.corrected:.2g}"
         rows.append(
-            [
-                key[1],
-                "–" if key[2] is None else f"{key[2]:.0%}",
-                Estimate.of(100 * outcome.accuracy for outcome in found).text("{:.1f}"),
-                "–" if comparison is None else f"{100 * comparison.difference.mean:+.1f}",
-                "–" if comparison is None else f"{comparison.corrected:.2g}",
-                Estimate.of(trials_of(outcome, batches) for outcome in found).text("{:,.0f}"),
-                f"{reached} of {len(found)}",
-                f"{_mean(found, 'radii', 0):.2f} → {_mean(found, 'radii', 1):.2f}",
-                f"{_mean(found, 'entropies', 0):.3f} → {_mean(found, 'entropies', 1):.3f}",
-            ]
+            {
+                "units": str(units),
+                "condition": condition,
+                "excitatory": "–" if excitatory is None else f"{excitatory:.0%}",
+                "accuracy (%)": Estimate.of(100 * outcome.accuracy for outcome in found).text("{:.1f}"),
+                "against free (points)": against[0],
+                "p, corrected": against[1],
+                f"trials to {CRITERION:.0%}": Estimate.of(trials_of(each, batches) for each in found).text("{:,.0f}"),
+                "reached": f"{sum(outcome.trials is not None for outcome in found)} of {len(found)}",
+                "spectral radius": f"{_mean(found, 'radii', 0):.2f} → {_mean(found, 'radii', 1):.2f}",
+                "entropy": f"{_mean(found, 'entropies', 0):.3f} → {_mean(found, 'entropies', 1):.3f}",
+            }
         )
-    headers = [
-        "condition",
-        "excitatory",
-        "accuracy (%)",
-        "against free\n(points)",
-        "p, corrected",
-        f"trials\nto {CRITERION:.0%}",
-        "reached",
-        "spectral radius",
-        "entropy",
-    ]
-    return tabulate(rows, headers=headers, disable_numparse=True)
+    return rows
 
 
 def _mean(found: Sequence[Outcome], measure: str, when: int) -> float:
@@ -342,12 +332,9 @@ def main() -> None:
 
     headline(f"Learning rates, on validation trials ({SHOWN[0]} units, {SHOWN[1]:.0%} excitatory)")
     rates, tried = tuned(batches)
-    rows = [[name, *(f"{each:.1%}" for each in found.values()), f"{rates[name]:g}"] for name, found in tried.items()]
-    print(
-        tabulate(
-            rows, headers=["condition", *(f"{rate:g}" for rate in LEARNING_RATES), "chosen"], disable_numparse=True
-        )
-    )
+    chosen = [[name, *(f"{each:.1%}" for each in found.values()), f"{rates[name]:g}"] for name, found in tried.items()]
+    headers = ["condition", *(f"{rate:g}" for rate in LEARNING_RATES), "chosen"]
+    print(tabulate(chosen, headers=headers, disable_numparse=True))
 
     headline("Training all networks, on the same trials")
     outcomes = trained(sizes, rates, arguments.seeds, batches)
@@ -355,9 +342,9 @@ def main() -> None:
         "accuracy_against_free": against_free(outcomes, lambda outcome: outcome.accuracy),
         "trials_against_free": against_free(outcomes, lambda outcome: trials_of(outcome, batches)),
     }
-    for units in sizes:
-        headline(f"{units} units: mean ± 95% interval; seeds: {arguments.seeds}, trials: {BATCH_SIZE * batches:,}")
-        print(results(outcomes, units, batches, compared["accuracy_against_free"]))
+    rows = results(outcomes, batches, compared["accuracy_against_free"])
+    headline(f"Mean ± 95% interval; seeds: {arguments.seeds}, trials: {BATCH_SIZE * batches:,}")
+    print(tabulate(rows, headers="keys", disable_numparse=True, maxheadercolwidths=10))
     correlations = {name: correlation(outcomes, when) for when, name in enumerate(("before", "after"))}
     best = ideal(torch.tensor(COHERENCES)).mean().item()
     print(f"\nAn ideal observer is right in {best:.1%}. Rank correlation of accuracy with the entropy:")
@@ -370,6 +357,7 @@ def main() -> None:
             "learning_rates": rates,
             "validation_accuracies": tried,
             "entropy_and_accuracy": correlations,
+            "rows": rows,
             "results": numbers(outcomes, compared),
         },
         picture(outcomes, arguments.seeds),
