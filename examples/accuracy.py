@@ -1,8 +1,8 @@
 """Accuracy and learning speed: does a mechanism help, harm or change nothing, each at its own learning rate?
 
-Run it with `python examples/accuracy.py` (about a quarter of an hour on two CPU cores; `--quick` takes about a minute
-and is no evidence; `--help` lists the options). Every pass alone with its default options, the paper's recipe and
-"cortex", which is everything that preserves the function, are compared with the plain network, with SGD (momentum 0.9)
+Run it with `python examples/accuracy.py` (a quarter of an hour on two CPU cores; `--quick` takes about a minute and
+is no evidence; `--help` lists the options). Every pass alone with its default options, the paper's recipe and "cortex",
+which is all rules of synapses that preserve the function, are compared with the plain network, with SGD (momentum 0.9)
 and AdamW, in three tasks:
 
 - "digits, MLP" and "digits, ResNet": scikit-learn's 8 × 8 digits, by two hidden layers of 64 units, or by two residual
@@ -20,6 +20,21 @@ weights, minibatches and what passes draw, so conditions are paired. You see
    to a fixed score on the validation split, and the learning rate; "(end)" if it is an end of the grid, so that a
    better one may lie beyond,
 2. a figure, `accuracy.png`: all differences, coloured where they are significant; and all numbers in `accuracy.json`.
+
+What came out, with default options and 20 seeds (`results/accuracy.json`):
+
+- On digits, splitting, gains (`FuzzyLearningRates`), homeostasis, L1, continual backprop and "cortex" cannot be told
+  from the plain network, in accuracy or speed. So far they do no harm, and no good.
+- Volume-dependent rates cost 1 to 3 points (less in the ResNet with AdamW), crystallization up to 0.8, turnover at
+  every step 4 to 18, and the paper's recipe, which has it, 5 to 14.
+- Under Dale's principle, signs alone cost 1.4 to 3.9 points, and more steps. What balanced weights cost cannot be told
+  from chance after correction; interneurons cost up to 1.6 points. Mirrored units *gain* 1.2 and 0.9 points in the
+  ResNet, with twice the units, and lose 0.8 in the MLP with AdamW.
+- Exponentiated gradients end up to 1.1 points lower, but for the MLP with SGD: 9 of 20 trainings diverged there, at a
+  learning rate with which neither of the two seeds for tuning did.
+- Nothing learned digits faster, but crystallization with SGD in the MLP (50 instead of 55 steps).
+- On diabetes with AdamW, the plain network overfits its 248 patients (R² 0.27; with SGD 0.32), and whatever holds
+  learning back helps, by up to 0.06. With SGD nothing helps by more than 0.005.
 
 How the tests are done: scores by paired t tests, steps by Wilcoxon's signed-rank test, as a seed that never reaches the
 criterion has a rank but no number (it counts as later than all others). Holm's correction holds for all differences of
