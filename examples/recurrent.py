@@ -1,7 +1,7 @@
 """Which form of Dale's principle do recurrent networks learn with, at which sizes and fractions, and do spectra tell?
 
-Run it with `python examples/recurrent.py --output examples/results` (about MINUTES minutes on two cores; `--quick`
-takes less than two; `--help` lists the options). The networks are those of `rate_networks.py`, on its task "context":
+Run it with `python examples/recurrent.py --output examples/results` (12 minutes on two cores; `--quick` takes less
+than two; `--help` lists the options). The networks are those of `rate_networks.py`, on its task "context":
 50, 100 or 200 rate units decide which of two noisy inputs is the larger one, of that pair to which a cue points. 50%,
 80% or 90% of the cells are excitatory:
 
@@ -25,7 +25,17 @@ the learning rate that was the best of LEARNING_RATES on validation trials, with
 
 What came out:
 
-RESULTS
+- Signs alone work at 50% excitation and, mostly, at 80%. With 200 units and 90% they stay at chance (50.5%), in all 8
+  seeds: the recurrent weight starts with a spectral radius of 13.5. With 50 units and 90% some seeds fail, too.
+- Balanced weights and interneurons learn everywhere, and end 0.1 to 1.0 points below the free network, or 0.2 above;
+  the differences that survive correction are of 0.7 points (balanced with 100 units at 80% and 200 at 90%;
+  interneurons with 200 at 80%).
+- Exponentiated gradients with signs end *above* the free network at 50% and 80% excitation: by 0.2 to 0.7 points, three
+  of six after correction. They do not save networks that signs alone keep at chance.
+- Spectra: interneurons start with the free network's, and training drives an inhibitory mode to a radius of 7 to 106.
+  Balanced weights end within a factor of 1.5 of the free network's radius. The entropy of singular values tells nothing
+  of accuracy, before training (rank correlation +0.08, p = 0.6) or after (−0.14, p = 0.4).
+- All conditions chose the largest of four learning rates, 0.016, so a larger one may be better for each.
 
 References:
     Cornford et al., Learning to live with Dale's principle: ANNs with separate excitatory and inhibitory units, ICLR
