@@ -1,6 +1,6 @@
 """Does diverse plasticity hide what a client learned from? Digits reconstructed from gradients and from updates.
 
-Run it with `python examples/gradient_inversion.py` (about 10 minutes on two CPU cores; `--quick` takes less than two;
+Run it with `python examples/gradient_inversion.py` (7 minutes on two CPU cores; `--quick` takes less than two;
 `--help` lists the options). In federated learning a client sends what it learned from an image, not the image. Here
 one digit is reconstructed from that by an attack that is standard (Geiping et al. 2020): the attacker knows the network
 before the step and the label, and optimizes an image, from noise, whose gradient points where the one that was sent
@@ -24,12 +24,18 @@ from 0 to 1; above 40 dB nobody sees a difference, so it counts as 40), and stru
 paired by network, against the gradient of the plain network, and corrected for their number (Holm). "hofmann2025" is
 the recipe without `GroupUnits`, which changes the function.
 
-What to expect, seen in quick runs of two networks, which are no evidence: `.grad` of an attached model is that of the
-plain one, so it gives as much away. An update, or the gradient of a model that is not attached, is harder to invert for
-an attacker who ignores gains: digits can still be read with `FuzzyLearningRates`, also split; they can hardly be with
-`VolumeDependentLearningRates`, which slows weights down and not biases, or where `Rejuvenate` replaced synapses, whose
-changes are larger than what was learned. An attacker who knows the factors, which follow from the state of the model,
-reads almost all of it again. So this is an obstacle to a careless attacker, and no protection.
+What came out (5 networks × 4 images; `results/gradient_inversion.json`): the attack reads digits off the gradient of
+the plain network almost perfectly, at initialisation (SSIM 1.00) and after training (1.00).
+
+- `.grad` of an attached model is that of the plain one, so it gives as much away, whatever the rules.
+- An update, or `.grad` of a model that is not attached, is harder for an attacker who ignores gains. With
+  `FuzzyLearningRates` (SSIM 0.96 and 0.97), also split (0.99), digits are read all the same. With
+  `VolumeDependentLearningRates`, which slows weights down and not biases, they are hardly (0.06 and 0.40), and likewise
+  where `Rejuvenate` replaced synapses, whose changes are larger than what was learned (0.41 and −0.04).
+- An attacker who knows the factors, which follow from the state of the model, reads all of it again (0.98 to 1.00).
+
+So this is an obstacle to a careless attacker, and no protection. `DalesPrinciple` is another network; its gradient is
+read as well (1.00 and 0.99).
 
 References:
     Geiping, Bauermeister, Dröge & Moeller, Inverting gradients: how easy is it to break privacy in federated learning?,
