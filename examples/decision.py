@@ -2,8 +2,8 @@
 
 Run it with `python examples/decision.py` (about two and a half minutes on one CPU core; `--quick` takes half a
 minute; `--help` lists the options). The network is written by hand, as one would without biofx: 100 rate units with a
-leak and noise, in a loop over time. It learns two tasks, in which each of 40 time steps shows no more than noisy
-evidence:
+leak and noise, in a loop over time (`rate_networks.py`). It learns two tasks, in which each of 40 time steps shows no
+more than noisy evidence:
 
 - "perceptual": which of two inputs is the larger one? Coherence says by how much, from 3.2% to 51.2%.
 - "context": two such pairs at once, motion and colour, and a cue that says which of them counts (Mante et al. 2013).
@@ -37,7 +37,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,29 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 import biofx
 from biofx import passes
 from command_line import headline, plot_path, positive
+from rate_networks import (
+    BATCH_SIZE,
+    COHERENCES,
+    CRITERION,
+    GAIN,
+    TASKS,
+    TEST_SEED,
+    UNITS,
+    WINDOW,
+    RateNetwork,
+    Run,
+    Trials,
+    draw,
+    eigenvalues,
+    ideal,
+    train,
+)
 
 FREE, SIGNS_ONLY, BALANCED = "free", "signs only", "balanced"
 PASSES: dict[str, passes.Pass | None] = {
@@ -62,23 +77,7 @@ PASSES: dict[str, passes.Pass | None] = {
     BALANCED: passes.DalesPrinciple(excitatory=0.8),
 }
 
-UNITS = 100
-GAIN = 1.5  # spectral radius of the free recurrent weight at the start, as in Song et al. 2016
-LEAK = 0.2  # per time step: with steps of 20 ms, a time constant of 100 ms
-UNIT_NOISE = 0.1  # standard deviation of what is added to the net input of a unit, at each time step
-TIME_STEPS = 40
-COHERENCES = (0.032, 0.064, 0.128, 0.256, 0.512)
-EVIDENCE_NOISE = 0.17  # standard deviation of an input, at each time step
-TASKS = {"perceptual": 1, "context": 2}  # the number of modalities
-
-BATCH_SIZE = 64
-LEARNING_RATE = 2e-3
-GRADIENT_NORM = 1.0  # clipped, as networks of many time steps need
 TEST_TRIALS = 8000
-TEST_SEED = 1_000_000  # no network is trained on it
-CRITERION = 0.85
-WINDOW = 10  # batches; every trial is new, so accuracy in training is accuracy on new trials
-
 SHOWN = "context"  # the task whose weights are in the plot
 SIGNS = "RdBu_r"  # red excites, blue inhibits
 # Colours that colour-blind readers tell apart, and strokes for those who see none.
@@ -89,142 +88,6 @@ LINES: dict[str, dict[str, Any]] = {
 }
 
 
-class RateNetwork(nn.Module):
-    """Rate units with a leak and noise, which read the stimulus and each other; and a readout of two choices."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.input = nn.Linear(channels, UNITS)
-        self.recurrent = nn.Linear(UNITS, UNITS)
-        self.readout = nn.Linear(UNITS, 2)
-        nn.init.normal_(self.recurrent.weight, std=GAIN / math.sqrt(UNITS))
-
-    def forward(self, stimuli: Tensor) -> Tensor:
-        """Map stimuli (batch, time, channels) to the logits of the two choices (batch, 2), after the last time step."""
-        rates = stimuli.new_zeros(len(stimuli), UNITS)
-        for stimulus in stimuli.unbind(1):
-            net_input = self.input(stimulus) + self.recurrent(rates) + UNIT_NOISE * torch.randn_like(rates)
-            rates = (1 - LEAK) * rates + LEAK * F.relu(net_input)
-        return self.readout(rates)
-
-
-@dataclass(frozen=True)
-class Trials:
-    """What a network sees, and what it should choose.
-
-    Attributes:
-        stimuli: shape (trials, time, channels); two channels for each modality, then the cue if there are two.
-        coherences: signed, of the modality that counts; and, in the task "context", of the other one.
-    """
-
-    stimuli: Tensor
-    coherences: tuple[Tensor, ...]
-
-    @property
-    def answers(self) -> Tensor:
-        """The right choice: 1 where the second channel of the modality that counts is the larger one, or 0."""
-        return (self.coherences[0] > 0).long()
-
-
-def draw(task: str, count: int, generator: torch.Generator) -> Trials:
-    """New trials: the means of the channels of a modality differ by its coherence."""
-    modalities = TASKS[task]
-    strengths = torch.tensor(COHERENCES)[torch.randint(len(COHERENCES), (count, modalities), generator=generator)]
-    coherences = strengths * (2 * torch.randint(2, (count, modalities), generator=generator) - 1)
-    means = torch.stack([(1 - coherences) / 2, (1 + coherences) / 2], dim=2).flatten(1)
-    noise = torch.randn(count, TIME_STEPS, 2 * modalities, generator=generator)
-    stimuli = means[:, None] + EVIDENCE_NOISE * noise
-    if modalities == 1:
-        return Trials(stimuli, (coherences[:, 0],))
-    cued = torch.randint(2, (count,), generator=generator)
-    cues = F.one_hot(cued, 2).float()[:, None].expand(-1, TIME_STEPS, -1)
-    counts, other = (coherences.gather(1, index[:, None])[:, 0] for index in (cued, 1 - cued))
-    return Trials(torch.cat([stimuli, cues], dim=2), (counts, other))
-
-
-def ideal(coherences: Tensor) -> Tensor:
-    """How often someone chooses 1 who adds up all the evidence: the difference of two inputs, over all time steps."""
-    return torch.special.ndtr(coherences * math.sqrt(TIME_STEPS / 2) / EVIDENCE_NOISE)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Attributes:
-        before: the network before training, a plain one.
-        after: the network after training, a plain one.
-        learning: accuracy on each batch, before the network learns from it.
-        choices: what it chooses in the test trials.
-        accuracy: how often that is right.
-    """
-
-    before: RateNetwork
-    after: RateNetwork
-    learning: Tensor
-    choices: Tensor
-    accuracy: float
-
-    def curve(self) -> tuple[Tensor, Tensor]:
-        """Numbers of trials so far, and for each the accuracy in the last `WINDOW` batches of them."""
-        window = min(WINDOW, len(self.learning))
-        accuracies = self.learning.unfold(0, window, 1).mean(1)
-        return (torch.arange(len(accuracies)) + window) * BATCH_SIZE, accuracies
-
-    def trials_to_criterion(self) -> float:
-        """Number of trials after which the criterion is reached, infinite if it never is."""
-        trials, accuracies = self.curve()
-        reached = trials[accuracies >= CRITERION]
-        return float(reached[0]) if len(reached) else math.inf
-
-
-def train(task: str, condition: str, seed: int, batches: int, test: Trials, bar: tqdm) -> Run:
-    """Train a network from the weights, and on the trials, that belong to the seed."""
-    torch.manual_seed(seed)
-    trials = torch.Generator().manual_seed(seed)
-    channels = test.stimuli.shape[2]
-    model: nn.Module = RateNetwork(channels)
-    pass_ = PASSES[condition]
-    if pass_ is not None:
-        model = biofx.transform(model, [pass_], example_inputs=test.stimuli[:BATCH_SIZE], seed=seed)
-    before = plain(model, channels)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
-    if pass_ is not None:
-        biofx.attach(model, optimizer)  # this is all: the loop below is that of the free network
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=batches, pct_start=0.1)
-    learning = []
-    for _ in range(batches):
-        batch = draw(task, BATCH_SIZE, trials)
-        logits = model(batch.stimuli)
-        learning.append((logits.argmax(1) == batch.answers).float().mean())
-        optimizer.zero_grad()
-        F.cross_entropy(logits, batch.answers).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        bar.update()
-    if pass_ is not None:
-        biofx.verify(model)
-    after = plain(model, channels)
-    choices = choose(after, test)
-    accuracy = (choices == test.answers).float().mean().item()
-    return Run(before, after, torch.stack(learning), choices, accuracy)
-
-
-def plain(model: nn.Module, channels: int) -> RateNetwork:
-    """What the network computes now, as one of the class above: whatever a pass did is in its weights."""
-    result = RateNetwork(channels)
-    folded = biofx.fold(model) if isinstance(model, torch.fx.GraphModule) else model
-    result.load_state_dict(folded.state_dict(), strict=True)
-    return result
-
-
-@torch.no_grad()
-def choose(network: RateNetwork, trials: Trials) -> Tensor:
-    torch.manual_seed(TEST_SEED)  # the noise of the units
-    return network(trials.stimuli).argmax(1)
-
-
 def train_all(tests: dict[str, Trials], seeds: int, batches: int) -> dict[tuple[str, str], list[Run]]:
     """All trainings, by the task and the condition."""
     runs: dict[tuple[str, str], list[Run]] = {(task, condition): [] for task in tests for condition in PASSES}
@@ -232,7 +95,9 @@ def train_all(tests: dict[str, Trials], seeds: int, batches: int) -> dict[tuple[
         for seed in range(seeds):
             for (task, condition), trained in runs.items():
                 bar.set_description(f"seed {seed}, {task}, {condition}")
-                trained.append(train(task, condition, seed, batches, tests[task], bar))
+                pass_ = PASSES[condition]
+                pipeline = [] if pass_ is None else [pass_]
+                trained.append(train(task, pipeline, seed, batches, tests[task], after_batch=bar.update))
     return runs
 
 
@@ -240,10 +105,6 @@ def two_signs(network: RateNetwork) -> int:
     """How many units excite some of their targets, units or choices, and inhibit others: by the weights alone."""
     outgoing = torch.cat([network.recurrent.weight, network.readout.weight])
     return int(((outgoing > 0).any(0) & (outgoing < 0).any(0)).sum())
-
-
-def eigenvalues(network: RateNetwork) -> Tensor:
-    return torch.linalg.eigvals(network.recurrent.weight.detach())
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from command_line import folder, several
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Name = TypeVar("Name", bound=Hashable)
 
 CONFIDENCE = 0.95
 
@@ -108,9 +109,20 @@ def _paired_p(differences: numpy.ndarray) -> float:
     return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def signed_rank_p(differences: Sequence[float]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test of paired differences, for values whose ranks alone mean something.
+
+    Such are times to an event that some seeds never reach: give those the same time, later than all others.
+    """
+    if not numpy.any(differences):
+        return 1.0
+    return float(stats.wilcoxon(differences).pvalue)
+
+
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """Correct p values so that they hold for all tests together: the k-th smallest of n is multiplied by n − k + 1."""
-    corrected, largest = {}, 0.0
+    corrected: dict[Name, float] = {}
+    largest = 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
         corrected[name] = largest

@@ -2,10 +2,13 @@
 
 from biofx.analysis.sites import WeightSite
 from biofx.model.slots import Slot
+from biofx.passes.continual_backprop import ContinualBackprop
 from biofx.passes.crystallize import Crystallize
 from biofx.passes.dales_principle import DalesPrinciple
+from biofx.passes.exponentiated_gradient import ExponentiatedGradient
 from biofx.passes.fuzzy_learning_rates import FuzzyLearningRates
 from biofx.passes.group_units import GroupUnits
+from biofx.passes.inhibitory_interneurons import InhibitoryInterneurons
 from biofx.passes.l1_regularization import L1Regularization
 from biofx.passes.mirror_units import MirrorUnits
 from biofx.passes.recipes import CORTEX, HOFMANN2025
@@ -22,11 +25,14 @@ register_recipe("hofmann2025", HOFMANN2025)
 register_recipe("cortex", CORTEX)
 
 __all__ = [
+    "ContinualBackprop",
     "Crystallize",
     "DalesPrinciple",
     "Editor",
+    "ExponentiatedGradient",
     "FuzzyLearningRates",
     "GroupUnits",
+    "InhibitoryInterneurons",
     "L1Regularization",
     "MirrorUnits",
     "Moment",

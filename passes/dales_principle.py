@@ -20,6 +20,7 @@ from biofx.rewrite.registry import Moment, Pass, register
 from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
 from biofx.signs.scales import keep_scales_nonnegative
+from biofx.signs.unit_signs import free_readers, known_signs, renumber, why_free
 from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:
@@ -169,18 +170,18 @@ class DalesPrinciple(Pass):
             reading, edit = units.readings[name], model.edits[name]
             sign = self._of_positions(signs, reading)
             if not bool(sign.any()):
-                edit.leave(_why_free(units, reading))
+                edit.leave(why_free(units, reading))
                 continue
             constrained[name] = sign
             if reading.remark:
                 edit.remark(f"{reading.remark}, so its positions have signs of their own")
             if reading.signed_by:
                 edit.remark(f"the activity of its units can be negative ({reading.signed_by})")
-            if others := _free_readers(model, units, reading, constrained.keys() | chosen.keys()):
+            if others := free_readers(model, units, reading, constrained.keys() | chosen.keys()):
                 edit.remark(f"{', '.join(others)} read the same units with weights of either sign")
         silent = self._silence(model, units, constrained)
         self._set_weights(model, units, constrained)
-        _renumber(model, units)
+        renumber(model, units)
         for name, sign in constrained.items():
             site, edit = chosen[name], model.edits[name]
             spread = site.spread_presynaptic(sign).to(site.raw.device, site.raw.dtype)
@@ -247,7 +248,7 @@ class DalesPrinciple(Pass):
         read = torch.cat([reading.classes for reading in readings.values()]).unique()
         energies = _energies(model, readings, len(units.classes)) if self.assign == "closest" else None
         given = dict(self.assign) if isinstance(self.assign, Mapping) else {}
-        known = _known_signs(model, units)
+        known = known_signs(model, units)
         for index, population in enumerate(units.populations):
             members = units.classes[units.members(index)]
             numbers = read[torch.isin(read, members)]
@@ -325,28 +326,6 @@ def _agreeing(site: WeightSite, signs: Tensor) -> tuple[float, float]:
     return float(energy.where(raw * sign >= 0, 0).sum()), float(energy.sum())
 
 
-def _why_free(units: Units, reading: Reading) -> str:
-    """Why a weight whose units have no signs reads no others."""
-    origins = {units.populations[index].origin for index in units.owner[reading.numbers].tolist()}
-    if "constant" in origins:
-        return "it reads parameters or constants, which no unit computes"
-    return "it reads the model's inputs, which are free"
-
-
-def _free_readers(model: ModelEditor, units: Units, own: Reading, signed: Collection[str]) -> list[str]:
-    """Weights without signs that read the same units."""
-    free = {n: r for n, r in units.readings.items() if n not in signed and model.all_sites[n].sign is None}
-    return [name for name, reading in free.items() if bool(torch.isin(reading.classes, own.classes).any())]
-
-
-def _renumber(model: ModelEditor, units: Units) -> None:
-    """Let weights that got their signs in an earlier transform know their units by the present numbers."""
-    for name, site in model.all_sites.items():
-        numbers = site.state("units")
-        if numbers is not None and name in units.readings:
-            numbers.copy_(units.readings[name].classes)
-
-
 def _signs(name: str, given: Any) -> tuple[int, ...]:
     values = given.tolist() if isinstance(given, Tensor) else given
     if not isinstance(values, Collection) or isinstance(values, str) or not all(v in (1, -1) for v in values):
@@ -358,16 +337,6 @@ def _fitting(name: str, signs: Sequence[int], count: int) -> Tensor:
     if len(signs) != count:
         raise PipelineError(f"dales-principle: assign[{name!r}] has {len(signs)} signs for {count} units")
     return torch.tensor(signs, dtype=torch.float32)
-
-
-def _known_signs(model: ModelEditor, units: Units) -> Tensor:
-    """Signs that classes of units have from an earlier transform, by number; 0 where they have none."""
-    result = torch.zeros(len(units.classes))
-    for name, site in model.all_sites.items():
-        if site.sign is not None and name in units.readings:
-            sign = site.outgoing(site.sign.detach().expand(site.shape))[:, 0].cpu().float()
-            result[units.readings[name].classes[sign != 0]] = sign[sign != 0]
-    return result
 
 
 def _energies(model: ModelEditor, readings: Mapping[str, Reading], count: int) -> Tensor:

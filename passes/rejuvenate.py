@@ -47,7 +47,10 @@ class Rejuvenate(Pass):
 
     *Under Dale's principle* a weight of 0 is the absence of a synapse, so there is nothing to replace. After turnover,
     the excitatory and the inhibitory synapses of every postsynaptic unit are scaled, old ones as well, to the totals
-    that they had: otherwise turnover would fill up what is sparse, and activity explode.
+    that they had: otherwise turnover would fill up what is sparse, and activity explode. A synapse that grows from 0 is
+    small, and so is replaced soon. Balanced weights start with nine tenths of 0, and turn over much more at the same
+    `dre`: in one run (a small convolutional network on digits, AdamW, dre=100, every=10), a synapse was replaced twice
+    in 400 steps, where without signs it was 0.1 times; the test accuracy was 89% with turnover and 96% without.
 
     Adam corrects its moments for the steps of the weight as a whole, so a new synapse moves by several learning rates
     at first.

@@ -1,5 +1,10 @@
 """Fixtures and helpers that all tests share."""
 
+import gc
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +17,8 @@ from biofx.rewrite import registry
 from models.small import ZOO
 
 torch.set_num_threads(1)
+gc.freeze()  # what is imported lives as long as the process
+gc.set_threshold(20_000, 20, 20)  # a graph is many small objects, and by default collections take a tenth of the time
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +37,11 @@ def zoo(request):
     """Every small network, in evaluation mode, with a batch for it."""
     build, shape = ZOO[request.param]
     return build().eval(), torch.randn(shape)
+
+
+def in_turn(kinds: Iterable[Any], options: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Each kind with one of the options: every value of both, where a product of the two would add nothing."""
+    return list(zip(kinds, itertools.cycle(options), strict=False))
 
 
 def tensors(outputs):

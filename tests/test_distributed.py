@@ -29,10 +29,12 @@ OPTIONS = {
     "fuzzy-learning-rates": {"distribution": "activity", "every": 4},
     "volume-dependent-learning-rates": {"base_lr": 0.9},
     "rejuvenate": {"dre": 6.0},
+    "continual-backprop": {"replacement_rate": 0.02, "maturity": 3},
     "synaptic-scaling": {"every": 2},
     "l1-regularization": {"strength": 1e-4},
 }
 STEPS = 20
+DALE, MIRRORED, INTERNEURONS = "dales-principle", "mirror-units", "inhibitory-interneurons"  # exclude each other
 
 
 def everything(*without: str, **other_options) -> list[passes.Pass]:
@@ -69,9 +71,9 @@ def _work(rank: int, ranks: int, port: int, function, folder: str) -> None:
 
 
 DATA_PARALLEL = {  # the optimizer, the passes that are left out, and what is attached
-    "SGD": ("SGD", ("mirror-units",), "wrapper"),
-    "attached before": ("AdamW", ("dales-principle", "group-units"), "before"),
-    "attached after": ("AdamW", ("mirror-units", "split-synapses"), "after"),
+    "SGD": ("SGD", (MIRRORED, INTERNEURONS), "wrapper"),
+    "attached before": ("AdamW", (DALE, INTERNEURONS, "group-units"), "before"),
+    "attached after": ("AdamW", (DALE, MIRRORED, "split-synapses"), "after"),
 }
 
 
@@ -137,6 +139,7 @@ def test_the_example_shows_that_ranks_agree_with_one_process(tmp_path):
 # --- Shards
 
 
+WHOLE = [name for name, rule in passes.registered_passes().items() if rule.moment and not rule.works_on_shards]
 SPLIT = [passes.SplitSynapses(2), passes.FuzzyLearningRates()]
 UNSTORED = [passes.SplitSynapses(2), passes.FuzzyLearningRates(dtype="unstored")]
 IN_BLOCKS = {
@@ -168,10 +171,12 @@ class Sharded:
 
 
 SHARDED = {
-    "an empty shard": Sharded(everything("mirror-units"), placed=False, sizes=(6, 10, 6, 4)),
-    "uneven shards": Sharded(everything("mirror-units", "split-synapses"), "SGD", sizes=(6, 10, 8, 4)),
-    "mirrored units": Sharded(everything("dales-principle", "group-units")),
-    "blocks": Sharded(everything("mirror-units", "group-units", "synaptic-scaling", **IN_BLOCKS), blocks=True),
+    "an empty shard": Sharded(everything(MIRRORED, INTERNEURONS, *WHOLE), placed=False, sizes=(6, 10, 6, 4)),
+    "uneven shards": Sharded(everything(MIRRORED, DALE, "split-synapses", *WHOLE), "SGD", sizes=(6, 10, 8, 4)),
+    "mirrored units": Sharded(everything(DALE, INTERNEURONS, "group-units", *WHOLE)),
+    "blocks": Sharded(
+        everything(MIRRORED, INTERNEURONS, "group-units", "synaptic-scaling", *WHOLE, **IN_BLOCKS), blocks=True
+    ),
     "unstored": Sharded(UNSTORED, "SGD", blocks=True),
     "not attached": Sharded(SPLIT, "SGD", blocks=True, attached=False),
 }
@@ -300,7 +305,7 @@ def check_a_failed_attach(ranks: int) -> None:
     """Gains that were cut are whole again, and a second attempt cuts them."""
     bio, optimizer = start_sharded("failed attach", ranks)
     gain = bio.get_buffer("0.weight_synapses.gain")
-    with mock.patch.object(attachment, "_feasible", side_effect=RuntimeError("late")):
+    with mock.patch.object(attachment, "feasible", side_effect=RuntimeError("late")):
         assert error_of(lambda: biofx.attach(bio, optimizer)) == "RuntimeError: late"
     assert bio.get_buffer("0.weight_synapses.gain") is gain
     biofx.attach(bio, optimizer)

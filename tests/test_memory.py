@@ -82,6 +82,7 @@ ONE_WEIGHT = {
     "fuzzy-learning-rates": 0,
     "crystallize": 0,
     "rejuvenate": 0,
+    "exponentiated-gradient": 0,
     "synaptic-scaling,volume-dependent-learning-rates": 0,
     "l1-regularization": 2,  # a gradient, and the slopes of the weight
     "split-synapses{synapses=2},synaptic-scaling,crystallize,rejuvenate": 4,  # 2 gradients in place of 1, and a weight

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import biofx
 
-LAYERS = 8
+LAYERS = 5
 X = torch.randn(2, 4)
 OWN = os.path.join(os.path.dirname(str(biofx.__file__)), "")
 

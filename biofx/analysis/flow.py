@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from biofx.analysis.reads import Form
@@ -40,6 +41,7 @@ class Flow(Interpreter[Signal]):
             for the first to 1 for the last. Weights that read each other, as in a recurrent network, have one depth.
         outputs: the weights after which no signal passes another weight.
         scales: the parameters that multiply units on their way to a weight, each with the weights that they lead to.
+        returned: what the model returns has come from there, without passing another weight.
     """
 
     def __init__(self, recording: Recording, forms: Forms) -> None:
@@ -54,6 +56,8 @@ class Flow(Interpreter[Signal]):
         self._edges: list[tuple[Point, Point]] = []
         self._met = 0
         self.interpret(recording)
+        points = (self.of(value).point for value in recording.outputs)
+        self.returned = frozenset(point for point in points if point is not None)
         self.depth, self.outputs = _depths(list(self._scaled), self._edges)
         self.scales: dict[str, set[str]] = {}
         scales = list(self._bits)
@@ -89,6 +93,27 @@ class Flow(Interpreter[Signal]):
             else:
                 scales |= self._bits.setdefault(name, 1 << len(self._bits))
         return Signal(point, scales)
+
+    def ahead(self, weight: str) -> tuple[set[str], set[Point]]:
+        """The weights that a signal comes to next after a weight, and the points on its way, with the weight."""
+        found: set[str] = set()
+        ahead: list[Point] = [weight]
+        seen: set[Point] = {weight}
+        while ahead:
+            for point in self._after_point.get(ahead.pop(), ()):
+                if isinstance(point, str):
+                    found.add(point)
+                elif point not in seen:
+                    seen.add(point)
+                    ahead.append(point)
+        return found, seen
+
+    @cached_property
+    def _after_point(self) -> dict[Point, list[Point]]:
+        found: dict[Point, list[Point]] = {}
+        for before, after in self._edges:
+            found.setdefault(before, []).append(after)
+        return found
 
     def _meeting(self, *points: Point | None) -> Point | None:
         """Where signals go on that come from some points."""

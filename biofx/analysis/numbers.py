@@ -154,16 +154,9 @@ class UnitNumbers:
         if not bool(differ.any()):
             return
         pairs = torch.unique(lowest[differ] << 32 | rows[differ])
-        edges = torch.stack([pairs >> 32, pairs & 0xFFFFFFFF])
-        # Connected components by pointer jumping: each number takes the smallest at its edges, then of its component.
-        found = torch.arange(len(self))
-        found[: len(self.representative)] = self.representative
-        while not torch.equal(*(ends := found[edges])):
-            for end in ends:
-                found.scatter_reduce_(0, end, ends.amin(0), "amin")
-            while not torch.equal(found, found[found]):
-                found = found[found]
-        self.representative = found
+        known = torch.arange(len(self))
+        known[: len(self.representative)] = self.representative
+        self.representative = connected(known, torch.stack([pairs >> 32, pairs & 0xFFFFFFFF]))
 
     def named(self, carried: Iterable[Tensor]) -> tuple[tuple[Population, ...], Tensor]:
         """The populations of some numbers, with names that tell them apart, and by number the index of its population.
@@ -271,6 +264,21 @@ def _digest(numbers: Tensor) -> bytes:
     return hashlib.blake2b(numbers.contiguous().numpy().tobytes(), digest_size=16).digest() + len(numbers).to_bytes(
         4, "little"
     )
+
+
+def connected(found: Tensor, edges: Tensor) -> Tensor:
+    """The smallest number of the component of each number, by pointer jumping.
+
+    Args:
+        found: a number of its component that is known, for each; changed in place.
+        edges: pairs of numbers that are of one component, shape (2, edges).
+    """
+    while not torch.equal(*(ends := found[edges])):  # each takes the smallest at its edges, then of its component
+        for end in ends:
+            found.scatter_reduce_(0, end, ends.amin(0), "amin")
+        while not torch.equal(found, found[found]):
+            found = found[found]
+    return found
 
 
 def different_columns(numbers: Tensor) -> Tensor:

@@ -140,6 +140,15 @@ class WeightSite:
         """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, differentiable."""
         return self.raw if self.learning is None else self.learning(until=Slot.SIGN)
 
+    def direct(self) -> Tensor:
+        """What presynaptic units contribute themselves: the effective weight without that of interneurons."""
+        return self.raw if self.learning is None else self.learning(until=Slot.SUM)
+
+    @property
+    def has_interneurons(self) -> bool:
+        """Whether presynaptic units inhibit through interneurons."""
+        return self.learning is not None and self.learning.has_interneurons
+
     def effective(self) -> Tensor:
         """What takes the parameter's place in the original model, differentiable in `raw`.
 

@@ -46,6 +46,9 @@ class Understanding:
 
     Attributes:
         recording: the run.
+        forms: the parameters in it.
+        told: the numbers of units, and what each weight reads by them.
+        flow: which weights a signal passes before others.
         weights: the facts of every parameter that is made of synapses, by its name.
         others: why other parameters are not, by name.
         populations: the populations whose units reach a weight; the first is nobody.
@@ -61,6 +64,8 @@ class Understanding:
 
     recording: Recording
     forms: Forms = field(repr=False)
+    told: Readings = field(repr=False)
+    flow: Flow = field(repr=False)
     weights: dict[str, WeightFacts]
     others: dict[str, str]
     populations: tuple[Population, ...]
@@ -234,7 +239,7 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
     classes = numbers.classes(torch.arange(len(owner)))
     scales = {name: found & weights.keys() for name, found in flow.scales.items() if found & weights.keys()}
     return Understanding(
-        recording, forms, weights, others, populations, owner, classes, readings, scales, run,
+        recording, forms, told, flow, weights, others, populations, owner, classes, readings, scales, run,
         words != BY_FUNCTION, words, list(_notes(recording)),
     )  # fmt: skip
 

@@ -132,10 +132,10 @@ class UnitAnalysis:
             wanted.update(_below(v) for v in (read.source, read.output) if v is not None)
         for operation in reversed(self._recording.operations):
             if any(_below(v) in wanted for v in (*operation.outputs, *operation.written)):
-                wanted.update(map(_below, self._carried(operation)))
+                wanted.update(map(_below, self.carried(operation)))
         return wanted
 
-    def _carried(self, operation: Operation) -> list[Value]:
+    def carried(self, operation: Operation) -> list[Value]:
         """The operands whose units an operator takes up."""
         kind, operands = operation.kind, [v for v in operation.operands if v.is_activity]
         if kind in (Kind.CONSTANT, Kind.UNKNOWN) or operation in self._reads:
@@ -147,6 +147,10 @@ class UnitAnalysis:
         if kind in (Kind.KEEP, Kind.NORM, Kind.WINDOW, Kind.REDUCE, Kind.ALONG, Kind.CONVOLUTION):
             return operands[:1]
         return operands
+
+    def is_read(self, operation: Operation) -> bool:
+        """Whether an operator multiplies activity by a weight."""
+        return operation in self._reads
 
     # --- one pass ------------------------------------------------------------------------------------------------
 

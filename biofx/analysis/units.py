@@ -96,7 +96,7 @@ class Units:
         if bool(reading.is_free.all()):
             return Verdict("free")
         count = len(mixed & set(reading.classes[~reading.is_free].tolist()))
-        return Verdict("breaks", mixed=count) if count else Verdict("obeys")
+        return Verdict("breaks", mixed=count) if count else Verdict("obeys", has_interneurons=site.has_interneurons)
 
     def _unjudged(self, name: str, site: WeightSite) -> str:
         if name not in self.readings:
@@ -108,8 +108,9 @@ class Units:
     def mixed(self) -> Tensor:
         """The numbers of the units with outgoing weights of both signs, over all weights that read them.
 
-        Inputs are left out: they are no units of the network. If it returns no unit, the model, transformed, folded or
-        any other, obeys Dale's principle in every weight.
+        Inputs are left out: they are no units of the network. Of units that inhibit through interneurons, their own
+        synapses count; `fold` adds up both. If it returns no unit, the model, transformed, folded or any other, obeys
+        Dale's principle in every weight.
 
         Raises:
             NotJudgedError: no unit was found to be mixed, but some weights could not be judged; names them, with the
@@ -161,7 +162,7 @@ class Units:
             if self._unjudged(name, self.sites[name]):
                 continue
             site = self.sites[name]
-            weight = site.outgoing(site.effective().detach()).cpu()
+            weight = site.outgoing(site.direct().detach()).cpu()
             neural = ~reading.is_free
             positive[reading.classes[neural & (weight > 0).any(1)]] = True
             negative[reading.classes[neural & (weight < 0).any(1)]] = True

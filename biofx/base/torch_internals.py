@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import config as fx_config
 from torch.fx.experimental import _config as shape_config
 from torch.fx.graph_module import reduce_graph_module
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -197,6 +198,23 @@ def recompile_limit(limit: int) -> AbstractContextManager[None]:
 def any_batch_size() -> AbstractContextManager[None]:
     """Let `torch.export` take lengths of 0 and 1 like any others; `Dim.AUTO` specializes them."""
     return shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined, no-any-return]
+
+
+@contextmanager
+def fast_export() -> Iterator[None]:
+    """Make `torch.export` faster by what biofx does not need; the graph stays the same.
+
+    Its cache of fake results compares sizes, which takes longer than computing them if sizes are symbols. And each node
+    gets the place in the source that made it.
+    """
+    config: Any = importlib.import_module("torch._dynamo.config")
+    before = getattr(fx_config, "do_not_emit_stack_traces", False)  # not every version has it
+    fx_config.do_not_emit_stack_traces = True
+    try:
+        with config.patch(fake_tensor_cache_enabled=False):
+            yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
 
 
 def guards_of(program: torch.export.ExportedProgram) -> list[str]:

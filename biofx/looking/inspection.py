@@ -120,7 +120,9 @@ def _memory(bio: fx.GraphModule) -> tuple[int, int]:
     """The bytes that synapses and their state take beyond one number for each connection, and those of the model."""
     added = 0
     for synapses in set(synapses_in(bio).values()):
-        added += sum(map(_size, synapses.buffers()))
+        added += sum(
+            _size(each) for each in (*synapses.buffers(), *synapses.parameters()) if each is not synapses.stored
+        )
         if synapses.is_split:
             added += _size(synapses.stored[1:])
     return added, sum(map(_size, (*bio.parameters(), *bio.buffers()))) - added

@@ -37,6 +37,7 @@ class Role(enum.Enum):
     WEIGHT = "stored weight"
     SYNAPSES = "sum over synapses"
     SIGN = "sign constraint"
+    INTERNEURONS = "pool of interneurons"
     HOOK = "gradient hook"
     OBSERVER = "observer"
     OUTPUT = "operator output"
@@ -60,6 +61,7 @@ _STYLES = {
     Role.WEIGHT: Style("#f0e442", "cylinder", ("[(", ")]"), "oval"),
     Role.SYNAPSES: Style("#56b4e9", "hexagon", ("{{", "}}"), "cut"),
     Role.SIGN: Style("#cc79a7", "diamond", ("{", "}"), "cut"),
+    Role.INTERNEURONS: Style("#d55e00", "invtriangle", ("[\\", "/]"), "cut"),
     Role.HOOK: Style("#e69f00", "house", ("[/", "/]"), "round"),
     Role.OBSERVER: Style("#009e73", "ellipse", ("([", "])"), "oval"),
     Role.OUTPUT: Style("#8fb8de", "octagon", ("[[", "]]"), "cut"),
@@ -72,6 +74,7 @@ _OF_SLOT = {
     Slot.HOOK: Role.HOOK,
     Slot.SIGN: Role.SIGN,
     Slot.SUM: Role.SYNAPSES,
+    Slot.INTERNEURONS: Role.INTERNEURONS,
     Slot.OUTPUT: Role.OUTPUT,
     Slot.OBSERVER: Role.OBSERVER,
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from biofx.base.errors import ArgumentError
 from biofx.base.option_values import described_options
 from biofx.model.provenance import record_of
+from biofx.model.slots import Slot
 from biofx.model.synapses import CHILD, Synapses, child_of
 
 PLAIN = "this looks like a checkpoint of the plain model; load it into that, before transform"
@@ -123,13 +124,16 @@ def _distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
     present = child.stored.detach()
     if not child.is_computed or weight.shape != (present[0] if child.is_split else present).shape:
         return weight
+    direct = weight
+    if child.has_interneurons:  # they inhibit as they do now
+        direct = weight + (child(until=Slot.SUM) - child()).detach().to(weight)
     if child.is_split:
         sizes = present.abs().double()
         total = sizes.sum(0)
         shares = torch.where(total > 0, sizes / total.where(total > 0, 1.0), 1 / len(present))
-        stored = (weight.to(shares) * shares).to(present)
+        stored = (direct.to(shares) * shares).to(present)
     else:
-        stored = weight.to(present)
+        stored = direct.to(present)
     with torch.no_grad():
         computed = child(stored=stored)
     if computed.shape != weight.shape or not torch.allclose(computed, weight.to(computed), rtol=1e-4, atol=1e-6):

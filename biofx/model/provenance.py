@@ -190,7 +190,7 @@ def changed_since(bio: nn.Module) -> Iterator[str]:
             yield f"{name}, which has synapses since the transform, was {tuple(shape)} then and is {now} now"
     for name, synapses in synapses_in(bio).items():
         for key, by in synapses.users.items():
-            if key not in synapses._buffers:
+            if key not in synapses._buffers and key not in synapses._parameters:
                 yield f"{key} of {name}, which {', '.join(by)} keeps, was removed"
 
 

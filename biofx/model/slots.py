@@ -9,17 +9,18 @@ from dataclasses import dataclass
 class Slot(enum.IntEnum):
     """A place where a pass acts on a weight; the values are the canonical order.
 
-        raw [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → operator → output
+        raw [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → interneurons → operator → output
 
-    The sign constraint and the sum are exclusive: only one pass of a weight may claim each. Observers receive the
-    output of the operator.
+    The sign constraint, the sum and the interneurons are exclusive: only one pass of a weight may claim each. Observers
+    receive the output of the operator.
     """
 
     HOOK = 1
     SIGN = 2
     SUM = 3
-    OUTPUT = 4
-    OBSERVER = 5
+    INTERNEURONS = 4
+    OUTPUT = 5
+    OBSERVER = 6
 
     @property
     def label(self) -> str:
@@ -28,6 +29,7 @@ class Slot(enum.IntEnum):
             Slot.HOOK: "gradient hook",
             Slot.SIGN: "sign constraint",
             Slot.SUM: "sum over synapses",
+            Slot.INTERNEURONS: "pool of interneurons",
             Slot.OUTPUT: "operator output",
             Slot.OBSERVER: "observer",
         }[self]
@@ -35,12 +37,12 @@ class Slot(enum.IntEnum):
     @property
     def on_chain(self) -> bool:
         """Whether the slot lies between the stored weight and its operator."""
-        return self in (Slot.HOOK, Slot.SIGN, Slot.SUM)
+        return self < Slot.OUTPUT
 
     @property
     def exclusive(self) -> bool:
         """Whether only one pass may claim the slot of a weight."""
-        return self in (Slot.SIGN, Slot.SUM)
+        return self in (Slot.SIGN, Slot.SUM, Slot.INTERNEURONS)
 
 
 @dataclass(frozen=True)

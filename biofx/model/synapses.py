@@ -1,6 +1,6 @@
 """Synapses: how a weight is computed from its stored tensor. THE idea of biofx.
 
-    stored [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → the weight
+    stored [Γ, *shape] → gradient hooks → sign constraint → sum over synapses → interneurons → the weight
 
 A module whose weight has synapses gets a child module for it. The child holds the stored tensor, the links of this
 chain, and their state. Every reader of `module.weight` gets the end of the chain: the graph, Python code, a checkpoint.
@@ -28,10 +28,10 @@ CHILD = "{}_synapses"  # name of the child, by the name of the weight in its mod
 
 @dataclass(frozen=True)
 class State:
-    """An argument of a link: a buffer of the synapses.
+    """An argument of a link: a buffer or a parameter of the synapses.
 
     Attributes:
-        key: the buffer's name.
+        key: its name.
     """
 
     key: str
@@ -74,7 +74,7 @@ def _unpickled_link(target: Any, args: tuple[Any, ...], origin: Inserted) -> Lin
 
 
 class Synapses(nn.Module):
-    """The synapses of one weight; their state is in buffers.
+    """The synapses of one weight; their state is in buffers, and in parameters if it is trained.
 
     Args:
         key: the weight's name in its module; here it is the name of the stored tensor.
@@ -127,6 +127,11 @@ class Synapses(nn.Module):
         return any(link.origin.slot is Slot.SUM for link in self.links)
 
     @property
+    def has_interneurons(self) -> bool:
+        """Whether interneurons inhibit the postsynaptic units."""
+        return any(link.origin.slot is Slot.INTERNEURONS for link in self.links)
+
+    @property
     def shares(self) -> int:
         """The number of synapses that share the gradient of their connection."""
         return next((round(1 / link.args[0]) for link in self.links if link.target is torch.ops.biofx.share_grad), 1)
@@ -146,7 +151,7 @@ class Synapses(nn.Module):
             if link.origin.slot is not Slot.HOOK and link.target is not torch.ops.biofx.project_sign
         )
 
-    def forward(self, *, until: Slot = Slot.SUM, stored: Tensor | None = None) -> Tensor:
+    def forward(self, *, until: Slot = Slot.INTERNEURONS, stored: Tensor | None = None) -> Tensor:
         """Compute the weight, or an intermediate value of its chain; differentiable in the stored tensor.
 
         Args:
@@ -215,9 +220,9 @@ class Synapses(nn.Module):
 
     @torch.no_grad()
     def _refuse_broken_promise(self, link: Link, before: tuple[Link, ...]) -> None:
-        """Run a link: a gradient hook has to be the identity, and a sign constraint has to keep the shape."""
+        """Run a link: a gradient hook has to be the identity, and only the sum over synapses may change the shape."""
         slot, value = link.origin.slot, self._run(before, self.stored)
-        for arg in link.args:
+        for arg in link.args if slot is not Slot.INTERNEURONS else ():  # whose state is between other units
             shape = getattr(self, arg.key).shape if isinstance(arg, State) else ()
             if len(shape) > value.dim() or any(
                 n not in (1, m) for n, m in zip(shape[::-1], value.shape[::-1], strict=False)
@@ -227,20 +232,24 @@ class Synapses(nn.Module):
                     f"its {arg.key} of shape {tuple(shape)} does not broadcast to the weight's {tuple(value.shape)}",
                 )
         result = link.target(value, *self.arguments(link))
-        if slot <= Slot.SIGN and result.shape != value.shape:
+        if slot is not Slot.SUM and result.shape != value.shape:
             raise _broken(link, f"it changes the shape from {tuple(value.shape)} to {tuple(result.shape)}")
         if slot is Slot.HOOK and not (result.is_set_to(value) or _are_equal(result, value)):
             raise _broken(link, "it changes the weight, but a gradient hook may only change gradients")
 
     def keep(self, key: str, value: Tensor, by: str) -> None:
-        """Add a tensor as state.
+        """Add a tensor as state; one that is a parameter is trained, unless the stored tensor is frozen.
 
         Raises:
             PipelineError: the name is taken.
         """
         if hasattr(self, key):
             raise PipelineError(f"{by} cannot keep a state called {key} with a weight: the name is taken")
-        self.register_buffer(key, value.to(self.stored.device).contiguous())
+        placed = value.detach().to(self.stored.device).contiguous()
+        if isinstance(value, nn.Parameter):
+            self.register_parameter(key, nn.Parameter(placed, requires_grad=self.stored.requires_grad))
+        else:
+            self.register_buffer(key, placed)
         self.users[key] = (by,)
 
     def share(self, key: str, by: str, links: bool) -> Tensor | None:

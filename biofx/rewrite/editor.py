@@ -98,18 +98,19 @@ class Editor:
         """An editor for another parameter, given by its `get_attr` node, such as the bias of a weight's operator."""
         return Editor(self._bio, chain.original_name(self._bio, start), start, self._by, self._seed, self._places)
 
-    def insert(self, target: Callable[..., Any], *args: Any) -> None:
+    def insert(self, target: Callable[..., Any], *args: Any, slot: Slot | None = None) -> None:
         """Put `target(weight, *args)` into the weight's chain, at the end of the pass's slot.
 
         Args:
             target: a dispatcher operator or a PyTorch function whose first argument is the weight.
             args: its other arguments: constants, or state (see `state`).
+            slot: another slot than that of the pass.
 
         Raises:
             PipelineError: the target violates what the pass's slot promises.
         """
         self.changed = True
-        link = Link(target, args, self._origin(self._by.slot))
+        link = Link(target, args, self._origin(self._by.slot if slot is None else slot))
         synapses = self._synapses()
         synapses.insert(link)
         if is_hook(target) and not multiplies_entries(target, synapses.stored, *synapses.arguments(link)):
@@ -126,6 +127,8 @@ class Editor:
 
     def keep(self, key: str, value: Tensor) -> None:
         """Keep a tensor for this parameter in the buffer `<parameter>_synapses.<key>`, on the parameter's device.
+
+        A `torch.nn.Parameter` becomes a parameter of that name, which optimizers train.
 
         Raises:
             PipelineError: the name is taken, or `value` is not a tensor.

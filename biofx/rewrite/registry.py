@@ -27,10 +27,11 @@ class Moment(enum.IntEnum):
 
     GRADIENT = 1
     GAIN = 2
-    TURNOVER = 3
-    SCALING = 4
-    REFRESH = 5
-    PROJECTION = 6
+    UPDATE = 3
+    TURNOVER = 4
+    SCALING = 5
+    REFRESH = 6
+    PROJECTION = 7
 
     @property
     def before_step(self) -> bool:

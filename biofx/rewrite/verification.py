@@ -32,8 +32,9 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
     - Every weight has one chain, with its nodes in canonical order, and every inserted node is in use.
     - Every `biofx` operator in the graph was inserted by a pass that ran.
     - No parameter of the original model is gone, and the weights that passes changed are finite.
-    - All outgoing effective weights of a unit with a sign, in all weights that read it, have one sign. Scale parameters
-      that passes keep from being negative are not negative.
+    - All outgoing effective weights of a unit with a sign, in all weights that read it, have one sign; if it inhibits
+      through interneurons, its own synapses have. Scale parameters that passes keep from being negative are not
+      negative.
     - Gains are finite and not negative, and the invariants of each pass hold (`Pass.violations`).
 
     Args:
@@ -71,7 +72,7 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
 
 def _verdict(site: WeightSite) -> Verdict:
     if site.sign is not None and bool((site.sign != 0).any()):
-        return Verdict("obeys")
+        return Verdict("obeys", has_interneurons=site.has_interneurons)
     unjudged = site.unmet(Need.UNITS)
     if unjudged is not None:
         return Verdict("not judged", reason=unjudged)

@@ -153,7 +153,7 @@ def mixed_units(sites: dict[str, WeightSite]) -> Iterator[str]:
         if units is None or sign is None:
             continue
         constrained = site.outgoing(sign.expand(site.shape))[:, 0] != 0
-        weight = site.outgoing(site.effective().detach())
+        weight = site.outgoing(site.direct().detach())
         if not weight.numel():
             continue
         lowest, highest = weight.aminmax(dim=1)

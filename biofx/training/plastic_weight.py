@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from biofx.base import randomness
 from biofx.base.errors import LifecycleError
@@ -39,6 +39,7 @@ class PlasticWeight:
         by: name of the pass that looks at the weight.
         compiled: whether to compile what a rule does to entries.
         finite: whether gradients and weights are finite, on a device that is not waited for; else None.
+        stored_before: what `raw` was before the step, for rules at `Moment.UPDATE`; else None.
     """
 
     site: WeightSite
@@ -49,6 +50,7 @@ class PlasticWeight:
     by: str = ""
     compiled: bool = False
     finite: Tensor | None = None
+    stored_before: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -75,6 +77,12 @@ class PlasticWeight:
         value = self.synapses.state(key)
         assert value is not None, f"{self.by} keeps no {key} for {self.name}"
         return local(value)
+
+    @property
+    def old(self) -> Tensor:
+        """What `raw` was before the step of the optimizer; at `Moment.UPDATE`."""
+        assert self.stored_before is not None, f"{self.by} asks for old weights, which are kept for Moment.UPDATE"
+        return self.stored_before
 
     def part(self, values: Tensor) -> Tensor:
         """The part of this process, as a view, of values that broadcast to the whole weight."""
@@ -180,8 +188,7 @@ class PlasticWeight:
     @property
     def group(self) -> dict[str, Any]:
         """The optimizer's options for the weight; none if rules are called by hand."""
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return next((group for group in groups if any(p is self.site.raw for p in group["params"])), {})
+        return _group(self.optimizer, self.site.raw)
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
         """Put new weights where a mask says, and let the optimizer remember of them what it does of a new weight.
@@ -224,26 +231,7 @@ class PlasticWeight:
         Args:
             mask: bool, of the shape of `raw`.
         """
-        mask = mask if self.finite is None else mask & self.finite
-        # What is not listed starts from 0: momentum and moments.
-        initial = {
-            "sum": self.group.get("initial_accumulator_value", 0.0),  # Adagrad
-            "step_size": self.group.get("lr", 0.0),  # Rprop
-        }
-        for key, memory in self.memories.items():
-            if key == "ax":  # ASGD: average of the weight
-                memory.copy_(torch.where(mask, self.raw, memory))
-            elif type(self.optimizer).__module__.startswith("torch.optim") or memory.dtype is torch.bool:
-                memory.masked_fill_(mask, initial.get(key, 0.0))
-            else:
-                value = memory if type(memory).dequantize is Tensor.dequantize else memory.dequantize()
-                memory.copy_(torch.where(mask, self._like_new(value, mask, initial.get(key, 0.0)), value))
-
-    def _like_new(self, memory: Tensor, replaced: Tensor, initial: float) -> Tensor:
-        """What an optimizer remembers of new synapses: the weight, if it keeps a copy of it, else the initial value."""
-        raw, others = self.raw.detach().to(memory), ~replaced
-        distance, size = ((x * others).norm() for x in (memory - raw, raw))
-        return torch.where(distance < CLOSE * size, raw, initial)
+        forget(self.optimizer, self.site.raw, mask if self.finite is None else mask & self.finite)
 
     def check_can_forget(self) -> None:
         """Refuse a memory of which nobody knows how it says that there is nothing to remember.
@@ -262,9 +250,53 @@ class PlasticWeight:
     @property
     def memories(self) -> dict[str, Tensor]:
         """What the optimizer remembers of every synapse, by its key."""
-        state = {} if self.optimizer is None else memory_of(self.optimizer, self.site.raw)
-        own = ((key, local(memory)) for key, memory in state.items() if isinstance(memory, Tensor))
-        return {key: memory for key, memory in own if memory.shape == self.raw.shape}
+        return _memories(self.optimizer, self.site.raw)
+
+
+def forget(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, mask: Tensor) -> None:
+    """Reset what an optimizer remembers of some entries of a parameter, as if they were new.
+
+    Args:
+        optimizer: the optimizer.
+        parameter: the parameter, with the new values.
+        mask: bool, of the shape of the parameter, or of this process's part of it.
+    """
+    group = _group(optimizer, parameter)
+    # What is not listed starts from 0: momentum and moments.
+    initial = {
+        "sum": group.get("initial_accumulator_value", 0.0),  # Adagrad
+        "step_size": group.get("lr", 0.0),  # Rprop
+    }
+    raw = local(parameter).detach()
+    for key, memory in _memories(optimizer, parameter).items():
+        if key == "ax":  # ASGD: average of the weight
+            memory.copy_(torch.where(mask, raw, memory))
+        elif type(optimizer).__module__.startswith("torch.optim") or memory.dtype is torch.bool:
+            memory.masked_fill_(mask, initial.get(key, 0.0))
+        else:
+            value = memory if type(memory).dequantize is Tensor.dequantize else memory.dequantize()
+            memory.copy_(torch.where(mask, _like_new(raw, value, mask, initial.get(key, 0.0)), value))
+
+
+def _like_new(raw: Tensor, memory: Tensor, replaced: Tensor, initial: float) -> Tensor:
+    """What an optimizer remembers of new entries: the weight, if it keeps a copy of it, else the initial value."""
+    raw, others = raw.to(memory), ~replaced
+    distance, size = ((x * others).norm() for x in (memory - raw, raw))
+    return torch.where(distance < CLOSE * size, raw, initial)
+
+
+def _group(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Any]:
+    """The optimizer's options for a parameter."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return next((group for group in groups if any(p is parameter for p in group["params"])), {})
+
+
+def _memories(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What an optimizer remembers of every entry of a parameter, by its key."""
+    state = {} if optimizer is None else memory_of(optimizer, parameter)
+    own = ((key, local(memory)) for key, memory in state.items() if isinstance(memory, Tensor))
+    shape = local(parameter).shape
+    return {key: memory for key, memory in own if memory.shape == shape}
 
 
 def scale_learning(synapses: Synapses, gradient: Tensor, weight: Tensor, by: str) -> Tensor:

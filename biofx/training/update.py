@@ -66,6 +66,11 @@ class Update:
             self._copies = {place: memory.clone() for place, memory in self._found()}
         self._is_open = True
 
+    @property
+    def old(self) -> list[Tensor]:
+        """What was stored before the last step, of the part of each weight that this process holds."""
+        return self._old
+
     @torch.no_grad()
     def _scale_split(self, *, up: bool) -> None:
         split = [synapses for synapses in self._synapses if synapses.shares > 1]

@@ -13,7 +13,7 @@ from biofx import passes
 from biofx.analysis.understanding import understand
 from biofx.recording.inputs import guess
 from biofx.weights.facts import Need
-from conftest import flat, gradients, only, tensors, times_listed
+from conftest import flat, gradients, in_turn, only, tensors, times_listed
 from models.composite import GraphConvolution, normalised_adjacency
 from models.weights import KINDS, MODELS, PATHS, FusedAttention, Layer, LoRA, Network, TiedLanguageModel, Words
 from pipelines import DIVERSE, EVERYTHING
@@ -21,43 +21,75 @@ from pipelines import DIVERSE, EVERYTHING
 ALL = {**KINDS, **PATHS}
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(scope="module", params=ALL)
 def kind(request):
     return ALL[request.param]
 
 
-@pytest.fixture
-def layer(kind):
-    return Layer(kind.shape, kind.function).double()
+@pytest.fixture(scope="module")
+def transformed(kind):
+    torch.manual_seed(0)
+    layer, x = Layer(kind.shape, kind.function).double(), torch.randn(kind.inputs, dtype=torch.float64)
+    return layer, x, biofx.transform(layer, DIVERSE, example_inputs=(x,))
 
 
 @pytest.fixture
-def x(kind):
-    return torch.randn(kind.inputs, dtype=torch.float64)
+def layer(transformed):
+    return copy.deepcopy(transformed[0])
 
 
-@pytest.fixture(params=MODELS)
-def model_and_inputs(request):
-    build, inputs, weights = MODELS[request.param]
+@pytest.fixture
+def x(transformed):
+    return transformed[1]
+
+
+@pytest.fixture
+def bio(transformed):
+    return copy.deepcopy(transformed[2])
+
+
+def built(name):
+    torch.manual_seed(0)
+    build, inputs, weights = MODELS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the older weight norm
         model = build().double().eval()
-    doubled = tuple(t.double() if t.is_floating_point() else t for t in inputs())
-    return model, doubled, weights
+    return model, tuple(t.double() if t.is_floating_point() else t for t in inputs()), weights
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def model_and_inputs(name):
+    return built(name)
+
+
+@pytest.fixture(scope="module")
+def transformed_model(name):
+    model, inputs, _ = built(name)
+    return biofx.transform(model, DIVERSE, example_inputs=inputs)
+
+
+@pytest.fixture
+def bio_model(transformed_model):
+    return copy.deepcopy(transformed_model)
 
 
 # --- one operator ----------------------------------------------------------------------------------------------------
 
 
-def test_axes(kind, layer, x):
-    site = only(biofx.transform(layer, DIVERSE, example_inputs=(x,)))
+def test_axes(kind, bio):
+    site = only(bio)
     assert (site.operator, site.presynaptic_axis, site.postsynaptic_axis) == (kind.name, kind.pre, kind.post)
     assert (site.presynaptic_units, site.units) == (4, 8)
 
 
-def test_the_axes_are_those_along_which_units_act(kind, layer, x):
+def test_the_axes_are_those_along_which_units_act(kind, layer, x, bio):
     """Silencing a presynaptic unit = zeroing its slice of the weight; likewise the output of a postsynaptic one."""
-    site = only(biofx.transform(layer, DIVERSE, example_inputs=(x,)))
+    site = only(bio)
     silenced = x.clone()
     silenced.select(kind.source, 2).zero_()
     if kind is PATHS["normalize"]:
@@ -71,15 +103,13 @@ def test_the_axes_are_those_along_which_units_act(kind, layer, x):
         torch.testing.assert_close(layer(x).select(kind.output, 5), bias)
 
 
-def test_splitting_preserves_outputs_and_scales_gradients(layer, x):
-    bio = biofx.transform(layer, DIVERSE, example_inputs=(x,))
+def test_splitting_preserves_outputs_and_scales_gradients(layer, x, bio):
     torch.testing.assert_close(bio(x), layer(x))
     plain, site = gradients(layer, x)["weight"], only(bio)
     torch.testing.assert_close(gradients(bio, x)["weight"], site.gain * plain / 3)
 
 
-def test_folds_to_the_plain_weight(layer, x):
-    bio = biofx.transform(layer, DIVERSE, example_inputs=(x,))
+def test_folds_to_the_plain_weight(layer, x, bio):
     with torch.no_grad():
         bio.get_parameter("weight").add_(torch.randn_like(bio.get_parameter("weight")) * 0.1)
     plain = biofx.fold(bio)
@@ -88,7 +118,7 @@ def test_folds_to_the_plain_weight(layer, x):
     torch.testing.assert_close(layer(x), bio(x))
 
 
-@pytest.mark.parametrize("constraint", ["project", "abs", "softplus"])
+@pytest.mark.parametrize(("kind", "constraint"), in_turn(ALL, ["project", "abs", "softplus"]), indirect=["kind"])
 def test_a_unit_acts_with_one_sign(kind, layer, x, constraint):
     dale = passes.DalesPrinciple(inputs="mixed", excitatory=0.5, constraint=constraint)
     bio = biofx.transform(layer, [dale, passes.SplitSynapses(2)], example_inputs=(x,))
@@ -125,7 +155,7 @@ def test_units_that_a_weight_returns_are_on_the_output_s_axis(kind, x):
     assert found.describe(numbers) == "8: layer.weight"
 
 
-@pytest.mark.parametrize("activation", [None, "tanh"])
+@pytest.mark.parametrize(("kind", "activation"), in_turn(ALL, [None, "tanh"]), indirect=["kind"])
 def test_grouping_sums_adjacent_units(kind, x, activation):
     network = Network(Layer(kind.shape, kind.function), kind.output, 8).double()
     bio = biofx.transform(network, [passes.GroupUnits(4, activation)], example_inputs=(x,))
@@ -188,24 +218,23 @@ def test_without_example_inputs(kind, x):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def test_which_parameters_are_synapses(model_and_inputs):
-    model, inputs, weights = model_and_inputs
-    bio = biofx.transform(model, DIVERSE, example_inputs=inputs)
-    assert set(biofx.weight_sites(bio)) >= weights
-    assert {name for name, site in biofx.weight_sites(bio).items() if site.passes} >= weights
+def test_which_parameters_are_synapses(model_and_inputs, bio_model):
+    _, _, weights = model_and_inputs
+    assert set(biofx.weight_sites(bio_model)) >= weights
+    assert {name for name, site in biofx.weight_sites(bio_model).items() if site.passes} >= weights
 
 
-def test_the_summary_lists_every_parameter_once(model_and_inputs):
-    model, inputs, _ = model_and_inputs
-    summary = biofx.summary(biofx.transform(model, DIVERSE, example_inputs=inputs))
+def test_the_summary_lists_every_parameter_once(model_and_inputs, bio_model):
+    model, _, _ = model_and_inputs
+    summary = biofx.summary(bio_model)
     assert {name: times_listed(summary, name) for name, _ in model.named_parameters()} == {
         name: 1 for name, _ in model.named_parameters()
     }
 
 
-def test_function_gradients_and_fold_are_exact(model_and_inputs):
+def test_function_gradients_and_fold_are_exact(model_and_inputs, bio_model):
     model, inputs, _ = model_and_inputs
-    bio = biofx.transform(model, DIVERSE, example_inputs=inputs).eval()
+    bio = bio_model.eval()
     for a, b in zip(tensors(bio(*inputs)), tensors(model(*inputs)), strict=True):
         torch.testing.assert_close(a, b)
     plain, hooked, sites = gradients(model, *inputs), gradients(bio, *inputs), biofx.weight_sites(bio)
@@ -225,8 +254,7 @@ def test_function_gradients_and_fold_are_exact(model_and_inputs):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("optimizer_name", ["SGD", "Adam"])
-@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize(("optimizer_name", "balance"), [("SGD", True), ("Adam", False)])
 def test_everything_trains_copies_and_folds(model_and_inputs, optimizer_name, balance):
     model, inputs, _ = model_and_inputs
     everything = [*EVERYTHING, passes.DalesPrinciple(excitatory=0.5, balance=balance)]

@@ -457,6 +457,18 @@ def test_any_batch_size():
     assert program.module()(torch.ones(3, 2)).tolist() == [3, 3]
 
 
+def test_fast_export():
+    with internals.fast_export():
+        assert not torch._dynamo.config.fake_tensor_cache_enabled
+        fast = exported(torch.zeros(3, 2))
+    assert torch._dynamo.config.fake_tensor_cache_enabled
+    usual = exported(torch.zeros(3, 2))
+    assert (str(fast.graph), internals.guards_of(fast)) == (str(usual.graph), internals.guards_of(usual))
+    if torch.__version__ >= (2, 13):
+        traced = [any("stack_trace" in node.meta for node in program.graph.nodes) for program in (fast, usual)]
+        assert traced == [False, True]
+
+
 def test_guards_of():
     guards = internals.guards_of(exported(torch.zeros(3, 2)))
     assert any("L['x'].size()[0]" in guard for guard in guards)

@@ -49,6 +49,9 @@ RULES: dict[str, tuple[str, float]] = {  # the pipeline, and how many times it r
     "rejuvenate every 100": ("rejuvenate{every=100}", 0),
     "dale, project": ("dales-principle{balance=False}", 4),  # finite (2), projection (2)
     "scaling": ("synaptic-scaling", 7),  # one gain for each unit (5), finite (2)
+    "exponentiated": ("exponentiated-gradient", 7),  # the old weights (2), old and new read, written (3), finite (2)
+    "continual backprop": ("continual-backprop", 3),  # finite (2), the sum over outgoing weights (1)
+    "interneurons": ("inhibitory-interneurons", 4),  # finite (2), projection (2)
     "split in 2": ("split-synapses{synapses=2}", 12),  # twice the weights: times 2 (2), old (2), the change (2)
     "fuzzy + volume + crystallize": (f"{FUZZY},{VOLUME},crystallize", 15),
 }

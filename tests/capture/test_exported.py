@@ -511,6 +511,14 @@ def test_each_module_has_a_mode_of_its_own():
         assert torch.equal(bio.get_buffer("2.num_batches_tracked"), model[2].num_batches_tracked)
 
 
+@pytest.mark.parametrize(("model", "exports"), [(mlp(4, 8, 3), 1), (nn.Sequential(nn.Linear(4, 4), nn.Dropout()), 2)])
+def test_a_second_export_is_for_models_that_read_their_mode(model, exports, monkeypatch):
+    calls, original = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: calls.append(1) or original(*args, **options))
+    assert_same_in_both_modes(export(model, x()), model, x())
+    assert len(calls) == exports
+
+
 def test_the_mode_at_the_time_of_the_transform_stays():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout()).train()
     model[1].eval()

@@ -251,7 +251,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, package, suffix):
     assert not any(tmp_path.iterdir())
 
 
-def test_edges_from_and_to_the_outside_pass_what_a_module_contains():
+def test_edges_from_outside_pass_what_a_module_contains():
     inside = [("weight", "hook"), ("gain", "hook"), ("hook", "linear"), ("linear", "observer")]
     outside = [(entrance("fc"), "linear"), ("linear", exit_of("fc"))]
     rows = rows_of("fc", ["weight", "gain", "hook", "linear", "observer"], [*inside, *outside])

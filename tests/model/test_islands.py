@@ -17,7 +17,7 @@ import biofx
 from biofx import passes
 from biofx.model.synapses import Synapses, stored_name, stored_parameters, synapses_of
 from biofx.weights.facts import Need
-from conftest import flat, gradients, loss, tensors, times_listed
+from conftest import flat, gradients, in_turn, loss, tensors, times_listed
 from models.islands import ISLANDS, Around, Branch, Checkpointed, Encoder, Kernels, Recursive, Tokens
 
 SPLIT = (passes.SplitSynapses(2, init="equal", compensate=False),)
@@ -190,8 +190,13 @@ def test_fold_gives_the_plain_model(kind, frontend):
     assert_close(reloaded(plain)(X), plain(X))
 
 
-@pytest.mark.parametrize(("frontend", "optimizer"), [("symbolic", torch.optim.SGD), ("module", torch.optim.AdamW)])
-def test_rules_act_at_steps(kind, frontend, optimizer):
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    in_turn(ISLANDS, [("symbolic", torch.optim.SGD), ("module", torch.optim.AdamW)]),
+    indirect=["kind"],
+)
+def test_rules_act_at_steps(kind, way):
+    frontend, optimizer = way
     pipeline = "split-synapses,fuzzy-learning-rates,crystallize,rejuvenate{dre=1.0},l1-regularization"
     bio = biofx.transform(network(kind), pipeline, frontend=frontend)
     held = optimizer([p for n, p in stored_parameters(bio) if "sparse" not in n], lr=0.01)

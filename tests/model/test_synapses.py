@@ -162,6 +162,7 @@ def test_tied_weights_share_their_synapses():
             (State("gain"),),
             r"its gain of shape \(4, 3\) does not broadcast to the weight.s \(3, 4\)",
         ),
+        (Slot.INTERNEURONS, torch.sum, (0,), r"cannot be a pool of interneurons: it changes the shape"),
     ],
 )
 def test_a_link_does_what_its_slot_promises(slot, target, args, why):
@@ -170,6 +171,20 @@ def test_a_link_does_what_its_slot_promises(slot, target, args, why):
     with pytest.raises(biofx.PipelineError, match=f"^doubles: weight: .*{why}"):
         fc.weight_synapses.insert(Link(target, args, Inserted(("doubles",), "weight", slot)))
     assert fc.weight_synapses.links == ()
+
+
+def test_state_that_is_a_parameter_is_trained_if_the_weight_is():
+    for is_trained in (True, False):
+        fc, _ = layer()
+        fc.weight_synapses.stored.requires_grad_(is_trained)
+        fc.weight_synapses.keep("slope", nn.Parameter(torch.tensor(2.0).double()), "mine")
+        fc.weight_synapses.insert(Link(torch.mul, (State("slope"),), Inserted(("mine",), "weight", Slot.INTERNEURONS)))
+        assert torch.equal(fc.weight, 2 * fc.weight_synapses.stored)
+        slope = dict(fc.named_parameters())["weight_synapses.slope"]
+        assert slope.requires_grad is is_trained
+        if is_trained:
+            fc.weight.sum().backward()
+            torch.testing.assert_close(slope.grad, fc.weight_synapses.stored.sum())
 
 
 # --- once --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 VOCABULARY = 50
 
 
@@ -40,18 +40,22 @@ def bert() -> nn.Module:
 
 
 def llama() -> nn.Module:
-    """A language model with rotary positions and grouped keys."""
+    """A language model with rotary positions and grouped keys, of two layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**SIZES, vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=32)
+    config = LlamaConfig(
+        **SIZES | {"num_hidden_layers": 2}, vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=32
+    )
     return LlamaForCausalLM(config)
 
 
 def t5() -> nn.Module:
-    """An encoder and a decoder."""
+    """An encoder, whose layers share biases by position, and a decoder."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=VOCABULARY)
+    config = T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=1, num_heads=2, vocab_size=VOCABULARY
+    )
     config.decoder_start_token_id = 0
     return T5ForConditionalGeneration(config)
 
@@ -83,7 +87,7 @@ def distilbert() -> nn.Module:
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
     config = DistilBertConfig(
-        vocab_size=VOCABULARY, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=32
+        vocab_size=VOCABULARY, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=32
     )
     return DistilBertForSequenceClassification(config)
 
@@ -174,7 +178,7 @@ def mamba() -> nn.Module:
     """A state-space model."""
     from transformers import MambaConfig, MambaForCausalLM
 
-    config = MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=VOCABULARY, time_step_rank=2)
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=VOCABULARY, time_step_rank=2)
     return MambaForCausalLM(config)
 
 

@@ -12,7 +12,7 @@ import biofx
 from biofx import passes
 from models.small import mlp
 
-SEEDS = range(6)
+SEEDS = range(2)
 BATCH = 64
 LEARNING_RATE = 2e-3
 

@@ -363,8 +363,15 @@ def test_the_gain_scales_the_gradient_while_nothing_is_attached(dtype):
         assert torch.equal(given[name], expected[name] * site.gain)
 
 
-@pytest.mark.parametrize("dtype", ["unstored", "uint8"])
-@pytest.mark.parametrize("pipeline", ["", "split-synapses{synapses=2},", "volume-dependent-learning-rates,"])
+@pytest.mark.parametrize(
+    ("dtype", "pipeline"),
+    [
+        ("unstored", ""),
+        ("uint8", ""),
+        ("uint8", "split-synapses{synapses=2},"),
+        ("unstored", "volume-dependent-learning-rates,"),
+    ],
+)
 def test_compiled_rules_do_the_same(dtype, pipeline):
     model, x = mlp(20, 300, 7), torch.randn(5, 20)
     bio = biofx.transform(model, f"{pipeline}fuzzy-learning-rates{{dtype={dtype}}}")

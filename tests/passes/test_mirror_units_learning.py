@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import biofx
 from biofx import passes
-from conftest import flat, gradients, loss
+from conftest import flat, gradients, in_turn, loss
 from mirrored import Tokens, assert_one_sign, double, doubled, mirror
 from models.small import ConvNet, mlp
 
@@ -25,8 +25,7 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("others", TOGETHER)
+@pytest.mark.parametrize(("others", "optimizer"), in_turn(TOGETHER, [torch.optim.SGD, torch.optim.AdamW]))
 def test_the_principle_holds_while_it_learns(others, optimizer):
     model, x = ConvNet().eval(), torch.randn(8, 1, 8, 8)
     bio = biofx.transform(model, [*TOGETHER[others], passes.MirrorUnits()], example_inputs=x)

@@ -9,16 +9,16 @@ from torch import nn
 import biofx
 from biofx import passes
 from biofx.passes.split_synapses import dirichlet, split
-from conftest import flat, gradients
+from conftest import flat, gradients, in_turn
 from models.small import CONVOLUTIONS, GROUPS, layer_and_input, mlp
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 KINDS = [("linear", "dense"), *((kind, grouping) for kind in CONVOLUTIONS for grouping in GROUPS)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "grouping"), KINDS)
-def test_synapses_sum_to_the_old_weight(kind, grouping, dtype):
+@pytest.mark.parametrize(("kind", "dtype"), in_turn(KINDS, DTYPES))
+def test_synapses_sum_to_the_old_weight(kind, dtype):
+    kind, grouping = kind
     layer, _ = layer_and_input(kind, grouping, dtype=dtype)
     site = biofx.weight_sites(biofx.transform(layer, [passes.SplitSynapses(4)]))["weight"]
     assert site.raw.dtype is site.effective().dtype is dtype
@@ -26,9 +26,9 @@ def test_synapses_sum_to_the_old_weight(kind, grouping, dtype):
     torch.testing.assert_close(site.effective(), layer.weight)
 
 
-@pytest.mark.parametrize("compensate", [True, False])
-@pytest.mark.parametrize(("kind", "grouping"), KINDS)
-def test_every_synapse_sees_the_gradient_of_its_connection(kind, grouping, compensate):
+@pytest.mark.parametrize(("kind", "compensate"), in_turn(KINDS, [True, False]))
+def test_every_synapse_sees_the_gradient_of_its_connection(kind, compensate):
+    kind, grouping = kind
     layer, x = layer_and_input(kind, grouping, dtype=torch.float64)
     bio = biofx.transform(layer, [passes.SplitSynapses(4, compensate=compensate), passes.FuzzyLearningRates(nu=0.3)])
     gain = biofx.weight_sites(bio)["weight"].gain / (4 if compensate else 1)
@@ -99,9 +99,9 @@ def oracle(layer, bio, x, synapses, activation):
     return result
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("kind", "grouping"), KINDS)
-def test_per_synapse_activation(kind, grouping, bias):
+@pytest.mark.parametrize(("kind", "bias"), in_turn(KINDS, [True, False]))
+def test_per_synapse_activation(kind, bias):
+    kind, grouping = kind
     layer, x = layer_and_input(kind, grouping, dtype=torch.float64, bias=bias)
     bio = biofx.transform(layer, [passes.SplitSynapses(3, activation="softplus"), passes.FuzzyLearningRates()])
     expected = oracle(layer, bio, x, 3, nn.functional.softplus)

@@ -9,7 +9,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from biofx.training import attachment
+from biofx.training import attachment, lifecycle
 
 GAINS = [passes.FuzzyLearningRates(nu=0.3)]
 
@@ -205,12 +205,12 @@ def fail_after_one(wanted):
 
 STAGES = {
     "trial": lambda m, o: m.setattr(attachment, "acting_with", fail),
-    "update": lambda m, o: m.setattr(attachment, "Update", fail),
+    "update": lambda m, o: m.setattr(lifecycle, "Update", fail),
     "first hook": lambda m, o: m.setattr(o, "register_step_pre_hook", fail),
     "second hook": lambda m, o: m.setattr(o, "register_step_post_hook", fail),
     "step": lambda m, o: m.setattr(attachment, "_guarded", fail_once(attachment._guarded)),
     "graph": lambda m, o: m.setattr(attachment, "set_attached", fail_once(attachment.set_attached)),
-    "weights": lambda m, o: m.setattr(attachment, "_feasible", fail_after_one(attachment._feasible)),
+    "weights": lambda m, o: m.setattr(attachment, "feasible", fail_after_one(attachment.feasible)),
 }
 
 

@@ -24,6 +24,7 @@ WAITS = (  # all but the first as the number of entries that a mask selects has 
 COSTS = {  # what a step adds at most: operators, operators for each weight, waits
     "fuzzy-learning-rates": (5, 0, 0),
     "crystallize": (25, 1, 0),
+    "exponentiated-gradient": (20, 1, 0),
     "l1-regularization": (10, 5, 0),
     "split-synapses": (10, 7, 0),
     "volume-dependent-learning-rates": (20, 2, 0),
@@ -31,6 +32,7 @@ COSTS = {  # what a step adds at most: operators, operators for each weight, wai
     "rejuvenate{every=100}": (10, 0, 0),
     "rejuvenate": (60, 6, 0),
     "rejuvenate{rule=threshold}": (40, 6, 0),
+    "continual-backprop": (20, 55, 0),
     "fuzzy-learning-rates{distribution=temporal,every=1}": (30, 2, 0),
     "fuzzy-learning-rates{distribution=weight_adaptive,every=1}": (50, 3, 0),
     "synaptic-scaling": (40, 5, 0),

@@ -1,8 +1,8 @@
 """The front end `"export"`: `torch.export` on example inputs gives a graph module that takes over the module tree.
 
 torch.export runs forward on the example inputs and records the dispatcher operators that it calls, so it follows any
-Python. It runs once in training mode and once in evaluation mode, and `both_modes` merges the two graphs. Its
-assumptions about the shapes of inputs are checked in every call (`CheckInputs`).
+Python. It runs once in training mode and, if forward reads the mode, once in evaluation mode; `both_modes` merges the
+two graphs. Its assumptions about the shapes of inputs are checked in every call (`CheckInputs`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     inputs = describe((given.args, given.kwargs), leaves)
     given.apply_defaults()
     arguments = {name: describe(value, []) for name, value in given.arguments.items()}
-    training, evaluation = (_export(model, inputs, leaves, mode) for mode in (True, False))
+    training = _export(model, inputs, leaves, training=True)
+    evaluation = _export(model, inputs, leaves, training=False) if training.reads else training
     graph, constants = _assembled(model, arguments, leaves, training, evaluation)
     names = {name: unused_name(model, name) for name in constants}
     for node in graph.find_nodes(op="get_attr"):

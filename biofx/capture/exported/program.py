@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 
 from biofx.base.errors import CaptureError
 from biofx.base.isolation import Draws, Snapshot, parameters_kept
-from biofx.base.torch_internals import CheckpointFunction, any_batch_size, guards_of
+from biofx.base.torch_internals import CheckpointFunction, any_batch_size, fast_export, guards_of
 from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, parsed, without_duplicates
 from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.monitoring import monitored
@@ -231,7 +231,7 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
         model._forward_pre_hooks.update(computing)  # the graph has what these compute
         for child in module.modules():
             child.training = training
-        with monitor.following():
+        with monitor.following(), fast_export():
             program = _exported(module, tuple(leaves))
     if monitor.side_effect is not None:
         path, reason = monitor.side_effect

@@ -1,0 +1,186 @@
+"""Wiring: which synapses lead into a unit, and which lead out of it, in whichever weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from biofx.analysis.numbers import NOBODY, connected
+from biofx.recording.operations import Depends
+
+if TYPE_CHECKING:
+    from biofx.analysis.flow import Point
+    from biofx.analysis.understanding import Understanding
+    from biofx.recording.operations import Recording
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Units of which all synapses are known.
+
+    Units of several weights that merge, as in a residual stream, are one unit, with the incoming synapses of all.
+
+    Attributes:
+        name: the first weight that leads into them.
+        size: how many units there are.
+        incoming: for each weight that leads into them, the places of each unit among the weight's postsynaptic units,
+            int64, shape (size, places); the number of those units where there are no more.
+        outgoing: for each weight that reads them, the places of each unit among its presynaptic positions, likewise.
+    """
+
+    name: str
+    size: int
+    incoming: dict[str, Tensor]
+    outgoing: dict[str, Tensor]
+
+
+def wire(
+    understood: Understanding, fixed: Mapping[str, str], unread: Mapping[str, str]
+) -> tuple[list[Layer], dict[str, str]]:
+    """The layers of a network of whose units all synapses are known.
+
+    Args:
+        understood: the analysis of a run.
+        fixed: weights whose postsynaptic units are left out, each with the reason.
+        unread: weights whose presynaptic units are left out, each with the reason.
+
+    Returns:
+        The layers, and for each weight that leads into none of them the reason.
+    """
+    return _Wiring(understood, fixed, unread).layers()
+
+
+class _Wiring:
+    """The base units of a run, joined where they merge."""
+
+    def __init__(self, understood: Understanding, fixed: Mapping[str, str], unread: Mapping[str, str]) -> None:
+        self._told, self._flow = understood.told, understood.flow
+        self._unread = unread
+        self._numbers = self._told.units.numbers
+        self._own = {name: self._units_of(name) for name in understood.readings if name not in fixed}
+        self._parts = {name: self._parts_of(name) for name in understood.readings if name not in unread}
+        self._origins = [population.origin for population in self._numbers.populations]
+        self._feeds = {name: self._feeders(parts) for name, parts in self._parts.items()}
+        self._weighing = self._weighing_points(understood.recording)
+        self._reasons = dict(fixed)
+        for name in self._own:
+            reason = self._why_open(name)
+            if reason:
+                self._reasons[name] = reason
+
+    def _weighing_points(self, recording: Recording) -> set[Point | None]:
+        """Where activity acts on others in a way that is not followed, as queries and keys do."""
+        acting = (operation for operation in recording.operations if operation.depends is Depends.INPUTS)
+        return {
+            self._flow.of(value).point
+            for operation in acting
+            if not self._told.units.is_read(operation)
+            for value in set(operation.operands).difference(self._told.units.carried(operation))
+        }
+
+    def _units_of(self, name: str) -> Tensor:
+        """The numbers of a weight's postsynaptic units."""
+        orientation = self._told.judged(name)
+        index = self._told.units.orientations[name].index(orientation)
+        assert orientation.axes is not None
+        return self._numbers.base(("weight", name, index), name, "weight", orientation.axes.units)
+
+    def _parts_of(self, name: str) -> Tensor:
+        """The base units at each position of a weight, shape (positions, units); nobody where there are no more."""
+        rows = self._told.units.rows(self._told.judged(name))
+        if rows is None:  # it reads tokens
+            return torch.zeros(0, 1, dtype=torch.int64)
+        parts = self._numbers.parts_of(rows.flatten())
+        return torch.stack([torch.zeros(rows.numel(), dtype=torch.int64), *parts], 1).view(len(rows), -1)
+
+    def _feeders(self, parts: Tensor) -> set[str]:
+        """The names of the populations whose units are read."""
+        owners = self._numbers.owner()[parts[parts != NOBODY]].unique().tolist()
+        names = {index: self._numbers.populations[index].name for index in owners}
+        return {names[i] if self._origins[i] in ("weight", "input", "constant") else "unknown" for i in owners}
+
+    def _why_open(self, name: str) -> str:
+        """Why it is not known, or not open to change, what all units of a weight do; empty if it is."""
+        readers, points = self._flow.ahead(name)
+        is_returned = not points.isdisjoint(self._flow.returned)
+        if not readers:
+            return "it computes what the model returns" if is_returned else "no weight reads its units"
+        if is_returned:
+            return "the model returns what its units compute, also without another weight"
+        if not points.isdisjoint(self._weighing):
+            return "what its units compute also acts on others, as queries and keys do"
+        for reader in sorted(readers):
+            if reader in self._unread:
+                return f"its units are read by {reader}, and {self._unread[reader]}"
+            feeders = self._feeds.get(reader, set())
+            if name not in feeders or "unknown" in feeders:
+                return f"it cannot be told which of its units {reader} reads"
+        return ""
+
+    def layers(self) -> tuple[list[Layer], dict[str, str]]:
+        """The layers, and the reasons of weights that lead into none."""
+        firsts = {name: parts.amax(1) for name, parts in self._parts.items()}
+        edges = [
+            torch.stack([firsts[name][:, None].expand_as(parts)[parts != NOBODY], parts[parts != NOBODY]])
+            for name, parts in self._parts.items()
+        ]
+        joined = connected(torch.arange(len(self._numbers)), torch.cat([torch.zeros(2, 0).long(), *edges], 1))
+        good = torch.zeros(len(self._numbers), dtype=torch.bool)
+        for name, own in self._own.items():
+            good[own] = name not in self._reasons
+        whole, is_read = torch.ones_like(good), torch.zeros_like(good)
+        whole[joined[~good]] = False
+        for first in firsts.values():
+            is_read[joined[first]] = True
+        chosen = (whole & is_read)[joined] & good
+        layer_of = torch.arange(len(joined))  # layers are joined by weights that lead into several units
+        pairs = [joined[own[chosen[own]]] for own in self._own.values()]
+        links = [torch.stack([units[:1].expand_as(units), units]) for units in pairs]
+        layer_of = connected(layer_of, torch.cat([torch.zeros(2, 0).long(), *links], 1))[joined]
+        layers: list[Layer] = []
+        for name, own in self._own.items():
+            mine = own[chosen[own]]
+            if not len(mine):
+                self._reasons.setdefault(name, self._why_merged(own, joined))
+            elif not any(name in layer.incoming for layer in layers):
+                is_member = chosen & (layer_of == layer_of[mine[0]])
+                layers.append(self._layer(name, joined, joined[is_member].unique(), firsts))
+        return layers, self._reasons
+
+    def _layer(self, name: str, joined: Tensor, members: Tensor, firsts: Mapping[str, Tensor]) -> Layer:
+        index = torch.full((len(joined),), -1)
+        index[members] = torch.arange(len(members))
+        incoming = {name: index[joined[own]] for name, own in self._own.items() if name not in self._reasons}
+        outgoing = {name: index[joined[first]] for name, first in firsts.items()}
+        incoming, outgoing = (
+            {name: _places(units, len(members)) for name, units in side.items() if bool((units >= 0).any())}
+            for side in (incoming, outgoing)
+        )
+        return Layer(name, len(members), incoming, outgoing)
+
+    def _why_merged(self, own: Tensor, joined: Tensor) -> str:
+        """Why units of a weight are left out that are so for what they merge with, or as nothing reads them."""
+        others = torch.isin(joined, joined[own]).nonzero().flatten()
+        owner = self._numbers.owner()[others].unique().tolist()
+        for index in owner:
+            name, origin = self._numbers.populations[index].name, self._origins[index]
+            if origin != "weight":
+                return f"its units merge with {name}, which has no synapses"
+            if name in self._reasons:
+                return f"its units merge with those of {name}: {self._reasons[name]}"
+        return "no weight reads its units"
+
+
+def _places(units: Tensor, count: int) -> Tensor:
+    """Where each unit is, from the unit at each place, or −1: shape (count, places), as in `Layer`."""
+    places = (units >= 0).nonzero().flatten()
+    places = places[units[places].argsort(stable=True)]
+    counts = torch.bincount(units[places], minlength=count)
+    within = torch.arange(len(places)) - (counts.cumsum(0) - counts)[units[places]]
+    table = torch.full((count, int(counts.max())), len(units))
+    table[units[places], within] = places
+    return table

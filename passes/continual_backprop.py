@@ -1,0 +1,403 @@
+r"""Continual backpropagation: units that contribute little are replaced, so that a network goes on learning.
+
+$$u_i \leftarrow \eta\, u_i + (1 - \eta)\, \lvert h_i \rvert \sum_k \lvert w_{ki} \rvert$$
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from biofx.analysis.wiring import Layer, wire
+from biofx.base import noise
+from biofx.base.options import check_integer, check_number
+from biofx.model.chain import attribute, original_name
+from biofx.model.provenance import inserted, record_of
+from biofx.model.slots import Slot
+from biofx.model.synapses import synapses_in
+from biofx.rewrite.registry import Moment, Pass, register
+from biofx.signs.constraints import CONSTRAINTS, constraint_of
+from biofx.training.plastic_weight import forget
+from biofx.weights.facts import NOT_RUN, Need
+
+if TYPE_CHECKING:
+    from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.model_editor import ModelEditor
+    from biofx.training.plastic_weight import PlasticWeight
+
+ACTIVITY = "unit_activity"  # state of a weight that reads units: the activity at its presynaptic positions
+BOUNDS = "unit_bounds"  # of a weight that leads into units: between what new synapses are drawn
+INTO, OUT_OF = "into_units_of_", "out_of_units_of_"  # where the units of a layer are, behind it the name of the layer
+UTILITY, AGE, DUE, REPLACED = "unit_utility", "unit_age", "unit_due", "units_replaced"  # of the weight of that name
+
+
+@register
+@dataclass(frozen=True)
+class ContinualBackprop(Pass):
+    r"""Replace units of low utility at a slow, steady rate, after the optimizer's step.
+
+    $$u_i \leftarrow \eta\, u_i + (1 - \eta)\, \lvert h_i \rvert \sum_k \lvert w_{ki} \rvert, \qquad
+    c \leftarrow c + \rho\, n_\mathrm{mature}$$
+
+    with u_i the *contribution utility* of unit i, |h_i| the mean magnitude of its activity over batch, time and space
+    (what the weights that read it multiply, so behind its activation function) since the last step, and w_ki its
+    outgoing weights, in all layers that read it. A unit is mature when it is older than m steps. While the number c of
+    units that are due is at least 1, the mature unit of the layer with the lowest utility is replaced, and c falls by
+    1. For a unit that is replaced
+
+    | | |
+    |---|---|
+    | incoming synapses | drawn anew, as those of the weight were spread at the transform |
+    | bias | 0 |
+    | outgoing synapses | 0, so that the new unit does not disturb what was learned |
+    | utility and age | 0 |
+    | what the optimizer remembers of all of these | nothing, as of new parameters |
+
+    *Which synapses are a unit's* is a question about the graph, which `biofx.units` answers. A unit of a convolution is
+    a channel; one that is flattened is read at many positions; units that merge, as in a residual stream or a gate, are
+    one unit, with the incoming synapses of all of them. The units of one weight are a layer, together with those of
+    weights that merge with them. Units of which not all synapses are known are left alone, and so are units that the
+    model returns, units that merge with inputs, and a weight whose synapses are all 0; `summary` tells why. A layer
+    acts at the steps at which all its weights have a gradient, and an observer saw its activity, in training mode.
+
+    *New synapses* are U(−b, b), with b = √3 times the root mean square of the weight at the transform: what
+    `kaiming_uniform_` and the default of `nn.Linear` drew it from, if it is new. Under Dale's principle they have the
+    signs of their presynaptic units, and magnitudes U(0, 2μ), with μ the mean magnitude of the excitatory or of the
+    inhibitory synapses at the transform, so that both totals are what they were on average. Γ synapses add up to a
+    connection that is spread alike.
+
+    *With other rules.* `Rejuvenate` would replace outgoing synapses of 0 at once, unless there are signs. A new synapse
+    takes over the gain of its place. Normalisation parameters and statistics stay; a layer norm lets the other units
+    notice that one is replaced.
+
+    The final version of the paper has this utility; earlier ones, and the authors' code, correct it for the mean
+    activity (and move that into the next bias), divide it by the incoming weights, correct it for its start at 0, or
+    reset batch norms. If c is above 1 at a step, their code replaces several units, as here; the pseudocode one.
+    The reference package has nothing of this kind.
+
+    Args:
+        replacement_rate: ρ, the fraction of the mature units that is replaced at a step, in (0, 1]. Default as in the
+            paper's experiments on ImageNet and in the authors' code.
+        maturity: m, the steps for which a new unit is protected, at least 0. Default as in the paper.
+        decay: η, the weight of the past in the utility, in [0, 1). Default as in the paper.
+
+    Raises:
+        ArgumentError: an option out of its range.
+
+    Example:
+        >>> import biofx, torch
+        >>> from biofx import passes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+        >>> bio = biofx.transform(model, [passes.ContinualBackprop(replacement_rate=0.25, maturity=0)])
+        >>> optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+        >>> attachment = biofx.attach(bio, optimizer)
+        >>> bio(torch.randn(8, 3)).sum().backward()
+        >>> optimizer.step()  # one of four mature units is due
+        >>> int((bio.get_parameter("2.weight") == 0).sum()), int(bio[0].weight_synapses.units_replaced)
+        (1, 1)
+
+    References:
+        Dohare, Hernandez-Garcia, Lan, Rahman, Mahmood & Sutton, Loss of plasticity in deep continual learning, Nature
+        632, 2024, doi 10.1038/s41586-024-07711-7, equation 1 and algorithm 1.
+    """
+
+    name: ClassVar[str] = "continual-backprop"
+    slot: ClassVar[Slot] = Slot.HOOK
+    moment: ClassVar[Moment] = Moment.TURNOVER
+
+    replacement_rate: float = 1e-4
+    maturity: int = 100
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        check_number(self, "replacement_rate", above=0, at_most=1)
+        check_integer(self, "maturity", at_least=0)
+        check_number(self, "decay", at_least=0, below=1)
+
+    @property
+    def preserves_function(self) -> bool:
+        """True at insertion: units are replaced from the first mature ones on."""
+        return True
+
+    def rewrite_model(self, model: ModelEditor) -> None:
+        """Find the layers, observe the activity of their units, and keep where these are in each weight."""
+        if model.understood is None:
+            for edit in model.edits.values():
+                edit.leave(f"it is not judged: {NOT_RUN}")
+            return
+        gone = dict.fromkeys(model.understood.readings.keys() - model.all_sites.keys(), "it is no weight any more")
+        fixed = {name: why for name, site in model.all_sites.items() if (why := _why_fixed(model, site))}
+        unread = {name: why for name, site in model.all_sites.items() if (why := _why_unread(model, site))}
+        layers, reasons = wire(model.understood, gone | fixed, gone | unread)
+        reading: set[str] = set()
+        for layer in layers:
+            self._keep(model, layer)
+            reading |= layer.outgoing.keys()
+        for name in reading:
+            edit = model.edits[name]
+            edit.observe_input(torch.ops.biofx.sum_activity, model.sites[name], ACTIVITY)
+        for name, edit in model.edits.items():
+            reason = reasons.get(name)
+            if not edit.changed:
+                edit.leave(f"it leads to no unit that can be replaced: {reason or 'no weight reads its units'}")
+            elif reason and not model.sites[name].is_output:
+                edit.remark(f"its units are not replaced: {reason}")
+
+    def _keep(self, model: ModelEditor, layer: Layer) -> None:
+        """Keep the state of a layer."""
+        key = layer.name.replace(".", "__")
+        for names, prefix in ((layer.incoming, INTO), (layer.outgoing, OUT_OF)):
+            for name, places in names.items():
+                model.edits[name].keep(f"{prefix}{key}", places)
+        for site in (model.sites[name] for name in layer.incoming):
+            weight, sign = _connections(site, site.synaptic().detach()), site.sign
+            sign = sign if sign is None else _connections(site, sign.expand(site.raw.shape)).sign()
+            model.edits[site.name].keep(BOUNDS, bounds_of(weight, sign, site.synapses))
+        home = model.edits[layer.name]
+        dtype = torch.promote_types(home.raw.dtype, torch.float32)
+        home.keep(UTILITY, torch.zeros(layer.size, dtype=dtype))
+        home.keep(AGE, torch.zeros(layer.size, dtype=torch.int64))
+        home.keep(DUE, torch.zeros((), dtype=dtype))
+        home.keep(REPLACED, torch.zeros((), dtype=torch.int64))
+
+    def at_step(self, weights: Sequence[PlasticWeight]) -> None:
+        """Let units grow older, and replace those that are due."""
+        activity = {weight.name: _seen(weight) for weight in weights if ACTIVITY in weight.synapses.users}
+        found = [(group, self._due(group, activity)) for group in _groups(weights)]
+        found = _without_idle(found)
+        for group, due in found:
+            for weight, places in group.into:
+                _renew(weight, due.to(weight.raw.device), places)
+        for group, due in found:  # last, as the outgoing synapses of one unit may be incoming ones of another
+            for weight, places in group.out_of:
+                is_due = _at_places(due.to(weight.raw.device), places, weight.site.presynaptic_units)
+                mask = weight.site.spread_presynaptic(is_due).expand(weight.raw.shape)
+                weight.replace(mask, torch.zeros_like(weight.raw))
+
+    def _due(self, group: _Group, activity: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """Move the state of a layer on by a step; which of its units are to be replaced."""
+        utility, age, due, replaced = (group.home.state(key) for key in (UTILITY, AGE, DUE, REPLACED))
+        contribution, looked = torch.zeros_like(utility), None
+        for weight, places in group.out_of:
+            mean, positions = activity[weight.name]
+            own = torch.cat([mean * _outgoing(weight).to(mean), mean.new_zeros(1)])
+            contribution += own.index_select(0, places.flatten()).view(places.shape).sum(1).to(contribution)
+            is_seen = (positions.amin() > 0).to(utility.device)
+            looked = is_seen if looked is None else looked & is_seen
+        assert looked is not None, f"no weight reads the units of {group.home.name}"
+        *now, mask = judged(
+            utility, age, due, contribution,
+            rate=self.replacement_rate, maturity=self.maturity, decay=self.decay,
+        )  # fmt: skip
+        for old, new in zip((utility, age, due), now, strict=True):
+            old.copy_(torch.where(looked, new, old))
+        mask = mask & looked
+        replaced += mask.sum()
+        return mask
+
+    def violations(self, site: WeightSite) -> Iterator[str]:
+        """Utilities are sums of magnitudes."""
+        utility = site.state(UTILITY)
+        if utility is not None and not bool(((utility >= 0) & torch.isfinite(utility)).all()):
+            yield "the utility of its units is negative or not finite"
+
+
+def judged(
+    utility: Tensor,
+    age: Tensor,
+    due: Tensor,
+    contribution: Tensor,
+    *,
+    rate: float | Tensor,
+    maturity: int,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Move the state of layers on by one step, and choose the units that are replaced.
+
+    Args:
+        utility: u of each unit, shape (…, units). Each index of the other axes is a layer.
+        age: steps since each unit was new, in the same shape.
+        due: c, the number of units to be replaced, shape (…).
+        contribution: |h|·Σ|w| of each unit at this step, shape (…, units).
+        rate: ρ, at most 1; one for all layers, or of shape (…).
+        maturity: m.
+        decay: η.
+
+    Returns:
+        The new utility, age and number due, and a mask of the units to replace.
+
+    Example:
+        >>> import torch
+        >>> from biofx.passes.continual_backprop import judged
+        >>> utility, age = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([9, 9, 1])
+        >>> *_, mask = judged(utility, age, torch.tensor(0.9), utility, rate=0.1, maturity=5, decay=0.5)
+        >>> mask  # the third unit is too young
+        tensor([False,  True, False])
+    """
+    utility = decay * utility + (1 - decay) * contribution
+    age = age + 1
+    mature = age > maturity
+    due = due + rate * mature.sum(-1).to(due)
+    count = due.floor()  # never above the number of mature units, as the rate is at most 1, and what was left below 1
+    order = torch.where(mature, utility, torch.inf).sort(dim=-1, stable=True).indices
+    is_low = torch.arange(utility.shape[-1], device=utility.device) < count[..., None]
+    mask = torch.zeros_like(mature).scatter(-1, order, is_low)
+    return utility.masked_fill(mask, 0), age.masked_fill(mask, 0), due - count, mask
+
+
+def fresh(uniform: Tensor, sign: Tensor | None, bounds: Tensor) -> Tensor:
+    """New incoming synapses.
+
+    Args:
+        uniform: numbers in [0, 1), one for each.
+        sign: the sign of the presynaptic unit of each; None if all are free.
+        bounds: the largest magnitude of a free, an excitatory and an inhibitory synapse.
+    """
+    free = (2 * uniform - 1) * bounds[0]
+    if sign is None:
+        return free
+    return torch.where(sign == 0, free, sign * uniform * torch.where(sign > 0, bounds[1], bounds[2]))
+
+
+def bounds_of(weight: Tensor, sign: Tensor | None = None, synapses: int = 1) -> Tensor:
+    """The bounds of `fresh` for new synapses of a weight, so that connections are spread as they are now.
+
+    Args:
+        weight: the weight of every connection.
+        sign: the sign of the presynaptic unit of each, if they have signs.
+        synapses: Γ, the number of synapses that add up to a connection.
+    """
+    bounds = [(3 * weight.square().mean() / synapses).sqrt()]
+    for positive in (True, False):
+        mask = torch.ones_like(weight, dtype=torch.bool) if sign is None else (sign > 0 if positive else sign < 0)
+        bounds.append(2 * (weight.abs() * mask).sum() / mask.sum().clamp(min=1) / synapses)
+    return torch.stack(bounds)
+
+
+@dataclass(eq=False)
+class _Group:
+    """The weights of a layer, each with the places of its units."""
+
+    home: PlasticWeight
+    into: list[tuple[PlasticWeight, Tensor]] = field(default_factory=list)
+    out_of: list[tuple[PlasticWeight, Tensor]] = field(default_factory=list)
+
+
+def _groups(weights: Sequence[PlasticWeight]) -> list[_Group]:
+    """The layers of which all weights take part in a step."""
+    groups = {w.name.replace(".", "__"): _Group(w) for w in weights if UTILITY in w.synapses.users}
+    for weight in weights:
+        for key in weight.synapses.users:
+            for prefix, side in ((INTO, "into"), (OUT_OF, "out_of")):
+                if key.startswith(prefix) and (group := groups.get(key.removeprefix(prefix))) is not None:
+                    getattr(group, side).append((weight, weight.state(key)))
+    runs = [run for run in record_of(weights[0].site.bio).passes if run.pass_.name == weights[0].by]
+    if sum(len(run.weights) for run in runs) > len(weights):
+        present = {weight.name for weight in weights}
+        for name, synapses in synapses_in(weights[0].site.bio).items():
+            for key in synapses.users if name not in present else ():
+                groups.pop(key.removeprefix(INTO).removeprefix(OUT_OF), None)
+    return list(groups.values())
+
+
+def _without_idle(found: list[tuple[_Group, Tensor]]) -> list[tuple[_Group, Tensor]]:
+    """The layers of which some units are due, as far as that can be known without waiting for a device."""
+    known = [due.any() for _, due in found if due.device.type == "cpu"]
+    is_due = iter(torch.stack(known).tolist() if known else ())
+    return [(group, due) for group, due in found if due.device.type != "cpu" or next(is_due)]
+
+
+def _seen(weight: PlasticWeight) -> tuple[Tensor, Tensor]:
+    """The mean activity at the presynaptic positions of a weight since the last step, and over how many numbers."""
+    sums, positions = weight.state(ACTIVITY).sum(0)
+    weight.state(ACTIVITY).zero_()
+    return sums / positions.clamp(min=1), positions
+
+
+def _outgoing(weight: PlasticWeight) -> Tensor:
+    """The sum of the magnitudes of the connections that leave each presynaptic position."""
+    sums: Tensor = torch.linalg.vector_norm(weight.site.outgoing(_connections(weight.site, weight.value)), 1, 1)
+    return sums
+
+
+def _connections(site: WeightSite, values: Tensor) -> Tensor:
+    """The sum over the synapses of each connection."""
+    return values.sum(0) if site.is_split else values
+
+
+def _at_places(mask: Tensor, places: Tensor, count: int) -> Tensor:
+    """Values of units, at their places among others."""
+    spread = mask.new_zeros(count + 1)
+    return spread.scatter_(0, places.flatten(), mask[:, None].expand_as(places).flatten())[:count]
+
+
+def _renew(weight: PlasticWeight, due: Tensor, places: Tensor) -> None:
+    """Give units new incoming synapses, and no bias."""
+    site = weight.site
+    is_due = _at_places(due, places, site.units)
+    mask = weight.without_padding(site.spread(is_due).expand(weight.raw.shape).clone())
+    (uniform,) = noise.uniform([weight.raw], [weight.counter("fresh")])
+    weight.replace(mask, fresh(uniform, weight.sign, weight.state(BOUNDS).to(uniform)))
+    for bias in _biases(site):
+        if bias.requires_grad:
+            own = (is_due if weight.finite is None else is_due & weight.finite).expand(bias.shape)
+            bias.masked_fill_(own, 0)
+            forget(weight.optimizer, bias, own)
+
+
+def _bias_nodes(site: WeightSite) -> Iterator[fx.Node]:
+    """The nodes that read the biases of a weight's operators."""
+    for node in dict.fromkeys(call.bias for call in site.calls):
+        start = node
+        while start is not None and start.op == "call_function" and inserted(start) is not None:
+            start = start.args[0]  # type: ignore[assignment]
+        if start is not None:
+            yield start
+
+
+def _biases(site: WeightSite) -> list[nn.Parameter]:
+    """The biases of a weight's operators."""
+    return [attribute(site.bio, str(node.target)) for node in _bias_nodes(site)]
+
+
+def _why_fixed(model: ModelEditor, site: WeightSite) -> str | None:
+    """Why the incoming synapses of a weight's units cannot be drawn anew, or None."""
+    assert model.understood is not None
+    reason = _why_untouched(model, site) or site.unmet(Need.NODES) or site.unmet(Need.AXES)
+    if reason is not None:
+        return reason
+    if site.name not in model.understood.readings:
+        return NOT_RUN
+    if len(model.understood.told.units.orientations[site.name]) > 1:
+        return "operators read it along different axes"
+    if any(run.pass_.slot is Slot.OUTPUT for run in record_of(model.bio).passes if site.name in run.weights):
+        return "other units have a part in what they return"
+    if not bool(site.synaptic().detach().any()):
+        return "all its synapses are 0, so new ones would be, too"
+    if any(call.use.bias is not None and call.bias is None for call in site.calls):
+        return "its operator's bias is computed"
+    for node in _bias_nodes(site):
+        bias = attribute(site.bio, str(node.target)) if node.op == "get_attr" else None
+        if not isinstance(bias, nn.Parameter) or bias.shape[-1:] != (site.units,):
+            return "its operator's bias is computed"
+        if original_name(model.bio, node) in model.excluded:
+            return f"its bias is excluded: {model.excluded[original_name(model.bio, node)]}"
+    return None
+
+
+def _why_unread(model: ModelEditor, site: WeightSite) -> str | None:
+    """Why the outgoing synapses of the units that a weight reads cannot be set to 0, or None."""
+    reason = _why_untouched(model, site) or site.unmet(Need.INPUT) or site.unmet(Need.UNITS)
+    if reason is None and constraint_of(site) is CONSTRAINTS["softplus"]:
+        return "under softplus, synapses of 0 could never grow"
+    return reason
+
+
+def _why_untouched(model: ModelEditor, site: WeightSite) -> str | None:
+    if site.name in model.excluded:
+        return model.excluded[site.name]
+    return None if site.raw.requires_grad else "it is frozen"
