@@ -209,26 +209,26 @@ class Attachment(Lifecycle):
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Let rules act on weights at the steps of the optimizer, and gains on what holds these synapses."""
-        self._hold(sites, learning)
+        self.hold(sites, learning)
         if not self._hooks:
             # Rules compile their own arithmetic. As decorators these would import the compiler with biofx.
-            before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+            before, after = torch.compiler.disable(self.before), torch.compiler.disable(self.after)
             self._hooks.append(self.optimizer.register_step_pre_hook(before))
             self._hooks.append(self.optimizer.register_step_post_hook(after))
-            self._guarded = _guarded(self._undo, self.optimizer)
+            self._guarded = _guarded(self.undo, self.optimizer)
             self.optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
-        record_of(self._bio).attachments.add(self)
-        set_attached(self._bio, {*sites, *learning}, attached=True)
+        record_of(self.bio).attachments.add(self)
+        set_attached(self.bio, {*sites, *learning}, attached=True)
 
     @property
     def holding(self) -> tuple[dict[str, WeightSite], dict[str, Synapses]]:
         """The weights on which rules act, and the synapses on which gains do."""
-        return self._sites, self._learning
+        return self.sites, self.learning
 
     @property
     def weights(self) -> tuple[str, ...]:
         """The names of the weights on which rules act."""
-        return tuple(self._sites)
+        return tuple(self.sites)
 
     def detach(self) -> None:
         """Leave the model and the optimizer as they were before `attach`; their values stay. Idempotent.
@@ -236,7 +236,7 @@ class Attachment(Lifecycle):
         Raises:
             LifecycleError: a gradient or weight was not finite at an earlier step, after everything is done.
         """
-        self.give_up(self._held)
+        self.give_up(self.held)
         self.check()
 
     def check(self) -> None:
@@ -248,27 +248,27 @@ class Attachment(Lifecycle):
         Raises:
             LifecycleError: something was not finite. Rules did not act at that step.
         """
-        self._finite.check()
+        self.finite.check()
 
     def give_up(self, parameters: set[int]) -> None:
         """Let rules not act on some parameters any more, given by id; without any left, leave the optimizer alone."""
         sites, learning = self.holding
         given = {name for name, synapses in learning.items() if id(synapses.stored) in parameters}
         given |= {name for name, site in sites.items() if id(site.raw) in parameters}
-        set_attached(self._bio, given, attached=False)
+        set_attached(self.bio, given, attached=False)
         sites = {name: site for name, site in sites.items() if id(site.raw) not in parameters}
         learning = {name: synapses for name, synapses in learning.items() if name not in given}
-        self._hold(sites, learning)
-        if self._held <= parameters or not (sites or learning):
+        self.hold(sites, learning)
+        if self.held <= parameters or not (sites or learning):
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
             if self._guarded is not None and vars(self.optimizer).get("step") is self._guarded:
                 del self.optimizer.step
-            record_of(self._bio).attachments.discard(self)
+            record_of(self.bio).attachments.discard(self)
 
     def __repr__(self) -> str:
-        where = (self._acting or Acting.UPDATE).value
+        where = (self.acting or Acting.UPDATE).value
         return (
             f"<{type(self.optimizer).__name__} on {', '.join(self.weights) or 'no weights'}; gains act on the {where}>"
         )
@@ -280,7 +280,7 @@ class Attachment(Lifecycle):
         if error is None:
             self.detach()
         else:
-            self.give_up(self._held)
+            self.give_up(self.held)
 
 
 def _guarded(undo: Callable[[], None], optimizer: Optimizer) -> MethodType:

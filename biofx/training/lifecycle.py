@@ -50,7 +50,13 @@ class Lifecycle:
     """What rules do around the steps of one optimizer, on the weights of one model.
 
     Attributes:
+        bio: the model.
         optimizer: the optimizer.
+        acting: on what gains act; None if that is not known.
+        sites: the weights on which rules act, by name.
+        learning: the synapses on whose learning gains act, by the weight's name.
+        held: the parameters of the optimizer, by id.
+        finite: what is known of gradients and weights that were not finite.
     """
 
     def __init__(
@@ -62,11 +68,11 @@ class Lifecycle:
         *,
         compiled: bool,
     ) -> None:
-        self._held = held(optimizer)
-        self._finite = Finite()
-        self._bio = bio
+        self.held = held(optimizer)
+        self.finite = Finite()
+        self.bio = bio
         self.optimizer = optimizer
-        self._acting = acting
+        self.acting = acting
         self._wrapper = wrapper
         self._compiled = compiled
         self._observed = {
@@ -75,43 +81,43 @@ class Lifecycle:
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._counters = Counters()
-        self._hold({}, {})
+        self.hold({}, {})
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
 
-    def _hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
+    def hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Act on these weights from now on, and let gains act on what holds these synapses."""
-        self._sites = sites
-        self._learning = learning
+        self.sites = sites
+        self.learning = learning
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
         self._is_sharded = any(is_sharded(parameter) for _, parameter in self._parameters())
         self._update = Update(
-            learning.values(), self.optimizer, with_copies=self._acting is Acting.COPIES, compiled=self._compiled
+            learning.values(), self.optimizer, with_copies=self.acting is Acting.COPIES, compiled=self._compiled
         )
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The stored parameters on which rules or gains act, by name."""
-        yield from ((name, site.raw) for name, site in self._sites.items())
-        yield from ((name, synapses.stored) for name, synapses in self._learning.items())
+        yield from ((name, site.raw) for name, site in self.sites.items())
+        yield from ((name, synapses.stored) for name, synapses in self.learning.items())
 
     def acted_on(self, moment: Moment) -> dict[str, str]:
         """The rule that acts last at a moment, by the name of the weight."""
         return {name: rule.name for rule, names in self._rules if rule.moment is moment for name in names}
 
-    def _undo(self) -> None:
+    def undo(self) -> None:
         """Leave no weight and no gradient as the optimizer saw it, as its step failed."""
         self._put_back()
         self._update.undo()
         self._step, self._nested = None, 0
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Before a step: act on gradients, which may come from the closure, whose arguments are returned then."""
         if self._step is not None:
             self._nested += 1
             return None
         if _is_skipped(optimizer) or self._trains_nothing():
             return None
-        self._finite.refuse_if_known()
+        self.finite.refuse_if_known()
         self._check_unchanged()
         self._step = _Step()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -119,7 +125,7 @@ class Lifecycle:
             try:
                 self._prepare()
             except BaseException:
-                self._undo()
+                self.undo()
                 raise
             self._update.begin()
             return None
@@ -153,16 +159,16 @@ class Lifecycle:
         if self._step.weights is not None:
             name = type(self.optimizer).__name__
             raise LifecycleError(f"{name} evaluates its closure twice in a step, so there is no one gradient to act on")
-        counters = {name: steps for name, site in self._sites.items() if (steps := site.state("steps")) is not None}
+        counters = {name: steps for name, site in self.sites.items() if (steps := site.state("steps")) is not None}
         counts = self._counters.read(counters)
-        found = (self._weight(site, counts.get(name, 0) + 1) for name, site in self._sites.items())
+        found = (self._weight(site, counts.get(name, 0) + 1) for name, site in self.sites.items())
         weights = [weight for weight in found if weight is not None]
         if not weights and all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
             raise LifecycleError(
-                f"optimizer.step() without backward(): none of the {len(self._sites)} weights has a gradient"
+                f"optimizer.step() without backward(): none of the {len(self.sites)} weights has a gradient"
             )
         if self._rules and weights:
-            self._step.finite = self._finite.look(weights)
+            self._step.finite = self.finite.look(weights)
             groups = data_parallel_groups(self._wrapper, [weight.site.raw for weight in weights])
             average_(self._read_now(weights), groups)
         self._act(weights, self._step.finite, before_step=True)
@@ -170,11 +176,11 @@ class Lifecycle:
         for weight in weights:
             if weight.gradient is not local(weight.site.raw.grad):
                 self._give(weight.site.raw, weight.gradient if scale is None else weight.gradient * scale)
-        for name, synapses in self._learning.items():  # biases that were split with their weights
-            if name not in self._sites and synapses.shares > 1 and synapses.stored.grad is not None:
+        for name, synapses in self.learning.items():  # biases that were split with their weights
+            if name not in self.sites and synapses.shares > 1 and synapses.stored.grad is not None:
                 self._give(synapses.stored, gradient_of(synapses.stored) * synapses.shares**0.5)
-        if self._acting is Acting.GRADIENT:
-            learning = [s for s in self._learning.values() if s.stored.grad is not None]
+        if self.acting is Acting.GRADIENT:
+            learning = [s for s in self.learning.values() if s.stored.grad is not None]
             shards = [shard_of(synapses.stored_name, synapses.stored) for synapses in learning]
             gains = factors(learning, shards, [local(synapses.stored.detach()) for synapses in learning])
             for synapses, gain in zip(learning, gains, strict=True):
@@ -212,7 +218,7 @@ class Lifecycle:
         return PlasticWeight(site, local(raw), gradient, self.optimizer, step, compiled=self._compiled)
 
     @torch.no_grad()
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step: let gains act on what it changed, and rules on the weights."""
         if self._nested:
             self._nested -= 1
@@ -222,9 +228,9 @@ class Lifecycle:
         if step is None or step.weights is None:
             self._update.undo()
             return
-        on_update = self._acting is not Acting.GRADIENT
-        self._update.end([on_update and s.stored.grad is not None for s in self._learning.values()], step.finite)
-        if self._acting is None and (key := self._update.copied()) is not None:
+        on_update = self.acting is not Acting.GRADIENT
+        self._update.end([on_update and s.stored.grad is not None for s in self.learning.values()], step.finite)
+        if self.acting is None and (key := self._update.copied()) is not None:
             raise LifecycleError(
                 f"{type(optimizer).__name__} keeps a copy of the weights ({key!r} in its state), which undoes gains; "
                 "no other optimizer of its class could be made from its defaults to try where gains have to act; use "
@@ -238,8 +244,8 @@ class Lifecycle:
             with taken_back(step.finite, (weight.raw for weight in others)):
                 for raw, signed in feasible(weight.site for weight in others):
                     raw.copy_(signed)
-            with taken_back(step.finite, (local(stored(self._bio, n)) for n in record_of(self._bio).nonnegative)):
-                project_scales(self._bio, self._held)
+            with taken_back(step.finite, (local(stored(self.bio, n)) for n in record_of(self.bio).nonnegative)):
+                project_scales(self.bio, self.held)
         finally:
             self._counters.add(counters)
 
@@ -250,7 +256,7 @@ class Lifecycle:
                 continue
             _refuse_captured(pass_)
             if pass_.moment is Moment.UPDATE:
-                old = dict(zip(self._learning, self._update.old, strict=True))
+                old = dict(zip(self.learning, self._update.old, strict=True))
                 chosen = [replace(weight, stored_before=old[weight.name]) for weight in chosen]
             if pass_.moment is Moment.TURNOVER:
                 for weight in chosen:
@@ -273,18 +279,18 @@ class Lifecycle:
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
         for name, parameter in self._parameters():
-            if self._is_sharded and id(parameter) not in self._held:
+            if self._is_sharded and id(parameter) not in self.held:
                 raise LifecycleError(
                     f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
                     "reshard() of the model before optimizer.step()"
                 )
-        for name, site in self._sites.items():
+        for name, site in self.sites.items():
             if site.raw.shape != self._shapes[name]:
                 raise LifecycleError(
                     f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(site.raw.shape)}; "
                     "detach, build the optimizer again, and attach"
                 )
-        if held(self.optimizer) != self._held:
+        if held(self.optimizer) != self.held:
             raise LifecycleError(
                 "the optimizer holds other parameters than when it was attached; detach and attach again"
             )
