@@ -218,7 +218,8 @@ def _signs(row: Mapping[str, Any]) -> str:
 def table(bio: nn.Module, only: str = "inserted") -> Report:
     """The graph as a table with one row for each node: its name, function and arguments, and the pass that inserted it.
 
-    Weights that only the Python of islands reads have no nodes; the links of their chains follow the nodes.
+    Some links have no nodes, and follow them without a name: those of weights that only the Python of islands reads, and
+    what sleeps while an optimizer is attached: gains then act on what it changes, and it projects on signs.
 
     Args:
         bio: a model made by `biofx.transform`.
@@ -252,7 +253,8 @@ def table(bio: nn.Module, only: str = "inserted") -> Report:
         rows.append([node.name, callee(node), written_arguments(node), *where])
     shown = parameter_nodes(bio)
     for name, synapses in synapses_in(bio).items():
-        for link in synapses.links if name not in shown else ():
+        active = {link.name for link in synapses.active_links} if name in shown else set()
+        for link in [link for link in synapses.links if link.name not in active]:
             arguments = ", ".join(["…", *(str(arg.key if isinstance(arg, State) else arg) for arg in link.args)])
             rows.append(["", link.name, arguments, name, link.origin.slot.label, link.origin.by])
     headers = ("node", "calls", "arguments", "weight", "slot", "pass")

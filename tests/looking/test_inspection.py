@@ -126,6 +126,18 @@ def test_a_summary_is_not_wider_than_a_screen():
     assert all(times_listed(summary, name) == 1 for name, _ in model.named_parameters())
 
 
+def test_the_table_lists_what_sleeps_while_attached():
+    bio = biofx.transform(nn.Linear(4, 2), [passes.SplitSynapses(2), passes.FuzzyLearningRates()])
+    before = biofx.table(bio).rows
+    attachment = biofx.attach(bio, torch.optim.AdamW(bio.parameters()))
+    attached = biofx.table(bio).rows
+    assert {row["calls"] for row in attached} >= {"biofx.scale_grad", "sum", "biofx.share_grad"}
+    (hook,) = [row for row in attached if row["calls"] == "biofx.scale_grad"]
+    assert (hook["node"], hook["weight"], hook["pass"]) == ("", "weight", "fuzzy-learning-rates")
+    attachment.detach()
+    assert biofx.table(bio).rows == before
+
+
 def test_the_summary_counts_uses():
     assert "linear × 3" in flat(biofx.summary(biofx.transform(Reused(), [passes.SplitSynapses(2)])))
 
