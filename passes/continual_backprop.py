@@ -70,9 +70,13 @@ class ContinualBackprop(Pass):
     inhibitory synapses at the transform, so that both totals are what they were on average. Γ synapses add up to a
     connection that is spread alike.
 
-    *With other rules.* `Rejuvenate` would replace outgoing synapses of 0 at once, unless there are signs. A new synapse
-    takes over the gain of its place. Normalisation parameters and statistics stay; a layer norm lets the other units
-    notice that one is replaced.
+    *With other rules.* `Rejuvenate` would replace outgoing synapses of 0 at once, unless there are signs. Under
+    `ExponentiatedGradient` they could never grow, so that leaves these weights alone; weights with interneurons are
+    left alone here. A new synapse takes over the gain of its place. Normalisation parameters and statistics stay; what
+    normalises over units (layer and group norm, softmax, spectral norm) lets the others notice that one is replaced.
+
+    *Several optimizers.* A layer acts where one optimizer holds all its weights. What another optimizer remembers of a
+    bias stays.
 
     The final version of the paper has this utility; earlier ones, and the authors' code, correct it for the mean
     activity (and move that into the next bias), divide it by the incoming weights, correct it for its start at 0, or
@@ -108,6 +112,7 @@ class ContinualBackprop(Pass):
     name: ClassVar[str] = "continual-backprop"
     slot: ClassVar[Slot] = Slot.HOOK
     moment: ClassVar[Moment] = Moment.TURNOVER
+    sets_zeros: ClassVar[bool] = True
 
     replacement_rate: float = 1e-4
     maturity: int = 100
@@ -149,7 +154,7 @@ class ContinualBackprop(Pass):
 
     def _keep(self, model: ModelEditor, layer: Layer) -> None:
         """Keep the state of a layer."""
-        key = layer.name.replace(".", "__")
+        key = _key(layer.name)
         for names, prefix in ((layer.incoming, INTO), (layer.outgoing, OUT_OF)):
             for name, places in names.items():
                 model.edits[name].keep(f"{prefix}{key}", places)
@@ -287,9 +292,14 @@ class _Group:
     out_of: list[tuple[PlasticWeight, Tensor]] = field(default_factory=list)
 
 
+def _key(name: str) -> str:
+    """The name of a layer as a part of the name of a buffer, which may hold no dot; no two names become one."""
+    return name.replace("_", "_1").replace(".", "_0")
+
+
 def _groups(weights: Sequence[PlasticWeight]) -> list[_Group]:
     """The layers of which all weights take part in a step."""
-    groups = {w.name.replace(".", "__"): _Group(w) for w in weights if UTILITY in w.synapses.users}
+    groups = {_key(w.name): _Group(w) for w in weights if UTILITY in w.synapses.users}
     for weight in weights:
         for key in weight.synapses.users:
             for prefix, side in ((INTO, "into"), (OUT_OF, "out_of")):
@@ -380,13 +390,23 @@ def _why_fixed(model: ModelEditor, site: WeightSite) -> str | None:
         return "all its synapses are 0, so new ones would be, too"
     if any(call.use.bias is not None and call.bias is None for call in site.calls):
         return "its operator's bias is computed"
+    operators = {call.node for call in site.calls}
     for node in _bias_nodes(site):
         bias = attribute(site.bio, str(node.target)) if node.op == "get_attr" else None
         if not isinstance(bias, nn.Parameter) or bias.shape[-1:] != (site.units,):
             return "its operator's bias is computed"
         if original_name(model.bio, node) in model.excluded:
             return f"its bias is excluded: {model.excluded[original_name(model.bio, node)]}"
+        others = (n for n in model.bio.graph.find_nodes(op="get_attr") if attribute(model.bio, str(n.target)) is bias)
+        if any(reader not in operators for each in others for reader in _readers(each)):
+            return "its operator's bias is also that of others"
     return None
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that use the value of a node, behind what passes inserted."""
+    for user in node.users:
+        yield from [user] if inserted(user) is None else _readers(user)
 
 
 def _why_unread(model: ModelEditor, site: WeightSite) -> str | None:
@@ -400,4 +420,6 @@ def _why_unread(model: ModelEditor, site: WeightSite) -> str | None:
 def _why_untouched(model: ModelEditor, site: WeightSite) -> str | None:
     if site.name in model.excluded:
         return model.excluded[site.name]
+    if site.has_interneurons:
+        return "its interneurons would go on inhibiting"
     return None if site.raw.requires_grad else "it is frozen"

@@ -44,8 +44,8 @@ class DalesPrinciple(Pass):
     with $r_{ij}$ the stored weight from presynaptic unit j to postsynaptic unit i. Which weights leave one unit is a
     question about the graph: all weights that read a tensor share its units; so do the positions of a feature map that
     was flattened, and the parts of a concatenation. `biofx.units` answers it, and shows the answer. A split weight has
-    its unit's sign in each of its synapses. Signs are in the buffer `<weight>_synapses.sign`, and the folded model obeys the
-    principle as well.
+    its unit's sign in each of its synapses. Signs are in the buffer `<weight>_synapses.sign`, and the folded model
+    obeys the principle as well.
 
     | constraint | weight | stored |
     |---|---|---|
@@ -63,8 +63,8 @@ class DalesPrinciple(Pass):
     fraction `density` of their synapses, and the others start at 0 and may grow. What is kept is scaled, the excitatory
     and the inhibitory part of each row by a number each, so that the net input of every unit has the mean and the
     variance that it had without signs, for normal inputs to the network; what is left of the mean goes into the bias
-    (`biofx/signs/balance.py`). In networks of 20 layers activity then is within a factor of 3 of what it was at every depth,
-    and 8 layers learn as they did.
+    (`biofx/signs/balance.py`). In networks of 20 layers activity then is within a factor of 3 of what it was at every
+    depth, and 8 layers learn as they did.
 
     *What can turn a sign over.* A parameter that multiplies units on their way, such as γ of a batch norm, is kept
     from being negative; one that is negative already, and cannot be turned over together with the weights before it, is

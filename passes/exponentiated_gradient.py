@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from biofx.base.options import check_number
+from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
@@ -113,6 +114,10 @@ class ExponentiatedGradient(Pass):
         if constraint_of(site) is CONSTRAINTS["softplus"]:
             edit.leave('its constraint "softplus" does not store magnitudes; use "project" or "abs"')
             return
+        for run in record_of(site.bio).passes:
+            if isinstance(run.pass_, Pass) and run.pass_.sets_zeros and site.name in run.weights:
+                edit.leave(f"{run.pass_.name} sets some of its synapses to 0, which could never grow under this rule")
+                return
         zeros = site.raw.numel() - int(site.raw.count_nonzero())
         if zeros == site.raw.numel():
             edit.leave("all its synapses are 0, and this rule leaves them so")

@@ -38,9 +38,9 @@ class MirrorUnits(Pass):
     with h the unit's activity: $W^+$ leaves the excitatory twin, and $-W^-$ the inhibitory one. So a network, new or
     trained, computes what it did, to rounding; half of the units of every doubled population are excitatory; and every
     unit has one sign for all its targets, in whichever weights, which it keeps: the weight that is used is relu(r·s)·s,
-    with r the stored weight and s the sign, in the buffer `<weight>_synapses.sign`. Its gradient reaches r unchanged, so
-    synapses at 0 learn as well, and r is projected on its sign after every step of the optimizer. Twins start out equal
-    and part as they learn. As both parts of a weight move, it learns up to twice as fast under gradient descent.
+    with r the stored weight and s the sign, in the buffer `<weight>_synapses.sign`. Its gradient reaches r unchanged,
+    so synapses at 0 learn as well, and r is projected on its sign after every step of the optimizer. Twins start out
+    equal and part as they learn. As both parts of a weight move, it learns up to twice as fast under gradient descent.
 
     *Shapes.* Parameters change their shape: a weight between doubled populations has four times as many entries, and
     the axes of biases and normalisations are twice as long. Twins are adjacent (x₀, x₀', x₁, x₁', …), so groups of

@@ -103,6 +103,8 @@ class Units:
             return site.unmet(Need.UNITS) or NOT_RUN
         if site.raw.is_meta:
             return "it is on the meta device, and has no values"
+        if not bool(site.raw.detach().isfinite().all()):
+            return "it has values that are not finite"
         return site.unmet(Need.UNITS) or self.readings[name].remark
 
     def mixed(self) -> Tensor:

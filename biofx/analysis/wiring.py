@@ -129,9 +129,13 @@ class _Wiring:
             for name, parts in self._parts.items()
         ]
         joined = connected(torch.arange(len(self._numbers)), torch.cat([torch.zeros(2, 0).long(), *edges], 1))
+        spread = torch.zeros(len(self._numbers), dtype=torch.bool)
+        for parts in self._parts.values():
+            spread[_spread(parts)] = True
+        spread[joined[spread]] = True
         good = torch.zeros(len(self._numbers), dtype=torch.bool)
         for name, own in self._own.items():
-            good[own] = name not in self._reasons
+            good[own] = name not in self._reasons and not bool(spread[joined[own]].any())
         whole, is_read = torch.ones_like(good), torch.zeros_like(good)
         whole[joined[~good]] = False
         for first in firsts.values():
@@ -145,7 +149,7 @@ class _Wiring:
         for name, own in self._own.items():
             mine = own[chosen[own]]
             if not len(mine):
-                self._reasons.setdefault(name, self._why_merged(own, joined))
+                self._reasons.setdefault(name, self._why_merged(own, joined, spread))
             elif not any(name in layer.incoming for layer in layers):
                 is_member = chosen & (layer_of == layer_of[mine[0]])
                 layers.append(self._layer(name, joined, joined[is_member].unique(), firsts))
@@ -162,7 +166,7 @@ class _Wiring:
         )
         return Layer(name, len(members), incoming, outgoing)
 
-    def _why_merged(self, own: Tensor, joined: Tensor) -> str:
+    def _why_merged(self, own: Tensor, joined: Tensor, spread: Tensor) -> str:
         """Why units of a weight are left out that are so for what they merge with, or as nothing reads them."""
         others = torch.isin(joined, joined[own]).nonzero().flatten()
         owner = self._numbers.owner()[others].unique().tolist()
@@ -172,7 +176,22 @@ class _Wiring:
                 return f"its units merge with {name}, which has no synapses"
             if name in self._reasons:
                 return f"its units merge with those of {name}: {self._reasons[name]}"
+        if bool(spread[joined[own]].any()):
+            return "some of its units merge with one that merges with others, too"
         return "no weight reads its units"
+
+
+def _spread(parts: Tensor) -> Tensor:
+    """The units that act at several positions of a weight, and not with the same units at each, as if broadcast.
+
+    Args:
+        parts: the units at each position of a weight, shape (positions, units at a position).
+    """
+    row_of = parts.sort(1).values.unique(dim=0, return_inverse=True)[1]
+    pairs = torch.stack([parts, row_of[:, None].expand_as(parts)]).flatten(1).T.unique(dim=0)
+    units, counts = pairs[:, 0].unique(return_counts=True)
+    found: Tensor = units[(counts > 1) & (units != NOBODY)]
+    return found
 
 
 def _places(units: Tensor, count: int) -> Tensor:

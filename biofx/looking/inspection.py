@@ -218,8 +218,8 @@ def _signs(row: Mapping[str, Any]) -> str:
 def table(bio: nn.Module, only: str = "inserted") -> Report:
     """The graph as a table with one row for each node: its name, function and arguments, and the pass that inserted it.
 
-    Some links have no nodes, and follow them without a name: those of weights that only the Python of islands reads, and
-    what sleeps while an optimizer is attached: gains then act on what it changes, and it projects on signs.
+    Some links have no nodes, and are listed last, without a name: those of weights that only the Python of islands
+    reads, and those that sleep while an optimizer is attached, as rules act at its steps then.
 
     Args:
         bio: a model made by `biofx.transform`.

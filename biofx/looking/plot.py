@@ -26,6 +26,7 @@ from biofx.analysis.units import units as find_units
 from biofx.base.errors import ArgumentError
 from biofx.base.gains import CRYSTALLIZED
 from biofx.base.packages import require
+from biofx.looking.vector import plain
 from biofx.model.provenance import is_transformed, unwrapped
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ _QUANTITIES = {
 
 
 def history(
-    history: History, quantity: str = "gain", *, weights: Sequence[str] | None = None, ax: Axes | None = None
+    history: History, quantity: str = "gain", *, weights: str | Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
     """Draw what `biofx.record` recorded: one quantity over the steps of training, a line for each weight.
 
@@ -111,18 +112,20 @@ def history(
         ('optimizer step', ['weight'])
     """
     rows = _rows_of(history)
-    if quantity not in _QUANTITIES:
+    if not isinstance(quantity, str) or quantity not in _QUANTITIES:
         raise ArgumentError(f"plot.history: quantity must be one of {', '.join(_QUANTITIES)}; got {quantity!r}")
     chosen = _QUANTITIES[quantity]
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         series.setdefault(row["weight"], []).append(row)
+    weights = [weights] if isinstance(weights, str) else weights
     for name in [] if weights is None else weights:
         _check_known(name, series, "history", "the history")
     drawn = {name: own for name, own in series.items() if weights is None or name in weights}
     drawn = {name: own for name, own in drawn.items() if any(row[chosen.line] is not None for row in own)}
     if not drawn:
-        raise ArgumentError(f"plot.history: no weight has a {quantity}; it takes {chosen.needs}")
+        needs = f"; it takes {chosen.needs}" if chosen.needs else ""
+        raise ArgumentError(f'plot.history: none of the weights has the quantity "{quantity}"{needs}')
     ax = _axes(ax, "history")
     strength = max(0.06, 0.25 / len(drawn))
     for index, (name, own) in enumerate(drawn.items()):
@@ -130,7 +133,7 @@ def history(
         for low, high in chosen.bands:
             ax.fill_between(steps, _column(own, low), _column(own, high), color=colour, alpha=strength, linewidth=0)
         marker = "o" if len(steps) == 1 else None
-        ax.plot(steps, _column(own, chosen.line), color=colour, label=name, linewidth=1.8, marker=marker)
+        ax.plot(steps, _column(own, chosen.line), color=colour, label=plain(name), linewidth=1.8, marker=marker)
     if chosen.level is not None:
         height, meaning = chosen.level
         ax.axhline(height, color=GREY, linewidth=0.9, linestyle=":", zorder=0)
@@ -142,7 +145,8 @@ def history(
         ax.set_ylim(bottom=0)
     ax.margins(x=0.01)
     _tidy(ax, xlabel="optimizer step", ylabel=chosen.label, grid=True)
-    lines = [line for line in ax.lines if line.get_label() in drawn]
+    named = {plain(name) for name in drawn}
+    lines = [line for line in ax.lines if line.get_label() in named]
     shown = range(len(lines)) if len(lines) <= LISTED else (i * (len(lines) - 1) // (LISTED - 1) for i in range(LISTED))
     ax.legend(handles=[lines[index] for index in shown], frameon=False, fontsize="small")
     return ax
@@ -322,7 +326,6 @@ def units(model: nn.Module | Units, population: str | None = None, *, ax: Axes |
         _check_known(population, members, "units", "the network", "population")
         members = {population: members[population]}
     effects = found.effects()
-    ax = _axes(ax, "units")
     colours, patches = (require(f"matplotlib.{part}", "plot.units", "draw") for part in ("colors", "patches"))
     total = sum(map(len, members.values()))
     across = min(max(map(len, members.values())), max(16, math.ceil(1.5 * math.sqrt(total))))
@@ -335,10 +338,11 @@ def units(model: nn.Module | Units, population: str | None = None, *, ax: Axes |
         middles.append(height + rows / 2)
         height += rows + 1
     cells = torch.cat(blocks[:-1]).numpy()
+    ax = _axes(ax, "units", height=0.45 * len(members))
     listed = colours.ListedColormap([*COLOURS.values()])
     edges: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.6 if across <= 80 else 0.0}
     ax.pcolormesh(cells, cmap=listed, vmin=-0.5, vmax=len(COLOURS) - 0.5, **edges)
-    ax.set_yticks(middles, [f"{name}\n{len(numbers)} units" for name, numbers in members.items()])
+    ax.set_yticks(middles, [f"{plain(name)}\n{len(numbers)} units" for name, numbers in members.items()])
     ax.set(xlim=(0, across), ylim=(height - 1, 0), aspect="equal", xticks=[])
     ax.tick_params(left=False)
     ax.spines[:].set_visible(False)
@@ -353,7 +357,7 @@ def units(model: nn.Module | Units, population: str | None = None, *, ax: Axes |
     return ax
 
 
-def gains(bio: nn.Module, *, weights: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+def gains(bio: nn.Module, *, weights: str | Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """Draw how gains are distributed: a histogram for each weight that has gains, on a logarithmic axis.
 
     The gain is what all gradient hooks multiply the learning of a synapse by (`WeightSite.factor`), without the noise
@@ -377,6 +381,7 @@ def gains(bio: nn.Module, *, weights: Sequence[str] | None = None, ax: Axes | No
         ['weight']
     """
     sites = weight_sites(bio)
+    weights = [weights] if isinstance(weights, str) else weights
     for name in [] if weights is None else weights:
         _check_known(name, sites, "gains", "the model")
     chosen = {name: site for name, site in sites.items() if weights is None or name in weights}
@@ -392,7 +397,7 @@ def gains(bio: nn.Module, *, weights: Sequence[str] | None = None, ax: Axes | No
     width = (high - low) / BINS
     first, last = math.floor((low - half) / width), math.ceil((high - half) / width)
     edges = half + width * torch.arange(first, last + 1, dtype=torch.float64)
-    ax = _axes(ax, "gains")
+    ax = _axes(ax, "gains", height=0.5 * len(found))
     parts = (BLUE, slice(-first, None)), (ORANGE, slice(None, -first))
     labels = []
     for row, (name, logs) in enumerate(above.items()):
@@ -404,11 +409,12 @@ def gains(bio: nn.Module, *, weights: Sequence[str] | None = None, ax: Axes | No
         ax.axhline(-row, color="#CCCCCC", linewidth=0.8, zorder=0)
         shares = (found[name] < CRYSTALLIZED, "crystallized"), (found[name] == 0, "at 0")
         notes = [f"{share:.1%} {what}" for has, what in shares if (share := has.double().mean().item())]
-        labels.append("\n".join([name, ", ".join(notes)]).strip())
+        labels.append("\n".join([plain(name), ", ".join(notes)]).strip())
     ax.set_xscale("log")
     ax.set(xlim=(10**low, 10**high), ylim=(-len(found) + 0.85, 1))
     ticker = require("matplotlib.ticker", "plot.gains", "draw")
-    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda gain, _: f"{gain:g}"))
+    for place in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        place(ticker.FuncFormatter(lambda gain, _: f"{gain:g}"))
     ax.set_yticks([-row for row in range(len(found))], labels)
     ax.tick_params(axis="y", left=False)
     _tidy(ax, xlabel="gain (orange: crystallized, below ½)")
@@ -420,19 +426,20 @@ _PLURAL = dict(zip(EFFECTS, ("silent", "excite", "inhibit", "mixed", "not judged
 _DIVERGING = ("#003A5D", BLUE, "#A9CCE3", "#FFFFFF", "#F5C6A5", ORANGE, "#6B2F00")
 
 
-def _axes(ax: Axes | None, figure: str) -> Axes:
-    """The axes to draw into."""
+def _axes(ax: Axes | None, figure: str, height: float = 0.0) -> Axes:
+    """The axes to draw into; new ones have at least the usual height in inches."""
     if ax is not None:
         return ax
     pyplot = require("matplotlib.pyplot", f"plot.{figure}", "draw")
-    new: Axes = pyplot.subplots(layout="constrained")[1]
+    width, usual = pyplot.rcParams["figure.figsize"]
+    new: Axes = pyplot.subplots(figsize=(width, max(usual, height)), layout="constrained")[1]
     return new
 
 
 def _tidy(ax: Axes, *, xlabel: str, ylabel: str = "", title: str = "", grid: bool = False) -> None:
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if title:
-        ax.set_title(title, loc="left")
+        ax.set_title(plain(title), loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     if grid:
         ax.grid(alpha=0.25, linewidth=0.6)
@@ -493,14 +500,20 @@ def _matrix(model: nn.Module | Units, name: str, figure: str) -> Tensor:
         parameters = dict(model.named_parameters())
         _check_known(name, {key: p for key, p in parameters.items() if p.dim() > 1}, figure, "the model")
         if parameters[name].dim() == 2:
-            return _values(parameters[name])
+            return _finite(_values(parameters[name]), name, figure)
     site = _site(model, name, figure)
-    value = _values(site.effective())
+    value = _finite(_values(site.effective()), name, figure)
     if value.dim() == 2:
         return value
     if site.axes is None:
         raise ArgumentError(f"plot.{figure}: {name}: which of its axes run over units is not known")
     return site.incoming(value)
+
+
+def _finite(value: Tensor, name: str, figure: str) -> Tensor:
+    if not bool(value.isfinite().all()):
+        raise ArgumentError(f"plot.{figure}: {name} has values that are not finite")
+    return value
 
 
 def _is_transformed(model: nn.Module) -> bool:

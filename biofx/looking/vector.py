@@ -129,11 +129,11 @@ def _draw(axes: Axes, placed: Placed, depth: int = 0) -> None:
     _outline(axes, box.role, placed.left, placed.top, placed.width, placed.height, depth)
     middle = placed.left + placed.width / 2
     if placed.parts:
-        axes.text(placed.left + 6, placed.top + 6, _plain(box.label), va="top", fontsize=8, fontweight="bold", zorder=4)
+        axes.text(placed.left + 6, placed.top + 6, plain(box.label), va="top", fontsize=8, fontweight="bold", zorder=4)
         for part in placed.parts:
             _draw(axes, part, depth + 1)
         return
-    text = "\n".join(map(_plain, _lines(box)))
+    text = "\n".join(map(plain, _lines(box)))
     roles = list(box.inserted_roles()) if box.children else []
     height = placed.height - (12 if roles else 0)
     axes.text(middle, placed.top + height / 2, text, ha="center", va="center", fontsize=8, zorder=4)
@@ -142,7 +142,7 @@ def _draw(axes: Axes, placed: Placed, depth: int = 0) -> None:
         _outline(axes, role, left, placed.top + placed.height - 14, 14, 9)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A text in which matplotlib sees no formula."""
     return text.replace("$", r"\$")
 

@@ -133,7 +133,10 @@ def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
     found = {name: _size(shape) for name, shape in carried.items()}
     if example_inputs is not None:
         interpreter = _Shapes(model, _bound(model, example_inputs))
-        run_in_eval_mode(model, lambda _: interpreter.run())
+        try:
+            run_in_eval_mode(model, lambda _: interpreter.run())
+        except Exception as error:
+            raise ArgumentError(f"draw: the model fails on example_inputs: {error}") from error
         found |= interpreter.found
     return found
 

@@ -52,6 +52,7 @@ class Pass:
         changes_units: whether the pass changes the set of units. Such a pass runs before all others, and calls
             `ModelEditor.look_again` after the change.
         converted: the options in which a checkpoint may differ from the model, because state is converted as it loads.
+        sets_zeros: whether the rule sets synapses to 0 that are to grow again, which not every rule lets them.
         works_on_shards: whether `at_step` works on a part of a weight, as under FSDP: entry by entry, with sums over a
             weight by `biofx.training.ranks.summed`. If not, `biofx.attach` refuses sharded weights.
     """
@@ -61,6 +62,7 @@ class Pass:
     moment: ClassVar[Moment | None] = None
     changes_units: ClassVar[bool] = False
     converted: ClassVar[tuple[str, ...]] = ()
+    sets_zeros: ClassVar[bool] = False
     works_on_shards: ClassVar[bool] = False
 
     @property

@@ -77,7 +77,9 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int
     Args:
         bio: a model made by `biofx.transform`, bare or inside `torch.compile` or a data-parallel wrapper. To record a
             plain model, give it gains of 1: `passes.FuzzyLearningRates(distribution="baseline")`.
-        optimizer: an optimizer that holds weights of `bio`, or a wrapper around one.
+        optimizer: an optimizer that holds weights of `bio`, or a wrapper around one. Then the steps of the one inside
+            are recorded, before the wrapper changes weights itself (Lookahead). A fused optimizer counts the steps that
+            `GradScaler` lets it skip.
         every: steps from one record to the next, at least 1.
         limit: most records that are held, at least 2; one has about 70 bytes for each weight.
 
@@ -307,14 +309,14 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def places(count: int, device: torch.device) -> Tensor | None:
-    """The places of a sample that is even over all of `count` places, whatever their order; None if all are taken.
+    """The places of a sample of `count` places, one at random in each of as many equal parts; None if all are taken.
 
-    Multiples of the golden ratio's fraction leave no axis of a matrix out, as equal distances may.
+    Equal distances, or the multiples of an irrational number, leave out columns of matrices of some sizes.
     """
     if count <= SAMPLE:
         return None
-    golden = torch.arange(SAMPLE, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2)
-    return (golden.frac() * count).long().to(device)
+    inside = torch.rand(SAMPLE, dtype=torch.float64, generator=torch.Generator().manual_seed(SAMPLE))
+    return ((torch.arange(SAMPLE) + inside) * (count / SAMPLE)).long().clamp(max=count - 1).to(device)
 
 
 def _cells(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Cell]:

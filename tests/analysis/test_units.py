@@ -1,6 +1,7 @@
 """Units of whole architectures, what the analysis does not depend on, and the table that it prints."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
+from biofx.analysis.units import EFFECTS
 from conftest import tensors
 from models.architectures import ARCHITECTURES
 from models.small import mlp
@@ -260,3 +262,13 @@ def test_what_is_no_model(model):
 def test_a_model_without_weights():
     found = biofx.units(nn.ReLU(), torch.randn(2, 3))
     assert (found.readings, len(found.populations)) == ({}, 1)
+
+
+def test_weights_that_are_not_finite_are_not_judged():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[2].weight.data[0, 1] = math.nan
+    units = biofx.units(model, torch.randn(1, 3))
+    assert str(units.verdicts()["2.weight"]) == "not judged: it has values that are not finite"
+    with pytest.raises(biofx.NotJudgedError, match="not finite"):
+        units.mixed()
+    assert "not judged" in {EFFECTS[index] for index in units.effects()}

@@ -88,6 +88,14 @@ LEFT = {
         lambda n, x: n.out(torch.cat([x, x[:, :1]], 1) + n.a(x).relu()),
         "its units merge with .*, which has no synapses",
     ),
+    "broadcast": (
+        lambda n, x: n.out(n.a(x).relu() + n.c(x)[:, :1].relu()),
+        "some of its units merge with one that merges with others",
+    ),
+    "rolled": (
+        lambda n, x: n.out(n.a(x).relu() + n.a(x).relu().roll(1, 1)),
+        "some of its units merge with one that merges with others",
+    ),
     "unknown": (
         lambda n, x: n.out(torch.fft.fft(n.a(x)).real),
         "it cannot be told which of its units out.weight reads",

@@ -105,7 +105,9 @@ def test_wrong_arguments_of_a_history_are_refused(recorded, ax):
         plot.history(nn.Linear(2, 2), ax=ax)
     bio = biofx.transform(nn.Linear(2, 2), NEUTRAL)
     history = biofx.record(bio, torch.optim.SGD(bio.parameters(), lr=0.1))
-    with pytest.raises(biofx.ArgumentError, match="no weight has a turnover; it takes passes.Rejuvenate"):
+    with pytest.raises(
+        biofx.ArgumentError, match='none of the weights has the quantity "turnover"; it takes passes.Rejuvenate'
+    ):
         plot.history(history, "turnover", ax=ax)
 
 

@@ -363,3 +363,54 @@ def test_new_synapses():
     uniform, bounds = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([2.0, 3.0, 5.0])
     assert fresh(uniform, None, bounds).tolist() == [-2, -1, 2]
     assert fresh(uniform, torch.tensor([0.0, 1.0, -1.0]), bounds).tolist() == [-2, 0.75, -5]
+
+
+def replaced_and_remarks(model, *others):
+    bio = biofx.transform(model, [passes.ContinualBackprop(0.5, maturity=0), *others], example_inputs=torch.randn(4, 6))
+    return bio, {name: str(site.state("units_replaced")) for name, site in biofx.weight_sites(bio).items()}
+
+
+def test_similar_names_are_layers_of_their_own():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential()
+            self.a.b = nn.Linear(6, 8)
+            self.a__b, self.a_0b = nn.Linear(8, 5), nn.Linear(5, 4)
+            self.out = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.a_0b(self.a__b(self.a.b(x).relu()).relu()).relu())
+
+    bio, _ = replaced_and_remarks(Named())
+    optimizer = torch.optim.Adam(bio.parameters())
+    biofx.attach(bio, optimizer)
+    bio(torch.randn(8, 6)).square().mean().backward()
+    optimizer.step()
+    counts = {n: int(s.state("units_replaced")) for n, s in biofx.weight_sites(bio).items() if n != "out.weight"}
+    assert counts == {"a.b.weight": 4, "a__b.weight": 2, "a_0b.weight": 2}
+
+
+def test_a_bias_that_others_use_is_left_alone():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+            self.c.bias = self.a.bias
+
+        def forward(self, x):
+            return self.out(self.a(x).relu() * self.c(x).relu())
+
+    bio, _ = replaced_and_remarks(Shared())
+    assert "its operator's bias is also that of others" in str(biofx.summary(bio)).replace("\n    ", " ")
+
+
+def test_rules_that_would_keep_units_silent_are_excluded():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3))
+    bio, found = replaced_and_remarks(model, passes.InhibitoryInterneurons(0.3))
+    assert set(found.values()) == {"None"}
+    assert "its interneurons would go on inhibiting" in str(biofx.summary(bio)).replace("\n    ", " ")
+    bio, found = replaced_and_remarks(model, passes.ExponentiatedGradient())
+    assert found["0.weight"] == found["2.weight"] == "tensor(0)"
+    assert all("exponentiated-gradient" not in site.passes for site in biofx.weight_sites(bio).values())
+    assert "which could never grow under this rule" in str(biofx.summary(bio)).replace("\n    ", " ")

@@ -190,7 +190,13 @@ def test_quantiles_of_large_weights_are_those_of_an_even_sample(monkeypatch):
         below = (weight < row[f"weight_q{round(100 * level):02}"]).double().mean()
         assert below == pytest.approx(level, abs=0.03)
     chosen = places(20_000, torch.device("cpu"))
-    assert torch.bincount(chosen % 200, minlength=200).min() > 0.7 * 4096 / 200  # no column of the matrix is left out
+    assert torch.bincount(chosen % 200, minlength=200).min() > 0  # no column of the matrix is left out
+
+
+@pytest.mark.parametrize("rows", [1000, 1597, 6765, 10946])  # three are Fibonacci numbers
+def test_a_sample_has_its_share_of_every_column(rows):
+    columns = places(100 * rows, torch.device("cpu")) % 100
+    assert float((columns < 30).double().mean()) == pytest.approx(0.3, abs=0.02)
 
 
 def test_low_precision_is_summed_in_single_precision():
