@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import fx, nn
 
-from biofx.base.errors import ArgumentError
+from biofx.base.errors import ArgumentError, SavingError
 from biofx.model.synapses import stored_parameters, synapses_in, synapses_of
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 RECORD = "biofx"  # the attribute of a transformed model that is its Record, and the key in `node.meta`
+
+FORMAT = 2  # of pickled models: slots and moments are pickled by their numbers
 
 
 class RunnablePass(Protocol):
@@ -147,10 +149,17 @@ class Record:
         self.by_hand = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "attachments"}
+        own = {name: value for name, value in vars(self).items() if name != "attachments"}
+        return own | {"format": FORMAT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, attachments=WeakSet())
+        if state.get("format") != FORMAT:
+            raise SavingError(
+                "the model was pickled by another version of biofx; unpickle it with that one, save its state_dict, "
+                "and load that into a model that this version transformed"
+            )
+        own = {name: value for name, value in state.items() if name != "format"}
+        vars(self).update(own, attachments=WeakSet())
 
     @property
     def attached(self) -> set[str]:
