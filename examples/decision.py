@@ -1,6 +1,6 @@
 """Dale's principle over time: a recurrent network of excitatory and inhibitory units decides what it sees.
 
-Run it with `python examples/decision.py` (about two and a half minutes on one CPU core; `--quick` takes half a
+Run it with `python examples/decision.py` (about a minute on two CPU cores; `--quick` takes half a
 minute; `--help` lists the options). The network is written by hand, as one would without biofx: 100 rate units with a
 leak and noise, in a loop over time (`rate_networks.py`). It learns two tasks, in which each of 40 time steps shows no
 more than noisy evidence:
