@@ -15,7 +15,7 @@ of their displacement in the plain network, as the ratio says little where that 
 synapses learn as their gains say, a slope of 0 that gains have no effect.
 
 What came out (10 seeds, mean and 95% interval; `examples/results/diversity.json`): under SGD, with or without momentum,
-it makes no difference where gains act, as it is linear in gradients and gains are constant: the slope is 1 after one
+it makes no difference where gains act, as SGD is linear in gradients and gains are constant: the slope is 1 after one
 step, and 0.998 ± 0.007 after 50. Under Adagrad, RMSprop and AdamW, gains on the gradient have no effect at all: the
 slope is at most 0.001 after one step and after 50, as these optimizers divide each gradient by its own size. Gains on
 the update have their full effect under all of them: a slope of 1 after one step; after 50, when the networks have gone

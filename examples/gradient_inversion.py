@@ -187,7 +187,7 @@ def send(model: nn.Module, image: Tensor, label: Tensor, view: str) -> Gradients
 
 
 def all_sent(model: nn.Module, plain: nn.Module, image: Tensor, label: Tensor, view: str) -> Sent:
-    """What a client sends, and what the attacker makes of it; `plain` computes the same and has no rules."""
+    """What a client sends, and what is reconstructed from it; `plain` computes the same and has no rules."""
     values = send(model, image, label, view)
     factors = {name: torch.ones_like(value) for name, value in values.items()}
     if view == KNOWN:
@@ -405,7 +405,7 @@ def numbers(results: Results, tests: dict[str, dict[str, Comparison]]) -> Mappin
 
 
 def plot_images(axes: Axes, found: Found) -> None:
-    """The images, and what an attacker who ignores gains makes of the update, by condition."""
+    """The images, and their reconstructions from updates by an attacker who ignores gains, by condition."""
     columns = [found.images, *(found.reconstructions[condition, UPDATE] for condition in CONDITIONS)]
     axes.imshow(torch.cat([torch.cat([*column[:, 0]]) for column in columns], 1), cmap="gray_r", vmin=0, vmax=1)
     for place in range(1, len(columns)):

@@ -16,7 +16,7 @@ from biofx.analysis.understanding import Understanding, understand
 from biofx.analysis.verdict import Verdict
 from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
-from biofx.base.tables import Cell, Report, Table, wrapped
+from biofx.base.tables import Cell, Report, Reported, Table, wrapped
 from biofx.model.provenance import is_transformed, transformed, unwrapped
 from biofx.weights.facts import NOT_RUN, Need
 
@@ -28,7 +28,7 @@ LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Units:
+class Units(Reported):
     """The units of a network; `biofx.units` makes it, and as a string it is a table.
 
     Attributes:
@@ -182,15 +182,6 @@ class Units:
     def to_dict(self) -> dict[str, Any]:
         """All that the printed table says, as data."""
         return self._report().to_dict()
-
-    def __str__(self) -> str:
-        return str(self._report())
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        return self._report()._repr_html_()
 
     def _report(self) -> Report:
         rows = self.rows

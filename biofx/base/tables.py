@@ -127,6 +127,22 @@ class Report(str):
         return "\n".join(texts)
 
 
+class Reported:
+    """What a person sees as a report: printed, at a prompt and in a notebook."""
+
+    def _report(self) -> Report:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self._report())
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return self._report()._repr_html_()
+
+
 def _report(parts: Sequence[Table | str], rows: Sequence[Mapping[str, Any]], others: dict[str, Any]) -> Report:
     return Report(parts, rows, **others)
 

@@ -208,7 +208,7 @@ def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> A
                 integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]
             )
         )
-    ax.set_title(name, loc="left", pad=16)
+    ax.set_title(plain(name), loc="left", pad=16)
     ax.figure.colorbar(image, ax=ax, label="effective weight", extend=extend, pad=0.02)
     return ax
 

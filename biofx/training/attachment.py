@@ -9,7 +9,7 @@ from types import MethodType, TracebackType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils.hooks import RemovableHandle
 
@@ -194,18 +194,8 @@ def _check_runs_hooks(optimizer: Optimizer) -> None:
 class Attachment(Lifecycle):
     """The connection between a transformed model and an optimizer; `biofx.attach` makes it."""
 
-    def __init__(
-        self,
-        bio: fx.GraphModule,
-        optimizer: Optimizer,
-        acting: Acting | None,
-        wrapper: nn.parallel.DistributedDataParallel | None,
-        *,
-        compiled: bool,
-    ) -> None:
-        super().__init__(bio, optimizer, acting, wrapper, compiled=compiled)
-        self._hooks: list[RemovableHandle] = []
-        self._guarded: MethodType | None = None
+    _hooks: tuple[RemovableHandle, ...] = ()
+    _guarded: MethodType | None = None
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Let rules act on weights at the steps of the optimizer, and gains on what holds these synapses."""
@@ -213,8 +203,8 @@ class Attachment(Lifecycle):
         if not self._hooks:
             # Rules compile their own arithmetic. As decorators these would import the compiler with biofx.
             before, after = torch.compiler.disable(self.before), torch.compiler.disable(self.after)
-            self._hooks.append(self.optimizer.register_step_pre_hook(before))
-            self._hooks.append(self.optimizer.register_step_post_hook(after))
+            self._hooks = (self.optimizer.register_step_pre_hook(before),)
+            self._hooks += (self.optimizer.register_step_post_hook(after),)  # if this fails, the first is known
             self._guarded = _guarded(self.undo, self.optimizer)
             self.optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
         record_of(self.bio).attachments.add(self)
@@ -262,7 +252,7 @@ class Attachment(Lifecycle):
         if self.held <= parameters or not (sites or learning):
             for hook in self._hooks:
                 hook.remove()
-            self._hooks = []
+            self._hooks = ()
             if self._guarded is not None and vars(self.optimizer).get("step") is self._guarded:
                 del self.optimizer.step
             record_of(self.bio).attachments.discard(self)

@@ -16,7 +16,7 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.gains import CRYSTALLIZED
 from biofx.base.shards import is_sharded
-from biofx.base.tables import Cell, Report, Table, wrapped
+from biofx.base.tables import Cell, Report, Reported, Table, wrapped
 from biofx.base.torch_internals import runs_step_hooks
 from biofx.model.provenance import transformed
 from biofx.training.blocks import wide
@@ -136,7 +136,7 @@ class _Record:
     values: Tensor
 
 
-class History:
+class History(Reported):
     """What became of weights in training; `biofx.record` makes it, and as a string it is a table of start and end.
 
     Attributes:
@@ -201,15 +201,6 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """All that was recorded, as data: `rows`, `every`, `steps` and the names of the `weights`."""
         return {"rows": self.rows, "every": self.every, "steps": self.steps, "weights": list(self.weights)}
-
-    def __str__(self) -> str:
-        return str(self._report())
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        return self._report()._repr_html_()
 
     def _report(self) -> Report:
         rows, count = self.rows, len(self._sites)
