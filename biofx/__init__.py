@@ -32,6 +32,7 @@ from biofx.base.errors import (
 )
 from biofx.compiler import transform
 from biofx.converter import BioConfig, BioConverter
+from biofx.ensembles import stack_module_state
 from biofx.looking import plot
 from biofx.looking.difference import Difference, diff
 from biofx.looking.drawing import draw
@@ -80,6 +81,7 @@ __all__ = [
     "record",
     "save",
     "shard_placement",
+    "stack_module_state",
     "summary",
     "table",
     "to_networkx",

@@ -46,10 +46,12 @@ References:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +60,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
@@ -67,20 +69,50 @@ from command_line import headline
 from evidence import Comparison, Estimate, Report, compare, in_processes, parse_arguments
 from handwritten_digits import Digits, load
 
-PLAIN, DALE = "plain", "Dale"
+PLAIN = "plain"
 GRADIENT, UNATTACHED, UPDATE, KNOWN = "gradient", "gradient, unattached", "update", "update, known"
 FUZZY = "fuzzy-learning-rates{nu=0.4,distribution=lognormal}"
 PAPER = "fuzzy-learning-rates{nu=0.09},rejuvenate{dre=14.0,rule=threshold}"
-# What is done to a network, and what the client sends where that can make a difference.
-CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    PLAIN: ("", (GRADIENT, UPDATE)),
-    "fuzzy": (FUZZY, (GRADIENT, UNATTACHED, UPDATE, KNOWN)),
-    "volume": ("volume-dependent-learning-rates", (GRADIENT, UNATTACHED, UPDATE, KNOWN)),
-    "split": (f"split-synapses{{synapses=4}},{FUZZY}", (GRADIENT, UNATTACHED, UPDATE, KNOWN)),
-    "rejuvenate": ("rejuvenate", (UPDATE, KNOWN)),
-    "hofmann2025": (PAPER, (GRADIENT, UNATTACHED, UPDATE, KNOWN)),
-    "cortex": ("cortex", (GRADIENT, UNATTACHED, UPDATE, KNOWN)),
-    DALE: ("dales-principle", (GRADIENT, UPDATE)),
+LAMBDA = 1e-4  # of `L1Regularization`
+ALL_VIEWS = GRADIENT, UNATTACHED, UPDATE, KNOWN
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is done to a network.
+
+    Attributes:
+        pipeline: the passes.
+        views: what the client sends, where that can make a difference.
+        steps: for how many steps, with a learning rate of 0, rules have been at work that start out neutral.
+        penalty: λ of the penalty λ·Σ|w| on its weights.
+        own_weights: whether the network has other weights than the plain one, or uses them otherwise.
+    """
+
+    pipeline: str
+    views: tuple[str, ...]
+    steps: int = 0
+    penalty: float = 0.0
+    own_weights: bool = False
+
+
+CONDITIONS = {
+    PLAIN: Condition("", (GRADIENT, UPDATE)),
+    "fuzzy": Condition(FUZZY, ALL_VIEWS),
+    "volume": Condition("volume-dependent-learning-rates", ALL_VIEWS),
+    "crystallize": Condition("crystallize", ALL_VIEWS, steps=20),
+    "scaling": Condition("synaptic-scaling", ALL_VIEWS, steps=20),
+    "split": Condition(f"split-synapses{{synapses=4}},{FUZZY}", ALL_VIEWS),
+    "L1": Condition(f"l1-regularization{{strength={LAMBDA}}}", (UPDATE, KNOWN), penalty=LAMBDA),
+    "rejuvenate": Condition("rejuvenate", (UPDATE, KNOWN)),
+    "continual backprop": Condition("continual-backprop{replacement_rate=0.1,maturity=0}", (UPDATE, KNOWN)),
+    "EG": Condition("exponentiated-gradient", (UPDATE, KNOWN)),
+    "hofmann2025": Condition(PAPER, ALL_VIEWS),
+    "cortex": Condition("cortex", ALL_VIEWS),
+    "interneurons": Condition("inhibitory-interneurons", (GRADIENT, UPDATE)),
+    "mirror units": Condition("mirror-units", (GRADIENT, UPDATE), own_weights=True),
+    "Dale": Condition("dales-principle", (GRADIENT, UPDATE), own_weights=True),
+    "group units": Condition("group-units", (GRADIENT, UPDATE), own_weights=True),
 }
 STATES = ("at initialisation", "after training")
 IMAGES = 4  # for each network
@@ -88,7 +120,7 @@ EPOCHS = 5
 LEARNING_RATE = 0.05  # of the client
 TOTAL_VARIATIONS = (1e-4, 1e-3, 1e-2)  # λ, of which the attacker takes the best for each condition
 VALIDATION_SEED, VALIDATION_SEEDS = 1_000, 2  # of other networks, with other images, for that choice
-ITERATIONS, QUICK_ITERATIONS = 400, 100
+ITERATIONS, QUICK_ITERATIONS = 400, 40
 STARTS = 2
 LARGEST_GAIN = 2.0  # of `FuzzyLearningRates`
 METRICS = ("MSE", "PSNR", "SSIM")
@@ -130,20 +162,26 @@ class Sent:
     factors: Gradients
 
 
-def train(model: nn.Module, digits: Digits) -> nn.Module:
+def train(model: nn.Module, digits: Digits) -> None:
     """Train a network, with its rules if it has any."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
-    if isinstance(model, torch.fx.GraphModule):
-        biofx.attach(model, optimizer)
+    batches = [torch.randperm(len(digits.train_labels)).split(32) for _ in range(EPOCHS)]
+    learn(model, digits, itertools.chain(*batches), LEARNING_RATE, momentum=0.9)
+
+
+def let_rules_work(model: nn.Module, digits: Digits, steps: int) -> None:
+    """Let rules see some batches, and change their state but no weight."""
+    learn(model, digits, torch.randperm(len(digits.train_labels)).split(32)[:steps], 0.0, momentum=0.0)
+
+
+def learn(model: nn.Module, digits: Digits, batches: Iterable[Tensor], learning_rate: float, momentum: float) -> None:
+    """Take a step of SGD for each batch of images."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum)
     dtype = next(model.parameters()).dtype
-    for _ in range(EPOCHS):
-        for batch in torch.randperm(len(digits.train_labels)).split(32):
+    with biofx.attach(model, optimizer) if isinstance(model, fx.GraphModule) else contextlib.nullcontext():
+        for batch in batches:
             optimizer.zero_grad()
             F.cross_entropy(model(digits.train_images[batch].to(dtype)), digits.train_labels[batch]).backward()
             optimizer.step()
-    if isinstance(model, torch.fx.GraphModule):
-        biofx.detach(model)
-    return model
 
 
 @torch.no_grad()
@@ -152,17 +190,20 @@ def accuracy(model: nn.Module, digits: Digits) -> float:
     return (model(digits.test_images.to(dtype)).argmax(1) == digits.test_labels).float().mean().item()
 
 
-def folded(model: nn.Module) -> Gradients:
-    """The weights of a network, as a server sees them."""
-    state = (biofx.fold(model) if isinstance(model, torch.fx.GraphModule) else model).state_dict()
-    return {name: state[name].clone() for name, _ in ConvNet().named_parameters()}
+def folded(model: nn.Module) -> nn.Module:
+    """The network as a server sees it."""
+    return biofx.fold(model) if isinstance(model, fx.GraphModule) else copy.deepcopy(model)
+
+
+def weights(network: nn.Module) -> Gradients:
+    return {name: weight.detach() for name, weight in network.named_parameters()}
 
 
 def connections(model: nn.Module, *, attached: bool) -> Gradients:
     """The gradient of every connection: the sum over its synapses, each of which gets 1/√Γ of it if attached."""
     result = {}
     for name, _ in ConvNet().named_parameters():
-        is_weight = isinstance(model, torch.fx.GraphModule) and name in biofx.weight_sites(model)
+        is_weight = isinstance(model, fx.GraphModule) and name in biofx.weight_sites(model)
         site = biofx.weight_sites(model)[name] if is_weight else None
         gradient = model.get_parameter(name).grad if site is None else site.raw.grad
         assert gradient is not None
@@ -174,25 +215,27 @@ def connections(model: nn.Module, *, attached: bool) -> Gradients:
 def send(model: nn.Module, image: Tensor, label: Tensor, view: str) -> Gradients:
     """What a client sends that learns from one image."""
     model = copy.deepcopy(model)
-    before = folded(model)
+    before = weights(folded(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    if isinstance(model, torch.fx.GraphModule) and view != UNATTACHED:
+    if isinstance(model, fx.GraphModule) and view != UNATTACHED:
         biofx.attach(model, optimizer)
     F.cross_entropy(model(image[None]), label[None]).backward()
     if view in (GRADIENT, UNATTACHED):
         return connections(model, attached=view == GRADIENT)
     optimizer.step()
-    after = folded(model)
+    after = weights(folded(model))
     return {name: (before[name] - after[name]) / LEARNING_RATE for name in before}
 
 
-def all_sent(model: nn.Module, plain: nn.Module, image: Tensor, label: Tensor, view: str) -> Sent:
+def all_sent(model: nn.Module, plain: nn.Module, image: Tensor, label: Tensor, view: str, penalty: float) -> Sent:
     """What a client sends, and what is reconstructed from it; `plain` computes the same and has no rules."""
     values = send(model, image, label, view)
     factors = {name: torch.ones_like(value) for name, value in values.items()}
     if view == KNOWN:
+        sites = biofx.weight_sites(model) if isinstance(model, fx.GraphModule) else {}
         for name, gradient in send(plain, image, label, UPDATE).items():
-            ratio = values[name] / gradient  # 0/0 and x/0, of which no gain is the reason, are not explained
+            learned = values[name] - penalty * plain.get_parameter(name).detach().sign() * (name in sites)
+            ratio = learned / gradient  # 0/0 and x/0, of which no gain is the reason, are not explained
             explained = (ratio > 0) & (ratio <= 1.01 * LARGEST_GAIN)
             values[name] = torch.where(explained, gradient, 0)
             factors[name] = explained.to(gradient.dtype)
@@ -203,16 +246,16 @@ def all_sent(model: nn.Module, plain: nn.Module, image: Tensor, label: Tensor, v
 
 
 def invert(
-    weights: Gradients, sent: list[Sent], labels: Tensor, smoothness: Tensor, iterations: int, seed: int
+    network: nn.Module, sent: list[Sent], labels: Tensor, smoothness: Tensor, iterations: int, seed: int
 ) -> Tensor:
     """The images that an attacker finds, one for each thing that was sent, shape (attacks, 1, 8, 8)."""
-    network = ConvNet().double()
+    known = weights(network)
 
     def loss(parameters: Gradients, image: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(network, parameters, (image[None],)), label[None])
 
     def objective(image: Tensor, label: Tensor, smooth: Tensor, values: Gradients, factors: Gradients) -> Tensor:
-        own = grad(loss)(weights, image, label)
+        own = grad(loss)(known, image, label)
         found, target = (
             torch.cat([x.flatten() for x in each])
             for each in ([own[name] * factors[name] for name in own], [values[name] for name in own])
@@ -222,7 +265,7 @@ def invert(
         return 1 - cosine + smooth * variation
 
     values, factors = (
-        {name: torch.stack([getattr(each, what)[name] for each in sent]) for name in weights}
+        {name: torch.stack([getattr(each, what)[name] for each in sent]) for name in known}
         for what in ("values", "factors")
     )
     best, lowest = torch.zeros(len(sent), 1, 8, 8).double(), torch.full((len(sent),), torch.inf).double()
@@ -272,7 +315,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 Key = tuple[str, str]  # a condition, and what is sent
-KEYS: list[Key] = [(condition, view) for condition, (_, views) in CONDITIONS.items() for view in views]
+KEYS: list[Key] = [(name, view) for name, condition in CONDITIONS.items() for view in condition.views]
 
 
 @dataclass(frozen=True)
@@ -291,7 +334,7 @@ class Found:
 
     Attributes:
         scores: the mean over images of each metric, for each λ.
-        accuracies: the test accuracy of the plain network and of that under Dale's principle.
+        accuracies: the test accuracy of the plain network, and of those with weights of their own.
         images: the images, shape (IMAGES, 1, 8, 8).
         reconstructions: what was found, of the same shape, with the last λ.
     """
@@ -314,22 +357,27 @@ def run(job: Job) -> Found:
     chosen = torch.randperm(len(digits.test_labels))[:IMAGES]
     images, labels = digits.test_images[chosen].double(), digits.test_labels[chosen]
     batches: dict[str, list[tuple[Key, float, int, Sent]]] = {}  # by who has the same weights
-    networks: dict[str, Gradients] = {}
+    networks: dict[str, nn.Module] = {}
     found = Found({}, {}, images, {})
-    for condition, (pipeline, views) in CONDITIONS.items():
-        owner = condition if condition == DALE else PLAIN  # the other passes preserve the function
-        start, model = (untrained if condition == DALE else plain), plain
-        if condition != PLAIN:
-            model = biofx.transform(start, pipeline, example_inputs=images, seed=job.seed)
-        if condition == DALE and job.state == STATES[1]:
+    for name, condition in CONDITIONS.items():
+        owner = name if condition.own_weights else PLAIN
+        model = plain
+        if name != PLAIN:
+            start = untrained if condition.own_weights else plain
+            model = biofx.transform(start, condition.pipeline, example_inputs=images, seed=job.seed)
+        if condition.own_weights and job.state == STATES[1]:
             train(model, digits)
+        let_rules_work(model, digits, condition.steps)
         networks[owner] = folded(model)
         found.accuracies[owner] = accuracy(model, digits)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one warns that a model is not attached
-            for view in views:
-                sent = [all_sent(model, plain, images[index], labels[index], view) for index in range(IMAGES)]
-                key = condition, view
+            for view in condition.views:
+                sent = [
+                    all_sent(model, plain, images[index], labels[index], view, condition.penalty)
+                    for index in range(IMAGES)
+                ]
+                key = name, view
                 batches.setdefault(owner, []).extend(
                     (key, smooth, index, sent[index]) for smooth in job.total_variations[key] for index in range(IMAGES)
                 )
@@ -388,7 +436,7 @@ def rows_of(state: str, found: list[Found], tests: dict[str, Comparison]) -> lis
 def numbers(results: Results, tests: dict[str, dict[str, Comparison]]) -> Mapping[str, Any]:
     return {
         "test accuracy": {
-            state: {name: Estimate.of(each.accuracies[name] for each in found) for name in (PLAIN, DALE)}
+            state: {name: Estimate.of(each.accuracies[name] for each in found) for name in found[0].accuracies}
             for state, found in results.items()
         },
         "results": {
@@ -422,10 +470,10 @@ def plot_scores(axes: Axes, found: list[Found]) -> None:
     width = 0.8 / len(COLORS)
     for offset, (view, color) in enumerate(COLORS.items()):
         places, estimates = [], []
-        for place, (condition, (_, views)) in enumerate(CONDITIONS.items()):
-            if view in views:
+        for place, (name, condition) in enumerate(CONDITIONS.items()):
+            if view in condition.views:
                 places.append(place + (offset - 1.5) * width)
-                estimates.append(Estimate.of(each.scores[condition, view][0]["PSNR"] for each in found))
+                estimates.append(Estimate.of(each.scores[name, view][0]["PSNR"] for each in found))
         errors = [each.high - each.mean for each in estimates]
         axes.bar(
             places, [each.mean for each in estimates], width, yerr=errors, color=color, label=view, ecolor="dimgray"
@@ -472,7 +520,9 @@ def main() -> None:
     for state, found in results.items():
         headline(f"How close are reconstructions? {state}; mean and 95% interval over networks")
         print(tabulate(rows[state], headers="keys", disable_numparse=True))
-        accuracies = (f"{name} {Estimate.of(each.accuracies[name] for each in found).text()}" for name in (PLAIN, DALE))
+        accuracies = (
+            f"{name} {Estimate.of(each.accuracies[name] for each in found).text()}" for name in found[0].accuracies
+        )
         print(f"\nTest accuracy: {', '.join(accuracies)}")
     numbers_of_all = {"rows": [row for each in rows.values() for row in each], **numbers(results, tests)}
     report.write(numbers_of_all, plot(results))

@@ -272,7 +272,7 @@ def _with_noise(rule: GradientRule, name: str, schema: str, draw: Draw, drawn_fr
 
     operator.register_vmap(mapped)
     if not _takes_weight(rule):
-        return lambda gradient, *own: rule(gradient, operator(gradient, *own[:end]), *own[end:])
+        return lambda gradient, *own: rule(gradient, operator(gradient.detach(), *own[:end]), *own[end:])
 
     def drawing(gradient: Tensor, weight: Tensor, *own: Any) -> Tensor:
         return rule(gradient, weight.detach(), operator(weight.detach(), *own[:end]), *own[end:])
