@@ -105,7 +105,7 @@ CONDITIONS = {
     "split": Condition(f"split-synapses{{synapses=4}},{FUZZY}", ALL_VIEWS),
     "L1": Condition(f"l1-regularization{{strength={LAMBDA}}}", (UPDATE, KNOWN), penalty=LAMBDA),
     "rejuvenate": Condition("rejuvenate", (UPDATE, KNOWN)),
-    "continual backprop": Condition("continual-backprop{replacement_rate=0.1,maturity=0}", (UPDATE, KNOWN)),
+    "continual": Condition("continual-backprop{replacement_rate=0.1,maturity=0}", (UPDATE, KNOWN)),
     "EG": Condition("exponentiated-gradient", (UPDATE, KNOWN)),
     "hofmann2025": Condition(PAPER, ALL_VIEWS),
     "cortex": Condition("cortex", ALL_VIEWS),
@@ -459,7 +459,8 @@ def plot_images(axes: Axes, found: Found) -> None:
     for place in range(1, len(columns)):
         axes.axvline(8 * place - 0.5, color="white", linewidth=4)
     places = [8 * place + 3.5 for place in range(len(columns))]
-    axes.set_xticks(places, ["image", *CONDITIONS], rotation=30, ha="right", fontsize="small")
+    axes.set_xticks(places, ["image", *CONDITIONS], fontsize="small")
+    axes.xaxis.tick_top()
     axes.set_yticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -478,20 +479,22 @@ def plot_scores(axes: Axes, found: list[Found]) -> None:
         axes.bar(
             places, [each.mean for each in estimates], width, yerr=errors, color=color, label=view, ecolor="dimgray"
         )
-    axes.set_xticks(range(len(CONDITIONS)), [*CONDITIONS], rotation=30, ha="right", fontsize="small")
+    axes.set_xticks(range(len(CONDITIONS)), [*CONDITIONS], fontsize="small")
+    axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(ylabel="PSNR (dB): lower hides more")
+    axes.set(ylabel="PSNR (dB)")
 
 
 def plot(results: Results) -> Figure:
-    figure = Figure(figsize=(13, 8), layout=ConstrainedLayoutEngine())  # without pyplot
-    panels = figure.subplots(2, 2, width_ratios=[1, 1.1])
-    for (left, right), (state, found) in zip(panels, results.items(), strict=True):
-        plot_images(left, found[0])
-        plot_scores(right, found)
-        right.set_title(state, loc="left", fontsize="medium")
-        left.set_title(f"reconstructed from updates, {state}", loc="left", fontsize="medium")
-    panels[0, 1].legend(title="what is sent", fontsize="small", ncols=4, loc="upper right", bbox_to_anchor=(1, 1.15))
+    figure = Figure(figsize=(13, 11), layout=ConstrainedLayoutEngine(h_pad=0.08))  # without pyplot
+    panels = figure.subplots(4, 1, height_ratios=[3, 2, 3, 2])
+    for place, (state, found) in enumerate(results.items()):
+        images, bars = panels[2 * place : 2 * place + 2]
+        plot_images(images, found[0])
+        plot_scores(bars, found)
+        images.set_title(f"reconstructed from updates, {state}", loc="left", fontsize="medium")
+        bars.set_title(f"how close reconstructions are, {state}", loc="left", fontsize="medium")
+    panels[1].legend(title="what is sent", fontsize="small", ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     figure.suptitle("Does plasticity hide the image that a client learned from?", x=0.01, ha="left", fontweight="bold")
     figure.supxlabel(f"Mean and 95% interval over networks: {len(found)}, {IMAGES} images each", fontsize="small")
     return figure

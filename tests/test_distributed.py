@@ -313,6 +313,8 @@ def check_a_failed_attach(ranks: int) -> None:
 
 
 def refusals(rank: int, ranks: int) -> dict[str, str]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     check_a_failed_attach(ranks)
     found = {name: error_of(lambda n=name: start_sharded(n, ranks)) for name in ("observed blocks", "another rule")}
     bio, optimizer = start_sharded("mirrored units", ranks)
@@ -330,6 +332,8 @@ def refusals(rank: int, ranks: int) -> dict[str, str]:
     train_sharded("mirrored units", rank, ranks, bio, optimizer, range(1))
     optimizer = torch.optim.SGD(copy.deepcopy(transformed("mirrored units")).parameters())
     found["made before"] = error_of(lambda: biofx.attach(bio, optimizer))
+    flat = FullyShardedDataParallel(copy.deepcopy(transformed("mirrored units")), device_id=torch.device("cpu"))
+    found["flattened"] = error_of(lambda: biofx.attach(flat, torch.optim.SGD(flat.parameters())))
     return found
 
 
@@ -341,23 +345,22 @@ def detached(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     return whole(bio)
 
 
-TENSOR_PARALLEL = [
-    passes.SplitSynapses(2),
-    passes.DalesPrinciple(),
-    passes.FuzzyLearningRates(),
-    passes.Crystallize(),
-    passes.Rejuvenate(dre=6.0),
-]
+TENSOR_PARALLEL = {
+    "split-synapses,dales-principle,fuzzy-learning-rates,crystallize,rejuvenate{dre=6.0}": True,
+    "split-synapses,dales-principle{constraint=abs},l1-regularization": True,
+    "split-synapses,dales-principle{constraint=softplus},fuzzy-learning-rates{dtype=uint8}": False,
+    "split-synapses,fuzzy-learning-rates{dtype=unstored},volume-dependent-learning-rates": False,
+}
 
 
-def tensor_parallel(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+def tensor_parallel(rank: int, ranks: int, pipeline: str) -> dict[str, torch.Tensor]:
     """Train with the first weight cut along its postsynaptic axis, and the others along their presynaptic axis."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     torch.manual_seed(0)
-    bio = biofx.transform(mlp(6, 8, 8, 4).double(), TENSOR_PARALLEL, verify=False)
+    bio = biofx.transform(mlp(6, 8, 8, 4).double(), pipeline, verify=False)
     batches = torch.randn(4, 8, 6, dtype=torch.float64)
     if ranks > 1:
         mesh = init_device_mesh("cpu", (ranks,))
@@ -368,8 +371,9 @@ def tensor_parallel(rank: int, ranks: int) -> dict[str, torch.Tensor]:
                 cut = Shard(1 if name.startswith("0") else 2) if name.endswith("_synapses") else Replicate()
                 module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [cut])))
         batches = distribute_tensor(batches, mesh, [Replicate()])
-    optimizer = torch.optim.AdamW(bio.parameters(), lr=0.01)
-    biofx.attach(bio, optimizer)
+    optimizer = (torch.optim.AdamW if TENSOR_PARALLEL[pipeline] else torch.optim.SGD)(bio.parameters(), lr=0.01)
+    if TENSOR_PARALLEL[pipeline]:
+        biofx.attach(bio, optimizer)
     for batch in batches:
         optimizer.zero_grad()
         bio(batch).square().mean().backward()
@@ -377,13 +381,21 @@ def tensor_parallel(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     return whole(bio)
 
 
+def all_in_parallel(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    return {
+        f"{pipeline}: {name}": value
+        for pipeline in TENSOR_PARALLEL
+        for name, value in tensor_parallel(rank, ranks, pipeline).items()
+    }
+
+
 def use_shards(rank: int, ranks: int, folder: str):
-    without_optimizer, in_parallel = detached(rank, ranks), tensor_parallel(rank, ranks)
+    without_optimizer, in_parallel = detached(rank, ranks), all_in_parallel(rank, ranks)
     return saved_and_loaded(rank, ranks, folder), refusals(rank, ranks), without_optimizer, in_parallel
 
 
 def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
-    alone, one = detached(0, 1), tensor_parallel(0, 1)
+    alone, one = detached(0, 1), all_in_parallel(0, 1)
     transformed("blocks"), transformed("mirrored units"), transformed("failed attach")
     for saved, errors, gains, parallel in spawn(
         functools.partial(use_shards, folder=str(tmp_path / "saved")), 2, tmp_path
@@ -399,6 +411,7 @@ def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
             "another rule": "ArgumentError: attach: 0.weight is sharded, and halve does not say .* works_on_shards",
             "not finite": "LifecycleError: 0.weight: its gradient is not finite",
             "unsharded": r"LifecycleError: .* is whole on every rank.* call reshard\(\)",
+            "flattened": r"ArgumentError: .* FullyShardedDataParallel; it flattens .* fully_shard",
             "made before": "ArgumentError: .* holds no weight of this model .* after fully_shard",
         }.items():
             assert re.match(message, errors[name]), f"{name}: {errors[name]}"

@@ -116,6 +116,20 @@ def cut_like(tensor: Any, part: Tensor) -> Tensor:
     )
 
 
-def gathered(values: Sequence[Any]) -> list[Any]:
-    """Values, with whole tensors in place of those that are cut; all ranks wait for each other."""
-    return [value.full_tensor() if is_sharded(value) else value for value in values]
+def placed_like(values: Sequence[Any], tensor: Any) -> list[Any]:
+    """Values as operators take them together with a tensor.
+
+    With a DTensor, each whole tensor becomes one that is replicated on its mesh. With a whole tensor, each that is cut
+    becomes whole, and all ranks wait for each other.
+    """
+    if not is_sharded(tensor):
+        return [value.full_tensor() if is_sharded(value) else value for value in values]
+    from torch.distributed.tensor import Replicate
+
+    mesh = tensor.device_mesh
+    return [
+        type(tensor).from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        if isinstance(value, Tensor) and not is_sharded(value)
+        else value
+        for value in values
+    ]

@@ -52,9 +52,8 @@ def _check_models(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if idle:
             names = ", ".join(dict.fromkeys(idle))
             warnings.warn(
-                f"{type(optimizer).__name__} trains a model of biofx without its rules: {names} act at the steps of an "
-                "optimizer, as gains on gradients cancel where it normalises them. "
-                "Call biofx.attach(bio, optimizer) before training",
+                f"{type(optimizer).__name__} trains a model of biofx without its rules ({names}), which act around the "
+                "steps of an attached optimizer. Call biofx.attach(bio, optimizer) before training",
                 UserWarning,
                 stacklevel=2,
             )

@@ -22,7 +22,7 @@ from biofx.base import rule_code
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.gains import decoded, drawn
 from biofx.base.noise import Counter
-from biofx.base.shards import gathered
+from biofx.base.shards import is_sharded, local, placed_like
 from biofx.base.torch_internals import (
     below_autograd,
     below_transform,
@@ -149,7 +149,7 @@ def gradient_hook(
             @staticmethod
             def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
                 tensors = iter(ctx.saved_tensors)
-                others = gathered([next(tensors) if x is None else x for x in ctx.constants])
+                others = placed_like([next(tensors) if x is None else x for x in ctx.constants], gradient)
                 return (rule(gradient, *others).to(gradient.dtype), *[None] * (ctx.arity - 1))
 
         Hook.__name__ = Hook.__qualname__ = name.replace(".", "_")
@@ -271,11 +271,18 @@ def _with_noise(rule: GradientRule, name: str, schema: str, draw: Draw, drawn_fr
         return torch.stack([operator(*model, *own[2:]) for model in models]), 0
 
     operator.register_vmap(mapped)
+
+    def drawn_for(like: Tensor, own: Sequence[Any]) -> Tensor:
+        if not is_sharded(like):
+            return operator(like.detach(), *own)  # type: ignore[no-any-return]
+        whole = local(like).new_empty(like.shape)  # every rank draws all of it, and keeps its part
+        return placed_like([operator(whole, *map(local, own))], like)[0]  # type: ignore[no-any-return]
+
     if not _takes_weight(rule):
-        return lambda gradient, *own: rule(gradient, operator(gradient.detach(), *own[:end]), *own[end:])
+        return lambda gradient, *own: rule(gradient, drawn_for(gradient, own[:end]), *own[end:])
 
     def drawing(gradient: Tensor, weight: Tensor, *own: Any) -> Tensor:
-        return rule(gradient, weight.detach(), operator(weight.detach(), *own[:end]), *own[end:])
+        return rule(gradient, weight.detach(), drawn_for(weight, own[:end]), *own[end:])
 
     return drawing
 

@@ -229,9 +229,10 @@ def record_of(bio: nn.Module) -> Record:
     """
     if not is_transformed(bio):
         given = f"the class {bio.__name__}" if isinstance(bio, type) else f"an instance of {type(bio).__name__}"
-        raise ArgumentError(
-            f"expected a model made by biofx.transform, got {given}; a graph that was traced again has lost its record"
-        )
+        advice = "a graph that was traced again has lost its record"
+        if isinstance(bio, nn.Module) and "_fsdp_wrapped_module" in bio._modules:
+            advice = "it flattens parameters, so rules find no weight; use torch.distributed.fsdp.fully_shard"
+        raise ArgumentError(f"expected a model made by biofx.transform, got {given}; {advice}")
     return cast(Record, vars(bio)[RECORD])
 
 

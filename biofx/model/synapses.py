@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.errors import PipelineError
 from biofx.base.gains import coded, decoded
+from biofx.base.shards import placed_like
 from biofx.base.torch_internals import qualified_name
 from biofx.model import weight_cache
 from biofx.model.operators import operator_of, tell_caches, written_name
@@ -163,7 +164,7 @@ class Synapses(nn.Module):
     def _run(self, links: Iterable[Link], stored: Tensor | None) -> Tensor:
         value: Tensor = self.stored if stored is None else stored
         for link in links:
-            value = link.target(value, *self.arguments(link))
+            value = link.target(value, *placed_like(self.arguments(link), value))
         return value
 
     def arguments(self, link: Link) -> list[Any]:

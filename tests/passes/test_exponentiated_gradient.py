@@ -271,7 +271,7 @@ def test_an_optimizer_that_would_undo_it_is_refused():
 
 def test_it_does_nothing_without_attach_and_says_so():
     bio = biofx.transform(network(), [PAPER])
-    with pytest.warns(UserWarning, match="without its rules: exponentiated-gradient"):
+    with pytest.warns(UserWarning, match=r"without its rules \(exponentiated-gradient\)"):
         train(bio, OPTIMIZERS["adamw"](bio.parameters()))
     torch.testing.assert_close(weights(bio), weights(plainly(OPTIMIZERS["adamw"])))
 

@@ -808,7 +808,7 @@ def test_whoever_forgets_to_attach_is_told_once(pipeline, name, told, copied):
             train(bio, optimizer, 1)
     messages = [str(w.message) for w in seen if "biofx.attach" in str(w.message)]
     assert len(messages) == (told is not None)
-    assert told is None or f"trains a model of biofx without its rules: {told}" in messages[0]
+    assert told is None or f"trains a model of biofx without its rules ({told})" in messages[0]
 
 
 def test_whoever_attaches_is_told_nothing():
