@@ -11,6 +11,7 @@ import functools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import biofx
@@ -156,3 +157,21 @@ def test_a_model_that_compiles_itself():
     bio.compile(backend="eager")
     compare(bio, bio, eager, training=True)
     torch.testing.assert_close(biofx.fold(bio)(X), bio(X))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_weights_given_by_their_original_names(frontend):
+    """The compiled graph read what is stored, and ignored the weights that `functional_call` gives."""
+    model = mlp(3, 8, 2)
+    bio = biofx.transform(model, LEARNING, example_inputs=X, frontend=frontend)
+    given = {name: torch.randn_like(weight) for name, weight in model.named_parameters()}
+    run, _ = compiled(lambda weights, x: functional_call(bio, weights, (x,)))
+    torch.testing.assert_close(run(given, X), functional_call(model, given, (X,)))
+    run, _ = compiled(lambda x: bio(x))
+    torch.testing.assert_close(run(X), model(X))
+
+
+def test_weights_given_to_a_model_whose_graph_is_needed():
+    bio = biofx.transform(mlp(3, 8, 2), "synaptic-scaling", example_inputs=X)
+    with pytest.raises(Exception, match=r"0\.weight was replaced since the transform"):
+        torch.compile(lambda w: functional_call(bio, {"0.weight": w}, (X,)), backend="eager")(torch.zeros(8, 3))

@@ -252,7 +252,8 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
         if guard is None or "_is_replica" in vars(self) or _is_traced(args, kwargs):
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():  # torch.compile has guards of its own
-            return (forward if guard.compiles_graph else type(self).original_forward)(self, *args, **kwargs)
+            follows = guard.compiles_graph and guard.replaced(self) is None
+            return (forward if follows else type(self).original_forward)(self, *args, **kwargs)
         for child in guard.synapses(self):
             child.refuse_lost_writes()
         with weight_cache.caching():

@@ -71,6 +71,7 @@ class Guard:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self._needs = _reason_for_graph(bio)
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
+        self._owners = tuple(path for path in self.traced if has_synapses(bio.get_submodule(path)))
         self._held: tuple[list[Any], list[Any]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
         self._variables: dict[str, Variable] | None = None
@@ -80,6 +81,20 @@ class Guard:
         if self._synapses is None:
             self._synapses = tuple(synapses_in(bio).values())
         return self._synapses
+
+    def replaced(self, bio: nn.Module) -> str | None:
+        """Return the name of a weight that was replaced, as by `torch.func.functional_call`; None if there is none.
+
+        Raises:
+            CaptureError: there is one, and a pass needs the graph.
+        """
+        for path in self._owners:
+            for key in replaced_weights(bio.get_submodule(path)):
+                name = f"{path}.{key}".lstrip(".")
+                if self._needs is not None:
+                    raise _not_followed(f"{name} was replaced", self._needs)
+                return name
+        return None
 
     def admits(self, bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graph may run on the given arguments.
@@ -92,10 +107,7 @@ class Guard:
             changed = self._changed_global(bio)
         if self._needs is not None:
             if changed is not None:
-                raise CaptureError(
-                    f"{changed} since the transform, and {self._needs}, which does not follow that; change the "
-                    "original model, then transform it"
-                )
+                raise _not_followed(changed, self._needs)
             return True
         is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
         if changed is not None or any(GLOBAL_HOOKS) or is_autocast:
@@ -158,6 +170,13 @@ class Guard:
             return len(getattr(module, name))
         value = vars(module).get(name)
         return value if name == "_modules" else _noted(value)
+
+
+def _not_followed(changed: str, needs: str) -> CaptureError:
+    return CaptureError(
+        f"{changed} since the transform, and {needs}, which does not follow that; change the original model, then "
+        "transform it"
+    )
 
 
 def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
