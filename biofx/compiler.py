@@ -128,6 +128,8 @@ def transform(
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
         understood = understand(source, example_inputs)
+        if source is not model and understood is not None:
+            _refuse_reads_of_original(model, understood)
         old: Guard | None = vars(source).pop(GUARD, None)  # of an earlier transform
         if again:
             bio = source
@@ -203,6 +205,16 @@ def _copy(model: nn.Module) -> nn.Module:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}; transform it with inplace=True"
         ) from error
+
+
+def _refuse_reads_of_original(model: nn.Module, understood: Understanding) -> None:
+    """Refuse a model whose copy reads tensors of the original, which the result would not learn."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) in understood.recording.strangers:
+            raise CaptureError(
+                f"the copy of {type(model).__name__} reads {name} of the original model, through a weak reference or a "
+                "variable outside of the model; transform it with inplace=True"
+            )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Does diverse plasticity hide what a client learned from? Digits reconstructed from gradients and from updates.
 
-Run it with `python examples/gradient_inversion.py` (7 minutes on two CPU cores; `--quick` takes less than two;
+Run it with `python examples/gradient_inversion.py` (16 minutes on two CPU cores; `--quick` takes less than two;
 `--help` lists the options). In federated learning a client sends what it learned from an image, not the image. Here
 one digit is reconstructed from that by an attack that is standard (Geiping et al. 2020): the attacker knows the network
 before the step and the label, and optimizes an image, from noise, whose gradient points where the one that was sent
@@ -14,28 +14,36 @@ network is a small convolutional one, at initialisation and after training. Four
 
 - "gradient": `.grad`, of a model that is attached (`biofx.attach`);
 - "gradient, unattached": `.grad` of a model whose gains act in the backward pass, as in the reference package;
-- "update": the weights after a step of SGD less those before, after `biofx.fold`, to an attacker who ignores gains;
-- "update, known": the same, to an attacker who knows by what factor each connection learned, and who leaves out
-  connections whose change no gain explains, as synapses were replaced.
+- "update": the weights after a step of SGD less those before, after `biofx.fold`, to an attacker who ignores the
+  mechanism;
+- "update, known": the same, to an attacker who knows by what factor each connection learned, who subtracts what an L1
+  penalty added, and who leaves out connections whose change no gain explains, as synapses were replaced.
+
+Every mechanism is attacked alone, with its default options but for two: gains are wide (ν = 0.4, log-normal), and
+continual backprop replaces a tenth of the units at once, as its default replaces none in one step. Crystallization and
+homeostasis, which start out neutral, have seen 20 batches at a learning rate of 0. "hofmann2025" is the recipe without
+`GroupUnits`, which changes the function. Mirrored units, Dale's principle and grouped units are networks of their own,
+which are trained and attacked as such.
 
 What comes out is compared with the image: mean squared error, peak signal-to-noise ratio (PSNR, in dB, for pixels
 from 0 to 1; above 40 dB nobody sees a difference, so it counts as 40), and structural similarity (SSIM, Wang et al.
 2004, uniform windows of 5 × 5 pixels). A value belongs to one network, and is the mean over its images; tests are
-paired by network, against the gradient of the plain network, and corrected for their number (Holm). "hofmann2025" is
-the recipe without `GroupUnits`, which changes the function.
+paired by network, against the gradient of the plain network, and corrected for their number (Holm).
 
 What came out (5 networks × 4 images; `results/gradient_inversion.json`): the attack reads digits off the gradient of
 the plain network almost perfectly, at initialisation (SSIM 1.00) and after training (1.00).
 
-- `.grad` of an attached model is that of the plain one, so it gives as much away, whatever the rules.
-- An update, or `.grad` of a model that is not attached, is harder for an attacker who ignores gains. With
-  `FuzzyLearningRates` (SSIM 0.96 and 0.97), also split (0.99), digits are read all the same. With
-  `VolumeDependentLearningRates`, which slows weights down and not biases, they are hardly (0.06 and 0.40), and likewise
-  where `Rejuvenate` replaced synapses, whose changes are larger than what was learned (0.41 and −0.04).
-- An attacker who knows the factors, which follow from the state of the model, reads all of it again (0.98 to 1.00).
+- `.grad` of an attached model is that of the plain one, so it gives as much away, whatever the rules. So does that of
+  interneurons, and of mirrored units; that of Dale's principle and of grouped units is read as well (0.95 to 1.00).
+- An update, or `.grad` of a model that is not attached, is harder for an attacker who ignores the mechanism. With gains
+  (`FuzzyLearningRates`, also split; homeostasis; "cortex"), exponentiated gradients and crystallization, digits are
+  still read (SSIM 0.76 to 1.00). Volume-dependent rates, which slow weights down and not biases, hide most of them
+  (0.06 and 0.40), and so do replaced synapses or units, whose changes are larger than what was learned (`Rejuvenate`:
+  0.41 and −0.04; `ContinualBackprop`: 0.80 and 0.47). Interneurons are in between (0.76 and 0.54). The penalty of L1
+  outweighs the small gradients of a trained network in some images (0.47 ± 0.54), and is nothing before (1.00).
+- An attacker who knows the mechanism and its state reads all of it again (0.98 to 1.00).
 
-So this is an obstacle to a careless attacker, and no protection. `DalesPrinciple` is another network; its gradient is
-read as well (1.00 and 0.99).
+So this is an obstacle to a careless attacker, and no protection.
 
 References:
     Geiping, Bauermeister, Dröge & Moeller, Inverting gradients: how easy is it to break privacy in federated learning?,
@@ -458,8 +466,10 @@ def plot_images(axes: Axes, found: Found) -> None:
     axes.imshow(torch.cat([torch.cat([*column[:, 0]]) for column in columns], 1), cmap="gray_r", vmin=0, vmax=1)
     for place in range(1, len(columns)):
         axes.axvline(8 * place - 0.5, color="white", linewidth=4)
+    for place in range(1, IMAGES):
+        axes.axhline(8 * place - 0.5, color="white", linewidth=4)
     places = [8 * place + 3.5 for place in range(len(columns))]
-    axes.set_xticks(places, ["image", *CONDITIONS], fontsize="small")
+    axes.set_xticks(places, ["image", *CONDITIONS], rotation=20, ha="left", fontsize="small")
     axes.xaxis.tick_top()
     axes.set_yticks([])
     axes.tick_params(length=0)

@@ -454,3 +454,29 @@ def test_a_model_with_slots_is_transformed_in_place():
 def test_an_import_does_not_import_the_compiler():
     code = "import sys, biofx; print('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+MODELS = {}
+
+
+class Global(nn.Module):
+    """Finds a layer of its own in a variable outside of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        MODELS["latest"] = self
+
+    def forward(self, x):
+        return MODELS["latest"].layer(x)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_a_copy_that_reads_the_original_is_refused(frontend):
+    """Its outputs are right until one of the two learns."""
+    model, x = Global(), torch.randn(3, 4)
+    with pytest.raises(biofx.CaptureError, match=r"reads layer\.weight of the original model.*inplace=True"):
+        biofx.transform(model, "split-synapses", example_inputs=x, frontend=frontend)
+    bio = biofx.transform(model, "split-synapses", example_inputs=x, frontend=frontend, inplace=True)
+    bio(x).sum().backward()
+    assert bio.get_parameter("layer.weight").grad is not None

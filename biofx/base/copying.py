@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from biofx.base.references import repoint
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,7 +26,10 @@ def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
     """
     for path, name in _slots(model):
         raise TypeError(f"{path}.{name}".lstrip(".") + " is in __slots__, which copies of a module do not have")
-    return copy.deepcopy(model, clones(model) | ({} if dtype is None else _converted(model, dtype)))
+    memo: dict[int, Any] = clones(model) | ({} if dtype is None else _converted(model, dtype))
+    result = copy.deepcopy(model, memo)
+    repoint(result, memo)
+    return result
 
 
 def _converted(model: nn.Module, dtype: torch.dtype) -> dict[int, Tensor]:

@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
@@ -130,6 +130,25 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             settle(buffer)
 
 
+def _changeable(model: nn.Module) -> Iterator[Tensor | torch.Generator]:
+    """The tensors and random number generators that modules keep in attributes, which a forward may change in place."""
+    seen = {id(x) for x in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in _REGISTRIES or name in DERIVED:
+                continue
+            inside = holders(value, seen) if is_holder(value) else ()
+            for part in (value, *(x for holder in inside for x in _values_of(holder))):
+                if isinstance(part, Tensor | torch.Generator) and id(part) not in seen:
+                    seen.add(id(part))
+                    if not (isinstance(part, Tensor) and part.is_inference()):
+                        yield part
+
+
+def _values_of(holder: Any) -> Iterable[Any]:
+    return () if is_array(holder) else holder.values() if isinstance(holder, dict) else holder
+
+
 def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
     """Replace the buffers of a module."""
     if isinstance(module._buffers, dict):  # a scripted module has no dictionary, and its set of buffers is fixed
@@ -139,7 +158,7 @@ def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
 
 
 @contextmanager
-def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[list[SavedParameter]]:
+def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[list[SavedTensor]]:
     """Restore parameters that a forward changes, such as those of a teacher, which follow those of its student.
 
     Args:
@@ -150,7 +169,7 @@ def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Ite
         The saved parameters.
     """
     free = set(map(id, but))
-    kept = [SavedParameter.now(p) for p in model.parameters() if not p.is_inference() and id(p) not in free]
+    kept = [SavedTensor.now(p) for p in model.parameters() if not p.is_inference() and id(p) not in free]
     try:
         yield kept
     finally:
@@ -160,35 +179,35 @@ def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Ite
 
 
 @dataclass(eq=False)
-class SavedParameter:
-    """A saved parameter: its memory, its version, and a lazy copy of its values."""
+class SavedTensor:
+    """A saved tensor, a parameter or an attribute: its memory, its version, and a lazy copy of its values."""
 
-    parameter: nn.Parameter
+    tensor: Tensor
     memory: Tensor
     version: int
     value: Tensor | None
 
     @classmethod
-    def now(cls, parameter: nn.Parameter) -> SavedParameter:
-        """Save a parameter."""
+    def now(cls, tensor: Tensor) -> SavedTensor:
+        """Save a tensor."""
         with torch.no_grad():
-            value = lazy_copy(parameter)
-        return cls(parameter, parameter.detach(), parameter._version, value)
+            value = lazy_copy(tensor)
+        return cls(tensor, tensor.detach(), tensor._version, value)
 
     def restore(self) -> None:
-        """Restore the parameter, and release the copy."""
+        """Restore the tensor, and release the copy."""
         assert self.value is not None
         if self._is_plain and self._is_other():
-            self.parameter.data = self.memory
-            self.parameter.data.copy_(self.value)  # through `data`: the version counts the undone write already
-        elif not self._is_plain and self.parameter._version != self.version:
-            self.parameter.copy_(self.value)
+            self.tensor.data = self.memory
+            self.tensor.data.copy_(self.value)  # through `data`: the version counts the undone write already
+        elif not self._is_plain and self.tensor._version != self.version:
+            self.tensor.copy_(self.value)
         self.value = None
-        settle(self.parameter)
+        settle(self.tensor)
 
     def is_changed(self) -> bool:
-        """Whether the parameter was written to, or its tensor replaced."""
-        return self.parameter._version != self.version or (self._is_plain and self._is_other())
+        """Whether the tensor was written to, or its tensor replaced."""
+        return self.tensor._version != self.version or (self._is_plain and self._is_other())
 
     @property
     def _is_plain(self) -> bool:
@@ -199,26 +218,34 @@ class SavedParameter:
     def _is_other(self) -> bool:
         """Whether memory or values differ; a write through `data` does not raise the version."""
         assert self.value is not None
-        now = self.parameter.data
+        now = self.tensor.data
         is_same = (now.dtype, now.device) == (self.value.dtype, self.value.device) and now.is_set_to(self.memory)
         return not (is_same and (is_untouched(now) or torch.equal(now, self.value)))
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[Snapshot]:
-    """Restore the attributes of modules and global random numbers after a block, such as a trace, which leaves proxies.
+    """Restore the attributes of modules and random numbers after a block, such as a trace, which leaves proxies.
 
     Yields:
         The saved attributes.
     """
     with LOCK:
         before, draws = Snapshot(model), Draws.now()
+        changeable = [*_changeable(model)]
+        tensors = [SavedTensor.now(x) for x in changeable if isinstance(x, Tensor)]
+        generators = [(x, x.get_state()) for x in changeable if isinstance(x, torch.Generator)]
         with torch.random.fork_rng(devices=[]):
             try:
                 yield before
             finally:
                 draws.restore()
                 before.restore()
+                with torch.no_grad():
+                    for tensor in tensors:
+                        tensor.restore()
+                for generator, state in generators:
+                    generator.set_state(state)
 
 
 class Draws(NamedTuple):

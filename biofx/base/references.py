@@ -6,7 +6,8 @@ They are in plain attributes, in lists and dictionaries there, and in closures a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -41,6 +42,21 @@ def enclosed(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def repoint(model: nn.Module, others: Mapping[int, Any]) -> None:
+    """Let weak references in attributes of modules, as from a child to its parent, refer to other objects.
+
+    `copy.deepcopy` copies no weak reference, so a copied child would refer to the original parent.
+
+    Args:
+        model: the model.
+        others: the other objects, by the ids of those that are referred to now.
+    """
+    for module in model.modules():
+        for name, value in _attributes(module).items():
+            if isinstance(value, weakref.ref) and id(value()) in others:
+                vars(module)[name] = weakref.ref(others[id(value())])
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in (*_REGISTRIES, *DERIVED)}
 
@@ -61,6 +77,8 @@ def _contents(value: Any) -> list[Any]:
         return [*value]
     if isinstance(value, dict):
         return [*value.values()]
+    if isinstance(value, weakref.ref):
+        return [value()]
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, functools.partial):

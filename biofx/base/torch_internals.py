@@ -145,6 +145,11 @@ def memory_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has memory; the zeros of forward-mode gradients have none, and wrappers of `vmap` hide it."""
+    return not tensor._is_zerotensor() and not functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def uses_of_memory(tensor: Tensor) -> int:
     """How many objects refer to the memory of a tensor; nothing public tells."""
     return int(torch._C._storage_Use_Count(memory_of(tensor)))

@@ -16,6 +16,7 @@ from torch import fx, nn
 from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
 from biofx.base.errors import CaptureError, ExportError, InputError
+from biofx.base.references import repoint
 from biofx.base.torch_internals import DERIVED, HookWithModule, pytree, reduce_graph_module, tracer_class
 from biofx.capture.guards import GUARD
 from biofx.capture.tracer import HelperModule
@@ -116,6 +117,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         copied = _empty(type(self).__name__, _model_class(self))
         memo.update({id(self): copied, **{key: clone for key, clone in clones(self).items() if key not in memo}})
         _fill(copied, copy.deepcopy(_attributes(self), memo), copy.deepcopy(self.graph))
+        repoint(copied, memo)
         update_chains(copied)  # no optimizer is attached to a copy
         return copied
 
@@ -188,6 +190,7 @@ def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) 
     module = _empty(type(model).__name__, _model_class(model), tracer_class(graph))
     _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_one_island else {}), graph)
     _bind_hooks(module, model)
+    repoint(module, {id(model): module})
     return module
 
 
@@ -207,6 +210,7 @@ def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Modul
             del module._modules[name]
     refresh_flat_weights(model)
     _bind_hooks(model, bio)
+    repoint(model, {id(bio): model})
     return model
 
 
@@ -344,8 +348,11 @@ def _attributes(module: fx.GraphModule) -> dict[str, Any]:
 
 
 def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -> None:
+    guard = attributes.pop(GUARD, None)
     vars(module).update(attributes)
     module.graph = graph
+    if guard is not None:  # as it was: the children of a copied model may have been replaced since the transform
+        vars(module)[GUARD] = guard
     refresh_flat_weights(module)
     install_weight_properties(module)
     warn_if_unattached(module)

@@ -7,9 +7,10 @@ needs the graph, the guard raises instead.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +35,20 @@ _DEEPEST = 4  # levels of nested objects that are inspected in an argument
 Structure = tuple[Any, ...]
 
 
+class _Held(NamedTuple):
+    """What the last full comparison found unchanged.
+
+    Attributes:
+        now: the dictionaries and containers that were compared.
+        before: shallow copies of them.
+        forwards: the modules, each with the forward of its class.
+    """
+
+    now: list[Any]
+    before: list[Any]
+    forwards: list[tuple[nn.Module, Any]]
+
+
 class Guard:
     """The conditions under which a graph was checked.
 
@@ -55,7 +70,9 @@ class Guard:
             for node in bio.graph.nodes
             if node.op == "call_function" and node.target is assign_attribute
         }
+        self._owners = tuple(path for path in self.traced if has_synapses(bio.get_submodule(path)))
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
+        self._forwards: dict[str, Any] | None = self._forwards_of_classes(bio)
         self.refresh(bio)
         self._globals = self._global_values(bio)
 
@@ -65,14 +82,19 @@ class Guard:
         return self._needs is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_held": None, "_synapses": None, "_variables": None}
+        # Pickle cannot save generated functions; what is unpickled takes those that it finds.
+        return vars(self) | {"_held": None, "_synapses": None, "_variables": None, "_forwards": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        guard = object.__new__(Guard)
+        vars(guard).update(copy.deepcopy(self.__getstate__(), memo) | {"_forwards": self._forwards})
+        return guard
 
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self._needs = _reason_for_graph(bio)
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
-        self._owners = tuple(path for path in self.traced if has_synapses(bio.get_submodule(path)))
-        self._held: tuple[list[Any], list[Any]] | None = None
+        self._held: _Held | None = None
         self._synapses: tuple[Synapses, ...] | None = None
         self._variables: dict[str, Variable] | None = None
 
@@ -110,7 +132,7 @@ class Guard:
                 raise _not_followed(changed, self._needs)
             return True
         is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
-        if changed is not None or any(GLOBAL_HOOKS) or is_autocast:
+        if changed is not None or any(GLOBAL_HOOKS) or is_autocast or torch.is_inference_mode_enabled():
             return False
         return self.structures is None or structure(args, kwargs) in self.structures
 
@@ -120,7 +142,9 @@ class Guard:
             return False
         try:
             # Containers compare their parts by identity first, so equal tensors are not compared by their numbers.
-            return bool(self._held[0] == self._held[1])
+            if self._held.now != self._held.before:
+                return False
+            return all(_forward_of(module) is forward for module, forward in self._held.forwards)
         except (RuntimeError, ValueError):  # a changed tensor or array has no truth value
             return False
 
@@ -138,10 +162,20 @@ class Guard:
                 if not _is_same(self._now(module, name), value):
                     what = f"{path}.{name}".lstrip(".")
                     return f"{path or 'the model'} got hooks" if name in HOOKS else f"{what} changed"
+        if self._forwards is None:
+            self._forwards = self._forwards_of_classes(bio)
+        for path, forward in self._forwards.items():
+            if _forward_of(modules[path]) is not forward:
+                return f"the forward of the class of {path} changed"
         seen: set[int] = set()
         held = [holder for module in modules.values() for holder in _looked_at(module, seen)]
-        self._held = held, [holder.copy() for holder in held]
+        forwards = [(modules[path], forward) for path, forward in self._forwards.items()]
+        self._held = _Held(held, [holder.copy() for holder in held], forwards)
         return None
+
+    def _forwards_of_classes(self, bio: nn.Module) -> dict[str, Any]:
+        # That of the model itself changes whenever its graph is compiled.
+        return {path: _forward_of(bio.get_submodule(path)) for path in self.traced if path}
 
     def _changed_global(self, bio: nn.Module) -> str | None:
         """Describe the first change of a variable outside of the model; None if there is none."""
@@ -206,6 +240,10 @@ def _reason_for_graph(bio: fx.GraphModule) -> str | None:
     if record.model_class is None:
         return "the model is a graph"
     return None if fingerprint(bio) == record.captured else "its graph was edited"
+
+
+def _forward_of(module: nn.Module) -> Any:
+    return type(module).forward
 
 
 def _target(node: Any) -> str:

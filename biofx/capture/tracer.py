@@ -27,7 +27,7 @@ from biofx.base.torch_internals import (
     pytree,
     without_dispatch_modes,
 )
-from biofx.capture.explanation import explain
+from biofx.capture.explanation import explain, explain_here
 from biofx.capture.reparametrized import (
     TRACED_MODULES,
     has_untraceable_hooks,
@@ -81,10 +81,30 @@ class NotTraceable(BaseException):  # not an Exception: a forward may have an `e
 
 
 class Value(fx.Proxy):
-    """A proxy that raises if forward assigns an attribute of a value: torch.fx would drop the assignment."""
+    """A proxy that raises `NotTraceable` where a forward needs the value, or assigns an attribute of it.
+
+    torch.fx would drop the assignment, and raise errors that a forward may catch, so the graph would be what its
+    `except` clause computes.
+    """
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return ValueAttribute(self, name)
+
+    def __len__(self) -> int:
+        raise self._needed("the length of a value is not known while tracing")
+
+    def __int__(self) -> int:
+        raise self._needed("an integer is not known while tracing")
+
+    def __index__(self) -> int:
+        raise self._needed("an integer is not known while tracing")
+
+    def __float__(self) -> float:
+        raise self._needed("a number is not known while tracing")
+
+    def _needed(self, message: str) -> NotTraceable:
+        tracer: Any = self.tracer
+        return tracer.untraceable(message)  # type: ignore[no-any-return]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OF_PROXIES:
@@ -252,6 +272,25 @@ class Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the proxy of a node."""
         return Value(node, self)
+
+    def untraceable(self, message: str) -> NotTraceable:
+        """Return the error of a forward that cannot be traced from here on."""
+        return NotTraceable({self.current_path: explain_here(message)})
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Raise because the running forward decides by a value."""
+        raise self.untraceable("symbolically traced variables cannot be used as inputs to control flow")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Raise because the running forward iterates over a value."""
+        raise self.untraceable("a value cannot be iterated over while tracing")
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """Create a node and its proxy."""
+        try:
+            return super().create_proxy(*args, **kwargs)
+        except Exception as error:  # which the forward may catch, but would not raise when it runs
+            raise self.untraceable(" ".join(str(error).split()) or type(error).__name__) from error
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node, unless the forward runs in a state that a graph cannot represent."""

@@ -140,6 +140,8 @@ class Recording:
         changed: what changed a parameter in place, by the parameter's name; None if its data was assigned.
         listed: what computed with a parameter that forward took from `parameters()`, by the parameter's name.
         again: the operators of another run, in training mode, for weights that the first one left unused.
+        strangers: the ids of tensors that were there before the run, and that belong neither to the model nor to its
+            inputs.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -154,6 +156,7 @@ class Recording:
     changed: dict[str, Operation | None] = field(default_factory=dict)
     listed: dict[str, Operation] = field(default_factory=dict)
     again: set[Operation] = field(default_factory=set)
+    strangers: set[int] = field(default_factory=set)
 
 
 def depends_of(value: Value) -> Depends:

@@ -28,6 +28,7 @@ from biofx.base.torch_internals import (
     StorageWeakRef,
     TorchDispatchMode,
     WeakTensorKeyDictionary,
+    has_memory,
     memory_of,
     pytree,
     schema_of,
@@ -119,7 +120,10 @@ class Recorder(TorchDispatchMode):
     def value(self, tensor: Tensor) -> Value:
         """The value of a tensor. One that nothing of the run made starts as unknown."""
         found = self._known(tensor)
-        return self.declare(tensor, "unknown", "") if found is None else found
+        if found is not None:
+            return found
+        self.recording.strangers.add(id(tensor))
+        return self.declare(tensor, "unknown", "")
 
     def list_parameter(self, parameter: nn.Parameter) -> nn.Parameter:
         """Another tensor for a parameter that Python gets from `parameters()`, so that what reads it there is known."""
@@ -156,7 +160,8 @@ class Recorder(TorchDispatchMode):
         place = _place_in_memory(tensor)
         if place[0]:
             self._places[place] = StorageWeakRef(tensor.untyped_storage()), value
-        if not value.is_activity and type(tensor) in (Tensor, nn.Parameter) and tensor.numel() <= LARGEST_INDEX:
+        is_own = type(tensor) in (Tensor, nn.Parameter) and has_memory(tensor)
+        if not value.is_activity and is_own and tensor.numel() <= LARGEST_INDEX:
             value.data = None if tensor.is_meta else tensor.detach().to("cpu", copy=True)
         return value
 
@@ -537,7 +542,7 @@ def _has_negative(tensor: Tensor) -> bool:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is a tensor of PyTorch's own that lies in memory in strides."""
     is_own = type(tensor) in (Tensor, nn.Parameter)
-    return is_own and not tensor.is_nested and tensor.layout is torch.strided
+    return is_own and not tensor.is_nested and tensor.layout is torch.strided and has_memory(tensor)
 
 
 def _place_in_memory(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:

@@ -1,5 +1,8 @@
 """Models with tensors that `copy.deepcopy` refuses."""
 
+import copy
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -59,3 +62,39 @@ def test_a_parameter_in_two_places_stays_one():
     assert copy.tied is copy.fixed
     assert copy.fixed is not model.fixed
     assert not copy.fixed.requires_grad
+
+
+class Child(nn.Module):
+    """Reads a weight of its parent, which it knows by a weak reference."""
+
+    def __init__(self, parent):
+        super().__init__()
+        self.parent = weakref.ref(parent)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.parent().layer.weight)
+
+
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+        self.child = Child(self)
+
+    def forward(self, x):
+        return self.child(x)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_a_weak_reference_to_a_parent_is_one_to_its_copy(frontend):
+    """`copy.deepcopy` keeps weak references, so the result read the weight of the original, and never learned."""
+    x = torch.randn(3, 4)
+    bio = biofx.transform(Parent(), "split-synapses", example_inputs=x, frontend=frontend)
+    before, others = bio(x), (copy.deepcopy(bio), biofx.fold(bio))
+    loss(bio(x)).backward()
+    assert bio.get_parameter("layer.weight").grad.abs().sum() > 0
+    with torch.no_grad():
+        bio.get_parameter("layer.weight").zero_()
+    assert not bio(x).any()
+    for other in others:
+        torch.testing.assert_close(other(x), before)

@@ -187,6 +187,32 @@ def test_what_forward_stores_and_draws_is_undone():
     assert random.getstate() == draws
 
 
+class Stateful(nn.Module):
+    """Changes tensors that are no buffers, and a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.trace, self.traces, self.generator = torch.zeros(2), [{"a": torch.zeros(2)}], torch.Generator()
+
+    def forward(self, x):
+        self.trace += x
+        self.traces[0]["a"].mul_(0.5).add_(x)
+        return torch.rand(2, generator=self.generator)
+
+
+def test_tensors_that_are_no_buffers_and_generators_are_restored():
+    model = Stateful()
+    model(torch.ones(2))
+    trace, inner, state = model.trace, model.traces[0]["a"], model.generator.get_state()
+    with unchanged(model):
+        first = model(torch.ones(2))
+    assert model.trace is trace
+    assert model.traces[0]["a"] is inner
+    assert trace.tolist() == inner.tolist() == [1.0, 1.0]
+    assert torch.equal(model.generator.get_state(), state)
+    assert torch.equal(model(torch.ones(2)), first)
+
+
 class Counter:
     def __init__(self):
         self.number, self.log = 0, []

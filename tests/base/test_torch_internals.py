@@ -359,6 +359,14 @@ def test_call_untraced(monkeypatch):
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
+def test_has_memory():
+    seen = []
+    assert internals.has_memory(torch.zeros(2))
+    assert not internals.has_memory(torch._efficientzerotensor(2))
+    torch.vmap(lambda x: (seen.append(internals.has_memory(x)), x)[1])(torch.ones(2))
+    assert seen == [False]
+
+
 def test_memory_of():
     a, b = torch.zeros(0), torch.zeros(0)
     assert internals.memory_of(a) == internals.memory_of(a.view(0)) != internals.memory_of(b)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import sys
 from types import SimpleNamespace
@@ -95,6 +96,84 @@ def test_a_change_of_the_result_acts_as_on_the_model(change, copied):
     torch.testing.assert_close(bio(X), model(X))
     if change is not forward:  # which refers to one instance
         torch.testing.assert_close(biofx.fold(bio)(X), model(X))
+
+
+@pytest.mark.parametrize("change", [layer, removed])
+@pytest.mark.parametrize("copy_", [copy.deepcopy, copy.copy], ids=["deep", "shallow"])
+def test_a_copy_of_a_changed_result_runs(change, copy_):
+    """The copy found that its graph is not the captured one, and refused to run."""
+    bio = biofx.transform(Network(), SPLIT)
+    change(bio)
+    torch.testing.assert_close(copy_(bio)(X), bio(X))
+
+
+class Doubling(nn.ReLU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy], ids=["", "deep"])
+def test_another_forward_of_a_class_acts(frontend, copied, monkeypatch):
+    """A module gets another class, or libraries replace the forward of a class; the graph went on as before."""
+    model = Network()
+    bio = biofx.transform(model, SPLIT, example_inputs=(X,), frontend=frontend)
+    bio(X)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.ReLU, "forward", lambda self, x: x.relu() + 1)
+        torch.testing.assert_close(copied(bio)(X), model(X))
+    for one in (model, bio):
+        one.body[1].__class__ = Doubling
+    torch.testing.assert_close(copied(bio)(X), model(X))
+
+
+class AsksForInference(Network):
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.is_inference_mode_enabled() else 1)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_inference_mode_is_seen(frontend):
+    model = AsksForInference()
+    bio = biofx.transform(model, SPLIT, example_inputs=(X,), frontend=frontend)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(bio(X), model(X))
+
+
+class Catches(Network):
+    """Catches all errors, so also those of a tracer, which said that it decides by a value."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.decide = decide
+
+    def forward(self, x):
+        try:
+            factor = 2.0 if self.decide(x) else 3.0
+        except Exception:  # noqa: BLE001 - as libraries do it
+            factor = 4.0
+        return super().forward(x) * factor
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda x: x.shape[0] == 5,
+        lambda x: len(x) > 4,
+        lambda x: int(x.shape[0]) > 4,
+        lambda x: float(x.detach().sum()) > 0,
+        lambda x: [*range(x.shape[0])][-1] > 3,
+        lambda x: list(x)[-1] is None,
+        lambda x: 5 in x.shape,
+        lambda x: math.sqrt(x.shape[0]) > 2.1,
+    ],
+)
+def test_a_forward_that_catches_errors_decides_by_values(decide):
+    model = Catches(decide)
+    bio = biofx.transform(model, SPLIT, example_inputs=(X,))
+    for x in (X, X[:3], -X):
+        torch.testing.assert_close(bio(x), model(x))
 
 
 def test_dropout_that_is_turned_up_acts():

@@ -23,6 +23,7 @@ class Block(nn.Module):
         super().__init__()
         self.inner, self.kind = inner, kind
         self.calls, self.options, self.last = 0, {"scale": 0.5}, torch.zeros(())
+        self.state = torch.zeros(())  # not a buffer
         self.register_buffer("count", torch.zeros(()))
         if kind == "hook":
             inner.register_forward_hook(lambda module, args, result: result * 1.5)
@@ -71,6 +72,21 @@ class Block(nn.Module):
         y = self.inner(x) + self.last
         self.last = y.detach().mean()
         return y
+
+    def _state_in_place(self, x: Tensor) -> Tensor:
+        self.state += 1
+        return self.inner(x) * self.state.clone()
+
+    def _caught(self, x: Tensor) -> Tensor:
+        try:
+            factor = 2.0 if x.sum() > 0 else 3.0
+        except Exception:  # noqa: BLE001 - as libraries do it
+            factor = 4.0
+        return self.inner(x) * factor
+
+    def _forward_mode(self, x: Tensor) -> Tensor:
+        y, tangent = torch.func.jvp(self.inner, (x,), (torch.ones_like(x),))
+        return y + tangent  # type: ignore[no-any-return]
 
     def _noise(self, x: Tensor) -> Tensor:
         return self.inner(x) * (1 + 0.1 * torch.randn_like(x))

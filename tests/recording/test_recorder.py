@@ -167,6 +167,7 @@ BETWEEN = {
     "a loop over time": lambda m, y: over_time(y),
     "memory that is filled": lambda m, y: filled(y),
     "vmap": lambda m, y: torch.vmap(torch.sin)(y),
+    "forward-mode gradients": lambda m, y: torch.func.jvp(torch.sin, (y,), (torch.ones_like(y),))[0],
     "a scripted function": lambda m, y: scripted(y),
     "a compiled function": lambda m, y: compiled(y),
     "functional_call": lambda m, y: torch.func.functional_call(nn.Identity(), {}, (y,)),

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import split_inputs
-from biofx.base.torch_internals import HOOKS
+from biofx.base.torch_internals import HOOKS, pytree
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.equivalence import disagreement, run_with
 from biofx.capture.explanation import lines_of
@@ -76,15 +77,28 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
 
 
 def _check(bio: CapturedModule, example_inputs: Any) -> None:
-    """Raise if the exported graph differs from the model."""
-    run = run_with(*split_inputs(example_inputs))
-    found = disagreement(bio, run, lambda: MethodType(type(bio).forward, bio), bio.original_forward)
-    if found is not None:
-        why = (
-            "Its forward takes decisions, draws random numbers, has side effects, or has gradients of its own "
-            "(a torch.autograd.Function, a hook on a tensor)"
-        )
-        raise CaptureError(f"{type(bio).__name__} cannot be exported: {found}. {_on_nested(bio) or why}, or {INSTEAD}")
+    """Raise if the exported graph differs from the model, also for inputs that only differ in how they are held."""
+    inputs = split_inputs(example_inputs)
+    for given, where in (
+        (inputs, ""),
+        (pytree.tree_map_only(Tensor, _held_otherwise, inputs), " for inputs that need gradients or are transposed"),
+    ):
+        found = disagreement(bio, run_with(*given), lambda: MethodType(type(bio).forward, bio), bio.original_forward)
+        if found is not None:
+            why = (
+                "Its forward takes decisions, draws random numbers, has side effects, or has gradients of its own "
+                "(a torch.autograd.Function, a hook on a tensor)"
+            )
+            raise CaptureError(
+                f"{type(bio).__name__} cannot be exported: {found}{where}. {_on_nested(bio) or why}, or {INSTEAD}"
+            )
+
+
+def _held_otherwise(tensor: Tensor) -> Tensor:
+    """Return the same numbers in a tensor that has other strides, and requires gradients if it can."""
+    with torch.no_grad():
+        other = tensor.transpose(0, -1).contiguous().transpose(0, -1) if tensor.dim() else tensor.clone()
+    return other.requires_grad_() if other.is_floating_point() or other.is_complex() else other
 
 
 def _on_nested(model: nn.Module) -> str | None:
