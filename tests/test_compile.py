@@ -2,7 +2,7 @@
 
 A transformed model compiles where the plain one does, into as many graphs. What PyTorch cannot compile, transformed or
 not, is marked as failing, with the reason. The backends here are cheap ones, as biofx has no part in code generation;
-`test_compiling_changes_nothing` in `training/test_attachment.py` trains with Inductor.
+`test_compiling_changes_nothing` in `training/test_lifecycle.py` trains with Inductor.
 """
 
 import copy

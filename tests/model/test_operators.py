@@ -18,6 +18,7 @@ from biofx.model import operators
 from biofx.model.synapses import stored_parameters
 from conftest import gradients, loss
 from models.small import ConvNet, mlp
+from training_runs import ACTIVITY
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 PIPELINE = [passes.FuzzyLearningRates(nu=0.4)]
@@ -221,6 +222,43 @@ def test_counts_are_exact_beyond_the_whole_numbers_of_float32():
     for _ in range(1001):
         torch.ops.biofx.count_active(torch.ones(1, 1), state, 1, True)
     assert (state.double().sum(0) == 2**24 + 1001).all()
+
+
+def test_observers_count_nothing_in_evaluation_mode():
+    plain = ConvNet().eval()
+    bio = biofx.transform(plain, ACTIVITY)
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(bio(x), plain(x))
+    assert not bio.stem.weight_synapses.active.any()
+    bio.train()
+    plain.train()
+    torch.manual_seed(0)
+    expected = gradients(plain, x)
+    torch.manual_seed(0)
+    given = gradients(bio, x)
+    torch.testing.assert_close(given["norm.weight"], expected["norm.weight"])
+    assert bio.stem.weight_synapses.active.sum() > 0
+    bio(x)
+    seen = bio.stem.weight_synapses.seen.clone()
+    bio.eval()(x)
+    assert torch.equal(bio.stem.weight_synapses.seen, seen)
+
+
+def test_a_model_with_observers_pickles_compiles_and_exports():
+    bio = biofx.transform(mlp(4, 6, 2), ACTIVITY)
+    x = torch.randn(5, 4)
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    compiled = torch.compile(copy.deepcopy(bio), fullgraph=True, backend="aot_eager")
+    program = torch.export.export(copy.deepcopy(bio), (x,)).module()
+    bio(x)
+    for other in (loaded, compiled, program):
+        other(x)
+        seen = {name.removeprefix("_orig_mod."): b for name, b in other.named_buffers() if name.endswith(".active")}
+        assert len(seen) == 2
+        assert all(torch.equal(b, bio.get_buffer(name)) for name, b in seen.items())
 
 
 def test_an_ensemble_of_models_learns_as_each_does_on_its_own(plain):

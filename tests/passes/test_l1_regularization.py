@@ -7,6 +7,7 @@ from torch.nn import functional as F
 import biofx
 from biofx import passes
 from models.small import mlp
+from training_runs import IMAGES, network
 
 X, Y = torch.randn(8, 4).double(), torch.randn(8, 2).double()
 
@@ -58,6 +59,19 @@ def test_weights_become_smaller():
         biofx.attach(bio, held)
         sums.append(float(biofx.l1(train(bio, held, steps=50))))
     assert sums[1] < 0.7 * sums[0]
+
+
+def test_regularization_pulls_towards_zero_under_maximize():
+    for optimizer_class in (torch.optim.SGD, torch.optim.Adam):
+        bio = biofx.transform(network(), [passes.L1Regularization(0.1)])
+        optimizer = optimizer_class(bio.parameters(), lr=0.001, maximize=True)
+        biofx.attach(bio, optimizer)
+        before = float(biofx.l1(bio))
+        for _ in range(5):
+            optimizer.zero_grad()
+            (0 * bio(IMAGES[:8])).sum().backward()
+            optimizer.step()
+        assert float(biofx.l1(bio)) < before
 
 
 def test_bad_options():

@@ -132,6 +132,12 @@ def test_per_synapse_activation_of_a_reused_module():
     torch.testing.assert_close(bio(x), expected)
 
 
+def test_a_split_bias_is_no_synapse_in_the_summary():
+    text = biofx.summary(biofx.transform(nn.Linear(4, 2), [passes.SplitSynapses(2, activation="tanh")]))
+    assert "not synapses: bias" in text
+    assert "left alone" not in text
+
+
 class ComputedBias(nn.Module):
     def __init__(self):
         super().__init__()

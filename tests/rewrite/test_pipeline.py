@@ -12,6 +12,7 @@ import biofx
 from biofx import passes
 from conftest import flat
 from models.small import ConvNet, mlp
+from training_runs import network
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,16 @@ def test_a_conflict_with_an_earlier_transform_changes_nothing(pipeline):
     with pytest.raises(biofx.PipelineError, match=r"already|both claim"):
         biofx.transform(first, pipeline[1:], inplace=True)
     assert (first.code, list(first.state_dict())) == (code, list(state))
+
+
+def test_a_second_transform_that_would_not_fit_is_refused():
+    first = biofx.transform(network(), [passes.Crystallize()])
+    with pytest.raises(biofx.PipelineError, match="split-synapses changes the shape of 0.weight .* with both"):
+        biofx.transform(first, [passes.SplitSynapses(3)])
+    with pytest.raises(
+        biofx.PipelineError, match="group-units changes the shape of 0.weight or of its operator's output"
+    ):
+        biofx.transform(biofx.transform(network(), [passes.SynapticScaling()]), [passes.GroupUnits()])
 
 
 def test_a_false_claim_to_preserve_the_function_is_caught():

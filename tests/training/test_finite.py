@@ -1,20 +1,41 @@
-"""Steps on a device that is not waited for: nothing is read there, and what is not finite stops the rules alone."""
+"""What is not finite is refused before the step, or stops the rules alone on a device that is not waited for."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import biofx
 from biofx.base.errors import LifecycleError
 from biofx.training import finite
 from training.test_costs import WAITS, operators_of_a_step
+from training_runs import IMAGES, LABELS, start, states, train
 
 RULES = (
     "split-synapses{synapses=2},fuzzy-learning-rates{distribution=lognormal},volume-dependent-learning-rates,"
     "l1-regularization{strength=0.01},crystallize,synaptic-scaling{on=weight},rejuvenate,dales-principle{balance=False}"
 )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["gradient", "weight"])
+def test_what_is_not_finite_is_refused_and_nothing_changes(what, value):
+    bio, optimizer, _ = start()
+    train(bio, optimizer, 1)
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    raw = bio.get_parameter("2.weight")
+    with torch.no_grad():
+        (raw.grad if what == "gradient" else raw)[0, 0, 0] = value
+    before = states(bio, optimizer)
+    with pytest.raises(biofx.LifecycleError, match=f"2.weight: its {what} is not finite"):
+        optimizer.step()
+    after = states(bio, optimizer)
+    assert all(torch.equal(v, after[k]) or torch.isnan(v).any() for k, v in before.items())
+
+
+# --- a device that is not waited for -----------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,0 +1,104 @@
+"""Checkpoints: training resumes bit for bit, and a checkpoint of something else loads nothing."""
+
+import copy
+import io
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import biofx
+import training_runs
+from biofx import passes
+from training_runs import GAINS, assert_same_states, network, start, states, train
+
+RESUME = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import training_runs as t
+after = {{}}
+for (pipeline, name), saved in torch.load({path!r}).items():
+    bio, optimizer, _ = t.start(getattr(t, pipeline), name)
+    bio.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    t.train(bio, optimizer, 5, start=7)
+    after[pipeline, name] = t.states(bio, optimizer)
+torch.save(after, {path!r} + ".after")
+"""
+
+
+def test_a_fresh_process_resumes_bit_for_bit(tmp_path):
+    saved, expected, path = {}, {}, str(tmp_path / "checkpoints.pt")
+    for case in itertools.product(("EVERYTHING", "ACTIVITY"), ("nesterov", "adamw")):
+        bio, optimizer, _ = start(getattr(training_runs, case[0]), case[1])
+        train(bio, optimizer, 7)
+        saved[case] = copy.deepcopy({"model": bio.state_dict(), "optimizer": optimizer.state_dict()})
+        train(bio, optimizer, 5, start=7)
+        expected[case] = states(bio, optimizer)
+    torch.save(saved, path)
+    script = RESUME.format(tests=str(Path(__file__).parents[1]), path=path)
+    subprocess.run([sys.executable, "-c", script], check=True)
+    found = torch.load(path + ".after")
+    assert found.keys() == expected.keys()
+    for case, after in found.items():
+        assert_same_states(after, expected[case])
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        ([passes.GroupUnits(1)], "it has 0.weight_synapses.gain, which no pass keeps here"),
+        ([*GAINS, passes.Rejuvenate()], "it has no 0.weight_synapses.replaced, which rejuvenate keeps here"),
+        ([*GAINS, passes.SplitSynapses(2)], r"0.weight is \(32, 64\) in it and \(2, 32, 64\) here"),
+    ],
+)
+def test_a_checkpoint_of_another_pipeline_loads_nothing(pipeline, message):
+    checkpoint = biofx.transform(network(), GAINS).state_dict()
+    other = biofx.transform(network(), pipeline, seed=5)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(biofx.ArgumentError, match=f"the checkpoint is from another pipeline than .*: {message}"):
+        other.load_state_dict(checkpoint)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (passes.FuzzyLearningRates(nu=0.1), passes.FuzzyLearningRates(nu=0.3), "nu=0.1 in it and nu=0.3 here"),
+        (
+            passes.DalesPrinciple(constraint="softplus"),
+            passes.DalesPrinciple(constraint="abs"),
+            "constraint='softplus' in it and constraint='abs' here",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_options_loads_nothing(one, other, message):
+    file = io.BytesIO()
+    torch.save(biofx.transform(network(), [one]).state_dict(), file)
+    file.seek(0)
+    checkpoint = torch.load(file)
+    bio = biofx.transform(network(), [other], seed=5)
+    before = {k: v.clone() for k, v in bio.state_dict().items()}
+    with pytest.raises(
+        biofx.ArgumentError, match=f"the same passes with other options: {one.name} of .* has {message}"
+    ):
+        bio.load_state_dict(checkpoint)
+    assert all(torch.equal(v, before[k]) for k, v in bio.state_dict().items())
+    bio.load_state_dict(checkpoint, strict=False)
+    bio.load_state_dict(
+        dict(checkpoint)
+    )  # as from safetensors, or from an earlier version: nothing is known of options
+    with pytest.raises(RuntimeError, match=message):
+        nn.Sequential(bio).load_state_dict(nn.Sequential(biofx.transform(network(), [one])).state_dict())
+
+
+@pytest.mark.parametrize("pipeline", [[passes.MirrorUnits()], [passes.DalesPrinciple(inputs="excitatory")]])
+def test_a_plain_checkpoint_that_does_not_fit_is_refused(pipeline):
+    checkpoint = network().state_dict()
+    with pytest.raises(biofx.ArgumentError, match="looks like a checkpoint of the plain model; load it into that, bef"):
+        biofx.transform(network(), pipeline).load_state_dict(checkpoint)

@@ -1,0 +1,124 @@
+"""Weights that forward itself changes are left alone in islands, or the change is refused before it is lost."""
+
+import copy
+import re
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import biofx
+from biofx import passes
+from biofx.weights.facts import Need
+from conftest import flat, loss
+from island_networks import SPLIT
+from models.islands import Branch
+
+
+@pytest.fixture(params=["symbolic", "module"])
+def frontend(request):
+    return request.param
+
+
+class Clamped(nn.Module):
+    """Limits its weights at each call, as critics of Wasserstein GANs do; or only at those of training."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.inner, self.always = nn.Linear(2, 2), always
+
+    def forward(self, x):
+        if self.training or self.always:
+            with torch.no_grad():
+                self.inner.weight.clamp_(-0.1, 0.1)
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("recipe", ["split-synapses", "fuzzy-learning-rates", [passes.DalesPrinciple()]], ids=str)
+def test_a_weight_that_forward_changes_in_place_is_left_alone(frontend, recipe, always):
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), Clamped(always)), torch.randn(3, 2)
+    bio = biofx.transform(model, recipe, frontend=frontend)
+    assert list(biofx.weight_sites(bio)) == ["0.weight"]
+    assert "2.inner.weight: forward changes it in place, by clamp_ in 2 (test_island_writes.py" in flat(
+        biofx.summary(bio)
+    )
+    assert torch.equal(bio.get_parameter("2.inner.weight"), model[2].inner.weight)
+    torch.testing.assert_close(bio(x), model(x))
+    assert bio.get_parameter("2.inner.weight").abs().max() <= 0.1
+    again = biofx.transform(bio, [passes.Rejuvenate()], frontend=frontend)
+    assert list(biofx.weight_sites(again)) == ["0.weight"]
+
+
+class Unguessable(nn.Sequential):
+    def forward(self, options):
+        return super().forward(options.value)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_a_weight_that_is_stored_may_be_changed_by_forward(frontend):
+    model = Unguessable(nn.Linear(2, 2), nn.ReLU(), Clamped(always=True))
+    options = types.SimpleNamespace(value=torch.randn(3, 2))
+    bio = biofx.transform(model, "fuzzy-learning-rates", frontend=frontend)
+    torch.testing.assert_close(bio(options), model(options))
+    assert bio.get_parameter("2.inner.weight").abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("recipe", ["split-synapses"])
+def test_a_weight_changed_by_an_unseen_forward_is_refused_then(frontend, recipe):
+    model = Unguessable(nn.Linear(2, 2), nn.ReLU(), Clamped(always=True))
+    options = types.SimpleNamespace(value=torch.randn(3, 2))
+    bio = biofx.transform(model, recipe, frontend=frontend)
+    with pytest.raises(biofx.ArgumentError, match=r"would be lost.*exclude="):
+        bio(options)
+    bio = biofx.transform(model, recipe, frontend=frontend, exclude=["*inner.weight"])
+    torch.testing.assert_close(bio(options), model(options))
+    assert bio.get_parameter("2.inner.weight").abs().max() <= 0.1
+
+
+class Momentum(nn.Module):
+    """A layer that follows another one, as the key encoder of MoCo does."""
+
+    def __init__(self, update):
+        super().__init__()
+        self.query, self.key, self.update = nn.Linear(3, 3), nn.Linear(3, 3), update
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for ours, theirs in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                self.update(ours, theirs)
+        return self.head(self.query(x) * self.key(x).detach())
+
+
+def assigned(ours, theirs):
+    theirs.data = 0.9 * theirs.data + 0.1 * ours.data
+
+
+def in_place(ours, theirs):
+    theirs.data.mul_(0.9).add_(ours.data, alpha=0.1)
+
+
+@pytest.mark.parametrize("update", [assigned, in_place])
+def test_weights_that_forward_changes_are_left_alone(update, frontend):
+    model, x = Momentum(update), torch.randn(2, 3)
+    bio = biofx.transform(copy.deepcopy(model), SPLIT, frontend=frontend)
+    assert [(site.name, site.unmet(Need.UNITS)) for site in biofx.weight_sites(bio).values()] == [("head.weight", None)]
+    assert "query.weight: forward takes it from parameters(), which lists what is stored" in flat(biofx.summary(bio))
+    assert re.search(r"key\.weight: forward (changes it in place|takes it from parameters)", biofx.summary(bio))
+    for _ in range(3):
+        torch.testing.assert_close(bio(x), model(x))
+        loss(bio(x)).backward()
+        loss(model(x)).backward()
+        torch.testing.assert_close(bio.key.weight, model.key.weight)
+
+
+def test_a_parameter_that_is_kept_in_an_attribute_is_left_alone():
+    model = nn.Sequential(Branch(), nn.Linear(4, 4))
+    model[0].kept = [model[0].a.weight]
+    bio = biofx.transform(model, SPLIT)
+    assert list(biofx.weight_sites(bio)) == ["0.b.weight", "1.weight"]
+    assert "0.a.weight: a module keeps it in a list or a plain attribute as well" in flat(biofx.summary(bio))

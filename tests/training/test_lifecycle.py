@@ -1,0 +1,288 @@
+"""The lifecycle: rules act once around each step in any training loop, or the step is refused with nothing changed."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import biofx
+from biofx import passes
+from training_runs import (
+    EVERYTHING,
+    GAINS,
+    IMAGES,
+    LABELS,
+    OPTIMIZERS,
+    assert_same_states,
+    network,
+    start,
+    states,
+    train,
+)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_accumulation_over_micro_batches_equals_one_batch(name):
+    results = []
+    for parts in (1, 4):
+        bio, optimizer, _ = start(name=name)
+        for step in range(5):
+            rows = torch.arange(step * 64, (step + 1) * 64)
+            optimizer.zero_grad()
+            for part in rows.chunk(parts):
+                (F.cross_entropy(bio(IMAGES[part]), LABELS[part]) / parts).backward()
+            optimizer.step()
+        results.append(states(bio, optimizer))
+    assert_same_states(*results, rtol=1e-7, atol=1e-9)
+
+
+def test_a_closure_is_evaluated_before_the_rules():
+    results = []
+    for with_closure in (True, False):
+        bio, optimizer, _ = start(name="momentum")
+
+        def closure(bio=bio, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(bio(IMAGES[:64]), LABELS[:64])
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if with_closure:
+                assert optimizer.step(closure) > 0
+            else:
+                closure()
+                optimizer.step()
+        results.append(states(bio, optimizer))
+    assert_same_states(*results)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, bio, reentrant):
+        super().__init__()
+        self.bio, self.reentrant = bio, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.bio, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("pipeline", [EVERYTHING, [passes.FuzzyLearningRates(distribution="activity", every=2)]])
+def test_activation_checkpointing_changes_nothing(pipeline, reentrant):
+    results = []
+    for wrap in (lambda bio: bio, lambda bio: Checkpointed(bio, reentrant)):
+        bio, optimizer, _ = start(pipeline)
+        train(wrap(bio), optimizer, 4)
+        results.append(states(bio, optimizer))
+    assert_same_states(*results)
+
+
+@pytest.mark.parametrize(("name", "backend"), [("momentum", "inductor"), ("adamw", "aot_eager")])
+def test_compiling_changes_nothing(name, backend):
+    results = []
+    for wrap in (lambda bio: bio, lambda bio: torch.compile(bio, fullgraph=True, backend=backend)):
+        bio, optimizer, _ = start(name=name)
+        train(wrap(bio), optimizer, 4)
+        results.append(states(bio, optimizer))
+    assert_same_states(*results, rtol=1e-6, atol=1e-8)
+
+
+# --- loss scales -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "sgd-fused", "adam-fused"])
+def test_a_step_that_the_scaler_skips_changes_nothing(name):
+    bio = biofx.transform(network().float(), EVERYTHING)
+    optimizer = OPTIMIZERS[name](bio.parameters())
+    biofx.attach(bio, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    images = IMAGES.float()
+    before = None
+    for step, factor in enumerate((1.0, float("inf"), 1.0)):
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(bio(images[:64]), LABELS[:64]) * factor).backward()
+        kept = {k: v.clone() for k, v in bio.state_dict().items() if not k.endswith("_seen")}
+        scaler.step(optimizer)
+        scaler.update()
+        after = bio.state_dict()
+        unchanged = all(torch.equal(v, after[k]) for k, v in kept.items())
+        assert unchanged is (step == 1)
+        before = after
+    assert int(before["0.weight_synapses.steps"]) == 2
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "sgd-fused", "adam-fused"])
+def test_rules_see_unscaled_gradients(name):
+    """With and without a loss scale, a step does the same."""
+    results = []
+    for scale in (1.0, 2.0**12):
+        pipeline = [*GAINS, passes.Crystallize(), passes.L1Regularization(0.01)]
+        bio = biofx.transform(network().float(), pipeline)
+        optimizer = OPTIMIZERS[name](bio.parameters())
+        biofx.attach(bio, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(bio(IMAGES.float()[:64]), LABELS[:64])).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append({k: v.clone() for k, v in bio.state_dict().items()})
+    assert_same_states(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_a_skipped_overflow_leaves_no_trace_in_the_activity():
+    bio = biofx.transform(network().float(), [passes.SynapticScaling(on="weight")])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.01)
+    biofx.attach(bio, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for value in (1.0, float("inf"), 1.0, 1.0):
+        images = IMAGES.float()[:32].clone()
+        images[0, 0] = value
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(bio(images), LABELS[:32])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.isfinite(x).all() for x in bio.state_dict().values())
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 3
+
+
+def test_half_precision_survives_a_fused_optimizer_with_scaler():
+    steps = []
+    for attached in (True, False):
+        torch.manual_seed(0)
+        bio = biofx.transform(nn.Linear(4, 4).half(), [passes.FuzzyLearningRates(distribution="baseline")])
+        optimizer = torch.optim.Adam(bio.parameters(), lr=0.01, fused=True, eps=1e-12)
+        if attached:
+            biofx.attach(bio, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        before = bio.weight.detach().clone()
+        scaler.scale((bio(torch.ones(2, 4).half()).float() * 1e-9).sum()).backward()
+        scaler.step(optimizer)
+        steps.append(bio.weight.detach() - before)
+    assert steps[1].abs().max() > 0
+    torch.testing.assert_close(*steps)
+
+
+# --- which weights take part -------------------------------------------------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.used, self.unused = nn.Linear(64, 16), nn.Linear(16, 10), nn.Linear(16, 10)
+
+    def forward(self, x):
+        h = torch.relu(self.trunk(x))
+        return self.used(h), self.unused(h)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_weights_without_a_gradient_take_no_part(to_none):
+    bio, optimizer, _ = start(model=TwoHeads().double())
+    before = {k: v.clone() for k, v in bio.state_dict().items()}
+    bio.trunk.weight.requires_grad_(False)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=to_none)
+        F.cross_entropy(bio(IMAGES[:32])[0], LABELS[:32]).backward()
+        optimizer.step()
+    after = bio.state_dict()
+    changed = {k.split("_")[0] for k, v in after.items() if not torch.equal(v, before[k]) and not k.endswith(".seen")}
+    assert changed == {"used.weight", "used.bias", "trunk.bias"}
+    bio.trunk.weight.requires_grad_(True)
+    F.cross_entropy(bio(IMAGES[:32])[0], LABELS[:32]).backward()
+    optimizer.step()
+    assert int(bio.trunk.weight_synapses.steps) == 1
+    assert not torch.equal(bio.get_parameter("trunk.weight"), before["trunk.weight_synapses.weight"])
+
+
+def test_frozen_weights_with_biases_that_train():
+    bio, optimizer, _ = start()
+    for site in biofx.weight_sites(bio).values():
+        site.raw.requires_grad_(False)
+    train(bio, optimizer, 1)
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 0
+
+
+def test_one_optimizer_over_two_models_steps_for_one_of_them():
+    a, b = (biofx.transform(network(), [*GAINS, passes.L1Regularization(0.1)]) for _ in range(2))
+    optimizer = torch.optim.Adam([*a.parameters(), *b.parameters()])
+    for bio in (a, b):
+        biofx.attach(bio, optimizer)
+    before = b.get_parameter("0.weight").detach().clone()
+    train(a, optimizer, 2)
+    assert (int(a.get_buffer("0.weight_synapses.steps")), int(b.get_buffer("0.weight_synapses.steps"))) == (2, 0)
+    assert torch.equal(b.get_parameter("0.weight"), before)
+
+
+def test_weights_without_elements():
+    model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4), nn.Linear(4, 2))
+    pipeline = [*EVERYTHING[1:], passes.GroupUnits(1)]
+    pipeline[3] = passes.Rejuvenate(rule="threshold")
+    bio = biofx.transform(model, pipeline)
+    optimizer = torch.optim.Adam(bio.parameters())
+    biofx.attach(bio, optimizer)
+    bio(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    biofx.verify(bio)
+
+
+# --- signs -------------------------------------------------------------------------------------------------------
+
+
+def test_signs_of_a_pass_without_a_rule_hold_through_steps():
+    """A projection in forward sleeps while an optimizer is attached, so every step sees to the signs."""
+
+    @dataclass(frozen=True)
+    class Positive(passes.Pass):
+        name = "positive"
+        slot = passes.Slot.SIGN
+
+        def rewrite(self, site, edit):
+            edit.insert(torch.ops.biofx.project_sign, edit.state("sign", torch.ones_like(site.raw)))
+
+    bio = biofx.transform(network(), [Positive()])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.5)
+    biofx.attach(bio, optimizer)
+    train(bio, optimizer, 5)
+    assert all((site.effective() >= 0).all() for site in biofx.weight_sites(bio).values())
+
+
+def test_verify_finds_signs_overwritten_between_steps():
+    bio, optimizer, _ = start([passes.DalesPrinciple(balance=False)], "sgd")
+    with torch.no_grad():
+        bio.get_submodule("2").weight.fill_(1.0)
+    with pytest.raises(
+        biofx.VerificationError, match=r"2.weight: \d+ of its synapses have another sign than their unit"
+    ):
+        biofx.verify(bio)
+    train(bio, optimizer, 1)
+    biofx.verify(bio)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_an_unlearned_step_is_refused():
+    bio, optimizer, _ = start()
+    with pytest.raises(biofx.LifecycleError, match=r"without backward\(\): none of the 2 weights has a gradient"):
+        optimizer.step()
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 0
+
+
+def test_a_parameter_whose_shape_changed_is_refused():
+    bio, optimizer, _ = start()
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    bio.get_submodule("0").weight = nn.Parameter(torch.zeros(2, 32, 65))
+    with pytest.raises(biofx.LifecycleError, match=r"0.weight was \(2, 32, 64\) when .* and is \(2, 32, 65\)"):
+        optimizer.step()
+
+
+def test_a_sparse_gradient_is_refused():
+    bio, optimizer, _ = start(GAINS, "sgd")
+    raw = bio.get_parameter("0.weight")
+    raw.grad = torch.zeros_like(raw).to_sparse()
+    with pytest.raises(biofx.LifecycleError, match="0.weight: its gradient is sparse"):
+        optimizer.step()
