@@ -1,5 +1,7 @@
 """What the tests of training share: a network that learns digits, optimizers, and all that a run leaves behind."""
 
+import copy
+
 import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
@@ -70,6 +72,20 @@ def train(model, optimizer, steps, batch=64, start=0):
         optimizer.zero_grad()
         F.cross_entropy(model(IMAGES[rows]), LABELS[rows]).backward()
         optimizer.step()
+
+
+def displacements(optimizer_of, steps, pipeline=GAINS):
+    """Displacement of every weight in the plain and in the transformed model, and the gain."""
+    plain = network()
+    bio = biofx.transform(plain, pipeline)
+    plain_optimizer, optimizer = optimizer_of(plain.parameters()), optimizer_of(bio.parameters())
+    biofx.attach(bio, optimizer)
+    before = copy.deepcopy(plain)
+    train(plain, plain_optimizer, steps)
+    train(bio, optimizer, steps)
+    for name, site in biofx.weight_sites(bio).items():
+        start = before.get_parameter(name).detach()
+        yield plain.get_parameter(name).detach() - start, site.raw.detach() - start, site.gain
 
 
 def start(pipeline=EVERYTHING, name="adamw", model=None):

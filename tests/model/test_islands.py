@@ -55,7 +55,7 @@ def test_modules_keep_their_class_names_and_trees(frontend):
     model = network("lstm")
     bio = biofx.transform(model, SPLIT, frontend=frontend)
     modules = [(path, module) for path, module in bio.named_modules() if not isinstance(module, Synapses)]
-    for (name, a), (other, b) in zip(model.named_modules(), modules, strict=False):
+    for (name, a), (other, b) in zip(model.named_modules(), modules, strict=True):
         assert name == other
         assert isinstance(b, type(a))
         assert type(b).__name__ == type(a).__name__

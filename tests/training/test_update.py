@@ -10,21 +10,7 @@ from torch.nn import functional as F
 import biofx
 from biofx import passes
 from conftest import in_turn
-from training_runs import GAINS, IMAGES, LABELS, OPTIMIZERS, network, start, train
-
-
-def displacements(optimizer_of, steps, pipeline=GAINS):
-    """Displacement of every weight in the plain and in the transformed model, and the gain."""
-    plain = network()
-    bio = biofx.transform(plain, pipeline)
-    plain_optimizer, optimizer = optimizer_of(plain.parameters()), optimizer_of(bio.parameters())
-    biofx.attach(bio, optimizer)
-    before = copy.deepcopy(plain)
-    train(plain, plain_optimizer, steps)
-    train(bio, optimizer, steps)
-    for name, site in biofx.weight_sites(bio).items():
-        start = before.get_parameter(name).detach()
-        yield plain.get_parameter(name).detach() - start, site.raw.detach() - start, site.gain
+from training_runs import GAINS, IMAGES, LABELS, OPTIMIZERS, displacements, network, start, train
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
