@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from typing import Any, NoReturn
 
 import torch
@@ -38,6 +39,7 @@ class WeightTensor(Tensor):
     # As in nn.Parameter: operators return plain tensors, and run without the overhead of __torch_function__.
     __torch_function__ = NO_TORCH_FUNCTION
     synapses: Any  # the synapses that the weight comes from
+    kept_from_swapping: Any
 
     # These would act on this temporary tensor only, not on the stored one.
     register_hook = register_post_accumulate_grad_hook = set_ = resize_ = _refuse
@@ -96,6 +98,7 @@ def as_weight_tensor(weight: Tensor, synapses: Any) -> Tensor:
         return weight
     result = weight.as_subclass(ComputedWeight if synapses.is_computed else WeightTensor)
     result.synapses = synapses
+    result.kept_from_swapping = weakref.ref(result)  # `torch.utils.swap_tensors` refuses what is weakly referred to
     return result
 
 

@@ -383,6 +383,15 @@ def test_what_belongs_to_one_tensor_is_refused(name):
 
 
 @pytest.mark.parametrize("links", [(HOOK,), (HOOK, SUM)])
+def test_swapping_a_weight_with_another_tensor_is_refused(links):
+    """It would swap a temporary tensor."""
+    fc, weight = layer(*links)
+    with pytest.raises(RuntimeError, match="Cannot swap"):
+        torch.utils.swap_tensors(fc.weight, nn.Parameter(torch.zeros(3, 4)))
+    assert torch.equal(fc.weight, weight)
+
+
+@pytest.mark.parametrize("links", [(HOOK,), (HOOK, SUM)])
 def test_freezing_freezes_what_is_stored(links):
     fc, _ = layer(*links)
     fc.weight.requires_grad_(False)
