@@ -174,8 +174,9 @@ class Guard:
         return None
 
     def _forwards_of_classes(self, bio: nn.Module) -> dict[str, Any]:
-        # That of the model itself changes whenever its graph is compiled.
-        return {path: _forward_of(bio.get_submodule(path)) for path in self.traced if path}
+        modules = ((path, bio.get_submodule(path)) for path in self.traced)
+        # Graphs, as the model itself, have a forward of their own, which is another one after each copy.
+        return {path: _forward_of(module) for path, module in modules if not isinstance(module, fx.GraphModule)}
 
     def _changed_global(self, bio: nn.Module) -> str | None:
         """Describe the first change of a variable outside of the model; None if there is none."""
