@@ -128,7 +128,8 @@ def dirichlet(
 
     Independent exponential variables, divided by their sum, are Dirichlet(1, …, 1).
     """
-    uniform = torch.empty(synapses, *shape).uniform_(2**-25, 1, generator=generator)  # never 0, nor 1
+    uniform = torch.empty(synapses, *shape).uniform_(2**-25, 1, generator=generator)  # never 0
+    uniform.clamp_(max=1 - 2**-24)  # before PyTorch 2.13, one in 16 million is 1
     waiting = uniform.to(dtype).neg_().log1p_()  # which takes a quarter of the time of exponential_; signs cancel
     return waiting.div_(waiting.sum(0))
 
