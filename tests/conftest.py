@@ -39,6 +39,13 @@ def zoo(request):
     return build().eval(), torch.randn(shape)
 
 
+def since(version: tuple[int, int], reason: str) -> pytest.MarkDecorator:
+    """A mark for what works from a version of PyTorch on."""
+    return pytest.mark.skipif(
+        torch.__version__ < version, reason=f"before PyTorch {'.'.join(map(str, version))}, {reason}"
+    )
+
+
 def in_turn(kinds: Iterable[Any], options: Iterable[Any]) -> list[tuple[Any, Any]]:
     """Each kind with one of the options: every value of both, where a product of the two would add nothing."""
     return list(zip(kinds, itertools.cycle(options), strict=False))

@@ -370,7 +370,7 @@ def tensor_parallel(rank: int, ranks: int, pipeline: str) -> dict[str, torch.Ten
             for key, parameter in [*module.named_parameters(recurse=False)]:
                 cut = Shard(1 if name.startswith("0") else 2) if name.endswith("_synapses") else Replicate()
                 module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [cut])))
-        batches = distribute_tensor(batches, mesh, [Replicate()])
+        batches = [distribute_tensor(batch, mesh, [Replicate()]) for batch in batches]
     optimizer = (torch.optim.AdamW if TENSOR_PARALLEL[pipeline] else torch.optim.SGD)(bio.parameters(), lr=0.01)
     if TENSOR_PARALLEL[pipeline]:
         biofx.attach(bio, optimizer)

@@ -73,7 +73,7 @@ _NORMS = _names(
 _KEEP = COPIES | _names(
     "native_dropout _softmax _safe_softmax softmax _log_softmax log_softmax rrelu_with_noise _prelu_kernel "
     "_fused_dropout "
-    "_weight_norm_interface"
+    "_weight_norm_interface leaky_relu"
 )
 _REDUCTIONS = _names(
     "mean sum nansum amax amin max min median nanmedian var std var_mean std_mean prod logsumexp linalg_vector_norm "
@@ -129,7 +129,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(_ATTENTIONS, Kind.ATTENTION),
     **dict.fromkeys(_GATES, Kind.GATES),
     **dict.fromkeys(_CONSTANTS, Kind.CONSTANT),
-    **dict.fromkeys(_names("glu complex polar"), Kind.MERGE),
+    **dict.fromkeys(_names("glu complex polar ldexp"), Kind.MERGE),
 }
 
 _NEVER_NEGATIVE = _names(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import biofx
+from conftest import since
 
 LAYERS = 40
 WAITS = (  # all but the first as the number of entries that a mask selects has to be known
@@ -74,6 +75,7 @@ def plain():
     return operators_of_a_step(model, torch.optim.SGD(model.parameters(), lr=0.01, foreach=True))
 
 
+@since((2, 13), "functions of several tensors consist of more operators")
 @pytest.mark.parametrize("pipeline", COSTS)
 def test_what_a_step_adds(pipeline, plain):
     bio = biofx.transform(layers(), pipeline, example_inputs=(torch.randn(4, 16),))
