@@ -345,10 +345,11 @@ def detached(rank: int, ranks: int) -> dict[str, torch.Tensor]:
     return whole(bio)
 
 
+SMOOTH = "softplus" if torch.__version__ >= (2, 13) else "abs"  # before, DTensors had no softplus
 TENSOR_PARALLEL = {
     "split-synapses,dales-principle,fuzzy-learning-rates,crystallize,rejuvenate{dre=6.0}": True,
     "split-synapses,dales-principle{constraint=abs},l1-regularization": True,
-    "split-synapses,dales-principle{constraint=softplus},fuzzy-learning-rates{dtype=uint8}": False,
+    f"split-synapses,dales-principle{{constraint={SMOOTH}}},fuzzy-learning-rates{{dtype=uint8}}": False,
     "split-synapses,fuzzy-learning-rates{dtype=unstored},volume-dependent-learning-rates": False,
 }
 
