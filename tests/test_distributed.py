@@ -412,7 +412,7 @@ def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
             "another rule": "ArgumentError: attach: 0.weight is sharded, and halve does not say .* works_on_shards",
             "not finite": "LifecycleError: 0.weight: its gradient is not finite",
             "unsharded": r"LifecycleError: .* is whole on every rank.* call reshard\(\)",
-            "flattened": r"ArgumentError: .* FullyShardedDataParallel; it flattens .* fully_shard",
+            "flattened": r"ArgumentError: .* FullyShardedDataParallel; it flattens .*fully_shard",
             "made before": "ArgumentError: .* holds no weight of this model .* after fully_shard",
         }.items():
             assert re.match(message, errors[name]), f"{name}: {errors[name]}"
