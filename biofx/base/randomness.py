@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+
+_LOCK = threading.Lock()
+_fixed: list[torch.dtype] = []  # the default of the caller, once for each block that runs
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
@@ -36,11 +40,21 @@ def fixed_defaults() -> Iterator[None]:
 
     A draw of another dtype, or on another device, would give other numbers.
     """
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
     is_elsewhere = torch.get_default_device().type != "cpu"
-    try:
-        with torch.device("cpu") if is_elsewhere else nullcontext():  # it costs time at every call of a function
+    with torch.device("cpu") if is_elsewhere else nullcontext():  # it costs time at every call of a function
+        if not _fixed and torch.get_default_dtype() is torch.float32:
             yield
-    finally:
-        torch.set_default_dtype(dtype)
+            return
+        with _LOCK:  # all threads have one default, and the last to leave the block restores it
+            if not _fixed:
+                _fixed.append(torch.get_default_dtype())
+                torch.set_default_dtype(torch.float32)
+            else:
+                _fixed.append(_fixed[0])
+        try:
+            yield
+        finally:
+            with _LOCK:
+                dtype = _fixed.pop()
+                if not _fixed:
+                    torch.set_default_dtype(dtype)

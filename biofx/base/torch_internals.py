@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
@@ -188,6 +189,13 @@ def empty_like(graph: fx.Graph) -> fx.Graph:
 def runs_step_hooks(optimizer: Optimizer) -> bool:
     """Whether steps of an optimizer run hooks; `register_step_pre_hook` succeeds where they do not."""
     return getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks")
+
+
+def run_hooks_next_to_step(optimizer: Optimizer, before: RemovableHandle, after: RemovableHandle) -> None:
+    """Let one hook be the last before a step, and one the first after it; hooks run in the order of registration."""
+    hooks: tuple[Any, Any] = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    hooks[0].move_to_end(before.id)
+    hooks[1].move_to_end(after.id, last=False)
 
 
 # --- compiling and exporting -----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -14,42 +14,46 @@ from biofx.model.operators import is_hook
 from biofx.model.provenance import is_transformed, record_of
 from biofx.model.synapses import synapses_in
 
-_unchecked: WeakSet[nn.Module] = WeakSet()  # models whose weights no optimizer has stepped over yet
+_models: WeakSet[nn.Module] = WeakSet()
 _handles: list[Any] = []  # of the hook on all optimizers, since any of them may train a model
+_changes = [0]  # how often models or their attachments changed
+_checked: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # the number of changes when it was checked last
+_told: WeakKeyDictionary[nn.Module, WeakSet[Optimizer]] = WeakKeyDictionary()  # of which optimizers, by model
 
 
 def warn_if_unattached(bio: nn.Module) -> None:
-    """Warn at the first optimizer step over the weights of a model if it is not attached and its rules need that.
+    """Warn once at a step of each optimizer that trains a model, if it is not attached and rules need that.
 
     Args:
         bio: a captured model; it need not be transformed yet.
     """
     if not _handles:
         _handles.append(register_optimizer_step_post_hook(_check_models))
-    _unchecked.add(bio)
+    _models.add(bio)
+    _changes[0] += 1
 
 
 def _check_models(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _unchecked:
+    if _checked.get(optimizer) == _changes[0]:
         return
+    _checked[optimizer] = _changes[0]
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for bio in [*_unchecked]:
-        if not is_transformed(bio):
+    for bio in [*_models]:
+        told = _told.setdefault(bio, WeakSet())
+        if not is_transformed(bio) or optimizer in told:
             continue
         record = record_of(bio)
         weights = {name: s for name, s in synapses_in(bio).items() if id(s.stored) in trained}
-        if not weights:
-            continue
-        _unchecked.discard(bio)
-        if record.by_hand or record.attached & weights.keys():
+        if not weights or record.by_hand or any(each.acts_for(optimizer) for each in record.attachments):
             continue
         idle = [run.pass_.name for run in record.passes if run.pass_.acts_at_step and run.weights & weights.keys()]
         hooks = [link for s in weights.values() for link in s.links if is_hook(link.target)]
         # Plain SGD is linear in the gradient, so hooks that scale gradients have their full effect without `attach`.
         is_linear = type(optimizer) is SGD and not any(group["weight_decay"] for group in optimizer.param_groups)
-        if hooks and not is_linear:
+        if hooks and (not is_linear or record.attached & weights.keys()):  # another optimizer switched hooks off
             idle += [name for link in hooks for name in link.origin.passes]
         if idle:
+            told.add(optimizer)
             names = ", ".join(dict.fromkeys(idle))
             warnings.warn(
                 f"{type(optimizer).__name__} trains a model of biofx without its rules ({names}), which act around the "

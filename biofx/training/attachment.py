@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from types import MethodType, TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils.hooks import RemovableHandle
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
-from biofx.base.torch_internals import runs_step_hooks
+from biofx.base.torch_internals import run_hooks_next_to_step, runs_step_hooks
+from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.provenance import record_of, transformed
 from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment
@@ -26,6 +29,9 @@ from biofx.training.ranks import stop_broadcasts, wrapper_of
 from biofx.training.sharding import check_shards, cut_state
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.wrappers import held, innermost, inside
+
+_ACTING: WeakKeyDictionary[Synapses, Callable[[], Attachment | None]] = WeakKeyDictionary()  # whose rules act on them
+_ALIKE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")  # shaped as a weight
 
 
 def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> Attachment:  # noqa: A002 - torch's word
@@ -129,6 +135,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
         )
     check_shards(bio, sites)
     _check_runs_hooks(optimizer)
+    _check_state(optimizer, sites)
     if compile:
         for device in {parameter.device for parameter in bio.parameters()}:
             check_compiler(device)
@@ -138,6 +145,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     hooked, changed = with_hooks(bio), attachment.acted_on(Moment.UPDATE)
     followed = {name: s for name, s in synapses_in(bio).items() if name in hooked or name in changed}
     learning = {name: synapses for name, synapses in followed.items() if id(synapses.stored) in own}
+    _check_alone(bio, {name: site.known_synapses for name, site in sites.items() if site.learning} | learning)
     undone = [name for name in learning if name in changed and acting not in (None, Acting.UPDATE)]
     if undone:
         raise LifecycleError(
@@ -191,11 +199,39 @@ def _check_runs_hooks(optimizer: Optimizer) -> None:
     raise ArgumentError(f"attach: steps of {type(optimizer).__name__} run no hooks, so rules could not act; {what}")
 
 
+def _check_state(optimizer: Optimizer, sites: Mapping[str, WeightSite]) -> None:
+    """Refuse an optimizer that remembers something of the shape of another parameter."""
+    for name, site in sites.items():
+        for key, memory in optimizer.state.get(site.raw, {}).items():
+            if key in _ALIKE and isinstance(memory, Tensor) and memory.shape != site.raw.shape:
+                raise ArgumentError(
+                    f"attach: the optimizer's {key} of {name} is {tuple(memory.shape)}, and {name} is "
+                    f"{tuple(site.raw.shape)}; the state of an optimizer of the plain model belongs to other parameters"
+                )
+
+
+def _check_alone(bio: nn.Module, synapses: Mapping[str, Synapses]) -> None:
+    """Refuse weights on which the rules of another model act already, which has the same layer."""
+    for name, each in synapses.items():
+        other = _ACTING.get(each, lambda: None)()
+        if other is not None and other.bio is not bio:
+            raise ArgumentError(
+                f"attach: {name} is a weight of another transformed model as well, which is attached, so rules would "
+                "act twice; detach that model first (biofx.detach)"
+            )
+        if each.shares > 1 and each.stored.device.type == "cpu" and each.stored.is_shared():
+            raise ArgumentError(
+                f"attach: {name} lies in memory that other processes share, and these would see it {each.shares} times "
+                "as large while the optimizer steps; share a copy, or leave out SplitSynapses"
+            )
+
+
 class Attachment(Lifecycle):
     """The connection between a transformed model and an optimizer; `biofx.attach` makes it."""
 
     _hooks: tuple[RemovableHandle, ...] = ()
     _guarded: MethodType | None = None
+    _step_before: Any = None  # a `step` that somebody else has set on the optimizer
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Let rules act on weights at the steps of the optimizer, and gains on what holds these synapses."""
@@ -205,15 +241,28 @@ class Attachment(Lifecycle):
             before, after = torch.compiler.disable(self.before), torch.compiler.disable(self.after)
             self._hooks = (self.optimizer.register_step_pre_hook(before),)
             self._hooks += (self.optimizer.register_step_post_hook(after),)  # if this fails, the first is known
-            self._guarded = _guarded(self.undo, self.optimizer)
+            self.note_early_gradients()
+            self._step_before = vars(self.optimizer).get("step")
+            self._guarded = self._with_undo(self.optimizer)
             self.optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
         record_of(self.bio).attachments.add(self)
+        for synapses in self._acted_synapses():
+            _ACTING[synapses] = weakref.ref(self)
         set_attached(self.bio, {*sites, *learning}, attached=True)
 
     @property
     def holding(self) -> tuple[dict[str, WeightSite], dict[str, Synapses]]:
         """The weights on which rules act, and the synapses on which gains do."""
         return self.sites, self.learning
+
+    def _acted_synapses(self) -> Iterator[Synapses]:
+        """The synapses on which rules or gains act."""
+        yield from (site.known_synapses for site in self.sites.values() if site.learning is not None)
+        yield from self.learning.values()
+
+    def acts_for(self, optimizer: Optimizer) -> bool:
+        """Whether rules act at the steps of an optimizer, or of the one inside of it."""
+        return self.optimizer is optimizer or self.optimizer is innermost(optimizer)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -243,6 +292,9 @@ class Attachment(Lifecycle):
     def give_up(self, parameters: set[int]) -> None:
         """Let rules not act on some parameters any more, given by id; without any left, leave the optimizer alone."""
         sites, learning = self.holding
+        for synapses in [each for each in self._acted_synapses() if id(each.stored) in parameters]:
+            if _ACTING.get(synapses, lambda: None)() is self:
+                del _ACTING[synapses]
         given = {name for name, synapses in learning.items() if id(synapses.stored) in parameters}
         given |= {name for name, site in sites.items() if id(site.raw) in parameters}
         set_attached(self.bio, given, attached=False)
@@ -255,7 +307,26 @@ class Attachment(Lifecycle):
             self._hooks = ()
             if self._guarded is not None and vars(self.optimizer).get("step") is self._guarded:
                 del self.optimizer.step
+                if self._step_before is not None:
+                    self.optimizer.step = self._step_before  # type: ignore[method-assign]
             record_of(self.bio).attachments.discard(self)
+        warn_if_unattached(self.bio)
+
+    def _with_undo(self, optimizer: Optimizer) -> MethodType:
+        """The step of an optimizer, undone if it fails; a method of the optimizer, as schedulers take it apart."""
+        step = optimizer.step
+
+        @functools.wraps(step)  # schedulers mark a step that they know
+        def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if self._hooks:  # others must not see what the optimizer is shown
+                run_hooks_next_to_step(optimizer, *self._hooks)
+            try:
+                return step(*args, **kwargs)
+            except BaseException:
+                self.undo()
+                raise
+
+        return MethodType(guarded, optimizer)
 
     def __repr__(self) -> str:
         where = (self.acting or Acting.UPDATE).value
@@ -271,18 +342,3 @@ class Attachment(Lifecycle):
             self.detach()
         else:
             self.give_up(self.held)
-
-
-def _guarded(undo: Callable[[], None], optimizer: Optimizer) -> MethodType:
-    """The step of an optimizer, undone if it fails; a method of the optimizer, as schedulers take it apart."""
-    step = optimizer.step
-
-    @functools.wraps(step)  # schedulers mark a step that they know
-    def guarded(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return step(*args, **kwargs)
-        except BaseException:
-            undo()
-            raise
-
-    return MethodType(guarded, optimizer)

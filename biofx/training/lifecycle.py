@@ -78,6 +78,7 @@ class Lifecycle:
         self._observed = {
             (id(synapses), key) for path, key in observers_in(bio.graph) for synapses in [bio.get_submodule(path)]
         }
+        self._early: dict[str, tuple[Tensor, int]] = {}  # gradients from before the attachment, with their versions
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._counters = Counters()
@@ -108,7 +109,14 @@ class Lifecycle:
         """Leave no weight and no gradient as the optimizer saw it, as its step failed."""
         self._put_back()
         self._update.undo()
+        self._project(site for site in self.sites.values())
         self._step, self._nested = None, 0
+
+    @torch.no_grad()
+    def _project(self, sites: Iterable[WeightSite]) -> None:
+        """Give weights the signs of their units, where no rule does."""
+        for raw, signed in feasible(sites):
+            raw.copy_(signed)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Before a step: act on gradients, which may come from the closure, whose arguments are returned then."""
@@ -167,6 +175,7 @@ class Lifecycle:
             raise LifecycleError(
                 f"optimizer.step() without backward(): none of the {len(self.sites)} weights has a gradient"
             )
+        self._refuse_early_gradients()
         if self._rules and weights:
             self._step.finite = self.finite.look(weights)
             groups = data_parallel_groups(self._wrapper, [weight.site.raw for weight in weights])
@@ -188,6 +197,23 @@ class Lifecycle:
                     self._give(synapses.stored, gradient_of(synapses.stored) * gain)
         self._step.weights = weights
 
+    def note_early_gradients(self) -> None:
+        """Remember gradients that were computed while hooks were on, which makes them other ones."""
+        for name, synapses in self.learning.items():
+            gradient = synapses.stored.grad
+            if gradient is not None and not gradient.is_inference():
+                self._early[name] = gradient, gradient._version
+
+    def _refuse_early_gradients(self) -> None:
+        early, self._early = self._early, {}
+        for name, (gradient, version) in early.items():
+            now = self.learning[name].stored.grad if name in self.learning else None
+            if now is gradient and gradient._version == version and bool(local(gradient).any()):
+                raise LifecycleError(
+                    f"{name}: its gradient was computed before the optimizer was attached, with gains; call "
+                    "zero_grad() after attach, and backward() again"
+                )
+
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Let the optimizer see another gradient than the backward pass computed."""
         assert self._step is not None
@@ -204,7 +230,7 @@ class Lifecycle:
     def _weight(self, site: WeightSite, step: int) -> PlasticWeight | None:
         """A weight that takes part in this step, by its number, or None if it has no gradient."""
         raw, scale = site.raw, _gradient_scale(self.optimizer)
-        if raw.grad is None or raw.numel() == 0:
+        if raw.grad is None or not raw.requires_grad or raw.numel() == 0:
             return None
         if raw.grad.layout is not torch.strided:
             raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
@@ -237,13 +263,16 @@ class Lifecycle:
                 "another optimizer, or let its constructor take what is in `defaults`"
             )
         counters = {w.name: steps for w in step.weights if (steps := w.site.state("steps")) is not None}
+        projected = self.acted_on(Moment.PROJECTION)
+        others = [weight for weight in step.weights if weight.name not in projected]
         try:
-            self._act(step.weights, step.finite, before_step=False)
-            projected = self.acted_on(Moment.PROJECTION)
-            others = [weight for weight in step.weights if weight.name not in projected]
+            try:
+                self._act(step.weights, step.finite, before_step=False)
+            except BaseException:  # such as Ctrl-C
+                self._project(weight.site for weight in step.weights)
+                raise
             with taken_back(step.finite, (weight.raw for weight in others)):
-                for raw, signed in feasible(weight.site for weight in others):
-                    raw.copy_(signed)
+                self._project(weight.site for weight in others)
             with taken_back(step.finite, (local(stored(self.bio, n)) for n in record_of(self.bio).nonnegative)):
                 project_scales(self.bio, self.held)
         finally:
@@ -278,16 +307,19 @@ class Lifecycle:
 
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
-        for name, parameter in self._parameters():
-            if self._is_sharded and id(parameter) not in self.held:
-                raise LifecycleError(
-                    f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
-                    "reshard() of the model before optimizer.step()"
-                )
         for name, site in self.sites.items():
             if site.raw.shape != self._shapes[name]:
                 raise LifecycleError(
                     f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(site.raw.shape)}; "
+                    "detach, build the optimizer again, and attach"
+                )
+        for name, parameter in self._parameters():
+            if id(parameter) not in self.held:
+                raise LifecycleError(
+                    f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
+                    "reshard() of the model before optimizer.step()"
+                    if self._is_sharded
+                    else f"{name} is another tensor than the optimizer holds, as after load_state_dict(assign=True); "
                     "detach, build the optimizer again, and attach"
                 )
         if held(self.optimizer) != self.held:

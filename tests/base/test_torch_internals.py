@@ -359,6 +359,22 @@ def test_call_untraced(monkeypatch):
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
+def test_run_hooks_next_to_step():
+    optimizer, order = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), []
+    optimizer.register_step_post_hook(lambda *_: order.append("other"))
+    hooks = [
+        register(lambda *_, name=name: order.append(name))
+        for register, name in (
+            (optimizer.register_step_pre_hook, "before"),
+            (optimizer.register_step_post_hook, "after"),
+        )
+    ]
+    optimizer.register_step_pre_hook(lambda *_: order.append("other"))
+    internals.run_hooks_next_to_step(optimizer, *hooks)
+    optimizer.step()
+    assert order == ["other", "before", "after", "other"]
+
+
 def test_has_memory():
     seen = []
     assert internals.has_memory(torch.zeros(2))

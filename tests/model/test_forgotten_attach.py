@@ -40,3 +40,36 @@ def test_whoever_attaches_is_told_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(bio, optimizer, 2)
+
+
+def other(bio, name):
+    return OPTIMIZERS[name](bio.parameters())
+
+
+def warned(run):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in seen if "without its rules" in str(w.message)]
+
+
+def test_an_optimizer_that_is_not_the_attached_one_is_told():
+    """Hooks sleep, as another optimizer is attached, so nothing acted, and without a word."""
+    bio = biofx.transform(network(), "split-synapses,fuzzy-learning-rates")
+    attached, later = other(bio, "adam"), other(bio, "sgd")
+    biofx.attach(bio, attached)
+    assert not warned(lambda: train(bio, attached, 2))
+    (message,) = warned(lambda: train(bio, later, 2))
+    assert "SGD trains a model of biofx without its rules (fuzzy-learning-rates, split-synapses)" in message
+
+
+def test_an_optimizer_whose_weights_were_taken_over_is_told():
+    bio = biofx.transform(network(), GAINS)
+    first, second = other(bio, "adam"), other(bio, "adam")
+    biofx.attach(bio, first)
+    train(bio, first, 1)
+    attachment = biofx.attach(bio, second)
+    assert len(warned(lambda: train(bio, first, 2))) == 1
+    assert not warned(lambda: train(bio, second, 2))
+    attachment.detach()
+    assert len(warned(lambda: train(bio, second, 2))) == 1

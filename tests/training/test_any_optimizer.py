@@ -10,6 +10,7 @@ from torch import nn
 import biofx
 from biofx import passes
 from biofx.training import attachment, lifecycle
+from biofx.training.attachment import Attachment
 
 GAINS = [passes.FuzzyLearningRates(nu=0.3)]
 
@@ -208,7 +209,7 @@ STAGES = {
     "update": lambda m, o: m.setattr(lifecycle, "Update", fail),
     "first hook": lambda m, o: m.setattr(o, "register_step_pre_hook", fail),
     "second hook": lambda m, o: m.setattr(o, "register_step_post_hook", fail),
-    "step": lambda m, o: m.setattr(attachment, "_guarded", fail_once(attachment._guarded)),
+    "step": lambda m, o: m.setattr(Attachment, "_with_undo", fail_once(Attachment._with_undo)),
     "graph": lambda m, o: m.setattr(attachment, "set_attached", fail_once(attachment.set_attached)),
     "weights": lambda m, o: m.setattr(attachment, "feasible", fail_after_one(attachment.feasible)),
 }

@@ -172,3 +172,55 @@ def test_parameters_added_later_are_refused_until_reattached():
     attachment.detach()
     assert biofx.attach(bio, optimizer).weights == ("0.weight", "2.weight")
     train(bio, optimizer, 1)
+
+
+def test_a_layer_of_two_models_has_rules_once():
+    one, two = (biofx.transform(network(), GAINS) for _ in range(2))
+    setattr(two, "0", one.get_submodule("0"))
+    attachment = biofx.attach(one, torch.optim.SGD(one.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(two.parameters(), lr=0.1)
+    with pytest.raises(biofx.ArgumentError, match=r"0\.weight is a weight of another transformed model as well"):
+        biofx.attach(two, optimizer)
+    attachment.detach()
+    biofx.attach(two, optimizer)
+
+
+def test_split_weights_that_processes_share_are_refused():
+    bio = biofx.transform(network(), "split-synapses").share_memory()
+    with pytest.raises(biofx.ArgumentError, match="memory that other processes share"):
+        biofx.attach(bio, torch.optim.SGD(bio.parameters(), lr=0.1))
+
+
+def test_the_step_that_somebody_set_is_there_again_after_detach():
+    bio, calls = biofx.transform(network(), GAINS), []
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    step = optimizer.step
+    optimizer.step = lambda *args: (calls.append(1), step(*args))[1]
+    attachment = biofx.attach(bio, optimizer)
+    train(bio, optimizer, 1)
+    attachment.detach()
+    train(bio, optimizer, 1)
+    assert len(calls) == 2
+
+
+def test_the_state_of_an_optimizer_of_the_plain_model_is_refused():
+    plain = network()
+    trained = torch.optim.Adam([*plain.parameters()][::-1], lr=0.1)
+    train(plain, trained, 1)
+    bio = biofx.transform(plain, GAINS)
+    optimizer = torch.optim.Adam(bio.parameters(), lr=0.1)
+    optimizer.load_state_dict(trained.state_dict())
+    with pytest.raises(
+        biofx.ArgumentError, match="of the plain model belongs to other parameters"
+    ):
+        biofx.attach(bio, optimizer)
+
+
+def test_weights_that_were_assigned_are_noticed():
+    """The optimizer went on with the old tensors, and rules acted on the new ones."""
+    bio = biofx.transform(network(), "rejuvenate")
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    bio.load_state_dict({name: value.clone() for name, value in bio.state_dict().items()}, assign=True)
+    with pytest.raises(biofx.LifecycleError, match="another tensor than the optimizer holds"):
+        train(bio, optimizer, 1)

@@ -1,5 +1,6 @@
 """The lifecycle: rules act once around each step in any training loop, or the step is refused with nothing changed."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -286,3 +287,105 @@ def test_a_sparse_gradient_is_refused():
     raw.grad = torch.zeros_like(raw).to_sparse()
     with pytest.raises(biofx.LifecycleError, match="0.weight: its gradient is sparse"):
         optimizer.step()
+
+
+# --- who takes part ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pipeline", ["rejuvenate{dre=5.0}", "l1-regularization{strength=0.1}", "synaptic-scaling{on=weight}", "crystallize"]
+)
+def test_a_weight_that_is_frozen_takes_no_part_even_if_its_gradient_is_zero(pipeline):
+    bio, optimizer, _ = start(pipeline, "sgd")
+    train(bio, optimizer, 1)
+    bio.get_submodule("0").requires_grad_(False)
+    kept = {name: value.clone() for name, value in bio.state_dict().items() if name.startswith("0.")}
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+        optimizer.step()
+    for name, value in kept.items():
+        if not name.endswith((".seen", ".steps")):
+            assert torch.equal(bio.state_dict()[name], value), name
+
+
+def test_gradients_from_before_the_attachment_are_refused():
+    """They were multiplied by gains already, so weights moved by the square of their gains."""
+    bio = biofx.transform(network(), GAINS)
+    optimizer = OPTIMIZERS["sgd"](bio.parameters())
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    biofx.attach(bio, optimizer)
+    with pytest.raises(biofx.LifecycleError, match=r"computed before the optimizer was attached.*zero_grad\(\)"):
+        optimizer.step()
+    train(bio, optimizer, 1)
+
+
+def test_zeros_from_before_the_attachment_are_no_gradients():
+    bio = biofx.transform(network(), GAINS)
+    optimizer = OPTIMIZERS["sgd"](bio.parameters())
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    optimizer.zero_grad(set_to_none=False)
+    biofx.attach(bio, optimizer)
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    optimizer.step()
+
+
+# --- hooks of others ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_hooks_of_others_see_what_the_optimizer_is_not_shown(first):
+    """The optimizer sees Γ times a weight and √Γ times its gradient; a hook may see neither, whoever comes first."""
+    bio = biofx.transform(network(), "split-synapses{synapses=4}")
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.0)
+    seen = []
+
+    def look(*_):
+        site = biofx.weight_sites(bio)["0.weight"]
+        seen.append((site.raw.detach().clone(), site.raw.grad.clone()))
+
+    if not first:
+        biofx.attach(bio, optimizer)
+    optimizer.register_step_pre_hook(look)
+    optimizer.register_step_post_hook(look)
+    if first:
+        biofx.attach(bio, optimizer)
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    look()
+    optimizer.step()
+    expected, *others = seen
+    for found in others:
+        torch.testing.assert_close(found, expected)
+
+
+class Failing(torch.optim.SGD):
+    fails = False
+
+    def step(self, closure=None):
+        super().step(closure)
+        if self.fails:
+            raise RuntimeError("out of memory")
+
+
+def test_a_step_that_fails_leaves_signs_as_they_have_to_be():
+    bio = biofx.transform(network(), "dales-principle")
+    optimizer = Failing(bio.parameters(), lr=5.0)
+    biofx.attach(bio, optimizer)
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    optimizer.fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    biofx.verify(bio)
+
+
+def test_threads_leave_the_default_dtype_as_it_was():
+    runs = [start([passes.Rejuvenate(), *GAINS], "sgd")[:2] for _ in range(2)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(train, *run, 60) for run in runs]:
+                done.result()
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(before)
