@@ -6,10 +6,12 @@ import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
+from enum import Enum
 from itertools import chain
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set, tuple})
@@ -90,7 +92,10 @@ def key_by_name(value: Any) -> Any:
     if isinstance(value, FunctionType):
         constants = tuple(constant for constant in value.__code__.co_consts if isinstance(constant, _PLAIN))
         return value.__module__, value.__qualname__, value.__code__.co_code, constants
-    return (value.__module__, value.__qualname__) if isinstance(value, type) else type(value).__qualname__
+    if isinstance(value, Enum | torch.dtype):
+        return repr(value)
+    is_named = isinstance(value, type | BuiltinFunctionType)
+    return (value.__module__, value.__qualname__) if is_named else type(value).__qualname__
 
 
 def _key_parts(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], depth: int) -> Iterator[Any]:

@@ -77,6 +77,11 @@ def is_transformed_by_functions() -> bool:
     return functorch.peek_interpreter_stack() is not None
 
 
+def runs_function_modes() -> bool:
+    """Whether a `TorchFunctionMode` runs; nothing public tells."""
+    return bool(torch._C._len_torch_function_stack())
+
+
 def saves_by_hooks() -> bool:
     """Whether hooks on saved tensors are set; `torch.autograd.graph.saved_tensors_hooks` only sets them."""
     return bool(torch._C._autograd._top_saved_tensors_default_hooks(True))

@@ -257,6 +257,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():  # torch.compile has guards of its own
             follows = guard.compiles_graph and guard.replaced(self) is None
+            follows = follows and (guard.needs_graph or guard.still_holds is None or guard.still_holds())
             return (forward if follows else type(self).original_forward)(self, *args, **kwargs)
         for child in guard.synapses(self):
             child.refuse_lost_writes()
@@ -353,6 +354,7 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
     module.graph = graph
     if guard is not None:  # as it was: the children of a copied model may have been replaced since the transform
         vars(module)[GUARD] = guard
+        guard.watch(module)
     refresh_flat_weights(module)
     install_weight_properties(module)
     warn_if_unattached(module)

@@ -8,18 +8,22 @@ needs the graph, the guard raises instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from itertools import accumulate, chain
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.base.contents import contents_key, holders, is_holder, key_by_name
+from biofx.base.contents import contents_key, holders, is_array, is_holder, key_by_name
 from biofx.base.errors import CaptureError
-from biofx.base.torch_internals import DERIVED, GLOBAL_HOOKS, HOOKS, pytree
+from biofx.base.torch_internals import DERIVED, GLOBAL_HOOKS, HOOKS, pytree, runs_function_modes
 from biofx.capture.assignments import assign_attribute
 from biofx.capture.outside_variables import Variable, reads
+from biofx.capture.tracer import HelperModule
 from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import WHOLE_MODEL
 from biofx.model.provenance import RECORD, inserted_nodes, record_of
@@ -30,7 +34,10 @@ GUARD = "_biofx_guard"  # the attribute of a transformed model that is its guard
 _REGISTRIES = frozenset(vars(nn.Module()))
 _OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 _NOT_OF_USERS = _REGISTRIES | _OF_GRAPHS | {*DERIVED} | {RECORD}
+_MAY_BE_EMPTY = ("_parameters", "_buffers")
 _DEEPEST = 4  # levels of nested objects that are inspected in an argument
+
+_CHOICES = (bool, str, type(None), torch.dtype, Enum, type, FunctionType, BuiltinFunctionType)  # one of a few
 
 Structure = tuple[Any, ...]
 
@@ -42,11 +49,13 @@ class _Held(NamedTuple):
         now: the dictionaries and containers that were compared.
         before: shallow copies of them.
         forwards: the modules, each with the forward of its class.
+        orders: the dictionaries in attributes, each with its keys in order, which equality ignores.
     """
 
     now: list[Any]
     before: list[Any]
     forwards: list[tuple[nn.Module, Any]]
+    orders: list[tuple[dict[Any, Any], list[Any]]]
 
 
 class Guard:
@@ -63,7 +72,7 @@ class Guard:
     def __init__(self, bio: fx.GraphModule, structures: frozenset[Structure] | None) -> None:
         # Including the containers around traced modules: their children may be replaced.
         around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)
-        self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around)]))
+        self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around), *_only_looked_at(bio)]))
         self.structures = structures
         self._assigned = {
             (_target(node.args[0]), str(node.args[1]))
@@ -75,6 +84,9 @@ class Guard:
         self._forwards: dict[str, Any] | None = self._forwards_of_classes(bio)
         self.refresh(bio)
         self._globals = self._global_values(bio)
+        self._tensors: list[tuple[Tensor, int]] | None = None
+        self._tensors_of(bio)
+        self.watch(bio)
 
     @property
     def needs_graph(self) -> bool:
@@ -83,18 +95,31 @@ class Guard:
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle cannot save generated functions; what is unpickled takes those that it finds.
-        return vars(self) | {"_held": None, "_synapses": None, "_variables": None, "_forwards": None}
+        found = ("still_holds", "_held", "_helpers", "_synapses", "_variables", "_forwards", "_tensors")
+        return vars(self) | dict.fromkeys(found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         guard = object.__new__(Guard)
         vars(guard).update(copy.deepcopy(self.__getstate__(), memo) | {"_forwards": self._forwards})
         return guard
 
+    def watch(self, bio: fx.GraphModule) -> None:
+        """Let `still_holds` tell compilers whether the graph may run, which they ask while they compile."""
+        guard, model = weakref.ref(self), weakref.ref(bio)
+
+        @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it is no part of what is compiled
+        def still_holds() -> bool:
+            mine, it = guard(), model()
+            return mine is None or it is None or (mine._changed(it) is None and mine._changed_global(it) is None)
+
+        self.still_holds: Callable[[], bool] | None = still_holds
+
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self._needs = _reason_for_graph(bio)
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
         self._held: _Held | None = None
+        self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
         self._variables: dict[str, Variable] | None = None
 
@@ -127,6 +152,9 @@ class Guard:
         changed = None if self._holds() else self._changed(bio)
         if changed is None:
             changed = self._changed_global(bio)
+        for owner, helper in self._helpers_of(bio):
+            if helper.training is not owner.training:  # which was set as an attribute
+                helper.train(owner.training)
         if self._needs is not None:
             if changed is not None:
                 raise _not_followed(changed, self._needs)
@@ -134,7 +162,34 @@ class Guard:
         is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
         if changed is not None or any(GLOBAL_HOOKS) or is_autocast or torch.is_inference_mode_enabled():
             return False
-        return self.structures is None or structure(args, kwargs) in self.structures
+        if any(tensor._version != version for tensor, version in self._tensors_of(bio)):  # written to since
+            return False
+        return _is_plain(args, kwargs) if self.structures is None else structure(args, kwargs) in self.structures
+
+    def _helpers_of(self, bio: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+        """The modules that stand for a mode in the graph, each with the module whose mode it is."""
+        if self._helpers is None:
+            self._helpers = [
+                (owner, child)
+                for owner in bio.modules()
+                for child in owner.children()
+                if isinstance(child, HelperModule)
+            ]
+        return self._helpers
+
+    def _tensors_of(self, bio: nn.Module) -> list[tuple[Tensor, int]]:
+        """The tensors in attributes of traced modules, with which a trace computes, and their versions."""
+        if self._tensors is None:
+            seen: set[int] = set()
+            found = (
+                value
+                for path in self.traced
+                for _, attribute in _attributes(bio.get_submodule(path))
+                for value in (attribute, *chain.from_iterable(map(_values, holders(attribute, seen))))
+                if isinstance(value, Tensor) and not value.is_inference()
+            )
+            self._tensors = [(tensor, tensor._version) for tensor in found]
+        return self._tensors
 
     def _holds(self) -> bool:
         """Whether the shallow copies of the last full comparison still equal their originals; a fast test."""
@@ -143,6 +198,8 @@ class Guard:
         try:
             # Containers compare their parts by identity first, so equal tensors are not compared by their numbers.
             if self._held.now != self._held.before:
+                return False
+            if any([*dictionary] != keys for dictionary, keys in self._held.orders):
                 return False
             return all(_forward_of(module) is forward for module, forward in self._held.forwards)
         except (RuntimeError, ValueError):  # a changed tensor or array has no truth value
@@ -170,7 +227,12 @@ class Guard:
         seen: set[int] = set()
         held = [holder for module in modules.values() for holder in _looked_at(module, seen)]
         forwards = [(modules[path], forward) for path, forward in self._forwards.items()]
-        self._held = _Held(held, [holder.copy() for holder in held], forwards)
+        attributes = (value for module in modules.values() for _, value in _attributes(module))
+        again: set[int] = set()
+        found = [*chain.from_iterable(holders(value, again) for value in attributes)]
+        found += [module._modules for module in modules.values() if isinstance(module, nn.ModuleDict)]
+        orders = [(each, [*each]) for each in found if isinstance(each, dict)]
+        self._held = _Held(held, [holder.copy() for holder in held], forwards, orders)
         return None
 
     def _forwards_of_classes(self, bio: nn.Module) -> dict[str, Any]:
@@ -198,11 +260,14 @@ class Guard:
         # Those of the model itself run around its forward, be that the graph or the Python.
         hooks = {name: len(getattr(module, name)) for name in HOOKS if path}
         forward = {"forward": vars(module).get("forward")}
-        return {**kept, **hooks, **forward, "_modules": dict(module._modules)}
+        empty = {name: _empty_of(module, name) for name in _MAY_BE_EMPTY}
+        return {**kept, **hooks, **forward, **empty, "_modules": dict(module._modules)}
 
     def _now(self, module: nn.Module, name: str) -> Any:
         if name in HOOKS:
             return len(getattr(module, name))
+        if name in _MAY_BE_EMPTY:
+            return _empty_of(module, name)
         value = vars(module).get(name)
         return value if name == "_modules" else _noted(value)
 
@@ -222,14 +287,27 @@ def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
 def _structure(value: Any, depth: int) -> Iterator[Any]:
     leaves, spec = pytree.tree_flatten(value)
     yield str(spec)
-    for leaf in leaves:
+    places: dict[int, int] = {}
+    for place, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            yield type(leaf), leaf.dtype, leaf.dim()
+            yield type(leaf), leaf.dtype, leaf.dim(), places.setdefault(id(leaf), place)  # the same object twice
         elif depth and hasattr(leaf, "__dict__") and not callable(leaf) and not isinstance(leaf, type):
             yield type(leaf)
             yield from _structure(dict(vars(leaf)), depth - 1)
         else:
-            yield leaf if isinstance(leaf, bool | str | None) else type(leaf)
+            yield leaf if isinstance(leaf, _CHOICES) else type(leaf)
+
+
+def _is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether all tensors are of PyTorch's own class and layout, and no mode looks at the functions that are called."""
+    tensors = (leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor))
+    if any(type(each) not in (Tensor, nn.Parameter) or each.layout is not torch.strided for each in tensors):
+        return False
+    return not runs_function_modes()
+
+
+def _values(holder: Any) -> Any:
+    return () if is_array(holder) else [*(holder.values() if isinstance(holder, dict) else holder)]
 
 
 def _reason_for_graph(bio: fx.GraphModule) -> str | None:
@@ -255,11 +333,25 @@ def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:
     """All that is compared at each call: a module's attributes, children, hooks, and the contents of attributes."""
     yield vars(module)
     yield module._modules
-    if has_synapses(module):
-        yield module._parameters  # `torch.func.functional_call` replaces weights there
+    # `torch.func.functional_call` replaces weights there; a bias may be set that was None.
+    yield from (getattr(module, name) for name in _MAY_BE_EMPTY if _empty_of(module, name))
     yield from (getattr(module, name) for name in HOOKS)
     for _, value in _attributes(module):
         yield from holders(value, seen)
+
+
+def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
+    """The paths of modules that the graph does not call, such as lists of modules, and modules that hold settings."""
+    called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")} | record_of(bio).islands.keys()
+    for path, module in bio.named_modules():
+        around = accumulate(path.split("."), "{}.{}".format)
+        if not isinstance(module, Synapses | HelperModule | fx.GraphModule) and called.isdisjoint(around):
+            yield path
+
+
+def _empty_of(module: nn.Module, registry: str) -> list[str]:
+    """The names of a module's parameters or buffers that are None, as those of weights with synapses are."""
+    return [name for name, tensor in getattr(module, registry).items() if tensor is None]
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Set
+from enum import Enum
 from functools import partial
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from biofx.base.contents import is_holder
@@ -16,7 +18,9 @@ from biofx.base.contents import is_holder
 Variable = Callable[[], Any]
 """Returns the current value of a variable."""
 
-_PLAIN = bool | int | float | complex | str | bytes | None
+_WATCHED = (
+    bool | int | float | complex | str | bytes | None | FunctionType | BuiltinFunctionType | Enum | torch.dtype | Tensor
+)
 _DEEPEST = 4  # levels of nested attributes
 
 # Most variables that forwards refer to belong to these packages, and nobody sets them between two calls.
@@ -35,10 +39,16 @@ def reads(modules: Iterable[nn.Module]) -> dict[str, Variable]:
     found: dict[str, Variable] = {}
     seen: set[Any] = set()
     for cls in dict.fromkeys(cls for module in modules for cls in type(module).__mro__ if _is_of_user(cls.__module__)):
-        for method in vars(cls).values():
-            for function in _functions(method):
+        for key, value in vars(cls).items():
+            if isinstance(value, _WATCHED) and not key.startswith("__"):
+                found[f"{cls.__module__}.{cls.__qualname__}.{key}"] = partial(_of_class, cls, key)
+            for function in _functions(value):
                 found.update(_read_by(function, seen))
     return found
+
+
+def _of_class(cls: type, key: str) -> Any:
+    return vars(cls).get(key)
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:
@@ -64,17 +74,27 @@ def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, Vari
         names = inspect.getclosurevars(function)
     except ValueError:  # a variable of an enclosing function has no value yet
         return
-    variables = {name: partial(function.__globals__.get, name) for name in names.globals}
+    named = {name for code in _nested(function.__code__) for name in code.co_names}  # in comprehensions and the like
+    known = names.globals.keys() | (named & function.__globals__.keys())
+    variables = {name: partial(function.__globals__.get, name) for name in known}
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     variables |= {name: partial(getattr, cell, "cell_contents", None) for name, cell in cells}
     variables.pop("__class__", None)  # of `super()`
     for name, variable in variables.items():
-        for label, part in _parts(name, variable, frozenset(names.unbound)):
+        for label, part in _parts(name, variable, frozenset(names.unbound | named)):
             value = part()
             if isinstance(value, FunctionType):
                 yield from _read_by(value, seen)
-            if isinstance(value, _PLAIN | FunctionType | Tensor) or is_holder(value):
+            if isinstance(value, _WATCHED) or is_holder(value):
                 yield f"{function.__module__}.{label}", part
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    """The code inside a function's code: comprehensions, lambdas and local functions."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _nested(constant)
 
 
 def _parts(name: str, variable: Variable, names: Set[str], depth: int = _DEEPEST) -> Iterator[tuple[str, Variable]]:

@@ -75,6 +75,7 @@ def _ids(model: nn.Module, synapses: Collection[str] | None) -> Set[int]:
 
 def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     is_one_island = "" in trace.tracer.islands
+    _clone_constants(trace)
     detach_computed_attributes(model)
     bio = captured(model, trace.graph, is_one_island=is_one_island)
     # The graph computes what traceable hooks compute, so they must not run when the model is called; `original_forward`
@@ -90,6 +91,15 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
         record.traced = ("", *dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter"))
     vars(bio)[RECORD] = record
     return bio
+
+
+def _clone_constants(trace: Trace) -> None:
+    """Let each call have tensors of its own for those that forward creates: a caller may write into what it gets."""
+    for node in trace.graph.find_nodes(op="get_attr"):
+        if node.target in trace.constants:
+            with trace.graph.inserting_after(node):
+                clone = trace.graph.call_method("clone", (node,))
+            node.replace_all_uses_with(clone, delete_user_cb=lambda user, clone=clone: user is not clone)
 
 
 def _absent(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:

@@ -102,6 +102,19 @@ class Value(fx.Proxy):
     def __float__(self) -> float:
         raise self._needed("a number is not known while tracing")
 
+    def __hash__(self) -> int:
+        if self.tracer.runs_forward:  # type: ignore[attr-defined]  # also modules hash what they hold
+            raise self._needed("a value that is looked up is not known while tracing")
+        return object.__hash__(self)
+
+    def __repr__(self) -> str:
+        if self.tracer.runs_forward:  # type: ignore[attr-defined]
+            raise self._needed("a value that is written as text is not known while tracing")
+        return super().__repr__()
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
     def _needed(self, message: str) -> NotTraceable:
         tracer: Any = self.tracer
         return tracer.untraceable(message)  # type: ignore[no-any-return]
@@ -152,6 +165,7 @@ class Tracer(fx.Tracer):
         steps: the events of the trace in order, as (path of the module whose forward runs, kind, subject). The kinds
             are "enter" with the path of a module, "node" with a node, and "exit" with the result.
         reads: the modules whose `training` was read, by the path of the module whose forward read it.
+        runs_forward: whether a trace is under way.
     """
 
     proxy_buffer_attributes = True  # a buffer is state, not a constant: it may change between two calls
@@ -160,6 +174,7 @@ class Tracer(fx.Tracer):
         self, absent: Collection[str] = (), islands: dict[str, str] | None = None, synapses: Set[int] = frozenset()
     ) -> None:
         super().__init__()
+        self.runs_forward = False
         self._thread = threading.get_ident()  # other threads may call the same modules while this one traces
         self._absent = absent  # optional arguments to trace as None
         self.synapses = synapses  # ids of the parameters that get chains
@@ -179,7 +194,11 @@ class Tracer(fx.Tracer):
             self._gradients, self._random = _gradient_mode(), _random_state()
             self._states = torch.get_rng_state(), Draws.now()
             with _RefuseValues(self), _recorded_operators(self), _recorded_parameters(self):
-                graph = super().trace(root, concrete_args)
+                self.runs_forward = True
+                try:
+                    graph = super().trace(root, concrete_args)
+                finally:
+                    self.runs_forward = False
             self._check_random()
         for node in graph.nodes:
             node.type = None  # string annotations cannot be pickled with the generated code

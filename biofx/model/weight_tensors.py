@@ -33,6 +33,14 @@ def _of_stored(name: str) -> Any:
     return property(lambda weight: getattr(weight.synapses.stored, name), write)
 
 
+def _gradient_of_computed(weight: Any) -> Any:
+    if weight.synapses.stored.grad is None:
+        return Tensor.grad.__get__(weight)  # type: ignore[union-attr]
+    raise ArgumentError(
+        "the weight is computed from its synapses, which have the gradients: biofx.weight_sites(bio)[name].raw.grad"
+    )
+
+
 class WeightTensor(Tensor):
     """A weight that shares its memory with the stored tensor, so that writes take effect."""
 
@@ -66,7 +74,7 @@ class ComputedWeight(WeightTensor):
     """A weight with memory of its own: every write raises, as it would not reach the stored tensor."""
 
     data = property(lambda self: self.detach(), _refuse)
-    grad = property(Tensor.grad.__get__, _refuse)  # type: ignore[union-attr]
+    grad = property(_gradient_of_computed, _refuse)
     __setitem__ = _refuse
 
     def detach(self) -> Tensor:

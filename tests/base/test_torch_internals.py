@@ -375,6 +375,12 @@ def test_run_hooks_next_to_step():
     assert order == ["other", "before", "after", "other"]
 
 
+def test_runs_function_modes():
+    assert not internals.runs_function_modes()
+    with torch.device("meta"):
+        assert internals.runs_function_modes()
+
+
 def test_has_memory():
     seen = []
     assert internals.has_memory(torch.zeros(2))

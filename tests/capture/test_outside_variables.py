@@ -34,7 +34,8 @@ def decorated(function):
 
 
 def names(cls):
-    return {name.removeprefix(f"{__name__}.") for name in reads([cls()])}
+    found = {name.removeprefix(f"{__name__}.") for name in reads([cls()])}
+    return {name for name in found if not name.startswith(f"{cls.__qualname__}.")}  # its own methods and attributes
 
 
 def test_plain_values_and_what_functions_read():
@@ -78,6 +79,7 @@ def test_variables_of_functions_around_a_class():
             return x * rate + levels[0]
 
     found = reads([Model()])
+    found = {name: variable for name, variable in found.items() if not name.endswith(".forward")}
     before = {name: variable() for name, variable in found.items()}
     assert before == {f"{__name__}.rate": 1.0, f"{__name__}.levels": [1]}
     rate = 2.0
@@ -90,3 +92,28 @@ def test_variables_of_functions_around_a_class():
 
 def test_layers_of_pytorch_read_nothing():
     assert reads(nn.Sequential(nn.Linear(2, 2), nn.ReLU()).modules()) == {}
+
+
+def test_code_inside_of_a_function_is_read():
+    class Model(nn.Module):
+        def forward(self, x):
+            return sum([x * RATE for _ in range(2)]) + (lambda: LEVELS["low"][0])()
+
+    assert {"RATE", "LEVELS"} <= names(Model)
+
+
+def test_attributes_and_methods_of_a_class_are_read():
+    class Model(nn.Module):
+        factor = 2.0
+
+        def forward(self, x):
+            return self.scaled(x)
+
+        def scaled(self, x):
+            return x * self.factor
+
+    prefix = f"{__name__}.{Model.__qualname__}."
+    found = reads([Model()])
+    assert {name.removeprefix(prefix) for name in found if name.startswith(prefix)} == {"factor", "forward", "scaled"}
+    Model.factor = 3.0
+    assert found[f"{prefix}factor"]() == 3.0

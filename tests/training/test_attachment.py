@@ -210,9 +210,7 @@ def test_the_state_of_an_optimizer_of_the_plain_model_is_refused():
     bio = biofx.transform(plain, GAINS)
     optimizer = torch.optim.Adam(bio.parameters(), lr=0.1)
     optimizer.load_state_dict(trained.state_dict())
-    with pytest.raises(
-        biofx.ArgumentError, match="of the plain model belongs to other parameters"
-    ):
+    with pytest.raises(biofx.ArgumentError, match="of the plain model belongs to other parameters"):
         biofx.attach(bio, optimizer)
 
 

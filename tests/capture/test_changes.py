@@ -1,0 +1,210 @@
+"""Changes that a graph could miss: what a trace took as fixed, and what may be another thing in the next call."""
+
+import pytest
+import torch
+from torch import nn
+
+import biofx
+
+X = torch.randn(4, 3, dtype=torch.float64)
+SCALE, ACTIVATION = 2.0, torch.relu
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3, dtype=torch.float64)
+
+
+def pair(cls, frontend, *inputs):
+    model = cls()
+    return model, biofx.transform(model, "split-synapses", example_inputs=inputs or (X,), frontend=frontend)
+
+
+class WithoutBias(Model):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+        self.register_buffer("mask", None)
+
+    def forward(self, x):
+        y = self.head(self.fc(x))
+        return y if self.mask is None else y * self.mask
+
+
+class Listing(Model):
+    def __init__(self):
+        super().__init__()
+        self.more, self.settings = nn.ModuleList(), nn.Module()
+        self.settings.scale = 2.0
+
+    def forward(self, x):
+        for layer in self.more:
+            x = layer(x)
+        return self.fc(x) * self.settings.scale
+
+
+class Table(Model):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.factors = torch.ones(3, dtype=torch.float64), {"a": 1.0, "b": 2.0}
+
+    def forward(self, x):
+        return self.fc(x) * self.scale.exp() * next(iter(self.factors.values()))
+
+
+class Drops(Model):
+    factor = 2.0
+
+    def forward(self, x):
+        return nn.functional.dropout(self.fc(x), 0.9, self.training) * self.factor
+
+
+class Comprehends(Model):
+    def forward(self, x):
+        return sum([ACTIVATION(self.fc(x)) * SCALE for _ in range(2)])
+
+
+def set_bias(model):
+    model.head.bias = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+
+def set_mask(model):
+    model.mask = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+
+
+def reorder(model):
+    model.factors["a"] = model.factors.pop("a")
+
+
+CHANGES = {
+    "a bias that was None": (WithoutBias, set_bias),
+    "a buffer that was None": (WithoutBias, set_mask),
+    "an empty list of modules": (Listing, lambda model: model.more.append(nn.Tanh())),
+    "a module that holds settings": (Listing, lambda model: setattr(model.settings, "scale", 5.0)),
+    "a tensor in an attribute": (Table, lambda model: model.scale.fill_(4.0)),
+    "the order of a dictionary": (Table, reorder),
+    "the mode as an attribute": (Drops, lambda model: setattr(model, "training", False)),
+}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_after_the_transform_acts(name, frontend):
+    cls, change = CHANGES[name]
+    model, bio = pair(cls, frontend)
+    bio(X)
+    for one in (model, bio):
+        change(one)
+    torch.testing.assert_close(bio(X), model(X))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_change_of_the_class_acts(frontend, monkeypatch):
+    model, bio = pair(Drops, frontend)
+    model.eval(), bio.eval()
+    with monkeypatch.context() as patch:
+        patch.setattr(Drops, "factor", 3.0)
+        torch.testing.assert_close(bio(X), model(X))
+    monkeypatch.setattr(Drops, "forward", lambda self, x: self.fc(x).tanh())
+    torch.testing.assert_close(bio(X), model(X))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize(("name", "value"), [("SCALE", 3.0), ("ACTIVATION", torch.tanh)])
+def test_a_variable_in_a_comprehension_acts(frontend, name, value, monkeypatch):
+    model, bio = pair(Comprehends, frontend)
+    monkeypatch.setitem(globals(), name, value)
+    torch.testing.assert_close(bio(X), model(X))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_a_change_before_compiling_acts(frontend):
+    """PyTorch compiled the graph, whatever was set on the model before."""
+    model, bio = pair(Listing, frontend)
+    for one in (model, bio):
+        one.settings.scale = 5.0
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(bio, backend="eager", fullgraph=True)(X), model(X))
+
+
+class Returns(Model):
+    def forward(self, x):
+        return self.fc(x), torch.zeros(2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_a_tensor_that_forward_creates_is_another_one_in_each_call(frontend):
+    """It was a constant of the graph, so what a caller added to it was there in the next call."""
+    _, bio = pair(Returns, frontend)
+    for _ in range(2):
+        created = bio(X)[1]
+        assert not created.any()
+        created += 1
+
+
+class Looks(Model):
+    def __init__(self):
+        super().__init__()
+        self.table = {7: 3.0}
+
+    def forward(self, x, n):
+        return self.fc(x) * self.table.get(n, 1.0)
+
+
+class Writes(Model):
+    def forward(self, x, n):
+        return self.fc(x) * {"7": 3.0}.get(f"{n}", 1.0) * (2.0 if str(x.shape[0]) == "4" else 1.0)
+
+
+class Compares(Model):
+    def forward(self, x, y):
+        return self.fc(x) * (2.0 if x is y else 1.0)
+
+
+class Chooses(Model):
+    def forward(self, x, function):
+        return function(self.fc(x))
+
+
+ARGUMENTS = {
+    "looked up": (Looks, (X, 5), (X, 7)),
+    "written": (Writes, (X, 5), (X[:2], 7)),
+    "the same object": (Compares, (X, X.clone()), (X, X)),
+    "a function": (Chooses, (X, torch.relu), (X, torch.tanh)),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_may_be_others_than_at_the_transform(name):
+    cls, first, later = ARGUMENTS[name]
+    model, bio = pair(cls, "symbolic", *first)
+    torch.testing.assert_close(bio(*later), model(*later))
+
+
+class Doubling(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result * 2 if func is torch.relu else result
+
+
+class Rectifies(Model):
+    def forward(self, x):
+        return torch.relu(self.fc(x))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_a_class_of_tensors_may_replace_functions(frontend):
+    model, bio = pair(Rectifies, frontend)
+    x = X.as_subclass(Doubling)
+    torch.testing.assert_close(bio(x), model(x))
+
+
+def test_the_gradient_of_a_computed_weight_says_where_it_is():
+    """It was None, whatever had been learned."""
+    _, bio = pair(Rectifies, "symbolic")
+    assert bio.fc.weight.grad is None
+    bio(X).sum().backward()
+    with pytest.raises(biofx.ArgumentError, match=r"weight_sites\(bio\)\[name\]\.raw\.grad"):
+        _ = bio.fc.weight.grad
