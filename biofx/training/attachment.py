@@ -94,12 +94,13 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, no pass changed a weight of it, the optimizer holds none
-            of those weights, or it is a wrapper whose steps run no hooks; or weights are sharded in a way that rules do
-            not follow.
+            of those weights, or remembers something of the shape of others, or is a wrapper whose steps run no hooks;
+            weights are sharded in a way that rules do not follow, or belong to another model that is attached.
         LifecycleError: `LBFGS` and `SparseAdam`, whose updates are not those of one step on dense gradients, and
             optimizers that undo gains whatever these act on; `compile`, where nothing can be compiled. At a step:
-            a gradient or weight that is not finite, if a rule acts on it; a sparse gradient; no `backward()` before; a
-            weight whose shape, or an optimizer whose parameters, changed since. Nothing has happened then.
+            a gradient or weight that is not finite, if a rule acts on it; a gradient that is sparse, or from before the
+            attachment; no `backward()` before; a weight whose shape or tensor, or an optimizer whose parameters,
+            changed since. Nothing has happened then.
 
     Example:
         >>> import biofx, torch
