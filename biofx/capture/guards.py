@@ -258,14 +258,14 @@ class Guard:
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         kept = {name: _noted(value) for name, value in _attributes(module) if (path, name) not in self._assigned}
         # Those of the model itself run around its forward, be that the graph or the Python.
-        hooks = {name: len(getattr(module, name)) for name in HOOKS if path}
+        hooks = {name: [*getattr(module, name).values()] for name in HOOKS if path}
         forward = {"forward": vars(module).get("forward")}
         empty = {name: _empty_of(module, name) for name in _MAY_BE_EMPTY}
         return {**kept, **hooks, **forward, **empty, "_modules": dict(module._modules)}
 
     def _now(self, module: nn.Module, name: str) -> Any:
         if name in HOOKS:
-            return len(getattr(module, name))
+            return [*getattr(module, name).values()]
         if name in _MAY_BE_EMPTY:
             return _empty_of(module, name)
         value = vars(module).get(name)

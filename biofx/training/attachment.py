@@ -262,8 +262,10 @@ class Attachment(Lifecycle):
         yield from self.learning.values()
 
     def acts_for(self, optimizer: Optimizer) -> bool:
-        """Whether rules act at the steps of an optimizer, or of the one inside of it."""
-        return self.optimizer is optimizer or self.optimizer is innermost(optimizer)
+        """Whether rules act at the steps of an optimizer: it is the attached one, around that, or inside of it."""
+        return any(self.optimizer is each for each in (optimizer, innermost(optimizer))) or optimizer in inside(
+            self.optimizer
+        )
 
     @property
     def weights(self) -> tuple[str, ...]:

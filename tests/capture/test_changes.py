@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import biofx
 
@@ -208,3 +209,22 @@ def test_the_gradient_of_a_computed_weight_says_where_it_is():
     bio(X).sum().backward()
     with pytest.raises(biofx.ArgumentError, match=r"weight_sites\(bio\)\[name\]\.raw\.grad"):
         _ = bio.fc.weight.grad
+
+
+class Hooked(Model):
+    def __init__(self):
+        super().__init__()
+        prune.l1_unstructured(self.fc, "weight", 0.5)
+        self.head = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head(self.fc(x))
+
+
+def test_a_hook_that_takes_the_place_of_another_acts():
+    """Hooks were counted, and their number is the same."""
+    model, bio = pair(Hooked, "symbolic")
+    for one in (model, bio):
+        hooks = one.fc._forward_pre_hooks
+        hooks[next(iter(hooks))] = lambda module, args: (args[0] * 2,)
+    torch.testing.assert_close(bio(X), model(X))
