@@ -263,9 +263,8 @@ class Attachment(Lifecycle):
 
     def acts_for(self, optimizer: Optimizer) -> bool:
         """Whether rules act at the steps of an optimizer: it is the attached one, around that, or inside of it."""
-        return any(self.optimizer is each for each in (optimizer, innermost(optimizer))) or optimizer in inside(
-            self.optimizer
-        )
+        known = {id(each) for each in (self.optimizer, *inside(self.optimizer))}
+        return not known.isdisjoint({id(optimizer), id(innermost(optimizer))})
 
     @property
     def weights(self) -> tuple[str, ...]:
