@@ -90,7 +90,8 @@ def key_by_name(value: Any) -> Any:
     if isinstance(value, Tensor):
         return id(value), None if value.is_inference() else value._version
     if isinstance(value, FunctionType):
-        constants = tuple(constant for constant in value.__code__.co_consts if isinstance(constant, _PLAIN))
+        given = (*value.__code__.co_consts, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        constants = tuple(constant for constant in given if isinstance(constant, _PLAIN))
         return value.__module__, value.__qualname__, value.__code__.co_code, constants
     if isinstance(value, Enum | torch.dtype):
         return repr(value)
