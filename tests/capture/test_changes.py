@@ -135,7 +135,7 @@ class Returns(Model):
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
-def test_a_tensor_that_forward_creates_is_another_one_in_each_call(frontend):
+def test_a_tensor_that_forward_creates_is_new_in_each_call(frontend):
     """It was a constant of the graph, so what a caller added to it was there in the next call."""
     _, bio = pair(Returns, frontend)
     for _ in range(2):

@@ -295,7 +295,7 @@ def test_a_sparse_gradient_is_refused():
 @pytest.mark.parametrize(
     "pipeline", ["rejuvenate{dre=5.0}", "l1-regularization{strength=0.1}", "synaptic-scaling{on=weight}", "crystallize"]
 )
-def test_a_weight_that_is_frozen_takes_no_part_even_if_its_gradient_is_zero(pipeline):
+def test_frozen_weights_take_no_part_even_with_gradients_of_zero(pipeline):
     bio, optimizer, _ = start(pipeline, "sgd")
     train(bio, optimizer, 1)
     bio.get_submodule("0").requires_grad_(False)
