@@ -110,7 +110,9 @@ class Guard:
         @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it is no part of what is compiled
         def still_holds() -> bool:
             mine, it = guard(), model()
-            return mine is None or it is None or (mine._changed(it) is None and mine._changed_global(it) is None)
+            if mine is None or it is None:
+                return True
+            return not (mine._changed(it) or mine._changed_global(it) or mine._wrote_attributes(it))
 
         self.still_holds: Callable[[], bool] | None = still_holds
 
@@ -162,7 +164,7 @@ class Guard:
         is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
         if changed is not None or any(GLOBAL_HOOKS) or is_autocast or torch.is_inference_mode_enabled():
             return False
-        if any(tensor._version != version for tensor, version in self._tensors_of(bio)):  # written to since
+        if self._wrote_attributes(bio):
             return False
         return _is_plain(args, kwargs) if self.structures is None else structure(args, kwargs) in self.structures
 
@@ -177,8 +179,12 @@ class Guard:
             ]
         return self._helpers
 
+    def _wrote_attributes(self, bio: nn.Module) -> bool:
+        """Whether somebody has written into a tensor in an attribute since, with which the trace computed."""
+        return any(tensor._version != version for tensor, version in self._tensors_of(bio))
+
     def _tensors_of(self, bio: nn.Module) -> list[tuple[Tensor, int]]:
-        """The tensors in attributes of traced modules, with which a trace computes, and their versions."""
+        """The tensors in attributes of traced modules, and their versions."""
         if self._tensors is None:
             seen: set[int] = set()
             found = (
