@@ -16,8 +16,7 @@ from biofx.model.synapses import synapses_in
 
 _models: WeakSet[nn.Module] = WeakSet()
 _handles: list[Any] = []  # of the hook on all optimizers, since any of them may train a model
-_changes = [0]  # how often models or their attachments changed
-_checked: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # the number of changes when it was checked last
+_checked: WeakSet[Optimizer] = WeakSet()  # since a model or an attachment changed last
 _told: WeakKeyDictionary[nn.Module, WeakSet[Optimizer]] = WeakKeyDictionary()  # of which optimizers, by model
 
 
@@ -30,21 +29,24 @@ def warn_if_unattached(bio: nn.Module) -> None:
     if not _handles:
         _handles.append(register_optimizer_step_post_hook(_check_models))
     _models.add(bio)
-    _changes[0] += 1
+    _checked.clear()
 
 
 def _check_models(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _checked.get(optimizer) == _changes[0]:
+    if optimizer in _checked:
         return
-    _checked[optimizer] = _changes[0]
+    _checked.add(optimizer)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for bio in [*_models]:
         told = _told.setdefault(bio, WeakSet())
         if not is_transformed(bio) or optimizer in told:
             continue
         record = record_of(bio)
-        weights = {name: s for name, s in synapses_in(bio).items() if id(s.stored) in trained}
-        if not weights or record.by_hand or any(each.acts_for(optimizer) for each in record.attachments):
+        own = (each.holding for each in record.attachments if each.acts_for(optimizer))
+        acted_on = {name for sites, learning in own for name in (*sites, *learning)}
+        found = synapses_in(bio).items()
+        weights = {name: s for name, s in found if id(s.stored) in trained and name not in acted_on}
+        if not weights or record.by_hand:
             continue
         idle = [run.pass_.name for run in record.passes if run.pass_.acts_at_step and run.weights & weights.keys()]
         hooks = [link for s in weights.values() for link in s.links if is_hook(link.target)]

@@ -205,14 +205,14 @@ class Lifecycle:
                 self._early[name] = gradient, gradient._version
 
     def _refuse_early_gradients(self) -> None:
-        early, self._early = self._early, {}
-        for name, (gradient, version) in early.items():
+        for name, (gradient, version) in self._early.items():
             now = self.learning[name].stored.grad if name in self.learning else None
             if now is gradient and gradient._version == version and bool(local(gradient).any()):
                 raise LifecycleError(
                     f"{name}: its gradient was computed before the optimizer was attached, with gains; call "
                     "zero_grad() after attach, and backward() again"
                 )
+        self._early.clear()
 
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Let the optimizer see another gradient than the backward pass computed."""

@@ -73,3 +73,13 @@ def test_an_optimizer_whose_weights_were_taken_over_is_told():
     assert not warned(lambda: train(bio, second, 2))
     attachment.detach()
     assert len(warned(lambda: train(bio, second, 2))) == 1
+
+
+def test_an_optimizer_that_lost_some_of_its_weights_is_told():
+    bio = biofx.transform(network(), GAINS)
+    first = other(bio, "adam")
+    second = OPTIMIZERS["adam"]([bio.get_parameter("0.weight")])
+    biofx.attach(bio, first)
+    biofx.attach(bio, second)
+    assert len(warned(lambda: train(bio, first, 2))) == 1
+    assert not warned(lambda: train(bio, second, 2))
