@@ -21,10 +21,11 @@ from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_eval_mode
 from biofx.base.references import enclosed
 from biofx.capture import symbolic
+from biofx.capture.call_structure import Structure, structure
 from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.equivalence import replaced_forward
 from biofx.capture.exported import exporting
-from biofx.capture.guards import GUARD, Guard, Structure, structure
+from biofx.capture.guards import GUARD, Guard
 from biofx.capture.preconditions import check_model, refuse_sharded
 from biofx.model.islands import is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class

@@ -15,9 +15,9 @@ from biofx.model.synapses import synapses_in
 def stack_module_state(models: Sequence[nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Stack the parameters and the buffers of transformed models, for `torch.func.vmap` over `functional_call`.
 
-    It is `torch.func.stack_module_state`, which refuses transformed models: it asks for modules of one class, and every
-    `fx.GraphModule` has a class of its own. This one asks instead for models that the same passes made of the same
-    network, so that any of them computes what another does with the tensors of that.
+    `torch.func.stack_module_state` refuses transformed models, because it requires one class, and every
+    `fx.GraphModule` has its own. This function requires the same network and the same passes instead. Any of the models
+    then computes, with the tensors of another one, what that one computes.
 
     Optimizers that train the stacked parameters are not attached, so no rule acts around their steps. Gains multiply
     the gradients, as in every model that is not attached: that is what they should do under SGD, and nearly nothing

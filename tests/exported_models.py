@@ -50,7 +50,7 @@ def same(a, b):
 
 
 def assert_same_in_both_modes(bio, model, inputs):
-    """Outputs, gradients and buffers, from the same random numbers; `bio` and `model` stay as they are."""
+    """Compare outputs, gradients and buffers with the same random numbers, on copies of `bio` and `model`."""
     bio, model = copy.deepcopy(bio), copy.deepcopy(model)
     for training in (True, False, True):
         results = [call(m.train(training), inputs) for m in (bio, model)]

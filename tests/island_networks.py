@@ -1,4 +1,4 @@
-"""What the tests of islands share: networks around each kind of island, and what a transform makes of them."""
+"""Shared by the tests of islands: a network around each kind of island, and the transformed network."""
 
 import functools
 

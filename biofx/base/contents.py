@@ -51,6 +51,14 @@ def holders(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[Any]:
         yield from holders(part, seen, depth - 1)
 
 
+def inside(value: Any, seen: set[int]) -> Iterator[Any]:
+    """A value, and all values in the containers inside it; arguments as of `holders`."""
+    yield value
+    for holder in holders(value, seen):
+        if not is_array(holder):
+            yield from list(holder.values() if isinstance(holder, dict) else holder)
+
+
 def put_back(holder: Any, content: Any) -> None:
     """Restore the contents of a container from a copy."""
     if is_array(holder):

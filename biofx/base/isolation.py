@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import ATOMS, holders, is_array, is_holder, put_back
+from biofx.base.contents import ATOMS, holders, inside, is_array, is_holder, put_back
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
 from biofx.base.torch_internals import DERIVED, pytree
 
@@ -137,16 +137,11 @@ def _changeable(model: nn.Module) -> Iterator[Tensor | torch.Generator]:
         for name, value in vars(module).items():
             if name in _REGISTRIES or name in DERIVED:
                 continue
-            inside = holders(value, seen) if is_holder(value) else ()
-            for part in (value, *(x for holder in inside for x in _values_of(holder))):
+            for part in inside(value, seen):
                 if isinstance(part, Tensor | torch.Generator) and id(part) not in seen:
                     seen.add(id(part))
                     if not (isinstance(part, Tensor) and part.is_inference()):
                         yield part
-
-
-def _values_of(holder: Any) -> Iterable[Any]:
-    return () if is_array(holder) else holder.values() if isinstance(holder, dict) else holder
 
 
 def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:

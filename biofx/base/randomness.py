@@ -42,15 +42,9 @@ def fixed_defaults() -> Iterator[None]:
     """
     is_elsewhere = torch.get_default_device().type != "cpu"
     with torch.device("cpu") if is_elsewhere else nullcontext():  # it costs time at every call of a function
-        if not _fixed and torch.get_default_dtype() is torch.float32:
-            yield
-            return
         with _LOCK:  # all threads have one default, and the last to leave the block restores it
-            if not _fixed:
-                _fixed.append(torch.get_default_dtype())
-                torch.set_default_dtype(torch.float32)
-            else:
-                _fixed.append(_fixed[0])
+            _fixed.append(_fixed[0] if _fixed else torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:

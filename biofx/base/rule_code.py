@@ -41,7 +41,7 @@ def _described(value: Any, seen: set[int]) -> str:
         return f"code {value.co_code.hex()} {value.co_names} {value.co_varnames} [{constants}]"
     if isinstance(value, FunctionType) and not str(value.__module__).startswith("torch") and id(value) not in seen:
         seen.add(id(value))
-        names = [name for code in _codes_in(value.__code__) for name in code.co_names]
+        names = [name for code in codes_in(value.__code__) for name in code.co_names]
         named = [value.__globals__.get(name) for name in names]
         modules = [each for each in named if isinstance(each, ModuleType) and not each.__name__.startswith("torch")]
         named += [getattr(module, name, None) for module in modules for name in names]
@@ -55,6 +55,6 @@ def _described(value: Any, seen: set[int]) -> str:
     return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
-def _codes_in(code: CodeType) -> list[CodeType]:
+def codes_in(code: CodeType) -> list[CodeType]:
     """A code object, and those of the functions that are defined inside it."""
-    return [code, *(each for const in code.co_consts if isinstance(const, CodeType) for each in _codes_in(const))]
+    return [code, *(each for const in code.co_consts if isinstance(const, CodeType) for each in codes_in(const))]

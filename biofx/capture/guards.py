@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from enum import Enum
+from collections.abc import Callable, Iterator
 from itertools import accumulate, chain
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.base.contents import contents_key, holders, is_array, is_holder, key_by_name
+from biofx.base.contents import contents_key, holders, inside, is_holder, key_by_name
 from biofx.base.errors import CaptureError
-from biofx.base.torch_internals import DERIVED, GLOBAL_HOOKS, HOOKS, pytree, runs_function_modes
+from biofx.base.torch_internals import DERIVED, GLOBAL_HOOKS, HOOKS
 from biofx.capture.assignments import assign_attribute
+from biofx.capture.call_structure import Structure, is_plain, structure
 from biofx.capture.outside_variables import Variable, reads
 from biofx.capture.tracer import HelperModule
 from biofx.model.fingerprint import fingerprint
@@ -35,11 +34,6 @@ _REGISTRIES = frozenset(vars(nn.Module()))
 _OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 _NOT_OF_USERS = _REGISTRIES | _OF_GRAPHS | {*DERIVED} | {RECORD}
 _MAY_BE_EMPTY = ("_parameters", "_buffers")
-_DEEPEST = 4  # levels of nested objects that are inspected in an argument
-
-_CHOICES = (bool, str, type(None), torch.dtype, Enum, type, FunctionType, BuiltinFunctionType)  # one of a few
-
-Structure = tuple[Any, ...]
 
 
 class _Held(NamedTuple):
@@ -166,7 +160,7 @@ class Guard:
             return False
         if self._wrote_attributes(bio):
             return False
-        return _is_plain(args, kwargs) if self.structures is None else structure(args, kwargs) in self.structures
+        return is_plain(args, kwargs) if self.structures is None else structure(args, kwargs) in self.structures
 
     def _helpers_of(self, bio: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         """The modules that stand for a mode in the graph, each with the module whose mode it is."""
@@ -191,7 +185,7 @@ class Guard:
                 value
                 for path in self.traced
                 for _, attribute in _attributes(bio.get_submodule(path))
-                for value in (attribute, *chain.from_iterable(map(_values, holders(attribute, seen))))
+                for value in inside(attribute, seen)
                 if isinstance(value, Tensor) and not value.is_inference()
             )
             self._tensors = [(tensor, tensor._version) for tensor in found]
@@ -283,37 +277,6 @@ def _not_followed(changed: str, needs: str) -> CaptureError:
         f"{changed} since the transform, and {needs}, which does not follow that; change the original model, then "
         "transform it"
     )
-
-
-def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
-    """Return the structure of arguments: types, the dtype and rank of tensors, and the values of flags and strings."""
-    return tuple(_structure((args, dict(kwargs)), _DEEPEST))
-
-
-def _structure(value: Any, depth: int) -> Iterator[Any]:
-    leaves, spec = pytree.tree_flatten(value)
-    yield str(spec)
-    places: dict[int, int] = {}
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            yield type(leaf), leaf.dtype, leaf.dim(), places.setdefault(id(leaf), place)  # the same object twice
-        elif depth and hasattr(leaf, "__dict__") and not callable(leaf) and not isinstance(leaf, type):
-            yield type(leaf)
-            yield from _structure(dict(vars(leaf)), depth - 1)
-        else:
-            yield leaf if isinstance(leaf, _CHOICES) else type(leaf)
-
-
-def _is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether all tensors are of PyTorch's own class and layout, and no mode looks at the functions that are called."""
-    tensors = (leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor))
-    if any(type(each) not in (Tensor, nn.Parameter) or each.layout is not torch.strided for each in tensors):
-        return False
-    return not runs_function_modes()
-
-
-def _values(holder: Any) -> Any:
-    return () if is_array(holder) else [*(holder.values() if isinstance(holder, dict) else holder)]
 
 
 def _reason_for_graph(bio: fx.GraphModule) -> str | None:

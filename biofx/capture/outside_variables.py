@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Set
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from biofx.base.contents import is_holder
+from biofx.base.rule_code import codes_in
 
 Variable = Callable[[], Any]
 """Returns the current value of a variable."""
@@ -74,7 +75,7 @@ def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, Vari
         names = inspect.getclosurevars(function)
     except ValueError:  # a variable of an enclosing function has no value yet
         return
-    named = {name for code in _nested(function.__code__) for name in code.co_names}  # in comprehensions and the like
+    named = {name for code in codes_in(function.__code__) for name in code.co_names}  # in comprehensions and the like
     known = names.globals.keys() | (named & function.__globals__.keys())
     variables = {name: partial(function.__globals__.get, name) for name in known}
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -87,14 +88,6 @@ def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, Vari
                 yield from _read_by(value, seen)
             if isinstance(value, _WATCHED) or is_holder(value):
                 yield f"{function.__module__}.{label}", part
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    """The code inside a function's code: comprehensions, lambdas and local functions."""
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield constant
-            yield from _nested(constant)
 
 
 def _parts(name: str, variable: Variable, names: Set[str], depth: int = _DEEPEST) -> Iterator[tuple[str, Variable]]:

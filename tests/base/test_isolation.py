@@ -188,7 +188,7 @@ def test_what_forward_stores_and_draws_is_undone():
 
 
 class Stateful(nn.Module):
-    """Changes tensors that are no buffers, and a generator of its own."""
+    """Changes tensors that are not buffers, and its own generator."""
 
     def __init__(self):
         super().__init__()

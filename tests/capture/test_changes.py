@@ -1,5 +1,7 @@
 """Changes that a graph could miss: what a trace took as fixed, and what may be another thing in the next call."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -228,3 +230,12 @@ def test_a_hook_that_takes_the_place_of_another_acts():
         hooks = one.fc._forward_pre_hooks
         hooks[next(iter(hooks))] = lambda module, args: (args[0] * 2,)
     torch.testing.assert_close(bio(X), model(X))
+
+
+def test_a_model_pickles_whose_example_input_was_a_function():
+    model, bio = pair(Chooses, "symbolic", X, lambda x: x * 2)
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    torch.testing.assert_close(loaded(X, torch.relu), model(X, torch.relu))

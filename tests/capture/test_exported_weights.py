@@ -54,7 +54,7 @@ def test_tied_and_reused_weights_have_one_chain():
 
 
 class Casts(nn.Module):
-    """Computes in lower precision, with one weight as it is stored and one that is transposed before."""
+    """Computes in lower precision; it uses one weight as stored, and transposes the other first."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Islands: what cannot be traced stays as it is, and computes with the weights that passes make."""
+"""Islands: untraced submodules keep their Python, and compute with the effective weights."""
 
 import copy
 import functools

@@ -1,0 +1,49 @@
+"""The structure of a call: what has to be alike for a graph to run on other arguments than those of its check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biofx.base.contents import key_by_name
+from biofx.base.torch_internals import pytree, runs_function_modes
+
+Structure = tuple[Any, ...]
+
+_DEEPEST = 4  # levels of nested objects that are inspected in an argument
+_CHOICES = (torch.dtype, Enum, type, FunctionType, BuiltinFunctionType)  # a forward may ask which of a few it is
+
+
+def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
+    """Return the structure of arguments: types, the dtype and rank of tensors, and the values of flags and strings."""
+    return tuple(_structure((args, dict(kwargs)), _DEEPEST))
+
+
+def _structure(value: Any, depth: int) -> Iterator[Any]:
+    leaves, spec = pytree.tree_flatten(value)
+    yield str(spec)
+    places: dict[int, int] = {}
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            yield type(leaf), leaf.dtype, leaf.dim(), places.setdefault(id(leaf), place)  # the same object twice
+        elif depth and hasattr(leaf, "__dict__") and not callable(leaf) and not isinstance(leaf, type):
+            yield type(leaf)
+            yield from _structure(dict(vars(leaf)), depth - 1)
+        else:
+            if isinstance(leaf, bool | str | None):
+                yield leaf
+            else:
+                yield key_by_name(leaf) if isinstance(leaf, _CHOICES) else type(leaf)
+
+
+def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether all tensors are of PyTorch's own class and layout, and no mode looks at the functions that are called."""
+    tensors = (leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor))
+    if any(type(each) not in (Tensor, nn.Parameter) or each.layout is not torch.strided for each in tensors):
+        return False
+    return not runs_function_modes()
