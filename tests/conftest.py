@@ -14,6 +14,7 @@ import biofx
 from biofx.base.tables import Report
 from biofx.model.synapses import stored_parameters
 from biofx.rewrite import registry
+from models.islands import ISLANDS
 from models.small import ZOO
 
 torch.set_num_threads(1)
@@ -37,6 +38,18 @@ def zoo(request):
     """Every small network, in evaluation mode, with a batch for it."""
     build, shape = ZOO[request.param]
     return build().eval(), torch.randn(shape)
+
+
+@pytest.fixture(params=ISLANDS)
+def kind(request):
+    """Every kind of network with an island; see `island_networks.network`."""
+    return request.param
+
+
+@pytest.fixture(params=["symbolic", "module"])
+def frontend(request):
+    """The two front ends that keep a model's Python."""
+    return request.param
 
 
 def since(version: tuple[int, int], reason: str) -> pytest.MarkDecorator:

@@ -297,8 +297,8 @@ class Snapshot:
                 kind = type(value)
                 if kind in ATOMS:  # as most attributes are
                     continue
-                if kind in _DICTIONARIES and not value:  # as most registries of modules are
-                    self._held.append((path, name, value, _EMPTY))
+                if kind in _EMPTY and not value:  # as most registries of modules are
+                    self._held.append((path, name, value, _EMPTY[kind]))
                 elif name in _OF_TENSORS_AND_MODULES and kind in _DICTIONARIES:
                     self._held.append((path, name, value, value.copy()))
                 elif is_holder(value):
@@ -307,7 +307,7 @@ class Snapshot:
     def restore(self) -> None:
         """Restore all attributes and contents."""
         for _, _, holder, content in self._held:
-            if content is _EMPTY and not holder:
+            if not holder and content is _EMPTY.get(type(holder)):
                 continue
             if not (isinstance(holder, dict) and _has_same(holder, content)):
                 put_back(holder, content)
@@ -327,8 +327,8 @@ class Snapshot:
                     yield Change(path, name, attribute in ("", "_buffers"))
 
 
-_EMPTY: dict[Any, Any] = {}
 _DICTIONARIES = frozenset((dict, OrderedDict))
+_EMPTY = {kind: kind() for kind in (*_DICTIONARIES, set)}
 _OF_TENSORS_AND_MODULES = frozenset(("_parameters", "_buffers", "_modules"))
 _REGISTRIES = frozenset(vars(nn.Module()))
 

@@ -3,24 +3,12 @@
 import copy
 import io
 
-import pytest
 import torch
 from torch import nn
 
 import biofx
 from conftest import gradients
 from island_networks import SLOW, SPLIT, X, assert_close, both, network
-from models.islands import ISLANDS
-
-
-@pytest.fixture(params=ISLANDS)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(params=["symbolic", "module"])
-def frontend(request):
-    return request.param
 
 
 def reloaded(model):

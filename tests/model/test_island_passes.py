@@ -14,11 +14,6 @@ from island_networks import X, assert_close, network
 from models.islands import ISLANDS, Branch
 
 
-@pytest.fixture(params=ISLANDS)
-def kind(request):
-    return request.param
-
-
 @pytest.mark.parametrize(
     ("kind", "way"),
     in_turn(ISLANDS, [("symbolic", torch.optim.SGD), ("module", torch.optim.AdamW)]),

@@ -15,17 +15,7 @@ from biofx.model.synapses import stored_parameters
 from biofx.weights.facts import Need
 from conftest import flat, gradients, loss, times_listed
 from island_networks import SPLIT, X, assert_close, both
-from models.islands import ISLANDS, Around, Branch, Kernels, Tokens
-
-
-@pytest.fixture(params=ISLANDS)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(params=["symbolic", "module"])
-def frontend(request):
-    return request.param
+from models.islands import Around, Branch, Kernels, Tokens
 
 
 def test_all_weights_of_layers_are_rewritten(kind, frontend):

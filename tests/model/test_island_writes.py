@@ -16,11 +16,6 @@ from island_networks import SPLIT
 from models.islands import Branch
 
 
-@pytest.fixture(params=["symbolic", "module"])
-def frontend(request):
-    return request.param
-
-
 class Clamped(nn.Module):
     """Limits its weights at each call, as critics of Wasserstein GANs do; or only at those of training."""
 

@@ -13,17 +13,7 @@ import biofx
 from biofx.model.synapses import Synapses
 from conftest import gradients, loss
 from island_networks import SLOW, SPLIT, X, assert_close, both, network
-from models.islands import ISLANDS, Around, Branch, Checkpointed, Encoder, Recursive
-
-
-@pytest.fixture(params=ISLANDS)
-def kind(request):
-    return request.param
-
-
-@pytest.fixture(params=["symbolic", "module"])
-def frontend(request):
-    return request.param
+from models.islands import Around, Branch, Checkpointed, Encoder, Recursive
 
 
 def test_the_function_is_preserved(kind, frontend):

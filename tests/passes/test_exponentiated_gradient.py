@@ -11,6 +11,7 @@ import biofx
 from biofx import passes
 from biofx.passes.exponentiated_gradient import exponentiate_
 from conftest import flat
+from copying_optimizers import Master
 from models.small import ConvNet, mlp
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)).double()
@@ -245,19 +246,6 @@ def test_a_checkpoint_keeps_the_scale():
     for model, held in ((bio, optimizer), (other, again)):
         train(model, held, 5)
     torch.testing.assert_close(other.state_dict(), bio.state_dict(), rtol=0, atol=0)
-
-
-class Master(torch.optim.Optimizer):
-    """SGD on a copy of the weights."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for p in self.param_groups[0]["params"]:
-            master = self.state[p].setdefault("master", p.clone())
-            p.copy_(master.sub_(p.grad, alpha=self.param_groups[0]["lr"]))
 
 
 def test_an_optimizer_that_would_undo_it_is_refused():
