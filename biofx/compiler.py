@@ -26,6 +26,7 @@ from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.equivalence import replaced_forward
 from biofx.capture.exported import exporting
 from biofx.capture.guards import GUARD, Guard
+from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.preconditions import check_model, refuse_sharded
 from biofx.model.islands import is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class
@@ -125,10 +126,12 @@ def transform(
     if again and inplace and record_of(model).attached:
         raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     _refuse_transformed_children(model)
-    with torch.inference_mode(False), _restored_on_error(model) if inplace else nullcontext():
+    outside = OutsideVariables(dict(model.named_modules()))
+    with torch.inference_mode(False), outside.kept(), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
         understood = understand(source, example_inputs)
+        is_repeatable = outside.random() is None
         if source is not model and understood is not None:
             _refuse_reads_of_original(model, understood)
         old: Guard | None = vars(source).pop(GUARD, None)  # of an earlier transform
@@ -142,7 +145,7 @@ def transform(
         remember(bio, understood)
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer
-        if expected is not None and bio is not source:
+        if expected is not None and bio is not source and is_repeatable:
             _check_outputs(bio, example_inputs, expected)
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)

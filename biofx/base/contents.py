@@ -59,6 +59,13 @@ def inside(value: Any, seen: set[int]) -> Iterator[Any]:
             yield from list(holder.values() if isinstance(holder, dict) else holder)
 
 
+def slots_of(cls: type) -> tuple[str, ...]:
+    """The attributes that a class keeps without a dictionary."""
+    slots = vars(cls).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
 def put_back(holder: Any, content: Any) -> None:
     """Restore the contents of a container from a copy."""
     if is_array(holder):
@@ -138,11 +145,13 @@ def _inside(value: Any) -> Any:
         return None
     if type(value) in _CONTAINERS or is_array(value):
         return value
-    return vars(value) if _is_plain_object(value) else None
+    if not _is_of_user(value):
+        return None
+    return value if isinstance(value, tuple(_CONTAINERS)) else vars(value)
 
 
-def _is_plain_object(value: Any) -> bool:
+def _is_of_user(value: Any) -> bool:
     """Whether a value is an instance of a user's class, such as a configuration or a counter."""
-    if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or not hasattr(value, "__dict__") or callable(value):
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or not hasattr(value, "__dict__"):
         return False
     return type(value) in _NAMESPACES or type(value).__module__.partition(".")[0] not in _NOT_OF_USERS

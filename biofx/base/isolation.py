@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.contents import ATOMS, holders, inside, is_array, is_holder, put_back
+from biofx.base.generators import is_generator, set_state, state_of
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
 from biofx.base.torch_internals import DERIVED, pytree
 
@@ -130,7 +131,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             settle(buffer)
 
 
-def _changeable(model: nn.Module) -> Iterator[Tensor | torch.Generator]:
+def _changeable(model: nn.Module) -> Iterator[Any]:
     """The tensors and random number generators that modules keep in attributes, which a forward may change in place."""
     seen = {id(x) for x in (*model.parameters(), *model.buffers())}
     for module in model.modules():
@@ -138,7 +139,7 @@ def _changeable(model: nn.Module) -> Iterator[Tensor | torch.Generator]:
             if name in _REGISTRIES or name in DERIVED:
                 continue
             for part in inside(value, seen):
-                if isinstance(part, Tensor | torch.Generator) and id(part) not in seen:
+                if (isinstance(part, Tensor) or is_generator(part)) and id(part) not in seen:
                     seen.add(id(part))
                     if not (isinstance(part, Tensor) and part.is_inference()):
                         yield part
@@ -229,7 +230,7 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
         before, draws = Snapshot(model), Draws.now()
         changeable = [*_changeable(model)]
         tensors = [SavedTensor.now(x) for x in changeable if isinstance(x, Tensor)]
-        generators = [(x, x.get_state()) for x in changeable if isinstance(x, torch.Generator)]
+        generators = [(x, state_of(x)) for x in changeable if is_generator(x)]
         with torch.random.fork_rng(devices=[]):
             try:
                 yield before
@@ -240,7 +241,7 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
                     for tensor in tensors:
                         tensor.restore()
                 for generator, state in generators:
-                    generator.set_state(state)
+                    set_state(generator, state)
 
 
 class Draws(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import key_by_name
+from biofx.base.contents import key_by_name, slots_of
 from biofx.base.torch_internals import pytree, runs_function_modes
 
 Structure = tuple[Any, ...]
@@ -31,14 +31,25 @@ def _structure(value: Any, depth: int) -> Iterator[Any]:
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             yield type(leaf), leaf.dtype, leaf.dim(), places.setdefault(id(leaf), place)  # the same object twice
-        elif depth and hasattr(leaf, "__dict__") and not callable(leaf) and not isinstance(leaf, type):
+        elif depth and (parts := _parts(leaf)) is not None:
             yield type(leaf)
-            yield from _structure(dict(vars(leaf)), depth - 1)
+            yield from _structure(parts, depth - 1)
         else:
             if isinstance(leaf, bool | str | None):
                 yield leaf
             else:
                 yield key_by_name(leaf) if isinstance(leaf, _CHOICES) else type(leaf)
+
+
+def _parts(value: Any) -> tuple[Any, ...] | None:
+    """The items and attributes of an object of the user's, such as a batch; None if it is no such object."""
+    if isinstance(value, type | FunctionType | nn.Module):
+        return None
+    items = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list | tuple) else None
+    slots = {name for cls in type(value).__mro__ for name in slots_of(cls)}
+    attributes = {name: getattr(value, name) for name in sorted(slots) if hasattr(value, name)}
+    attributes |= getattr(value, "__dict__", {})
+    return None if items is None and not slots and not hasattr(value, "__dict__") else (items, attributes)
 
 
 def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ needs the graph, the guard raises instead.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.base.contents import contents_key, holders, inside, is_holder, key_by_name
+from biofx.base.contents import contents_key, holders, inside, is_holder
 from biofx.base.errors import CaptureError
 from biofx.base.torch_internals import DERIVED, GLOBAL_HOOKS, HOOKS
 from biofx.capture.assignments import assign_attribute
 from biofx.capture.call_structure import Structure, is_plain, structure
-from biofx.capture.outside_variables import Variable, reads
+from biofx.capture.outside_variables import OutsideVariables, first_difference
 from biofx.capture.tracer import HelperModule
 from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import WHOLE_MODEL
@@ -52,6 +53,26 @@ class _Held(NamedTuple):
     orders: list[tuple[dict[Any, Any], list[Any]]]
 
 
+class _WatchedTensor(NamedTuple):
+    """A tensor with which a trace computed, its version, and its values if they can be compared without a wait."""
+
+    tensor: Tensor
+    version: int
+    values: Tensor | None
+
+    @classmethod
+    def now(cls, tensor: Tensor) -> _WatchedTensor:
+        """Watch a tensor."""
+        is_plain = type(tensor.data) is Tensor and tensor.layout is torch.strided and tensor.device.type == "cpu"
+        return cls(tensor, tensor._version, tensor.detach().clone() if is_plain and not tensor.is_nested else None)
+
+    def is_written(self) -> bool:
+        """Whether somebody wrote into it since; by way of `data` or NumPy, the version does not rise."""
+        if self.tensor._version != self.version:
+            return True
+        return self.values is not None and not torch.equal(self.values, self.tensor.detach())
+
+
 class Guard:
     """The conditions under which a graph was checked.
 
@@ -77,8 +98,9 @@ class Guard:
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
         self._forwards: dict[str, Any] | None = self._forwards_of_classes(bio)
         self.refresh(bio)
-        self._globals = self._global_values(bio)
-        self._tensors: list[tuple[Tensor, int]] | None = None
+        self._outside: OutsideVariables | None = self._outside_of(bio)
+        self._keys, self._changed_name = self._outside.keys, ""
+        self._tensors: list[_WatchedTensor] | None = None
         self._tensors_of(bio)
         self.watch(bio)
 
@@ -89,7 +111,7 @@ class Guard:
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle cannot save generated functions; what is unpickled takes those that it finds.
-        found = ("still_holds", "_held", "_helpers", "_synapses", "_variables", "_forwards", "_tensors")
+        found = ("still_holds", "_held", "_helpers", "_synapses", "_outside", "_forwards", "_tensors")
         return vars(self) | dict.fromkeys(found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
@@ -106,7 +128,7 @@ class Guard:
             mine, it = guard(), model()
             if mine is None or it is None:
                 return True
-            return not (mine._changed(it) or mine._changed_global(it) or mine._wrote_attributes(it))
+            return not (mine._changed(it) or mine._changed_outside(it) or mine._wrote_tensors(it))
 
         self.still_holds: Callable[[], bool] | None = still_holds
 
@@ -117,7 +139,7 @@ class Guard:
         self._held: _Held | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
-        self._variables: dict[str, Variable] | None = None
+        self._outside = None
 
     def synapses(self, bio: nn.Module) -> tuple[Synapses, ...]:
         """The synapses of all weights."""
@@ -147,7 +169,7 @@ class Guard:
         """
         changed = None if self._holds() else self._changed(bio)
         if changed is None:
-            changed = self._changed_global(bio)
+            changed = self._changed_outside(bio)
         for owner, helper in self._helpers_of(bio):
             if helper.training is not owner.training:  # which was set as an attribute
                 helper.train(owner.training)
@@ -158,7 +180,7 @@ class Guard:
         is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
         if changed is not None or any(GLOBAL_HOOKS) or is_autocast or torch.is_inference_mode_enabled():
             return False
-        if self._wrote_attributes(bio):
+        if self._wrote_tensors(bio):
             return False
         return is_plain(args, kwargs) if self.structures is None else structure(args, kwargs) in self.structures
 
@@ -173,22 +195,24 @@ class Guard:
             ]
         return self._helpers
 
-    def _wrote_attributes(self, bio: nn.Module) -> bool:
-        """Whether somebody has written into a tensor in an attribute since, with which the trace computed."""
-        return any(tensor._version != version for tensor, version in self._tensors_of(bio))
+    def _wrote_tensors(self, bio: nn.Module) -> bool:
+        """Whether somebody has written into a tensor of an attribute or outside, with which the trace computed."""
+        return any(tensor.is_written() for tensor in self._tensors_of(bio))
 
-    def _tensors_of(self, bio: nn.Module) -> list[tuple[Tensor, int]]:
-        """The tensors in attributes of traced modules, and their versions."""
+    def _tensors_of(self, bio: nn.Module) -> list[_WatchedTensor]:
+        """The tensors in attributes of traced modules and outside of the model."""
         if self._tensors is None:
             seen: set[int] = set()
-            found = (
+            own = (
                 value
                 for path in self.traced
                 for _, attribute in _attributes(bio.get_submodule(path))
                 for value in inside(attribute, seen)
-                if isinstance(value, Tensor) and not value.is_inference()
+                if isinstance(value, Tensor)
             )
-            self._tensors = [(tensor, tensor._version) for tensor in found]
+            outside = self._outside_of(bio) if self._outside is None else self._outside
+            found = {id(tensor): tensor for tensor in (*own, *outside.tensors)}
+            self._tensors = [_WatchedTensor.now(x) for x in found.values() if not x.is_inference()]
         return self._tensors
 
     def _holds(self) -> bool:
@@ -240,20 +264,19 @@ class Guard:
         # Graphs, as the model itself, have a forward of their own, which is another one after each copy.
         return {path: _forward_of(module) for path, module in modules if not isinstance(module, fx.GraphModule)}
 
-    def _changed_global(self, bio: nn.Module) -> str | None:
+    def _changed_outside(self, bio: nn.Module) -> str | None:
         """Describe the first change of a variable outside of the model; None if there is none."""
-        now = self._global_values(bio)
-        if now == self._globals:
-            return None
-        names = (name for name in {**now, **self._globals} if now.get(name) != self._globals.get(name))
-        return f"the variable {next(names)}, which forward reads, changed"
+        if self._outside is None or not self._outside.is_same():
+            self._outside = self._outside_of(bio)
+            self._changed_name = first_difference(self._keys, self._outside.keys) or ""
+        return f"the variable {self._changed_name}, which forward reads, changed" if self._changed_name else None
 
-    def _global_values(self, bio: nn.Module) -> dict[str, Any]:
-        """Return the contents of the variables outside of the model that forward reads."""
-        if self._variables is None:
-            self._variables = reads(bio.get_submodule(path) for path in self.traced)
-        values = {name: variable() for name, variable in self._variables.items()}
-        return {name: contents_key(value, key_by_name) for name, value in values.items()}
+    def _outside_of(self, bio: nn.Module) -> OutsideVariables:
+        modules = {}
+        for path in self.traced:
+            with contextlib.suppress(AttributeError):  # it was removed
+                modules[path] = bio.get_submodule(path)
+        return OutsideVariables(modules, frozenset(self._assigned))
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         kept = {name: _noted(value) for name, value in _attributes(module) if (path, name) not in self._assigned}
@@ -302,8 +325,8 @@ def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:
     """All that is compared at each call: a module's attributes, children, hooks, and the contents of attributes."""
     yield vars(module)
     yield module._modules
-    # `torch.func.functional_call` replaces weights there; a bias may be set that was None.
-    yield from (getattr(module, name) for name in _MAY_BE_EMPTY if _empty_of(module, name))
+    # `torch.func.functional_call` replaces weights there; a bias may be set that was None, or become None.
+    yield from (getattr(module, name) for name in _MAY_BE_EMPTY)
     yield from (getattr(module, name) for name in HOOKS)
     for _, value in _attributes(module):
         yield from holders(value, seen)

@@ -1,118 +1,513 @@
-"""Variables: state outside of a model that its forward reads, such as a schedule that a training script sets."""
+"""Outside variables: state that the Python of modules reads and that is no part of them, such as a training schedule.
+
+These are the global variables, the variables of enclosing functions and the attributes of classes that the code of
+methods names, and what is reached from there: containers, functions with their code and defaults, and the named
+attributes of the user's objects, classes and Python modules.
+"""
 
 from __future__ import annotations
 
-import inspect
+import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
-from functools import partial
-from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import is_holder
-from biofx.base.rule_code import codes_in
+from biofx.base.contents import ATOMS, is_array, put_back, slots_of
+from biofx.base.generators import is_generator, set_state, state_of
+from biofx.base.rule_code import codes_in, digest
+from biofx.base.torch_internals import DERIVED
 
-Variable = Callable[[], Any]
-"""Returns the current value of a variable."""
-
-_WATCHED = (
-    bool | int | float | complex | str | bytes | None | FunctionType | BuiltinFunctionType | Enum | torch.dtype | Tensor
-)
-_DEEPEST = 4  # levels of nested attributes
+_MISSING = object()
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_NAMED = (BuiltinFunctionType, Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque, MappingProxyType)
 
 # Most variables that forwards refer to belong to these packages, and nobody sets them between two calls.
-_NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"})
+_NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"} - {"__main__"})
+_OF_THE_SYSTEM = frozenset(("SystemRandom", "secrets", "urandom", "getrandom", "uuid4"))  # without a state
+_OF_MODULES = frozenset(vars(nn.Module()))
+_NOT_IN_FORWARD = frozenset(
+    f"__{name}__"
+    for name in ("init", "new", "post_init", "init_subclass", "repr", "str", "del", "copy", "deepcopy",
+                 "reduce", "reduce_ex", "getstate", "setstate", "set_name")
+)  # fmt: skip
 
 
-def reads(modules: Iterable[nn.Module]) -> dict[str, Variable]:
-    """Return the variables that the methods of some modules read, directly or through functions that they call.
+class OutsideVariables:
+    """The variables that modules read, with their present values.
 
-    These are the global variables and the variables of enclosing functions that the code names: plain values, tensors,
-    and the named attributes of the user's objects and Python modules.
+    Args:
+        modules: the modules, by their paths.
+        but: attributes of modules that are not looked at, as forward itself assigns them: paths and names.
 
-    Returns:
-        The variables by their qualified names.
+    Attributes:
+        keys: what is compared, by the names of variables; equal in copies and in other processes.
     """
-    found: dict[str, Variable] = {}
-    seen: set[Any] = set()
-    for cls in dict.fromkeys(cls for module in modules for cls in type(module).__mro__ if _is_of_user(cls.__module__)):
-        for key, value in vars(cls).items():
-            if isinstance(value, _WATCHED) and not key.startswith("__"):
-                found[f"{cls.__module__}.{cls.__qualname__}.{key}"] = partial(_of_class, cls, key)
-            for function in _functions(value):
-                found.update(_read_by(function, seen))
-    return found
+
+    def __init__(self, modules: Mapping[str, nn.Module], but: frozenset[tuple[str, str]] = frozenset()) -> None:
+        self._modules, self._but = dict(modules), but
+        names = frozenset({"forward"})
+        while True:  # the code that is reached names attributes, in which more code is found
+            self._begin(names)
+            more = names.union(*(_names_in(function.__code__) for function in self._functions))
+            if more == names:
+                return
+            names = more
+
+    def is_same(self) -> bool:
+        """Whether each variable has the very same value as before, with the same contents; a fast test."""
+        try:
+            return (
+                all(where.get(key, _MISSING) is value for where, key, value in self._lookups)
+                and all(_attribute(where, key) is value for where, key, value in self._attributes)
+                and all(list(now) == before if isinstance(now, deque) else now == before for now, before in self._held)
+                and all(_bytes(array) == _bytes(before) for array, before in self._arrays)
+            )
+        except (RuntimeError, ValueError):  # a changed tensor or array has no truth value
+            return False
+
+    def effect(self) -> tuple[str, str] | None:
+        """A variable that forward changed since, and what it did in words; None if there is none."""
+        random = self.random()
+        if random is not None:
+            return random, f"draws random numbers from {random}"
+        if self.is_same():
+            return None
+        changed = first_difference(self.keys, OutsideVariables(self._modules, self._but).keys)
+        return None if changed is None else (changed, f"changes {changed}, which is not part of the model")
+
+    def random(self) -> str | None:
+        """A random number generator that was used since, or one of the system that code names; None if there is none."""
+        drawn = (name for name, generator, state in self._generators if state_of(generator) != state)
+        return next(drawn, None) or next(iter(self._names & _OF_THE_SYSTEM), None)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Restore the variables after a block in which forward runs."""
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def reads(self, name: str) -> bool:
+        """Whether a variable, or a name in code, is among what is read."""
+        return name in self.keys or name in self._names
+
+    def restore(self) -> None:
+        """Restore contents of containers, attributes of objects, variables, and random number generators."""
+        for where, key, value in self._lookups:
+            if isinstance(where, dict) and value is not _MISSING and where.get(key, _MISSING) is not value:
+                where[key] = value
+        for holder, content in self._restored:
+            if not _holds_same(holder, content):
+                put_back(holder, content)
+        for array, before in self._arrays:
+            if _bytes(array) != _bytes(before):
+                array[...] = before
+        for _, generator, state in self._generators:
+            if state_of(generator) != state:
+                set_state(generator, state)
+
+    # --- the walk --------------------------------------------------------------------------------------------------
+
+    def _begin(self, names: frozenset[str]) -> None:
+        self._names = names
+        self.keys: dict[str, Any] = {}
+        self._functions: list[FunctionType] = []
+        self._lookups: list[tuple[Any, str, Any]] = []  # in dictionaries: where, the name, and the value
+        self._attributes: list[tuple[Any, str, Any]] = []  # the same, of objects without a dictionary
+        self._held: list[tuple[Any, Any]] = []  # containers, and copies of them
+        self._restored: list[tuple[Any, Any]] = []  # those and the dictionaries of objects
+        self._arrays: list[tuple[Any, Any]] = []
+        self.tensors: list[Tensor] = []
+        self._generators: list[tuple[str, Any, Any]] = []
+        self._seen: dict[int, Any] = {}
+        for path, module in self._modules.items():
+            self._walk(_label(type(module)), type(module))
+            if any(_is_of_user(cls.__module__) for cls in type(module).__mro__):
+                for name, value in vars(module).items():
+                    is_own = name in _OF_MODULES or name in DERIVED or name.startswith("_biofx")
+                    if not is_own and (path, name) not in self._but and type(value) not in ATOMS:
+                        self._walk(f"{path}.{name}".lstrip("."), value)
+
+    def _walk(self, label: str, value: Any) -> None:
+        """Note a value and all that is reached from it."""
+        pending = [(label, value)]
+        while pending:
+            name, each = pending.pop()
+            self.keys[name] = _key(each)
+            if type(each) not in _PLAIN and id(each) not in self._seen:
+                self._seen[id(each)] = each  # alive, so that its id stays its own
+                pending += self._parts(name, each)
+
+    def _parts(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+        elif isinstance(value, FunctionType):
+            yield from self._of_function(label, value)
+        elif is_generator(value):
+            self._generators.append((label, value, state_of(value)))
+        elif is_array(value):
+            self._arrays.append((value, value.copy()))
+        elif isinstance(value, ModuleType):
+            if _is_of_user(value.__name__):
+                yield from self._look_up(value.__name__, vars(value), self._names & vars(value).keys())
+        elif isinstance(value, type):
+            yield from self._of_class(value)
+        elif not isinstance(value, nn.Module):
+            yield from _wrapped(label, value)
+            yield from self._of_container(label, value)
+            yield from self._of_object(label, value)
+
+    def _of_function(self, label: str, function: FunctionType) -> Iterator[tuple[str, Any]]:
+        if not _is_of_user(function.__globals__.get("__name__")):
+            return
+        self._functions.append(function)
+        place = function.__globals__["__name__"]
+        named = _names_in(function.__code__) & function.__globals__.keys()
+        yield from self._look_up(place, function.__globals__, named)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if name != "__class__":  # of `super()`
+                yield from self._attribute_of(f"{place}.{name}", cell, "cell_contents")
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            yield from self._attribute_of(f"{label}.{name}", function, name)
+        yield from self._look_up(label, vars(function), self._names & vars(function).keys())
+
+    def _of_class(self, cls: type) -> Iterator[tuple[str, Any]]:
+        for each in (each for each in cls.__mro__ if _is_of_user(each.__module__)):
+            # Operators and calls run special methods that no code names.
+            special = (
+                name
+                for name, value in vars(each).items()
+                if name.startswith("__") and name not in _NOT_IN_FORWARD and isinstance(value, FunctionType)
+            )
+            yield from self._look_up(_label(each), each.__dict__, (self._names & _names_of_class(cls)).union(special))
+
+    def _of_container(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, _CONTAINERS):
+            return
+        if isinstance(value, (dict, list, set, deque)):
+            kind = dict if isinstance(value, dict) else set if isinstance(value, set) else list
+            self._held.append((value, kind(value)))
+            self._restored.append(self._held[-1])
+        items: Iterable[tuple[Any, Any]] = (
+            value.items() if isinstance(value, (dict, MappingProxyType)) else enumerate(value)
+        )
+        for key, item in items:
+            if type(item) not in _PLAIN:
+                yield f"{label}[{key!r}]" if isinstance(key, _PLAIN) else f"{label}[{_key(key)}]", item
+
+    def _of_object(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
+        cls = type(value)
+        if not (isinstance(value, SimpleNamespace) or _is_of_user(cls.__module__)):
+            return
+        yield _label(cls), cls
+        if hasattr(value, "__dict__"):
+            self._restored.append((vars(value), dict(vars(value))))
+            yield from self._look_up(label, vars(value), self._names & (vars(value).keys() | _names_of_class(cls)))
+        for name in self._names & {slot for each in cls.__mro__ for slot in slots_of(each)}:
+            yield from self._attribute_of(f"{label}.{name}", value, name)
+
+    def _look_up(self, label: str, where: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        """Note names of a dictionary, also those that it has not got: they may hide what a class has."""
+        for name in sorted(names):
+            value = where.get(name, _MISSING)
+            self._lookups.append((where, name, value))
+            if value is not _MISSING:
+                yield f"{label}.{name}", value
+
+    def _attribute_of(self, label: str, where: Any, name: str) -> Iterator[tuple[str, Any]]:
+        value = _attribute(where, name)
+        self._attributes.append((where, name, value))
+        yield label, value
 
 
-def _of_class(cls: type, key: str) -> Any:
-    return vars(cls).get(key)
+def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """The first name under which keys differ; None if there is none."""
+    return next((name for name in {**after, **before} if before.get(name) != after.get(name)), None)
 
 
-def _functions(value: Any) -> Iterator[FunctionType]:
-    """The functions behind an attribute of a class: a method or a property, with or without decorators."""
-    if isinstance(value, property):
-        value = value.fget
-    if isinstance(value, staticmethod | classmethod):
-        value = value.__func__
-    if isinstance(value, partial):
-        value = value.func
-    if isinstance(value, FunctionType):
-        yield value
-        wrapped = inspect.unwrap(value)
-        if isinstance(wrapped, FunctionType) and wrapped is not value:
-            yield wrapped
+def _names_in(code: CodeType) -> frozenset[str]:
+    """The names in some code, and in the functions that are defined inside it; also those for `getattr`."""
+    if code not in _names:
+        codes = codes_in(code)
+        texts = (each for one in codes for each in one.co_consts if isinstance(each, str) and each.isidentifier())
+        _names[code] = frozenset([*(name for one in codes for name in one.co_names), *texts])
+    return _names[code]
 
 
-def _read_by(function: FunctionType, seen: set[Any]) -> Iterator[tuple[str, Variable]]:
-    if function in seen or not _is_of_user(function.__module__):
-        return
-    seen.add(function)
-    try:
-        names = inspect.getclosurevars(function)
-    except ValueError:  # a variable of an enclosing function has no value yet
-        return
-    named = {name for code in codes_in(function.__code__) for name in code.co_names}  # in comprehensions and the like
-    known = names.globals.keys() | (named & function.__globals__.keys())
-    variables = {name: partial(function.__globals__.get, name) for name in known}
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    variables |= {name: partial(getattr, cell, "cell_contents", None) for name, cell in cells}
-    variables.pop("__class__", None)  # of `super()`
-    for name, variable in variables.items():
-        for label, part in _parts(name, variable, frozenset(names.unbound | named)):
-            value = part()
-            if isinstance(value, FunctionType):
-                yield from _read_by(value, seen)
-            if isinstance(value, _WATCHED) or is_holder(value):
-                yield f"{function.__module__}.{label}", part
+_names: dict[CodeType, frozenset[str]] = {}
 
 
-def _parts(name: str, variable: Variable, names: Set[str], depth: int = _DEEPEST) -> Iterator[tuple[str, Variable]]:
-    """Yield a variable, or, if it is an object, its attributes that a function names, recursively."""
-    value = variable()
-    if not depth or not _has_attributes(value):
-        yield name, variable
-        return
-    for key in sorted(names & vars(value).keys()):
-        yield from _parts(f"{name}.{key}", partial(_attribute, variable, key), names, depth - 1)
+@functools.cache
+def _digest(code: CodeType) -> str:
+    return digest(code)
 
 
-def _attribute(variable: Variable, key: str) -> Any:
-    return getattr(variable(), "__dict__", {}).get(key)
+def _names_of_class(cls: type) -> set[str]:
+    """The names that a class or one of the user's classes that it inherits from gives to its instances."""
+    return {name for each in cls.__mro__ if _is_of_user(each.__module__) for name in vars(each)}
 
 
-def _has_attributes(value: Any) -> bool:
-    """Whether a value is an object, class or Python module of the user, so that its attributes may change."""
+def _wrapped(label: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What decorators and bound methods wrap."""
+    if isinstance(value, functools.partial | functools.partialmethod):
+        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(value, MethodType):
+        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("__func__", "__self__"))
+    elif isinstance(value, BuiltinFunctionType):
+        yield f"{label}.__self__", value.__self__
+    elif isinstance(value, staticmethod | classmethod):
+        yield f"{label}.__func__", value.__func__
+    elif isinstance(value, property):
+        yield f"{label}.fget", value.fget
+    elif isinstance(value, functools.cached_property):
+        yield f"{label}.func", value.func
+
+
+class _Opaque:
+    """An object that nobody looks into: equal to itself, and, after pickling, to any of its class."""
+
+    def __init__(self, value: Any) -> None:
+        self._kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Opaque) or self._kind != other._kind:
+            return False
+        return self._value is other._value or self._value is None or other._value is None
+
+    def __hash__(self) -> int:
+        return hash(self._kind)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Opaque:
+        copied = object.__new__(_Opaque)
+        copied._kind, copied._value = self._kind, memo.get(id(self._value), self._value)  # it may be part of the model
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kind": self._kind, "_value": None}
+
+
+def _key(value: Any) -> Any:
+    """What is compared of a value itself; what it contains has keys of its own."""
+    kind = type(value)
+    if isinstance(value, _PLAIN):
+        return kind.__qualname__, value
+    if isinstance(value, CodeType):
+        return _digest(value)
+    if isinstance(value, FunctionType | type):
+        return value.__module__, value.__qualname__
+    if isinstance(value, _CONTAINERS):
+        items = value.items() if isinstance(value, (dict, MappingProxyType)) else value
+        parts = [_plain_key(each) for each in items]
+        return kind.__qualname__, frozenset(parts) if isinstance(value, set | frozenset) else tuple(parts)
+    if is_array(value):
+        return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, ModuleType):
-        return _is_of_user(value.__name__)
-    if isinstance(value, nn.Module) or (callable(value) and not isinstance(value, type)):
-        return False
-    module = value.__module__ if isinstance(value, type) else type(value).__module__
-    return hasattr(value, "__dict__") and (isinstance(value, SimpleNamespace) or _is_of_user(str(module)))
+        return value.__name__
+    is_equal_by_value = kind.__eq__ is not object.__eq__ and not _is_of_user(kind.__module__)
+    if isinstance(value, _NAMED) or is_equal_by_value:
+        return repr(value) if not isinstance(value, BuiltinFunctionType) else (value.__module__, value.__qualname__)
+    is_walked = isinstance(value, SimpleNamespace) or _is_of_user(kind.__module__) or [*_wrapped("", value)]
+    return kind.__qualname__ if is_walked and not isinstance(value, nn.Module) else _Opaque(value)
 
 
+def _plain_key(value: Any) -> Any:
+    """The key of an item of a container, if it is a plain value or a pair of them; else its class."""
+    if isinstance(value, tuple):
+        return tuple(_plain_key(each) for each in value)
+    return (type(value).__qualname__, value if isinstance(value, _PLAIN) else None)
+
+
+def _label(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _attribute(where: Any, name: str) -> Any:
+    try:
+        return getattr(where, name, _MISSING)
+    except ValueError:  # an empty cell
+        return _MISSING
+
+
+@functools.cache
 def _is_of_user(module: str | None) -> bool:
     return str(module).partition(".")[0] not in _NOT_OF_USERS
+
+
+def _holds_same(holder: Any, content: Any) -> bool:
+    """Whether a container holds the very same objects in the same order."""
+    if len(holder) != len(content):
+        return False
+    pairs = zip(holder.items(), content.items(), strict=True) if isinstance(holder, dict) else ()
+    if isinstance(holder, dict):
+        return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
+    if isinstance(holder, set):
+        return bool(holder == content)
+    return all(a is b for a, b in zip(holder, content, strict=True))
+
+
+def _bytes(array: Any) -> bytes:
+    return bytes(array.tobytes())
+
+
+def _names_in(code: CodeType) -> frozenset[str]:
+    """The names in some code, and in the functions that are defined inside it; also those for `getattr`."""
+    if code not in _names:
+        codes = codes_in(code)
+        texts = (each for one in codes for each in one.co_consts if isinstance(each, str) and each.isidentifier())
+        _names[code] = frozenset([*(name for one in codes for name in one.co_names), *texts])
+    return _names[code]
+
+
+_names: dict[CodeType, frozenset[str]] = {}
+
+
+@functools.cache
+def _digest(code: CodeType) -> str:
+    return digest(code)
+
+
+def _names_of_class(cls: type) -> set[str]:
+    """The names that a class or one of the user's classes that it inherits from gives to its instances."""
+    return {name for each in cls.__mro__ if _is_of_user(each.__module__) for name in vars(each)}
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _wrapped(label: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What decorators and bound methods wrap."""
+    if isinstance(value, functools.partial | functools.partialmethod):
+        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(value, MethodType):
+        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("__func__", "__self__"))
+    elif isinstance(value, BuiltinFunctionType):
+        yield f"{label}.__self__", value.__self__
+    elif isinstance(value, staticmethod | classmethod):
+        yield f"{label}.__func__", value.__func__
+    elif isinstance(value, property):
+        yield f"{label}.fget", value.fget
+    elif isinstance(value, functools.cached_property):
+        yield f"{label}.func", value.func
+
+
+class _Opaque:
+    """An object that nobody looks into: equal to itself, and, after pickling, to any of its class."""
+
+    def __init__(self, value: Any) -> None:
+        self._kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Opaque) or self._kind != other._kind:
+            return False
+        return self._value is other._value or self._value is None or other._value is None
+
+    def __hash__(self) -> int:
+        return hash(self._kind)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Opaque:
+        copied = object.__new__(_Opaque)
+        copied._kind, copied._value = self._kind, memo.get(id(self._value), self._value)  # it may be part of the model
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kind": self._kind, "_value": None}
+
+
+def _key(value: Any) -> Any:
+    """What is compared of a value itself; what it contains has keys of its own."""
+    kind = type(value)
+    if isinstance(value, _PLAIN):
+        return kind.__qualname__, value
+    if isinstance(value, CodeType):
+        return _digest(value)
+    if isinstance(value, FunctionType | type):
+        return value.__module__, value.__qualname__
+    if isinstance(value, _CONTAINERS):
+        items = value.items() if isinstance(value, (dict, MappingProxyType)) else value
+        parts = [_plain_key(each) for each in items]
+        return kind.__qualname__, frozenset(parts) if isinstance(value, set | frozenset) else tuple(parts)
+    if is_array(value):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, ModuleType):
+        return value.__name__
+    is_equal_by_value = kind.__eq__ is not object.__eq__ and not _is_of_user(kind.__module__)
+    if isinstance(value, _NAMED) or is_equal_by_value:
+        return repr(value) if not isinstance(value, BuiltinFunctionType) else (value.__module__, value.__qualname__)
+    is_walked = isinstance(value, SimpleNamespace) or _is_of_user(kind.__module__) or [*_wrapped("", value)]
+    return kind.__qualname__ if is_walked and not isinstance(value, nn.Module) else _Opaque(value)
+
+
+def _plain_key(value: Any) -> Any:
+    """The key of an item of a container, if it is a plain value or a pair of them; else its class."""
+    if isinstance(value, tuple):
+        return tuple(_plain_key(each) for each in value)
+    return (type(value).__qualname__, value if isinstance(value, _PLAIN) else None)
+
+
+def _label(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _attribute(where: Any, name: str) -> Any:
+    try:
+        return getattr(where, name, _MISSING)
+    except ValueError:  # an empty cell
+        return _MISSING
+
+
+@functools.cache
+def _is_of_user(module: str | None) -> bool:
+    return str(module).partition(".")[0] not in _NOT_OF_USERS
+
+
+def _holds_same(holder: Any, content: Any) -> bool:
+    """Whether a container holds the very same objects in the same order."""
+    if len(holder) != len(content):
+        return False
+    pairs = zip(holder.items(), content.items(), strict=True) if isinstance(holder, dict) else ()
+    if isinstance(holder, dict):
+        return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
+    if isinstance(holder, set):
+        return bool(holder == content)
+    return all(a is b for a, b in zip(holder, content, strict=True))
+
+
+def _bytes(array: Any) -> bytes:
+    return bytes(array.tobytes())
+
+
+def noted(tensor: Tensor) -> tuple[int, Tensor | None]:
+    """The version of a tensor, and its values if comparing them takes no wait for a device."""
+    if tensor.is_inference():
+        return -1, None
+    is_plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return tensor._version, tensor.detach().clone() if is_plain and not tensor.is_nested else None
+
+
+def written(tensor: Tensor, before: tuple[int, Tensor | None]) -> bool:
+    """Whether somebody has written into a tensor since; writes by way of `data` or NumPy do not raise the version."""
+    version, values = before
+    if not tensor.is_inference() and tensor._version != version:
+        return True
+    return values is not None and not (values.shape == tensor.shape and torch.equal(values, tensor.detach()))

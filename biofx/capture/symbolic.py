@@ -27,6 +27,7 @@ from biofx.base.isolation import split_inputs
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.equivalence import Run, compared_submodules, disagreement, first_calls, forward_of, run_with
 from biofx.capture.modes import trace_modes
+from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, pop_computing_hooks
 from biofx.capture.tracer import MustBeNone, NotTraceable
 from biofx.capture.tracing import Trace, trace_as_island
@@ -126,9 +127,12 @@ def _trace(model: nn.Module, absent: Collection[str], synapses: Set[int], run: R
     """
     islands: dict[str, str] = {}
     children = {module: set(module._modules) for module in model.modules()}
+    outside = OutsideVariables(dict(model.named_modules()))
     while True:
         try:
-            trace = trace_modes(model, absent, islands, synapses)
+            with outside.kept():
+                trace = trace_modes(model, absent, islands, synapses)
+                _refuse_effects(model, trace, outside)
             found = None if run is None else _disagreement(model, trace, run)
             if found is None:
                 return trace
@@ -142,6 +146,17 @@ def _trace(model: nn.Module, absent: Collection[str], synapses: Set[int], run: R
                     return trace_as_island(reason)
                 islands = {inner: why for inner, why in islands.items() if not inner.startswith(f"{path}.")}
                 islands[path] = reason
+
+
+def _refuse_effects(model: nn.Module, trace: Trace, outside: OutsideVariables) -> None:
+    """Raise if forward changed a variable outside of the model, or drew from a random number generator there."""
+    effect = outside.effect()
+    if effect is None:
+        return
+    name, what = effect
+    traced = dict.fromkeys(path for _, kind, path in trace.tracer.steps if kind == "enter")
+    reading = [path for path in traced if OutsideVariables({path: model.get_submodule(path)}).reads(name)]
+    raise NotTraceable(dict.fromkeys(reading or [""], f"its forward {what}, which a graph cannot represent"))
 
 
 def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, synapses: Set[int]) -> dict[str, str]:

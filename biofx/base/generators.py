@@ -1,0 +1,39 @@
+"""Random number generators of PyTorch, Python and NumPy, which need not be installed: their states."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from typing import Any
+
+import torch
+
+
+def is_generator(value: Any) -> bool:
+    """Whether a value is a random number generator that has a state."""
+    if isinstance(value, torch.Generator | random.Random):
+        return not isinstance(value, random.SystemRandom)
+    kind = type(value)
+    return str(kind.__module__).startswith("numpy.random") and kind.__qualname__ in ("Generator", "RandomState")
+
+
+def state_of(generator: Any) -> Any:
+    """The state of a generator; states of the same numbers to come are equal."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    legacy = hasattr(generator, "get_state")  # `RandomState`
+    return pickle.dumps(generator.get_state(legacy=False) if legacy else generator.bit_generator.state)
+
+
+def set_state(generator: Any, state: Any) -> None:
+    """Set a generator to a state that `state_of` returned."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "set_state"):
+        generator.set_state(pickle.loads(state))
+    else:
+        generator.bit_generator.state = pickle.loads(state)
