@@ -10,6 +10,7 @@ from torch import fx
 
 from biofx.base.errors import ArgumentError
 from biofx.base.shards import cut_like, is_sharded, shard_of
+from biofx.model.operators import observe_shards
 from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import State, observers_in
@@ -38,6 +39,7 @@ def check_shards(bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
                 "take sums over weights with biofx.training.ranks.summed, and set works_on_shards = True in its class"
             )
     if sharded:
+        observe_shards()
         _refuse_blocks(bio, {path for path, _ in observers_in(bio.graph)})
 
 
