@@ -360,15 +360,12 @@ def tensor_parallel(rank: int, ranks: int, pipeline: str) -> dict[str, torch.Ten
     """Train with the first weight cut along its postsynaptic axis, and the others along their presynaptic axis."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     torch.manual_seed(0)
     bio = biofx.transform(mlp(6, 8, 8, 4).double(), pipeline, verify=False)
     batches = torch.randn(4, 8, 6, dtype=torch.float64)
     if ranks > 1:
         mesh = init_device_mesh("cpu", (ranks,))
-        error = error_of(lambda: parallelize_module(copy.deepcopy(bio), mesh, {"0": ColwiseParallel()}))
-        assert error.startswith("ArgumentError: weight_synapses.weight of Linear is stored by its synapses"), error
         for name, module in bio.named_modules():
             for key, parameter in [*module.named_parameters(recurse=False)]:
                 axis = (not name.startswith("0")) + parameter.dim() - 2
@@ -383,6 +380,98 @@ def tensor_parallel(rank: int, ranks: int, pipeline: str) -> dict[str, torch.Ten
         bio(batch).square().mean().backward()
         optimizer.step()
     return whole(bio)
+
+
+STYLED = [
+    "split-synapses,dales-principle,fuzzy-learning-rates,crystallize,rejuvenate{dre=6.0}",
+    "fuzzy-learning-rates{distribution=weight_adaptive},rejuvenate{dre=6.0},l1-regularization",
+    "volume-dependent-learning-rates,dales-principle{constraint=abs}",
+    "inhibitory-interneurons,exponentiated-gradient",
+]
+
+
+class TiedReader(nn.Module):
+    """Layers for both styles: tokens in and out by one weight, and two linear layers between."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(6, 4)
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.out = nn.Linear(4, 6, bias=False)
+        self.out.weight = self.tokens.weight
+
+    def forward(self, tokens):
+        return self.out(self.down(torch.relu(self.up(self.tokens(tokens)))))
+
+
+def styled(rank: int, ranks: int, pipeline: str) -> dict[str, torch.Tensor]:
+    """Train a model that was cut by the styles of PyTorch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    torch.manual_seed(0)
+    batches = torch.randint(6, (4, 8))
+    bio = biofx.transform(TiedReader().double(), pipeline, example_inputs=batches[0], verify=False)
+    if ranks > 1:
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "out": ColwiseParallel(output_layouts=Replicate())}
+        plan["tokens"] = RowwiseParallel(input_layouts=Replicate())
+        order = [*bio.state_dict()]
+        biofx.parallelize(bio, init_device_mesh("cpu", (ranks,)), plan)
+        assert [*bio.state_dict()] == order
+        assert all(is_sharded(parameter) for parameter in bio.parameters())
+    optimizer = torch.optim.AdamW(bio.parameters(), lr=0.01)
+    biofx.attach(bio, optimizer)
+    for batch in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(bio(batch), batch.roll(1)).backward()
+        optimizer.step()
+    return whole(bio)
+
+
+def refused_styles(rank: int, ranks: int) -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh, batch = init_device_mesh("cpu", (ranks,)), torch.arange(6)
+    bio = biofx.transform(TiedReader(), "split-synapses", example_inputs=batch)
+    observed = biofx.transform(TiedReader(), "synaptic-scaling", example_inputs=batch)
+    attached = biofx.transform(TiedReader(), "fuzzy-learning-rates", example_inputs=batch)
+    optimizer = torch.optim.SGD(attached.parameters())
+    biofx.attach(attached, optimizer)
+    by_torch = {"up": ColwiseParallel()}, {"down": RowwiseParallel()}
+    pairs = zip((bio, attached), by_torch, strict=True)
+    errors = [error_of(lambda m=m, p=p: parallelize_module(m, mesh, p)) for m, p in pairs]
+    errors += [error_of(lambda m=m: biofx.parallelize(m, mesh, by_torch[0])) for m in (observed, attached)]
+    return [
+        *errors,
+        error_of(lambda: biofx.parallelize(bio, mesh, {"out": ColwiseParallel(), "tokens": by_torch[0]["up"]})),
+    ]
+
+
+REFUSED_STYLES = [
+    r"weight_synapses.weight of Linear is stored by its synapses.* biofx.parallelize\(bio, mesh, plan\)",
+    r"weight of Linear is stored by its synapses, which a DTensor would replace.* biofx.parallelize",
+    "parallelize: synaptic-scaling needs the graph.* let all parameters and the inputs be DTensors",
+    r"parallelize: an attached optimizer .* biofx.detach\(bio\), parallelize",
+    "parallelize: weight is tied, and the plan cuts it in several ways",
+]
+
+
+def use_styles(rank: int, ranks: int):
+    return {pipeline: styled(rank, ranks, pipeline) for pipeline in STYLED}, refused_styles(rank, ranks)
+
+
+def test_rules_under_tensor_parallelism_do_as_on_one(tmp_path):
+    alone = {pipeline: styled(0, 1, pipeline) for pipeline in STYLED}
+    for found, errors in spawn(use_styles, 2, tmp_path):
+        for pipeline, state in alone.items():
+            for name, value in state.items():
+                torch.testing.assert_close(
+                    found[pipeline][name], value, rtol=1e-7, atol=1e-10, msg=lambda m, k=(pipeline, name): f"{k}: {m}"
+                )
+        for message, error in zip(REFUSED_STYLES, errors, strict=True):
+            assert re.match(f"ArgumentError: {message}", error), error
 
 
 def all_in_parallel(rank: int, ranks: int) -> dict[str, torch.Tensor]:

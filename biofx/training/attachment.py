@@ -73,10 +73,11 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     `DistributedDataParallel(bio)` if you can: its process group is used, and it broadcasts no state of rules before
     each forward any more. Otherwise it is the default group.
 
-    *Shards.* Attach after `fully_shard(bio)`, with an optimizer that is built from its parameters. Rules act on the
-    part of every weight that a process holds, and do what they would on the whole: sums over a weight take an
-    all-reduce, and random numbers follow from the place in the whole. From then on, gains are cut like their weights,
-    and `torch.distributed.checkpoint` saves both. A model with observers is sharded as a whole, not block by block.
+    *Shards.* Attach after `fully_shard(bio)` or `biofx.parallelize`, with an optimizer that is built from its
+    parameters. Rules act on the part of every weight that a process holds, and do what they would on the whole: sums
+    over a weight take an all-reduce, and random numbers follow from the place in the whole. From then on, gains are cut
+    like their weights, and `torch.distributed.checkpoint` saves both. A model with observers is sharded as a whole, not
+    block by block.
 
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
     later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
