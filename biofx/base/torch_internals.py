@@ -7,6 +7,7 @@ changes, and lists the private attributes that are read where they are needed, s
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -194,6 +195,15 @@ def empty_like(graph: fx.Graph) -> fx.Graph:
 def runs_step_hooks(optimizer: Optimizer) -> bool:
     """Whether steps of an optimizer run hooks; `register_step_pre_hook` succeeds where they do not."""
     return getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks")
+
+
+def steps_under_way(optimizer: Optimizer) -> int:
+    """How many steps of an optimizer run on this thread, one in the other; hooks do not hear of one that fails."""
+    wrapper, frame, count = type(optimizer).step.__code__, sys._getframe(1), 0
+    while frame is not None:
+        count += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
 
 
 def run_hooks_next_to_step(optimizer: Optimizer, before: RemovableHandle, after: RemovableHandle) -> None:

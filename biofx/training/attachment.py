@@ -101,7 +101,9 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             optimizers that undo gains whatever these act on; `compile`, where nothing can be compiled. At a step:
             a gradient or weight that is not finite, if a rule acts on it; a gradient that is sparse, or from before the
             attachment; no `backward()` before; a weight whose shape or tensor, or an optimizer whose parameters,
-            changed since. Nothing has happened then.
+            changed since. Nothing has happened then. If the optimizer itself fails in a step, the weights on which
+            gains act are as before it. What else happened stays, as without biofx: in other parameters, in the state of
+            the optimizer, and in gains that `Crystallize` dampened.
 
     Example:
         >>> import biofx, torch

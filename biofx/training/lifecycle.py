@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from biofx.base.errors import LifecycleError
 from biofx.base.randomness import fixed_defaults
 from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
+from biofx.base.torch_internals import steps_under_way
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
@@ -121,6 +122,7 @@ class Lifecycle:
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Before a step: act on gradients, which may come from the closure, whose arguments are returned then."""
         if self._step is not None:
+            self._refuse_after_failure()
             self._nested += 1
             return None
         if _is_skipped(optimizer) or self._trains_nothing():
@@ -148,6 +150,17 @@ class Lifecycle:
             return loss
 
         return (args[0], evaluate_then_prepare), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _refuse_after_failure(self) -> None:
+        """Refuse a step if the one before failed, and was called by a bound method from before the attachment."""
+        if steps_under_way(self.optimizer) != 1:  # none is seen if it is compiled
+            return
+        self.undo()
+        name = type(self.optimizer).__name__
+        raise LifecycleError(
+            f"the last step of {name} failed, and `step` was taken from it before attach, so nobody put the weights "
+            "back. Now they are: call zero_grad() and backward() again, and take `step` after attach"
+        )
 
     @torch.no_grad()
     def _trains_nothing(self) -> bool:

@@ -381,6 +381,41 @@ def test_a_step_that_fails_leaves_signs_as_they_have_to_be():
     biofx.verify(bio)
 
 
+class Nested(Failing):  # whose steps are nested in each other
+    def step(self, closure=None):
+        super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [Failing, Nested])
+@pytest.mark.parametrize("bound", ["before", "after"])
+def test_a_step_bound_before_attach_may_fail(kind, bound):
+    runs = []
+    for fails in (True, False):
+        bio = biofx.transform(network(), [passes.SplitSynapses(2), *GAINS])
+        for bias in ("0.bias", "2.bias"):
+            bio.get_parameter(bias).requires_grad_(False)  # what else the failed step changed
+        optimizer = kind(bio.parameters(), lr=0.1)
+        step = optimizer.step
+        attachment = biofx.attach(bio, optimizer)
+        step = step if bound == "before" else optimizer.step
+        optimizer.fails = fails
+        F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                step()
+            optimizer.fails = False
+            if bound == "before":
+                with pytest.raises(biofx.LifecycleError, match=r"call zero_grad\(\) and backward\(\) again, and take"):
+                    step()
+            step()  # on the same gradient, which was computed before the failure
+        else:
+            step()
+        train(bio, optimizer, 2)
+        attachment.check()
+        runs.append(states(bio, optimizer))
+    assert_same_states(*runs)
+
+
 def test_threads_leave_the_default_dtype_as_it_was():
     runs = [start([passes.Rejuvenate(), *GAINS], "sgd")[:2] for _ in range(2)]
     before = torch.get_default_dtype()
