@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from types import MethodType, TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils.hooks import RemovableHandle
 
@@ -21,7 +22,7 @@ from biofx.base.torch_internals import run_hooks_next_to_step, runs_step_hooks
 from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.provenance import record_of, transformed
 from biofx.model.synapses import Synapses, stored, synapses_in
-from biofx.rewrite.registry import Moment
+from biofx.rewrite.registry import Moment, Pass
 from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
 from biofx.training.lifecycle import Lifecycle, feasible
@@ -143,6 +144,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     if compile:
         for device in {parameter.device for parameter in bio.parameters()}:
             check_compiler(device)
+    _warn_of_torn_layers(bio, optimizer, sites)
     wrapper = wrapper_of(model)
     acting = acting_with(optimizer)
     attachment = Attachment(bio, optimizer, acting, wrapper, compiled=compile)
@@ -227,6 +229,22 @@ def _check_alone(bio: nn.Module, synapses: Mapping[str, Synapses]) -> None:
             raise ArgumentError(
                 f"attach: {name} lies in memory that other processes share, and these would see it {each.shares} times "
                 "as large while the optimizer steps; share a copy, or leave out SplitSynapses"
+            )
+
+
+def _warn_of_torn_layers(bio: fx.GraphModule, optimizer: Optimizer, sites: Collection[str]) -> None:
+    """Tell of weights on which a rule acts together, but of which an optimizer holds only some."""
+    rules = [run.pass_ for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
+    for rule, group in [(each, group) for each in rules for group in each.held_together(bio)]:
+        missing = [name for name in group if name not in sites]
+        present = [name for name in group if name in sites]
+        if missing and present:
+            warnings.warn(
+                f"attach: {rule.name} does not act on {', '.join(present)} together with {', '.join(missing)}, which "
+                f"{type(optimizer).__name__} does not hold. Let one optimizer hold all of them; groups of its "
+                "parameters may have options of their own",
+                UserWarning,
+                stacklevel=3,
             )
 
 
