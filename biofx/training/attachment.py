@@ -80,6 +80,10 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     like their weights, and `torch.distributed.checkpoint` saves both. A model with observers is sharded as a whole, not
     block by block.
 
+    *Steps* are counted in the buffers `<weight>_synapses.steps`, which checkpoints hold. Whoever writes them on a GPU
+    does so by `load_state_dict` or `copy_`: a write by way of `.data` goes unnoticed there, so that rules with
+    `every=…` act at other steps.
+
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
     later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
     `attach` fails, model and optimizers are as they were.

@@ -361,6 +361,19 @@ def test_hooks_of_others_see_what_the_optimizer_is_not_shown(first):
         torch.testing.assert_close(found, expected)
 
 
+def test_steps_written_by_way_of_data_count():
+    bio = biofx.transform(network(), [passes.Crystallize(every=10)])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    train(bio, optimizer, 1)
+    for layer in (bio[0], bio[2]):
+        layer.weight_synapses.steps.data.fill_(9)  # as some loops restore what they saved
+    before = bio[0].weight_synapses.gain.clone()
+    train(bio, optimizer, 1)
+    assert int(bio[0].weight_synapses.steps) == 10
+    assert not torch.equal(bio[0].weight_synapses.gain, before)
+
+
 class Failing(torch.optim.SGD):
     fails = False
 
