@@ -90,8 +90,6 @@ def train_data_parallel(name: str, rank: int, ranks: int) -> dict[str, torch.Ten
     model = DistributedDataParallel(bio) if ranks > 1 else bio
     if attached != "before":
         biofx.attach(model if attached == "wrapper" else bio, optimizer)
-    if attached == "wrapper" and ranks > 1:
-        assert not model.broadcast_buffers  # there are no others than those of rules
     torch.manual_seed(1)
     labels = torch.arange(32) % 4
     for batch in torch.randn(STEPS, 32, 6, dtype=torch.float64):
@@ -99,6 +97,9 @@ def train_data_parallel(name: str, rank: int, ranks: int) -> dict[str, torch.Ten
         for images, own in zip(batch.chunk(2), labels.chunk(2), strict=True):
             F.cross_entropy(model(images.chunk(ranks)[rank]), own.chunk(ranks)[rank]).backward()
         optimizer.step()
+    if ranks > 1:
+        assert not model.broadcast_buffers  # there are no others than those of rules
+        assert not biofx.fold(bio)._forward_pre_hooks  # by which the wrapper was found
     return bio.state_dict()
 
 

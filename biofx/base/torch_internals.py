@@ -23,6 +23,7 @@ from torch.fx.graph_module import reduce_graph_module
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as modules
 from torch.nn.modules.module import _WrappedHook as HookWithModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -214,6 +215,11 @@ def run_hooks_next_to_step(optimizer: Optimizer, before: RemovableHandle, after:
 
 
 # --- compiling and exporting -----------------------------------------------------------------------------------------
+
+
+def wrapper_under_way() -> DistributedDataParallel | None:
+    """The data-parallel wrapper whose forward runs; nothing public tells the model that is inside."""
+    return DistributedDataParallel._active_ddp_module
 
 
 def recompile_limit(limit: int) -> AbstractContextManager[None]:

@@ -26,7 +26,7 @@ from biofx.rewrite.registry import Moment, Pass
 from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
 from biofx.training.lifecycle import Lifecycle, feasible
-from biofx.training.ranks import stop_broadcasts, wrapper_of
+from biofx.training.ranks import data_parallel_groups, note_wrapper, stop_broadcasts, wrapper_of
 from biofx.training.sharding import check_shards, cut_state
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.wrappers import held, innermost, inside
@@ -71,8 +71,8 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
 
     *Data parallelism.* Ranks stay equal, and do what one process would with the whole batch: what observers saw is
     averaged over ranks, in one all-reduce at the steps at which a rule reads it. Attach the
-    `DistributedDataParallel(bio)` if you can: its process group is used, and it broadcasts no state of rules before
-    each forward any more. Otherwise it is the default group.
+    `DistributedDataParallel(bio)`, or `bio` before or after it is wrapped: the process group of the wrapper is used,
+    and it broadcasts no state of rules before each forward any more. Without a wrapper it is the default group.
 
     *Shards.* Attach after `fully_shard(bio)` or `biofx.parallelize`, with an optimizer that is built from its
     parameters. Rules act on the part of every weight that a process holds, and do what they would on the whole: sums
@@ -256,6 +256,7 @@ class Attachment(Lifecycle):
     """The connection between a transformed model and an optimizer; `biofx.attach` makes it."""
 
     _hooks: tuple[RemovableHandle, ...] = ()
+    _hooks_of_model: tuple[RemovableHandle, ...] = ()
     _guarded: MethodType | None = None
     _step_before: Any = None  # a `step` that somebody else has set on the optimizer
 
@@ -267,6 +268,8 @@ class Attachment(Lifecycle):
             before, after = torch.compiler.disable(self.before), torch.compiler.disable(self.after)
             self._hooks = (self.optimizer.register_step_pre_hook(before),)
             self._hooks += (self.optimizer.register_step_post_hook(after),)  # if this fails, the first is known
+            if data_parallel_groups(None, ()):
+                self._hooks_of_model = (self.bio.register_forward_pre_hook(note_wrapper),)
             self.note_early_gradients()
             self._step_before = vars(self.optimizer).get("step")
             self._guarded = self._with_undo(self.optimizer)
@@ -329,9 +332,9 @@ class Attachment(Lifecycle):
         learning = {name: synapses for name, synapses in learning.items() if name not in given}
         self.hold(sites, learning)
         if self.held <= parameters or not (sites or learning):
-            for hook in self._hooks:
+            for hook in (*self._hooks, *self._hooks_of_model):
                 hook.remove()
-            self._hooks = ()
+            self._hooks = self._hooks_of_model = ()
             if self._guarded is not None and vars(self.optimizer).get("step") is self._guarded:
                 del self.optimizer.step
                 if self._step_before is not None:

@@ -58,6 +58,7 @@ class Lifecycle:
         learning: the synapses on whose learning gains act, by the weight's name.
         held: the parameters of the optimizer, by id.
         finite: what is known of gradients and weights that were not finite.
+        wrapper: the data-parallel wrapper of the model, if it is known.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Lifecycle:
         self.bio = bio
         self.optimizer = optimizer
         self.acting = acting
-        self._wrapper = wrapper
+        self.wrapper = wrapper
         self._compiled = compiled
         self._observed = {
             (id(synapses), key) for path, key in observers_in(bio.graph) for synapses in [bio.get_submodule(path)]
@@ -191,7 +192,7 @@ class Lifecycle:
         self._refuse_early_gradients()
         if self._rules and weights:
             self._step.finite = self.finite.look(weights)
-            groups = data_parallel_groups(self._wrapper, [weight.site.raw for weight in weights])
+            groups = data_parallel_groups(self.wrapper, [weight.site.raw for weight in weights])
             average_(self._read_now(weights), groups)
         self._act(weights, self._step.finite, before_step=True)
         scale = _gradient_scale(self.optimizer)

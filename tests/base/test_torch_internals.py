@@ -359,6 +359,22 @@ def test_call_untraced(monkeypatch):
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
+def test_wrapper_under_way():
+    found = []
+
+    class Wrapper(nn.parallel.DistributedDataParallel):
+        def __init__(self):  # without processes
+            nn.Module.__init__(self)
+            self.module = nn.Identity()
+            self._use_python_reducer = False
+
+    wrapper = Wrapper()
+    wrapper.module.register_forward_pre_hook(lambda *_: found.append(internals.wrapper_under_way()))
+    wrapper._run_ddp_forward(torch.ones(1))
+    assert found == [wrapper]
+    assert internals.wrapper_under_way() is None
+
+
 def test_steps_under_way():
     class Inner(torch.optim.SGD):
         pass
