@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import biofx
 from biofx import passes
-from biofx.base.shards import is_sharded
+from biofx.base.shards import is_sharded, local
 from biofx.training import attachment
 from models.small import mlp
 
@@ -427,6 +427,11 @@ def styled(rank: int, ranks: int, pipeline: str) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         F.cross_entropy(bio(batch), batch.roll(1)).backward()
         optimizer.step()
+    biofx.verify(bio)
+    with torch.no_grad():
+        local(bio.down.weight_synapses.weight).mul_(-1)
+    is_signed = "dales-principle," in pipeline or "interneurons" in pipeline  # by other means than magnitudes
+    assert error_of(lambda: biofx.verify(bio)).startswith("VerificationError" if is_signed else "no error")
     return whole(bio)
 
 
