@@ -449,6 +449,8 @@ def refused_styles(rank: int, ranks: int) -> list[str]:
     pairs = zip((bio, attached), by_torch, strict=True)
     errors = [error_of(lambda m=m, p=p: parallelize_module(m, mesh, p)) for m, p in pairs]
     errors += [error_of(lambda m=m: biofx.parallelize(m, mesh, by_torch[0])) for m in (observed, attached)]
+    plain = parallelize_module(nn.Linear(4, 4), mesh, ColwiseParallel())
+    errors.append(error_of(lambda: biofx.transform(plain, "crystallize")))
     return [
         *errors,
         error_of(lambda: biofx.parallelize(bio, mesh, {"out": ColwiseParallel(), "tokens": by_torch[0]["up"]})),
@@ -460,6 +462,7 @@ REFUSED_STYLES = [
     r"weight of Linear is stored by its synapses, which a DTensor would replace.* biofx.parallelize",
     "parallelize: synaptic-scaling needs the graph.* let all parameters and the inputs be DTensors",
     r"parallelize: an attached optimizer .* biofx.detach\(bio\), parallelize",
+    r"weight is a DTensor; transform the original model, then cut the result: biofx.parallelize\(bio, mesh, plan\)",
     "parallelize: weight is tied, and the plan cuts it in several ways",
 ]
 
