@@ -45,6 +45,7 @@ from biofx.rewrite.verification import verify
 from biofx.saving import load, save
 from biofx.training.attachment import Attachment, attach, detach
 from biofx.training.history import History, record
+from biofx.training.sharding import parallelize
 
 __version__ = version("biofx")
 
@@ -76,6 +77,7 @@ __all__ = [
     "load",
     "noise",
     "operators",
+    "parallelize",
     "passes",
     "plot",
     "record",

@@ -117,7 +117,32 @@ def transform(
     chosen = as_passes(passes)
     if frontend not in FRONTENDS:
         raise ArgumentError(f"frontend must be one of {', '.join(map(repr, FRONTENDS))}, got {frontend!r}")
-    seed, patterns, printer = _seed(seed), _patterns(exclude), _printer(print_between)
+    request = Request((*chosen,), frontend, _patterns(exclude), _seed(seed), example_inputs is not None)
+    printer = _printer(print_between)
+    return build(model, request, example_inputs, inplace=inplace, verify=verify, printer=printer)
+
+
+def build(
+    model: nn.Module,
+    request: Request,
+    example_inputs: Any,
+    *,
+    inplace: bool,
+    verify: bool,
+    printer: pipeline.Printer | None = None,
+    values_follow: bool = False,
+) -> fx.GraphModule:
+    """Compile a model as a valid request says; errors as of `transform`.
+
+    Args:
+        model: the model.
+        request: the passes, the front end, the seed …
+        example_inputs: as for `transform`.
+        inplace: as for `transform`.
+        verify: as for `transform`.
+        printer: called with the graph's text after each pass.
+        values_follow: whether the caller replaces all values, so that no pass need compute what it can do without.
+    """
     again = is_transformed(model)
     if again:
         refuse_sharded(transformed(model))
@@ -135,28 +160,40 @@ def transform(
         if source is not model and understood is not None:
             _refuse_reads_of_original(model, understood)
         old: Guard | None = vars(source).pop(GUARD, None)  # of an earlier transform
-        if again:
-            bio = source
-        else:
-            concrete = example_inputs if understood is None or not is_function(example_inputs) else understood.arguments
-            weights = declared(source)[0] if understood is None else understood.weights
-            bio = FRONTENDS[frontend](source, concrete, weights, None if understood is None else understood.run)
+        bio = source if again else _captured(source, request.frontend, example_inputs, understood)
         assert isinstance(bio, fx.GraphModule)
         remember(bio, understood)
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer
         if expected is not None and bio is not source and is_repeatable:
             _check_outputs(bio, example_inputs, expected)
-        excluded = _excluded(bio, patterns)
+        excluded = _excluded(bio, request.exclude)
         _check_weights(bio, excluded)
-        outputs = pipeline.run(bio, chosen, excluded, seed, understood, check=verify, print_between=printer)
-        record_of(bio).requests.append(Request((*chosen,), frontend, patterns, seed, example_inputs is not None))
+        outputs = pipeline.run(
+            bio,
+            request.passes,  # type: ignore[arg-type]  # the record knows less of passes
+            excluded,
+            request.seed,
+            understood,
+            check=verify,
+            print_between=printer,
+            values_follow=values_follow,
+        )
+        record_of(bio).requests.append(request)
         if not is_one_island(bio):
-            guard = Guard(bio, _checked(frontend, understood) if old is None else old.structures)
+            guard = Guard(bio, _checked(request.frontend, understood) if old is None else old.structures)
             if understood is not None and not guard.needs_graph:
                 _check_python(bio, understood.run, outputs)
             vars(bio)[GUARD] = guard
     return bio
+
+
+def _captured(source: nn.Module, frontend: str, inputs: Any, understood: Understanding | None) -> fx.GraphModule:
+    """A model as a graph."""
+    if understood is None:
+        return FRONTENDS[frontend](source, inputs, declared(source)[0], None)
+    concrete = understood.arguments if is_function(inputs) else inputs
+    return FRONTENDS[frontend](source, concrete, understood.weights, understood.run)
 
 
 def _checked(frontend: str, understood: Understanding | None) -> frozenset[Structure] | None:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from biofx.base.errors import ArgumentError, SavingError
 from biofx.base.option_values import read_option, written_options
 from biofx.base.packages import require
-from biofx.compiler import transform
+from biofx.compiler import build
 from biofx.model.fingerprint import fingerprint
 from biofx.model.provenance import Request, is_transformed, record_of, shapes, transformed
 from biofx.model.synapses import synapses_in
@@ -110,16 +110,7 @@ def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> fx
         _refuse_difference(model, document["parameters"], _written_shapes(shapes(model.named_parameters())))
     bio: Any = model
     for request in requests:
-        bio = transform(
-            bio,
-            request.passes,  # type: ignore[arg-type]
-            example_inputs=example_inputs,
-            frontend=request.frontend,
-            exclude=request.exclude,
-            seed=request.seed,
-            inplace=bio is not model,
-            verify=False,  # what passes draw is replaced
-        )
+        bio = build(bio, request, example_inputs, inplace=bio is not model, verify=False, values_follow=True)
     hint = ""
     if example_inputs is None and any(request.has_inputs for request in requests):
         hint = "; it was transformed with example_inputs, so give load example_inputs as well"

@@ -5,7 +5,7 @@ $$u_i \leftarrow \eta\, u_i + (1 - \eta)\, \lvert h_i \rvert \sum_k \lvert w_{ki
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -75,8 +75,8 @@ class ContinualBackprop(Pass):
     left alone here. A new synapse takes over the gain of its place. Normalisation parameters and statistics stay; what
     normalises over units (layer and group norm, softmax, spectral norm) lets the others notice that one is replaced.
 
-    *Several optimizers.* A layer acts where one optimizer holds all its weights. What another optimizer remembers of a
-    bias stays.
+    *Several optimizers.* A layer acts where one optimizer holds all its weights; for another one, `attach` warns. What
+    another optimizer remembers of a bias stays.
 
     The final version of the paper has this utility; earlier ones, and the authors' code, correct it for the mean
     activity (and move that into the next bias), divide it by the incoming weights, correct it for its start at 0, or
@@ -203,6 +203,15 @@ class ContinualBackprop(Pass):
         mask = mask & looked
         replaced += mask.sum()
         return mask
+
+    def held_together(self, bio: nn.Module) -> Iterable[Collection[str]]:
+        """The weights that lead into the units of each layer, and those that read them."""
+        layers: dict[str, dict[str, None]] = {}
+        for name, synapses in synapses_in(bio).items():
+            for key in synapses.users:
+                if key.startswith((INTO, OUT_OF)):
+                    layers.setdefault(key.removeprefix(INTO).removeprefix(OUT_OF), {})[name] = None
+        return layers.values()
 
     def violations(self, site: WeightSite) -> Iterator[str]:
         """Utilities are sums of magnitudes."""

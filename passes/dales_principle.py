@@ -307,7 +307,7 @@ class DalesPrinciple(Pass):
         kept, energy = map(sum, zip(*agreeing.values(), strict=True)) if agreeing else (0.0, 0.0)
         if energy:
             model.note(f"{self.name}: {kept / energy:.0%} of the energy of the weights had the signs of their units")
-        if self.balance is False:
+        if self.balance is False or model.values_follow:  # to balance takes most of the time
             for name, site in sites.items():
                 sign = site.spread_presynaptic(signs[name]).to(site.raw)
                 model.edits[name].replace_raw(torch.where(sign == 0, site.raw, site.raw.abs() * sign))

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import biofx
 from biofx import passes
-from biofx.base.shards import is_sharded
+from biofx.base.shards import is_sharded, local
 from biofx.training import attachment
 from models.small import mlp
 
@@ -34,6 +34,7 @@ OPTIONS = {
     "l1-regularization": {"strength": 1e-4},
 }
 STEPS = 20
+OBSERVED = (".seen", ".active")  # what observers saw since the last step, on a share or the whole
 DALE, MIRRORED, INTERNEURONS = "dales-principle", "mirror-units", "inhibitory-interneurons"  # exclude each other
 
 
@@ -89,8 +90,6 @@ def train_data_parallel(name: str, rank: int, ranks: int) -> dict[str, torch.Ten
     model = DistributedDataParallel(bio) if ranks > 1 else bio
     if attached != "before":
         biofx.attach(model if attached == "wrapper" else bio, optimizer)
-    if attached == "wrapper" and ranks > 1:
-        assert not model.broadcast_buffers  # there are no others than those of rules
     torch.manual_seed(1)
     labels = torch.arange(32) % 4
     for batch in torch.randn(STEPS, 32, 6, dtype=torch.float64):
@@ -98,6 +97,9 @@ def train_data_parallel(name: str, rank: int, ranks: int) -> dict[str, torch.Ten
         for images, own in zip(batch.chunk(2), labels.chunk(2), strict=True):
             F.cross_entropy(model(images.chunk(ranks)[rank]), own.chunk(ranks)[rank]).backward()
         optimizer.step()
+    if ranks > 1:
+        assert not model.broadcast_buffers  # there are no others than those of rules
+        assert not biofx.fold(bio)._forward_pre_hooks  # by which the wrapper was found
     return bio.state_dict()
 
 
@@ -111,7 +113,7 @@ def test_data_parallel_ranks_agree_with_one_process(tmp_path):
     for name, alone in trained.items():
         for key, value in alone.items():
             assert torch.equal(first[name][key], second[name][key]), f"{name}: {key}"
-            if not key.endswith((".seen", ".active")):  # sums of a whole batch, or its mean over ranks
+            if not key.endswith(OBSERVED):  # sums of a whole batch, or its mean over ranks
                 torch.testing.assert_close(
                     first[name][key], value, rtol=1e-7, atol=1e-10, msg=lambda m, k=key, n=name: f"{n}: {k}: {m}"
                 )
@@ -240,7 +242,7 @@ def test_rules_do_on_shards_what_they_do_on_whole_weights(tmp_path):
     for rank, found in enumerate(spawn(train_all_sharded, 3, tmp_path)):
         for name in TRAINED:
             for key, value in trained[name].items():
-                if not key.endswith((".seen", ".active")):
+                if not key.endswith(OBSERVED):
                     torch.testing.assert_close(
                         found[name][key], value, rtol=1e-7, atol=1e-9, msg=lambda m, k=key, n=name: f"{n}: {k}: {m}"
                     )
@@ -327,8 +329,7 @@ def refusals(rank: int, ranks: int) -> dict[str, str]:
         bio(torch.ones(2, 6).double())
     found["unsharded"] = error_of(optimizer.step)
     bio.reshard()
-    observed = (".seen", ".active")
-    assert all(torch.equal(x, before[name]) for name, x in whole(bio).items() if not name.endswith(observed))
+    assert all(torch.equal(x, before[name]) for name, x in whole(bio).items() if not name.endswith(OBSERVED))
     train_sharded("mirrored units", rank, ranks, bio, optimizer, range(1))
     optimizer = torch.optim.SGD(copy.deepcopy(transformed("mirrored units")).parameters())
     found["made before"] = error_of(lambda: biofx.attach(bio, optimizer))
@@ -349,6 +350,8 @@ SMOOTH = "softplus" if torch.__version__ >= (2, 13) else "abs"  # before, DTenso
 TENSOR_PARALLEL = {
     "split-synapses,dales-principle,fuzzy-learning-rates,crystallize,rejuvenate{dre=6.0}": True,
     "split-synapses,dales-principle{constraint=abs},l1-regularization": True,
+    "split-synapses,synaptic-scaling,fuzzy-learning-rates{distribution=activity,every=2}": True,
+    "synaptic-scaling{on=weight}": True,
     f"split-synapses,dales-principle{{constraint={SMOOTH}}},fuzzy-learning-rates{{dtype=uint8}}": False,
     "split-synapses,fuzzy-learning-rates{dtype=unstored},volume-dependent-learning-rates": False,
 }
@@ -358,18 +361,16 @@ def tensor_parallel(rank: int, ranks: int, pipeline: str) -> dict[str, torch.Ten
     """Train with the first weight cut along its postsynaptic axis, and the others along their presynaptic axis."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     torch.manual_seed(0)
     bio = biofx.transform(mlp(6, 8, 8, 4).double(), pipeline, verify=False)
     batches = torch.randn(4, 8, 6, dtype=torch.float64)
     if ranks > 1:
         mesh = init_device_mesh("cpu", (ranks,))
-        error = error_of(lambda: parallelize_module(copy.deepcopy(bio), mesh, {"0": ColwiseParallel()}))
-        assert error.startswith("ArgumentError: weight_synapses.weight of Linear is stored by its synapses"), error
         for name, module in bio.named_modules():
             for key, parameter in [*module.named_parameters(recurse=False)]:
-                cut = Shard(1 if name.startswith("0") else 2) if name.endswith("_synapses") else Replicate()
+                axis = (not name.startswith("0")) + parameter.dim() - 2
+                cut = Shard(axis) if name.endswith("_synapses") else Replicate()
                 module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [cut])))
         batches = [distribute_tensor(batch, mesh, [Replicate()]) for batch in batches]
     optimizer = (torch.optim.AdamW if TENSOR_PARALLEL[pipeline] else torch.optim.SGD)(bio.parameters(), lr=0.01)
@@ -380,6 +381,106 @@ def tensor_parallel(rank: int, ranks: int, pipeline: str) -> dict[str, torch.Ten
         bio(batch).square().mean().backward()
         optimizer.step()
     return whole(bio)
+
+
+STYLED = [
+    "split-synapses,dales-principle,fuzzy-learning-rates,crystallize,rejuvenate{dre=6.0}",
+    "fuzzy-learning-rates{distribution=weight_adaptive},rejuvenate{dre=6.0},l1-regularization",
+    "volume-dependent-learning-rates,dales-principle{constraint=abs}",
+    "inhibitory-interneurons,exponentiated-gradient",
+]
+
+
+class TiedReader(nn.Module):
+    """Layers for both styles: tokens in and out by one weight, and two linear layers between."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(6, 4)
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.out = nn.Linear(4, 6, bias=False)
+        self.out.weight = self.tokens.weight
+
+    def forward(self, tokens):
+        return self.out(self.down(torch.relu(self.up(self.tokens(tokens)))))
+
+
+def styled(rank: int, ranks: int, pipeline: str) -> dict[str, torch.Tensor]:
+    """Train a model that was cut by the styles of PyTorch."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    torch.manual_seed(0)
+    batches = torch.randint(6, (4, 8))
+    bio = biofx.transform(TiedReader().double(), pipeline, example_inputs=batches[0], verify=False)
+    if ranks > 1:
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "out": ColwiseParallel(output_layouts=Replicate())}
+        plan["tokens"] = RowwiseParallel(input_layouts=Replicate())
+        order = [*bio.state_dict()]
+        biofx.parallelize(bio, init_device_mesh("cpu", (ranks,)), plan)
+        assert [*bio.state_dict()] == order
+        assert all(is_sharded(parameter) for parameter in bio.parameters())
+    optimizer = torch.optim.AdamW(bio.parameters(), lr=0.01)
+    biofx.attach(bio, optimizer)
+    for batch in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(bio(batch), batch.roll(1)).backward()
+        optimizer.step()
+    biofx.verify(bio)
+    with torch.no_grad():
+        local(bio.down.weight_synapses.weight).mul_(-1)
+    is_signed = "dales-principle," in pipeline or "interneurons" in pipeline  # by other means than magnitudes
+    assert error_of(lambda: biofx.verify(bio)).startswith("VerificationError" if is_signed else "no error")
+    return whole(bio)
+
+
+def refused_styles(rank: int, ranks: int) -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh, batch = init_device_mesh("cpu", (ranks,)), torch.arange(6)
+    bio = biofx.transform(TiedReader(), "split-synapses", example_inputs=batch)
+    observed = biofx.transform(TiedReader(), "synaptic-scaling", example_inputs=batch)
+    attached = biofx.transform(TiedReader(), "fuzzy-learning-rates", example_inputs=batch)
+    optimizer = torch.optim.SGD(attached.parameters())
+    biofx.attach(attached, optimizer)
+    by_torch = {"up": ColwiseParallel()}, {"down": RowwiseParallel()}
+    pairs = zip((bio, attached), by_torch, strict=True)
+    errors = [error_of(lambda m=m, p=p: parallelize_module(m, mesh, p)) for m, p in pairs]
+    errors += [error_of(lambda m=m: biofx.parallelize(m, mesh, by_torch[0])) for m in (observed, attached)]
+    plain = parallelize_module(nn.Linear(4, 4), mesh, ColwiseParallel())
+    errors.append(error_of(lambda: biofx.transform(plain, "crystallize")))
+    return [
+        *errors,
+        error_of(lambda: biofx.parallelize(bio, mesh, {"out": ColwiseParallel(), "tokens": by_torch[0]["up"]})),
+    ]
+
+
+REFUSED_STYLES = [
+    r"weight_synapses.weight of Linear is stored by its synapses.* biofx.parallelize\(bio, mesh, plan\)",
+    r"weight of Linear is stored by its synapses, which a DTensor would replace.* biofx.parallelize",
+    "parallelize: synaptic-scaling needs the graph.* let all parameters and the inputs be DTensors",
+    r"parallelize: an attached optimizer .* biofx.detach\(bio\), parallelize",
+    r"weight is a DTensor; transform the original model, then cut the result: biofx.parallelize\(bio, mesh, plan\)",
+    "parallelize: weight is tied, and the plan cuts it in several ways",
+]
+
+
+def use_styles(rank: int, ranks: int):
+    return {pipeline: styled(rank, ranks, pipeline) for pipeline in STYLED}, refused_styles(rank, ranks)
+
+
+def test_rules_under_tensor_parallelism_do_as_on_one(tmp_path):
+    alone = {pipeline: styled(0, 1, pipeline) for pipeline in STYLED}
+    for found, errors in spawn(use_styles, 2, tmp_path):
+        for pipeline, state in alone.items():
+            for name, value in state.items():
+                torch.testing.assert_close(
+                    found[pipeline][name], value, rtol=1e-7, atol=1e-10, msg=lambda m, k=(pipeline, name): f"{k}: {m}"
+                )
+        for message, error in zip(REFUSED_STYLES, errors, strict=True):
+            assert re.match(f"ArgumentError: {message}", error), error
 
 
 def all_in_parallel(rank: int, ranks: int) -> dict[str, torch.Tensor]:
@@ -406,7 +507,8 @@ def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
         for name, value in alone.items():
             torch.testing.assert_close(gains[name], value, rtol=1e-7, atol=1e-10)
         for name, value in one.items():
-            torch.testing.assert_close(parallel[name], value, rtol=1e-7, atol=1e-10)
+            if not name.endswith(OBSERVED):
+                torch.testing.assert_close(parallel[name], value, rtol=1e-7, atol=1e-10, msg=lambda m, n=name: n + m)
         for name, message in {
             "observed blocks": r"ArgumentError: attach: 0 is sharded as a block .* fully_shard\(bio\)",
             "another rule": "ArgumentError: attach: 0.weight is sharded, and halve does not say .* works_on_shards",

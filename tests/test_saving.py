@@ -94,6 +94,13 @@ def test_a_loaded_model_goes_on_bit_for_bit(pipeline, frontend, tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_load_balances_no_weights(tmp_path, monkeypatch):
+    bio = biofx.transform(mlp(6, 30, 4), "split-synapses,dales-principle")
+    biofx.save(bio, tmp_path / "m")
+    monkeypatch.delattr("biofx.passes.dales_principle.balance")  # nine tenths of the time of load, for no use
+    assert_same(bio, biofx.load(tmp_path / "m", mlp(6, 30, 4)))
+
+
 def test_dtypes_memory_formats_modes_and_frozen_weights_return(tmp_path):
     bio = biofx.transform(ConvNet(), "fuzzy-learning-rates").to(torch.bfloat16, memory_format=torch.channels_last)
     bio.norm.eval()

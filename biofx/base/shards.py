@@ -85,18 +85,42 @@ def shard_of(name: str, tensor: Any) -> Shard:
     if not cuts:
         return Shard(tensor.shape)
     axis = cuts[0][1].dim
-    start, length = 0, tensor.shape[axis]
-    for which, _ in cuts:
-        size = -(-length // mesh.size(which))
-        offset = min(size * mesh.get_local_rank(which), length)
-        start, length = start + offset, min(size, length - offset)
+    start, length = _place(tensor, axis)
     return Shard(tensor.shape, axis, start, length, tuple(mesh.get_group(which) for which, _ in cuts))
+
+
+def _place(tensor: Any, axis: int) -> tuple[int, int]:
+    """Where the part of a DTensor that this process holds begins on an axis, and how long it is there."""
+    mesh, start, length = tensor.device_mesh, 0, tensor.shape[axis]
+    for which, placement in enumerate(tensor.placements):
+        if placement.is_shard(axis):
+            size = -(-length // mesh.size(which))
+            offset = min(size * mesh.get_local_rank(which), length)
+            start, length = start + offset, min(size, length - offset)
+    return start, length
 
 
 @torch.no_grad()
 def local(tensor: Any) -> Tensor:
     """What this process holds of a tensor: what is written into it reaches the tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def part_along(tensor: Any, axis: int) -> tuple[Tensor, slice]:
+    """What this process holds of an activity that is a DTensor, and which indices of an axis these are.
+
+    What no process holds, as it is a sum over them, becomes whole, and all ranks wait for each other.
+
+    Args:
+        tensor: the activity.
+        axis: an axis of it.
+    """
+    from torch.distributed.tensor import Replicate
+
+    known = [p if p.is_replicate() or type(p).__name__ == "Shard" else Replicate() for p in tensor.placements]
+    tensor = tensor if known == [*tensor.placements] else tensor.redistribute(placements=known)
+    start, length = _place(tensor, axis % tensor.dim())
+    return tensor.to_local(), slice(start, start + length)
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

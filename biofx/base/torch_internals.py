@@ -7,6 +7,7 @@ changes, and lists the private attributes that are read where they are needed, s
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from torch.fx.graph_module import reduce_graph_module
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as modules
 from torch.nn.modules.module import _WrappedHook as HookWithModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -196,6 +198,15 @@ def runs_step_hooks(optimizer: Optimizer) -> bool:
     return getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks")
 
 
+def steps_under_way(optimizer: Optimizer) -> int:
+    """How many steps of an optimizer run on this thread, one in the other; hooks do not hear of one that fails."""
+    wrapper, frame, count = type(optimizer).step.__code__, sys._getframe(1), 0
+    while frame is not None:
+        count += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
+
+
 def run_hooks_next_to_step(optimizer: Optimizer, before: RemovableHandle, after: RemovableHandle) -> None:
     """Let one hook be the last before a step, and one the first after it; hooks run in the order of registration."""
     hooks: tuple[Any, Any] = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
@@ -204,6 +215,11 @@ def run_hooks_next_to_step(optimizer: Optimizer, before: RemovableHandle, after:
 
 
 # --- compiling and exporting -----------------------------------------------------------------------------------------
+
+
+def wrapper_under_way() -> DistributedDataParallel | None:
+    """The data-parallel wrapper whose forward runs; nothing public tells the model that is inside."""
+    return DistributedDataParallel._active_ddp_module
 
 
 def recompile_limit(limit: int) -> AbstractContextManager[None]:

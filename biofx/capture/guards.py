@@ -105,6 +105,11 @@ class Guard:
         self.watch(bio)
 
     @property
+    def reason(self) -> str | None:
+        """Why the model's Python cannot replace the graph; None if it can."""
+        return self._needs
+
+    @property
     def needs_graph(self) -> bool:
         """Whether the model's Python cannot replace the graph."""
         return self._needs is not None

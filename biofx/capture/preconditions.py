@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from biofx.base.errors import ArgumentError
 from biofx.base.modules import check_module
+from biofx.base.shards import is_sharded
 from biofx.capture.captured_module import RESERVED
 from biofx.model.provenance import RECORD
 
@@ -59,6 +60,12 @@ def refuse_sharded(model: nn.Module) -> None:
             raise ArgumentError(
                 f"{path or 'model'} is sharded (FSDP); transform the original model, then shard the result: "
                 "fully_shard(bio)"
+            )
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ArgumentError(
+                f"{name} is a DTensor; transform the original model, then cut the result: "
+                "biofx.parallelize(bio, mesh, plan), or fully_shard(bio)"
             )
 
 

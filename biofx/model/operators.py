@@ -22,7 +22,7 @@ from biofx.base import rule_code
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.gains import decoded, drawn
 from biofx.base.noise import Counter
-from biofx.base.shards import is_sharded, local, placed_like
+from biofx.base.shards import is_sharded, local, part_along, placed_like
 from biofx.base.torch_internals import (
     below_autograd,
     below_transform,
@@ -62,6 +62,9 @@ class _Hook:
 
 _HOOKS: dict[str, _Hook] = {}  # by the operator's name without its overload
 _VERSION = re.compile(r"__\d+$")  # behind the name of an operator that was defined again
+
+
+_OBSERVERS: list[str] = []  # the full names of those that cannot look at DTensors yet
 
 
 @dataclass
@@ -482,6 +485,7 @@ def observer(name: str) -> Callable[[Observation], Observation]:
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None, lib=_LIBRARY)
         operator = getattr(torch.ops.biofx, name)
+        _OBSERVERS.append(f"{NAMESPACE}::{name}")
 
         def below_transform(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
             axis = _from_behind(unit_axis, activity)
@@ -494,6 +498,21 @@ def observer(name: str) -> Callable[[Observation], Observation]:
         return look
 
     return define
+
+
+def observe_shards() -> None:
+    """Let observers look at DTensors: every process at its part, so that the mean of their states is that of all."""
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    while _OBSERVERS:
+        torch.library.register_torch_dispatch(_OBSERVERS.pop(), DTensor, _look_at_part)
+
+
+def _look_at_part(cls: Any, operator: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    activity, state, unit_axis, training = args
+    if training:
+        part, units = part_along(activity, unit_axis)
+        operator(part, local(state)[..., units], unit_axis, training)
 
 
 def _from_behind(axis: int, activity: Tensor) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from biofx.base.errors import ArgumentError, CaptureError
+from biofx.base.shards import is_sharded
 from biofx.model import weight_cache
 from biofx.model.synapses import CHILD, Synapses, child_of
 from biofx.model.weight_tensors import FOLD, LOST, WeightTensor
@@ -132,9 +133,14 @@ class HasSynapses:
         if "." in name:  # of `module.named_parameters()`, by which parallelize_module replaces parameters
             raise ArgumentError(
                 f"{name} of {type(self).__name__} is stored by its synapses, which parallelize_module does not look "
-                "for; use torch.distributed.fsdp.fully_shard, or register a DTensor as that parameter of that child"
+                "for; use biofx.parallelize(bio, mesh, plan)"
             )
         child = _synapses_of(self, name)
+        if child is not None and is_sharded(param) and not is_sharded(child.stored):
+            raise ArgumentError(
+                f"{name} of {type(self).__name__} is stored by its synapses, which a DTensor would replace; use "
+                "biofx.parallelize(bio, mesh, plan), or register a DTensor as the parameter of the synapses"
+            )
         if child is not None and param is not child.stored:
             del vars(self)["_modules"][CHILD.format(name)]
         if child is None or param is not child.stored:

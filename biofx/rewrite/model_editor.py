@@ -28,6 +28,7 @@ class ModelEditor:
         excluded: parameters that no pass may touch, each with the reason.
         understood: the analysis of the model's last recorded run; None if the model could not be run.
         seed: seed of all random draws.
+        values_follow: whether all values are replaced afterwards, as by saved ones, so that none need be good.
     """
 
     def __init__(
@@ -37,10 +38,13 @@ class ModelEditor:
         seed: int,
         excluded: dict[str, str],
         understood: Understanding | None,
+        *,
+        values_follow: bool = False,
     ) -> None:
         self.bio = bio
         self.understood = understood
         self.seed = seed
+        self.values_follow = values_follow
         self.excluded = excluded
         self.all_sites = find_weights(bio).sites
         self.sites: dict[str, WeightSite] = {n: site for n, site in self.all_sites.items() if n not in excluded}

@@ -38,6 +38,7 @@ def run(
     *,
     check: bool,
     print_between: Printer | None = None,
+    values_follow: bool = False,
 ) -> list[Tensor] | None:
     """Run passes on a captured model in canonical order: from the operator inwards.
 
@@ -53,6 +54,7 @@ def run(
             function are checked on the same run.
         check: verify the model after each pass.
         print_between: called with the graph's text after each pass.
+        values_follow: whether the caller replaces all values afterwards.
 
     Returns:
         The model's outputs, if they are repeatable and every pass preserved them; else None.
@@ -70,7 +72,7 @@ def run(
         if run is not None and outputs is None and pass_.preserves_function:  # an earlier pass changed them
             outputs = _outputs(bio, pass_, run)
         with fixed_defaults():
-            editor = ModelEditor(bio, pass_, seed, excluded, understood)
+            editor = ModelEditor(bio, pass_, seed, excluded, understood, values_follow=values_follow)
             _run_one(bio, pass_, editor)
             understood = editor.understood
             if check:

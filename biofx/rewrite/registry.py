@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import enum
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -16,6 +16,8 @@ from biofx.base.errors import ArgumentError, PipelineError
 from biofx.model.slots import Slot
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from biofx.analysis.sites import WeightSite
     from biofx.rewrite.editor import Editor
     from biofx.rewrite.model_editor import ModelEditor
@@ -92,6 +94,14 @@ class Pass:
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Act on all weights that have a gradient, at this pass's moment of every step of their optimizer."""
         raise NotImplementedError(f"{type(self).__name__}.at_step")
+
+    def held_together(self, bio: nn.Module) -> Iterable[Collection[str]]:
+        """Names of weights on which the rule acts only if one optimizer holds all of them; `biofx.attach` warns else.
+
+        Args:
+            bio: a model that the pass has rewritten.
+        """
+        return ()
 
     def violations(self, site: WeightSite) -> Iterator[str]:
         """One sentence for each invariant of this pass that a weight breaks, for `biofx.verify`."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from biofx.base.shards import placed_like
 from biofx.base.torch_internals import is_transformed_by_functions
 from biofx.model.operators import define_operator
 from biofx.model.slots import Slot
@@ -135,7 +136,8 @@ def wrong_signs(sites: dict[str, WeightSite]) -> Iterator[str]:
     """One sentence for each weight with synapses whose sign is not that of their unit."""
     for name, site in sites.items():
         if site.sign is not None and constraint_of(site) is not None:
-            agreement = site.synaptic().detach() * site.sign
+            (weight,) = placed_like([site.synaptic().detach()], site.sign)
+            agreement = weight * site.sign
             if agreement.numel() and bool(agreement.amin() < 0):
                 count = int((agreement < 0).sum())
                 yield f"{name}: {count} of its synapses have another sign than their unit"
@@ -153,7 +155,7 @@ def mixed_units(sites: dict[str, WeightSite]) -> Iterator[str]:
         if units is None or sign is None:
             continue
         constrained = site.outgoing(sign.expand(site.shape))[:, 0] != 0
-        weight = site.outgoing(site.direct().detach())
+        weight = site.outgoing(*placed_like([site.direct().detach()], sign))
         if not weight.numel():
             continue
         lowest, highest = weight.aminmax(dim=1)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from types import MethodType, TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.utils.hooks import RemovableHandle
 
@@ -21,11 +22,11 @@ from biofx.base.torch_internals import run_hooks_next_to_step, runs_step_hooks
 from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.provenance import record_of, transformed
 from biofx.model.synapses import Synapses, stored, synapses_in
-from biofx.rewrite.registry import Moment
+from biofx.rewrite.registry import Moment, Pass
 from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
 from biofx.training.lifecycle import Lifecycle, feasible
-from biofx.training.ranks import stop_broadcasts, wrapper_of
+from biofx.training.ranks import data_parallel_groups, note_wrapper, stop_broadcasts, wrapper_of
 from biofx.training.sharding import check_shards, cut_state
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.wrappers import held, innermost, inside
@@ -70,13 +71,18 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
 
     *Data parallelism.* Ranks stay equal, and do what one process would with the whole batch: what observers saw is
     averaged over ranks, in one all-reduce at the steps at which a rule reads it. Attach the
-    `DistributedDataParallel(bio)` if you can: its process group is used, and it broadcasts no state of rules before
-    each forward any more. Otherwise it is the default group.
+    `DistributedDataParallel(bio)`, or `bio` before or after it is wrapped: the process group of the wrapper is used,
+    and it broadcasts no state of rules before each forward any more. Without a wrapper it is the default group.
 
-    *Shards.* Attach after `fully_shard(bio)`, with an optimizer that is built from its parameters. Rules act on the
-    part of every weight that a process holds, and do what they would on the whole: sums over a weight take an
-    all-reduce, and random numbers follow from the place in the whole. From then on, gains are cut like their weights,
-    and `torch.distributed.checkpoint` saves both. A model with observers is sharded as a whole, not block by block.
+    *Shards.* Attach after `fully_shard(bio)` or `biofx.parallelize`, with an optimizer that is built from its
+    parameters. Rules act on the part of every weight that a process holds, and do what they would on the whole: sums
+    over a weight take an all-reduce, and random numbers follow from the place in the whole. From then on, gains are cut
+    like their weights, and `torch.distributed.checkpoint` saves both. A model with observers is sharded as a whole, not
+    block by block.
+
+    *Steps* are counted in the buffers `<weight>_synapses.steps`, which checkpoints hold. Whoever writes them on a GPU
+    does so by `load_state_dict` or `copy_`: a write by way of `.data` goes unnoticed there, so that rules with
+    `every=…` act at other steps.
 
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
     later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
@@ -100,7 +106,9 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             optimizers that undo gains whatever these act on; `compile`, where nothing can be compiled. At a step:
             a gradient or weight that is not finite, if a rule acts on it; a gradient that is sparse, or from before the
             attachment; no `backward()` before; a weight whose shape or tensor, or an optimizer whose parameters,
-            changed since. Nothing has happened then.
+            changed since. Nothing has happened then. If the optimizer itself fails in a step, the weights on which
+            gains act are as before it. What else happened stays, as without biofx: in other parameters, in the state of
+            the optimizer, and in gains that `Crystallize` dampened.
 
     Example:
         >>> import biofx, torch
@@ -140,6 +148,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     if compile:
         for device in {parameter.device for parameter in bio.parameters()}:
             check_compiler(device)
+    _warn_of_torn_layers(bio, optimizer, sites)
     wrapper = wrapper_of(model)
     acting = acting_with(optimizer)
     attachment = Attachment(bio, optimizer, acting, wrapper, compiled=compile)
@@ -227,10 +236,27 @@ def _check_alone(bio: nn.Module, synapses: Mapping[str, Synapses]) -> None:
             )
 
 
+def _warn_of_torn_layers(bio: fx.GraphModule, optimizer: Optimizer, sites: Collection[str]) -> None:
+    """Tell of weights on which a rule acts together, but of which an optimizer holds only some."""
+    rules = [run.pass_ for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
+    for rule, group in [(each, group) for each in rules for group in each.held_together(bio)]:
+        missing = [name for name in group if name not in sites]
+        present = [name for name in group if name in sites]
+        if missing and present:
+            warnings.warn(
+                f"attach: {rule.name} does not act on {', '.join(present)} together with {', '.join(missing)}, which "
+                f"{type(optimizer).__name__} does not hold. Let one optimizer hold all of them; groups of its "
+                "parameters may have options of their own",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
 class Attachment(Lifecycle):
     """The connection between a transformed model and an optimizer; `biofx.attach` makes it."""
 
     _hooks: tuple[RemovableHandle, ...] = ()
+    _hooks_of_model: tuple[RemovableHandle, ...] = ()
     _guarded: MethodType | None = None
     _step_before: Any = None  # a `step` that somebody else has set on the optimizer
 
@@ -242,6 +268,8 @@ class Attachment(Lifecycle):
             before, after = torch.compiler.disable(self.before), torch.compiler.disable(self.after)
             self._hooks = (self.optimizer.register_step_pre_hook(before),)
             self._hooks += (self.optimizer.register_step_post_hook(after),)  # if this fails, the first is known
+            if data_parallel_groups(None, ()):
+                self._hooks_of_model = (self.bio.register_forward_pre_hook(note_wrapper),)
             self.note_early_gradients()
             self._step_before = vars(self.optimizer).get("step")
             self._guarded = self._with_undo(self.optimizer)
@@ -304,9 +332,9 @@ class Attachment(Lifecycle):
         learning = {name: synapses for name, synapses in learning.items() if name not in given}
         self.hold(sites, learning)
         if self.held <= parameters or not (sites or learning):
-            for hook in self._hooks:
+            for hook in (*self._hooks, *self._hooks_of_model):
                 hook.remove()
-            self._hooks = ()
+            self._hooks = self._hooks_of_model = ()
             if self._guarded is not None and vars(self.optimizer).get("step") is self._guarded:
                 del self.optimizer.step
                 if self._step_before is not None:

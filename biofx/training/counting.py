@@ -11,7 +11,8 @@ from torch import Tensor
 class Counters:
     """The numbers of steps that weights have made.
 
-    They are read from the device once, and again after somebody else has written them, such as a checkpoint.
+    Those on a CPU are read at every step. Others would have to be waited for, so they are read once, and again after
+    somebody else has written them, such as a checkpoint. Nobody can notice a write by way of `.data` there.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class Counters:
         return {name: self._known[name][2] for name in counters}
 
     def _knows(self, name: str, counter: Tensor) -> bool:
-        known = self._known.get(name)
+        known = self._known.get(name) if counter.device.type != "cpu" else None
         # A CUDA graph that is replayed counts without anybody noticing.
         return known is not None and not self._was_captured and known[0] is counter and known[1] == counter._version
 

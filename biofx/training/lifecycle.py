@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from biofx.base.errors import LifecycleError
 from biofx.base.randomness import fixed_defaults
 from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
+from biofx.base.torch_internals import steps_under_way
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
@@ -57,6 +58,7 @@ class Lifecycle:
         learning: the synapses on whose learning gains act, by the weight's name.
         held: the parameters of the optimizer, by id.
         finite: what is known of gradients and weights that were not finite.
+        wrapper: the data-parallel wrapper of the model, if it is known.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Lifecycle:
         self.bio = bio
         self.optimizer = optimizer
         self.acting = acting
-        self._wrapper = wrapper
+        self.wrapper = wrapper
         self._compiled = compiled
         self._observed = {
             (id(synapses), key) for path, key in observers_in(bio.graph) for synapses in [bio.get_submodule(path)]
@@ -121,6 +123,7 @@ class Lifecycle:
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Before a step: act on gradients, which may come from the closure, whose arguments are returned then."""
         if self._step is not None:
+            self._refuse_after_failure()
             self._nested += 1
             return None
         if _is_skipped(optimizer) or self._trains_nothing():
@@ -148,6 +151,17 @@ class Lifecycle:
             return loss
 
         return (args[0], evaluate_then_prepare), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _refuse_after_failure(self) -> None:
+        """Refuse a step if the one before failed, and was called by a bound method from before the attachment."""
+        if steps_under_way(self.optimizer) != 1:  # none is seen if it is compiled
+            return
+        self.undo()
+        name = type(self.optimizer).__name__
+        raise LifecycleError(
+            f"the last step of {name} failed, and `step` was taken from it before attach, so nobody put the weights "
+            "back. Now they are: call zero_grad() and backward() again, and take `step` after attach"
+        )
 
     @torch.no_grad()
     def _trains_nothing(self) -> bool:
@@ -178,7 +192,7 @@ class Lifecycle:
         self._refuse_early_gradients()
         if self._rules and weights:
             self._step.finite = self.finite.look(weights)
-            groups = data_parallel_groups(self._wrapper, [weight.site.raw for weight in weights])
+            groups = data_parallel_groups(self.wrapper, [weight.site.raw for weight in weights])
             average_(self._read_now(weights), groups)
         self._act(weights, self._step.finite, before_step=True)
         scale = _gradient_scale(self.optimizer)

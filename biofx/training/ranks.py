@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from biofx.base.shards import is_sharded
+from biofx.base.torch_internals import wrapper_under_way
+from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses
 
 if TYPE_CHECKING:
@@ -48,6 +50,19 @@ def stop_broadcasts(wrapper: DistributedDataParallel) -> None:
     names = {name: id(x) in own for name, x in wrapper.module.named_buffers()}
     wrapper.parameters_to_ignore.update(name for name, is_own in names.items() if is_own)
     wrapper.broadcast_buffers &= not wrapper.parameters_to_ignore.issuperset(names)  # it cannot broadcast nothing
+
+
+def note_wrapper(bio: nn.Module, args: Any) -> None:
+    """A hook on an attached model: tell attachments of the wrapper in which the model runs, which they were not given.
+
+    Here is nothing that pickle cannot save with a model.
+    """
+    if torch.compiler.is_compiling() or (wrapper := wrapper_under_way()) is None:
+        return
+    for attachment in record_of(bio).attachments:
+        if attachment.wrapper is not wrapper and any(module is bio for module in wrapper.modules()):
+            attachment.wrapper = wrapper
+            stop_broadcasts(wrapper)
 
 
 def average_(tensors: Iterable[Tensor], groups: Groups) -> None:

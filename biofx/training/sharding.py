@@ -1,24 +1,106 @@
-"""Sharding: what `attach` does with weights of which every process holds a part, as under `fully_shard`."""
+"""Sharding: tensor parallelism, and what `attach` does with weights of which every process holds a part."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from biofx.base.errors import ArgumentError
 from biofx.base.shards import cut_like, is_sharded, shard_of
-from biofx.model.provenance import record_of
+from biofx.capture.guards import GUARD
+from biofx.model.operators import observe_shards
+from biofx.model.provenance import record_of, transformed
 from biofx.model.slots import Slot
-from biofx.model.synapses import State, observers_in
+from biofx.model.synapses import CHILD, State, Synapses, child_of, observers_in
 from biofx.rewrite.registry import Pass
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
+
     from biofx.analysis.sites import WeightSite
+
+
+def parallelize(bio: nn.Module, mesh: DeviceMesh, plan: Any) -> None:
+    """Cut weights of a transformed model over processes by `torch.distributed.tensor.parallel.parallelize_module`.
+
+    Use this in place of that function, which looks for the weights in their modules: here these are stored by their
+    synapses. A weight in several synapses is cut along its connections. Build the optimizer afterwards, and then
+    `attach` it.
+
+    Args:
+        bio: a model made by `biofx.transform`, changed in place. Not with passes that need the graph of the model,
+            such as those that observe activity: the styles of a plan hook modules, which the graph does not call. For
+            these, let all parameters and the inputs be DTensors.
+        mesh: the mesh of the processes.
+        plan: as for `parallelize_module`: a style, such as `ColwiseParallel()`, for each module by its name.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform`, is attached, or needs its graph; or a weight cannot be
+            cut as the plan says.
+        Whatever `parallelize_module` raises.
+    """
+    from torch.distributed.tensor.parallel import parallelize_module  # slow to import
+
+    model = transformed(bio)
+    if record_of(model).attached:
+        raise ArgumentError(
+            "parallelize: an attached optimizer holds the whole weights; biofx.detach(bio), parallelize, then build "
+            "another optimizer and attach it"
+        )
+    guard = vars(model).get(GUARD)
+    if guard is not None and guard.reason is not None:
+        raise ArgumentError(
+            f"parallelize: {guard.reason}, and the styles of a plan hook modules, which the graph does not call; leave "
+            "that pass out, or let all parameters and the inputs be DTensors instead"
+        )
+    with _in_their_modules(model) as placeholders:
+        parallelize_module(model, mesh, plan)
+    for synapses, own in placeholders.items():
+        placed = {(each.device_mesh, each.placements) for each in own if is_sharded(each)}
+        if placed:
+            _cut(synapses, own[0].shape, *placed)
+
+
+@contextmanager
+def _in_their_modules(bio: nn.Module) -> Iterator[dict[Synapses, list[Any]]]:
+    """Let modules hold parameters without values in place of their weights; yields these in the end."""
+    all_places = ((owner, key, child_of(owner, key)) for owner in bio.modules() for key in owner._parameters)
+    places = [(owner, key, child) for owner, key, child in all_places if child is not None]
+    found: dict[Synapses, list[Any]] = {}
+    for owner, key, child in places:
+        empty = torch.empty_like(child(), device="meta")
+        owner._modules[CHILD.format(key)] = None
+        owner._parameters[key] = nn.Parameter(empty, child.stored.requires_grad)
+    try:
+        yield found
+    finally:
+        for owner, key, child in places:
+            found.setdefault(child, []).append(owner._parameters[key])
+            owner._parameters[key], owner._modules[CHILD.format(key)] = None, child
+
+
+def _cut(synapses: Synapses, shape: torch.Size, *placed: tuple[DeviceMesh, tuple[Placement, ...]]) -> None:
+    """Cut a stored tensor as the weight of a shape is to be; what is trained beside it stays whole on every rank."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    if len(placed) > 1:
+        raise ArgumentError(
+            f"parallelize: {synapses.stored_name} is tied, and the plan cuts it in several ways; use one: {placed}"
+        )
+    ((mesh, placements),) = placed
+    first = synapses.stored.dim() - len(shape)  # behind the axis of synapses
+    along = [Shard(each.dim + first) if isinstance(each, Shard) else each for each in placements]
+    for key, parameter in [*synapses.named_parameters()]:
+        own = along if parameter is synapses.stored else [Replicate()] * mesh.ndim
+        cut = nn.Parameter(distribute_tensor(parameter.detach(), mesh, own), requires_grad=parameter.requires_grad)
+        synapses.register_parameter(key, cut)
 
 
 def check_shards(bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
@@ -38,6 +120,7 @@ def check_shards(bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
                 "take sums over weights with biofx.training.ranks.summed, and set works_on_shards = True in its class"
             )
     if sharded:
+        observe_shards()
         _refuse_blocks(bio, {path for path, _ in observers_in(bio.graph)})
 
 

@@ -359,6 +359,40 @@ def test_call_untraced(monkeypatch):
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
+def test_wrapper_under_way():
+    found = []
+
+    class Wrapper(nn.parallel.DistributedDataParallel):
+        def __init__(self):  # without processes
+            nn.Module.__init__(self)
+            self.module = nn.Identity()
+            self._use_python_reducer = False
+
+    wrapper = Wrapper()
+    wrapper.module.register_forward_pre_hook(lambda *_: found.append(internals.wrapper_under_way()))
+    wrapper._run_ddp_forward(torch.ones(1))
+    assert found == [wrapper]
+    assert internals.wrapper_under_way() is None
+
+
+def test_steps_under_way():
+    class Inner(torch.optim.SGD):
+        pass
+
+    class Outer(Inner):
+        def step(self, closure=None):
+            super().step(closure)
+
+    counts = []
+    for kind in (Inner, Outer):
+        optimizer = kind([torch.zeros(1, requires_grad=True)], lr=1.0)
+        step = optimizer.step
+        optimizer.register_step_pre_hook(lambda optimizer, *_: counts.append(internals.steps_under_way(optimizer)))
+        step()
+        assert internals.steps_under_way(optimizer) == 0
+    assert counts == [1, 1, 2]
+
+
 def test_run_hooks_next_to_step():
     optimizer, order = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), []
     optimizer.register_step_post_hook(lambda *_: order.append("other"))

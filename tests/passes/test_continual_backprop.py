@@ -1,6 +1,7 @@
 """ContinualBackprop: which units are replaced, and by what."""
 
 import copy
+import warnings
 from dataclasses import dataclass, field
 
 import pytest
@@ -126,6 +127,18 @@ def attached(model, optimizer=torch.optim.SGD, lr=0.01, pipeline=(), **options):
     held = optimizer(bio.parameters(), lr=lr)
     biofx.attach(bio, held)
     return bio, held
+
+
+def test_optimizers_that_share_a_layer_are_told():
+    bio = biofx.transform(mlp(), [passes.ContinualBackprop()])
+    layers = [layer for layer in bio.children() if [*layer.parameters()]]
+    with pytest.warns(UserWarning, match=r"continual-backprop does not act on 0.weight together with 2.weight"):
+        biofx.attach(bio, torch.optim.SGD(layers[0].parameters()))
+    with pytest.warns(UserWarning, match=r"Let one optimizer hold all of them"):
+        biofx.attach(bio, torch.optim.Adam(layers[1].parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        biofx.attach(bio, torch.optim.SGD([{"params": layer.parameters()} for layer in layers]))
 
 
 def step(model, optimizer, x):

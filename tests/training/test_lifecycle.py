@@ -361,6 +361,19 @@ def test_hooks_of_others_see_what_the_optimizer_is_not_shown(first):
         torch.testing.assert_close(found, expected)
 
 
+def test_steps_written_by_way_of_data_count():
+    bio = biofx.transform(network(), [passes.Crystallize(every=10)])
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    train(bio, optimizer, 1)
+    for layer in (bio[0], bio[2]):
+        layer.weight_synapses.steps.data.fill_(9)  # as some loops restore what they saved
+    before = bio[0].weight_synapses.gain.clone()
+    train(bio, optimizer, 1)
+    assert int(bio[0].weight_synapses.steps) == 10
+    assert not torch.equal(bio[0].weight_synapses.gain, before)
+
+
 class Failing(torch.optim.SGD):
     fails = False
 
@@ -379,6 +392,41 @@ def test_a_step_that_fails_leaves_signs_as_they_have_to_be():
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
     biofx.verify(bio)
+
+
+class Nested(Failing):  # whose steps are nested in each other
+    def step(self, closure=None):
+        super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [Failing, Nested])
+@pytest.mark.parametrize("bound", ["before", "after"])
+def test_a_step_bound_before_attach_may_fail(kind, bound):
+    runs = []
+    for fails in (True, False):
+        bio = biofx.transform(network(), [passes.SplitSynapses(2), *GAINS])
+        for bias in ("0.bias", "2.bias"):
+            bio.get_parameter(bias).requires_grad_(False)  # what else the failed step changed
+        optimizer = kind(bio.parameters(), lr=0.1)
+        step = optimizer.step
+        attachment = biofx.attach(bio, optimizer)
+        step = step if bound == "before" else optimizer.step
+        optimizer.fails = fails
+        F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                step()
+            optimizer.fails = False
+            if bound == "before":
+                with pytest.raises(biofx.LifecycleError, match=r"call zero_grad\(\) and backward\(\) again, and take"):
+                    step()
+            step()  # on the same gradient, which was computed before the failure
+        else:
+            step()
+        train(bio, optimizer, 2)
+        attachment.check()
+        runs.append(states(bio, optimizer))
+    assert_same_states(*runs)
 
 
 def test_threads_leave_the_default_dtype_as_it_was():
