@@ -1,7 +1,4 @@
-r"""Continual backpropagation: units that contribute little are replaced, so that a network goes on learning.
-
-$$u_i \leftarrow \eta\, u_i + (1 - \eta)\, \lvert h_i \rvert \sum_k \lvert w_{ki} \rvert$$
-"""
+"""Continual backpropagation: units that contribute little are replaced, so that a network goes on learning."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from biofx.model.chain import attribute, original_name
 from biofx.model.provenance import inserted, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import synapses_in
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.training.plastic_weight import forget
 from biofx.weights.facts import NOT_RUN, Need
@@ -89,9 +86,6 @@ class ContinualBackprop(Pass):
         maturity: m, the steps for which a new unit is protected, at least 0. Default as in the paper.
         decay: η, the weight of the past in the utility, in [0, 1). Default as in the paper.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -111,22 +105,13 @@ class ContinualBackprop(Pass):
 
     name: ClassVar[str] = "continual-backprop"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # at insertion: units are replaced from the first mature ones on
     moment: ClassVar[Moment] = Moment.TURNOVER
     sets_zeros: ClassVar[bool] = True
 
-    replacement_rate: float = 1e-4
-    maturity: int = 100
-    decay: float = 0.99
-
-    def __post_init__(self) -> None:
-        check_number(self, "replacement_rate", above=0, at_most=1)
-        check_integer(self, "maturity", at_least=0)
-        check_number(self, "decay", at_least=0, below=1)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True at insertion: units are replaced from the first mature ones on."""
-        return True
+    replacement_rate: float = option(1e-4, check_number, above=0, at_most=1)
+    maturity: int = option(100, check_integer, at_least=0)
+    decay: float = option(0.99, check_number, at_least=0, below=1)
 
     def rewrite_model(self, model: ModelEditor) -> None:
         """Find the layers, observe the activity of their units, and keep where these are in each weight."""

@@ -1,7 +1,4 @@
-r"""Dale's principle: a unit is excitatory, or inhibitory, for all its targets.
-
-$$w_{ij} = s_j\,\lvert w_{ij} \rvert, \qquad s_j \in \{+1, -1\}$$
-"""
+"""Dale's principle: a unit is excitatory, or inhibitory, for all its targets."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from torch import Tensor
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.options import check_choice, check_number
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
 from biofx.signs.scales import keep_scales_nonnegative
@@ -28,10 +25,6 @@ if TYPE_CHECKING:
     from biofx.analysis.units import Population, Reading, Units
     from biofx.rewrite.model_editor import ModelEditor
     from biofx.training.plastic_weight import PlasticWeight
-
-READOUTS = ("all", "excitatory")
-INPUTS = ("free", "excitatory", "mixed")
-ASSIGNMENTS = ("random", "closest")
 
 
 @register
@@ -114,27 +107,23 @@ class DalesPrinciple(Pass):
     moment: ClassVar[Moment] = Moment.PROJECTION
     works_on_shards: ClassVar[bool] = True
 
-    excitatory: float = 0.8
+    excitatory: float = option(0.8, check_number, at_least=0, at_most=1)
     assign: str | Mapping[str, Sequence[int]] = "random"
-    constraint: str = "project"
+    constraint: str = option("project", check_choice, choices=CONSTRAINTS)
     balance: bool | None = None
-    density: float = 0.1
-    inputs: str = "free"
-    readouts: str = "all"
+    density: float = option(0.1, check_number, above=0, at_most=1)
+    inputs: str = option("free", check_choice, choices=("free", "excitatory", "mixed"))
+    readouts: str = option("all", check_choice, choices=("all", "excitatory"))
     sites: str | Sequence[str] = "*"
 
     def __post_init__(self) -> None:
-        check_number(self, "excitatory", at_least=0, at_most=1)
-        check_choice(self, "constraint", CONSTRAINTS)
-        check_choice(self, "inputs", INPUTS)
-        check_choice(self, "readouts", READOUTS)
-        check_number(self, "density", above=0, at_most=1)
+        super().__post_init__()
         if self.balance is not None and not isinstance(self.balance, bool):
             raise ArgumentError(f"passes.DalesPrinciple: balance must be True, False or None, got {self.balance!r}")
         if isinstance(self.assign, Mapping):
             object.__setattr__(self, "assign", {name: _signs(name, given) for name, given in self.assign.items()})
         else:
-            check_choice(self, "assign", ASSIGNMENTS)
+            check_choice(self, "assign", ("random", "closest"))
         if self.assign == "closest" and self.balance:
             raise ArgumentError(
                 'passes.DalesPrinciple: assign="closest" keeps the weights of a trained network, and balance=True '

@@ -1,7 +1,4 @@
-r"""Exponentiated gradient: synapses grow and shrink by factors, not by amounts.
-
-$$w \leftarrow w\, e^{-\eta\, s\, g}, \qquad s = \operatorname{sign}(w)$$
-"""
+"""Exponentiated gradient: synapses grow and shrink by factors, not by amounts."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from torch import Tensor
 from biofx.base.options import check_number
 from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.training.blocks import batches
 from biofx.training.compiling import over_blocks
@@ -70,9 +67,6 @@ class ExponentiatedGradient(Pass):
     Args:
         scale: σ, above 0, in the units of the weight; None is the root mean square, separately for each weight.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -95,19 +89,11 @@ class ExponentiatedGradient(Pass):
 
     name: ClassVar[str] = "exponentiated-gradient"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # only learning changes
     moment: ClassVar[Moment] = Moment.UPDATE
     works_on_shards: ClassVar[bool] = True
 
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.scale is not None:
-            check_number(self, "scale", above=0)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True: only learning changes."""
-        return True
+    scale: float | None = option(None, check_number, above=0)
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Keep the scale; the rule acts at the step."""

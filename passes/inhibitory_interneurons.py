@@ -1,8 +1,4 @@
-r"""Dale's principle by interneurons: all units are excitatory, and inhibit through interneurons of the next layer.
-
-$$W = W^{\mathrm{EX}} - W^{\mathrm{EI}}\, W^{\mathrm{IX}}, \qquad
-W^{\mathrm{EX}},\ W^{\mathrm{EI}},\ W^{\mathrm{IX}} \ge 0$$
-"""
+"""Dale's principle by interneurons: all units are excitatory, and inhibit through interneurons of the next layer."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from biofx.base.options import check_choice, check_number
 from biofx.model.operators import define_operator
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.constraints import CONSTRAINTS, constrain
 from biofx.signs.scales import keep_scales_nonnegative
 from biofx.signs.unit_signs import free_readers, known_signs, renumber, why_free
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
     from biofx.rewrite.model_editor import ModelEditor
     from biofx.training.plastic_weight import PlasticWeight
 
-INPUTS = ("free", "excitatory")
 DRIVE, INHIBITION = "to_interneurons", "from_interneurons"  # the names of W^IX and W^EI among the synapses
 
 
@@ -88,9 +83,6 @@ class InhibitoryInterneurons(Pass):
         inputs: `"free"`: inputs of the model are no units, and have no interneurons; `"excitatory"`: they are
             excitatory units.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -113,20 +105,12 @@ class InhibitoryInterneurons(Pass):
 
     name: ClassVar[str] = "inhibitory-interneurons"
     slot: ClassVar[Slot] = Slot.SIGN
+    preserves_function: ClassVar[bool] = True  # any weight is a difference of excitation and inhibition
     moment: ClassVar[Moment] = Moment.PROJECTION
     works_on_shards: ClassVar[bool] = True
 
-    fraction: float = 0.1
-    inputs: str = "free"
-
-    def __post_init__(self) -> None:
-        check_number(self, "fraction", above=0, at_most=1)
-        check_choice(self, "inputs", INPUTS)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True: any weight is a difference of excitation and inhibition."""
-        return True
+    fraction: float = option(0.1, check_number, above=0, at_most=1)
+    inputs: str = option("free", check_choice, choices=("free", "excitatory"))
 
     def rewrite_model(self, model: ModelEditor) -> None:
         """Divide weights into excitation and inhibition."""
