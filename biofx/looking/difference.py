@@ -93,7 +93,7 @@ class Difference:
             Box(f"removed {change.node}", f"- {change.node}", Role.OMITTED, {"was": change.calls})
             for change in self.removed
         )
-        write(View(replace(root, children=(*root.children, *removed)), view.edges), path, depth)
+        write(View(replace(root, children=(*root.children, *removed)), view.values), path, depth)
 
     def __str__(self) -> str:
         if not self.changes:

@@ -12,7 +12,7 @@ from biofx.base.errors import ArgumentError
 from biofx.looking.page import page
 from biofx.looking.text_graphs import dot, mermaid
 from biofx.looking.vector import draw_vector
-from biofx.looking.view import View, depth_that_shows, view_of
+from biofx.looking.view import View, view_of
 from biofx.model.provenance import transformed
 
 BOXES = 60  # at most so many boxes are shown if no depth is given
@@ -72,15 +72,15 @@ def check_path(path: str | Path, depth: int | None) -> Path:
 
 def write(view: View, path: Path, depth: int | None) -> None:
     """Write a view to a file, in the format of its suffix; the file appears when it is complete."""
-    opened = depth or (1 if path.suffix == ".html" else depth_that_shows(view.root, BOXES))
+    opened = view.opened_to_show(BOXES) if depth is None else view.opened(depth)
     try:
         with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
             unfinished = Path(folder) / path.name
             if path.suffix in (".svg", ".png"):
-                draw_vector(view, unfinished, opened)
+                draw_vector(opened, unfinished)
             else:
-                texts = {".html": page, ".dot": dot, ".mmd": mermaid}
-                unfinished.write_text(texts[path.suffix](view, opened), encoding="utf-8")
+                texts = {".html": lambda opened: page(view, depth or 1), ".dot": dot, ".mmd": mermaid}
+                unfinished.write_text(texts[path.suffix](opened), encoding="utf-8")
             unfinished.replace(path)
     except OSError as error:
         raise ArgumentError(f"draw: cannot write {path}: {error.strerror}") from error

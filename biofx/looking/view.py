@@ -6,12 +6,13 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.analysis.sites import WeightSite, find_weights
+from biofx.analysis.sites import find_weights
 from biofx.base.errors import ArgumentError
 from biofx.base.isolation import run_in_eval_mode, split_inputs
 from biofx.base.torch_internals import pytree
@@ -35,6 +36,7 @@ class Box:
         children: what it contains, in the order of the graph; empty for a node.
         count: the number of equal neighbours for which it stands.
         signs: 1, -1 or 0 for each unit that a weight reads: excitatory, inhibitory, or free.
+        inserted: how many nodes of each role passes inserted inside, if it is a closed module.
     """
 
     name: str
@@ -45,12 +47,19 @@ class Box:
     children: tuple[Box, ...] = ()
     count: int = 1
     signs: tuple[int, ...] = ()
+    inserted: Mapping[Role, int] = field(default_factory=dict)
 
     def walk(self) -> Iterator[Box]:
         """This box and all boxes inside, outermost first."""
         yield self
         for child in self.children:
             yield from child.walk()
+
+    def opened(self, depth: int) -> Box:
+        """This box with modules opened to a depth; closed ones contain no boxes, but say what passes inserted."""
+        if depth > 0 or not self.children:
+            return replace(self, children=tuple(child.opened(depth - 1) for child in self.children))
+        return replace(self, children=(), inserted=self.inserted_roles())
 
     def inserted_roles(self) -> dict[Role, int]:
         """How many nodes of each role passes inserted inside, those of equal neighbours included."""
@@ -68,20 +77,32 @@ class View:
 
     Attributes:
         root: the model.
-        edges: the label of the value that one box passes to another, by the names of both; boxes without children only.
+        values: the label of the value that one node passes to another, by the names of both.
     """
 
     root: Box
-    edges: dict[tuple[str, str], str]
+    values: Mapping[tuple[str, str], str]
 
-    def lifted(self, shown: Mapping[str, str]) -> dict[tuple[str, str], str]:
-        """The edges between the boxes that are shown, given the one that stands for each box."""
+    @cached_property
+    def edges(self) -> dict[tuple[str, str], str]:
+        """The label of the value that one box passes to another, by the names of both; boxes without children only."""
+        owner = {node: box.name for box in self.root.walk() if not box.children for node in box.nodes}
         found: dict[tuple[str, str], str] = {}
-        for (source, target), label in self.edges.items():
-            ends = shown[source], shown[target]
-            if ends[0] != ends[1]:
-                found.setdefault(ends, label)
+        for (source, target), label in self.values.items():
+            if owner[source] != owner[target]:
+                found.setdefault((owner[source], owner[target]), label)
         return found
+
+    def opened(self, depth: int) -> View:
+        """The view in which modules are opened to a depth, and those further inside are closed."""
+        return replace(self, root=self.root.opened(depth))
+
+    def opened_to_show(self, boxes: int) -> View:
+        """The view in which as many levels are open as show at most a number of boxes; at least one."""
+        view, depth = self.opened(1), 2
+        while (deeper := self.opened(depth)) != view and len([*deeper.root.walk()]) <= boxes:
+            view, depth = deeper, depth + 1
+        return view
 
 
 def view_of(model: fx.GraphModule, example_inputs: Any = None) -> View:
@@ -95,15 +116,9 @@ def view_of(model: fx.GraphModule, example_inputs: Any = None) -> View:
     signs = _signs(model) if is_transformed(model) else {}
     places = _places(model)
     leaves = {node.name: _leaf(model, node, shapes, signs) for node in model.graph.nodes}
-    root = _folded(_module(model, [node.name for node in model.graph.nodes], leaves, places))
-    owner = {node: box.name for box in root.walk() if not box.children for node in box.nodes}
-    edges: dict[tuple[str, str], str] = {}
-    for node in model.graph.nodes:
-        for source in node.all_input_nodes:
-            ends = owner.get(source.name), owner.get(node.name)
-            if ends[0] is not None and ends[1] is not None and ends[0] != ends[1]:
-                edges.setdefault((ends[0], ends[1]), shapes.get(source.name, ""))
-    return View(root, edges)
+    names = [node.name for node in model.graph.nodes]
+    values = {(a.name, n.name): shapes.get(a.name, "") for n in model.graph.nodes for a in n.all_input_nodes}
+    return View(_folded(_module(model, names, leaves, places)), values)
 
 
 class _Shapes(fx.Interpreter):
@@ -157,16 +172,9 @@ def _signs(model: fx.GraphModule) -> dict[str, tuple[int, ...]]:
     found = {}
     for site in find_weights(model).sites.values():
         if site.node is not None and site.sign is not None:
-            found[site.node.name] = unit_signs(site)
+            signs = site.outgoing(site.sign.expand(site.shape))[:, :1].sign()  # all connections of a unit have one
+            found[site.node.name] = tuple(map(int, signs.flatten().tolist()))
     return found
-
-
-def unit_signs(site: WeightSite) -> tuple[int, ...]:
-    """The sign of each presynaptic unit of a weight that has signs."""
-    assert site.sign is not None
-    outgoing = site.outgoing(site.sign.expand(site.shape)).flatten(1)
-    largest = outgoing.gather(1, outgoing.abs().argmax(1, keepdim=True)) if outgoing.shape[1] else outgoing[:, :0]
-    return tuple(int(sign) for sign in largest.flatten().sign().tolist())
 
 
 def _places(model: fx.GraphModule) -> dict[str, tuple[str, ...]]:
@@ -289,29 +297,3 @@ def _structure(box: Box) -> Any:
     if not box.children:
         return (*own, box.label, box.facts.get("inserted by"))
     return (*own, tuple(map(_structure, box.children)))
-
-
-def depth_that_shows(root: Box, boxes: int) -> int:
-    """The depth to which modules can be opened with at most a number of boxes, at least 1."""
-    depth = 1
-    while depth < 50 and _shown(root, depth) != _shown(root, depth + 1) and _shown(root, depth + 1) <= boxes:
-        depth += 1
-    return depth
-
-
-def _shown(box: Box, depth: int) -> int:
-    return 1 + (sum(_shown(child, depth - 1) for child in box.children) if depth > 0 else 0)
-
-
-def shown_at(root: Box, depth: int) -> dict[str, str]:
-    """The name of the box that stands for each box if modules are opened to a depth."""
-    shown: dict[str, str] = {}
-
-    def visit(box: Box, depth: int, by: str | None) -> None:
-        shown[box.name] = by or box.name
-        closed = by or (box.name if depth < 1 else None)
-        for child in box.children:
-            visit(child, depth - 1, closed)
-
-    visit(root, depth, None)
-    return shown
