@@ -17,6 +17,7 @@ from biofx.model.provenance import inserted, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import synapses_in
 from biofx.rewrite.registry import Moment, Pass, option, register
+from biofx.signs.connections import connections
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.training.plastic_weight import forget
 from biofx.weights.facts import NOT_RUN, Need
@@ -116,8 +117,7 @@ class ContinualBackprop(Pass):
     def rewrite_model(self, model: ModelEditor) -> None:
         """Find the layers, observe the activity of their units, and keep where these are in each weight."""
         if model.understood is None:
-            for edit in model.edits.values():
-                edit.leave(f"it is not judged: {NOT_RUN}")
+            model.leave(f"it is not judged: {NOT_RUN}")
             return
         gone = dict.fromkeys(model.understood.readings.keys() - model.all_sites.keys(), "it is no weight any more")
         fixed = {name: why for name, site in model.all_sites.items() if (why := _why_fixed(model, site))}
@@ -144,8 +144,8 @@ class ContinualBackprop(Pass):
             for name, places in names.items():
                 model.edits[name].keep(f"{prefix}{key}", places)
         for site in (model.sites[name] for name in layer.incoming):
-            weight, sign = _connections(site, site.synaptic().detach()), site.sign
-            sign = sign if sign is None else _connections(site, sign.expand(site.raw.shape)).sign()
+            weight, sign = connections(site, site.synaptic().detach()), site.sign
+            sign = sign if sign is None else connections(site, sign.expand(site.raw.shape)).sign()
             model.edits[site.name].keep(BOUNDS, bounds_of(weight, sign, site.synapses))
         home = model.edits[layer.name]
         dtype = torch.promote_types(home.raw.dtype, torch.float32)
@@ -315,13 +315,8 @@ def _seen(weight: PlasticWeight) -> tuple[Tensor, Tensor]:
 
 def _outgoing(weight: PlasticWeight) -> Tensor:
     """The sum of the magnitudes of the connections that leave each presynaptic position."""
-    sums: Tensor = torch.linalg.vector_norm(weight.site.outgoing(_connections(weight.site, weight.value)), 1, 1)
+    sums: Tensor = torch.linalg.vector_norm(weight.site.outgoing(connections(weight.site, weight.value)), 1, 1)
     return sums
-
-
-def _connections(site: WeightSite, values: Tensor) -> Tensor:
-    """The sum over the synapses of each connection."""
-    return values.sum(0) if site.is_split else values
 
 
 def _at_places(mask: Tensor, places: Tensor, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import balance
 from biofx.signs.constraints import CONSTRAINTS, constrain
 from biofx.signs.scales import keep_scales_nonnegative
-from biofx.signs.unit_signs import free_readers, known_signs, renumber, why_free
+from biofx.signs.unit_signs import known_signs, remark_on_units, renumber, why_free
 from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:
@@ -144,15 +144,14 @@ class DalesPrinciple(Pass):
         """Assign signs to units, and weights to signs."""
         units = model.units
         if units is None:
-            for edit in model.edits.values():
-                edit.leave(f"not judged: {NOT_RUN}")
+            model.leave(f"not judged: {NOT_RUN}")
             return
         chosen = self._chosen(model, units)
         if not chosen:
             return
         neural = {name for name in chosen if not self._is_free(units.readings[name])}
         scales = {name: read & neural for name, read in units.scales.items() if name not in model.excluded}
-        keep_scales_nonnegative(model, {name: read for name, read in scales.items() if read})
+        keep_scales_nonnegative(model, scales)
         signs = self._assign(model, units, {name: units.readings[name] for name in chosen})
         constrained: dict[str, Tensor] = {}
         for name in chosen:
@@ -164,10 +163,7 @@ class DalesPrinciple(Pass):
             constrained[name] = sign
             if reading.remark:
                 edit.remark(f"{reading.remark}, so its positions have signs of their own")
-            if reading.signed_by:
-                edit.remark(f"the activity of its units can be negative ({reading.signed_by})")
-            if others := free_readers(model, units, reading, constrained.keys() | chosen.keys()):
-                edit.remark(f"{', '.join(others)} read the same units with weights of either sign")
+            remark_on_units(model, units, name, chosen.keys())
         silent = self._silence(model, units, constrained)
         self._set_weights(model, units, constrained)
         renumber(model, units)

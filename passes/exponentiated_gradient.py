@@ -14,6 +14,7 @@ from biofx.base.options import check_number
 from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
+from biofx.signs.connections import connections
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.training.blocks import batches
 from biofx.training.compiling import over_blocks
@@ -130,8 +131,7 @@ class ExponentiatedGradient(Pass):
 
 def typical_size(site: WeightSite) -> Tensor:
     """The root mean square of the connections of a weight that are not 0, in double precision."""
-    sizes = site.raw.detach().double().abs()
-    sizes = sizes.sum(0) if site.is_split else sizes
+    sizes = connections(site, site.raw.detach().double().abs())
     return sizes[sizes > 0].square().mean().sqrt()
 
 

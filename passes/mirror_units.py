@@ -88,8 +88,7 @@ class MirrorUnits(Pass):
         """Double all units that can be, and divide their outgoing weights between the twins."""
         units = model.units
         if units is None or model.understood is None:
-            for edit in model.edits.values():
-                edit.leave(NOT_RUN)
+            model.leave(NOT_RUN)
             return
         plan = find_widening(model.bio, model.all_sites, list(model.sites), model.understood.run)
         scales = {name: plan.reaching[name] for name in units.scales.keys() & plan.tensors.keys()}

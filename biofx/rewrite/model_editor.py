@@ -66,6 +66,11 @@ class ModelEditor:
         """A CPU generator, which depends only on the seed, the pass and the purpose."""
         return randomness.generator(self.seed, self._by.name, *purpose)
 
+    def leave(self, reason: str) -> None:
+        """Leave all weights alone; `summary` shows the reason."""
+        for edit in self.edits.values():
+            edit.leave(reason)
+
     def note(self, text: str) -> None:
         """Tell the user something about the model; `summary` shows it."""
         record_of(self.bio).notes.append(text)

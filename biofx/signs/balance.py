@@ -21,6 +21,7 @@ from torch import Tensor
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.copying import copied
 from biofx.model.chain import attribute
+from biofx.signs.connections import connections, divided
 from biofx.signs.net_inputs import NetInput, NetInputRuns
 from biofx.signs.spectrum import balanced_recurrent, singular_entropy, spectral_radius
 
@@ -60,7 +61,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
     def original(name: str) -> Tensor:
-        return _connections(model.sites[name]).double()
+        return connections(model.sites[name]).double()
 
     def measure(site: WeightSite, net_input: NetInput) -> None:
         sign = site.spread_presynaptic(signs[site.name])
@@ -80,12 +81,13 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     for name, site in sites.items():
         generator = model.generator(name)
         if (block := blocks[name]) is not None:
-            _store_connections(site, _balanced_blocks(site, original(name), signs[name], block, density, generator))
+            rows = _balanced_blocks(site, original(name), signs[name], block, density, generator)
+            site.raw.copy_(divided(site, site.from_incoming(rows)))
             model.edits[name].remark(_spectral_change(site, original(name), block))
             continue
         sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
         rows = balanced_rows(site.incoming(original(name)), sign, density, generator)
-        _store_connections(site, site.from_incoming(rows))
+        site.raw.copy_(divided(site, site.from_incoming(rows)))
     runs.visit(refit)
     for name, site in sites.items():
         model.edits[name].replace_raw(site.raw.to(model.sites[name].raw))
@@ -121,12 +123,12 @@ def _balanced_blocks(
     for block in blocks:
         block = block.to(rows.device)
         rows[block] = balanced_recurrent(rows[block], sign.to(rows), density, generator)
-    return site.from_incoming(rows)
+    return rows
 
 
 def _spectral_change(site: WeightSite, free: Tensor, blocks: list[Tensor]) -> str:
     """The spectral measures of recurrent weights before and after, in words; for each gate, if there are several."""
-    before, after = site.incoming(free), site.incoming(_connections(site))
+    before, after = site.incoming(free), site.incoming(connections(site))
     measures = {"spectral radius": spectral_radius, "entropy of singular values": singular_entropy}
     numbers = {
         name: [", ".join(f"{measure(rows[block.to(rows.device)]):.3g}" for block in blocks) for rows in (before, after)]
@@ -206,7 +208,7 @@ def _refit(
     site: WeightSite, net_input: NetInput, signs: Tensor, mean: Tensor, variance: Tensor, bias: Tensor | None
 ) -> None:
     """Solve (*) for measured net inputs."""
-    weight = _connections(site)
+    weight = connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
     x, y = net_input(weight * (sign > 0)), net_input(-weight * (sign < 0))
     mx, my = x.mean(0, keepdim=True), y.mean(0, keepdim=True)
@@ -226,26 +228,9 @@ def _refit(
     gain = torch.minimum(gain, MAX_RESCALING * rows.norm(dim=1) / (scaled.norm(dim=1) + TINY))
     gain = gain.masked_fill(is_constant, 1.0)
     new = torch.where(row_sign == 0, rows, scaled * gain[:, None])
-    _store_connections(site, site.from_incoming(new))
+    site.raw.copy_(divided(site, site.from_incoming(new)))
     if bias is not None:
         bias.add_(mean - gain * (a * mx - b * my))
-
-
-def _connections(site: WeightSite) -> Tensor:
-    """The weight of every connection: the sum over its synapses."""
-    raw = site.raw.detach()
-    return raw.sum(0) if site.is_split else raw
-
-
-def _store_connections(site: WeightSite, weight: Tensor) -> None:
-    """Store the weight of every connection, divided among its synapses in proportion to their magnitudes."""
-    raw = site.raw
-    if not site.is_split:
-        raw.copy_(weight)
-        return
-    size = raw.abs()
-    total = size.sum(0)
-    raw.copy_(torch.where(total > 0, size / total, 1 / len(raw)) * weight)
 
 
 def _bias(model: ModelEditor, site: WeightSite) -> str | None:

@@ -39,7 +39,19 @@ def why_free(units: Units, reading: Reading) -> str:
     return "it reads the model's inputs, which are free"
 
 
-def free_readers(model: ModelEditor, units: Units, own: Reading, signed: Collection[str]) -> list[str]:
-    """Weights without signs that read the same units."""
+def remark_on_units(model: ModelEditor, units: Units, name: str, signed: Collection[str]) -> None:
+    """Say of a weight with signs why the effect of its units may have another sign.
+
+    Args:
+        model: the model.
+        units: its units.
+        name: the weight.
+        signed: all weights with signs.
+    """
+    own, edit = units.readings[name], model.edits[name]
+    if own.signed_by:
+        edit.remark(f"the activity of its units can be negative ({own.signed_by})")
     free = {n: r for n, r in units.readings.items() if n not in signed and model.all_sites[n].sign is None}
-    return [name for name, reading in free.items() if bool(torch.isin(reading.classes, own.classes).any())]
+    others = [n for n, reading in free.items() if bool(torch.isin(reading.classes, own.classes).any())]
+    if others:
+        edit.remark(f"{', '.join(others)} read the same units with weights of either sign")
