@@ -17,7 +17,7 @@ from biofx.model.provenance import inserted, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import synapses_in
 from biofx.rewrite.registry import Moment, Pass, option, register
-from biofx.signs.connections import connections
+from biofx.signs.balance import connections
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.training.plastic_weight import forget
 from biofx.weights.facts import NOT_RUN, Need

@@ -83,41 +83,14 @@ class Crystallize(Pass):
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Dampen gains, every so many steps."""
         due = [weight for weight in weights if weight.step % self.every == 0]
-        options = self.threshold, self.dampening, self.floor
+        options = {"threshold": self.threshold, "dampening": self.dampening, "floor": self.floor}
         means = mean_magnitudes(due)
         for batch in batches([weight.raw for weight in due]):
             own = [due[index] for index in batch]
-            gains, gradients = [weight.state("gain") for weight in own], [weight.gradient for weight in own]
-            values, sizes = [weight.value for weight in own], [means[index] for index in batch]
-            crystallize_(gains, values, gradients, sizes, *options, compiled=own[0].compiled)
-
-
-def crystallize_(
-    gains: list[Tensor],
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    threshold: float,
-    dampening: float,
-    floor: float,
-    *,
-    compiled: bool = False,
-) -> None:
-    """Crystallize gains once, in place.
-
-    Args:
-        gains: the gains, of the shape of what is stored.
-        weights: the weights, of that shape.
-        gradients: their gradients, of that shape.
-        means: the mean magnitude of each weight.
-        threshold: as for the pass.
-        dampening: as for the pass.
-        floor: as for the pass.
-        compiled: whether to compile what is computed.
-    """
-    means = [mean.to(weight.dtype) for mean, weight in zip(means, weights, strict=True)]
-    options = {"threshold": threshold, "dampening": dampening, "floor": floor}
-    over_blocks(dampened, dampen_, gains, weights, gradients, means, compiled=compiled, **options)
+            values, gradients = [weight.value for weight in own], [weight.gradient for weight in own]
+            sizes = [means[index].to(value.dtype) for index, value in zip(batch, values, strict=True)]
+            gains = [weight.state("gain") for weight in own]
+            over_blocks(dampened, dampen_, gains, values, gradients, sizes, compiled=own[0].compiled, **options)
 
 
 def dampened(

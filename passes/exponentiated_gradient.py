@@ -14,7 +14,7 @@ from biofx.base.options import check_number
 from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
-from biofx.signs.connections import connections
+from biofx.signs.balance import connections
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.training.blocks import batches
 from biofx.training.compiling import over_blocks
@@ -120,7 +120,8 @@ class ExponentiatedGradient(Pass):
             own = [weights[index] for index in batch]
             # Of Γ synapses, the optimizer sees each as the connection, and moves it by 1/Γ of that.
             scales = [weight.state("scale") / weight.synapses.shares for weight in own]
-            exponentiate_([w.raw for w in own], [w.old for w in own], scales, compiled=own[0].compiled)
+            raws, olds = [weight.raw for weight in own], [weight.old for weight in own]
+            over_blocks(exponentiated, multiply_, raws, olds, scales, compiled=own[0].compiled)
 
     def violations(self, site: WeightSite) -> Iterator[str]:
         """The scale is a positive number."""
@@ -133,18 +134,6 @@ def typical_size(site: WeightSite) -> Tensor:
     """The root mean square of the connections of a weight that are not 0, in double precision."""
     sizes = connections(site, site.raw.detach().double().abs())
     return sizes[sizes > 0].square().mean().sqrt()
-
-
-def exponentiate_(weights: list[Tensor], olds: list[Tensor], scales: list[Tensor], *, compiled: bool = False) -> None:
-    """Turn additive updates into multiplicative ones, in place.
-
-    Args:
-        weights: the weights after additive updates.
-        olds: the weights before them.
-        scales: σ of each weight, shape ().
-        compiled: whether to compile what is computed.
-    """
-    over_blocks(exponentiated, multiply_, weights, olds, scales, compiled=compiled)
 
 
 def exponentiated(weight: Tensor, old: Tensor, scale: Tensor) -> Tensor:

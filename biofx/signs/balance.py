@@ -21,7 +21,6 @@ from torch import Tensor
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.copying import copied
 from biofx.model.chain import attribute
-from biofx.signs.connections import connections, divided
 from biofx.signs.net_inputs import NetInput, NetInputRuns
 from biofx.signs.spectrum import balanced_recurrent, singular_entropy, spectral_radius
 
@@ -231,6 +230,21 @@ def _refit(
     site.raw.copy_(divided(site, site.from_incoming(new)))
     if bias is not None:
         bias.add_(mean - gain * (a * mx - b * my))
+
+
+def connections(site: WeightSite, values: Tensor | None = None) -> Tensor:
+    """The sum over the synapses of each connection: of values of synapses, or of what is stored."""
+    values = site.raw.detach() if values is None else values
+    return values.sum(0) if site.is_split else values
+
+
+def divided(site: WeightSite, weight: Tensor) -> Tensor:
+    """The weight of every synapse for that of every connection, in proportion to the present magnitudes."""
+    if not site.is_split:
+        return weight
+    size = site.raw.detach().abs()
+    total = size.sum(0)
+    return torch.where(total > 0, size / total, 1 / len(size)) * weight
 
 
 def _bias(model: ModelEditor, site: WeightSite) -> str | None:

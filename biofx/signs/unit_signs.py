@@ -40,14 +40,7 @@ def why_free(units: Units, reading: Reading) -> str:
 
 
 def remark_on_units(model: ModelEditor, units: Units, name: str, signed: Collection[str]) -> None:
-    """Say of a weight with signs why the effect of its units may have another sign.
-
-    Args:
-        model: the model.
-        units: its units.
-        name: the weight.
-        signed: all weights with signs.
-    """
+    """Say of one of the weights that get signs why the effect of its units may have another sign."""
     own, edit = units.readings[name], model.edits[name]
     if own.signed_by:
         edit.remark(f"the activity of its units can be negative ({own.signed_by})")
