@@ -15,9 +15,8 @@ from biofx.base.options import check_choice, check_number
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import balance
-from biofx.signs.constraints import CONSTRAINTS, constrain
+from biofx.signs.constraints import CONSTRAINTS, constrain, known_signs, remark_on_units, renumber, why_free
 from biofx.signs.scales import keep_scales_nonnegative
-from biofx.signs.unit_signs import known_signs, remark_on_units, renumber, why_free
 from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:

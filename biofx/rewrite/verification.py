@@ -20,7 +20,7 @@ from biofx.model.provenance import changed_since, inserted, inserted_nodes, reco
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
 from biofx.rewrite.registry import Pass
-from biofx.signs.constraints import mixed_units, wrong_signs
+from biofx.signs.constraints import sign_violations
 from biofx.weights.facts import Need
 
 
@@ -142,8 +142,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
         if lowest is not None and lowest < 0:
             yield f"{by}: {name}: a scale parameter is negative ({lowest:g})"
     sites = find_weights(bio).sites
-    yield from wrong_signs(sites)
-    yield from mixed_units(sites)
+    yield from sign_violations(sites)
     for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):
         if _lowest(sites[name].raw) is None:
             yield f"{name}: the weight is not finite"
