@@ -148,14 +148,16 @@ class DalesPrinciple(Pass):
         chosen = self._chosen(model, units)
         if not chosen:
             return
-        neural = {name for name in chosen if not self._is_free(units.readings[name])}
+        neural = {name for name in chosen if self.inputs != "free" or not bool(units.readings[name].is_free.all())}
         scales = {name: read & neural for name, read in units.scales.items() if name not in model.excluded}
         keep_scales_nonnegative(model, scales)
         signs = self._assign(model, units, {name: units.readings[name] for name in chosen})
         constrained: dict[str, Tensor] = {}
         for name in chosen:
             reading, edit = units.readings[name], model.edits[name]
-            sign = self._of_positions(signs, reading)
+            sign = signs[reading.classes]
+            if self.inputs == "free":
+                sign = sign.masked_fill(reading.is_free, 0)
             if not bool(sign.any()):
                 edit.leave(why_free(units, reading))
                 continue
@@ -163,7 +165,6 @@ class DalesPrinciple(Pass):
             if reading.remark:
                 edit.remark(f"{reading.remark}, so its positions have signs of their own")
             remark_on_units(model, units, name, chosen.keys())
-        silent = self._silence(model, units, constrained)
         self._set_weights(model, units, constrained)
         renumber(model, units)
         for name, sign in constrained.items():
@@ -174,8 +175,9 @@ class DalesPrinciple(Pass):
                 raw = torch.where(spread == 0, raw, spread * (raw * spread).clamp(min=FLOOR * float(raw.abs().mean())))
             edit.replace_raw(CONSTRAINTS[self.constraint].store(raw, spread))
             constrain(edit, site, sign, units.readings[name].classes, self.constraint)
-            if name in silent:
-                edit.insert(torch.mul, edit.state("projects", site.spread_presynaptic(silent[name]).to(spread)))
+            if self.readouts == "excitatory" and site.is_output and bool((sign > 0).any()):
+                edit.remark("only its excitatory units project")
+                edit.insert(torch.mul, edit.state("projects", (spread >= 0).to(spread)))
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Project stored weights on their signs."""
@@ -204,24 +206,6 @@ class DalesPrinciple(Pass):
                 model.edits[name].leave(reason)
                 del chosen[name]
         return chosen
-
-    def _is_free(self, reading: Reading) -> bool:
-        """Whether a weight reads nothing but inputs, and these have no signs."""
-        return self.inputs == "free" and bool(reading.is_free.all())
-
-    def _of_positions(self, signs: Tensor, reading: Reading) -> Tensor:
-        """The sign of the unit at each position; 0 where it is free."""
-        sign = signs[reading.classes]
-        return torch.where(reading.is_free, 0.0, sign) if self.inputs == "free" else sign
-
-    def _silence(self, model: ModelEditor, units: Units, signs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """For readouts that excitatory units alone have: 1 where a unit projects, 0 where it does not."""
-        if self.readouts == "all":
-            return {}
-        found = {n: (s >= 0).float() for n, s in signs.items() if model.sites[n].is_output and bool((s > 0).any())}
-        for name in found:
-            model.edits[name].remark("only its excitatory units project")
-        return found
 
     def _assign(self, model: ModelEditor, units: Units, readings: Mapping[str, Reading]) -> Tensor:
         """Sign of every class of units, by the number that stands for it: +1, −1, or 0 if it is free."""

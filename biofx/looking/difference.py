@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -18,7 +18,7 @@ from biofx.capture.symbolic import capture
 from biofx.looking.drawing import check_path, write
 from biofx.looking.inspection import written_arguments
 from biofx.looking.roles import Role
-from biofx.looking.view import Box, View, view_of
+from biofx.looking.view import CHANGES, Box, View, view_of
 from biofx.model.chain import attribute, callee, original_name
 from biofx.model.provenance import inserted, unwrapped
 
@@ -87,25 +87,22 @@ class Difference:
             ArgumentError: as for `biofx.draw`.
         """
         path = check_path(path, depth)
-        view = view_of(self.after)
-        root = _marked(view.root, {change.node: change.kind for change in self.changes if change.kind != "removed"})
+        view = view_of(self.after, None, {change.node: change.kind for change in (*self.inserted, *self.changed)})
         removed = tuple(
             Box(f"removed {change.node}", f"- {change.node}", Role.OMITTED, {"was": change.calls})
             for change in self.removed
         )
-        write(View(replace(root, children=(*root.children, *removed)), view.values), path, depth)
+        root = replace(view.root, children=(*view.root.children, *removed))
+        write(View(root, view.values), path, depth)
 
     def __str__(self) -> str:
         if not self.changes:
             return "no difference"
-        counts = ", ".join(f"{len(self._of(kind))} {kind}" for kind in _SIGNS if self._of(kind))
+        counts = ", ".join(f"{len(self._of(kind))} {kind}" for kind in CHANGES if self._of(kind))
         rows = [
-            [f"{_SIGNS[c.kind]} {c.node}", c.calls, c.arguments, c.weight, ", ".join(c.passes)] for c in self.changes
+            [f"{CHANGES[c.kind]} {c.node}", c.calls, c.arguments, c.weight, ", ".join(c.passes)] for c in self.changes
         ]
         return f"{counts}\n\n{Table(('node', 'calls', 'arguments', 'weight', 'pass'), rows)}"
-
-
-_SIGNS = {"inserted": "+", "removed": "-", "changed": "~"}
 
 
 def diff(before: nn.Module, after: nn.Module) -> Difference:
@@ -207,14 +204,3 @@ def _change(kind: str, node: fx.Node, arguments: str) -> Change:
     origin = inserted(node)
     weight, passes = (origin.parameter, origin.passes) if origin else ("", ())
     return Change(kind, node.name, callee(node), arguments, weight, passes)
-
-
-def _marked(box: Box, kinds: Mapping[str, str]) -> Box:
-    """A box with the boxes of nodes marked that differ."""
-    found = {kinds[node] for node in box.nodes if node in kinds}
-    if box.children:
-        return replace(box, children=tuple(_marked(child, kinds) for child in box.children))
-    if not found:
-        return box
-    kind = min(found)
-    return replace(box, label=f"{_SIGNS[kind]} {box.label}", facts={**box.facts, "change": kind})

@@ -20,6 +20,7 @@ from biofx.looking.roles import Role, role_of
 from biofx.model.chain import attribute, callee, parameter_nodes
 from biofx.model.provenance import inserted, is_transformed, record_of
 
+CHANGES = {"inserted": "+", "removed": "-", "changed": "~"}  # how pictures and tables of differences mark them
 AT_MOST = 200  # boxes at the start and at the end of a box that holds more than twice as many
 
 
@@ -105,17 +106,21 @@ class View:
         return view
 
 
-def view_of(model: fx.GraphModule, example_inputs: Any = None) -> View:
+def view_of(model: fx.GraphModule, example_inputs: Any = None, changes: Mapping[str, str] | None = None) -> View:
     """The view of a graph.
 
     Args:
         model: a transformed model, or any other graph.
         example_inputs: arguments of the model, to show shapes; without them, only those that the graph carries.
+        changes: of nodes that are to be marked, a key of `CHANGES`.
     """
     shapes = _shapes(model, example_inputs)
     signs = _signs(model) if is_transformed(model) else {}
     places = _places(model)
     leaves = {node.name: _leaf(model, node, shapes, signs) for node in model.graph.nodes}
+    for name, kind in (changes or {}).items():
+        leaf = leaves[name]
+        leaves[name] = replace(leaf, label=f"{CHANGES[kind]} {leaf.label}", facts={**leaf.facts, "change": kind})
     names = [node.name for node in model.graph.nodes]
     values = {(a.name, n.name): shapes.get(a.name, "") for n in model.graph.nodes for a in n.all_input_nodes}
     return View(_folded(_module(model, names, leaves, places)), values)

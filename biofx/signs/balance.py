@@ -55,7 +55,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     found = find_weights(bio).sites
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
-    blocks = {name: _recurrent_blocks_of(site, units.readings[name]) for name, site in sites.items()}
+    blocks = {name: _recurrent_blocks(site, units.readings[name]) for name, site in sites.items()}
     biases = {name: bias for name, site in sites.items() if (bias := _bias(model, site)) is not None}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -78,14 +78,15 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     runs = NetInputRuns(model, bio, measured, changing)
     runs.visit(measure)
     for name, site in sites.items():
-        generator = model.generator(name)
-        if (block := blocks[name]) is not None:
-            rows = _balanced_blocks(site, original(name), signs[name], block, density, generator)
-            site.raw.copy_(divided(site, site.from_incoming(rows)))
-            model.edits[name].remark(_spectral_change(site, original(name), block))
-            continue
-        sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
-        rows = balanced_rows(site.incoming(original(name)), sign, density, generator)
+        generator, old = model.generator(name), site.incoming(original(name))
+        if (own := blocks[name]) is None:
+            sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
+            rows = balanced_rows(old, sign, density, generator)
+        else:
+            rows = old.clone()
+            for block in own:
+                rows[block] = balanced_recurrent(old[block], signs[name].to(old), density, generator)
+            model.edits[name].remark(_spectral_change(old, rows, own))
         site.raw.copy_(divided(site, site.from_incoming(rows)))
     runs.visit(refit)
     for name, site in sites.items():
@@ -94,43 +95,28 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
             model.value(biases[name]).copy_(attribute(bio, biases[name]))
 
 
-def _recurrent_blocks_of(site: WeightSite, reading: Reading) -> list[Tensor] | None:
-    """The blocks of a recurrent matrix; None for a convolution, which has several synapses for each pair of units."""
-    is_matrix = site.shape.numel() == site.units * site.presynaptic_units
-    return recurrent_blocks(reading) if is_matrix else None
-
-
-def recurrent_blocks(reading: Reading) -> list[Tensor] | None:
+def _recurrent_blocks(site: WeightSite, reading: Reading) -> list[Tensor] | None:
     """The rows of a recurrent weight, in the order of the units that they feed; one block for each gate.
 
-    None if a row feeds a unit that the weight does not read.
+    None if a row feeds a unit that the weight does not read, and for a convolution, which has several synapses for each
+    pair of units.
     """
     returns = reading.returns
     count = len(reading.numbers)
-    if not count or len(returns) % count or bool((returns < 0).any()):
+    is_matrix = site.shape.numel() == site.units * site.presynaptic_units
+    if not is_matrix or not count or len(returns) % count or bool((returns < 0).any()):
         return None
     blocks = returns.view(-1, count)
     if not all(torch.equal(block.sort().values, torch.arange(count)) for block in blocks):
         return None
-    return [index * count + block.argsort() for index, block in enumerate(blocks)]
+    return [(index * count + block.argsort()).to(site.raw.device) for index, block in enumerate(blocks)]
 
 
-def _balanced_blocks(
-    site: WeightSite, weight: Tensor, sign: Tensor, blocks: list[Tensor], density: float, generator: torch.Generator
-) -> Tensor:
-    rows = site.incoming(weight).clone()
-    for block in blocks:
-        block = block.to(rows.device)
-        rows[block] = balanced_recurrent(rows[block], sign.to(rows), density, generator)
-    return rows
-
-
-def _spectral_change(site: WeightSite, free: Tensor, blocks: list[Tensor]) -> str:
+def _spectral_change(before: Tensor, after: Tensor, blocks: list[Tensor]) -> str:
     """The spectral measures of recurrent weights before and after, in words; for each gate, if there are several."""
-    before, after = site.incoming(free), site.incoming(connections(site))
     measures = {"spectral radius": spectral_radius, "entropy of singular values": singular_entropy}
     numbers = {
-        name: [", ".join(f"{measure(rows[block.to(rows.device)]):.3g}" for block in blocks) for rows in (before, after)]
+        name: [", ".join(f"{measure(rows[block]):.3g}" for block in blocks) for rows in (before, after)]
         for name, measure in measures.items()
     }
     return "; ".join(f"{name} {old} → {new}" for name, (old, new) in numbers.items())
