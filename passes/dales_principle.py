@@ -12,6 +12,7 @@ from torch import Tensor
 
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.options import check_choice, check_number
+from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import balance
@@ -274,7 +275,8 @@ class DalesPrinciple(Pass):
             return
         kept, energy = map(sum, zip(*agreeing.values(), strict=True)) if agreeing else (0.0, 0.0)
         if energy:
-            model.note(f"{self.name}: {kept / energy:.0%} of the energy of the weights had the signs of their units")
+            text = f"{self.name}: {kept / energy:.0%} of the energy of the weights had the signs of their units"
+            record_of(model.bio).notes.append(text)
         if self.balance is False:
             for name, site in sites.items():
                 sign = site.spread_presynaptic(signs[name]).to(site.raw)

@@ -56,15 +56,15 @@ def route(parents: Mapping[str, str], source: str, target: str) -> list[tuple[st
     return [*out, (start, end), *reversed(into)]
 
 
-def edges_by_box(view: View) -> dict[str, list[tuple[str, str]]]:
-    """The steps of all edges, by the name of the box in which they lie."""
+def rows_by_box(view: View) -> dict[str, list[list[str | Way]]]:
+    """The contents of each box that contains others, in rows, by its name (see `rows_of`)."""
     parents = {child.name: box.name for box in view.root.walk() for child in box.children}
-    found: dict[str, dict[tuple[str, str], None]] = {}
+    steps: dict[str, dict[tuple[str, str], None]] = {name: {} for name in (view.root.name, *parents)}
     for source, target in view.edges:
         for step in route(parents, source, target):
-            inside = parents[step[0]] if step[0] in parents else parents[step[1]]
-            found.setdefault(inside, {})[step] = None
-    return {name: list(steps) for name, steps in found.items()}
+            steps[parents[step[0]] if step[0] in parents else parents[step[1]]][step] = None
+    boxes = (box for box in view.root.walk() if box.children)
+    return {box.name: rows_of(box.name, [child.name for child in box.children], [*steps[box.name]]) for box in boxes}
 
 
 def rows_of(box: str, children: Sequence[str], edges: Sequence[tuple[str, str]]) -> list[list[str | Way]]:

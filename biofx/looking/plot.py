@@ -6,8 +6,9 @@ Each function draws one figure into `ax` and returns it, so figures can be combi
     biofx.plot.gains(bio, ax=left)
     biofx.plot.eigenvalues(bio, "rnn.weight_hh_l0", ax=right).set_title("after training")
 
-Without `ax`, pyplot makes a new one. Orange stands for excitation, and blue for inhibition. The colours are those of
-Okabe and Ito, which the colour-blind can tell apart.
+Without `ax`, pyplot makes a new one. Without matplotlib (`pip install 'biofx[draw]'`), all raise `ExportError`. Orange
+stands for excitation, and blue for inhibition. The colours are those of Okabe and Ito, which the colour-blind can tell
+apart.
 """
 
 from __future__ import annotations
@@ -101,7 +102,6 @@ def history(
 
     Raises:
         ArgumentError: an unknown quantity or weight, or no weight has the quantity.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -168,7 +168,6 @@ def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> A
 
     Raises:
         ArgumentError: the model has no such weight, its axes are not known, or the model could not run.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -226,7 +225,6 @@ def eigenvalues(model: nn.Module | Units, name: str, *, ax: Axes | None = None) 
 
     Raises:
         ArgumentError: the model has no such weight, or it is not square.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -272,7 +270,6 @@ def singular_values(model: nn.Module | Units, name: str, *, ax: Axes | None = No
 
     Raises:
         ArgumentError: the model has no such weight, its axes are not known, or the model could not run.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -308,7 +305,6 @@ def units(model: nn.Module | Units, population: str | None = None, *, ax: Axes |
 
     Raises:
         ArgumentError: an unknown population; no weight reads any unit; or the model could not run.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -372,7 +368,6 @@ def gains(bio: nn.Module, *, weights: str | Sequence[str] | None = None, ax: Axe
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, an unknown weight, or no weight has gains.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from biofx.base.errors import ArgumentError
 from biofx.base.packages import require
-from biofx.looking.layout import Way, edges_by_box, route, rows_of
+from biofx.looking.layout import Way, route, rows_by_box
 from biofx.looking.roles import Role
 
 if TYPE_CHECKING:
@@ -52,18 +52,13 @@ class Placed:
         return Placed(self.box, self.left + right, self.top + down, self.width, self.height, parts, ways)
 
 
-def place(box: Box, edges: Mapping[str, list[tuple[str, str]]]) -> Placed:
-    """Lay out a box.
-
-    Args:
-        box: the box.
-        edges: the edges between the children of each box, by its name.
-    """
+def place(box: Box, rows_of: Mapping[str, list[list[str | Way]]]) -> Placed:
+    """Lay out a box, given what each box contains in rows."""
     width = max(LETTER * len(line) for line in _lines(box)) + 2 * MARGIN
     if not box.children:
         return Placed(box, 0.0, 0.0, width, LINE * (0.4 + 0.6 * (len(_lines(box)) + bool(box.inserted))))
-    children = {child.name: place(child, edges) for child in box.children}
-    rows = rows_of(box.name, list(children), edges.get(box.name, []))
+    children = {child.name: place(child, rows_of) for child in box.children}
+    rows = rows_of[box.name]
     widths = [sum(_width(item, children) + GAP for item in row) - GAP for row in rows]
     inner = max([width, *widths])
     top = LINE + GAP / 2
@@ -97,7 +92,7 @@ def _lines(box: Box) -> list[str]:
 def draw_vector(view: View, path: Path) -> None:
     """Write a picture of a view."""
     figure_module = require("matplotlib.figure", "draw", "draw")
-    placed = place(view.root, edges_by_box(view))
+    placed = place(view.root, rows_by_box(view))
     legend = [role for role in Role if any(box.role is role for box in view.root.walk()) and role is not Role.MODULE]
     width, height = max(placed.width, 260.0) + 2 * MARGIN, placed.height + LINE * (1.5 + len(legend))
     if max(width, height) > LARGEST:

@@ -21,6 +21,7 @@ from torch import Tensor
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.copying import copied
 from biofx.model.chain import attribute
+from biofx.model.synapses import stored
 from biofx.signs.net_inputs import NetInput, NetInputRuns
 from biofx.signs.spectrum import balanced_recurrent, singular_entropy, spectral_radius
 
@@ -92,7 +93,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     for name, site in sites.items():
         model.edits[name].replace_raw(site.raw.to(model.sites[name].raw))
         if name in biases and biases[name] not in model.excluded:
-            model.value(biases[name]).copy_(attribute(bio, biases[name]))
+            stored(model.bio, biases[name]).copy_(attribute(bio, biases[name]))
 
 
 def _recurrent_blocks(site: WeightSite, reading: Reading) -> list[Tensor] | None:
