@@ -6,11 +6,12 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from biofx.analysis.sites import find_weights
 from biofx.base.errors import ArgumentError
@@ -126,24 +127,6 @@ def view_of(model: fx.GraphModule, example_inputs: Any = None, changes: Mapping[
     return View(_folded(_module(model, names, leaves, places)), values)
 
 
-class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of each node's value."""
-
-    def __init__(self, model: fx.GraphModule, arguments: Mapping[str, Any]) -> None:
-        super().__init__(model)
-        self.arguments = arguments
-        self.found: dict[str, str] = {}
-
-    def placeholder(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.arguments[str(target).lstrip("*")]  # fx gives **kwargs a list
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.found[n.name] = _size(value.shape)
-        return value
-
-
 def _size(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape)) or "scalar"
 
@@ -152,12 +135,14 @@ def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
     carried = {n.name: n.meta["val"].shape for n in model.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
     found = {name: _size(shape) for name, shape in carried.items()}
     if example_inputs is not None:
-        interpreter = _Shapes(model, _bound(model, example_inputs))
+        arguments, interpreter = _bound(model, example_inputs), fx.Interpreter(model, garbage_collect_values=False)
+        inputs = model.graph.find_nodes(op="placeholder")
+        values: dict[fx.Node, Any] = {node: arguments[str(node.target).lstrip("*")] for node in inputs}
         try:
-            run_in_eval_mode(model, lambda _: interpreter.run())
+            run_in_eval_mode(model, lambda _: interpreter.run(initial_env=values))
         except Exception as error:
             raise ArgumentError(f"draw: the model fails on example_inputs: {error}") from error
-        found |= interpreter.found
+        found |= {node.name: _size(value.shape) for node, value in values.items() if isinstance(value, Tensor)}
     return found
 
 
@@ -240,25 +225,20 @@ def _module(
         child = _module(model, members, leaves, places, key, depth + 1) if is_module else leaves[key]
         # A module with one node is that node.
         children.append(child.children[0] if len(child.children) == 1 else child)
-    return Box(
-        f"module {path}",
-        _module_label(model, path),
-        Role.MODULE,
-        {"module": path or "the model", **({"class": kind} if (kind := _class_at(model, path)) else {})},
-        tuple(node for child in children for node in child.nodes),
-        tuple(children),
-    )
-
-
-def _module_label(model: fx.GraphModule, path: str) -> str:
-    if not path:
-        kept = record_of(model).model_class if is_transformed(model) else None
-        return type(model).__name__ if kept is None else kept.__name__
     kind = _class_at(model, path)
-    return path.rpartition(".")[2] + (f" ({kind})" if kind else "")
+    facts = {"module": path or "the model", **({"class": kind} if kind else {})}
+    nodes = tuple(node for child in children for node in child.nodes)
+    label = path.rpartition(".")[2] + (f" ({kind})" if kind else "")
+    return Box(f"module {path}", label if path else _class_of(model), Role.MODULE, facts, nodes, tuple(children))
 
 
-def _class_at(model: nn.Module, path: str) -> str:
+def _class_of(model: fx.GraphModule) -> str:
+    """The class of the model; of a transformed one, of the original."""
+    kept = record_of(model).model_class if is_transformed(model) else None
+    return (kept or type(model)).__name__
+
+
+def _class_at(model: fx.GraphModule, path: str) -> str:
     """The class of the module at a path; empty for the model, and for one that is called by another name."""
     try:
         return type(model.get_submodule(path)).__name__ if path else ""
@@ -270,18 +250,15 @@ def _folded(box: Box) -> Box:
     """The box with runs of equal neighbours drawn once, and with the middle of very many boxes left out."""
     children = [_folded(child) for child in box.children]
     folded: list[Box] = []
-    last: Any = None
-    for child in children:
-        shape = _structure(child) if child.children else None
-        if shape is not None and shape == last:
-            first = _merged(folded[-1], child)
-            own, other = first.label.partition(" ")[0], child.label.partition(" ")[0]
-            kind = f" ({child.facts['class']})" if "class" in child.facts else ""
-            count = first.count + 1
-            folded[-1] = replace(first, count=count, label=f"{own} … {other}{kind} × {count}")
-        else:
-            folded.append(child)
-        last = shape
+    for structure, run in groupby(children, lambda child: _structure(child) if child.children else None):
+        first, *others = run
+        if structure is None or not others:
+            folded += [first, *others]
+            continue
+        own, last = (box.label.partition(" ")[0] for box in (first, others[-1]))
+        kind = f" ({first.facts['class']})" if "class" in first.facts else ""
+        count = 1 + len(others)
+        folded.append(replace(reduce(_merged, others, first), count=count, label=f"{own} … {last}{kind} × {count}"))
     if len(folded) > 2 * AT_MOST:
         left = folded[AT_MOST:-AT_MOST]
         nodes = tuple(n for b in left for n in b.nodes)
