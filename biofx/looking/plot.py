@@ -201,12 +201,7 @@ def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> A
     found = ", ".join(f"{count} {_PLURAL[what]}" for count, what in counts if count)
     rows = "postsynaptic unit" if columns.shape[1] == site.units else "outgoing connection"
     ax.set(xlabel=f"presynaptic positions: {found}", ylabel=rows)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(
-            require("matplotlib.ticker", "plot.weights", "draw").MaxNLocator(
-                integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]
-            )
-        )
+    ax.locator_params(nbins=10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
     ax.set_title(plain(name), loc="left", pad=16)
     ax.figure.colorbar(image, ax=ax, label="effective weight", extend=extend, pad=0.02)
     return ax
@@ -407,9 +402,8 @@ def gains(bio: nn.Module, *, weights: str | Sequence[str] | None = None, ax: Axe
         labels.append("\n".join([plain(name), ", ".join(notes)]).strip())
     ax.set_xscale("log")
     ax.set(xlim=(10**low, 10**high), ylim=(-len(found) + 0.85, 1))
-    ticker = require("matplotlib.ticker", "plot.gains", "draw")
-    for place in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        place(ticker.FuncFormatter(lambda gain, _: f"{gain:g}"))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("{x:g}")
     ax.set_yticks([-row for row in range(len(found))], labels)
     ax.tick_params(axis="y", left=False)
     _tidy(ax, xlabel="gain (orange: crystallized, below ½)")
