@@ -86,16 +86,10 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
                 del plain._buffers[name]
             result = original_form(plain, record.model_class)
         else:
-            _keep_graph(plain)
+            vars(plain).pop(GUARD, None)  # the graph runs, and not its Python
+            number_nodes(plain)
             result = plain
         return result if into is None else _fill(into, result)
-
-
-def _keep_graph(plain: CapturedModule) -> None:
-    """Let the graph of a folded model run instead of its Python."""
-    vars(plain).pop(GUARD, None)
-    number_nodes(plain)
-    plain.recompile()
 
 
 def why_weights_do_not_suffice(bio: fx.GraphModule) -> str | None:
