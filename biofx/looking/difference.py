@@ -153,15 +153,14 @@ def _changes(before: fx.GraphModule, after: fx.GraphModule) -> Iterator[Change]:
     old, new = list(before.graph.nodes), list(after.graph.nodes)
     matcher = SequenceMatcher(None, _keys(before, old), _keys(after, new), autojunk=False)
     partner: dict[fx.Node, fx.Node] = {}
-    for a, b, size in matcher.get_matching_blocks():
-        partner |= zip(new[b : b + size], old[a : a + size], strict=True)
     for kind, a0, a1, b0, b1 in matcher.get_opcodes():
         if kind == "equal":
-            for node in new[b0:b1]:
-                was, now = _arguments(partner[node], lambda n: n), _arguments(node, lambda n: partner.get(n, n))
-                shapes = _shape(before, partner[node]), _shape(after, node)
+            for own, node in zip(old[a0:a1], new[b0:b1], strict=True):
+                partner[node] = own  # known before a later node has it as an argument
+                was, now = _arguments(own, lambda n: n), _arguments(node, lambda n: partner.get(n, n))
+                shapes = _shape(before, own), _shape(after, node)
                 if was != now:
-                    yield _change("changed", node, f"{written_arguments(partner[node])} → {written_arguments(node)}")
+                    yield _change("changed", node, f"{written_arguments(own)} → {written_arguments(node)}")
                 elif shapes[0] != shapes[1]:
                     yield _change("changed", node, f"{shapes[0]} → {shapes[1]}")
         else:
