@@ -139,10 +139,7 @@ def _copy(bio: fx.GraphModule) -> CapturedModule:
 
 def _drop_observers(graph: fx.Graph) -> None:
     for node, origin in reversed(list(inserted_nodes(graph))):
-        if origin.slot is Slot.OBSERVER:
-            graph.erase_node(node)
-    for node, _ in list(inserted_nodes(graph)):
-        if node.op == "get_attr" and not node.users:  # the observers' state
+        if origin.slot is Slot.OBSERVER or (node.op == "get_attr" and not node.users):  # or their state
             graph.erase_node(node)
 
 
