@@ -246,32 +246,22 @@ class Converted(CapturedModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
         return _with_methods(super().__deepcopy__(memo))
 
-    def _weights(self, by: str) -> list[PlasticWeight]:
-        sites = weight_sites(self)
+    def _weights(self, by: str, *, with_gradients: bool = False) -> list[PlasticWeight]:
         changed = {name for run in record_of(self).passes if run.pass_.name == by for name in run.weights}
-        empty = torch.empty(0)
+        sites = [site for name, site in weight_sites(self).items() if name in changed]
+        if with_gradients:
+            sites = [site for site in sites if site.raw.grad is not None]
+            if not sites:
+                raise LifecycleError(f"{by}: no weight has a gradient; call backward() first")
+        gradients = [torch.empty(0) if site.raw.grad is None else site.raw.grad for site in sites]
         return [
-            PlasticWeight(
-                site=site,
-                raw=site.raw,
-                gradient=empty if site.raw.grad is None else site.raw.grad,
-                optimizer=None,
-                step=self.calls[by],
-                by=by,
-            )
-            for name, site in sites.items()
-            if name in changed
+            PlasticWeight(site=site, raw=site.raw, gradient=gradient, optimizer=None, step=self.calls[by], by=by)
+            for site, gradient in zip(sites, gradients, strict=True)
         ]
-
-    def _with_gradients(self, by: str) -> list[PlasticWeight]:
-        weights = [weight for weight in self._weights(by) if weight.raw.grad is not None]
-        if not weights:
-            raise LifecycleError(f"{by}: no weight has a gradient; call backward() first")
-        return weights
 
     @torch.no_grad()
     def _scale_gradients(self, by: str) -> None:
-        for weight in self._with_gradients(by):
+        for weight in self._weights(by, with_gradients=True):
             weight.gradient.copy_(scale_learning(weight.site.known_synapses, weight.gradient, weight.raw, by=by))
 
     @torch.no_grad()
@@ -280,7 +270,7 @@ class Converted(CapturedModule):
         pass_ = next(run.pass_ for run in record_of(self).passes if run.pass_.name == by)
         assert isinstance(pass_, Pass)
         if pass_.acts_at_step:
-            weights = self._with_gradients(by) if needs_gradients else self._weights(by)
+            weights = self._weights(by, with_gradients=needs_gradients)
             pass_.at_step(weights)
             _count_call(weights)
 

@@ -1,7 +1,4 @@
-r"""Continual backpropagation: units that contribute little are replaced, so that a network goes on learning.
-
-$$u_i \leftarrow \eta\, u_i + (1 - \eta)\, \lvert h_i \rvert \sum_k \lvert w_{ki} \rvert$$
-"""
+"""Continual backpropagation: units that contribute little are replaced, so that a network goes on learning."""
 
 from __future__ import annotations
 
@@ -19,7 +16,8 @@ from biofx.model.chain import attribute, original_name
 from biofx.model.provenance import inserted, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import synapses_in
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
+from biofx.signs.balance import connections
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.training.plastic_weight import forget
 from biofx.weights.facts import NOT_RUN, Need
@@ -89,9 +87,6 @@ class ContinualBackprop(Pass):
         maturity: m, the steps for which a new unit is protected, at least 0. Default as in the paper.
         decay: η, the weight of the past in the utility, in [0, 1). Default as in the paper.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -111,28 +106,18 @@ class ContinualBackprop(Pass):
 
     name: ClassVar[str] = "continual-backprop"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # at insertion: units are replaced from the first mature ones on
     moment: ClassVar[Moment] = Moment.TURNOVER
     sets_zeros: ClassVar[bool] = True
 
-    replacement_rate: float = 1e-4
-    maturity: int = 100
-    decay: float = 0.99
-
-    def __post_init__(self) -> None:
-        check_number(self, "replacement_rate", above=0, at_most=1)
-        check_integer(self, "maturity", at_least=0)
-        check_number(self, "decay", at_least=0, below=1)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True at insertion: units are replaced from the first mature ones on."""
-        return True
+    replacement_rate: float = option(1e-4, check_number, above=0, at_most=1)
+    maturity: int = option(100, check_integer, at_least=0)
+    decay: float = option(0.99, check_number, at_least=0, below=1)
 
     def rewrite_model(self, model: ModelEditor) -> None:
         """Find the layers, observe the activity of their units, and keep where these are in each weight."""
         if model.understood is None:
-            for edit in model.edits.values():
-                edit.leave(f"it is not judged: {NOT_RUN}")
+            model.leave(f"it is not judged: {NOT_RUN}")
             return
         gone = dict.fromkeys(model.understood.readings.keys() - model.all_sites.keys(), "it is no weight any more")
         fixed = {name: why for name, site in model.all_sites.items() if (why := _why_fixed(model, site))}
@@ -159,8 +144,8 @@ class ContinualBackprop(Pass):
             for name, places in names.items():
                 model.edits[name].keep(f"{prefix}{key}", places)
         for site in (model.sites[name] for name in layer.incoming):
-            weight, sign = _connections(site, site.synaptic().detach()), site.sign
-            sign = sign if sign is None else _connections(site, sign.expand(site.raw.shape)).sign()
+            weight, sign = connections(site, site.synaptic().detach()), site.sign
+            sign = sign if sign is None else connections(site, sign.expand(site.raw.shape)).sign()
             model.edits[site.name].keep(BOUNDS, bounds_of(weight, sign, site.synapses))
         home = model.edits[layer.name]
         dtype = torch.promote_types(home.raw.dtype, torch.float32)
@@ -339,13 +324,8 @@ def _seen(weight: PlasticWeight) -> tuple[Tensor, Tensor]:
 
 def _outgoing(weight: PlasticWeight) -> Tensor:
     """The sum of the magnitudes of the connections that leave each presynaptic position."""
-    sums: Tensor = torch.linalg.vector_norm(weight.site.outgoing(_connections(weight.site, weight.value)), 1, 1)
+    sums: Tensor = torch.linalg.vector_norm(weight.site.outgoing(connections(weight.site, weight.value)), 1, 1)
     return sums
-
-
-def _connections(site: WeightSite, values: Tensor) -> Tensor:
-    """The sum over the synapses of each connection."""
-    return values.sum(0) if site.is_split else values
 
 
 def _at_places(mask: Tensor, places: Tensor, count: int) -> Tensor:

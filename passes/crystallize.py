@@ -1,8 +1,4 @@
-r"""Stabilization: a synapse that hardly learns any more, or learns too wildly, becomes less plastic.
-
-$$c \leftarrow \max(d\,c,\ \mathrm{floor}) \quad\text{where}\quad
-|g| < \theta\,|w| \ \text{ or }\ |g| > \overline{|w|}$$
-"""
+"""Stabilization: a synapse that hardly learns any more, or learns too wildly, becomes less plastic."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from torch import Tensor
 from biofx.base.gains import coded, decoded
 from biofx.base.options import check_integer, check_number
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.training.blocks import batches
 from biofx.training.compiling import over_blocks
 from biofx.training.statistics import mean_magnitudes
@@ -52,9 +48,6 @@ class Crystallize(Pass):
         floor: smallest gain that dampening leaves, at least 0.
         every: steps between two crystallizations.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -74,24 +67,14 @@ class Crystallize(Pass):
 
     name: ClassVar[str] = "crystallize"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # only gains change
     moment: ClassVar[Moment] = Moment.GAIN
     works_on_shards: ClassVar[bool] = True
 
-    threshold: float = 4.5e-5
-    dampening: float = 0.6
-    floor: float = 1e-3
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        check_number(self, "threshold", at_least=0)
-        check_number(self, "dampening", at_least=0, at_most=1)
-        check_number(self, "floor", at_least=0)
-        check_integer(self, "every", at_least=1)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True: only gains change."""
-        return True
+    threshold: float = option(4.5e-5, check_number, at_least=0)
+    dampening: float = option(0.6, check_number, at_least=0, at_most=1)
+    floor: float = option(1e-3, check_number, at_least=0)
+    every: int = option(1, check_integer, at_least=1)
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Give the weight a gain."""
@@ -100,41 +83,14 @@ class Crystallize(Pass):
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Dampen gains, every so many steps."""
         due = [weight for weight in weights if weight.step % self.every == 0]
-        options = self.threshold, self.dampening, self.floor
+        options = {"threshold": self.threshold, "dampening": self.dampening, "floor": self.floor}
         means = mean_magnitudes(due)
         for batch in batches([weight.raw for weight in due]):
             own = [due[index] for index in batch]
-            gains, gradients = [weight.state("gain") for weight in own], [weight.gradient for weight in own]
-            values, sizes = [weight.value for weight in own], [means[index] for index in batch]
-            crystallize_(gains, values, gradients, sizes, *options, compiled=own[0].compiled)
-
-
-def crystallize_(
-    gains: list[Tensor],
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    threshold: float,
-    dampening: float,
-    floor: float,
-    *,
-    compiled: bool = False,
-) -> None:
-    """Crystallize gains once, in place.
-
-    Args:
-        gains: the gains, of the shape of what is stored.
-        weights: the weights, of that shape.
-        gradients: their gradients, of that shape.
-        means: the mean magnitude of each weight.
-        threshold: as for the pass.
-        dampening: as for the pass.
-        floor: as for the pass.
-        compiled: whether to compile what is computed.
-    """
-    means = [mean.to(weight.dtype) for mean, weight in zip(means, weights, strict=True)]
-    options = {"threshold": threshold, "dampening": dampening, "floor": floor}
-    over_blocks(dampened, dampen_, gains, weights, gradients, means, compiled=compiled, **options)
+            values, gradients = [weight.value for weight in own], [weight.gradient for weight in own]
+            sizes = [means[index].to(value.dtype) for index, value in zip(batch, values, strict=True)]
+            gains = [weight.state("gain") for weight in own]
+            over_blocks(dampened, dampen_, gains, values, gradients, sizes, compiled=own[0].compiled, **options)
 
 
 def dampened(

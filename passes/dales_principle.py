@@ -1,7 +1,4 @@
-r"""Dale's principle: a unit is excitatory, or inhibitory, for all its targets.
-
-$$w_{ij} = s_j\,\lvert w_{ij} \rvert, \qquad s_j \in \{+1, -1\}$$
-"""
+"""Dale's principle: a unit is excitatory, or inhibitory, for all its targets."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from torch import Tensor
 
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.options import check_choice, check_number
+from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import balance
-from biofx.signs.constraints import CONSTRAINTS, constrain
+from biofx.signs.constraints import CONSTRAINTS, constrain, known_signs, remark_on_units, renumber, why_free
 from biofx.signs.scales import keep_scales_nonnegative
-from biofx.signs.unit_signs import free_readers, known_signs, renumber, why_free
 from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:
@@ -28,10 +25,6 @@ if TYPE_CHECKING:
     from biofx.analysis.units import Population, Reading, Units
     from biofx.rewrite.model_editor import ModelEditor
     from biofx.training.plastic_weight import PlasticWeight
-
-READOUTS = ("all", "excitatory")
-INPUTS = ("free", "excitatory", "mixed")
-ASSIGNMENTS = ("random", "closest")
 
 
 @register
@@ -114,27 +107,23 @@ class DalesPrinciple(Pass):
     moment: ClassVar[Moment] = Moment.PROJECTION
     works_on_shards: ClassVar[bool] = True
 
-    excitatory: float = 0.8
+    excitatory: float = option(0.8, check_number, at_least=0, at_most=1)
     assign: str | Mapping[str, Sequence[int]] = "random"
-    constraint: str = "project"
+    constraint: str = option("project", check_choice, choices=CONSTRAINTS)
     balance: bool | None = None
-    density: float = 0.1
-    inputs: str = "free"
-    readouts: str = "all"
+    density: float = option(0.1, check_number, above=0, at_most=1)
+    inputs: str = option("free", check_choice, choices=("free", "excitatory", "mixed"))
+    readouts: str = option("all", check_choice, choices=("all", "excitatory"))
     sites: str | Sequence[str] = "*"
 
     def __post_init__(self) -> None:
-        check_number(self, "excitatory", at_least=0, at_most=1)
-        check_choice(self, "constraint", CONSTRAINTS)
-        check_choice(self, "inputs", INPUTS)
-        check_choice(self, "readouts", READOUTS)
-        check_number(self, "density", above=0, at_most=1)
+        super().__post_init__()
         if self.balance is not None and not isinstance(self.balance, bool):
             raise ArgumentError(f"passes.DalesPrinciple: balance must be True, False or None, got {self.balance!r}")
         if isinstance(self.assign, Mapping):
             object.__setattr__(self, "assign", {name: _signs(name, given) for name, given in self.assign.items()})
         else:
-            check_choice(self, "assign", ASSIGNMENTS)
+            check_choice(self, "assign", ("random", "closest"))
         if self.assign == "closest" and self.balance:
             raise ArgumentError(
                 'passes.DalesPrinciple: assign="closest" keeps the weights of a trained network, and balance=True '
@@ -155,31 +144,28 @@ class DalesPrinciple(Pass):
         """Assign signs to units, and weights to signs."""
         units = model.units
         if units is None:
-            for edit in model.edits.values():
-                edit.leave(f"not judged: {NOT_RUN}")
+            model.leave(f"not judged: {NOT_RUN}")
             return
         chosen = self._chosen(model, units)
         if not chosen:
             return
-        neural = {name for name in chosen if not self._is_free(units.readings[name])}
+        neural = {name for name in chosen if self.inputs != "free" or not bool(units.readings[name].is_free.all())}
         scales = {name: read & neural for name, read in units.scales.items() if name not in model.excluded}
-        keep_scales_nonnegative(model, {name: read for name, read in scales.items() if read})
+        keep_scales_nonnegative(model, scales)
         signs = self._assign(model, units, {name: units.readings[name] for name in chosen})
         constrained: dict[str, Tensor] = {}
         for name in chosen:
             reading, edit = units.readings[name], model.edits[name]
-            sign = self._of_positions(signs, reading)
+            sign = signs[reading.classes]
+            if self.inputs == "free":
+                sign = sign.masked_fill(reading.is_free, 0)
             if not bool(sign.any()):
                 edit.leave(why_free(units, reading))
                 continue
             constrained[name] = sign
             if reading.remark:
                 edit.remark(f"{reading.remark}, so its positions have signs of their own")
-            if reading.signed_by:
-                edit.remark(f"the activity of its units can be negative ({reading.signed_by})")
-            if others := free_readers(model, units, reading, constrained.keys() | chosen.keys()):
-                edit.remark(f"{', '.join(others)} read the same units with weights of either sign")
-        silent = self._silence(model, units, constrained)
+            remark_on_units(model, units, name, chosen.keys())
         self._set_weights(model, units, constrained)
         renumber(model, units)
         for name, sign in constrained.items():
@@ -190,8 +176,9 @@ class DalesPrinciple(Pass):
                 raw = torch.where(spread == 0, raw, spread * (raw * spread).clamp(min=FLOOR * float(raw.abs().mean())))
             edit.replace_raw(CONSTRAINTS[self.constraint].store(raw, spread))
             constrain(edit, site, sign, units.readings[name].classes, self.constraint)
-            if name in silent:
-                edit.insert(torch.mul, edit.state("projects", site.spread_presynaptic(silent[name]).to(spread)))
+            if self.readouts == "excitatory" and site.is_output and bool((sign > 0).any()):
+                edit.remark("only its excitatory units project")
+                edit.insert(torch.mul, edit.state("projects", (spread >= 0).to(spread)))
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Project stored weights on their signs."""
@@ -220,24 +207,6 @@ class DalesPrinciple(Pass):
                 model.edits[name].leave(reason)
                 del chosen[name]
         return chosen
-
-    def _is_free(self, reading: Reading) -> bool:
-        """Whether a weight reads nothing but inputs, and these have no signs."""
-        return self.inputs == "free" and bool(reading.is_free.all())
-
-    def _of_positions(self, signs: Tensor, reading: Reading) -> Tensor:
-        """The sign of the unit at each position; 0 where it is free."""
-        sign = signs[reading.classes]
-        return torch.where(reading.is_free, 0.0, sign) if self.inputs == "free" else sign
-
-    def _silence(self, model: ModelEditor, units: Units, signs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """For readouts that excitatory units alone have: 1 where a unit projects, 0 where it does not."""
-        if self.readouts == "all":
-            return {}
-        found = {n: (s >= 0).float() for n, s in signs.items() if model.sites[n].is_output and bool((s > 0).any())}
-        for name in found:
-            model.edits[name].remark("only its excitatory units project")
-        return found
 
     def _assign(self, model: ModelEditor, units: Units, readings: Mapping[str, Reading]) -> Tensor:
         """Sign of every class of units, by the number that stands for it: +1, −1, or 0 if it is free."""
@@ -306,7 +275,8 @@ class DalesPrinciple(Pass):
             return
         kept, energy = map(sum, zip(*agreeing.values(), strict=True)) if agreeing else (0.0, 0.0)
         if energy:
-            model.note(f"{self.name}: {kept / energy:.0%} of the energy of the weights had the signs of their units")
+            text = f"{self.name}: {kept / energy:.0%} of the energy of the weights had the signs of their units"
+            record_of(model.bio).notes.append(text)
         if self.balance is False or model.values_follow:  # to balance takes most of the time
             for name, site in sites.items():
                 sign = site.spread_presynaptic(signs[name]).to(site.raw)

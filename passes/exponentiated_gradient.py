@@ -1,7 +1,4 @@
-r"""Exponentiated gradient: synapses grow and shrink by factors, not by amounts.
-
-$$w \leftarrow w\, e^{-\eta\, s\, g}, \qquad s = \operatorname{sign}(w)$$
-"""
+"""Exponentiated gradient: synapses grow and shrink by factors, not by amounts."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ from torch import Tensor
 from biofx.base.options import check_number
 from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
+from biofx.signs.balance import connections
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.training.blocks import batches
 from biofx.training.compiling import over_blocks
@@ -70,9 +68,6 @@ class ExponentiatedGradient(Pass):
     Args:
         scale: σ, above 0, in the units of the weight; None is the root mean square, separately for each weight.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -95,19 +90,11 @@ class ExponentiatedGradient(Pass):
 
     name: ClassVar[str] = "exponentiated-gradient"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # only learning changes
     moment: ClassVar[Moment] = Moment.UPDATE
     works_on_shards: ClassVar[bool] = True
 
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.scale is not None:
-            check_number(self, "scale", above=0)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True: only learning changes."""
-        return True
+    scale: float | None = option(None, check_number, above=0)
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Keep the scale; the rule acts at the step."""
@@ -133,7 +120,8 @@ class ExponentiatedGradient(Pass):
             own = [weights[index] for index in batch]
             # Of Γ synapses, the optimizer sees each as the connection, and moves it by 1/Γ of that.
             scales = [weight.state("scale") / weight.synapses.shares for weight in own]
-            exponentiate_([w.raw for w in own], [w.old for w in own], scales, compiled=own[0].compiled)
+            raws, olds = [weight.raw for weight in own], [weight.old for weight in own]
+            over_blocks(exponentiated, multiply_, raws, olds, scales, compiled=own[0].compiled)
 
     def violations(self, site: WeightSite) -> Iterator[str]:
         """The scale is a positive number."""
@@ -144,21 +132,8 @@ class ExponentiatedGradient(Pass):
 
 def typical_size(site: WeightSite) -> Tensor:
     """The root mean square of the connections of a weight that are not 0, in double precision."""
-    sizes = site.raw.detach().double().abs()
-    sizes = sizes.sum(0) if site.is_split else sizes
+    sizes = connections(site, site.raw.detach().double().abs())
     return sizes[sizes > 0].square().mean().sqrt()
-
-
-def exponentiate_(weights: list[Tensor], olds: list[Tensor], scales: list[Tensor], *, compiled: bool = False) -> None:
-    """Turn additive updates into multiplicative ones, in place.
-
-    Args:
-        weights: the weights after additive updates.
-        olds: the weights before them.
-        scales: σ of each weight, shape ().
-        compiled: whether to compile what is computed.
-    """
-    over_blocks(exponentiated, multiply_, weights, olds, scales, compiled=compiled)
 
 
 def exponentiated(weight: Tensor, old: Tensor, scale: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-r"""Synaptic diversity: every synapse learns at a rate of its own.
-
-$$g \leftarrow c \cdot g$$
-"""
+"""Synaptic diversity: every synapse learns at a rate of its own."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from torch import Tensor
 
 from biofx.base import noise
 from biofx.base.errors import ArgumentError
-from biofx.base.gains import LARGEST, coded, decoded
+from biofx.base.gains import LARGEST, QUANTILES, coded, decoded
 from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.operators import observer
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.training.blocks import batches, blocks, wide
 from biofx.training.statistics import mean_magnitudes
 from biofx.weights.facts import Need
@@ -31,6 +28,9 @@ if TYPE_CHECKING:
 UNSTORED = "unstored"
 WIDE = ("float64", "float32")  # those in which a gain can decay by a small share
 DTYPES = (*WIDE, "float16", "bfloat16", "uint8", UNSTORED)
+DYNAMIC = ("weight_adaptive", "temporal", "activity")
+# What is drawn for each, by its name in `QUANTILES`.
+DISTRIBUTIONS = {name: name for name in QUANTILES} | dict.fromkeys(("layer_adaptive", *DYNAMIC), "uniform")
 
 
 @register
@@ -112,35 +112,26 @@ class FuzzyLearningRates(Pass):
 
     name: ClassVar[str] = "fuzzy-learning-rates"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # only gradients change
     moment: ClassVar[Moment] = Moment.REFRESH
     converted: ClassVar[tuple[str, ...]] = ("dtype",)
     works_on_shards: ClassVar[bool] = True
 
-    nu: float = 0.16
-    distribution: str = "uniform"
-    minimum: float = 0.5
-    maximum: float = 2.0
-    decay: float = 0.9995
-    every: int = 100
-    dtype: str | None = None
+    nu: float = option(0.16, check_number, above=0)
+    distribution: str = option("uniform", check_choice, choices=DISTRIBUTIONS)
+    minimum: float = option(0.5, check_number, at_least=0)
+    maximum: float = option(2.0, check_number, at_least=0)
+    decay: float = option(0.9995, check_number, at_least=0, at_most=1)
+    every: int = option(100, check_integer, at_least=1)
+    dtype: str | None = option(None, check_choice, choices=DTYPES)
 
     def __post_init__(self) -> None:
-        check_number(self, "nu", above=0)
-        check_choice(self, "distribution", DISTRIBUTIONS)
-        check_number(self, "minimum", at_least=0)
-        check_number(self, "maximum", at_least=0)
+        super().__post_init__()
         if self.minimum > self.maximum:
             raise ArgumentError(
                 "passes.FuzzyLearningRates: minimum must be ≤ maximum, "
                 f"got minimum={self.minimum}, maximum={self.maximum}"
             )
-        check_number(self, "decay", at_least=0, at_most=1)
-        check_integer(self, "every", at_least=1)
-        if self.dtype is not None:
-            check_choice(self, "dtype", DTYPES)
-        self._check_dtype()
-
-    def _check_dtype(self) -> None:
         where = f"passes.FuzzyLearningRates: dtype={self.dtype!r}"
         if self.dtype == UNSTORED and self.distribution in DYNAMIC:
             raise ArgumentError(
@@ -151,11 +142,6 @@ class FuzzyLearningRates(Pass):
             raise ArgumentError(f"{where} is too coarse for 'temporal' gains, which would not decay; use 'float32'")
         if self.dtype == "uint8" and self.maximum > LARGEST:
             raise ArgumentError(f"{where} holds gains up to {LARGEST:.2f}, got maximum={self.maximum}")
-
-    @property
-    def preserves_function(self) -> bool:
-        """True: only gradients change."""
-        return True
 
     @property
     def acts_at_step(self) -> bool:
@@ -310,19 +296,3 @@ def weight_adaptive_spread(nu: float, weights: list[Tensor], means: list[Tensor]
     torch._foreach_clamp_max_(spreads, 1.5)
     torch._foreach_mul_(spreads, nu)
     return spreads
-
-
-DYNAMIC = ("weight_adaptive", "temporal", "activity")
-
-DISTRIBUTIONS: dict[str, str] = {  # what is drawn for each, by its name in `biofx.base.gains.QUANTILES`
-    "baseline": "baseline",
-    "uniform": "uniform",
-    "normal": "normal",
-    "lognormal": "lognormal",
-    "gamma": "gamma",
-    "beta": "beta",
-    "layer_adaptive": "uniform",
-    "weight_adaptive": "uniform",
-    "temporal": "uniform",
-    "activity": "uniform",
-}

@@ -1,7 +1,4 @@
-r"""Weight splitting of the paper: groups of units act as one.
-
-$$y_i = \sum_{j \,\in\, \mathrm{group}(i)} f(z_j)$$
-"""
+"""Weight splitting of the paper: groups of units act as one."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch
 from biofx.base.errors import PipelineError
 from biofx.base.options import check_activation, check_integer
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Pass, register
+from biofx.rewrite.registry import Pass, option, register
 from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
@@ -63,12 +60,8 @@ class GroupUnits(Pass):
     name: ClassVar[str] = "group-units"
     slot: ClassVar[Slot] = Slot.OUTPUT
 
-    size: int = 2
-    activation: Any = None
-
-    def __post_init__(self) -> None:
-        check_integer(self, "size", at_least=1)
-        check_activation(self, "activation")
+    size: int = option(2, check_integer, at_least=1)
+    activation: Any = option(None, check_activation)
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Group what every use of the weight returns."""

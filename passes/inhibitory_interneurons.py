@@ -1,8 +1,4 @@
-r"""Dale's principle by interneurons: all units are excitatory, and inhibit through interneurons of the next layer.
-
-$$W = W^{\mathrm{EX}} - W^{\mathrm{EI}}\, W^{\mathrm{IX}}, \qquad
-W^{\mathrm{EX}},\ W^{\mathrm{EI}},\ W^{\mathrm{IX}} \ge 0$$
-"""
+"""Dale's principle by interneurons: all units are excitatory, and inhibit through interneurons of the next layer."""
 
 from __future__ import annotations
 
@@ -17,10 +13,10 @@ from biofx.base.options import check_choice, check_number
 from biofx.model.operators import define_operator
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
-from biofx.rewrite.registry import Moment, Pass, register
-from biofx.signs.constraints import CONSTRAINTS, constrain
+from biofx.rewrite.registry import Moment, Pass, option, register
+from biofx.signs.balance import divided
+from biofx.signs.constraints import CONSTRAINTS, constrain, known_signs, remark_on_units, renumber, why_free
 from biofx.signs.scales import keep_scales_nonnegative
-from biofx.signs.unit_signs import free_readers, known_signs, renumber, why_free
 from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
     from biofx.rewrite.model_editor import ModelEditor
     from biofx.training.plastic_weight import PlasticWeight
 
-INPUTS = ("free", "excitatory")
 DRIVE, INHIBITION = "to_interneurons", "from_interneurons"  # the names of W^IX and W^EI among the synapses
 
 
@@ -88,9 +83,6 @@ class InhibitoryInterneurons(Pass):
         inputs: `"free"`: inputs of the model are no units, and have no interneurons; `"excitatory"`: they are
             excitatory units.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -113,27 +105,18 @@ class InhibitoryInterneurons(Pass):
 
     name: ClassVar[str] = "inhibitory-interneurons"
     slot: ClassVar[Slot] = Slot.SIGN
+    preserves_function: ClassVar[bool] = True  # any weight is a difference of excitation and inhibition
     moment: ClassVar[Moment] = Moment.PROJECTION
     works_on_shards: ClassVar[bool] = True
 
-    fraction: float = 0.1
-    inputs: str = "free"
-
-    def __post_init__(self) -> None:
-        check_number(self, "fraction", above=0, at_most=1)
-        check_choice(self, "inputs", INPUTS)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True: any weight is a difference of excitation and inhibition."""
-        return True
+    fraction: float = option(0.1, check_number, above=0, at_most=1)
+    inputs: str = option("free", check_choice, choices=("free", "excitatory"))
 
     def rewrite_model(self, model: ModelEditor) -> None:
         """Divide weights into excitation and inhibition."""
         units = model.units
         if units is None:
-            for edit in model.edits.values():
-                edit.leave(f"not judged: {NOT_RUN}")
+            model.leave(f"not judged: {NOT_RUN}")
             return
         known = known_signs(model, units)
         signs: dict[str, Tensor] = {}
@@ -150,15 +133,11 @@ class InhibitoryInterneurons(Pass):
                 model.edits[name].leave(why_free(units, reading))
         neural = {name for name in signs if not bool(units.readings[name].is_free.all())}
         scales = {name: read & neural for name, read in units.scales.items() if name not in model.excluded}
-        keep_scales_nonnegative(model, {name: read for name, read in scales.items() if read})
+        keep_scales_nonnegative(model, scales)
         renumber(model, units)
         for name, sign in signs.items():
-            reading, edit = units.readings[name], model.edits[name]
-            self._insert(model.sites[name], edit, sign, reading)
-            if reading.signed_by:
-                edit.remark(f"the activity of its units can be negative ({reading.signed_by})")
-            if others := free_readers(model, units, reading, signs.keys()):
-                edit.remark(f"{', '.join(others)} read the same units with weights of either sign")
+            self._insert(model.sites[name], model.edits[name], sign, units.readings[name])
+            remark_on_units(model, units, name, signs.keys())
 
     def _insert(self, site: WeightSite, edit: Editor, sign: Tensor, reading: Reading) -> None:
         axis = site.postsynaptic_axis
@@ -169,7 +148,7 @@ class InhibitoryInterneurons(Pass):
         weight = site.direct().detach()
         inhibition, drive = factors_of_inhibition(weight * is_unit, axis, count)
         excitation = weight + product(inhibition, drive, axis)
-        edit.replace_raw(_divided(site, CONSTRAINTS["project"].store(excitation, is_unit)))
+        edit.replace_raw(divided(site, CONSTRAINTS["project"].store(excitation, is_unit)))
         constrain(edit, site, sign, reading.classes, "project")
         edit.insert(
             torch.ops.biofx.inhibit,
@@ -256,12 +235,3 @@ def _inhibit(weight: Tensor, inhibition: Tensor, drive: Tensor, sign: Tensor, ax
 define_operator(
     "inhibit", "(Tensor weight, Tensor inhibition, Tensor drive, Tensor sign, int axis) -> Tensor", _inhibit
 )
-
-
-def _divided(site: WeightSite, weight: Tensor) -> Tensor:
-    """A weight, divided among the synapses of each connection as the present one is."""
-    if not site.is_split:
-        return weight
-    size = site.raw.detach().abs()
-    total = size.sum(0)
-    return torch.where(total > 0, size / total, 1 / len(size)) * weight

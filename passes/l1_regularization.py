@@ -1,7 +1,4 @@
-r"""Sparsity: a constant pull of every synapse towards zero.
-
-$$g \leftarrow g + \lambda \operatorname{sign}(w)$$
-"""
+"""Sparsity: a constant pull of every synapse towards zero."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from biofx.base.options import check_number
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -37,9 +34,6 @@ class L1Regularization(Pass):
     Args:
         strength: λ, at least 0.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -55,18 +49,11 @@ class L1Regularization(Pass):
 
     name: ClassVar[str] = "l1-regularization"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # only gradients change
     moment: ClassVar[Moment] = Moment.GRADIENT
     works_on_shards: ClassVar[bool] = True
 
-    strength: float = 1e-4
-
-    def __post_init__(self) -> None:
-        check_number(self, "strength", at_least=0)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True: only gradients change."""
-        return True
+    strength: float = option(1e-4, check_number, at_least=0)
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Nothing to insert: the rule acts at the step."""

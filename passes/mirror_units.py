@@ -1,7 +1,4 @@
-r"""Dale's principle without a change of the function: every unit becomes an excitatory and an inhibitory one.
-
-$$W \to [\,W^+,\ -W^-\,], \qquad W = W^+ - W^-, \qquad W^+, W^- \ge 0$$
-"""
+"""Dale's principle without a change of the function: every unit becomes an excitatory and an inhibitory one."""
 
 from __future__ import annotations
 
@@ -82,21 +79,16 @@ class MirrorUnits(Pass):
 
     name: ClassVar[str] = "mirror-units"
     slot: ClassVar[Slot] = Slot.SIGN
+    preserves_function: ClassVar[bool] = True  # twins together have the effect of their unit
     moment: ClassVar[Moment] = Moment.PROJECTION
     works_on_shards: ClassVar[bool] = True
     changes_units: ClassVar[bool] = True
-
-    @property
-    def preserves_function(self) -> bool:
-        """True: twins compute the same, and together have the effect of the unit that they were."""
-        return True
 
     def rewrite_model(self, model: ModelEditor) -> None:
         """Double all units that can be, and divide their outgoing weights between the twins."""
         units = model.units
         if units is None or model.understood is None:
-            for edit in model.edits.values():
-                edit.leave(NOT_RUN)
+            model.leave(NOT_RUN)
             return
         plan = find_widening(model.bio, model.all_sites, list(model.sites), model.understood.run)
         scales = {name: plan.reaching[name] for name in units.scales.keys() & plan.tensors.keys()}

@@ -1,7 +1,4 @@
-r"""Spine turnover: small synapses are replaced by new ones.
-
-$$P(\text{replaced}) = e^{-\mathrm{dre}\,|w| / \sigma(w)}$$
-"""
+"""Spine turnover: small synapses are replaced by new ones."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch import Tensor
 from biofx.base import noise
 from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.training.blocks import batches, blocks, wide
 from biofx.training.ranks import largest, summed
 from biofx.training.statistics import Statistic, of_parts
@@ -64,9 +61,6 @@ class Rejuvenate(Pass):
         every: steps between two turnovers.
         rule: `"exponential"` or `"threshold"`.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -86,22 +80,13 @@ class Rejuvenate(Pass):
 
     name: ClassVar[str] = "rejuvenate"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # at insertion: turnover begins with the first step
     moment: ClassVar[Moment] = Moment.TURNOVER
     works_on_shards: ClassVar[bool] = True
 
-    dre: float = 8.0
-    every: int = 1
-    rule: str = "exponential"
-
-    def __post_init__(self) -> None:
-        check_number(self, "dre", above=0)
-        check_integer(self, "every", at_least=1)
-        check_choice(self, "rule", RULES)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True at insertion: turnover begins with the first step."""
-        return True
+    dre: float = option(8.0, check_number, above=0)
+    every: int = option(1, check_integer, at_least=1)
+    rule: str = option("exponential", check_choice, choices=("exponential", "threshold"))
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Count replacements; the weight itself changes at the steps."""

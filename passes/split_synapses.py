@@ -1,7 +1,4 @@
-r"""Multi-synaptic connectivity: every connection is made of several synapses.
-
-$$w_{ij} = \sum_{\gamma=1}^{\Gamma} w_{ij\gamma}$$
-"""
+"""Multi-synaptic connectivity: every connection is made of several synapses."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import Tensor, fx
 from biofx.base.options import check_activation, check_choice, check_flag, check_integer
 from biofx.model.chain import attribute
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Pass, register
+from biofx.rewrite.registry import Pass, option, register
 from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
@@ -53,9 +50,6 @@ class SplitSynapses(Pass):
         compensate: keep the connection's learning speed independent of Γ.
         activation: f, by its name in `torch.nn.functional` or `torch`, or a module or function; None is the plain sum.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -75,19 +69,13 @@ class SplitSynapses(Pass):
     name: ClassVar[str] = "split-synapses"
     slot: ClassVar[Slot] = Slot.SUM
 
-    synapses: int = 2
-    init: str = "dirichlet"
-    compensate: bool = True
-    activation: Any = None
-
-    def __post_init__(self) -> None:
-        check_integer(self, "synapses", at_least=1)
-        check_choice(self, "init", ("dirichlet", "equal"))
-        check_flag(self, "compensate")
-        check_activation(self, "activation")
+    synapses: int = option(2, check_integer, at_least=1)
+    init: str = option("dirichlet", check_choice, choices=("dirichlet", "equal"))
+    compensate: bool = option(True, check_flag)
+    activation: Any = option(None, check_activation)
 
     @property
-    def preserves_function(self) -> bool:
+    def preserves_function(self) -> bool:  # type: ignore[override]
         """True without a per-synapse activation."""
         return self.activation is None
 

@@ -1,7 +1,4 @@
-r"""Homeostasis: units that are too active weaken their inputs, silent ones strengthen them.
-
-$$w_{i\cdot} \leftarrow w_{i\cdot}\,(1 + \epsilon\,(t - a_i))$$
-"""
+"""Homeostasis: units that are too active weaken their inputs, silent ones strengthen them."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch import Tensor
 from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.operators import observer
 from biofx.model.slots import Slot
-from biofx.rewrite.registry import Moment, Pass, register
+from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
@@ -56,9 +53,6 @@ class SynapticScaling(Pass):
         every: steps from one look to the next, at least 1: the rule acts at every such step, on what its forward passes
             showed.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -81,28 +75,15 @@ class SynapticScaling(Pass):
 
     name: ClassVar[str] = "synaptic-scaling"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # at insertion: scaling begins with the first step
     moment: ClassVar[Moment] = Moment.SCALING
     works_on_shards: ClassVar[bool] = True
 
-    target: float | None = None
-    strength: float | None = None
-    on: str = "gradient"
-    memory: float = 0.9
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        if self.target is not None:
-            check_number(self, "target", above=0)
-        if self.strength is not None:
-            check_number(self, "strength", above=0)
-        check_choice(self, "on", STRENGTH)
-        check_number(self, "memory", at_least=0, below=1)
-        check_integer(self, "every", at_least=1)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True at insertion: scaling begins with the first step."""
-        return True
+    target: float | None = option(None, check_number, above=0)
+    strength: float | None = option(None, check_number, above=0)
+    on: str = option("gradient", check_choice, choices=STRENGTH)
+    memory: float = option(0.9, check_number, at_least=0, below=1)
+    every: int = option(1, check_integer, at_least=1)
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Observe the units' activity, and hook their factor to the gradient."""

@@ -1,8 +1,4 @@
-r"""Volume-dependent plasticity: large synapses are stable, small ones are plastic.
-
-$$g \leftarrow g \cdot |n|, \qquad n \sim \mathcal{N}\!\left(m, (v\,m)^2\right), \qquad
-m = \eta\, e^{-s\,|w| / (|w| + 1)}$$
-"""
+"""Volume-dependent plasticity: large synapses are stable, small ones are plastic."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from biofx.base.options import check_number
 from biofx.model.operators import gradient_hook
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
-from biofx.rewrite.registry import Pass, register
+from biofx.rewrite.registry import Pass, option, register
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -49,9 +45,6 @@ class VolumeDependentLearningRates(Pass):
         stability: s, how fast the factor falls with size, above 0. Default as in the reference package.
         variability: v, relative standard deviation of the noise, at least 0. Default as in the reference package.
 
-    Raises:
-        ArgumentError: an option out of its range.
-
     Example:
         >>> import biofx, torch
         >>> from biofx import passes
@@ -69,20 +62,11 @@ class VolumeDependentLearningRates(Pass):
 
     name: ClassVar[str] = "volume-dependent-learning-rates"
     slot: ClassVar[Slot] = Slot.HOOK
+    preserves_function: ClassVar[bool] = True  # only gradients change
 
-    base_lr: float = 0.1
-    stability: float = 2.0
-    variability: float = 0.2
-
-    def __post_init__(self) -> None:
-        check_number(self, "base_lr", above=0)
-        check_number(self, "stability", above=0)
-        check_number(self, "variability", at_least=0)
-
-    @property
-    def preserves_function(self) -> bool:
-        """True: only gradients change."""
-        return True
+    base_lr: float = option(0.1, check_number, above=0)
+    stability: float = option(2.0, check_number, above=0)
+    variability: float = option(0.2, check_number, at_least=0)
 
     @property
     def acts_at_step(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -18,7 +18,7 @@ from biofx.capture.symbolic import capture
 from biofx.looking.drawing import check_path, write
 from biofx.looking.inspection import written_arguments
 from biofx.looking.roles import Role
-from biofx.looking.view import Box, View, view_of
+from biofx.looking.view import CHANGES, Box, View, view_of
 from biofx.model.chain import attribute, callee, original_name
 from biofx.model.provenance import inserted, unwrapped
 
@@ -87,25 +87,22 @@ class Difference:
             ArgumentError: as for `biofx.draw`.
         """
         path = check_path(path, depth)
-        view = view_of(self.after)
-        root = _marked(view.root, {change.node: change.kind for change in self.changes if change.kind != "removed"})
+        view = view_of(self.after, None, {change.node: change.kind for change in (*self.inserted, *self.changed)})
         removed = tuple(
             Box(f"removed {change.node}", f"- {change.node}", Role.OMITTED, {"was": change.calls})
             for change in self.removed
         )
-        write(View(replace(root, children=(*root.children, *removed)), view.edges), path, depth)
+        root = replace(view.root, children=(*view.root.children, *removed))
+        write(View(root, view.values), path, depth)
 
     def __str__(self) -> str:
         if not self.changes:
             return "no difference"
-        counts = ", ".join(f"{len(self._of(kind))} {kind}" for kind in _SIGNS if self._of(kind))
+        counts = ", ".join(f"{len(self._of(kind))} {kind}" for kind in CHANGES if self._of(kind))
         rows = [
-            [f"{_SIGNS[c.kind]} {c.node}", c.calls, c.arguments, c.weight, ", ".join(c.passes)] for c in self.changes
+            [f"{CHANGES[c.kind]} {c.node}", c.calls, c.arguments, c.weight, ", ".join(c.passes)] for c in self.changes
         ]
         return f"{counts}\n\n{Table(('node', 'calls', 'arguments', 'weight', 'pass'), rows)}"
-
-
-_SIGNS = {"inserted": "+", "removed": "-", "changed": "~"}
 
 
 def diff(before: nn.Module, after: nn.Module) -> Difference:
@@ -156,15 +153,14 @@ def _changes(before: fx.GraphModule, after: fx.GraphModule) -> Iterator[Change]:
     old, new = list(before.graph.nodes), list(after.graph.nodes)
     matcher = SequenceMatcher(None, _keys(before, old), _keys(after, new), autojunk=False)
     partner: dict[fx.Node, fx.Node] = {}
-    for a, b, size in matcher.get_matching_blocks():
-        partner |= zip(new[b : b + size], old[a : a + size], strict=True)
     for kind, a0, a1, b0, b1 in matcher.get_opcodes():
         if kind == "equal":
-            for node in new[b0:b1]:
-                was, now = _arguments(partner[node], lambda n: n), _arguments(node, lambda n: partner.get(n, n))
-                shapes = _shape(before, partner[node]), _shape(after, node)
+            for own, node in zip(old[a0:a1], new[b0:b1], strict=True):
+                partner[node] = own  # known before a later node has it as an argument
+                was, now = _arguments(own, lambda n: n), _arguments(node, lambda n: partner.get(n, n))
+                shapes = _shape(before, own), _shape(after, node)
                 if was != now:
-                    yield _change("changed", node, f"{written_arguments(partner[node])} → {written_arguments(node)}")
+                    yield _change("changed", node, f"{written_arguments(own)} → {written_arguments(node)}")
                 elif shapes[0] != shapes[1]:
                     yield _change("changed", node, f"{shapes[0]} → {shapes[1]}")
         else:
@@ -207,14 +203,3 @@ def _change(kind: str, node: fx.Node, arguments: str) -> Change:
     origin = inserted(node)
     weight, passes = (origin.parameter, origin.passes) if origin else ("", ())
     return Change(kind, node.name, callee(node), arguments, weight, passes)
-
-
-def _marked(box: Box, kinds: Mapping[str, str]) -> Box:
-    """A box with the boxes of nodes marked that differ."""
-    found = {kinds[node] for node in box.nodes if node in kinds}
-    if box.children:
-        return replace(box, children=tuple(_marked(child, kinds) for child in box.children))
-    if not found:
-        return box
-    kind = min(found)
-    return replace(box, label=f"{_SIGNS[kind]} {box.label}", facts={**box.facts, "change": kind})

@@ -1,7 +1,12 @@
-"""Drawing: a picture of what the compiler added, where, and to which weight."""
+"""Drawing: a picture of what the compiler added, where, and to which weight; as text, it is written here.
+
+Graphviz reads `.dot`, and Markdown on GitHub shows `.mmd`, the language of Mermaid.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,9 +15,9 @@ from torch import nn
 
 from biofx.base.errors import ArgumentError
 from biofx.looking.page import page
-from biofx.looking.text_graphs import dot, mermaid
+from biofx.looking.roles import Role
 from biofx.looking.vector import draw_vector
-from biofx.looking.view import View, depth_that_shows, view_of
+from biofx.looking.view import Box, View, view_of
 from biofx.model.provenance import transformed
 
 BOXES = 60  # at most so many boxes are shown if no depth is given
@@ -72,15 +77,72 @@ def check_path(path: str | Path, depth: int | None) -> Path:
 
 def write(view: View, path: Path, depth: int | None) -> None:
     """Write a view to a file, in the format of its suffix; the file appears when it is complete."""
-    opened = depth or (1 if path.suffix == ".html" else depth_that_shows(view.root, BOXES))
+    opened = view.opened_to_show(BOXES) if depth is None else view.opened(depth)
     try:
         with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
             unfinished = Path(folder) / path.name
             if path.suffix in (".svg", ".png"):
-                draw_vector(view, unfinished, opened)
+                draw_vector(opened, unfinished)
             else:
-                texts = {".html": page, ".dot": dot, ".mmd": mermaid}
-                unfinished.write_text(texts[path.suffix](view, opened), encoding="utf-8")
+                texts = {".html": lambda opened: page(view, depth or 1), ".dot": dot, ".mmd": mermaid}
+                unfinished.write_text(texts[path.suffix](opened), encoding="utf-8")
             unfinished.replace(path)
     except OSError as error:
         raise ArgumentError(f"draw: cannot write {path}: {error.strerror}") from error
+
+
+def dot(view: View) -> str:
+    """The graph in the language of Graphviz."""
+    numbers = {box.name: f"n{index}" for index, box in enumerate(view.root.walk())}
+    lines = ["digraph {", "  node [style=filled, fontname=Helvetica, fontsize=10];", "  edge [color=gray40];"]
+    lines += _dot_boxes(view.root, numbers, "  ")
+    for (source, target), label in view.edges.items():
+        lines.append(f"  {numbers[source]} -> {numbers[target]}" + (f" [label={_quoted(label)}];" if label else ";"))
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _dot_boxes(box: Box, numbers: dict[str, str], indent: str) -> Iterator[str]:
+    style = box.role.style
+    if not box.children:
+        rounded = ', style="filled,rounded"' if style.corners == "round" else ""
+        tip = _quoted(", ".join(f"{key} {value}" for key, value in box.facts.items()))
+        yield (
+            f"{indent}{numbers[box.name]} [label={_quoted(box.label)}, shape={style.dot}, "
+            f'fillcolor="{style.colour}", tooltip={tip}{rounded}];'
+        )
+        return
+    yield f"{indent}subgraph cluster_{numbers[box.name]} {{"
+    yield f"{indent}  label={_quoted(box.label)};"
+    for child in box.children:
+        yield from _dot_boxes(child, numbers, f"{indent}  ")
+    yield f"{indent}}}"
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def mermaid(view: View) -> str:
+    """The graph in the language of Mermaid."""
+    numbers = {box.name: f"n{index}" for index, box in enumerate(view.root.walk())}
+    lines = ["flowchart TD", *_mermaid_boxes(view.root, numbers, "  ")]
+    for (source, target), label in view.edges.items():
+        arrow = f"-->|{_mermaid_text(label)}|" if label else "-->"
+        lines.append(f"  {numbers[source]} {arrow} {numbers[target]}")
+    lines += [f"  classDef {role.name} fill:{role.style.colour},color:#000,stroke:#555" for role in Role]
+    return "\n".join(lines) + "\n"
+
+
+def _mermaid_boxes(box: Box, numbers: dict[str, str], indent: str) -> Iterator[str]:
+    if not box.children:
+        before, after = box.role.style.mermaid
+        yield f"{indent}{numbers[box.name]}{before}{_mermaid_text(box.label)}{after}:::{box.role.name}"
+        return
+    yield f"{indent}subgraph {numbers[box.name]}[{_mermaid_text(box.label)}]"
+    for child in box.children:
+        yield from _mermaid_boxes(child, numbers, f"{indent}  ")
+    yield f"{indent}end"
+
+
+def _mermaid_text(text: str) -> str:
+    return '"' + escape(" ".join(text.split())).replace("&#x27;", "'").replace("&quot;", "#quot;") + '"'

@@ -12,7 +12,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from biofx.looking.layout import Way, edges_by_box, entrance, exit_of, rows_of
+from biofx.looking.layout import Way, entrance, exit_of, rows_by_box
 from biofx.looking.roles import Role
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def page(view: View, depth: int) -> str:
     edges = [[numbers[a], numbers[b], label] for (a, b), label in view.edges.items()]
     used = {box.role for box in view.root.walk()} - {Role.MODULE}
     legend = "".join(f"<li>{_marker(role)} {escape(role.value)}</li>" for role in Role if role in used)
-    body = "".join(_box(view.root, depth, numbers, edges_by_box(view)))
+    body = "".join(_box(view.root, depth, numbers, rows_by_box(view)))
     colours = "\n".join(f".{role.name} {{ --fill: {role.style.colour}; }}" for role in Role)
     return _resource("page.html").format(
         title=escape(view.root.label),
@@ -48,7 +48,7 @@ def _marker(role: Role) -> str:
     return f'<span class="marker {role.name} {role.style.corners}"></span>'
 
 
-def _box(box: Box, depth: int, numbers: Mapping[str, str], edges: Mapping[str, list[tuple[str, str]]]) -> Iterator[str]:
+def _box(box: Box, depth: int, numbers: Mapping[str, str], rows: Mapping[str, list[list[str | Way]]]) -> Iterator[str]:
     facts = escape(json.dumps(dict(box.facts)), quote=True)
     common = f'id="{numbers[box.name]}" data-name="{escape(_search(box), quote=True)}" data-facts="{facts}"'
     if not box.children:
@@ -68,13 +68,13 @@ def _box(box: Box, depth: int, numbers: Mapping[str, str], edges: Mapping[str, l
     is_open = " open" if depth > 0 else ""
     yield f'<details class="box {box.role.name}" {common}{is_open}><summary>{escape(box.label)} {chips}</summary>'
     children = {child.name: child for child in box.children}
-    for row in rows_of(box.name, list(children), edges.get(box.name, [])):
+    for row in rows[box.name]:
         yield '<div class="row">'
         for item in row:
             if isinstance(item, Way):
                 yield f'<i class="way" data-way="{_step(item, numbers)}"></i>'
             else:
-                yield from _box(children[item], depth - 1, numbers, edges)
+                yield from _box(children[item], depth - 1, numbers, rows)
         yield "</div>"
     yield "</details>"
 

@@ -6,8 +6,9 @@ Each function draws one figure into `ax` and returns it, so figures can be combi
     biofx.plot.gains(bio, ax=left)
     biofx.plot.eigenvalues(bio, "rnn.weight_hh_l0", ax=right).set_title("after training")
 
-Without `ax`, pyplot makes a new one. Orange stands for excitation, and blue for inhibition. The colours are those of
-Okabe and Ito, which the colour-blind can tell apart.
+Without `ax`, pyplot makes a new one. Without matplotlib (`pip install 'biofx[draw]'`), all raise `ExportError`. Orange
+stands for excitation, and blue for inhibition. The colours are those of Okabe and Ito, which the colour-blind can tell
+apart.
 """
 
 from __future__ import annotations
@@ -101,7 +102,6 @@ def history(
 
     Raises:
         ArgumentError: an unknown quantity or weight, or no weight has the quantity.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -168,7 +168,6 @@ def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> A
 
     Raises:
         ArgumentError: the model has no such weight, its axes are not known, or the model could not run.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -202,12 +201,7 @@ def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> A
     found = ", ".join(f"{count} {_PLURAL[what]}" for count, what in counts if count)
     rows = "postsynaptic unit" if columns.shape[1] == site.units else "outgoing connection"
     ax.set(xlabel=f"presynaptic positions: {found}", ylabel=rows)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(
-            require("matplotlib.ticker", "plot.weights", "draw").MaxNLocator(
-                integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]
-            )
-        )
+    ax.locator_params(nbins=10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
     ax.set_title(plain(name), loc="left", pad=16)
     ax.figure.colorbar(image, ax=ax, label="effective weight", extend=extend, pad=0.02)
     return ax
@@ -226,7 +220,6 @@ def eigenvalues(model: nn.Module | Units, name: str, *, ax: Axes | None = None) 
 
     Raises:
         ArgumentError: the model has no such weight, or it is not square.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -272,7 +265,6 @@ def singular_values(model: nn.Module | Units, name: str, *, ax: Axes | None = No
 
     Raises:
         ArgumentError: the model has no such weight, its axes are not known, or the model could not run.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -308,7 +300,6 @@ def units(model: nn.Module | Units, population: str | None = None, *, ax: Axes |
 
     Raises:
         ArgumentError: an unknown population; no weight reads any unit; or the model could not run.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -372,7 +363,6 @@ def gains(bio: nn.Module, *, weights: str | Sequence[str] | None = None, ax: Axe
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, an unknown weight, or no weight has gains.
-        ExportError: matplotlib is missing (`pip install 'biofx[draw]'`).
 
     Example:
         >>> import biofx, torch
@@ -412,9 +402,8 @@ def gains(bio: nn.Module, *, weights: str | Sequence[str] | None = None, ax: Axe
         labels.append("\n".join([plain(name), ", ".join(notes)]).strip())
     ax.set_xscale("log")
     ax.set(xlim=(10**low, 10**high), ylim=(-len(found) + 0.85, 1))
-    ticker = require("matplotlib.ticker", "plot.gains", "draw")
-    for place in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        place(ticker.FuncFormatter(lambda gain, _: f"{gain:g}"))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("{x:g}")
     ax.set_yticks([-row for row in range(len(found))], labels)
     ax.tick_params(axis="y", left=False)
     _tidy(ax, xlabel="gain (orange: crystallized, below ½)")

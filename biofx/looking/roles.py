@@ -31,60 +31,47 @@ class Style:
 
 
 class Role(enum.Enum):
-    """What a node is there for. The colours are those of Okabe and Ito, which the colour-blind can tell apart."""
+    """What a node is there for; of inserted nodes, the label of their slot.
 
-    ORIGINAL = "original"
-    WEIGHT = "stored weight"
-    SYNAPSES = "sum over synapses"
-    SIGN = "sign constraint"
-    INTERNEURONS = "pool of interneurons"
-    HOOK = "gradient hook"
-    OBSERVER = "observer"
-    OUTPUT = "operator output"
-    ISLAND = "island"
-    MODULE = "module"
-    OMITTED = "left out"
+    The colours are those of Okabe and Ito, which the colour-blind can tell apart.
 
-    @property
-    def style(self) -> Style:
-        """How pictures show it."""
-        return _STYLES[self]
+    Attributes:
+        style: how pictures show it.
+    """
+
+    style: Style
+
+    ORIGINAL = "original", Style("#ffffff", "box", ("[", "]"), "square")
+    WEIGHT = "stored weight", Style("#f0e442", "cylinder", ("[(", ")]"), "oval")
+    SYNAPSES = Slot.SUM.label, Style("#56b4e9", "hexagon", ("{{", "}}"), "cut")
+    SIGN = Slot.SIGN.label, Style("#cc79a7", "diamond", ("{", "}"), "cut")
+    INTERNEURONS = Slot.INTERNEURONS.label, Style("#d55e00", "invtriangle", ("[\\", "/]"), "cut")
+    HOOK = Slot.HOOK.label, Style("#e69f00", "house", ("[/", "/]"), "round")
+    OBSERVER = Slot.OBSERVER.label, Style("#009e73", "ellipse", ("([", "])"), "oval")
+    OUTPUT = Slot.OUTPUT.label, Style("#8fb8de", "octagon", ("[[", "]]"), "cut")
+    ISLAND = "island", Style("#d9d9d9", "component", ("[[", "]]"), "square")
+    MODULE = "module", Style("#f4f4f4", "box", ("(", ")"), "round")
+    OMITTED = "left out", Style("#ffffff", "plaintext", ("[", "]"), "square")
+
+    def __new__(cls, text: str, style: Style | None = None) -> Role:
+        """A role by its text; the style is that of its definition."""
+        role = object.__new__(cls)
+        role._value_ = text
+        if style is not None:
+            role.style = style
+        return role
 
     @property
     def is_inserted(self) -> bool:
         """Whether passes insert nodes of this role."""
-        return self in _OF_SLOT.values()
-
-
-_STYLES = {
-    Role.ORIGINAL: Style("#ffffff", "box", ("[", "]"), "square"),
-    Role.WEIGHT: Style("#f0e442", "cylinder", ("[(", ")]"), "oval"),
-    Role.SYNAPSES: Style("#56b4e9", "hexagon", ("{{", "}}"), "cut"),
-    Role.SIGN: Style("#cc79a7", "diamond", ("{", "}"), "cut"),
-    Role.INTERNEURONS: Style("#d55e00", "invtriangle", ("[\\", "/]"), "cut"),
-    Role.HOOK: Style("#e69f00", "house", ("[/", "/]"), "round"),
-    Role.OBSERVER: Style("#009e73", "ellipse", ("([", "])"), "oval"),
-    Role.OUTPUT: Style("#8fb8de", "octagon", ("[[", "]]"), "cut"),
-    Role.ISLAND: Style("#d9d9d9", "component", ("[[", "]]"), "square"),
-    Role.MODULE: Style("#f4f4f4", "box", ("(", ")"), "round"),
-    Role.OMITTED: Style("#ffffff", "plaintext", ("[", "]"), "square"),
-}
-
-_OF_SLOT = {
-    Slot.HOOK: Role.HOOK,
-    Slot.SIGN: Role.SIGN,
-    Slot.SUM: Role.SYNAPSES,
-    Slot.INTERNEURONS: Role.INTERNEURONS,
-    Slot.OUTPUT: Role.OUTPUT,
-    Slot.OBSERVER: Role.OBSERVER,
-}
+        return self.value in [slot.label for slot in Slot]
 
 
 def role_of(node: fx.Node, model: fx.GraphModule) -> Role:
     """The role of a node: that of the slot in which a pass inserted it, or what it is in the original model."""
     origin = inserted(node)
     if origin is not None:
-        return _OF_SLOT[origin.slot]
+        return Role(origin.slot.label)
     if node.op == "get_attr":
         is_weight = original_name(model, node) in record_of(model).weights if is_transformed(model) else False
         return Role.WEIGHT if is_weight else Role.ORIGINAL

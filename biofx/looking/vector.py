@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from biofx.base.errors import ArgumentError
 from biofx.base.packages import require
-from biofx.looking.layout import Way, edges_by_box, route, rows_of
+from biofx.looking.layout import Way, route, rows_by_box
 from biofx.looking.roles import Role
-from biofx.looking.view import Box, View, shown_at
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
+
+    from biofx.looking.view import Box, View
 
 LETTER, LINE, GAP, WAY, MARGIN = 5.6, 22.0, 14.0, 8.0, 10.0  # points
 LARGEST = 30_000.0  # points of a side of the picture
@@ -51,25 +52,13 @@ class Placed:
         return Placed(self.box, self.left + right, self.top + down, self.width, self.height, parts, ways)
 
 
-def place(box: Box, depth: int, edges: Mapping[str, list[tuple[str, str]]]) -> Placed:
-    """Lay out a box, with modules opened to a depth.
-
-    Args:
-        box: the box.
-        depth: the depth.
-        edges: the edges between the children of each box, by its name.
-    """
+def place(box: Box, rows_of: Mapping[str, list[list[str | Way]]]) -> Placed:
+    """Lay out a box, given what each box contains in rows."""
     width = max(LETTER * len(line) for line in _lines(box)) + 2 * MARGIN
-    if not box.children or depth < 1:
-        return Placed(
-            box,
-            0.0,
-            0.0,
-            width,
-            LINE * (0.4 + 0.6 * (len(_lines(box)) + bool(box.inserted_roles() if box.children else 0))),
-        )
-    children = {child.name: place(child, depth - 1, edges) for child in box.children}
-    rows = rows_of(box.name, list(children), edges.get(box.name, []))
+    if not box.children:
+        return Placed(box, 0.0, 0.0, width, LINE * (0.4 + 0.6 * (len(_lines(box)) + bool(box.inserted))))
+    children = {child.name: place(child, rows_of) for child in box.children}
+    rows = rows_of[box.name]
     widths = [sum(_width(item, children) + GAP for item in row) - GAP for row in rows]
     inner = max([width, *widths])
     top = LINE + GAP / 2
@@ -100,10 +89,10 @@ def _lines(box: Box) -> list[str]:
     return [box.label, *([box.facts["shape"]] if box.role is Role.WEIGHT and "shape" in box.facts else [])]
 
 
-def draw_vector(view: View, path: Path, depth: int) -> None:
-    """Write a picture of a view, with modules opened to a depth."""
+def draw_vector(view: View, path: Path) -> None:
+    """Write a picture of a view."""
     figure_module = require("matplotlib.figure", "draw", "draw")
-    placed = place(view.root, depth, edges_by_box(view))
+    placed = place(view.root, rows_by_box(view))
     legend = [role for role in Role if any(box.role is role for box in view.root.walk()) and role is not Role.MODULE]
     width, height = max(placed.width, 260.0) + 2 * MARGIN, placed.height + LINE * (1.5 + len(legend))
     if max(width, height) > LARGEST:
@@ -116,7 +105,7 @@ def draw_vector(view: View, path: Path, depth: int) -> None:
     axes.axis("off")
     placed = placed.moved((width - placed.width) / 2, MARGIN)
     _draw(axes, placed)
-    _draw_edges(axes, view, placed, depth)
+    _draw_edges(axes, view, placed)
     for index, role in enumerate(legend):
         top = placed.height + LINE * (1.2 + index)
         _outline(axes, role, MARGIN, top, 26.0, 13.0)
@@ -134,11 +123,10 @@ def _draw(axes: Axes, placed: Placed, depth: int = 0) -> None:
             _draw(axes, part, depth + 1)
         return
     text = "\n".join(map(plain, _lines(box)))
-    roles = list(box.inserted_roles()) if box.children else []
-    height = placed.height - (12 if roles else 0)
+    height = placed.height - (12 if box.inserted else 0)
     axes.text(middle, placed.top + height / 2, text, ha="center", va="center", fontsize=8, zorder=4)
-    for index, role in enumerate(roles):
-        left = middle + 16 * (index - len(roles) / 2)
+    for index, role in enumerate(box.inserted):
+        left = middle + 16 * (index - len(box.inserted) / 2)
         _outline(axes, role, left, placed.top + placed.height - 14, 14, 9)
 
 
@@ -167,14 +155,14 @@ def _outline(axes: Axes, role: Role, left: float, top: float, width: float, heig
     axes.add_patch(patches.FancyBboxPatch((left, top), width, height, boxstyle=boxstyle, **style))
 
 
-def _draw_edges(axes: Axes, view: View, root: Placed, depth: int) -> None:
+def _draw_edges(axes: Axes, view: View, root: Placed) -> None:
     patches: Any = require("matplotlib.patches", "draw", "draw")
     paths: Any = require("matplotlib.path", "draw", "draw")
     placed = {p.box.name: p for p in _all(root)}
     ways = {key: way for p in _all(root) for key, way in (p.ways or {}).items()}
     parents = {child.name: box.name for box in view.root.walk() for child in box.children}
     labelled = set()
-    for (source, target), label in view.lifted(shown_at(view.root, depth)).items():
+    for (source, target), label in view.edges.items():
         a, b = placed[source], placed[target]
         between = [point for step in route(parents, source, target) for point in ways.get(step, ())]
         points = [(a.left + a.width / 2, a.top + a.height), *between, (b.left + b.width / 2, b.top)]

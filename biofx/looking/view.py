@@ -6,12 +6,14 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from biofx.analysis.sites import WeightSite, find_weights
+from biofx.analysis.sites import find_weights
 from biofx.base.errors import ArgumentError
 from biofx.base.isolation import run_in_eval_mode, split_inputs
 from biofx.base.torch_internals import pytree
@@ -19,6 +21,7 @@ from biofx.looking.roles import Role, role_of
 from biofx.model.chain import attribute, callee, parameter_nodes
 from biofx.model.provenance import inserted, is_transformed, record_of
 
+CHANGES = {"inserted": "+", "removed": "-", "changed": "~"}  # how pictures and tables of differences mark them
 AT_MOST = 200  # boxes at the start and at the end of a box that holds more than twice as many
 
 
@@ -35,6 +38,7 @@ class Box:
         children: what it contains, in the order of the graph; empty for a node.
         count: the number of equal neighbours for which it stands.
         signs: 1, -1 or 0 for each unit that a weight reads: excitatory, inhibitory, or free.
+        inserted: how many nodes of each role passes inserted inside, if it is a closed module.
     """
 
     name: str
@@ -45,12 +49,19 @@ class Box:
     children: tuple[Box, ...] = ()
     count: int = 1
     signs: tuple[int, ...] = ()
+    inserted: Mapping[Role, int] = field(default_factory=dict)
 
     def walk(self) -> Iterator[Box]:
         """This box and all boxes inside, outermost first."""
         yield self
         for child in self.children:
             yield from child.walk()
+
+    def opened(self, depth: int) -> Box:
+        """This box with modules opened to a depth; closed ones contain no boxes, but say what passes inserted."""
+        if depth > 0 or not self.children:
+            return replace(self, children=tuple(child.opened(depth - 1) for child in self.children))
+        return replace(self, children=(), inserted=self.inserted_roles())
 
     def inserted_roles(self) -> dict[Role, int]:
         """How many nodes of each role passes inserted inside, those of equal neighbours included."""
@@ -68,60 +79,52 @@ class View:
 
     Attributes:
         root: the model.
-        edges: the label of the value that one box passes to another, by the names of both; boxes without children only.
+        values: the label of the value that one node passes to another, by the names of both.
     """
 
     root: Box
-    edges: dict[tuple[str, str], str]
+    values: Mapping[tuple[str, str], str]
 
-    def lifted(self, shown: Mapping[str, str]) -> dict[tuple[str, str], str]:
-        """The edges between the boxes that are shown, given the one that stands for each box."""
+    @cached_property
+    def edges(self) -> dict[tuple[str, str], str]:
+        """The label of the value that one box passes to another, by the names of both; boxes without children only."""
+        owner = {node: box.name for box in self.root.walk() if not box.children for node in box.nodes}
         found: dict[tuple[str, str], str] = {}
-        for (source, target), label in self.edges.items():
-            ends = shown[source], shown[target]
-            if ends[0] != ends[1]:
-                found.setdefault(ends, label)
+        for (source, target), label in self.values.items():
+            if owner[source] != owner[target]:
+                found.setdefault((owner[source], owner[target]), label)
         return found
 
+    def opened(self, depth: int) -> View:
+        """The view in which modules are opened to a depth, and those further inside are closed."""
+        return replace(self, root=self.root.opened(depth))
 
-def view_of(model: fx.GraphModule, example_inputs: Any = None) -> View:
+    def opened_to_show(self, boxes: int) -> View:
+        """The view in which as many levels are open as show at most a number of boxes; at least one."""
+        view, depth = self.opened(1), 2
+        while (deeper := self.opened(depth)) != view and len([*deeper.root.walk()]) <= boxes:
+            view, depth = deeper, depth + 1
+        return view
+
+
+def view_of(model: fx.GraphModule, example_inputs: Any = None, changes: Mapping[str, str] | None = None) -> View:
     """The view of a graph.
 
     Args:
         model: a transformed model, or any other graph.
         example_inputs: arguments of the model, to show shapes; without them, only those that the graph carries.
+        changes: of nodes that are to be marked, a key of `CHANGES`.
     """
     shapes = _shapes(model, example_inputs)
     signs = _signs(model) if is_transformed(model) else {}
     places = _places(model)
     leaves = {node.name: _leaf(model, node, shapes, signs) for node in model.graph.nodes}
-    root = _folded(_module(model, [node.name for node in model.graph.nodes], leaves, places))
-    owner = {node: box.name for box in root.walk() if not box.children for node in box.nodes}
-    edges: dict[tuple[str, str], str] = {}
-    for node in model.graph.nodes:
-        for source in node.all_input_nodes:
-            ends = owner.get(source.name), owner.get(node.name)
-            if ends[0] is not None and ends[1] is not None and ends[0] != ends[1]:
-                edges.setdefault((ends[0], ends[1]), shapes.get(source.name, ""))
-    return View(root, edges)
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of each node's value."""
-
-    def __init__(self, model: fx.GraphModule, arguments: Mapping[str, Any]) -> None:
-        super().__init__(model)
-        self.arguments = arguments
-        self.found: dict[str, str] = {}
-
-    def placeholder(self, target: fx.node.Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.arguments[str(target).lstrip("*")]  # fx gives **kwargs a list
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.found[n.name] = _size(value.shape)
-        return value
+    for name, kind in (changes or {}).items():
+        leaf = leaves[name]
+        leaves[name] = replace(leaf, label=f"{CHANGES[kind]} {leaf.label}", facts={**leaf.facts, "change": kind})
+    names = [node.name for node in model.graph.nodes]
+    values = {(a.name, n.name): shapes.get(a.name, "") for n in model.graph.nodes for a in n.all_input_nodes}
+    return View(_folded(_module(model, names, leaves, places)), values)
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -132,12 +135,14 @@ def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
     carried = {n.name: n.meta["val"].shape for n in model.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
     found = {name: _size(shape) for name, shape in carried.items()}
     if example_inputs is not None:
-        interpreter = _Shapes(model, _bound(model, example_inputs))
+        arguments, interpreter = _bound(model, example_inputs), fx.Interpreter(model, garbage_collect_values=False)
+        inputs = model.graph.find_nodes(op="placeholder")
+        values: dict[fx.Node, Any] = {node: arguments[str(node.target).lstrip("*")] for node in inputs}
         try:
-            run_in_eval_mode(model, lambda _: interpreter.run())
+            run_in_eval_mode(model, lambda _: interpreter.run(initial_env=values))
         except Exception as error:
             raise ArgumentError(f"draw: the model fails on example_inputs: {error}") from error
-        found |= interpreter.found
+        found |= {node.name: _size(value.shape) for node, value in values.items() if isinstance(value, Tensor)}
     return found
 
 
@@ -157,16 +162,9 @@ def _signs(model: fx.GraphModule) -> dict[str, tuple[int, ...]]:
     found = {}
     for site in find_weights(model).sites.values():
         if site.node is not None and site.sign is not None:
-            found[site.node.name] = unit_signs(site)
+            signs = site.outgoing(site.sign.expand(site.shape))[:, :1].sign()  # all connections of a unit have one
+            found[site.node.name] = tuple(map(int, signs.flatten().tolist()))
     return found
-
-
-def unit_signs(site: WeightSite) -> tuple[int, ...]:
-    """The sign of each presynaptic unit of a weight that has signs."""
-    assert site.sign is not None
-    outgoing = site.outgoing(site.sign.expand(site.shape)).flatten(1)
-    largest = outgoing.gather(1, outgoing.abs().argmax(1, keepdim=True)) if outgoing.shape[1] else outgoing[:, :0]
-    return tuple(int(sign) for sign in largest.flatten().sign().tolist())
 
 
 def _places(model: fx.GraphModule) -> dict[str, tuple[str, ...]]:
@@ -227,25 +225,20 @@ def _module(
         child = _module(model, members, leaves, places, key, depth + 1) if is_module else leaves[key]
         # A module with one node is that node.
         children.append(child.children[0] if len(child.children) == 1 else child)
-    return Box(
-        f"module {path}",
-        _module_label(model, path),
-        Role.MODULE,
-        {"module": path or "the model", **({"class": kind} if (kind := _class_at(model, path)) else {})},
-        tuple(node for child in children for node in child.nodes),
-        tuple(children),
-    )
-
-
-def _module_label(model: fx.GraphModule, path: str) -> str:
-    if not path:
-        kept = record_of(model).model_class if is_transformed(model) else None
-        return type(model).__name__ if kept is None else kept.__name__
     kind = _class_at(model, path)
-    return path.rpartition(".")[2] + (f" ({kind})" if kind else "")
+    facts = {"module": path or "the model", **({"class": kind} if kind else {})}
+    nodes = tuple(node for child in children for node in child.nodes)
+    label = path.rpartition(".")[2] + (f" ({kind})" if kind else "")
+    return Box(f"module {path}", label if path else _class_of(model), Role.MODULE, facts, nodes, tuple(children))
 
 
-def _class_at(model: nn.Module, path: str) -> str:
+def _class_of(model: fx.GraphModule) -> str:
+    """The class of the model; of a transformed one, of the original."""
+    kept = record_of(model).model_class if is_transformed(model) else None
+    return (kept or type(model)).__name__
+
+
+def _class_at(model: fx.GraphModule, path: str) -> str:
     """The class of the module at a path; empty for the model, and for one that is called by another name."""
     try:
         return type(model.get_submodule(path)).__name__ if path else ""
@@ -257,18 +250,15 @@ def _folded(box: Box) -> Box:
     """The box with runs of equal neighbours drawn once, and with the middle of very many boxes left out."""
     children = [_folded(child) for child in box.children]
     folded: list[Box] = []
-    last: Any = None
-    for child in children:
-        shape = _structure(child) if child.children else None
-        if shape is not None and shape == last:
-            first = _merged(folded[-1], child)
-            own, other = first.label.partition(" ")[0], child.label.partition(" ")[0]
-            kind = f" ({child.facts['class']})" if "class" in child.facts else ""
-            count = first.count + 1
-            folded[-1] = replace(first, count=count, label=f"{own} … {other}{kind} × {count}")
-        else:
-            folded.append(child)
-        last = shape
+    for structure, run in groupby(children, lambda child: _structure(child) if child.children else None):
+        first, *others = run
+        if structure is None or not others:
+            folded += [first, *others]
+            continue
+        own, last = (box.label.partition(" ")[0] for box in (first, others[-1]))
+        kind = f" ({first.facts['class']})" if "class" in first.facts else ""
+        count = 1 + len(others)
+        folded.append(replace(reduce(_merged, others, first), count=count, label=f"{own} … {last}{kind} × {count}"))
     if len(folded) > 2 * AT_MOST:
         left = folded[AT_MOST:-AT_MOST]
         nodes = tuple(n for b in left for n in b.nodes)
@@ -289,29 +279,3 @@ def _structure(box: Box) -> Any:
     if not box.children:
         return (*own, box.label, box.facts.get("inserted by"))
     return (*own, tuple(map(_structure, box.children)))
-
-
-def depth_that_shows(root: Box, boxes: int) -> int:
-    """The depth to which modules can be opened with at most a number of boxes, at least 1."""
-    depth = 1
-    while depth < 50 and _shown(root, depth) != _shown(root, depth + 1) and _shown(root, depth + 1) <= boxes:
-        depth += 1
-    return depth
-
-
-def _shown(box: Box, depth: int) -> int:
-    return 1 + (sum(_shown(child, depth - 1) for child in box.children) if depth > 0 else 0)
-
-
-def shown_at(root: Box, depth: int) -> dict[str, str]:
-    """The name of the box that stands for each box if modules are opened to a depth."""
-    shown: dict[str, str] = {}
-
-    def visit(box: Box, depth: int, by: str | None) -> None:
-        shown[box.name] = by or box.name
-        closed = by or (box.name if depth < 1 else None)
-        for child in box.children:
-            visit(child, depth - 1, closed)
-
-    visit(root, depth, None)
-    return shown

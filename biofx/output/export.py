@@ -18,8 +18,7 @@ from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.isolation import run_in_eval_mode, split_inputs, tensors_in
 from biofx.base.packages import require
 from biofx.base.torch_internals import pytree
-from biofx.model.provenance import record_of, transformed
-from biofx.output.fold import fold, why_weights_do_not_suffice
+from biofx.output.fold import fold, folded_for_original
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a call, by position and by keyword
 
@@ -70,25 +69,16 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         raise ArgumentError(f"export: {path} is a folder; give the path of a file")
     if path.suffix in PROGRAMS and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
-    obstacle = _why_original_cannot_load(transformed(bio))
-    if path.suffix in WEIGHTS and obstacle is not None:
-        raise ExportError(f"export: {path.suffix} holds weights only: {obstacle}; use {' or '.join(PROGRAMS)}")
-    plain = fold(bio).eval()
+    is_program = path.suffix in PROGRAMS
+    plain = fold(bio) if is_program else folded_for_original(bio, "export", f"use {' or '.join(PROGRAMS)}")
+    plain.eval()
     with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
         unchecked = Path(folder) / path.name
-        if path.suffix in PROGRAMS:
+        if is_program:
             _write_program(plain, unchecked, example_inputs)
         else:
             WEIGHTS[path.suffix](plain, unchecked)
         unchecked.replace(path)
-
-
-def _why_original_cannot_load(bio: fx.GraphModule) -> str | None:
-    """Why the original model cannot load the folded weights and compute what they do; None if it can."""
-    for run in record_of(bio).passes:
-        if run.pass_.changes_units and run.weights:
-            return f"{run.pass_.name} changed the number of units of {', '.join(sorted(run.weights))}"
-    return why_weights_do_not_suffice(bio)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from biofx.capture.guards import GUARD
 from biofx.model.chain import number_nodes, parameter_nodes, remove_chain
 from biofx.model.fingerprint import fingerprint
 from biofx.model.owners import remove_synapses
-from biofx.model.provenance import RECORD, inserted_nodes, record_of, shapes, transformed
+from biofx.model.provenance import RECORD, inserted_nodes, record_of, transformed
 from biofx.model.slots import Slot
 
 
@@ -86,16 +86,10 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
                 del plain._buffers[name]
             result = original_form(plain, record.model_class)
         else:
-            _keep_graph(plain)
+            vars(plain).pop(GUARD, None)  # the graph runs, and not its Python
+            number_nodes(plain)
             result = plain
         return result if into is None else _fill(into, result)
-
-
-def _keep_graph(plain: CapturedModule) -> None:
-    """Let the graph of a folded model run instead of its Python."""
-    vars(plain).pop(GUARD, None)
-    number_nodes(plain)
-    plain.recompile()
 
 
 def why_weights_do_not_suffice(bio: fx.GraphModule) -> str | None:
@@ -106,12 +100,13 @@ def why_weights_do_not_suffice(bio: fx.GraphModule) -> str | None:
     return None
 
 
-def folded_for_original(bio: nn.Module, by: str) -> nn.Module:
+def folded_for_original(bio: nn.Module, by: str, instead: str = "keep it with biofx.save(bio, folder)") -> nn.Module:
     """Fold a model whose weights somebody will load into the original model.
 
     Args:
         bio: the transformed model.
         by: the function that needs it, for the message.
+        instead: what else to do, for the message.
 
     Raises:
         ExportError: the original model would compute something else, or its weights have other shapes.
@@ -120,13 +115,12 @@ def folded_for_original(bio: nn.Module, by: str) -> nn.Module:
     plain, reason = fold(bio), why_weights_do_not_suffice(bio)
     if isinstance(plain, fx.GraphModule) and record_of(bio).model_class is not None:
         reason = reason or "the graph was edited, which no weight can express"
-    present = shapes(plain.named_parameters())
-    for name, shape in record_of(bio).original.items():
-        if reason is None and present.get(name, shape) != shape:
-            reason = f"{name} is {tuple(present[name])} now and {tuple(shape)} in the original"
+    for run in record_of(bio).passes:
+        if run.pass_.changes_units and run.weights:
+            reason = f"{run.pass_.name} changed the number of units of {', '.join(sorted(run.weights))}"
     if reason is not None:
         raise ExportError(
-            f"{by}: {type(bio).__name__} cannot load this model: {reason}; keep it with biofx.save(bio, folder), or "
+            f"{by}: {type(bio).__name__} cannot load the weights of this model: {reason}; {instead}, or "
             "torch.save(biofx.fold(bio), path)"
         )
     return plain
@@ -145,10 +139,7 @@ def _copy(bio: fx.GraphModule) -> CapturedModule:
 
 def _drop_observers(graph: fx.Graph) -> None:
     for node, origin in reversed(list(inserted_nodes(graph))):
-        if origin.slot is Slot.OBSERVER:
-            graph.erase_node(node)
-    for node, _ in list(inserted_nodes(graph)):
-        if node.op == "get_attr" and not node.users:  # the observers' state
+        if origin.slot is Slot.OBSERVER or (node.op == "get_attr" and not node.users):  # or their state
             graph.erase_node(node)
 
 

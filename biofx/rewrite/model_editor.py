@@ -13,7 +13,6 @@ from biofx.analysis.understanding import Understanding, understand_again
 from biofx.analysis.units import Units
 from biofx.base import randomness
 from biofx.model.provenance import RunnablePass, record_of
-from biofx.model.synapses import stored
 from biofx.rewrite.editor import Editor, owners
 
 
@@ -70,14 +69,11 @@ class ModelEditor:
         """A CPU generator, which depends only on the seed, the pass and the purpose."""
         return randomness.generator(self.seed, self._by.name, *purpose)
 
-    def note(self, text: str) -> None:
-        """Tell the user something about the model; `summary` shows it."""
-        record_of(self.bio).notes.append(text)
+    def leave(self, reason: str) -> None:
+        """Leave all weights alone; `summary` shows the reason."""
+        for edit in self.edits.values():
+            edit.leave(reason)
 
     def keep_nonnegative(self, parameter: str) -> None:
         """Keep a scale parameter from being negative: it is clamped at every step, and `verify` checks it."""
         record_of(self.bio).nonnegative[parameter] = self._by.name
-
-    def value(self, parameter: str) -> torch.nn.Parameter:
-        """A parameter by its name."""
-        return stored(self.bio, parameter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,30 +105,25 @@ def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dic
         if name in excluded:
             continue
         earlier = [run.pass_ for run in record_of(bio).passes if name in run.weights]
-        present = list(earlier)
-        for new in passes:
-            for old in present:
-                if old.name == new.name:
-                    raise PipelineError(
-                        f"{name} has {old} already, and a weight can have {new.name} only once "
-                        "(use exclude to give other weights other options)"
-                    )
-                reshapes = new.slot in (Slot.SUM, Slot.OUTPUT) and old.slot < new.slot
-                if old in earlier and (reshapes or new.changes_units):
-                    raise PipelineError(
-                        f"{new.name} changes the shape of {name} or of its operator's output, and {old.name} "
-                        "fits the present shape only; transform the original model with both"
-                    )
-                if (old.changes_units or new.changes_units) and Slot.OUTPUT in (old.slot, new.slot):
-                    raise PipelineError(
-                        f"{old.name} and {new.name} exclude each other on {name}: one gives every unit a sign, and the "
-                        "other joins units of both signs; drop one"
-                    )
-                if old.slot is new.slot and new.slot.exclusive:
-                    raise PipelineError(
-                        f"{old.name} and {new.name} both claim the {new.slot.label} of {name}; drop one"
-                    )
-            present.append(new)
+        for old, new in combinations([*earlier, *passes], 2):
+            if old.name == new.name:
+                raise PipelineError(
+                    f"{name} has {old} already, and a weight can have {new.name} only once "
+                    "(use exclude to give other weights other options)"
+                )
+            reshapes = new.slot in (Slot.SUM, Slot.OUTPUT) and old.slot < new.slot
+            if old in earlier and new not in earlier and (reshapes or new.changes_units):
+                raise PipelineError(
+                    f"{new.name} changes the shape of {name} or of its operator's output, and {old.name} "
+                    "fits the present shape only; transform the original model with both"
+                )
+            if (old.changes_units or new.changes_units) and Slot.OUTPUT in (old.slot, new.slot):
+                raise PipelineError(
+                    f"{old.name} and {new.name} exclude each other on {name}: one gives every unit a sign, and the "
+                    "other joins units of both signs; drop one"
+                )
+            if old.slot is new.slot and new.slot.exclusive:
+                raise PipelineError(f"{old.name} and {new.name} both claim the {new.slot.label} of {name}; drop one")
 
 
 def _run_one(bio: fx.GraphModule, pass_: Pass, model: ModelEditor) -> None:

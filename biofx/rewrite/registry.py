@@ -6,8 +6,9 @@ import ast
 import dataclasses
 import difflib
 import enum
+import functools
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -51,26 +52,33 @@ class Pass:
         name: the name in pipeline strings and tables.
         slot: where the pass inserts its nodes between the stored weight and its operator.
         moment: when the pass acts around `optimizer.step()`, if it does (see `biofx.attach`).
+        preserves_function: whether the pass preserves the model's outputs, up to rounding; this is checked on example
+            inputs.
         changes_units: whether the pass changes the set of units. Such a pass runs before all others, and calls
             `ModelEditor.look_again` after the change.
         converted: the options in which a checkpoint may differ from the model, because state is converted as it loads.
         sets_zeros: whether the rule sets synapses to 0 that are to grow again, which not every rule lets them.
         works_on_shards: whether `at_step` works on a part of a weight, as under FSDP: entry by entry, with sums over a
             weight by `biofx.training.ranks.summed`. If not, `biofx.attach` refuses sharded weights.
+
+    Raises:
+        ArgumentError: an option out of its range, when the pass is made.
     """
 
     name: ClassVar[str]
     slot: ClassVar[Slot]
     moment: ClassVar[Moment | None] = None
+    preserves_function: ClassVar[bool] = False
     changes_units: ClassVar[bool] = False
     converted: ClassVar[tuple[str, ...]] = ()
     sets_zeros: ClassVar[bool] = False
     works_on_shards: ClassVar[bool] = False
 
-    @property
-    def preserves_function(self) -> bool:
-        """Whether the pass preserves the model's outputs, up to rounding; this is checked on example inputs."""
-        return False
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check = field.metadata.get("check")
+            if check is not None and not (field.default is None and getattr(self, field.name) is None):
+                check(self, field.name)
 
     @property
     def instead(self) -> str:
@@ -115,6 +123,17 @@ class Pass:
             if (value := getattr(self, field.name)) != field.default
         ]
         return self.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+def option(default: Any, check: Callable[..., None], **bounds: Any) -> Any:
+    """An option that is checked when the pass is made; None is as good if it is the default.
+
+    Args:
+        default: its default.
+        check: a function of `biofx.base.options`.
+        bounds: its keyword arguments.
+    """
+    return dataclasses.field(default=default, metadata={"check": functools.partial(check, **bounds)})
 
 
 PassClass = TypeVar("PassClass", bound=type[Pass])

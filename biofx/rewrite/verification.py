@@ -13,14 +13,13 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.verdict import Verdict
 from biofx.base.errors import VerificationError
 from biofx.base.gains import decoded
-from biofx.base.torch_internals import qualified_name
-from biofx.model.chain import chain, parameter_nodes
+from biofx.model.chain import callee, chain, parameter_nodes
 from biofx.model.operators import NAMESPACE
 from biofx.model.provenance import changed_since, inserted, inserted_nodes, record_of, unwrapped
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
 from biofx.rewrite.registry import Pass
-from biofx.signs.constraints import mixed_units, wrong_signs
+from biofx.signs.constraints import sign_violations
 from biofx.weights.facts import Need
 
 
@@ -110,14 +109,10 @@ def _chains(bio: fx.GraphModule) -> Iterator[str]:
     ran = {run.pass_.name for run in record_of(bio).passes}
     for node in bio.graph.nodes:
         origin = inserted(node)
-        if getattr(node.target, "namespace", _namespace(node)) == NAMESPACE and origin is None:
+        if origin is None and node.op == "call_function" and callee(node).startswith(f"{NAMESPACE}."):
             yield f"{node.name} is a biofx operator that no pass inserted"
         if origin is not None and not ran.issuperset(origin.passes):
             yield f"{origin.by}: {origin.parameter}: {node.name} was inserted by a pass that did not run"
-
-
-def _namespace(node: fx.Node) -> str:
-    return (qualified_name(node.target) or "").partition("::")[0]
 
 
 def _parameters(bio: fx.GraphModule) -> Iterator[str]:
@@ -142,8 +137,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
         if lowest is not None and lowest < 0:
             yield f"{by}: {name}: a scale parameter is negative ({lowest:g})"
     sites = find_weights(bio).sites
-    yield from wrong_signs(sites)
-    yield from mixed_units(sites)
+    yield from sign_violations(sites)
     for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):
         if _lowest(sites[name].raw) is None:
             yield f"{name}: the weight is not finite"

@@ -21,6 +21,7 @@ from torch import Tensor
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.copying import copied
 from biofx.model.chain import attribute
+from biofx.model.synapses import stored
 from biofx.signs.net_inputs import NetInput, NetInputRuns
 from biofx.signs.spectrum import balanced_recurrent, singular_entropy, spectral_radius
 
@@ -55,12 +56,12 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     found = find_weights(bio).sites
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
-    blocks = {name: _recurrent_blocks_of(site, units.readings[name]) for name, site in sites.items()}
+    blocks = {name: _recurrent_blocks(site, units.readings[name]) for name, site in sites.items()}
     biases = {name: bias for name, site in sites.items() if (bias := _bias(model, site)) is not None}
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
     def original(name: str) -> Tensor:
-        return _connections(model.sites[name]).double()
+        return connections(model.sites[name]).double()
 
     def measure(site: WeightSite, net_input: NetInput) -> None:
         sign = site.spread_presynaptic(signs[site.name])
@@ -78,58 +79,45 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     runs = NetInputRuns(model, bio, measured, changing)
     runs.visit(measure)
     for name, site in sites.items():
-        generator = model.generator(name)
-        if (block := blocks[name]) is not None:
-            _store_connections(site, _balanced_blocks(site, original(name), signs[name], block, density, generator))
-            model.edits[name].remark(_spectral_change(site, original(name), block))
-            continue
-        sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
-        rows = balanced_rows(site.incoming(original(name)), sign, density, generator)
-        _store_connections(site, site.from_incoming(rows))
+        generator, old = model.generator(name), site.incoming(original(name))
+        if (own := blocks[name]) is None:
+            sign = site.incoming(site.spread_presynaptic(signs[name]).expand(site.shape))
+            rows = balanced_rows(old, sign, density, generator)
+        else:
+            rows = old.clone()
+            for block in own:
+                rows[block] = balanced_recurrent(old[block], signs[name].to(old), density, generator)
+            model.edits[name].remark(_spectral_change(old, rows, own))
+        site.raw.copy_(divided(site, site.from_incoming(rows)))
     runs.visit(refit)
     for name, site in sites.items():
         model.edits[name].replace_raw(site.raw.to(model.sites[name].raw))
         if name in biases and biases[name] not in model.excluded:
-            model.value(biases[name]).copy_(attribute(bio, biases[name]))
+            stored(model.bio, biases[name]).copy_(attribute(bio, biases[name]))
 
 
-def _recurrent_blocks_of(site: WeightSite, reading: Reading) -> list[Tensor] | None:
-    """The blocks of a recurrent matrix; None for a convolution, which has several synapses for each pair of units."""
-    is_matrix = site.shape.numel() == site.units * site.presynaptic_units
-    return recurrent_blocks(reading) if is_matrix else None
-
-
-def recurrent_blocks(reading: Reading) -> list[Tensor] | None:
+def _recurrent_blocks(site: WeightSite, reading: Reading) -> list[Tensor] | None:
     """The rows of a recurrent weight, in the order of the units that they feed; one block for each gate.
 
-    None if a row feeds a unit that the weight does not read.
+    None if a row feeds a unit that the weight does not read, and for a convolution, which has several synapses for each
+    pair of units.
     """
     returns = reading.returns
     count = len(reading.numbers)
-    if not count or len(returns) % count or bool((returns < 0).any()):
+    is_matrix = site.shape.numel() == site.units * site.presynaptic_units
+    if not is_matrix or not count or len(returns) % count or bool((returns < 0).any()):
         return None
     blocks = returns.view(-1, count)
     if not all(torch.equal(block.sort().values, torch.arange(count)) for block in blocks):
         return None
-    return [index * count + block.argsort() for index, block in enumerate(blocks)]
+    return [(index * count + block.argsort()).to(site.raw.device) for index, block in enumerate(blocks)]
 
 
-def _balanced_blocks(
-    site: WeightSite, weight: Tensor, sign: Tensor, blocks: list[Tensor], density: float, generator: torch.Generator
-) -> Tensor:
-    rows = site.incoming(weight).clone()
-    for block in blocks:
-        block = block.to(rows.device)
-        rows[block] = balanced_recurrent(rows[block], sign.to(rows), density, generator)
-    return site.from_incoming(rows)
-
-
-def _spectral_change(site: WeightSite, free: Tensor, blocks: list[Tensor]) -> str:
+def _spectral_change(before: Tensor, after: Tensor, blocks: list[Tensor]) -> str:
     """The spectral measures of recurrent weights before and after, in words; for each gate, if there are several."""
-    before, after = site.incoming(free), site.incoming(_connections(site))
     measures = {"spectral radius": spectral_radius, "entropy of singular values": singular_entropy}
     numbers = {
-        name: [", ".join(f"{measure(rows[block.to(rows.device)]):.3g}" for block in blocks) for rows in (before, after)]
+        name: [", ".join(f"{measure(rows[block]):.3g}" for block in blocks) for rows in (before, after)]
         for name, measure in measures.items()
     }
     return "; ".join(f"{name} {old} → {new}" for name, (old, new) in numbers.items())
@@ -206,7 +194,7 @@ def _refit(
     site: WeightSite, net_input: NetInput, signs: Tensor, mean: Tensor, variance: Tensor, bias: Tensor | None
 ) -> None:
     """Solve (*) for measured net inputs."""
-    weight = _connections(site)
+    weight = connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
     x, y = net_input(weight * (sign > 0)), net_input(-weight * (sign < 0))
     mx, my = x.mean(0, keepdim=True), y.mean(0, keepdim=True)
@@ -226,26 +214,24 @@ def _refit(
     gain = torch.minimum(gain, MAX_RESCALING * rows.norm(dim=1) / (scaled.norm(dim=1) + TINY))
     gain = gain.masked_fill(is_constant, 1.0)
     new = torch.where(row_sign == 0, rows, scaled * gain[:, None])
-    _store_connections(site, site.from_incoming(new))
+    site.raw.copy_(divided(site, site.from_incoming(new)))
     if bias is not None:
         bias.add_(mean - gain * (a * mx - b * my))
 
 
-def _connections(site: WeightSite) -> Tensor:
-    """The weight of every connection: the sum over its synapses."""
-    raw = site.raw.detach()
-    return raw.sum(0) if site.is_split else raw
+def connections(site: WeightSite, values: Tensor | None = None) -> Tensor:
+    """The sum over the synapses of each connection: of values of synapses, or of what is stored."""
+    values = site.raw.detach() if values is None else values
+    return values.sum(0) if site.is_split else values
 
 
-def _store_connections(site: WeightSite, weight: Tensor) -> None:
-    """Store the weight of every connection, divided among its synapses in proportion to their magnitudes."""
-    raw = site.raw
+def divided(site: WeightSite, weight: Tensor) -> Tensor:
+    """The weight of every synapse for that of every connection, in proportion to the present magnitudes."""
     if not site.is_split:
-        raw.copy_(weight)
-        return
-    size = raw.abs()
+        return weight
+    size = site.raw.detach().abs()
     total = size.sum(0)
-    raw.copy_(torch.where(total > 0, size / total, 1 / len(raw)) * weight)
+    return torch.where(total > 0, size / total, 1 / len(size)) * weight
 
 
 def _bias(model: ModelEditor, site: WeightSite) -> str | None:

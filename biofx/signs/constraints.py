@@ -2,13 +2,13 @@ r"""Sign constraints: functions that give a stored weight the sign of its presyn
 
 $$w = s \cdot f(r), \qquad f \ge 0$$
 
-with r the stored weight and s the sign of the unit, +1 or −1. If s is 0, the weight is free: w = r.
+with r the stored weight and s the sign of the unit, +1 or −1. If s is 0, the weight is free: w = r. Which sign a unit
+has is kept with the weights that read it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ from biofx.model.slots import Slot
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
+    from biofx.analysis.units import Reading, Units
     from biofx.rewrite.editor import Editor
+    from biofx.rewrite.model_editor import ModelEditor
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -132,8 +134,13 @@ def constraint_of(site: WeightSite) -> SignConstraint | None:
     return None
 
 
-def wrong_signs(sites: dict[str, WeightSite]) -> Iterator[str]:
-    """One sentence for each weight with synapses whose sign is not that of their unit."""
+def sign_violations(sites: Mapping[str, WeightSite]) -> Iterator[str]:
+    """One sentence for each weight with synapses of another sign than their unit, or with units of two signs.
+
+    The numbers of a weight's units are in the buffer `<weight>_synapses.units`, and those of one unit have one sign in
+    all weights. Free units are omitted.
+    """
+    positive, negative = set[int](), set[int]()
     for name, site in sites.items():
         if site.sign is not None and constraint_of(site) is not None:
             (weight,) = placed_like([site.synaptic().detach()], site.sign)
@@ -141,28 +148,56 @@ def wrong_signs(sites: dict[str, WeightSite]) -> Iterator[str]:
             if agreement.numel() and bool(agreement.amin() < 0):
                 count = int((agreement < 0).sum())
                 yield f"{name}: {count} of its synapses have another sign than their unit"
+        units = site.state("units")
+        if units is not None and (sign := unit_signs(site)) is not None:
+            positive.update(units[sign > 0].tolist())
+            negative.update(units[sign < 0].tolist())
+    mixed = positive & negative
+    for name, site in sites.items() if mixed else ():
+        units = site.state("units")
+        count = 0 if units is None else len(mixed.intersection(units.tolist()))
+        if count:
+            yield f"{name}: {count} of its presynaptic units are excitatory and inhibitory at once"
 
 
-def mixed_units(sites: dict[str, WeightSite]) -> Iterator[str]:
-    """One sentence for each weight that reads units with outgoing weights of both signs, over all weights.
+def unit_signs(site: WeightSite) -> Tensor | None:
+    """The sign of each presynaptic unit of a weight, 0 if it is free; None if all are."""
+    return None if site.sign is None else site.outgoing(site.sign.detach().expand(site.shape))[:, 0]
 
-    The numbers of a weight's units are in the buffer `<weight>_synapses.units`. Free units are omitted.
-    """
-    signs: dict[int, set[float]] = {}
-    readers: dict[int, list[str]] = {}
-    for site in sites.values():
-        units, sign = site.state("units"), site.sign
-        if units is None or sign is None:
-            continue
-        constrained = site.outgoing(sign.expand(site.shape))[:, 0] != 0
-        weight = site.outgoing(*placed_like([site.direct().detach()], sign))
-        if not weight.numel():
-            continue
-        lowest, highest = weight.aminmax(dim=1)
-        for has, value in ((highest > 0, 1.0), (lowest < 0, -1.0)):
-            for unit in units[has & constrained].tolist():
-                signs.setdefault(unit, set()).add(value)
-                readers.setdefault(unit, []).append(site.name)
-    mixed = Counter(name for unit, found in signs.items() if len(found) > 1 for name in dict.fromkeys(readers[unit]))
-    for name, count in mixed.items():
-        yield f"{name}: {count} of its presynaptic units are excitatory and inhibitory at once"
+
+def known_signs(model: ModelEditor, units: Units) -> Tensor:
+    """Signs that classes of units have from an earlier transform, by number; 0 where they have none."""
+    result = torch.zeros(len(units.classes))
+    for name, site in model.all_sites.items():
+        sign = unit_signs(site)
+        if sign is not None and name in units.readings:
+            sign = sign.cpu().float()
+            result[units.readings[name].classes[sign != 0]] = sign[sign != 0]
+    return result
+
+
+def renumber(model: ModelEditor, units: Units) -> None:
+    """Let weights that got their signs in an earlier transform know their units by the present numbers."""
+    for name, site in model.all_sites.items():
+        numbers = site.state("units")
+        if numbers is not None and name in units.readings:
+            numbers.copy_(units.readings[name].classes)
+
+
+def why_free(units: Units, reading: Reading) -> str:
+    """Why a weight whose units have no signs reads no others."""
+    origins = {units.populations[index].origin for index in units.owner[reading.numbers].tolist()}
+    if "constant" in origins:
+        return "it reads parameters or constants, which no unit computes"
+    return "it reads the model's inputs, which are free"
+
+
+def remark_on_units(model: ModelEditor, units: Units, name: str, signed: Collection[str]) -> None:
+    """Say of one of the weights that get signs why the effect of its units may have another sign."""
+    own, edit = units.readings[name], model.edits[name]
+    if own.signed_by:
+        edit.remark(f"the activity of its units can be negative ({own.signed_by})")
+    free = {n: r for n, r in units.readings.items() if n not in signed and model.all_sites[n].sign is None}
+    others = [n for n, reading in free.items() if bool(torch.isin(reading.classes, own.classes).any())]
+    if others:
+        edit.remark(f"{', '.join(others)} read the same units with weights of either sign")

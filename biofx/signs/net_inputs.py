@@ -88,7 +88,11 @@ class NetInputRuns:
     def _recorded(self, recorder: Recorder, run: Run) -> Recording:
         generator = torch.random.get_rng_state()
         recording = recording_of(recorder, self._bio, but=self._changing)
-        with recording, as_recorded_graph(self._bio, recorder), _in_double(self._bio):
+        with (
+            recording,
+            as_recorded_graph(self._bio, recorder),
+            self._bio.register_forward_pre_hook(_in_double, with_kwargs=True, prepend=True),
+        ):
             torch.manual_seed(0)
             run(self._bio)
         assert torch.equal(generator, torch.random.get_rng_state())
@@ -168,18 +172,9 @@ def _normal(understood: Understanding, generator: torch.Generator, samples: int 
     return call(args, kwargs)
 
 
-@contextlib.contextmanager
-def _in_double(bio: nn.Module) -> Iterator[None]:
-    """Cast the floating-point inputs of a model in float64."""
-
-    def cast(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, (args, kwargs))
-
-    handle = bio.register_forward_pre_hook(cast, with_kwargs=True, prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _in_double(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Cast floating-point inputs, for a model in float64."""
+    return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, (args, kwargs))
 
 
 def _samples(shape: torch.Size, axis: int) -> int:

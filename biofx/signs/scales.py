@@ -27,12 +27,12 @@ def keep_scales_nonnegative(model: ModelEditor, scales: Mapping[str, Collection[
 
     Args:
         model: the model.
-        scales: the names of scale parameters, each with the weights that get the remark.
+        scales: the names of scale parameters, each with the weights that get the remark; one without any is left alone.
     """
-    for name in sorted(scales):
-        if bool((model.value(name) < 0).any()):
+    for name in sorted(name for name, weights in scales.items() if weights):
+        if bool((stored(model.bio, name) < 0).any()):
             _move_sign_into_weight(model, name)
-        negative = int((model.value(name) < 0).sum())
+        negative = int((stored(model.bio, name) < 0).sum())
         if not negative:
             model.keep_nonnegative(name)
             continue

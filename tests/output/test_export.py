@@ -344,3 +344,14 @@ def test_a_missing_package_says_what_to_install(bio, tmp_path, monkeypatch):
 def test_a_plain_model_is_refused(tmp_path):
     with pytest.raises(biofx.ArgumentError, match="expected a model made by biofx.transform"):
         biofx.export(nn.Linear(2, 2), tmp_path / "model.safetensors")
+
+
+def test_weights_of_an_edited_graph_are_refused(tmp_path):
+    bio = biofx.transform(mlp(4, 6, 2), "split-synapses")
+    (output,) = bio.graph.find_nodes(op="output")
+    with bio.graph.inserting_before(output):
+        output.args = (bio.graph.call_function(torch.neg, output.args),)
+    bio.recompile()
+    with pytest.raises(biofx.ExportError, match="the graph was edited, which no weight can express; use .pt2 or"):
+        biofx.export(bio, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,8 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from biofx.passes.crystallize import crystallize_
+from biofx.passes.crystallize import dampen_, dampened
+from biofx.training.compiling import over_blocks
 from models.small import mlp
 
 
@@ -23,8 +24,12 @@ def test_the_formula():
         0.001,  # the floor
         0.0005,  # already below it
     ]
-    crystallize_([gain], [weight], [gradient], [weight.abs().mean()], threshold=4.5e-5, dampening=0.6, floor=1e-3)
-    torch.testing.assert_close(gain, torch.tensor(expected).double())
+    options = {"threshold": 4.5e-5, "dampening": 0.6, "floor": 1e-3}
+    mean = weight.abs().mean()
+    found = dampened(gain, weight, gradient, mean, **options)
+    torch.testing.assert_close(found, torch.tensor(expected).double())
+    dampen_([gain], [weight], [gradient], [mean], **options)
+    torch.testing.assert_close(gain, found)
 
 
 def slowly(gain, weight, gradient, threshold, dampening, floor):
@@ -45,7 +50,7 @@ def test_many_weights_of_any_size_and_layout_at_once(compiled):
     options = {"threshold": 0.1, "dampening": 0.6, "floor": 1e-3}
     expected = [slowly(*each, **options) for each in zip(gains, weights, gradients, strict=True)]
     means = [weight.abs().mean() for weight in weights]
-    crystallize_(gains, weights, gradients, means, **options, compiled=compiled)
+    over_blocks(dampened, dampen_, gains, weights, gradients, means, **options, compiled=compiled)
     for given, wanted in zip(gains, expected, strict=True):
         torch.testing.assert_close(given, wanted)
 
