@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from biofx.weights.axes import GROUP, NEITHER, Axes, Role, axes_of
+from biofx.weights.axes import GROUP, NEITHER, POST, PRE, Axes, axes_of
 from biofx.weights.facts import NOT_A_SYNAPSE, NOT_RUN, Need, WeightFacts
 from biofx.weights.fitness import why_unfit
 
-PRE: Role = (True, False)
-POST: Role = (False, True)
 _CONVOLUTIONS = tuple(getattr(nn, f"Conv{n}d") for n in (1, 2, 3))
 _TRANSPOSED = tuple(getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3))
 
