@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from biofx.analysis.numbers import NOBODY, Population
 from biofx.analysis.readings import Reading
 from biofx.analysis.sites import WeightSite, find_weights
-from biofx.analysis.understanding import Understanding, understand
+from biofx.analysis.understanding import Understanding, UnitFacts, understand
 from biofx.analysis.verdict import Verdict
 from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
@@ -27,48 +27,22 @@ HEADERS = ("weight", "operator", "positions", "presynaptic units", "activity", "
 LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}  # widths in a table that is too wide
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Units(Reported):
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Units(Reported, UnitFacts):
     """The units of a network; `biofx.units` makes it, and as a string it is a table.
 
     Attributes:
-        populations: the populations whose units reach a weight; the first is nobody.
-        owner: the index in `populations` of each unit, by its number; 0 for numbers that no unit has any more.
-        classes: the number that stands for all units that need one sign with a unit, by its number.
-        readings: what each weight reads, by the weight's name.
-        scales: the parameters that multiply units on their way to a weight, such as γ of a batch norm, each with the
-            weights that they lead to.
         sites: the weights.
-        others: why other parameters are no weights.
-        inputs: the inputs with which the model ran, in words.
-        notes: what a reader should know of that run.
     """
 
-    populations: tuple[Population, ...]
-    owner: Tensor
-    classes: Tensor
-    readings: dict[str, Reading]
-    scales: dict[str, set[str]]
     sites: dict[str, WeightSite]
-    others: dict[str, str]
-    inputs: str
-    notes: list[str]
 
     @classmethod
     def of(cls, understood: Understanding, sites: Mapping[str, WeightSite]) -> Units:
         """The units in what a run told of a model."""
-        readings = {name: reading for name, reading in understood.readings.items() if name in sites}
-        return cls(
-            understood.populations,
-            understood.owner,
-            understood.classes,
-            readings,
-            understood.scales,
-            dict(sites),
-            understood.others,
-            understood.inputs,
-            understood.notes,
-        )
+        told = {key: value for key, value in vars(understood).items() if key in UnitFacts.__dataclass_fields__}
+        told["readings"] = {name: reading for name, reading in understood.readings.items() if name in sites}
+        return cls(**told, sites=dict(sites))
 
     def members(self, index: int) -> Tensor:
         """The numbers of a population's units, in order, by its index in `populations`."""
