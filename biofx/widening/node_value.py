@@ -41,11 +41,6 @@ class NodeValue:
         """Whether doubled units reach the node."""
         return self.new is not self.old
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether each leaf is either equal or doubled at all its positions."""
-        return all(doubling is None or bool(doubling.sign.all()) for doubling in self.doublings)
-
     @classmethod
     def unchanged(cls, value: Any) -> NodeValue:
         """The result of a node that no doubled units reach."""
