@@ -15,18 +15,20 @@ from torch import Tensor, fx, nn
 from biofx.analysis.activity import Activity
 from biofx.analysis.flow import Flow
 from biofx.analysis.forms import Forms
-from biofx.analysis.graphs import as_recorded_graph, shown
+from biofx.analysis.graphs import annotate, as_recorded_graph, shown
 from biofx.analysis.readings import Reading, Readings
 from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.errors import ArgumentError
 from biofx.base.isolation import is_function, parameters_kept, split_inputs, undisturbed
 from biofx.base.randomness import fixed_defaults
 from biofx.base.torch_internals import pytree
-from biofx.model.provenance import is_transformed
+from biofx.model.islands import is_one_island
+from biofx.model.provenance import is_transformed, record_of
 from biofx.model.synapses import stored_parameters
 from biofx.recording import inputs as guesses
 from biofx.recording.catalog import Kind
 from biofx.recording.recorder import Recorder, recording_of
+from biofx.weights.declared import declared
 from biofx.weights.facts import NOT_A_SYNAPSE, Need, WeightFacts
 from biofx.weights.fitness import why_unfit
 
@@ -379,3 +381,34 @@ def _notes(recording: Recording) -> Iterator[str]:
             f"forward reads numbers that depend on its inputs ({', '.join(places[:3])}{more}); "
             "what it does with other inputs was not seen"
         )
+
+
+# --- keeping it --------------------------------------------------------------------------------------------------
+
+
+def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
+    """Keep the facts of weights with a captured model, and how nodes of its graph use them.
+
+    Args:
+        bio: the captured model.
+        understood: what a run told of the model; None if it could not be run.
+    """
+    record = record_of(bio)
+    if understood is None:
+        if not record.weights:  # else it is known from an earlier transform
+            record.weights, record.others = declared(bio)
+        return
+    record.weights, record.others = dict(understood.weights), dict(understood.others)
+    record.inputs, record.notes = understood.inputs, list(understood.notes)
+    for name, reason in changed_in_training(bio, understood.run).items():
+        if record.weights.pop(name, None) is not None:
+            record.others[name] = reason
+    if is_one_island(bio):  # one node uses all of them
+        return
+    recording = understood.recording
+    if not recording.nodes:
+        recording = recorded(bio, understood.run)
+    with fixed_defaults():
+        activity = Activity(recording)
+        forms = Forms(recording, lambda value: not activity.of(value))
+        annotate(bio, recording, forms, record.weights)

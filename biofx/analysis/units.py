@@ -13,7 +13,6 @@ from biofx.analysis.numbers import NOBODY, Population
 from biofx.analysis.readings import Reading
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.understanding import Understanding, UnitFacts, understand
-from biofx.analysis.verdict import Verdict
 from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
 from biofx.base.tables import Cell, Report, Reported, Table, wrapped
@@ -25,6 +24,32 @@ __all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]
 EFFECTS = ("silent", "excites", "inhibits", "mixed", "not judged")  # what the outgoing weights of a unit do
 HEADERS = ("weight", "operator", "positions", "presynaptic units", "activity", "note")
 LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}  # widths in a table that is too wide
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a weight obeys Dale's principle.
+
+    Attributes:
+        kind: `"obeys"`; `"breaks"`; `"free"`: it reads inputs and constants only, which are no units of the network;
+            `"not constrained"`: no pass gave it signs, and `verify` does not look at its units; or `"not judged"`.
+        mixed: the number of its presynaptic units that excite and inhibit, through this weight or others.
+        reason: why it is not judged, or an empty string.
+        has_interneurons: of a weight that obeys, whether its units inhibit through interneurons, so that its effective
+            values have both signs.
+    """
+
+    kind: str
+    mixed: int = 0
+    reason: str = ""
+    has_interneurons: bool = False
+
+    def __str__(self) -> str:
+        if self.kind == "breaks":
+            return f"breaks: {self.mixed} of its units excite and inhibit"
+        if self.has_interneurons:
+            return f"{self.kind}, with inhibition by interneurons"
+        return f"not judged: {self.reason}" if self.kind == "not judged" else self.kind
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
