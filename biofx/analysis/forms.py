@@ -16,7 +16,7 @@ import torch
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute
 from biofx.analysis.reads import Form, Mixture, Read, bias_of, form_of_parameter, looks_up, read_of
-from biofx.recording.catalog import PRODUCTS_OF_ENTRIES, Kind
+from biofx.recording.catalog import LAYERS, PRODUCTS_OF_ENTRIES, Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
 
 
@@ -104,7 +104,7 @@ class Forms:
     def _is_computation(self, operation: Operation, read: Read) -> bool:
         """Whether an operator multiplies parameters to make a weight of them, and not one of them by activity."""
         depends = [v.depends for v in (read.source, *read.others) if v is not None]
-        is_layer = operation.called in _LAYERS or operation.kind is not Kind.PRODUCT
+        is_layer = operation.called in LAYERS or operation.kind is not Kind.PRODUCT
         return bool(depends) and max(depends) is not Depends.INPUTS and not is_layer
 
     def _note_read(self, read: Read) -> None:
@@ -214,29 +214,6 @@ DIRECTION = "it is stored as a direction, and its length, which may become negat
 _MASKS = frozenset(["tril", "triu"])  # layouts that multiply entries by 0 or 1
 _FILLING = frozenset(["constant_pad_nd", "diag_embed", "_pad_packed_sequence"])  # layouts that add entries
 _COPIES = frozenset(["alias", "detach", "clone", "_to_copy", "lift_fresh", "contiguous", "native_dropout"])
-_LAYERS = frozenset(
-    [
-        "linear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "bilinear",
-        "embedding",
-        "embedding_bag",
-        "multi_head_attention_forward",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "lstm_cell",
-        "gru_cell",
-        "rnn_tanh_cell",
-        "rnn_relu_cell",
-    ]
-)
 
 
 def _times(factor: str) -> str:
