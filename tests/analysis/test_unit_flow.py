@@ -253,6 +253,13 @@ def test_channel_shuffle(shuffle):
     assert through_images(shuffle) == run("a.weight", 0, 3, 1, 4, 2, 5)
 
 
+@pytest.mark.parametrize("windows", [lambda x: x.unfold(1, 3, 1), lambda x: F.unfold(x.view(2, 1, 2, 5), (1, 3)).mT])
+def test_windows_of_an_input_are_one_unit_that_moves(windows):
+    found = analysed(lambda m, x: m.a(windows(x)), torch.randn(2, 10), a=nn.Linear(3, 4))
+    assert found.readings["a.weight"].remark == ""
+    assert found.describe(found.readings["a.weight"].numbers) == "1 × 3: input x"
+
+
 def test_padding_of_channels_comes_from_nobody():
     found = analysed(
         lambda m, x: m.b(F.pad(m.a(x), (0, 0, 0, 0, 1, 1))),
