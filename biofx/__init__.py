@@ -16,8 +16,7 @@ if find_spec("biofx.passes") is None:
 
 from biofx import passes
 from biofx.analysis.sites import WeightSite, l1, weight_sites
-from biofx.analysis.units import Units, units
-from biofx.analysis.verdict import Verdict
+from biofx.analysis.units import Units, Verdict, units
 from biofx.base import noise
 from biofx.base.errors import (
     ArgumentError,

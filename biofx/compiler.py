@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from biofx.analysis.remembering import remember
 from biofx.analysis.sites import find_weights
-from biofx.analysis.understanding import Run, Understanding, understand
+from biofx.analysis.understanding import Run, Understanding, remember, understand
 from biofx.base.comparison import difference
 from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError, CaptureError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from biofx.analysis.reads import Form
@@ -47,11 +48,8 @@ class Flow(Interpreter[Signal]):
     def __init__(self, recording: Recording, forms: Forms) -> None:
         super().__init__()
         self._forms = forms
-        reads = [*forms.reads, *forms.computed]
-        self._weights_of: dict[Operation, list[str]] = {}
-        for read in reads:
-            self._weights_of.setdefault(read.operation, []).extend(read.names)
-        self._scaled = dict.fromkeys((name for read in reads for name in read.names), 0)  # by weight: scales, as bits
+        self._weights_of = {read.operation: read.names for read in (*forms.reads, *forms.computed)}
+        self._scaled = dict.fromkeys(chain(*self._weights_of.values()), 0)  # by weight: scales, as bits
         self._bits: dict[str, int] = {}
         self._edges: list[tuple[Point, Point]] = []
         self._met = 0
@@ -79,7 +77,7 @@ class Flow(Interpreter[Signal]):
         scales = 0
         for signal in signals:
             scales |= signal.scales
-        here = dict.fromkeys(self._weights_of.get(operation, ()))
+        here = self._weights_of.get(operation, ())
         point = self._meeting(*here) if here else self._meeting(*(signal.point for signal in signals))
         if here:
             before = dict.fromkeys(signal.point for signal in signals if signal.point is not None)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute
-from biofx.analysis.reads import Form, Mixture, Read, bias_of, form_of_parameter, looks_up, reads_of
-from biofx.recording.catalog import PRODUCTS_OF_ENTRIES, Kind
+from biofx.analysis.reads import Form, Mixture, Read, bias_of, form_of_parameter, looks_up, read_of
+from biofx.recording.catalog import LAYERS, PRODUCTS_OF_ENTRIES, Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
 
 
@@ -71,9 +71,9 @@ class Forms:
         if kind is Kind.CONSTANT:
             return
         if kind in (Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING) or looks_up(operation):
-            found = list(reads_of(operation, self.found))
-            if found and not self._is_computation(operation, found[0]):
-                self._read(operation, found)
+            read = read_of(operation, self.found)
+            if read is not None and not self._is_computation(operation, read):
+                self._note_read(read)
                 return
         result = self._after(operation)
         if result is None or not any(output.is_activity for output in operation.outputs):
@@ -104,18 +104,16 @@ class Forms:
     def _is_computation(self, operation: Operation, read: Read) -> bool:
         """Whether an operator multiplies parameters to make a weight of them, and not one of them by activity."""
         depends = [v.depends for v in (read.source, *read.others) if v is not None]
-        is_layer = operation.called in _LAYERS or operation.kind is not Kind.PRODUCT
+        is_layer = operation.called in LAYERS or operation.kind is not Kind.PRODUCT
         return bool(depends) and max(depends) is not Depends.INPUTS and not is_layer
 
-    def _read(self, operation: Operation, found: list[Read]) -> None:
-        for read in found:
-            (self.reads if read.mixture is None else self.computed).append(read)
-            for mixture in filter(None, (read.mixture, read.form.beside)):
-                for parameter in mixture.parameters:
-                    self.mixed.setdefault(parameter.name, (mixture.reason, operation))
-        bias = bias_of(operation)
-        weights = [read.weight for read in found]
-        self._note_users(operation, [v for v in operation.operands if v is not bias and v not in weights])
+    def _note_read(self, read: Read) -> None:
+        operation, bias = read.operation, bias_of(read.operation)
+        (self.reads if read.mixture is None else self.computed).append(read)
+        for mixture in filter(None, (read.mixture, read.form.beside)):
+            for parameter in mixture.parameters:
+                self.mixed.setdefault(parameter.name, (mixture.reason, operation))
+        self._note_users(operation, [v for v in operation.operands if v is not bias and v is not read.weight])
         known = self.found.get(bias) if bias is not None else None
         if isinstance(known, Form):
             self.biases[operation] = known.parameter.name
@@ -216,29 +214,6 @@ DIRECTION = "it is stored as a direction, and its length, which may become negat
 _MASKS = frozenset(["tril", "triu"])  # layouts that multiply entries by 0 or 1
 _FILLING = frozenset(["constant_pad_nd", "diag_embed", "_pad_packed_sequence"])  # layouts that add entries
 _COPIES = frozenset(["alias", "detach", "clone", "_to_copy", "lift_fresh", "contiguous", "native_dropout"])
-_LAYERS = frozenset(
-    [
-        "linear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "bilinear",
-        "embedding",
-        "embedding_bag",
-        "multi_head_attention_forward",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "lstm_cell",
-        "gru_cell",
-        "rnn_tanh_cell",
-        "rnn_relu_cell",
-    ]
-)
 
 
 def _times(factor: str) -> str:

@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.analysis.layouts import CannotFollowError, execute, varies
+from biofx.analysis.layouts import CannotFollowError, compressed, execute, varies
 from biofx.analysis.reads import Read, bias_of
-from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.errors import ArgumentError
+from biofx.base.torch_internals import pytree
 from biofx.model import weight_cache
 from biofx.model.chain import attribute, chain, compute, parameter_nodes
 from biofx.model.islands import is_one_island
 from biofx.model.synapses import Synapses, synapses_in, synapses_of
 from biofx.recording.catalog import COPIES, Kind
+from biofx.recording.operations import Value
 from biofx.recording.recorder import Recorder, unrecorded
 
 if TYPE_CHECKING:
     from biofx.analysis.forms import Forms
-    from biofx.recording.operations import Operation, Recording, Value
+    from biofx.recording.operations import Operation, Recording
     from biofx.weights.facts import WeightFacts
 
 USES = "biofx_uses"  # key in `node.meta`
@@ -175,7 +176,6 @@ def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, weights: M
         forms: the parameters in it, and what reads them.
         weights: what is known of the weights.
     """
-    units = UnitAnalysis(recording, forms, to_weights=False)
     reads: dict[fx.Node, list[Read]] = {}
     for node in bio.graph.nodes:
         node.meta.pop(USES, None)
@@ -188,7 +188,7 @@ def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, weights: M
         names = dict.fromkeys(name for read in found for name in read.names)
         shows_units = len(found) == 1 and _decides(found[0], weights.get(found[0].parameter.name))
         node.meta[USES] = tuple(
-            _use(node, recording, units, name, [r for r in found if name in r.names], shows_units) for name in names
+            _use(node, recording, name, [r for r in found if name in r.names], shows_units) for name in names
         )
 
 
@@ -206,22 +206,22 @@ def _decides(read: Read, facts: WeightFacts | None) -> bool:
     return axes is not None and facts.axes.agree(axes)
 
 
-def _use(
-    node: fx.Node, recording: Recording, analysis: UnitAnalysis, name: str, reads: list[Read], shows_units: bool
-) -> NodeUse:
+def _use(node: fx.Node, recording: Recording, name: str, reads: list[Read], shows_units: bool) -> NodeUse:
     read = reads[0]
     lengths = [n for n, role in zip(read.lengths, read.roles, strict=True) if role[1]]
-    units = len(analysis.units_of(read).unique())
-    source, axes = _source(node, recording, read) if len(reads) == 1 and not read.others else (None, ())
-    bias, is_plain = _bias(node, recording, read)
+    axes = None if read.mixture is not None else read.axes()
+    units = torch.arange(read.count(1)) if axes is None else read.postsynaptic_positions(axes)
+    is_in_order = bool((units[1:] > units[:-1]).all())
+    source, source_axes = _source(node, recording, read) if len(reads) == 1 and not read.others else (None, ())
+    returned, bias = _returned(node, recording, read)
     return NodeUse(
         parameter=name,
         operator=shown(read.operation),
-        units=units,
+        units=len(units.unique()),
         adjacent=lengths[-1] * (read.groups if len(lengths) > 1 else 1) if lengths else 1,
-        output_axes=_output_axes(node, analysis, read) if shows_units and is_plain else (),
+        output_axes=_axes_in_order(returned, read) if shows_units and is_in_order and returned is not None else (),
         source=source,
-        source_axes=axes,
+        source_axes=source_axes,
         bias=bias,
         is_embedding=read.source is None,
     )
@@ -239,22 +239,14 @@ def shown(operation: Operation) -> str:
     return SHOWN.get(name, name)
 
 
-def _output_axes(node: fx.Node, analysis: UnitAnalysis, read: Read) -> tuple[int, ...]:
-    """The axes of what a node returns on which the weight's units are."""
-    numbers, units = analysis.outputs.get(node), analysis.units_of(read)
-    expected = analysis.numbers.classes(units)
-    if numbers is None or not numbers.dim() or not bool((units[1:] > units[:-1]).all()):
-        return ()
-    axes = [axis for axis in range(numbers.dim()) if varies(numbers, axis)]
-    if not axes and len(expected) == 1 and bool((numbers == expected).all()):  # one unit: nothing varies
-        own = [axis if axis < 0 else axis - len(read.output.shape) for axis in read.output_axes[-1:]]
-        single = [axis for axis in range(-numbers.dim(), 0) if numbers.shape[axis] == 1]
-        return tuple([axis for axis in own if axis in single] or single[-len(own) :]) if own else ()
-    others = [axis for axis in range(numbers.dim()) if axis not in axes]
-    small = numbers.permute(*axes, *others).reshape([*[numbers.shape[a] for a in axes], -1])
-    if not small.numel() or not torch.equal(analysis.numbers.classes(small[..., 0].flatten()), expected):
-        return ()
-    return tuple(axis - numbers.dim() for axis in axes)
+def _axes_in_order(places: Tensor, read: Read) -> tuple[int, ...]:
+    """The axes along which numbered units lie in order; none if they do not."""
+    axes = [axis for axis in range(-places.dim(), 0) if varies(places, axis)]
+    if read.count(1) == 1 and read.output_axes:  # nothing varies
+        single = [axis for axis in range(-places.dim(), 0) if places.shape[axis] == 1]
+        return read.output_axes[-1:] if read.output_axes[-1] in single else tuple(single[-1:])
+    small = places[tuple(slice(None if axis in axes else 1) for axis in range(-places.dim(), 0))]
+    return tuple(axes) if torch.equal(small.flatten(), torch.arange(read.count(1))) else ()
 
 
 def _source(node: fx.Node, recording: Recording, read: Read) -> tuple[int | None, tuple[int, ...]]:
@@ -266,7 +258,8 @@ def _source(node: fx.Node, recording: Recording, read: Read) -> tuple[int | None
     place = torch.arange(shape.numel()).view(shape)
     try:
         for value in way[1:]:
-            place = _moved(value, place)
+            assert value.producer is not None
+            place = _moved(value.producer, place)[value.producer.outputs.index(value)]
     except CannotFollowError:
         return None, ()
     found: list[int] = []
@@ -274,7 +267,7 @@ def _source(node: fx.Node, recording: Recording, read: Read) -> tuple[int | None
         line = place.movedim(axis, -1)[tuple(n // 2 for i, n in enumerate(place.shape) if i != axis % place.dim())]
         steps = torch.unravel_index(line, shape) if line.numel() > 1 else ()
         along = [i for i, step in enumerate(steps) if bool((step != step[0]).any())]
-        found += [i - len(shape) for i in along] if along else [axis if axis < 0 else axis - len(read.source.shape)]
+        found += [i - len(shape) for i in along] or [axis]
     return position, tuple(found)
 
 
@@ -297,29 +290,36 @@ def _moves(operation: Operation) -> bool:
     return operation.kind is Kind.LAYOUT or operation.name in COPIES
 
 
-def _moved(value: Value, below: Tensor) -> Tensor:
+def _moved(operation: Operation, below: Tensor) -> list[Tensor]:
     """Entries of another tensor as an operator moves them."""
-    operation = value.producer
-    if operation is None or operation.name in COPIES:
-        return below
-    moved = execute(operation, lambda v: below if v is operation.operands[0] else None)
-    return moved[operation.outputs.index(value)]
+    if operation.name in COPIES:
+        return [below]
+    return [compressed(x) for x in execute(operation, lambda v: below if v is operation.operands[0] else None)]
 
 
-def _bias(node: fx.Node, recording: Recording, read: Read) -> tuple[int | None, bool]:
-    """The input that a node adds to what it multiplies, or −1 for another tensor; whether it does nothing else."""
+def _returned(node: fx.Node, recording: Recording, read: Read) -> tuple[Tensor | None, int | None]:
+    """Where in the result of a node the units of a weight are, in numbers, and the input that it adds to them.
+
+    The first is None if the node does something else to the units; the second if it adds nothing, and −1 if that is no
+    input of the node.
+    """
     added = [] if (own := bias_of(read.operation)) is None else [own]
-    returned, is_plain = {read.output}, True
+    places, is_plain = {read.output: read.placed(torch.arange(read.count(1)))}, True
     for operation in recording.operations_of.get(node, ()):
         if operation is read.operation or operation.kind is Kind.CONSTANT:
             continue
-        mine = [value for value in operation.operands if value in returned]
+        mine = [value for value in operation.operands if value in places]
         if operation.name == "add" and len(mine) == 1:
-            added += [value for value in operation.operands if value not in returned]
+            added += [value for value in operation.operands if value not in places]
+            places[operation.outputs[0]] = places[mine[0]].expand(operation.outputs[0].shape)
         elif not _moves(operation):
             is_plain = False
-            continue
-        if mine:
-            returned.update(operation.outputs)
+        elif mine:
+            try:
+                places.update(zip(operation.outputs, _moved(operation, places[mine[0]]), strict=True))
+            except CannotFollowError:
+                is_plain = False
     position = _given(node, recording, added[0])[0] if len(added) == 1 else None
-    return (None if not added else -1 if position is None else position), is_plain
+    result = next((v for v in pytree.tree_leaves(recording.nodes.get(node)) if isinstance(v, Value)), None)
+    bias = None if not added else -1 if position is None else position
+    return places.get(result) if is_plain and result is not None else None, bias

@@ -110,10 +110,6 @@ def _as_strided(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, A
     return result
 
 
-def _embed_diagonal(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return torch.diag_embed(*args, **kwargs)
-
-
 def _as_complex(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     real, imaginary = args[0].unbind(-1)
     if not torch.equal(real, imaginary):
@@ -127,10 +123,8 @@ _SPECIAL: dict[str, Callable[[Operation, tuple[Any, ...], dict[str, Any]], Any]]
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias"), lambda _, args, kwargs: args[0].reshape(args[1])),
     "constant_pad_nd": lambda _, args, kwargs: F.pad(args[0], args[1]),  # with nobody, whatever the value
     "as_strided": _as_strided,
-    "diag_embed": _embed_diagonal,
     "view_as_real": lambda _, args, kwargs: args[0].unsqueeze(-1).expand(*args[0].shape, 2),
     "view_as_complex": _as_complex,
-    "real": lambda _, args, kwargs: args[0],
     "imag": lambda _, args, kwargs: args[0],
 }
 _NOT_OF_INTEGERS = frozenset(

@@ -119,11 +119,11 @@ class Readings:
         """Where a weight reads its own postsynaptic units again."""
         if orientation.axes is None:
             return torch.zeros(0, dtype=torch.int64)
-        many = self.units.orientations[name]
-        index = many.index(orientation)
-        own = self._numbers.base(("weight", name, index), name, "weight", orientation.axes.units)
+        own = self.units.own(name, orientation)
         found = torch.full((len(own),), -1)
-        if rows is None or sum(len(o.reads) for o in many) < 2:  # what is used once comes before what it makes
+        if (
+            rows is None or sum(len(o.reads) for o in self.units.orientations[name]) < 2
+        ):  # what is used once comes before what it makes
             return found
         positions = torch.arange(len(rows))[:, None].expand_as(rows).flatten()
         for part in self._numbers.parts_of(rows.flatten()) if len(own) else ():

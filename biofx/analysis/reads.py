@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,10 +15,7 @@ from torch import Tensor
 from biofx.analysis.layouts import compressed, once, varies
 from biofx.recording.catalog import Kind
 from biofx.recording.operations import Depends, Operation, Value
-from biofx.weights.axes import GROUP, NEITHER, Axes, Factor, Role, factors_of
-
-PRE: Role = (True, False)
-POST: Role = (False, True)
+from biofx.weights.axes import GROUP, Axes, Factor, Role
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +63,14 @@ class Read:
 
     Attributes:
         operation: the operator.
-        form: the form.
-        weight: the tensor that has this form.
-        lengths: lengths of the form's axes, with one axis for groups and one for the units of a group.
-        parts: for each of these axes the form's axis.
-        coordinates: the form's coordinates in these lengths.
+        weight: the tensor that it reads.
+        form: the form of that tensor.
+        lengths: lengths of the tensor's axes, with one axis for groups and one for the units of a group.
+        parts: for each of these axes the tensor's axis.
         roles: for each of these axes what it runs over.
         source: the activity that the operator multiplies the weight by; None if it looks up rows.
-        source_axes: its axes that run over presynaptic units, in the order of the units.
-        output: what the operator returns.
-        output_axes: its axes that run over postsynaptic units, in the order of the units.
+        source_axes: its axes that run over presynaptic units, in the order of the units, counted from the end.
+        output_axes: the same of the axes of the result and postsynaptic units.
         groups: the number of groups into which the operator divides an axis of units.
         padding: the index of the row that takes no part in learning, if there is one.
         others: other activities that the operator multiplies.
@@ -80,20 +78,34 @@ class Read:
     """
 
     operation: Operation
-    form: Form
     weight: Value
+    form: Form
     lengths: tuple[int, ...]
     parts: tuple[int, ...]
-    coordinates: tuple[Tensor, ...]
     roles: tuple[Role, ...]
     source: Value | None
     source_axes: tuple[int, ...]
-    output: Value
     output_axes: tuple[int, ...]
-    groups: int = 1
-    padding: int | None = None
-    others: tuple[Value, ...] = ()
-    mixture: Mixture | None = None
+    groups: int
+    padding: int | None
+    others: tuple[Value, ...]
+    mixture: Mixture | None
+
+    @property
+    def output(self) -> Value:
+        """What the operator returns."""
+        return self.operation.outputs[0]
+
+    @cached_property
+    def coordinates(self) -> tuple[Tensor, ...]:
+        """The form's coordinates in the lengths of the axes."""
+        if self.lengths == tuple(self.weight.shape):
+            return self.form.coordinates
+        return tuple(compressed(coordinate.reshape(self.lengths)) for coordinate in self.form.coordinates)
+
+    def count(self, side: int) -> int:
+        """The number of presynaptic positions (side 0) or postsynaptic ones (side 1)."""
+        return math.prod(n for n, role in zip(self.lengths, self.roles, strict=True) if role[side])
 
     @property
     def parameter(self) -> Value:
@@ -110,19 +122,17 @@ class Read:
     @property
     def layout(self) -> tuple[Any, ...]:
         """What is equal for uses that have entries in the same places; while they are there, as it has their ids."""
-        places = map(id, (*self.form.coordinates, *self.coordinates))
+        places = map(id, self.form.coordinates)
         return self.form.shape, self.form.is_stacked, self.lengths, self.parts, self.roles, *places
 
     def axes(self) -> Axes | None:
         """The axes of the parameter, as this operator sees them, or None if they cannot be told."""
         if not self.form.is_stacked and self._has_shared_entries():
             return None
-        permuted = self._permuted()
-        if permuted is not None:
-            return permuted
+        singles = iter([axis for axis, length in enumerate(self.weight.shape) if length == 1])
         factors: list[Factor] = []
         for axis, length in enumerate(self.form.shape):
-            found = _factors(axis, length, self.coordinates[axis], self.roles)
+            found = self._factors(axis, length, singles)
             if found is None:
                 return None
             factors += found
@@ -133,31 +143,48 @@ class Read:
         of_units = [i for i, role in enumerate(self.roles) if any(role) and self.lengths[i] > 1]
         return any(not any(varies(coordinate, i) for coordinate in self.coordinates) for i in of_units)
 
-    def _permuted(self) -> Axes | None:
-        """The axes, if the form is the parameter with its axes in another order."""
-        shape = self.form.coordinates[0].shape if self.form.coordinates else ()
-        places: dict[int, int] = {}
-        for axis, (length, coordinate) in enumerate(zip(self.form.shape, self.form.coordinates, strict=True)):
-            along = [i for i in range(len(shape)) if varies(coordinate, i)]
-            if length > 1 and (len(along) != 1 or shape[along[0]] != length or not _is_in_order(coordinate, along[0])):
-                return None
-            if length > 1:
-                places[axis] = along[0]
-        if len(set(places.values())) < len(places):
-            return None
-        single = iter([i for i in range(len(shape)) if i not in places.values() and shape[i] == 1])
-        places |= {
-            axis: i for axis in range(len(self.form.shape)) if axis not in places and (i := next(single, -1)) >= 0
+    def _factors(self, axis: int, length: int, singles: Iterator[int]) -> list[Factor] | None:
+        """How an axis of the parameter is divided among the axes of its form, from the coordinates on it.
+
+        Axes of length 1 have no coordinates to know them by, so they are taken in order from `singles`.
+        """
+        coordinate = self.coordinates[axis]
+        along = [i for i in range(coordinate.dim()) if varies(coordinate, i)]
+        if not along and length > 1:  # one index was selected: each has units of its own, as in a group
+            return [Factor(axis, length, *GROUP)]
+        parts = {self.parts[i] for i in along} or {next(singles, -1)}
+        beside = [i for i, part in enumerate(self.parts) if part in parts and self.lengths[i] == 1]
+        single = [Factor(axis, 1, *self.roles[i]) for i in beside]
+        if len({self.roles[i] for i in along}) < 2:
+            return [*(Factor(axis, length, *self.roles[i]) for i in along[:1]), *single] or [Factor(axis, length)]
+        (small,) = once(coordinate)
+        origin = small[(0,) * small.dim()]
+        lines = {
+            i: small[tuple(slice(None) if i == j else slice(0, 1) for j in range(small.dim()))] - origin for i in along
         }
-        if len(places) != len(self.form.shape) or len(shape) != len(places):
+        if not torch.equal(sum(lines.values(), origin), small):  # each axis adds what it adds, whatever the others do
             return None
-        factors = [
-            Factor(axis, self.lengths[index], *self.roles[index])
-            for axis, place in sorted(places.items())
-            for index, part in enumerate(self.parts)
-            if part == place
-        ]
-        return Axes(self.form.shape, tuple(factors))
+        pieces: list[tuple[int, int, Role]] = []  # first step, end, and role, from the inner axis to the outer one
+        for i, line in lines.items():
+            values = line.unique()
+            step = int(values[1] - values[0])
+            if not torch.equal(values, step * torch.arange(len(values))):
+                return None
+            pieces.append((step, step * len(values), self.roles[i]))
+        pieces.sort()
+        bounds = [1, *(start for start, _, _ in pieces[1:]), length]
+        if any(b % a for a, b in pairwise(bounds)) or any(end > bounds[i + 1] for i, (_, end, _) in enumerate(pieces)):
+            return None
+        sizes = [b // a for a, b in pairwise(bounds)]
+        return [*(Factor(axis, n, *role) for n, (_, _, role) in zip(sizes, pieces, strict=True)), *single][::-1]
+
+    def placed(self, numbers: Tensor) -> Tensor:
+        """Numbers of the postsynaptic units where they are in what the operator returns, expanded along other axes."""
+        shape = self.output.shape
+        axes = [axis % len(shape) for axis in self.output_axes]
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        full = [length if axis in axes else 1 for axis, length in enumerate(shape)]
+        return numbers.reshape([shape[axis] for axis in axes]).permute(order).reshape(full).expand(shape)
 
     def presynaptic_positions(self, axes: Axes) -> Tensor:
         """The parameter's presynaptic unit at each presynaptic position of this use."""
@@ -180,37 +207,6 @@ class Read:
         return found.expand(shape).flatten()
 
 
-def _is_in_order(coordinate: Tensor, axis: int) -> bool:
-    line = coordinate.movedim(axis, 0).reshape(coordinate.shape[axis], -1)[:, 0]
-    return torch.equal(line, torch.arange(len(line)))
-
-
-def _factors(axis: int, length: int, coordinate: Tensor, roles: Sequence[Role]) -> list[Factor] | None:
-    """How an axis of a parameter is divided among the axes of a form, from the coordinates on it."""
-    along = [i for i in range(coordinate.dim()) if varies(coordinate, i)]
-    if not along:  # where one index of an axis was selected, each index has units of its own, as in a group
-        ones = [role for i, role in enumerate(roles) if coordinate.shape[i] == 1]
-        return [Factor(axis, length, *(GROUP if length > 1 else ones[0] if ones else NEITHER))]
-    kinds = {roles[i] for i in along}
-    if len(kinds) == 1:
-        return [Factor(axis, length, *kinds.pop())]
-    (small,) = once(coordinate)
-    origin = small[(0,) * small.dim()]
-    lines = {
-        i: small[tuple(slice(None) if i == j else slice(0, 1) for j in range(small.dim()))] - origin for i in along
-    }
-    if not torch.equal(sum(lines.values(), origin), small):  # each axis adds what it adds, whatever the others do
-        return None
-    pieces = []
-    for i, line in lines.items():
-        values = line.unique()
-        step = int(values[1] - values[0])
-        if not torch.equal(values, step * torch.arange(len(values))):
-            return None
-        pieces.append((step, step * len(values), roles[i]))
-    return factors_of(axis, length, sorted(pieces))
-
-
 def form_of_parameter(value: Value, known: tuple[Tensor, ...] | None) -> Form:
     """The form of a parameter itself; `known` has the coordinates of the connections, if it is split into synapses."""
     if known is not None:
@@ -221,32 +217,14 @@ def form_of_parameter(value: Value, known: tuple[Tensor, ...] | None) -> Form:
     return Form(value, tuple(value.shape), tuple(axis.expand(value.shape) for axis in axes))
 
 
-def _form(value: Value, known: Form | Mixture) -> Form:
-    """The form of a tensor; that of itself, if its entries are those of no parameter."""
-    return known if isinstance(known, Form) else form_of_parameter(value, None)
-
-
-def reads_of(operation: Operation, found: dict[Value, Form | Mixture]) -> Iterator[Read]:
-    """How an operator reads forms as weights, and what is computed from parameters in other ways."""
-    if operation.name == "_trilinear":
-        yield from _trilinear(operation, found)
-        return
-    if looks_up(operation) and isinstance(form := found.get(operation.operands[0]), Form):
-        rank = len(form.coordinates[0].shape)
-        axes = tuple(range(1 - rank, 0))
-        yield _read(
-            operation, operation.operands[0], form, (PRE, *[POST] * (rank - 1)), None, (), operation.outputs[0], axes
-        )
-        return
-    for name, others in _OPERANDS.get(operation.name, ()):
-        weight, source = operation.argument(name), operation.argument(others)
-        form = found.get(weight) if isinstance(weight, Value) else None
-        if form is None or (
-            isinstance(source, Value) and source in found and name != _WEIGHT.get(operation.name, name)
-        ):
-            continue
-        read = _described(operation, weight, _form(weight, form), name, source)
-        yield replace(read, mixture=form) if isinstance(form, Mixture) else read
+def read_of(operation: Operation, found: Mapping[Value, Form | Mixture]) -> Read | None:
+    """How an operator reads a form, or what is computed from parameters in another way, as its weight."""
+    for name, source, equation in _ways(operation):
+        weight = operation.argument(name)
+        known = found.get(weight) if isinstance(weight, Value) else None
+        if known is not None and not (operation.kind is Kind.LAYOUT and isinstance(known, Mixture)):
+            return _read(operation, weight, known, operation.argument(source) if source else None, equation)
+    return None
 
 
 def looks_up(operation: Operation) -> bool:
@@ -260,23 +238,81 @@ def looks_up(operation: Operation) -> bool:
     return False
 
 
-# The operands that may be weights, each with the operand that is the activity then.
-_OPERANDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "mm": (("mat2", "self"), ("self", "mat2")),
-    "bmm": (("mat2", "self"), ("self", "mat2")),
-    "addmm": (("mat2", "mat1"), ("mat1", "mat2")),
-    "baddbmm": (("batch2", "batch1"), ("batch1", "batch2")),
-    "addbmm": (("batch2", "batch1"), ("batch1", "batch2")),
-    "mv": (("self", "vec"), ("vec", "self")),
-    "addmv": (("mat", "vec"), ("vec", "mat")),
-    "dot": (("tensor", "self"), ("self", "tensor")),
-    "convolution": (("weight", "input"),),
-    "mkldnn_convolution": (("weight", "input"),),
-    "embedding": (("weight", "indices"),),
-    "_embedding_bag": (("weight", "indices"),),
-    "_embedding_bag_forward_only": (("weight", "indices"),),
+# Ways in which operators read weights: the names of the weight and of the activity among their arguments, and what they
+# compute, in the notation of einsum: with a word for each axis of the weight, of the activities and of the result, a
+# letter for each factor of an axis, g for groups, and a star for all axes that are left.
+_Way = tuple[str, str, str]
+_MATRICES = "i o, n i -> n o", "o i, i n -> o n"
+_GROUPS = "g i o, g n i -> g n o", "g o i, g i n -> g o n"
+_SUMS = "g i o, g n i -> n o", "g o i, g i n -> o n"
+_VECTORS = "o i, i -> o", "i, n i -> n"
+
+
+def _either(first: str, second: str, equations: tuple[str, str]) -> tuple[_Way, _Way]:
+    """Either of two operands is the weight; if both may be, the first one is."""
+    return (first, second, equations[0]), (second, first, equations[1])
+
+
+_WAYS: dict[str, tuple[_Way, ...]] = {
+    "mm": _either("mat2", "self", _MATRICES),
+    "addmm": _either("mat2", "mat1", _MATRICES),
+    "bmm": _either("mat2", "self", _GROUPS),
+    "baddbmm": _either("batch2", "batch1", _GROUPS),
+    "addbmm": _either("batch2", "batch1", _SUMS),
+    "mv": _either("self", "vec", _VECTORS),
+    "addmv": _either("mat", "vec", _VECTORS),
+    "dot": _either("tensor", "self", ("i, i ->", "i, i ->")),
+    "_trilinear": (("i2", "i1", "o i j, * i, * j -> * o"),),
 }
-_WEIGHT = {"mm": "mat2", "bmm": "mat2", "addmm": "mat2", "baddbmm": "batch2", "mv": "self"}  # if both are parameters
+
+
+def _ways(operation: Operation) -> tuple[_Way, ...]:
+    if operation.kind is Kind.CONVOLUTION:
+        weight = "gi o *" if operation.argument("transposed") else "go i *"
+        return (("weight", "input", f"{weight}, n gi * -> n go *"),)
+    if operation.kind is Kind.EMBEDDING or looks_up(operation):
+        name = "weight" if operation.kind is Kind.EMBEDDING else "self"
+        units = " ".join("abcdefhjklm"[: len(operation.argument(name).shape) - 1])
+        return ((name, "", f"i {units}, i -> * {units}"),)
+    return _WAYS.get(operation.name, ())
+
+
+def _words(text: str, rank: int) -> list[str]:
+    """The letters of each axis."""
+    words = text.split()
+    return [axis for word in words for axis in (["*"] * (rank - len(words) + 1) if word == "*" else [word])]
+
+
+def _read(operation: Operation, weight: Value, known: Form | Mixture, source: Value | None, equation: str) -> Read:
+    form = known if isinstance(known, Form) else form_of_parameter(weight, None)
+    given, _, returned = equation.partition("->")
+    first, *activities = given.split(",")
+    groups = int(operation.argument("groups")) if operation.kind is Kind.CONVOLUTION else 1
+    letters, lengths, parts = list[str](), list[int](), list[int]()
+    for axis, (word, length) in enumerate(zip(_words(first, len(weight.shape)), weight.shape, strict=True)):
+        is_batch = word == "g" and not any(varies(coordinate, axis) for coordinate in form.coordinates)
+        letters += "*" if is_batch else word
+        lengths += [length] if len(word) == 1 else [groups if letter == "g" else length // groups for letter in word]
+        parts += [axis] * len(word)
+    padding = operation.argument("padding_idx") if operation.kind is Kind.EMBEDDING else None
+
+    def axes(text: str, value: Value | None) -> tuple[int, ...]:
+        words = _words(text, len(value.shape) if value is not None else 1)
+        return tuple(
+            i - len(words) for i, word in enumerate(words) if not set(letters).isdisjoint(word) and word != "*"
+        )
+
+    return Read(
+        operation, weight, form, tuple(lengths), tuple(parts),
+        roles=tuple((x in "".join(activities) and x != "*", x in returned and x != "*") for x in letters),
+        source=source,
+        source_axes=axes(activities[0], source) if source is not None else (),
+        output_axes=axes(returned, operation.outputs[0]),
+        groups=groups,
+        padding=padding if padding is not None and padding >= 0 else None,
+        others=(operation.argument("i3"),) if activities[1:] else (),
+        mixture=known if isinstance(known, Mixture) else None,
+    )  # fmt: skip
 
 
 def bias_of(operation: Operation) -> Value | None:
@@ -284,86 +320,3 @@ def bias_of(operation: Operation) -> Value | None:
     name = {"addmm": "self", "baddbmm": "self", "addmv": "self", "convolution": "bias"}.get(operation.name)
     found = operation.argument(name) if name else None
     return found if isinstance(found, Value) else None
-
-
-def _described(operation: Operation, weight: Value, form: Form, name: str, source: Value) -> Read:
-    output = operation.outputs[0]
-    if operation.kind is Kind.CONVOLUTION:
-        return _convolution(operation, weight, form, source, output)
-    if operation.kind is Kind.EMBEDDING:
-        rank, bag = len(form.coordinates[0].shape), operation.name != "embedding"
-        padding = operation.argument("padding_idx")
-        axes = tuple(range(1 - rank, 0)) if not bag else (-1,)
-        known = padding if padding is not None and padding >= 0 else None
-        return _read(operation, weight, form, (PRE, *[POST] * (rank - 1)), None, (), output, axes, padding=known)
-    rank = len(form.coordinates[0].shape) if form.coordinates else 0
-    is_right = name in ("mat2", "batch2", "vec", "tensor")
-    if rank == 1:
-        return _read(operation, weight, form, (PRE,), source, (-1,), output, ())
-    if operation.name in ("mv", "addmv"):
-        return _read(operation, weight, form, (POST, PRE), source, (-1,), output, (-1,))
-    axis = -1 if is_right else -2
-    roles: list[Role] = [PRE, POST] if is_right else [POST, PRE]
-    batch = [0] if rank == 3 and any(varies(c, 0) for c in form.coordinates) else []
-    roles = [GROUP if batch else NEITHER, *roles] if rank == 3 else roles
-    sums_over_batch = operation.name == "addbmm"
-    if sums_over_batch and batch:
-        roles[0] = PRE
-    return _read(
-        operation,
-        weight,
-        form,
-        tuple(roles),
-        source,
-        (*batch, axis),
-        output,
-        (*([] if sums_over_batch else batch), axis),
-    )
-
-
-def _convolution(operation: Operation, weight: Value, form: Form, source: Value, output: Value) -> Read:
-    transposed = bool(operation.argument("transposed"))
-    groups = int(operation.argument("groups"))
-    first, second, *kernel = form.coordinates[0].shape
-    lengths = (groups, first // groups, second, *kernel)
-    coordinates = tuple(c.reshape(lengths) if groups > 1 else c.unsqueeze(0) for c in form.coordinates)
-    roles = (GROUP, *((PRE, POST) if transposed else (POST, PRE)), *[NEITHER] * len(kernel))
-    read = _read(operation, weight, form, roles, source, (1,), output, (1,), groups)
-    return replace(
-        read, lengths=lengths, parts=(0, *range(len(lengths) - 1)), coordinates=tuple(map(compressed, coordinates))
-    )
-
-
-def _trilinear(operation: Operation, found: dict[Value, Form | Mixture]) -> Iterator[Read]:
-    """`bilinear`, which multiplies a weight (out, in1, in2) by two activities."""
-    first, weight, second = (operation.argument(f"i{i}") for i in (1, 2, 3))
-    known = found.get(weight)
-    if known is None:
-        return
-    form = _form(weight, known)
-    coordinates = tuple(c.squeeze(0) for c in form.coordinates) if form.coordinates[0].dim() == 4 else form.coordinates
-    form = replace(form, coordinates=coordinates)
-    output = operation.outputs[0]
-    read = _read(operation, weight, form, (POST, PRE, PRE), first, (-1,), output, (-1,), others=(second,))
-    yield replace(read, mixture=known) if isinstance(known, Mixture) else read
-
-
-def _read(
-    operation: Operation,
-    weight: Value,
-    form: Form,
-    roles: Sequence[Role],
-    source: Value | None,
-    source_axes: tuple[int, ...],
-    output: Value,
-    output_axes: tuple[int, ...],
-    groups: int = 1,
-    padding: int | None = None,
-    others: tuple[Value, ...] = (),
-) -> Read:
-    lengths = tuple(form.coordinates[0].shape) if form.coordinates else ()
-    return Read(
-        operation, form, weight, lengths, tuple(range(len(lengths))), form.coordinates, tuple(roles), source,
-        source_axes,
-        output, output_axes, groups, padding, others,
-    )  # fmt: skip

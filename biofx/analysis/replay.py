@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from biofx.analysis.reads import Form, Mixture, Read, bias_of
+from biofx.analysis.reads import Form, Read, bias_of
 from biofx.base.torch_internals import pytree
-from biofx.recording.operations import Operation, Recording, Value
+from biofx.recording.operations import Recording, Value
 from biofx.recording.recorder import Recorder
+from biofx.recording.trees import leaves, mapped
 
 if TYPE_CHECKING:
     from biofx.analysis.forms import Forms
@@ -44,7 +45,8 @@ class Replay(Recorder):
         super().__init__()
         self._seen = {recording.operations.index(read.operation): (read, see) for read, see in seen.items()}
         self._ways = {read: _way(read, forms) for read in seen}
-        self._needed = {v.index for way in self._ways.values() for step in way for v in step.operation.operands}
+        computed = [made.producer for way in self._ways.values() for made in way]
+        self._needed = {v.index for operation in computed if operation is not None for v in operation.operands}
         self._tensors: dict[int, Tensor] = {}
 
     def _new(self, tensor: Tensor, kind: str, name: str = "") -> Value:
@@ -65,13 +67,13 @@ class Replay(Recorder):
         bias = bias_of(read.operation)
 
         def given(new: Tensor, *, with_bias: bool) -> tuple[Any, Any]:
-            leaves = list(flat)
+            own = list(flat)
             for index, value in enumerate(recorded):
                 if value is read.weight:
-                    leaves[index] = self._laid_out(read, new)
+                    own[index] = self._laid_out(read, new)
                 elif value is bias and bias is not None and not with_bias:
-                    leaves[index] = torch.zeros_like(flat[index])
-            result: tuple[Any, Any] = pytree.tree_unflatten(leaves, spec)
+                    own[index] = torch.zeros_like(flat[index])
+            result: tuple[Any, Any] = pytree.tree_unflatten(own, spec)
             return result
 
         def net_input(new: Tensor) -> Tensor:
@@ -90,39 +92,22 @@ class Replay(Recorder):
 
     def _laid_out(self, read: Read, weight: Tensor) -> Tensor:
         """A weight in the shape of the parameter as an operator reads it."""
-        current = weight
-        for step in self._ways[read]:
-            operands = {v: self._tensors.get(v.index) for v in step.operation.operands} | {step.given: current}
-            args, kwargs = pytree.tree_map_only(
-                Value, operands.__getitem__, (step.operation.args, step.operation.kwargs), is_leaf=_is_value
-            )
-            made = [x for x in pytree.tree_leaves(step.operation.operator(*args, **kwargs)) if isinstance(x, Tensor)]
-            current = made[step.operation.outputs.index(step.made)]
-        return current
+        tensors = {**self._tensors, read.parameter.index: weight}
+        for made in self._ways[read]:
+            operation = made.producer
+            assert operation is not None
+            args, kwargs = mapped(Value, lambda value: tensors[value.index], (operation.args, operation.kwargs))
+            results = list(leaves(Tensor, operation.operator(*args, **kwargs)))
+            tensors[made.index] = results[operation.outputs.index(made)]
+        return tensors[read.weight.index]
 
 
-class _Step(NamedTuple):
-    """One operator between a parameter and the operator that reads it as its weight."""
-
-    operation: Operation
-    given: Value
-    made: Value
-
-
-def _way(read: Read, forms: Forms) -> list[_Step]:
-    """The operators from a parameter to the tensor that is read as its weight."""
-    steps: list[_Step] = []
+def _way(read: Read, forms: Forms) -> list[Value]:
+    """The tensors that are computed from a parameter, up to the one that is read as its weight."""
+    way: list[Value] = []
     made = read.weight
     while made is not read.parameter and made.producer is not None:
-        given = next(v for v in made.producer.operands if _has_form(forms.found.get(v), read.parameter))
-        steps.insert(0, _Step(made.producer, given, made))
-        made = given
-    return steps
-
-
-def _has_form(form: Form | Mixture | None, parameter: Value) -> bool:
-    return isinstance(form, Form) and form.parameter is parameter
-
-
-def _is_value(x: Any) -> bool:
-    return isinstance(x, Value)
+        way.insert(0, made)
+        found = ((value, forms.found.get(value)) for value in made.producer.operands)
+        made = next(v for v, form in found if isinstance(form, Form) and form.parameter is read.parameter)
+    return way

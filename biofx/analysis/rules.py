@@ -6,6 +6,7 @@ differ. Layout operators are executed on them; every other kind of operator has 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -67,10 +68,7 @@ class Rules:
             tensors = [tensor.unsqueeze(axis) for tensor in tensors]
         tensors = [tensor for tensor in tensors if tensor.dim() == len(shape)]  # cat takes empty tensors of one axis
         axis %= len(shape)
-        lengths = [tensor.shape[axis] for tensor in tensors]
-        tensors = [t.narrow(axis, 0, 1).expand([n if i == axis else t.shape[i] for i in range(t.dim())])
-                   if n and not varies(t, axis) else t for t, n in zip(tensors, lengths, strict=True)]  # fmt: skip
-        joined = torch.cat(_once_apart(tensors, axis), axis)
+        joined = torch.cat(once(*tensors, keep=axis), axis)
         low = _lowest(joined, (axis,))
         is_one = torch.equal(low, joined.amax(axis, keepdim=True))
         return [(low if is_one else compressed(joined)).expand(shape)]
@@ -201,37 +199,30 @@ class Rules:
         """What values along axes have become together, each of size 1."""
         (small,) = once(numbers)
         kept = [axis for axis in range(small.dim()) if axis not in axes]
-        columns = small.permute(*kept, *axes).reshape(*[small.shape[a] for a in kept], -1)
-        if columns.numel() and columns.shape[-1] > 1:
+        columns = small.permute(*kept, *axes).reshape(math.prod(small.shape[a] for a in kept), -1)
+        if columns.shape[-1] > 1:
             columns = self._numbers.classes(columns)
-            low = torch.where(columns == NOBODY, torch.iinfo(torch.int64).max, columns).amin(-1)
-            low = torch.where(low == torch.iinfo(torch.int64).max, NOBODY, low)
-            high = columns.amax(-1)
-            if torch.equal(low, high):
-                result = low
+        result = _lowest(columns, (1,)) if columns.numel() else columns.new_zeros(len(columns), 1)
+        if columns.numel() and not torch.equal(result, columns.amax(1, keepdim=True)):
+            different = torch.unique(columns, dim=1)
+            if different.shape[1] > FEW:  # sets of all subsets would be as many as 2ⁿ
+                result = self._pooled(operation, columns)
             else:
-                different = torch.unique(columns.flatten(0, -2), dim=1) if columns.dim() > 1 else columns.unique()[None]
-                if different.shape[-1] > FEW:  # sets of all subsets would be as many as 2ⁿ
-                    result = self._pooled(operation, columns, low)
-                else:
-                    result = different[:, 0]
-                    for other in different.unbind(-1)[1:]:
-                        result = self._numbers.merge(self._place[operation], operation.described, result, other)
-                    result = result.view(columns.shape[:-1])
-        else:
-            result = columns.squeeze(-1) if columns.shape[-1] == 1 else columns.new_zeros(columns.shape[:-1])
+                result = different[:, 0]
+                for other in different.unbind(1)[1:]:
+                    result = self._numbers.merge(self._place[operation], operation.described, result, other)
         shape = [1 if axis in axes else small.shape[axis] for axis in range(small.dim())]
         full = [1 if axis in axes else numbers.shape[axis] for axis in range(numbers.dim())]
         return result.reshape(shape).expand(full)
 
-    def _pooled(self, operation: Operation, columns: Tensor, like: Tensor) -> Tensor:
+    def _pooled(self, operation: Operation, columns: Tensor) -> Tensor:
         """The pool of many units is a unit of its own: one for each different pool."""
-        different, inverse = torch.unique(columns.flatten(0, -2), dim=0, return_inverse=True)
+        different, inverse = torch.unique(columns, dim=0, return_inverse=True)
         owner = self._numbers.owner()
         origins = {self._numbers.populations[i].origin for i in owner[different.unique()].unique().tolist()}
         origin = "input" if origins <= {"input", "constant"} else "merged"
         maker = ("pool", different.numpy().tobytes(), origin)
-        return self._numbers.base(maker, operation.described, origin, len(different))[inverse].view(like.shape)
+        return self._numbers.base(maker, operation.described, origin, len(different))[inverse]
 
 
 def _expanded(numbers: Tensor, shape: torch.Size) -> Tensor | None:
@@ -250,14 +241,6 @@ def _lowest(numbers: Tensor, axes: tuple[int, ...]) -> Tensor:
     high = torch.iinfo(torch.int64).max
     low = torch.where(numbers == NOBODY, high, numbers).amin(axes, keepdim=True)
     return torch.where(low == high, NOBODY, low)
-
-
-def _once_apart(tensors: list[Tensor], axis: int) -> tuple[Tensor, ...]:
-    """Tensors to concatenate, with a length of 1 along the other axes on which all are expanded."""
-    for other in range(tensors[0].dim()):
-        if other != axis and not any(varies(tensor, other) for tensor in tensors):
-            tensors = [tensor.narrow(other, 0, min(1, tensor.shape[other])) for tensor in tensors]
-    return tuple(tensors)
 
 
 def _source_of_write(operation: Operation) -> Value:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,18 +15,20 @@ from torch import Tensor, fx, nn
 from biofx.analysis.activity import Activity
 from biofx.analysis.flow import Flow
 from biofx.analysis.forms import Forms
-from biofx.analysis.graphs import as_recorded_graph, shown
+from biofx.analysis.graphs import annotate, as_recorded_graph, shown
 from biofx.analysis.readings import Reading, Readings
 from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.errors import ArgumentError
 from biofx.base.isolation import is_function, parameters_kept, split_inputs, undisturbed
 from biofx.base.randomness import fixed_defaults
 from biofx.base.torch_internals import pytree
-from biofx.model.provenance import is_transformed
+from biofx.model.islands import is_one_island
+from biofx.model.provenance import is_transformed, record_of
 from biofx.model.synapses import stored_parameters
 from biofx.recording import inputs as guesses
 from biofx.recording.catalog import Kind
 from biofx.recording.recorder import Recorder, recording_of
+from biofx.weights.declared import declared
 from biofx.weights.facts import NOT_A_SYNAPSE, Need, WeightFacts
 from biofx.weights.fitness import why_unfit
 
@@ -40,8 +42,34 @@ Run = Callable[[nn.Module], Any]
 """Runs a model, once or several times."""
 
 
-@dataclass(eq=False, repr=False)
-class Understanding:
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class UnitFacts:
+    """What a run tells of the units of a model.
+
+    Attributes:
+        populations: the populations whose units reach a weight; the first is nobody.
+        owner: the index in `populations` of each unit, by its number; 0 for numbers that no unit has any more.
+        classes: the number that stands for all units that need one sign with a unit, by its number.
+        readings: what each weight reads, by the weight's name.
+        scales: the parameters that multiply units on their way to a weight, such as γ of a batch norm, each with the
+            weights that they lead to.
+        others: why other parameters are no weights.
+        inputs: the inputs with which the model ran, in words.
+        notes: what a reader should know of that run.
+    """
+
+    populations: tuple[Population, ...]
+    owner: Tensor
+    classes: Tensor
+    readings: dict[str, Reading]
+    scales: dict[str, set[str]]
+    others: dict[str, str]
+    inputs: str
+    notes: list[str]
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Understanding(UnitFacts):
     """What a run tells of a model.
 
     Attributes:
@@ -50,33 +78,17 @@ class Understanding:
         told: the numbers of units, and what each weight reads by them.
         flow: which weights a signal passes before others.
         weights: the facts of every parameter that is made of synapses, by its name.
-        others: why other parameters are not, by name.
-        populations: the populations whose units reach a weight; the first is nobody.
-        owner: the index in `populations` of each unit, by its number.
-        classes: the number that stands for all units that need one sign with a unit, by its number.
-        readings: what each weight reads.
-        scales: the parameters that multiply units on their way to a weight, each with the weights that they lead to.
         run: runs the model on the same inputs.
         is_one_call: whether that is one call, and no function of the user's.
-        inputs: the inputs in words.
-        notes: what a reader should know of the run.
     """
 
     recording: Recording
-    forms: Forms = field(repr=False)
-    told: Readings = field(repr=False)
-    flow: Flow = field(repr=False)
+    forms: Forms
+    told: Readings
+    flow: Flow
     weights: dict[str, WeightFacts]
-    others: dict[str, str]
-    populations: tuple[Population, ...]
-    owner: Tensor
-    classes: Tensor
-    readings: dict[str, Reading]
-    scales: dict[str, set[str]]
     run: Run
     is_one_call: bool
-    inputs: str
-    notes: list[str]
 
     @property
     def arguments(self) -> Any:
@@ -239,9 +251,22 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
     classes = numbers.classes(torch.arange(len(owner)))
     scales = {name: found & weights.keys() for name, found in flow.scales.items() if found & weights.keys()}
     return Understanding(
-        recording, forms, told, flow, weights, others, populations, owner, classes, readings, scales, run,
-        words != BY_FUNCTION, words, list(_notes(recording)),
-    )  # fmt: skip
+        populations=populations,
+        owner=owner,
+        classes=classes,
+        readings=readings,
+        scales=scales,
+        others=others,
+        inputs=words,
+        notes=list(_notes(recording)),
+        recording=recording,
+        forms=forms,
+        told=told,
+        flow=flow,
+        weights=weights,
+        run=run,
+        is_one_call=words != BY_FUNCTION,
+    )
 
 
 def _facts(name: str, forms: Forms, reads: list[Read], readings: Readings, flow: Flow) -> WeightFacts:
@@ -356,3 +381,34 @@ def _notes(recording: Recording) -> Iterator[str]:
             f"forward reads numbers that depend on its inputs ({', '.join(places[:3])}{more}); "
             "what it does with other inputs was not seen"
         )
+
+
+# --- keeping it --------------------------------------------------------------------------------------------------
+
+
+def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
+    """Keep the facts of weights with a captured model, and how nodes of its graph use them.
+
+    Args:
+        bio: the captured model.
+        understood: what a run told of the model; None if it could not be run.
+    """
+    record = record_of(bio)
+    if understood is None:
+        if not record.weights:  # else it is known from an earlier transform
+            record.weights, record.others = declared(bio)
+        return
+    record.weights, record.others = dict(understood.weights), dict(understood.others)
+    record.inputs, record.notes = understood.inputs, list(understood.notes)
+    for name, reason in changed_in_training(bio, understood.run).items():
+        if record.weights.pop(name, None) is not None:
+            record.others[name] = reason
+    if is_one_island(bio):  # one node uses all of them
+        return
+    recording = understood.recording
+    if not recording.nodes:
+        recording = recorded(bio, understood.run)
+    with fixed_defaults():
+        activity = Activity(recording)
+        forms = Forms(recording, lambda value: not activity.of(value))
+        annotate(bio, recording, forms, record.weights)

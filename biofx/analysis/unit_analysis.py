@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,10 @@ from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
 from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
 from biofx.analysis.reads import Read
 from biofx.analysis.rules import Rules, nobody
-from biofx.base.torch_internals import pytree
 from biofx.recording.catalog import Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from biofx.analysis.forms import Forms
     from biofx.weights.axes import Axes
 
@@ -40,15 +37,6 @@ class Orientation:
     reads: list[Read] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Held:
-    """Unit numbers of a tensor, and the numbers of the tensor below it that they were taken from."""
-
-    numbers: Tensor
-    below: Tensor | None = None
-    version: int = 0
-
-
 class UnitAnalysis:
     """Sends numbers through a recording, again as long as weights find that units are of one class.
 
@@ -58,42 +46,36 @@ class UnitAnalysis:
     Args:
         recording: the run.
         forms: the parameters in it, and what reads them.
-        to_weights: whether numbers are followed to the weights that read them, or only to what nodes of a captured
-            graph return that have an operator on weights.
 
     Attributes:
         numbers: all numbers that were given.
         orientations: the uses of each weight, by its name.
         columns: the units that each use multiplies by each of its columns, shape (positions, units).
-        outputs: the units that each node of a captured graph returns that has an operator on weights.
     """
 
-    def __init__(self, recording: Recording, forms: Forms, *, to_weights: bool = True) -> None:
+    def __init__(self, recording: Recording, forms: Forms) -> None:
         self.numbers = UnitNumbers()
-        self.outputs: dict[fx.Node, Tensor] = {}
         self._recording = recording
         self._forms = forms
-        self._to_weights = to_weights
-        self._held: dict[Value, _Held] = {}
-        self._views: dict[Operation, tuple[Tensor, int, list[Tensor]]] = {}  # numbers of all outputs of one operator
-        self._reads: dict[Operation, list[Read]] = {}
+        self._held: dict[Value, Tensor] = {}  # numbers of tensors that are no views
+        self._views: dict[
+            Operation, tuple[Tensor, int, list[Tensor]]
+        ] = {}  # of all outputs of an operator that makes views
+        self._reads = {read.operation: read for read in (*forms.reads, *forms.computed)}
         self._place = {operation: index for index, operation in enumerate(recording.operations)}
         self._rows: dict[Orientation, Tensor | None] = {}  # of this pass
         self._units_of: dict[Read, Tensor] = {}
         self._positions: dict[Any, Tensor] = {}  # of a weight's units in its uses, which layers of one shape share
         self.orientations = self._oriented()
-        self._of_read = {
-            read: (name, i) for name, many in self.orientations.items() for i, o in enumerate(many) for read in o.reads
-        }
+        self._of_read = {read: o for many in self.orientations.values() for o in many for read in o.reads}
         self.columns: dict[Read, Tensor] = {}
         self._rules = Rules(self.numbers, self._of, self._place)
-        self._returned = self._returned_by_nodes()
         self._wanted = self._leading_to_weights()
         self._of_network = self._touched_by_weights()
         for _ in range(PASSES):
             before = self.numbers.representative
             self._run()
-            for many in self.orientations.values() if to_weights else ():
+            for many in self.orientations.values():
                 for orientation in many:
                     self._unite(self.rows(orientation))
             if self.numbers.representative is before:  # `unite` puts a new tensor there if it unites anything
@@ -105,7 +87,6 @@ class UnitAnalysis:
         found: dict[str, list[Orientation]] = {}
         axes_of: dict[Any, Axes | None] = {}  # by layout, which layers of one shape share
         for read in self._forms.reads:
-            self._reads.setdefault(read.operation, []).append(read)
             layout = read.layout
             if layout not in axes_of:
                 axes_of[layout] = read.axes()
@@ -115,21 +96,11 @@ class UnitAnalysis:
             if same is None:
                 known.append(same := Orientation(axes))
             same.reads.append(read)
-        for read in self._forms.computed:
-            self._reads.setdefault(read.operation, []).append(read)
         return found
-
-    def _returned_by_nodes(self) -> dict[fx.Node, list[Value]]:
-        """What nodes return that have an operator on weights."""
-        nodes = {operation.node for operation in self._reads if operation.node is not None}
-        found = {node: pytree.tree_leaves(self._recording.nodes.get(node)) for node in nodes}
-        return {node: [x for x in leaves if isinstance(x, Value)] for node, leaves in found.items()}
 
     def _leading_to_weights(self) -> set[Value]:
         """The tensors whose units are carried to a weight, or returned by one; those below views stand for them."""
-        wanted = {_below(value) for values in self._returned.values() for value in values}
-        for read in (read for reads in self._reads.values() for read in reads if self._to_weights):
-            wanted.update(_below(v) for v in (read.source, read.output) if v is not None)
+        wanted = {_below(v) for read in self._reads.values() for v in (read.source, read.output) if v is not None}
         for operation in reversed(self._recording.operations):
             if any(_below(v) in wanted for v in (*operation.outputs, *operation.written)):
                 wanted.update(map(_below, self.carried(operation)))
@@ -159,23 +130,19 @@ class UnitAnalysis:
         self._views.clear()
         self._rows.clear()
         for operation in self._recording.operations:
-            reads = self._reads.get(operation, ())
-            for read in reads if self._to_weights else ():
+            read = self._reads.get(operation)
+            if read is not None:
                 self.columns[read] = columns = self._read_columns(read)
                 self._unite(columns)
             if not any(_below(v) in self._wanted for v in (*operation.outputs, *operation.written)):
                 continue
             if not _makes_views(operation):  # whose numbers are taken from the tensor below when they are asked for
-                found = self._after(operation, reads)
+                found = self._after(operation, read)
                 for output, numbers in zip(operation.outputs, found, strict=True):
                     self._hold(operation, output, numbers)
                 for value in operation.written:
                     if value not in operation.outputs:
                         self._hold(operation, value, found[0] if found else self._unknown(operation, value, 0))
-            if operation.node in self._returned:
-                values = [v for v in self._returned[operation.node] if v in operation.outputs]
-                if operation.node is not None and values:
-                    self.outputs[operation.node] = self._of(values[0])
 
     def _unite(self, rows: Tensor | None) -> None:
         """Make one class of what each position of a weight reads, unless it mixes positions."""
@@ -203,30 +170,21 @@ class UnitAnalysis:
     # --- unit numbers of tensors ---------------------------------------------------------------------------------
 
     def _of(self, value: Value) -> Tensor:
-        """The unit numbers of a tensor now."""
-        held, below = self._held.get(value), value.view_of
-        if below is None:
-            if held is None:
-                self._held[value] = held = _Held(self._source(value))
-            return held.numbers
-        numbers = self._of(below)
-        if held is None or held.below is not numbers or held.version != numbers._version:
-            self._held[value] = held = _Held(self._seen(value, numbers), numbers, numbers._version)
-        return held.numbers
-
-    def _seen(self, value: Value, below: Tensor) -> Tensor:
-        """The numbers of a view, from those of the tensor below it."""
-        operation = value.producer
+        """The unit numbers of a tensor now; those of a view are taken from the tensor below it."""
+        if value.view_of is None:
+            if value not in self._held:
+                self._held[value] = self._source(value)
+            return self._held[value]
+        operation, below = value.producer, self._of(value.view_of)
         assert operation is not None
-        index, version = operation.outputs.index(value), below._version
         known = self._views.get(operation)
-        if known is None or known[0] is not below or known[1] != version:
+        if known is None or known[0] is not below or known[1] != below._version:
             try:
-                found = [compressed(x) for x in execute(operation, lambda v: below if v is value.view_of else None)]
+                found = [compressed(x) for x in execute(operation, _in_place_of(value.view_of, below))]
             except CannotFollowError:
                 found = [self._unknown(operation, v, i) for i, v in enumerate(operation.outputs)]
-            self._views[operation] = known = below, version, found
-        return known[2][index]
+            self._views[operation] = known = below, below._version, found
+        return known[2][operation.outputs.index(value)]
 
     def _source(self, value: Value) -> Tensor:
         """The numbers of a tensor that no operator of the run made."""
@@ -260,7 +218,7 @@ class UnitAnalysis:
     def _hold(self, operation: Operation, value: Value, numbers: Tensor) -> None:
         """Note the numbers of what an operator returns or changes; what is written into a view is in what is below."""
         if value.view_of is None:
-            self._held[value] = _Held(numbers)
+            self._held[value] = numbers
             return
         views = [value]
         while views[-1].view_of is not None:
@@ -269,7 +227,7 @@ class UnitAnalysis:
         memory = self._of(root)
         if memory.storage_offset() or not memory.is_contiguous() or memory._base is not None:
             memory = memory.contiguous().clone()
-            self._held[root] = _Held(memory)
+            self._held[root] = memory
         target = memory
         for view in reversed(views):
             made = view.producer
@@ -277,20 +235,20 @@ class UnitAnalysis:
             try:
                 target = execute(made, _in_place_of(view.view_of, target))[made.outputs.index(view)]
             except CannotFollowError:
-                self._held[root] = _Held(self._unknown(operation, root, len(operation.outputs)))
+                self._held[root] = self._unknown(operation, root, len(operation.outputs))
                 return
         if target.untyped_storage().data_ptr() != memory.untyped_storage().data_ptr():  # numbers lie in another order
-            self._held[root] = _Held(self._unknown(operation, root, len(operation.outputs)))
+            self._held[root] = self._unknown(operation, root, len(operation.outputs))
             return
         target.copy_(numbers)
 
     # --- operators -----------------------------------------------------------------------------------------------
 
-    def _after(self, operation: Operation, reads: Sequence[Read]) -> list[Tensor]:
+    def _after(self, operation: Operation, read: Read | None) -> list[Tensor]:
         """The unit numbers of what an operator returns."""
         outputs = operation.outputs
-        if reads:
-            return [self._postsynaptic(operation, reads, v, i) for i, v in enumerate(outputs)]
+        if read is not None:
+            return [self._postsynaptic(read, v, i) for i, v in enumerate(outputs)]
         if operation.kind is Kind.CONSTANT or self._is_constant(operation):
             return [nobody(v.shape) for v in outputs]
         if not any(v.is_activity for v in operation.operands):
@@ -318,9 +276,7 @@ class UnitAnalysis:
     def _read_columns(self, read: Read) -> Tensor:
         """The units that a use multiplies by each of its columns, shape (positions, units), without repetitions."""
         if read.source is None:
-            return torch.zeros(
-                math.prod(n for n, r in zip(read.lengths, read.roles, strict=True) if r[0]), 1, dtype=torch.int64
-            )
+            return torch.zeros(read.count(0), 1, dtype=torch.int64)
         numbers = self._of(read.source)
         if read.source.depends is not Depends.INPUTS:
             numbers = nobody(read.source.shape)
@@ -336,12 +292,11 @@ class UnitAnalysis:
             columns = different_columns(columns)
         return columns
 
-    def _postsynaptic(self, operation: Operation, reads: Sequence[Read], value: Value, index: int) -> Tensor:
+    def _postsynaptic(self, read: Read, value: Value, index: int) -> Tensor:
         """The units that an operator on weights returns."""
-        read = reads[0]
         if value is not read.output:
-            return nobody(value.shape) if not value.is_activity else self._unknown(operation, value, index)
-        return _placed(self.units_of(read), [axis % len(value.shape) for axis in read.output_axes], value.shape)
+            return nobody(value.shape) if not value.is_activity else self._unknown(read.operation, value, index)
+        return read.placed(self.units_of(read))
 
     def units_of(self, read: Read) -> Tensor:
         """The numbers of the postsynaptic units of a use, in order; the same in each pass."""
@@ -350,13 +305,18 @@ class UnitAnalysis:
         return self._units_of[read]
 
     def _numbered(self, read: Read) -> Tensor:
-        name, index = self._of_read.get(read, (", ".join(read.names), 0))
-        axes = self.orientations[name][index].axes if read in self._of_read else None
-        if axes is None:  # each of its uses has units of its own
-            count = math.prod(n for n, role in zip(read.lengths, read.roles, strict=True) if role[1])
-            return self.numbers.base(("use", self._place[read.operation]), name, "weight", count)
-        numbers = self.numbers.base(("weight", name, index), name, "weight", axes.units)
-        return numbers[self._places(read, axes, Read.postsynaptic_positions)]
+        orientation = self._of_read.get(read)
+        if orientation is None or orientation.axes is None:  # each of its uses has units of its own
+            name = read.parameter.name if orientation is not None else ", ".join(read.names)
+            return self.numbers.base(("use", self._place[read.operation]), name, "weight", read.count(1))
+        own = self.own(read.parameter.name, orientation)
+        return own[self._places(read, orientation.axes, Read.postsynaptic_positions)]
+
+    def own(self, name: str, orientation: Orientation) -> Tensor:
+        """The numbers of the postsynaptic units that a weight has by the uses that agree on its axes."""
+        assert orientation.axes is not None
+        maker = ("weight", name, self.orientations[name].index(orientation))
+        return self.numbers.base(maker, name, "weight", orientation.axes.units)
 
     def _places(self, read: Read, axes: Axes, side: Callable[[Read, Axes], Tensor]) -> Tensor:
         """The parameter's unit at each position of a use, on one side."""
@@ -389,13 +349,3 @@ def _below(value: Value) -> Value:
 def _is_nobody(numbers: Tensor) -> bool:
     """Whether numbers are those of nobody, as far as a glance tells."""
     return not any(numbers.stride()) and bool((numbers[(slice(0, 1),) * numbers.dim()] == NOBODY).all())
-
-
-def _placed(numbers: Tensor, axes: Sequence[int], shape: torch.Size) -> Tensor:
-    """Numbers on some axes of a tensor, in the order of the numbers' axes, expanded along the others."""
-    if not axes:
-        return numbers.reshape([1] * len(shape)).expand(shape)
-    sizes = [shape[axis] for axis in axes]
-    order = sorted(range(len(axes)), key=axes.__getitem__)
-    full = [length if axis in axes else 1 for axis, length in enumerate(shape)]
-    return numbers.reshape(sizes).permute(order).reshape(full).expand(shape)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from biofx.analysis.numbers import NOBODY, Population
 from biofx.analysis.readings import Reading
 from biofx.analysis.sites import WeightSite, find_weights
-from biofx.analysis.understanding import Understanding, understand
-from biofx.analysis.verdict import Verdict
+from biofx.analysis.understanding import Understanding, UnitFacts, understand
 from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
 from biofx.base.tables import Cell, Report, Reported, Table, wrapped
@@ -27,48 +26,48 @@ HEADERS = ("weight", "operator", "positions", "presynaptic units", "activity", "
 LIMITS = {"weight": 24, "operator": 12, "presynaptic units": 22, "activity": 17}  # widths in a table that is too wide
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Units(Reported):
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a weight obeys Dale's principle.
+
+    Attributes:
+        kind: `"obeys"`; `"breaks"`; `"free"`: it reads inputs and constants only, which are no units of the network;
+            `"not constrained"`: no pass gave it signs, and `verify` does not look at its units; or `"not judged"`.
+        mixed: the number of its presynaptic units that excite and inhibit, through this weight or others.
+        reason: why it is not judged, or an empty string.
+        has_interneurons: of a weight that obeys, whether its units inhibit through interneurons, so that its effective
+            values have both signs.
+    """
+
+    kind: str
+    mixed: int = 0
+    reason: str = ""
+    has_interneurons: bool = False
+
+    def __str__(self) -> str:
+        if self.kind == "breaks":
+            return f"breaks: {self.mixed} of its units excite and inhibit"
+        if self.has_interneurons:
+            return f"{self.kind}, with inhibition by interneurons"
+        return f"not judged: {self.reason}" if self.kind == "not judged" else self.kind
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Units(Reported, UnitFacts):
     """The units of a network; `biofx.units` makes it, and as a string it is a table.
 
     Attributes:
-        populations: the populations whose units reach a weight; the first is nobody.
-        owner: the index in `populations` of each unit, by its number; 0 for numbers that no unit has any more.
-        classes: the number that stands for all units that need one sign with a unit, by its number.
-        readings: what each weight reads, by the weight's name.
-        scales: the parameters that multiply units on their way to a weight, such as γ of a batch norm, each with the
-            weights that they lead to.
         sites: the weights.
-        others: why other parameters are no weights.
-        inputs: the inputs with which the model ran, in words.
-        notes: what a reader should know of that run.
     """
 
-    populations: tuple[Population, ...]
-    owner: Tensor
-    classes: Tensor
-    readings: dict[str, Reading]
-    scales: dict[str, set[str]]
     sites: dict[str, WeightSite]
-    others: dict[str, str]
-    inputs: str
-    notes: list[str]
 
     @classmethod
     def of(cls, understood: Understanding, sites: Mapping[str, WeightSite]) -> Units:
         """The units in what a run told of a model."""
-        readings = {name: reading for name, reading in understood.readings.items() if name in sites}
-        return cls(
-            understood.populations,
-            understood.owner,
-            understood.classes,
-            readings,
-            understood.scales,
-            dict(sites),
-            understood.others,
-            understood.inputs,
-            understood.notes,
-        )
+        told = {key: value for key, value in vars(understood).items() if key in UnitFacts.__dataclass_fields__}
+        told["readings"] = {name: reading for name, reading in understood.readings.items() if name in sites}
+        return cls(**told, sites=dict(sites))
 
     def members(self, index: int) -> Tensor:
         """The numbers of a population's units, in order, by its index in `populations`."""

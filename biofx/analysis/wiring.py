@@ -61,7 +61,8 @@ class _Wiring:
         self._told, self._flow = understood.told, understood.flow
         self._unread = unread
         self._numbers = self._told.units.numbers
-        self._own = {name: self._units_of(name) for name in understood.readings if name not in fixed}
+        units = self._told.units
+        self._own = {n: units.own(n, self._told.judged(n)) for n in understood.readings if n not in fixed}
         self._parts = {name: self._parts_of(name) for name in understood.readings if name not in unread}
         self._origins = [population.origin for population in self._numbers.populations]
         self._feeds = {name: self._feeders(parts) for name, parts in self._parts.items()}
@@ -81,13 +82,6 @@ class _Wiring:
             if not self._told.units.is_read(operation)
             for value in set(operation.operands).difference(self._told.units.carried(operation))
         }
-
-    def _units_of(self, name: str) -> Tensor:
-        """The numbers of a weight's postsynaptic units."""
-        orientation = self._told.judged(name)
-        index = self._told.units.orientations[name].index(orientation)
-        assert orientation.axes is not None
-        return self._numbers.base(("weight", name, index), name, "weight", orientation.axes.units)
 
     def _parts_of(self, name: str) -> Tensor:
         """The base units at each position of a weight, shape (positions, units); nobody where there are no more."""

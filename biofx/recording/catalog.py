@@ -155,6 +155,12 @@ _SIGNS: dict[str, Sign] = {
     **dict.fromkeys(_ODD, Sign.ODD),
 }
 
+LAYERS = _names(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d bilinear embedding embedding_bag "
+    "multi_head_attention_forward lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
+)
+"""Functions of PyTorch that are called with a weight."""
+
 PRODUCTS_OF_ENTRIES = _names("mul div true_divide")
 TAKES_NUMBERS = PRODUCTS_OF_ENTRIES | _names(
     "add masked_fill where nan_to_num clamp_min constant_pad_nd full full_like new_full fill arange linspace "

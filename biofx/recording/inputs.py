@@ -53,17 +53,6 @@ def guess(model: nn.Module) -> Inputs | None:
         return next((inputs for inputs, error in tried if error is None), None)
 
 
-def candidates(model: nn.Module) -> Iterator[Inputs]:
-    """Arguments that forward may take, the most trustworthy first; none has been tried.
-
-    Args:
-        model: any module.
-    """
-    forward = Forward(model)
-    yield from forward.stated()
-    yield from (forward.inputs(candidate.resolved()) for candidate in _guesses(forward))
-
-
 def _attempts(model: nn.Module) -> Iterator[tuple[Inputs, Exception | None]]:
     """Candidates, each followed by its repairs, with what forward raises."""
     forward = Forward(model)

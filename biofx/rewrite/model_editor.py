@@ -7,9 +7,8 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from biofx.analysis.remembering import remember
 from biofx.analysis.sites import WeightSite, find_weights
-from biofx.analysis.understanding import Understanding, understand_again
+from biofx.analysis.understanding import Understanding, remember, understand_again
 from biofx.analysis.units import Units
 from biofx.base import randomness
 from biofx.model.provenance import RunnablePass, record_of

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor, fx, nn
 
 from biofx.analysis.sites import WeightSite, find_weights
-from biofx.analysis.verdict import Verdict
+from biofx.analysis.units import Verdict
 from biofx.base.errors import VerificationError
 from biofx.base.gains import decoded
 from biofx.model.chain import callee, chain, parameter_nodes

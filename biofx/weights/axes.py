@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 
 from torch import Tensor
 
@@ -141,91 +141,10 @@ def _first(chosen: Sequence[bool]) -> list[int]:
 Role = tuple[bool, bool]
 """Whether an axis runs over presynaptic and over postsynaptic units."""
 
+PRE: Role = (True, False)
+POST: Role = (False, True)
 GROUP: Role = (True, True)
 NEITHER: Role = (False, False)
-
-
-def axes_of_view(shape: Sequence[int], view: Tensor, roles: Sequence[Role]) -> Axes | None:
-    """The axes of a contiguous tensor, from those of a view of it, or None if they cannot be told.
-
-    A view is described by its lengths and strides. Parts of an axis (slices, chunks) stand for the whole of it; where
-    one index of an axis was selected, each index has units of its own, as in a group.
-
-    Args:
-        shape: shape of the tensor.
-        view: a view of it, on whichever device.
-        roles: the roles of the view's axes.
-
-    Example:
-        >>> import torch
-        >>> from biofx.weights.axes import axes_of_view
-        >>> weight = torch.empty(6, 4)  # read as 2 heads with 3 postsynaptic units each, and 4 presynaptic units
-        >>> axes = axes_of_view(weight.shape, weight.view(2, 3, 4).mT, [(False, True), (True, False), (False, True)])
-        >>> axes.postsynaptic, axes.units, axes.presynaptic
-        ((0,), 6, (1,))
-    """
-    pieces: dict[int, list[tuple[int, int, Role]]] = {axis: [] for axis in range(len(shape))}  # start, end, role
-    for length, stride, role in zip(view.shape, view.stride(), roles, strict=True):
-        if length == 1:
-            continue
-        if stride == 0:
-            if role != NEITHER:
-                return None
-            continue
-        found = _pieces(shape, length, stride)
-        if found is None:
-            return None
-        for axis, start, end in found:
-            pieces[axis].append((start, end, role))
-    _assign_single(shape, view, roles, pieces)
-    factors: list[Factor] = []
-    for axis, length in enumerate(shape):
-        found_here = factors_of(axis, length, sorted(pieces[axis]))
-        if found_here is None:
-            return None
-        factors += found_here
-    return Axes(tuple(shape), tuple(factors))
-
-
-def _pieces(shape: Sequence[int], length: int, stride: int) -> list[tuple[int, int, int]] | None:
-    """Which part of which axes an axis of a view runs over, as (axis, first step, end): from the inner to the outer."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    inner = next(axis for axis, size in enumerate(shape) if size > 1 and strides[axis] <= stride)
-    start, rest = divmod(stride, strides[inner])
-    result: list[tuple[int, int, int]] = []
-    for axis in (axis for axis in range(inner, -1, -1) if shape[axis] > 1):
-        room = -(-shape[axis] // start)
-        result.append((axis, start, start * min(length, room)))
-        if length <= room:
-            return None if rest else result
-        if shape[axis] % start or length % room:
-            return None
-        length, start = length // room, 1
-    return None
-
-
-def _assign_single(
-    shape: Sequence[int], view: Tensor, roles: Sequence[Role], pieces: dict[int, list[tuple[int, int, Role]]]
-) -> None:
-    """Axes of length 1 have no strides to know them by: take them in order, if there are as many as before."""
-    single = [role for length, role in zip(view.shape, roles, strict=True) if length == 1]
-    axes = [axis for axis, length in enumerate(shape) if length == 1]
-    for axis, role in zip(axes, single, strict=False) if len(axes) == len(single) else ():
-        pieces[axis].append((1, 1, role))
-
-
-def factors_of(axis: int, length: int, pieces: list[tuple[int, int, Role]]) -> list[Factor] | None:
-    """The factors of an axis from the pieces of it that are used, by their starts."""
-    if not pieces:
-        return [Factor(axis, length, *(NEITHER if length == 1 else GROUP))]
-    bounds = [1, *(start for start, _, _ in pieces[1:]), length]
-    ends = [end for _, end, _ in pieces[:-1]]
-    if len(pieces) > 1 and any(b % a for a, b in pairwise(bounds)):
-        return None
-    if any(end > bound for end, bound in zip(ends, bounds[1:], strict=False)):
-        return None
-    sizes = [b // a for a, b in pairwise(bounds)]
-    return [Factor(axis, size, *role) for size, (_, _, role) in zip(sizes, pieces, strict=True)][::-1]
 
 
 def axes_of(shape: Sequence[int], factors: Iterable[tuple[int, int, Role]]) -> Axes:

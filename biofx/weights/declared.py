@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from biofx.weights.axes import GROUP, NEITHER, Axes, Role, axes_of
+from biofx.weights.axes import GROUP, NEITHER, POST, PRE, Axes, Role, axes_of
 from biofx.weights.facts import NOT_A_SYNAPSE, NOT_RUN, Need, WeightFacts
 from biofx.weights.fitness import why_unfit
 
-PRE: Role = (True, False)
-POST: Role = (False, True)
 _CONVOLUTIONS = tuple(getattr(nn, f"Conv{n}d") for n in (1, 2, 3))
 _TRANSPOSED = tuple(getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3))
+_ROLES = {"i": PRE, "o": POST, "g": GROUP, "k": NEITHER}
+
+# Classes, which of their parameters are weights, the operator, and letters for the factors of the weight's axes:
+# inputs, outputs, groups, and the kernel, which has all axes that are left.
+_RULES: tuple[tuple[type | tuple[type, ...], str, str, str], ...] = (
+    (nn.Linear, "weight", "linear", "o i"),
+    (_CONVOLUTIONS, "weight", "convolution", "go i k"),
+    (_TRANSPOSED, "weight", "convolution", "gi o k"),
+    (nn.MultiheadAttention, ".*proj_weight", "attention", "o i"),
+    ((nn.RNNBase, nn.RNNCellBase), "weight_.*", "recurrent layer", "o i"),
+    (nn.Bilinear, "weight", "bilinear", "o i i"),
+    ((nn.Embedding, nn.EmbeddingBag), "weight", "embedding", "i o"),
+)
 
 
-def _linear(owner: nn.Module, parameter: nn.Parameter) -> Axes:
-    return axes_of(parameter.shape, [(0, parameter.shape[0], POST), (1, parameter.shape[1], PRE)])
-
-
-def _embedding(owner: nn.Module, parameter: nn.Parameter) -> Axes | None:
-    if owner.sparse or owner.scale_grad_by_freq or owner.max_norm is not None:
-        return None
-    return axes_of(parameter.shape, [(0, parameter.shape[0], PRE), (1, parameter.shape[1], POST)])
-
-
-def _bilinear(owner: nn.Module, parameter: nn.Parameter) -> Axes:
-    return axes_of(parameter.shape, zip(range(3), parameter.shape, (POST, PRE, PRE), strict=True))
-
-
-def _convolution(owner: nn.Module, parameter: nn.Parameter) -> Axes:
-    groups, (first, second, *kernel) = int(owner.groups), parameter.shape  # type: ignore[arg-type]
-    outer, inner = (PRE, POST) if isinstance(owner, _TRANSPOSED) else (POST, PRE)
-    rest = [(2 + axis, length, NEITHER) for axis, length in enumerate(kernel)]
-    return axes_of(parameter.shape, [(0, groups, GROUP), (0, first // groups, outer), (1, second, inner), *rest])
-
-
-_Axes = Callable[[nn.Module, nn.Parameter], Axes | None]
-_RULES: list[tuple[type | tuple[type, ...], Callable[[str], bool], str, _Axes]] = [
-    (nn.Linear, "weight".__eq__, "linear", _linear),
-    ((*_CONVOLUTIONS, *_TRANSPOSED), "weight".__eq__, "convolution", _convolution),
-    (nn.MultiheadAttention, lambda key: key.endswith("proj_weight"), "attention", _linear),
-    ((nn.RNNBase, nn.RNNCellBase), lambda key: key.startswith("weight_"), "recurrent layer", _linear),
-    (nn.Bilinear, "weight".__eq__, "bilinear", _bilinear),
-    ((nn.Embedding, nn.EmbeddingBag), "weight".__eq__, "embedding", _embedding),
-]
+def _axes(shape: Sequence[int], words: list[str], groups: int) -> Axes:
+    factors: list[tuple[int, int, Role]] = []
+    for axis, length in enumerate(shape):
+        letters = words[min(axis, len(words) - 1)]
+        sizes = [length] if len(letters) == 1 else [groups, length // groups]
+        factors += [(axis, size, _ROLES[letter]) for letter, size in zip(letters, sizes, strict=True)]
+    return axes_of(shape, factors)
 
 
 def declared(model: nn.Module) -> tuple[dict[str, WeightFacts], dict[str, str]]:
@@ -58,16 +47,21 @@ def declared(model: nn.Module) -> tuple[dict[str, WeightFacts], dict[str, str]]:
 
 def _declared(model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightFacts]]:
     for owner in model.modules():
-        for classes, is_weight, operator, axes_in in _RULES:
-            for key, parameter in owner._parameters.items() if isinstance(owner, classes) else ():
-                if parameter is None or not is_weight(key) or why_unfit(parameter) is not None:
+        for classes, key, operator, words in _RULES:
+            for name, parameter in owner._parameters.items() if isinstance(owner, classes) else ():
+                if parameter is None or not re.fullmatch(key, name) or why_unfit(parameter) or _has_own_rule(owner):
                     continue
-                axes = axes_in(owner, parameter)
-                if axes is not None:
-                    unmet = {Need.UNITS: NOT_RUN}
-                    groups = int(getattr(owner, "groups", 1))
-                    padding = getattr(owner, "padding_idx", None)
-                    yield parameter, WeightFacts(operator, 1, axes, unmet, False, groups, padding, 0.0, False, "")
+                groups = int(getattr(owner, "groups", 1))
+                axes, padding = _axes(parameter.shape, words.split(), groups), getattr(owner, "padding_idx", None)
+                unmet = {Need.UNITS: NOT_RUN}
+                yield parameter, WeightFacts(operator, 1, axes, unmet, False, groups, padding, 0.0, False, "")
+
+
+def _has_own_rule(owner: nn.Module) -> bool:
+    """Whether an embedding changes its gradient or its weight itself."""
+    if not isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return False
+    return owner.sparse or owner.scale_grad_by_freq or owner.max_norm is not None
 
 
 def _reason(parameter: nn.Parameter) -> str:

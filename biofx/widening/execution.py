@@ -1,4 +1,4 @@
-"""Execution: runs single nodes of a graph on random numbers."""
+"""Execution: what the nodes of a graph are, by a recorded run, and what they return for random numbers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.torch_internals import pytree
-from biofx.model.chain import attribute, compute
+from biofx.model.chain import attribute, callee, compute
 from biofx.model.islands import island_path
+from biofx.recording.catalog import COPIES, Kind
+from biofx.recording.operations import Recording, Value
 from biofx.widening.sizes import SIZES, doubled_sizes, own_tensors, unit_axis
 
 if TYPE_CHECKING:
-    from biofx.analysis.nodes import Nodes
     from biofx.widening.axis_doubling import AxisDoubling
+
+# Of several operators in one node, the kind of the first of these says what the node does.
+_ORDER = (
+    Kind.UNKNOWN, Kind.PRODUCT, Kind.ATTENTION, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.GATES, Kind.NORM, Kind.WRITE,
+    Kind.CONCATENATE, Kind.MERGE, Kind.REDUCE, Kind.WINDOW, Kind.ALONG, Kind.KEEP, Kind.LAYOUT, Kind.CONSTANT,
+)  # fmt: skip
 
 
 class Execution:
@@ -25,12 +32,11 @@ class Execution:
 
     Attributes:
         bio: the captured model.
-        nodes: its nodes in a recorded run.
     """
 
-    def __init__(self, bio: fx.GraphModule, nodes: Nodes) -> None:
+    def __init__(self, bio: fx.GraphModule, recording: Recording) -> None:
         self.bio = bio
-        self.nodes = nodes
+        self._recording = recording
         self._random: dict[int, Tensor] = {}  # by the parameter's id
         self._generator = torch.Generator().manual_seed(0)
         self._in_islands = {
@@ -53,7 +59,28 @@ class Execution:
 
     def recorded(self, node: fx.Node) -> Any:
         """Random numbers of the shapes that a node returned when the model was recorded."""
-        return pytree.tree_map_only(Tensor, self._random_like, self.nodes.value(node))
+        return pytree.tree_map_only(
+            Value, self._random_like, self._recording.nodes[node], is_leaf=lambda x: isinstance(x, Value)
+        )
+
+    def kind(self, node: fx.Node) -> Kind:
+        """What a node does to units. One that calls no operator takes something apart, or asks for a size."""
+        if island_path(self.bio, node) is not None:
+            return Kind.UNKNOWN
+        operations = self._recording.operations_of.get(node, ())
+        kinds = {operation.kind for operation in operations if operation.name not in COPIES}
+        if not operations:
+            found = [x for x in pytree.tree_leaves(self._recording.nodes[node]) if isinstance(x, Value)]
+            return Kind.LAYOUT if found else Kind.CONSTANT
+        return next((kind for kind in _ORDER if kind in kinds), Kind.KEEP)
+
+    def name(self, node: fx.Node) -> str:
+        """The function that a node calls, or the class of the island."""
+        path = island_path(self.bio, node)
+        if path is not None:
+            return type(self.bio.get_submodule(path)).__name__
+        operations = self._recording.operations_of.get(node, ())
+        return operations[0].called if operations else callee(node)
 
     def is_in_island(self, tensor: Tensor) -> bool:
         """Whether an untraced submodule holds a tensor. Its Python may depend on the size, so the size is fixed."""
@@ -96,9 +123,10 @@ class Execution:
             self._random[id(value)] = self._random_like(value)
         return self._random[id(value)]
 
-    def _random_like(self, tensor: Tensor) -> Tensor:
-        """Random numbers between 0.1 and 0.9, where most functions are defined."""
-        if not tensor.is_floating_point():
-            return tensor
-        device = next(self.bio.parameters()).device if tensor.is_meta else tensor.device
-        return (0.1 + 0.8 * torch.rand(tensor.shape, generator=self._generator)).to(device, tensor.dtype)
+    def _random_like(self, like: Tensor | Value) -> Tensor:
+        """Random numbers between 0.1 and 0.9, where most functions are defined; integers and masks as they are."""
+        if not like.dtype.is_floating_point:
+            known = like.data if isinstance(like, Value) else like
+            return torch.empty(like.shape, dtype=like.dtype, device="meta") if known is None else known
+        device = like.device if isinstance(like, Tensor) else next(self.bio.parameters()).device
+        return (0.1 + 0.8 * torch.rand(like.shape, generator=self._generator)).to(device, like.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,55 @@ from biofx.widening.axis_doubling import (
     labels,
     resized_axes,
 )
-from biofx.widening.node_value import IncompatibleError, NodeValue
 
 if TYPE_CHECKING:
     from biofx.widening.execution import Execution
 
 Arguments = tuple[Any, Any]  # positional ones and those by keyword
 REARRANGING = (Kind.LAYOUT, Kind.CONCATENATE)
+
+NO_WEIGHTS: frozenset[str] = frozenset()
+
+
+class IncompatibleError(Exception):
+    """The result of a node on doubled units is not its result with doubled units."""
+
+
+@dataclass(frozen=True, eq=False)
+class NodeValue:
+    """The result of a node.
+
+    Attributes:
+        old: the result in the original network.
+        new: the result behind doubled units; the same object if no doubled units reach the node.
+        doublings: the doubling that leads from each leaf of `old` to that of `new`; None for equal leaves.
+        weights: the weights whose doubled units reach the node.
+    """
+
+    old: Any
+    new: Any
+    doublings: Sequence[AxisDoubling | None]
+    weights: frozenset[str]
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether doubled units reach the node."""
+        return self.new is not self.old
+
+    @classmethod
+    def unchanged(cls, value: Any) -> NodeValue:
+        """The result of a node that no doubled units reach."""
+        return cls(value, value, [None] * len(pytree.tree_leaves(value)), NO_WEIGHTS)
+
+    @classmethod
+    def doubled(cls, value: Tensor, doubling: AxisDoubling, weights: frozenset[str]) -> NodeValue:
+        """A tensor whose units are doubled."""
+        return cls(value, doubling.apply(value), [doubling], weights)
+
+
+def weights_of(values: Iterable[NodeValue]) -> frozenset[str]:
+    """The weights whose doubled units reach any of several nodes."""
+    return NO_WEIGHTS.union(*(value.weights for value in values))
 
 
 def match(
@@ -56,7 +99,7 @@ def match(
         raise IncompatibleError
     for index in _unread(node, old):
         after[index] = before[index]
-    is_rearranged = execution.nodes.kind(node) in REARRANGING
+    is_rearranged = execution.kind(node) in REARRANGING
     likely = (_rearranged(execution, node, inputs, arguments) if is_rearranged else None) or [None] * len(before)
     known = [doubling for source in node.all_input_nodes for doubling in inputs[source].doublings]
     doublings = [_doubling(a, b, [first, *known]) for a, b, first in zip(before, after, likely, strict=True)]

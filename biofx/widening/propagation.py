@@ -22,15 +22,13 @@ from biofx.model.chain import attribute
 from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.recording.catalog import Kind
 from biofx.widening.axis_doubling import AxisDoubling, adjacent_twins, is_same_doubling, with_size
-from biofx.widening.execution import Execution
-from biofx.widening.matching import REARRANGING, Arguments, match
-from biofx.widening.node_value import NO_WEIGHTS, IncompatibleError, NodeValue, weights_of
+from biofx.widening.matching import NO_WEIGHTS, REARRANGING, Arguments, IncompatibleError, NodeValue, match, weights_of
 from biofx.widening.plan import WideningPlan
 from biofx.widening.sizes import doubled_sizes, scaled_arguments, unit_axis
 
 if TYPE_CHECKING:
-    from biofx.analysis.nodes import Nodes
     from biofx.analysis.sites import Call, WeightSite
+    from biofx.widening.execution import Execution
 
 MOST_OPERANDS = 4  # of a node, for which all subsets of doubled operands are tried
 
@@ -51,7 +49,7 @@ class Propagation:
         doubled: frozenset[str],
         fixed: dict[str, str],
         opaque: Collection[str],
-        nodes: Nodes,
+        execution: Execution,
     ) -> None:
         self.plan = WideningPlan(doubled)
         self.failures: list[tuple[frozenset[str], str]] = []
@@ -61,8 +59,7 @@ class Propagation:
         self._uses = {call.node: (site, call) for site in sites.values() for call in site.calls}
         self._fixed = fixed
         self._opaque = opaque
-        self._nodes = nodes
-        self._execution = Execution(bio, nodes)
+        self._execution = execution
         self._values: dict[fx.Node, NodeValue] = {}
         self._constant: set[fx.Node] = set()  # nodes computed from parameters and buffers only
         self._agreed: dict[str, tuple[AxisDoubling | None, frozenset[str]]] = {}  # by the name of a tensor
@@ -273,7 +270,7 @@ class Propagation:
         yield present, None
         if doubling is None:
             return
-        has_sizes = self._nodes.kind(node) in (*REARRANGING, Kind.NORM)
+        has_sizes = self._execution.kind(node) in (*REARRANGING, Kind.NORM)
         factor = Fraction(len(doubling.source), doubling.size)
         scaled = list(scaled_arguments(present, factor)) if has_sizes else []
         yield from ((arguments, None) for arguments in scaled)
@@ -342,11 +339,11 @@ class Propagation:
 
     def _name(self, node: fx.Node) -> str:
         path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
-        name = self._nodes.name(node)
+        name = self._execution.name(node)
         return f"{name} in {path}" if path else name
 
     def _why_incompatible(self, node: fx.Node) -> str:
-        kind = self._nodes.kind(node)
+        kind = self._execution.kind(node)
         numbers = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, int)]
         if kind is Kind.LAYOUT and max(numbers, default=0) > 1:
             return f"{self._name(node)} has fixed sizes"
@@ -367,7 +364,7 @@ class Propagation:
             if node in self._uses:
                 return f"those of {self._uses[node][0].name}"
             sources = sorted(node.all_input_nodes, key=self._constant.__contains__)
-            if self._nodes.kind(node) is Kind.UNKNOWN or not sources:
+            if self._execution.kind(node) is Kind.UNKNOWN or not sources:
                 return f"the result of {self._name(node)}"
             node = sources[0]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from biofx.analysis.nodes import Nodes
 from biofx.analysis.understanding import Run, recorded
 from biofx.base.isolation import undisturbed
 from biofx.weights.facts import Need
+from biofx.widening.execution import Execution
 from biofx.widening.propagation import Propagation
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ def find_widening(
         run: runs the model.
     """
     opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
-    nodes = Nodes(bio, recorded(bio, run))
+    execution = Execution(bio, recorded(bio, run))
     reasons = {name: "something else reads it as well" for name in editable if _has_other_readers(bio, sites[name])}
     reasons |= {name: reason for name, reason in opaque.items() if name in editable}
     fixed = {name: reasons.get(name, "it may not change") for name in sites if name not in editable or name in reasons}
     doubled = frozenset(editable) - reasons.keys()
     while True:
-        propagation = Propagation(bio, sites, doubled, fixed, opaque, nodes)
+        propagation = Propagation(bio, sites, doubled, fixed, opaque, execution)
         with undisturbed(bio), torch.no_grad():
             bio.eval()
             propagation.run()
@@ -59,9 +59,8 @@ def _why_opaque(site: WeightSite) -> str | None:
         return unmet
     if not all(site.chain[-1] in call.node.all_input_nodes for call in site.calls):
         return "its operator reads what forward computes from it"
-    if any(len(call.use.source_axes) != 1 or call.source is None for call in site.calls):
-        return site.unmet(Need.UNITS) or f"{site.operator} does not read its units on one axis"
-    return None
+    unmet = site.unmet(Need.INPUT)
+    return unmet and (site.unmet(Need.UNITS) or unmet)
 
 
 def _has_other_readers(bio: fx.GraphModule, site: WeightSite) -> bool:

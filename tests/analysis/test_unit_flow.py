@@ -161,6 +161,10 @@ KEEP = {
     "fused attention": lambda x: F.scaled_dot_product_attention(x, x, x),
     "attention by name": lambda x: F.scaled_dot_product_attention(value=x, key=x, query=x, is_causal=True),
     "mixture over samples": lambda x: torch.bmm(torch.ones(2, 5, 5), x),
+    "written into some tokens": lambda x: torch.zeros(2, 9, 6).index_copy(1, torch.arange(3, 8), x),
+    "added to some tokens": lambda x: torch.zeros(2, 9, 6).index_add(1, torch.arange(3, 8), x),
+    "written where inputs say": lambda x: torch.zeros_like(x).scatter(1, x.argsort(1), x),
+    "put where inputs say": lambda x: x.index_put((torch.arange(2)[:, None], x[..., 0].argsort(1)), x),
 }
 
 
@@ -176,6 +180,7 @@ def test_what_adds_up_over_time_keeps_units():
 
 
 KEEP_IMAGES = {
+    "blur": lambda x: F.conv2d(x, torch.ones(6, 1, 3, 3) / 9, padding=1, groups=6),
     "max pooling": nn.MaxPool2d(2),
     "functional max pooling": lambda x: F.max_pool2d(x, 3, stride=2, padding=1),
     "with indices": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
@@ -246,6 +251,13 @@ def channel_shuffle(x):
 @pytest.mark.parametrize("shuffle", [channel_shuffle, nn.ChannelShuffle(2)])
 def test_channel_shuffle(shuffle):
     assert through_images(shuffle) == run("a.weight", 0, 3, 1, 4, 2, 5)
+
+
+@pytest.mark.parametrize("windows", [lambda x: x.unfold(1, 3, 1), lambda x: F.unfold(x.view(2, 1, 2, 5), (1, 3)).mT])
+def test_windows_of_an_input_are_one_unit_that_moves(windows):
+    found = analysed(lambda m, x: m.a(windows(x)), torch.randn(2, 10), a=nn.Linear(3, 4))
+    assert found.readings["a.weight"].remark == ""
+    assert found.describe(found.readings["a.weight"].numbers) == "1 × 3: input x"
 
 
 def test_padding_of_channels_comes_from_nobody():
@@ -386,14 +398,15 @@ def test_squeeze_and_excitation():
     assert feeds(found, "head.weight") == run("mul", *range(8))
 
 
-def test_a_mean_over_units_is_a_unit_of_its_own():
+@pytest.mark.parametrize("units", [4, 40])
+def test_a_mean_over_units_is_a_unit_of_its_own(units):
     found = analysed(
         lambda m, x: m.c(torch.cat([m.a(x), m.a(x).mean(-1, keepdim=True)], -1)),
         torch.randn(2, 3),
-        a=nn.Linear(3, 4),
-        c=nn.Linear(5, 1),
+        a=nn.Linear(3, units),
+        c=nn.Linear(units + 1, 1),
     )
-    assert feeds(found, "c.weight") == [*run("a.weight", *range(4)), ("mean", 0)]
+    assert feeds(found, "c.weight") == [*run("a.weight", *range(units)), ("mean", 0)]
 
 
 def test_dense_connections_are_in_order():

@@ -252,6 +252,23 @@ def test_twins_are_followed_wherever_they_go(name):
     assert_one_sign(bio, x)
 
 
+def test_a_square_parameter_is_doubled_along_the_units():
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.positions = nn.Conv1d(3, 6, 1), nn.Parameter(torch.randn(6, 6))
+            self.out = nn.Linear(36, 2)
+
+        def forward(self, x):
+            return self.out((self.conv(x) + self.positions).relu().flatten(1))
+
+    model, x = Square(), torch.randn(5, 3, 6)
+    bio = mirror(model, x)
+    assert doubled(bio, model) == {"conv.weight"}
+    assert bio.get_parameter("positions").shape == (12, 6)
+    assert_one_sign(bio, x)
+
+
 def test_a_norm_in_the_middle_keeps_its_groups_and_statistics():
     norms = (nn.GroupNorm(2, 8), nn.LayerNorm([8, 6]), nn.InstanceNorm1d(8, affine=True), nn.PReLU(8), nn.RMSNorm(6))
     model = nn.Sequential(nn.Conv1d(2, 8, 1), *norms, nn.Conv1d(8, 2, 1))

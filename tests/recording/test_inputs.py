@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biofx.recording import inputs
-from biofx.recording.inputs import Inputs, candidates, guess
+from biofx.recording.inputs import Inputs, guess
 from models.architectures import ARCHITECTURES
 from models.pretrained import PARAMETRIZED, PRETRAINED
 from models.small import CONVOLUTIONS, ZOO, layer_and_input
@@ -419,8 +419,8 @@ def test_scripted_modules_are_not_run():
 
 
 def test_candidates_are_lazy_and_differ():
-    found = list(itertools.islice(candidates(Refuses()), 40))
-    assert len({inputs.description for inputs in found}) == 40
+    found = [tried for tried, _ in itertools.islice(inputs._attempts(Refuses()), 40)]
+    assert len({tried.description for tried in found}) == 40
     assert shapes(found[0]) == [(2, 3)] * 3
 
 

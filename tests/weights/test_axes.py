@@ -6,12 +6,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import linear
 
-from biofx.weights.axes import GROUP, NEITHER, Axes, axes_of, axes_of_view
+from biofx.analysis.understanding import understand
+from biofx.weights.axes import GROUP, NEITHER, POST, PRE, Axes, axes_of
+from models.weights import Layer
 
-PRE, POST = (True, False), (False, True)
 LINEAR = axes_of((2, 3), [(0, 2, POST), (1, 3, PRE)])
 GROUPED = axes_of((4, 3), [(0, 2, GROUP), (0, 2, POST), (1, 3, PRE)])  # as of a convolution in 2 groups
+
+KERNEL = [(2, 3, NEITHER), (3, 3, NEITHER)]
+
+
+def depthwise(x, weight, transposed=False):
+    return (torch.conv_transpose2d if transposed else torch.conv2d)(x, weight, groups=len(weight))
 
 
 @st.composite
@@ -80,36 +88,63 @@ def test_another_number_of_presynaptic_units():
     assert (wider.shape, wider.presynaptic_units, wider.units) == ((4, 6), 12, 4)
 
 
+def axes_in_use(shape, function, inputs):
+    """The axes of a parameter by the operator that reads it."""
+    (read,) = understand(Layer(shape, function), (torch.randn(inputs),)).forms.reads
+    return read.axes()
+
+
 @pytest.mark.parametrize(
-    ("shape", "view", "roles", "expected"),
+    ("shape", "function", "inputs", "expected"),
     [
-        ((2, 3), lambda w: w, [POST, PRE], LINEAR),
-        ((3, 2), lambda w: w.T, [POST, PRE], axes_of((3, 2), [(0, 3, PRE), (1, 2, POST)])),
-        ((6,), lambda w: w.view(2, 3), [POST, PRE], axes_of((6,), [(0, 2, POST), (0, 3, PRE)])),
-        ((4, 3), lambda w: w.view(2, 2, 3), [GROUP, POST, PRE], GROUPED),
-        ((2, 2, 3), lambda w: w.view(4, 3), [POST, PRE], axes_of((2, 2, 3), [(0, 2, POST), (1, 2, POST), (2, 3, PRE)])),
-        ((4, 3), lambda w: w[:2], [POST, PRE], axes_of((4, 3), [(0, 4, POST), (1, 3, PRE)])),  # a part stands for all
-        ((5, 2, 3), lambda w: w[1], [POST, PRE], axes_of((5, 2, 3), [(0, 5, GROUP), (1, 2, POST), (2, 3, PRE)])),
-        ((1, 3), lambda w: w, [POST, PRE], axes_of((1, 3), [(0, 1, POST), (1, 3, PRE)])),
-        ((2, 3), lambda w: w.expand(7, 2, 3), [NEITHER, POST, PRE], LINEAR),
+        ((2, 3), linear, (5, 3), LINEAR),
+        ((3, 2), lambda x, w: linear(x, w.T), (5, 3), axes_of((3, 2), [(0, 3, PRE), (1, 2, POST)])),
+        ((6,), lambda x, w: linear(x, w.view(2, 3)), (5, 3), axes_of((6,), [(0, 2, POST), (0, 3, PRE)])),
+        ((4, 3), lambda x, w: x @ w.view(2, 2, 3).mT, (2, 5, 3), GROUPED),
+        (
+            (2, 2, 3),
+            lambda x, w: linear(x, w.view(4, 3)),
+            (5, 3),
+            axes_of((2, 2, 3), [(0, 2, POST), (1, 2, POST), (2, 3, PRE)]),
+        ),
+        ((4, 3), lambda x, w: linear(x, w[:2]), (5, 3), axes_of((4, 3), [(0, 4, POST), (1, 3, PRE)])),  # a part is all
+        (
+            (5, 2, 3),
+            lambda x, w: linear(x, w[1]),
+            (5, 3),
+            axes_of((5, 2, 3), [(0, 5, GROUP), (1, 2, POST), (2, 3, PRE)]),
+        ),
+        ((1, 3), linear, (5, 3), axes_of((1, 3), [(0, 1, POST), (1, 3, PRE)])),
+        ((2, 3), lambda x, w: torch.bmm(x, w.T.expand(7, 3, 2)), (7, 5, 3), LINEAR),
+        ((4, 1, 3, 3), depthwise, (5, 4, 8, 8), axes_of((4, 1, 3, 3), [(0, 4, GROUP), (1, 1, PRE), *KERNEL])),
     ],
-    ids=["itself", "transposed", "unflattened", "in groups", "flattened", "sliced", "selected", "one unit", "expanded"],
-)
-def test_the_axes_of_a_view_are_those_of_what_it_is_a_view_of(shape, view, roles, expected):
-    found = axes_of_view(shape, view(torch.empty(shape)), roles)
+    ids=[
+        "itself", "transposed", "unflattened", "in groups", "flattened", "sliced", "selected", "one unit", "expanded",
+        "depthwise",
+    ],
+)  # fmt: skip
+def test_the_axes_of_a_view_are_those_of_what_it_is_a_view_of(shape, function, inputs, expected):
+    found = axes_in_use(shape, function, inputs)
     assert found is not None
     assert found.agree(expected)
     assert (found.units, found.presynaptic_units) == (expected.units, expected.presynaptic_units)
+    assert (found.presynaptic, found.postsynaptic) == (expected.presynaptic, expected.postsynaptic)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_unit_of_each_group_can_become_several(transposed):
+    axes = axes_in_use((4, 1, 3, 3), lambda x, w: depthwise(x, w, transposed), (5, 4, 8, 8))
+    assert axes.with_presynaptic(8).presynaptic_units == 8
 
 
 @pytest.mark.parametrize(
-    ("shape", "view", "roles"),
+    ("shape", "function", "inputs"),
     [
-        ((3,), lambda w: w.expand(2, 3), [POST, PRE]),  # one synapse for several units
-        ((4, 6), lambda w: w.view(3, 8), [POST, PRE]),  # rows that end in the middle of a row
-        ((8,), lambda w: w.as_strided((3, 4), (1, 1)), [POST, PRE]),  # windows that overlap
+        ((3,), lambda x, w: linear(x, w.expand(2, 3)), (5, 3)),  # one synapse for several units
+        ((4, 6), lambda x, w: linear(x, w.view(3, 8)), (5, 8)),  # rows that end in the middle of a row
+        ((8,), lambda x, w: linear(x, w.as_strided((3, 4), (1, 1))), (5, 4)),  # windows that overlap
     ],
     ids=["expanded", "cut across", "overlapping"],
 )
-def test_what_a_view_mixes_cannot_be_told(shape, view, roles):
-    assert axes_of_view(shape, view(torch.empty(shape)), roles) is None
+def test_what_a_view_mixes_cannot_be_told(shape, function, inputs):
+    assert axes_in_use(shape, function, inputs) is None
