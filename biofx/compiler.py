@@ -155,7 +155,7 @@ def build(
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
         understood = understand(source, example_inputs)
-        is_repeatable = outside.random() is None
+        repeats = outside.random() is None
         if source is not model and understood is not None:
             _refuse_reads_of_original(model, understood)
         old: Guard | None = vars(source).pop(GUARD, None)  # of an earlier transform
@@ -164,7 +164,7 @@ def build(
         remember(bio, understood)
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer
-        if expected is not None and bio is not source and is_repeatable:
+        if expected is not None and bio is not source and repeats:
             _check_outputs(bio, example_inputs, expected)
         excluded = _excluded(bio, request.exclude)
         _check_weights(bio, excluded)
@@ -175,13 +175,15 @@ def build(
             request.seed,
             understood,
             check=verify,
+            repeats=repeats,
             print_between=printer,
             values_follow=values_follow,
         )
         record_of(bio).requests.append(request)
+        outside.restore()  # the guard is to know them as they are for the caller
         if not is_one_island(bio):
             guard = Guard(bio, _checked(request.frontend, understood) if old is None else old.structures)
-            if understood is not None and not guard.needs_graph:
+            if understood is not None and not guard.needs_graph and repeats:
                 _check_python(bio, understood.run, outputs)
             vars(bio)[GUARD] = guard
     return bio

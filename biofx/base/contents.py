@@ -17,7 +17,7 @@ from torch import Tensor, nn
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set, tuple})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # the most frequent values, checked first for speed
-_NAMESPACES = (SimpleNamespace, Namespace)
+NAMESPACES = (SimpleNamespace, Namespace)
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "biofx"})  # their objects are opaque
 _DEEPEST = 20  # levels of nesting that are searched
 
@@ -154,4 +154,4 @@ def _is_of_user(value: Any) -> bool:
     """Whether a value is an instance of a user's class, such as a configuration or a counter."""
     if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or not hasattr(value, "__dict__"):
         return False
-    return type(value) in _NAMESPACES or type(value).__module__.partition(".")[0] not in _NOT_OF_USERS
+    return type(value) in NAMESPACES or type(value).__module__.partition(".")[0] not in _NOT_OF_USERS

@@ -329,7 +329,7 @@ class Snapshot:
 
 
 _DICTIONARIES = frozenset((dict, OrderedDict))
-_EMPTY = {kind: kind() for kind in (*_DICTIONARIES, set)}
+_EMPTY: dict[type, Any] = {kind: kind() for kind in (*_DICTIONARIES, set)}
 _OF_TENSORS_AND_MODULES = frozenset(("_parameters", "_buffers", "_modules"))
 _REGISTRIES = frozenset(vars(nn.Module()))
 

@@ -19,21 +19,18 @@ from torch import Tensor, fx, nn
 
 from biofx.base.contents import contents_key, holders, inside, is_holder
 from biofx.base.errors import CaptureError
-from biofx.base.torch_internals import DERIVED, GLOBAL_HOOKS, HOOKS
+from biofx.base.torch_internals import GLOBAL_HOOKS, HOOKS
 from biofx.capture.assignments import assign_attribute
 from biofx.capture.call_structure import Structure, is_plain, structure
-from biofx.capture.outside_variables import OutsideVariables, first_difference
+from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
 from biofx.capture.tracer import HelperModule
 from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import WHOLE_MODEL
-from biofx.model.provenance import RECORD, inserted_nodes, record_of
+from biofx.model.provenance import inserted_nodes, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 
 GUARD = "_biofx_guard"  # the attribute of a transformed model that is its guard
-_REGISTRIES = frozenset(vars(nn.Module()))
-_OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
-_NOT_OF_USERS = _REGISTRIES | _OF_GRAPHS | {*DERIVED} | {RECORD}
 _MAY_BE_EMPTY = ("_parameters", "_buffers")
 
 
@@ -211,7 +208,7 @@ class Guard:
             own = (
                 value
                 for path in self.traced
-                for _, attribute in _attributes(bio.get_submodule(path))
+                for _, attribute in attributes_of(bio.get_submodule(path))
                 for value in inside(attribute, seen)
                 if isinstance(value, Tensor)
             )
@@ -256,7 +253,7 @@ class Guard:
         seen: set[int] = set()
         held = [holder for module in modules.values() for holder in _looked_at(module, seen)]
         forwards = [(modules[path], forward) for path, forward in self._forwards.items()]
-        attributes = (value for module in modules.values() for _, value in _attributes(module))
+        attributes = (value for module in modules.values() for _, value in attributes_of(module))
         again: set[int] = set()
         found = [*chain.from_iterable(holders(value, again) for value in attributes)]
         found += [module._modules for module in modules.values() if isinstance(module, nn.ModuleDict)]
@@ -284,7 +281,7 @@ class Guard:
         return OutsideVariables(modules, frozenset(self._assigned))
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
-        kept = {name: _noted(value) for name, value in _attributes(module) if (path, name) not in self._assigned}
+        kept = {name: _noted(value) for name, value in attributes_of(module) if (path, name) not in self._assigned}
         # Those of the model itself run around its forward, be that the graph or the Python.
         hooks = {name: [*getattr(module, name).values()] for name in HOOKS if path}
         forward = {"forward": vars(module).get("forward")}
@@ -333,7 +330,7 @@ def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:
     # `torch.func.functional_call` replaces weights there; a bias may be set that was None, or become None.
     yield from (getattr(module, name) for name in _MAY_BE_EMPTY)
     yield from (getattr(module, name) for name in HOOKS)
-    for _, value in _attributes(module):
+    for _, value in attributes_of(module):
         yield from holders(value, seen)
 
 
@@ -349,13 +346,6 @@ def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
 def _empty_of(module: nn.Module, registry: str) -> list[str]:
     """The names of a module's parameters or buffers that are None, as those of weights with synapses are."""
     return [name for name, tensor in getattr(module, registry).items() if tensor is None]
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes that the user's code set on a module."""
-    for name, value in vars(module).items():
-        if name not in _NOT_OF_USERS and not name.startswith("_biofx"):
-            yield name, value
 
 
 def _noted(value: Any) -> Any:

@@ -20,17 +20,17 @@ from types import (
     MappingProxyType,
     MethodType,
     ModuleType,
-    SimpleNamespace,
 )
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from biofx.base.contents import ATOMS, is_array, put_back, slots_of
+from biofx.base.contents import ATOMS, NAMESPACES, is_array, put_back, slots_of
 from biofx.base.generators import is_generator, set_state, state_of
 from biofx.base.rule_code import codes_in, digest
 from biofx.base.torch_internals import DERIVED
+from biofx.model.provenance import RECORD
 
 _MISSING = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -40,7 +40,7 @@ _CONTAINERS = (dict, list, tuple, set, frozenset, deque, MappingProxyType)
 # Most variables that forwards refer to belong to these packages, and nobody sets them between two calls.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"} - {"__main__"})
 _OF_THE_SYSTEM = frozenset(("SystemRandom", "secrets", "urandom", "getrandom", "uuid4"))  # without a state
-_OF_MODULES = frozenset(vars(nn.Module()))
+_NOT_OF_USER = frozenset({*vars(fx.GraphModule(nn.Module(), fx.Graph())), *DERIVED, RECORD})  # attributes of modules
 _NOT_IN_FORWARD = frozenset(
     f"__{name}__"
     for name in ("init", "new", "post_init", "init_subclass", "repr", "str", "del", "copy", "deepcopy",
@@ -92,7 +92,7 @@ class OutsideVariables:
         return None if changed is None else (changed, f"changes {changed}, which is not part of the model")
 
     def random(self) -> str | None:
-        """A random number generator that was used since, or one of the system that code names; None if there is none."""
+        """A random number generator that was used since, or one of the system that code names; else None."""
         drawn = (name for name, generator, state in self._generators if state_of(generator) != state)
         return next(drawn, None) or next(iter(self._names & _OF_THE_SYSTEM), None)
 
@@ -140,9 +140,8 @@ class OutsideVariables:
         for path, module in self._modules.items():
             self._walk(_label(type(module)), type(module))
             if any(_is_of_user(cls.__module__) for cls in type(module).__mro__):
-                for name, value in vars(module).items():
-                    is_own = name in _OF_MODULES or name in DERIVED or name.startswith("_biofx")
-                    if not is_own and (path, name) not in self._but and type(value) not in ATOMS:
+                for name, value in attributes_of(module):
+                    if (path, name) not in self._but and type(value) not in ATOMS:
                         self._walk(f"{path}.{name}".lstrip("."), value)
 
     def _walk(self, label: str, value: Any) -> None:
@@ -214,7 +213,7 @@ class OutsideVariables:
 
     def _of_object(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
         cls = type(value)
-        if not (isinstance(value, SimpleNamespace) or _is_of_user(cls.__module__)):
+        if not (type(value) in NAMESPACES or _is_of_user(cls.__module__)):
             return
         yield _label(cls), cls
         if hasattr(value, "__dict__"):
@@ -235,6 +234,13 @@ class OutsideVariables:
         value = _attribute(where, name)
         self._attributes.append((where, name, value))
         yield label, value
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes that the user's code set on a module."""
+    for name, value in vars(module).items():
+        if name not in _NOT_OF_USER and not name.startswith("_biofx"):
+            yield name, value
 
 
 def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
@@ -321,10 +327,10 @@ def _key(value: Any) -> Any:
         return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, ModuleType):
         return value.__name__
-    is_equal_by_value = kind.__eq__ is not object.__eq__ and not _is_of_user(kind.__module__)
+    is_equal_by_value = not _is_of_user(kind.__module__) and any("__eq__" in vars(cls) for cls in kind.__mro__[:-1])
     if isinstance(value, _NAMED) or is_equal_by_value:
         return repr(value) if not isinstance(value, BuiltinFunctionType) else (value.__module__, value.__qualname__)
-    is_walked = isinstance(value, SimpleNamespace) or _is_of_user(kind.__module__) or [*_wrapped("", value)]
+    is_walked = type(value) in NAMESPACES or _is_of_user(kind.__module__) or [*_wrapped("", value)]
     return kind.__qualname__ if is_walked and not isinstance(value, nn.Module) else _Opaque(value)
 
 
@@ -365,149 +371,3 @@ def _holds_same(holder: Any, content: Any) -> bool:
 
 def _bytes(array: Any) -> bytes:
     return bytes(array.tobytes())
-
-
-def _names_in(code: CodeType) -> frozenset[str]:
-    """The names in some code, and in the functions that are defined inside it; also those for `getattr`."""
-    if code not in _names:
-        codes = codes_in(code)
-        texts = (each for one in codes for each in one.co_consts if isinstance(each, str) and each.isidentifier())
-        _names[code] = frozenset([*(name for one in codes for name in one.co_names), *texts])
-    return _names[code]
-
-
-_names: dict[CodeType, frozenset[str]] = {}
-
-
-@functools.cache
-def _digest(code: CodeType) -> str:
-    return digest(code)
-
-
-def _names_of_class(cls: type) -> set[str]:
-    """The names that a class or one of the user's classes that it inherits from gives to its instances."""
-    return {name for each in cls.__mro__ if _is_of_user(each.__module__) for name in vars(each)}
-
-
-def _slots(cls: type) -> tuple[str, ...]:
-    slots = vars(cls).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-def _wrapped(label: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What decorators and bound methods wrap."""
-    if isinstance(value, functools.partial | functools.partialmethod):
-        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
-    elif isinstance(value, MethodType):
-        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("__func__", "__self__"))
-    elif isinstance(value, BuiltinFunctionType):
-        yield f"{label}.__self__", value.__self__
-    elif isinstance(value, staticmethod | classmethod):
-        yield f"{label}.__func__", value.__func__
-    elif isinstance(value, property):
-        yield f"{label}.fget", value.fget
-    elif isinstance(value, functools.cached_property):
-        yield f"{label}.func", value.func
-
-
-class _Opaque:
-    """An object that nobody looks into: equal to itself, and, after pickling, to any of its class."""
-
-    def __init__(self, value: Any) -> None:
-        self._kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Opaque) or self._kind != other._kind:
-            return False
-        return self._value is other._value or self._value is None or other._value is None
-
-    def __hash__(self) -> int:
-        return hash(self._kind)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Opaque:
-        copied = object.__new__(_Opaque)
-        copied._kind, copied._value = self._kind, memo.get(id(self._value), self._value)  # it may be part of the model
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_kind": self._kind, "_value": None}
-
-
-def _key(value: Any) -> Any:
-    """What is compared of a value itself; what it contains has keys of its own."""
-    kind = type(value)
-    if isinstance(value, _PLAIN):
-        return kind.__qualname__, value
-    if isinstance(value, CodeType):
-        return _digest(value)
-    if isinstance(value, FunctionType | type):
-        return value.__module__, value.__qualname__
-    if isinstance(value, _CONTAINERS):
-        items = value.items() if isinstance(value, (dict, MappingProxyType)) else value
-        parts = [_plain_key(each) for each in items]
-        return kind.__qualname__, frozenset(parts) if isinstance(value, set | frozenset) else tuple(parts)
-    if is_array(value):
-        return str(value.dtype), value.shape, value.tobytes()
-    if isinstance(value, ModuleType):
-        return value.__name__
-    is_equal_by_value = kind.__eq__ is not object.__eq__ and not _is_of_user(kind.__module__)
-    if isinstance(value, _NAMED) or is_equal_by_value:
-        return repr(value) if not isinstance(value, BuiltinFunctionType) else (value.__module__, value.__qualname__)
-    is_walked = isinstance(value, SimpleNamespace) or _is_of_user(kind.__module__) or [*_wrapped("", value)]
-    return kind.__qualname__ if is_walked and not isinstance(value, nn.Module) else _Opaque(value)
-
-
-def _plain_key(value: Any) -> Any:
-    """The key of an item of a container, if it is a plain value or a pair of them; else its class."""
-    if isinstance(value, tuple):
-        return tuple(_plain_key(each) for each in value)
-    return (type(value).__qualname__, value if isinstance(value, _PLAIN) else None)
-
-
-def _label(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _attribute(where: Any, name: str) -> Any:
-    try:
-        return getattr(where, name, _MISSING)
-    except ValueError:  # an empty cell
-        return _MISSING
-
-
-@functools.cache
-def _is_of_user(module: str | None) -> bool:
-    return str(module).partition(".")[0] not in _NOT_OF_USERS
-
-
-def _holds_same(holder: Any, content: Any) -> bool:
-    """Whether a container holds the very same objects in the same order."""
-    if len(holder) != len(content):
-        return False
-    pairs = zip(holder.items(), content.items(), strict=True) if isinstance(holder, dict) else ()
-    if isinstance(holder, dict):
-        return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
-    if isinstance(holder, set):
-        return bool(holder == content)
-    return all(a is b for a, b in zip(holder, content, strict=True))
-
-
-def _bytes(array: Any) -> bytes:
-    return bytes(array.tobytes())
-
-
-def noted(tensor: Tensor) -> tuple[int, Tensor | None]:
-    """The version of a tensor, and its values if comparing them takes no wait for a device."""
-    if tensor.is_inference():
-        return -1, None
-    is_plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.device.type == "cpu"
-    return tensor._version, tensor.detach().clone() if is_plain and not tensor.is_nested else None
-
-
-def written(tensor: Tensor, before: tuple[int, Tensor | None]) -> bool:
-    """Whether somebody has written into a tensor since; writes by way of `data` or NumPy do not raise the version."""
-    version, values = before
-    if not tensor.is_inference() and tensor._version != version:
-        return True
-    return values is not None and not (values.shape == tensor.shape and torch.equal(values, tensor.detach()))

@@ -38,6 +38,7 @@ def run(
     understood: Understanding | None,
     *,
     check: bool,
+    repeats: bool = True,
     print_between: Printer | None = None,
     values_follow: bool = False,
 ) -> list[Tensor] | None:
@@ -54,6 +55,7 @@ def run(
         understood: the analysis of a recorded run; None if the model could not be run. Passes that preserve the
             function are checked on the same run.
         check: verify the model after each pass.
+        repeats: whether two runs of the model return the same, as far as is known.
         print_between: called with the graph's text after each pass.
         values_follow: whether the caller replaces all values afterwards.
 
@@ -64,7 +66,7 @@ def run(
         PipelineError: two passes exclude each other.
         VerificationError: a pass broke an invariant.
     """
-    outputs = _repeatable(bio, understood) if check and any(p.preserves_function for p in passes) else None
+    outputs = _repeatable(bio, understood) if check and repeats and any(p.preserves_function for p in passes) else None
     repeats = outputs is not None
     ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))
     _refuse_conflicts(bio, ordered, excluded)
