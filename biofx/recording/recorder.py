@@ -338,27 +338,40 @@ class Recorder(TorchDispatchMode):
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
         try:
-            with _Names(self), _listing(self):
+            with _Names(self), _listing(model, self):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
 
+class _Registry(dict[str, Any]):
+    """The parameters of a module, which tells a recorder when Python goes through them."""
+
+    def __init__(self, parameters: dict[str, Any], recorder: Recorder) -> None:
+        super().__init__(parameters)
+        self._recorder = recorder
+
+    def items(self) -> Any:
+        """The parameters by name."""
+        return [(n, p if p is None else self._recorder.list_parameter(p)) for n, p in super().items()]
+
+    def values(self) -> Any:
+        """The parameters."""
+        return [parameter for _, parameter in self.items()]
+
+
 @contextlib.contextmanager
-def _listing(recorder: Recorder) -> Iterator[None]:
+def _listing(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Know which parameters Python gets from `parameters()`, which lists what is stored of a weight with synapses."""
-    original, thread = nn.Module.named_parameters, threading.get_ident()
-
-    def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in original(module, *args, **kwargs):
-            yield name, parameter if threading.get_ident() != thread else recorder.list_parameter(parameter)
-
-    nn.Module.named_parameters = named_parameters  # type: ignore[assignment]
+    own = [(vars(m), m._parameters) for m in model.modules() if type(vars(m).get("_parameters")) is dict]
+    for attributes, parameters in own:
+        attributes["_parameters"] = _Registry(parameters, recorder)
     try:
         yield
     finally:
-        nn.Module.named_parameters = original  # type: ignore[method-assign]
+        for attributes, parameters in own:
+            attributes["_parameters"] = parameters
 
 
 class _Names(TorchFunctionMode):
