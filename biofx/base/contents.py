@@ -145,9 +145,7 @@ def _inside(value: Any) -> Any:
         return None
     if type(value) in _CONTAINERS or is_array(value):
         return value
-    if not _is_of_user(value):
-        return None
-    return value if isinstance(value, tuple(_CONTAINERS)) else vars(value)
+    return vars(value) if _is_of_user(value) else None
 
 
 def _is_of_user(value: Any) -> bool:

@@ -131,10 +131,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             settle(buffer)
 
 
-def _changeable(model: nn.Module) -> Iterator[Any]:
-    """The tensors and random number generators that modules keep in attributes, which a forward may change in place."""
+def _changeable(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """The tensors and random number generators in attributes of modules, which a forward may change in place.
+
+    Yields:
+        The path of the module, the attribute, and the tensor or generator.
+    """
     seen = {id(x) for x in (*model.parameters(), *model.buffers())}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name in _REGISTRIES or name in DERIVED:
                 continue
@@ -142,7 +146,7 @@ def _changeable(model: nn.Module) -> Iterator[Any]:
                 if (isinstance(part, Tensor) or is_generator(part)) and id(part) not in seen:
                     seen.add(id(part))
                     if not (isinstance(part, Tensor) and part.is_inference()):
-                        yield part
+                        yield path, name, part
 
 
 def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
@@ -227,10 +231,10 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
         The saved attributes.
     """
     with LOCK:
-        before, draws = Snapshot(model), Draws.now()
         changeable = [*_changeable(model)]
-        tensors = [SavedTensor.now(x) for x in changeable if isinstance(x, Tensor)]
-        generators = [(x, state_of(x)) for x in changeable if is_generator(x)]
+        tensors = [SavedTensor.now(x) for _, _, x in changeable if isinstance(x, Tensor)]
+        generators = [(path, name, x, state_of(x)) for path, name, x in changeable if is_generator(x)]
+        before, draws = Snapshot(model, generators), Draws.now()
         with torch.random.fork_rng(devices=[]):
             try:
                 yield before
@@ -240,7 +244,7 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
                 with torch.no_grad():
                     for tensor in tensors:
                         tensor.restore()
-                for generator, state in generators:
+                for _, _, generator, state in generators:
                     set_state(generator, state)
 
 
@@ -286,9 +290,14 @@ class Snapshot:
     """The attributes of modules, with the contents of lists, dictionaries, sets and plain objects among them.
 
     Tensors and modules are compared by identity, not by value.
+
+    Args:
+        model: the model.
+        generators: random number generators in attributes: the path of the module, the attribute, and the state.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, generators: Sequence[tuple[str, str, Any, Any]] = ()) -> None:
+        self._generators = generators
         self._held: list[tuple[str, str, Any, Any]] = []  # path, attribute, what holds something, and a copy of it
         self._seen: set[int] = set()
         for path, module in model.named_modules():
@@ -308,13 +317,16 @@ class Snapshot:
     def restore(self) -> None:
         """Restore all attributes and contents."""
         for _, _, holder, content in self._held:
-            if not holder and content is _EMPTY.get(type(holder)):
+            if content is _EMPTY.get(type(holder)) and not holder:
                 continue
             if not (isinstance(holder, dict) and _has_same(holder, content)):
                 put_back(holder, content)
 
     def changes(self) -> Iterator[Change]:
         """The changes since the snapshot."""
+        for path, name, generator, state in self._generators:
+            if state_of(generator) != state:
+                yield Change(path, name, False)
         for path, attribute, holder, content in self._held:
             if attribute in DERIVED:
                 continue

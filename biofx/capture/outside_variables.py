@@ -34,7 +34,6 @@ from biofx.model.provenance import RECORD
 
 _MISSING = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_NAMED = (BuiltinFunctionType, Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque, MappingProxyType)
 
 # Most variables that forwards refer to belong to these packages, and nobody sets them between two calls.
@@ -202,12 +201,9 @@ class OutsideVariables:
             return
         if isinstance(value, (dict, list, set, deque)):
             kind = dict if isinstance(value, dict) else set if isinstance(value, set) else list
-            self._held.append((value, kind(value)))
+            self._held.append((value, kind(_items(value))))
             self._restored.append(self._held[-1])
-        items: Iterable[tuple[Any, Any]] = (
-            value.items() if isinstance(value, (dict, MappingProxyType)) else enumerate(value)
-        )
-        for key, item in items:
+        for key, item in _items(value) if isinstance(value, (dict, MappingProxyType)) else enumerate(_items(value)):
             if type(item) not in _PLAIN:
                 yield f"{label}[{key!r}]" if isinstance(key, _PLAIN) else f"{label}[{_key(key)}]", item
 
@@ -315,23 +311,34 @@ def _key(value: Any) -> Any:
     kind = type(value)
     if isinstance(value, _PLAIN):
         return kind.__qualname__, value
+    if isinstance(value, Tensor | nn.Module):
+        return _Opaque(value)
     if isinstance(value, CodeType):
         return _digest(value)
-    if isinstance(value, FunctionType | type):
+    if isinstance(value, FunctionType | BuiltinFunctionType | type):
         return value.__module__, value.__qualname__
     if isinstance(value, _CONTAINERS):
-        items = value.items() if isinstance(value, (dict, MappingProxyType)) else value
-        parts = [_plain_key(each) for each in items]
+        parts = [_plain_key(each) for each in _items(value)]
         return kind.__qualname__, frozenset(parts) if isinstance(value, set | frozenset) else tuple(parts)
     if is_array(value):
         return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, ModuleType):
         return value.__name__
-    is_equal_by_value = not _is_of_user(kind.__module__) and any("__eq__" in vars(cls) for cls in kind.__mro__[:-1])
-    if isinstance(value, _NAMED) or is_equal_by_value:
-        return repr(value) if not isinstance(value, BuiltinFunctionType) else (value.__module__, value.__qualname__)
-    is_walked = type(value) in NAMESPACES or _is_of_user(kind.__module__) or [*_wrapped("", value)]
-    return kind.__qualname__ if is_walked and not isinstance(value, nn.Module) else _Opaque(value)
+    if isinstance(value, Enum | torch.dtype | torch.layout | torch.memory_format):
+        return repr(value)
+    if kind in NAMESPACES or _is_of_user(kind.__module__) or any(_wrapped("", value)):
+        return kind.__qualname__
+    has_value = any("__eq__" in vars(cls) for cls in kind.__mro__[:-1])  # such as a fraction, a range or a dtype
+    return repr(value) if has_value else _Opaque(value)
+
+
+def _items(container: Any) -> Iterable[Any]:
+    """What a container holds; subclasses may make what they are asked for."""
+    if isinstance(container, dict):
+        return dict.items(container)
+    kinds = (list, tuple, set, frozenset, deque)
+    kind: Any = next((kind for kind in kinds if isinstance(container, kind)), None)
+    return container.items() if kind is None else kind.__iter__(container)
 
 
 def _plain_key(value: Any) -> Any:
@@ -361,12 +368,10 @@ def _holds_same(holder: Any, content: Any) -> bool:
     """Whether a container holds the very same objects in the same order."""
     if len(holder) != len(content):
         return False
-    pairs = zip(holder.items(), content.items(), strict=True) if isinstance(holder, dict) else ()
-    if isinstance(holder, dict):
-        return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
     if isinstance(holder, set):
         return bool(holder == content)
-    return all(a is b for a, b in zip(holder, content, strict=True))
+    pairs = zip(_items(holder), _items(content), strict=True)
+    return all(a[0] is b[0] and a[1] is b[1] if isinstance(holder, dict) else a is b for a, b in pairs)
 
 
 def _bytes(array: Any) -> bytes:

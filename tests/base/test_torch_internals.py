@@ -27,7 +27,7 @@ READ_IN_PLACE = {
 }
 """Private attributes that are the state or the protocol of what biofx rewrites: everywhere, and with no public name."""
 
-NOT_OF_TORCH = {"_biofx_class", "_biofx_keys", "_fields", "_replace"}
+NOT_OF_TORCH = {"_biofx_class", "_biofx_keys", "_fields", "_replace", "_value_"}
 
 
 @pytest.mark.parametrize("make", READ_IN_PLACE, ids=lambda make: READ_IN_PLACE[make][0])

@@ -21,6 +21,7 @@ from biofx.base.torch_internals import CheckpointFunction, any_batch_size, fast_
 from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, parsed, without_duplicates
 from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.monitoring import monitored
+from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.reparametrized import computed_names, pop_computing_hooks
 from biofx.capture.tracer import HelperModule, NotTraceable, Tracer
 from biofx.model.chain import attribute
@@ -105,7 +106,7 @@ class _OnTensors(nn.Module):
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
         monitor: _ExportMonitor = vars(self)["monitor"]
         before = dict(self.model.named_buffers())
-        held = Snapshot(self.model)
+        held, outside = Snapshot(self.model), OutsideVariables(dict(self.model.named_modules()))
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
         drawn = Draws.now()
@@ -114,6 +115,10 @@ class _OnTensors(nn.Module):
         for path, name, _ in held.changes():
             if (path, name) not in computed and f"{path}.{name}".lstrip(".") not in before:
                 monitor.note_side_effect(path, f"changes the attribute {name}")
+        effect = outside.effect()
+        if effect is not None:
+            outside.restore()
+            monitor.note_side_effect("", effect[1])
         if Draws.now() != drawn:
             monitor.note_side_effect("", "draws random numbers from Python or NumPy")
         after = dict(self.model.named_buffers())
