@@ -8,6 +8,7 @@ attributes of the user's objects, classes and Python modules.
 from __future__ import annotations
 
 import functools
+import hashlib
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +30,7 @@ from torch import Tensor, fx, nn
 from biofx.base.contents import ATOMS, NAMESPACES, is_array, put_back, slots_of
 from biofx.base.generators import is_generator, set_state, state_of
 from biofx.base.rule_code import codes_in, digest
-from biofx.base.torch_internals import DERIVED
+from biofx.base.torch_internals import DERIVED, without_dispatch_modes
 from biofx.model.provenance import RECORD
 
 _MISSING = object()
@@ -311,7 +312,9 @@ def _key(value: Any) -> Any:
     kind = type(value)
     if isinstance(value, _PLAIN):
         return kind.__qualname__, value
-    if isinstance(value, Tensor | nn.Module):
+    if isinstance(value, Tensor):
+        return _key_of_tensor(value)
+    if isinstance(value, nn.Module):
         return _Opaque(value)
     if isinstance(value, CodeType):
         return _digest(value)
@@ -332,13 +335,24 @@ def _key(value: Any) -> Any:
     return repr(value) if has_value else _Opaque(value)
 
 
+def _key_of_tensor(tensor: Tensor) -> Any:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return _Opaque(tensor)
+    with without_dispatch_modes():  # it is no computation of the model
+        if tensor.is_nested or tensor.is_meta:
+            return _Opaque(tensor)
+        numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(numbers, digest_size=16).hexdigest()
+
+
 def _items(container: Any) -> Iterable[Any]:
     """What a container holds; subclasses may make what they are asked for."""
     if isinstance(container, dict):
         return dict.items(container)
     kinds = (list, tuple, set, frozenset, deque)
     kind: Any = next((kind for kind in kinds if isinstance(container, kind)), None)
-    return container.items() if kind is None else kind.__iter__(container)
+    found: Iterable[Any] = container.items() if kind is None else kind.__iter__(container)
+    return found
 
 
 def _plain_key(value: Any) -> Any:

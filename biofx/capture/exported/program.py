@@ -111,16 +111,16 @@ class _OnTensors(nn.Module):
         results: list[Any] = []
         drawn = Draws.now()
         monitor.outputs = describe(self.model(*args, **kwargs), results)
+        effect = outside.effect()
+        if effect is not None:
+            monitor.note_side_effect("", effect[1])
         computed = computed_names(self.model)
         for path, name, _ in held.changes():
             if (path, name) not in computed and f"{path}.{name}".lstrip(".") not in before:
                 monitor.note_side_effect(path, f"changes the attribute {name}")
-        effect = outside.effect()
-        if effect is not None:
-            outside.restore()
-            monitor.note_side_effect("", effect[1])
         if Draws.now() != drawn:
             monitor.note_side_effect("", "draws random numbers from Python or NumPy")
+        outside.restore()
         after = dict(self.model.named_buffers())
         monitor.assigned = [name for name in before if after.get(name) is not before[name]]
         for name in monitor.assigned:
