@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -156,6 +157,10 @@ def test_observers_of_other_rules_look_on():
     assert (bio.weight_synapses.active.sum(0)[1] == 32).all()
 
 
+@pytest.mark.xfail(
+    sys.version_info[:3] == (3, 13, 0) and torch.__version__ < (2, 13),
+    reason="compiled for Python 3.13.0, no model notices attributes that change, not even `training`",
+)
 def test_a_compiled_model_has_two_graphs_after_any_steps():
     torch._dynamo.reset()
     bio, optimizer = attached(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), memory=0.0, every=3)
