@@ -20,8 +20,9 @@ from biofx.base.errors import ArgumentError, SavingError
 from biofx.base.option_values import read_option, written_options
 from biofx.base.packages import require
 from biofx.compiler import transform
+from biofx.model.changes import transformed
 from biofx.model.fingerprint import fingerprint
-from biofx.model.provenance import Request, is_transformed, record_of, shapes, transformed
+from biofx.model.provenance import Request, is_transformed, record_of, shapes
 from biofx.model.synapses import synapses_in
 from biofx.rewrite.registry import Pass, registered_passes
 
@@ -135,6 +136,11 @@ def _described(bio: fx.GraphModule) -> dict[str, Any]:
         raise SavingError(
             "save: the rules of this model are called by hand; save its state_dict(), and load that into a model that "
             "BioConverter made with the same options"
+        )
+    for name, what in record.changed.items():
+        raise SavingError(
+            f"save: {name} was {what} since the transform, and load makes the model as it was then; use "
+            "torch.save(bio, path), or change the original model, and then transform it"
         )
     if fingerprint(bio) != record.captured:
         raise SavingError("save: its graph was edited since the transform; use torch.save(bio, path)")

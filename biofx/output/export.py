@@ -18,7 +18,8 @@ from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.isolation import run_in_eval_mode, split_inputs, tensors_in
 from biofx.base.packages import require
 from biofx.base.torch_internals import pytree
-from biofx.model.provenance import record_of, transformed
+from biofx.model.changes import transformed
+from biofx.model.provenance import record_of
 from biofx.output.fold import fold, why_weights_do_not_suffice
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a call, by position and by keyword

@@ -9,11 +9,12 @@ from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.references import enclosed
 from biofx.capture.captured_module import CapturedModule, original_form
-from biofx.capture.guards import GUARD
 from biofx.model.chain import number_nodes, parameter_nodes, remove_chain
+from biofx.model.changes import transformed
 from biofx.model.fingerprint import fingerprint
+from biofx.model.islands import GUARD
 from biofx.model.owners import remove_synapses
-from biofx.model.provenance import RECORD, inserted_nodes, record_of, shapes, transformed
+from biofx.model.provenance import RECORD, inserted_nodes, record_of, shapes
 from biofx.model.slots import Slot
 
 
@@ -121,6 +122,9 @@ def folded_for_original(bio: nn.Module, by: str) -> nn.Module:
     if isinstance(plain, fx.GraphModule) and record_of(bio).model_class is not None:
         reason = reason or "the graph was edited, which no weight can express"
     present = shapes(plain.named_parameters())
+    for name, what in record_of(bio).changed.items():
+        if reason is None and what == "removed" and name not in present:
+            reason = f"{name} was removed since the transform"
     for name, shape in record_of(bio).original.items():
         if reason is None and present.get(name, shape) != shape:
             reason = f"{name} is {tuple(present[name])} now and {tuple(shape)} in the original"
