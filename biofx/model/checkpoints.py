@@ -151,8 +151,8 @@ def _is_close(computed: Tensor, weight: Tensor) -> bool:
     """Whether synapses compute a weight, up to the rounding of what is stored."""
     precision = torch.finfo(computed.dtype).eps
     largest = float(weight.abs().max()) if weight.numel() else 0.0
-    close = {"rtol": max(1e-4, 16 * precision), "atol": max(1e-6, precision * largest)}
-    return torch.allclose(computed.double(), weight.to(computed.device).double(), **close)
+    rtol, atol = max(1e-4, 16 * precision), max(1e-6, precision * largest)
+    return torch.allclose(computed.double(), weight.to(computed.device).double(), rtol=rtol, atol=atol)
 
 
 def _refuse_difference(

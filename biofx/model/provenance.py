@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from biofx.base.errors import ArgumentError, SavingError
+from biofx.model.synapses import child_of
 
 if TYPE_CHECKING:
     from biofx.model.slots import Inserted, Slot
@@ -76,6 +77,17 @@ class PassRun:
     seconds: float
 
 
+def empty_places(model: nn.Module) -> list[str]:
+    """The names of parameters and buffers that are None; weights with synapses are not."""
+    return [
+        f"{path}.{key}".lstrip(".")
+        for path, module in model.named_modules()
+        for registry in (module._parameters, module._buffers)
+        for key, value in registry.items()
+        if value is None and child_of(module, key) is None
+    ]
+
+
 def shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Size]:
     """The shapes of tensors by name; that of a nested one, which has none, is empty."""
     return {name: torch.Size() if tensor.is_nested else tensor.shape for name, tensor in tensors}
@@ -110,6 +122,7 @@ class Record:
 
     Attributes:
         original: shapes of the parameters of the original model, by name.
+        empty: names of its parameters and buffers that are None, which training may fill.
         model_class: class of the original model; None if that was a graph.
         captured: fingerprint of the graph as it was captured.
         constants: names of the buffers for tensors that forward itself creates.
@@ -131,6 +144,7 @@ class Record:
 
     def __init__(self, model: nn.Module, captured: str, constants: Iterable[str]) -> None:
         self.original = shapes(model.named_parameters())
+        self.empty = empty_places(model)
         self.model_class = None if isinstance(model, fx.GraphModule) else type(model)
         self.captured = captured
         self.constants = tuple(constants)
@@ -160,7 +174,7 @@ class Record:
                 "and load that into a model that this version transformed"
             )
         own = {name: value for name, value in state.items() if name != "format"}
-        vars(self).update({"changed": {}, **own}, attachments=WeakSet())
+        vars(self).update({"changed": {}, "empty": [], **own}, attachments=WeakSet())
 
     @property
     def attached(self) -> set[str]:

@@ -20,7 +20,7 @@ from biofx.base.packages import require
 from biofx.base.torch_internals import pytree
 from biofx.model.changes import transformed
 from biofx.model.provenance import record_of
-from biofx.output.fold import fold, why_weights_do_not_suffice
+from biofx.output.fold import fold, why_architecture_differs, why_weights_do_not_suffice
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a call, by position and by keyword
 
@@ -89,7 +89,7 @@ def _why_original_cannot_load(bio: fx.GraphModule) -> str | None:
     for run in record_of(bio).passes:
         if run.pass_.changes_units and run.weights:
             return f"{run.pass_.name} changed the number of units of {', '.join(sorted(run.weights))}"
-    return why_weights_do_not_suffice(bio)
+    return why_weights_do_not_suffice(bio) or why_architecture_differs(bio)
 
 
 @contextmanager

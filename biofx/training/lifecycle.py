@@ -338,7 +338,7 @@ class Lifecycle:
         for name, site in self.sites.items():
             if site.is_gone:
                 yield name, "removed"
-            elif name in self._owned and site.learning is None:
+            elif name in self._owned and site.learning is None and site.raw.shape == self._shapes[name]:
                 yield name, "replaced"
             elif first.setdefault(id(site.raw), name) != name:
                 yield name, f"tied to {first[id(site.raw)]}"
