@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError, SavingError
 from biofx.base.option_values import read_option, written_options
 from biofx.base.packages import require
@@ -24,7 +26,7 @@ from biofx.compiler import transform
 from biofx.model.changes import transformed
 from biofx.model.fingerprint import fingerprint
 from biofx.model.provenance import Request, empty_places, is_transformed, record_of, shapes
-from biofx.model.synapses import synapses_in
+from biofx.model.synapses import is_parameter, synapses_in
 from biofx.rewrite.registry import Pass, registered_passes
 
 PIPELINE, STATE = "pipeline.json", "state.safetensors"
@@ -108,9 +110,11 @@ def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> fx
     state = _read_state(folder, document)
     if is_transformed(model):
         raise ArgumentError("load: model is transformed; give an instance of the original model")
-    if isinstance(model, nn.Module):
-        _refuse_difference(model, document["parameters"], _written_shapes(shapes(model.named_parameters())))
     bio: Any = model
+    if isinstance(model, nn.Module):
+        ties = document.get("ties", {})
+        bio = _untied(model, ties) if ties else model
+        _refuse_difference(model, document["parameters"], _written_shapes(shapes(bio.named_parameters())))
     for request in requests:
         bio = transform(
             bio,
@@ -122,12 +126,31 @@ def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> fx
             inplace=bio is not model,
             verify=False,  # what passes draw is replaced
         )
+    for name, first in document.get("ties", {}).items():
+        setattr(*_place(bio, name), getattr(*_place(bio, first)))
+    bio = transformed(bio)
     hint = ""
     if example_inputs is None and any(request.has_inputs for request in requests):
         hint = "; it was transformed with example_inputs, so give load example_inputs as well"
     _refuse_difference(model, document["weights"], _weights(bio), hint)
     _fill(bio, document, state, hint)
     return bio  # type: ignore[no-any-return]
+
+
+def _untied(model: nn.Module, ties: Iterable[str]) -> nn.Module:
+    """Return a copy of a model in which the parameters are not tied that a user tied after the transform."""
+    result = copied(model)
+    first = {id(module): path for path, module in reversed([*result.named_modules()])}
+    for name in ties:
+        path = name.rpartition(".")[0]
+        if not is_parameter(result, name):
+            continue
+        owner, key = _place(result, name)
+        if first.get(id(owner), path) != path:  # the whole module is at two places
+            owner = copy.deepcopy(owner)
+            setattr(*_place(result, path), owner)
+        setattr(owner, key, nn.Parameter(getattr(owner, key).detach().clone(), getattr(owner, key).requires_grad))
+    return result
 
 
 def _described(bio: fx.GraphModule) -> dict[str, Any]:
@@ -155,6 +178,7 @@ def _described(bio: fx.GraphModule) -> dict[str, Any]:
     return {
         "transforms": [_written_request(request) for request in record.requests],
         "parameters": _written_shapes(record.original),
+        "ties": record.ties,
         "weights": _weights(bio),
         "passes": [{"left": run.left, "remarks": run.remarks} for run in record.passes],
         "nonnegative": record.nonnegative,

@@ -449,13 +449,36 @@ def test_statistics_that_the_other_model_does_not_keep(tmp_path):
         biofx.load(tmp_path, build(False))
 
 
-def test_ties_made_after_the_transform_return(tmp_path):
-    bio, model = (biofx.transform(mlp(4, 4, 4), "split-synapses,fuzzy-learning-rates"), mlp(4, 4, 4))
-    bio[2].weight, model[2].weight = bio[0].weight, model[0].weight
+def tie_weight(model):
+    model[4].weight = model[2].weight
+
+
+def share_layer(model):
+    model[4] = model[2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("change", [tie_weight, share_layer])
+@pytest.mark.parametrize("pipeline", ["split-synapses,fuzzy-learning-rates", "inhibitory-interneurons"])
+def test_ties_made_after_the_transform_return(change, tied, pipeline, tmp_path):
+    bio, model = biofx.transform(mlp(4, 4, 4, 4), pipeline), mlp(4, 4, 4, 4)
+    change(bio)
+    if tied:
+        change(model)
     biofx.save(bio, tmp_path)
     loaded = biofx.load(tmp_path, model)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in bio.state_dict().items())
-    assert loaded[2].weight_synapses is loaded[0].weight_synapses
+    assert loaded[4].weight_synapses is loaded[2].weight_synapses
+    assert torch.equal(loaded(torch.ones(3, 4)), bio(torch.ones(3, 4)))
+
+
+def test_a_tie_that_was_undone_is_another_model(tmp_path):
+    bio = biofx.transform(mlp(4, 4, 4, 4), "split-synapses")
+    tie_weight(bio)
+    biofx.save(bio, tmp_path)
+    bio[4].weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(SavingError, match="save: 4.weight was replaced since"):
+        biofx.save(bio, tmp_path)
 
 
 def test_a_model_with_another_head_is_refused(tmp_path):

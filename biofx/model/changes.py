@@ -101,15 +101,16 @@ def _lost_weights(bio: nn.Module) -> dict[str, str]:
     """The parameters that are not what the record says, each with what became of it: replaced, or removed."""
     record, lost = record_of(bio), dict[str, str]()
     present = shapes(stored_parameters(bio, remove_duplicate=False))
-    known = {**dict.fromkeys(record.original.keys() - record.changed.keys()), **record.weights}
+    known = {name: None for name in record.original if name not in record.changed} | record.weights
+    own = {name for name, _ in stored_parameters(bio)}
     for name, facts in known.items():
         if _is_hidden(bio, name):
             continue
         if name not in present:
             if not _is_deleted(bio, name, known):
                 lost[name] = "removed"
-        elif name in record.synapses:
-            if synapses_of(bio, name) is None:
+        elif name in record.synapses or name in record.ties:
+            if name in own if name in record.ties else synapses_of(bio, name) is None:
                 lost[name] = "replaced"
         elif name not in record.shapes and facts is not None and facts.axes is not None:
             lost |= {name: "replaced"} if facts.axes.shape != tuple(present[name]) else {}
@@ -144,7 +145,8 @@ def _new_ties(bio: nn.Module) -> dict[str, list[str]]:
     first = {id(parameter): name for name, parameter in stored_parameters(bio)}
     record, ties = record_of(bio), dict[str, list[str]]()
     for name, parameter in stored_parameters(bio, remove_duplicate=False):
-        if name in record.original and first[id(parameter)] in record.original and first[id(parameter)] != name:
+        is_new = first[id(parameter)] not in (name, record.ties.get(name))
+        if is_new and name in record.original and first[id(parameter)] in record.original:
             ties.setdefault(first[id(parameter)], []).append(name)
     return ties
 
@@ -171,7 +173,7 @@ def _forget(record: Record, lost: Mapping[str, str]) -> None:
     """Let no pass act on parameters any more."""
     record.changed |= lost
     record.synapses -= lost.keys()
-    _drop(lost, record.weights, record.others, record.shapes, record.nonnegative)
+    _drop(lost, record.ties, record.weights, record.others, record.shapes, record.nonnegative)
     record.passes = [
         replace(
             run,
@@ -208,7 +210,8 @@ def _tie(bio: nn.Module, first: str, others: list[str]) -> None:
         record.weights[first] = next(iter(facts.values())).shared_with(others, uses)
     for pass_, run in enumerate(record.passes):
         record.passes[pass_] = _renamed(run, {first, *others}, kept, first)
-    _drop(others, record.original, record.changed, record.weights, record.others, record.shapes, record.nonnegative)
+    record.ties |= dict.fromkeys(others, first)
+    _drop(others, record.changed, record.weights, record.others, record.shapes, record.nonnegative)
     if synapses is not None:
         record.synapses = record.synapses - {*others} | {first}
         record.shapes[first] = synapses.stored.shape

@@ -138,6 +138,7 @@ class Record:
         requests: the calls of `biofx.transform`.
         passes: the passes that ran, in order.
         changed: the parameters that were replaced or removed since the transform, each with which of the two.
+        ties: the parameters that were tied to others since, each with the first of the same tensor.
         attachments: the attachments to optimizers (`biofx.attach`); a copy of the model starts with none.
         by_hand: whether the user calls the rules (`BioConverter`), not an optimizer.
     """
@@ -160,6 +161,7 @@ class Record:
         self.requests: list[Request] = []
         self.passes: list[PassRun] = []
         self.changed: dict[str, str] = {}
+        self.ties: dict[str, str] = {}
         self.attachments: WeakSet[Attachment] = WeakSet()  # the optimizers hold them
         self.by_hand = False
 
@@ -174,7 +176,7 @@ class Record:
                 "and load that into a model that this version transformed"
             )
         own = {name: value for name, value in state.items() if name != "format"}
-        vars(self).update({"changed": {}, "empty": [], **own}, attachments=WeakSet())
+        vars(self).update({"changed": {}, "ties": {}, "empty": [], **own}, attachments=WeakSet())
 
     @property
     def attached(self) -> set[str]:

@@ -135,7 +135,7 @@ def _namespace(node: fx.Node) -> str:
 def _parameters(bio: fx.GraphModule) -> Iterator[str]:
     record, present = record_of(bio), {name for name, _ in stored_parameters(bio)}
     for name in record.original:
-        if name not in present and name not in record.changed:
+        if name not in present and name not in record.changed and name not in record.ties:
             yield f"{name}: a parameter of the original model is gone"
 
 
