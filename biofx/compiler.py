@@ -24,12 +24,13 @@ from biofx.capture.call_structure import Structure, structure
 from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.equivalence import replaced_forward
 from biofx.capture.exported import exporting
-from biofx.capture.guards import GUARD, Guard
+from biofx.capture.guards import Guard
 from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.preconditions import check_model, refuse_sharded
-from biofx.model.islands import is_one_island
+from biofx.model.changes import transformed
+from biofx.model.islands import GUARD, is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class
-from biofx.model.provenance import Request, is_transformed, record_of, transformed
+from biofx.model.provenance import Request, is_transformed, record_of
 from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.rewrite import pipeline
 from biofx.rewrite.registry import Pass, as_passes

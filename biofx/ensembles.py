@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.errors import ArgumentError
-from biofx.model.provenance import record_of, transformed
+from biofx.model.changes import transformed
+from biofx.model.provenance import record_of
 from biofx.model.synapses import synapses_in
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError, SavingError
 from biofx.base.option_values import read_option, written_options
 from biofx.base.packages import require
 from biofx.compiler import build
+from biofx.model.changes import transformed
 from biofx.model.fingerprint import fingerprint
-from biofx.model.provenance import Request, is_transformed, record_of, shapes, transformed
-from biofx.model.synapses import synapses_in
+from biofx.model.provenance import Request, empty_places, is_transformed, record_of, shapes
+from biofx.model.synapses import is_parameter, synapses_in
 from biofx.rewrite.registry import Pass, registered_passes
 
 PIPELINE, STATE = "pipeline.json", "state.safetensors"
@@ -106,17 +110,38 @@ def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> fx
     state = _read_state(folder, document)
     if is_transformed(model):
         raise ArgumentError("load: model is transformed; give an instance of the original model")
-    if isinstance(model, nn.Module):
-        _refuse_difference(model, document["parameters"], _written_shapes(shapes(model.named_parameters())))
     bio: Any = model
+    if isinstance(model, nn.Module):
+        ties = document.get("ties", {})
+        bio = _untied(model, ties) if ties else model
+        _refuse_difference(model, document["parameters"], _written_shapes(shapes(bio.named_parameters())))
     for request in requests:
         bio = build(bio, request, example_inputs, inplace=bio is not model, verify=False, values_follow=True)
+    for name, first in document.get("ties", {}).items():
+        setattr(*_place(bio, name), getattr(*_place(bio, first)))
+    bio = transformed(bio)
     hint = ""
     if example_inputs is None and any(request.has_inputs for request in requests):
         hint = "; it was transformed with example_inputs, so give load example_inputs as well"
     _refuse_difference(model, document["weights"], _weights(bio), hint)
     _fill(bio, document, state, hint)
     return bio  # type: ignore[no-any-return]
+
+
+def _untied(model: nn.Module, ties: Iterable[str]) -> nn.Module:
+    """Return a copy of a model in which the parameters are not tied that a user tied after the transform."""
+    result = copied(model)
+    first = {id(module): path for path, module in reversed([*result.named_modules()])}
+    for name in ties:
+        path = name.rpartition(".")[0]
+        if not is_parameter(result, name):
+            continue
+        owner, key = _place(result, name)
+        if first.get(id(owner), path) != path:  # the whole module is at two places
+            owner = copy.deepcopy(owner)
+            setattr(*_place(result, path), owner)
+        setattr(owner, key, nn.Parameter(getattr(owner, key).detach().clone(), getattr(owner, key).requires_grad))
+    return result
 
 
 def _described(bio: fx.GraphModule) -> dict[str, Any]:
@@ -126,6 +151,11 @@ def _described(bio: fx.GraphModule) -> dict[str, Any]:
         raise SavingError(
             "save: the rules of this model are called by hand; save its state_dict(), and load that into a model that "
             "BioConverter made with the same options"
+        )
+    for name, what in record.changed.items():
+        raise SavingError(
+            f"save: {name} was {what} since the transform, and load makes the model as it was then; use "
+            "torch.save(bio, path), or change the original model, and then transform it"
         )
     if fingerprint(bio) != record.captured:
         raise SavingError("save: its graph was edited since the transform; use torch.save(bio, path)")
@@ -139,6 +169,7 @@ def _described(bio: fx.GraphModule) -> dict[str, Any]:
     return {
         "transforms": [_written_request(request) for request in record.requests],
         "parameters": _written_shapes(record.original),
+        "ties": record.ties,
         "weights": _weights(bio),
         "passes": [{"left": run.left, "remarks": run.remarks} for run in record.passes],
         "nonnegative": record.nonnegative,
@@ -217,12 +248,29 @@ def _state(bio: nn.Module) -> dict[str, Tensor]:
             what = "is on the meta device and has no values"
         elif value.layout is not torch.strided or value.is_quantized or value.is_nested:
             what = "is not a plain dense tensor"
+        elif not _has_written_form(value.dtype):
+            what = f"has the dtype {value.dtype}"
         if what is not None:
             raise SavingError(
                 f"save: {name} {what}, which {STATE} cannot hold; use torch.save, or for a sharded model "
                 "torch.distributed.checkpoint"
             )
     return state
+
+
+@functools.cache
+def _has_written_form(dtype: torch.dtype) -> bool:
+    """Whether safetensors can hold numbers of a dtype; complex ones are written as pairs of real ones."""
+    try:
+        require("safetensors.torch", "save").save({"": _written(torch.empty(0, dtype=dtype))})
+    except (KeyError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _written(value: Tensor) -> Tensor:
+    plain = value.detach().resolve_conj().resolve_neg().contiguous()
+    return torch.view_as_real(plain) if plain.is_complex() else plain
 
 
 def _aliases(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -240,7 +288,7 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     aliases, storages, tensors = _aliases(state), set(), {}
     for name, value in state.items():
         if name not in aliases:
-            tensor = value.detach().contiguous()
+            tensor = _written(value)
             tensors[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
             storages.add(tensor.untyped_storage().data_ptr())
     return tensors
@@ -248,6 +296,7 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _layouts(bio: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a folder says of tensors and modules that safetensors does not."""
+    empty = record_of(bio).empty
     strides = {  # of other memory formats than the default, such as channels_last
         name: list(value.stride())
         for name, value in state.items()
@@ -256,6 +305,9 @@ def _layouts(bio: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     return {
         "tied": _aliases(state),
+        "complex": [name for name, value in state.items() if value.is_complex()],
+        "empty": empty,
+        "emptied": [name for name in empty_places(bio) if name not in empty],
         "strides": strides,
         "frozen": [n for n, x in state.items() if isinstance(x, nn.Parameter) and not x.requires_grad],
         "training": bio.training,
@@ -265,9 +317,11 @@ def _layouts(bio: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor], hint: str) -> None:
     """Give a transformed model the values, and whatever else depended on values or was set since the transform."""
-    state: dict[str, Tensor] = bio.state_dict(keep_vars=True)
+    saved = saved | {name: torch.view_as_complex(saved[name]) for name in document.get("complex", ()) if name in saved}
     tied = document["tied"]
     saved = saved | {name: saved[first] for name, first in tied.items()}
+    _fill_places(bio, document, saved)
+    state: dict[str, Tensor] = bio.state_dict(keep_vars=True)
     there, here = (_written_shapes(shapes(each.items())) for each in (saved, state))
     _refuse_difference(bio, there, here, hint)
     _refuse_difference(bio, _ties(tied), _ties(_aliases(state)))
@@ -285,6 +339,26 @@ def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor],
     record = record_of(bio)
     record.nonnegative, record.notes = dict(document["nonnegative"]), list(document["notes"])
     record.passes = [replace(run, **kept) for run, kept in zip(record.passes, document["passes"], strict=True)]
+
+
+def _fill_places(bio: nn.Module, document: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+    """Register what has become a tensor since the transform, and None for what has become None."""
+    for name in document.get("emptied", ()):
+        owner, key = _place(bio, name)
+        if key in owner._buffers:
+            owner._buffers[key] = None
+    device = next(iter((*bio.parameters(), *bio.buffers()))).device
+    for name in saved.keys() & set(document.get("empty", ())) & set(empty_places(bio)):
+        (owner, key), value = _place(bio, name), torch.empty_like(saved[name], device=device)
+        if key in owner._buffers:
+            owner._buffers[key] = value
+        else:
+            owner._parameters[key] = nn.Parameter(value, requires_grad=value.is_floating_point() or value.is_complex())
+
+
+def _place(bio: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return bio.get_submodule(path), key
 
 
 def _write(folder: Path, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -380,3 +380,116 @@ def test_a_process_killed_in_the_middle_leaves_a_model(moment, left, folder):
     biofx.save(biofx.transform(mlp(4, 6, 2), "crystallize"), folder)
     assert pipelines(folder) == ["crystallize"]
     assert sorted(path.name for path in folder.iterdir()) == ["optimizer.pt", "pipeline.json", "state.safetensors"]
+
+
+class Phases(nn.Module):
+    """Has complex numbers."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("phase", torch.exp(1j * torch.arange(4)).to(dtype))
+        self.register_buffer("conjugate", self.phase.conj())
+        self.mix = nn.Parameter(torch.randn(4, 4, dtype=dtype), requires_grad=False)
+
+    def forward(self, x):
+        return ((self.fc(x) * self.phase.to(torch.complex64)) @ self.mix.to(torch.complex64) * self.conjugate).abs()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_tensors_return(dtype, tmp_path):
+    x = torch.randn(3, 4)
+    bio = biofx.transform(Phases(torch.complex64), "split-synapses", example_inputs=x)
+    for name in ("phase", "conjugate", "mix"):
+        getattr(bio, name).data = getattr(bio, name).data.to(dtype)
+    biofx.save(bio, tmp_path)
+    assert_same(bio, biofx.load(tmp_path, Phases(torch.complex64), example_inputs=x))
+
+
+def test_a_dtype_that_files_cannot_hold_is_refused_before(tmp_path, monkeypatch):
+    bio = biofx.transform(mlp(4, 2), "split-synapses")
+    monkeypatch.setattr("biofx.saving._has_written_form", lambda dtype: False)
+    with pytest.raises(SavingError, match="has the dtype torch.float32, which state.safetensors cannot hold"):
+        biofx.save(bio, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+class Centred(nn.Module):
+    """Subtracts a mean that training makes, and drops a scale that training ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("mean", None)
+        self.register_buffer("scale", torch.ones(4))
+        self.register_parameter("shift", None)
+
+    def forward(self, x):
+        h = self.fc(x)
+        if self.training:
+            self.mean = h.detach().mean(0)
+            self.scale = None
+        h = h if self.mean is None else h - self.mean
+        h = h if self.scale is None else h * self.scale
+        return h if self.shift is None else h + self.shift
+
+
+def test_what_training_fills_and_empties_returns(tmp_path):
+    x = torch.randn(3, 4)
+    bio = biofx.transform(Centred().eval(), "split-synapses", example_inputs=x)
+    bio.train()(x)
+    bio.shift = nn.Parameter(torch.randn(4))
+    biofx.save(bio, tmp_path)
+    loaded = biofx.load(tmp_path, Centred(), example_inputs=x)
+    assert loaded.mean is not None
+    assert loaded.scale is None
+    assert_same(bio, loaded)
+    torch.testing.assert_close(loaded.eval()(x), bio.eval()(x), rtol=0, atol=0)
+
+
+def test_statistics_that_the_other_model_does_not_keep(tmp_path):
+    def build(track):
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=track))
+
+    biofx.save(biofx.transform(build(True), "split-synapses"), tmp_path)
+    with pytest.raises(ArgumentError, match=r"1.num_batches_tracked is \(\) there and missing here"):
+        biofx.load(tmp_path, build(False))
+
+
+def tie_weight(model):
+    model[4].weight = model[2].weight
+
+
+def share_layer(model):
+    model[4] = model[2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("change", [tie_weight, share_layer])
+@pytest.mark.parametrize("pipeline", ["split-synapses,fuzzy-learning-rates", "inhibitory-interneurons"])
+def test_ties_made_after_the_transform_return(change, tied, pipeline, tmp_path):
+    bio, model = biofx.transform(mlp(4, 4, 4, 4), pipeline), mlp(4, 4, 4, 4)
+    change(bio)
+    if tied:
+        change(model)
+    biofx.save(bio, tmp_path)
+    loaded = biofx.load(tmp_path, model)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in bio.state_dict().items())
+    assert loaded[4].weight_synapses is loaded[2].weight_synapses
+    assert torch.equal(loaded(torch.ones(3, 4)), bio(torch.ones(3, 4)))
+
+
+def test_a_tie_that_was_undone_is_another_model(tmp_path):
+    bio = biofx.transform(mlp(4, 4, 4, 4), "split-synapses")
+    tie_weight(bio)
+    biofx.save(bio, tmp_path)
+    bio[4].weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(SavingError, match="save: 4.weight was replaced since"):
+        biofx.save(bio, tmp_path)
+
+
+def test_a_model_with_another_head_is_refused(tmp_path):
+    bio = biofx.transform(mlp(4, 4, 4), "split-synapses")
+    bio[2] = nn.Linear(4, 7)
+    with pytest.raises(SavingError, match=r"save: 2.weight was replaced since .*; use torch.save\(bio, path\), or cha"):
+        biofx.save(bio, tmp_path)

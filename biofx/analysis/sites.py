@@ -13,12 +13,13 @@ from biofx.analysis.graphs import NodeUse, uses_of
 from biofx.base.gains import decoded
 from biofx.base.references import held_parameters
 from biofx.model.chain import chain, parameter_nodes
+from biofx.model.changes import transformed
 from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.model.islands import describe_island, island_path
 from biofx.model.operators import apply_rule, counter_of, is_hook
-from biofx.model.provenance import inserted, record_of, transformed
+from biofx.model.provenance import inserted, record_of
 from biofx.model.slots import Slot
-from biofx.model.synapses import Link, Synapses, stored, synapses_of
+from biofx.model.synapses import Link, Synapses, is_parameter, stored, synapses_of
 from biofx.weights.facts import HELD, Need, WeightFacts
 
 if TYPE_CHECKING:
@@ -118,6 +119,11 @@ class WeightSite:
     def raw(self) -> nn.Parameter:
         """The stored parameter: shape (Γ, *shape) if the weight is split into Γ synapses, else just shape."""
         return stored(self.bio, self.name)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the module that had the weight was replaced by one that has none of its name."""
+        return not is_parameter(self.bio, self.name)
 
     @property
     def learning(self) -> Synapses | None:

@@ -16,7 +16,8 @@ from biofx.analysis.understanding import Understanding, UnitFacts, understand
 from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
 from biofx.base.tables import Cell, Report, Reported, Table, wrapped
-from biofx.model.provenance import is_transformed, transformed, unwrapped
+from biofx.model.changes import transformed
+from biofx.model.provenance import is_transformed, unwrapped
 from biofx.weights.facts import NOT_RUN, Need
 
 __all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]

@@ -18,13 +18,13 @@ from biofx.base.copying import clones
 from biofx.base.errors import CaptureError, ExportError, InputError
 from biofx.base.references import repoint
 from biofx.base.torch_internals import DERIVED, HookWithModule, pytree, reduce_graph_module, tracer_class
-from biofx.capture.guards import GUARD
 from biofx.capture.tracer import HelperModule
 from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
+from biofx.model.changes import transformed
 from biofx.model.checkpoints import OPTIONS, converted_checkpoint, other_option, passes_of
 from biofx.model.forgotten_attach import warn_if_unattached
-from biofx.model.islands import ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
+from biofx.model.islands import GUARD, ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
 from biofx.model.operators import written_name
 from biofx.model.owners import (
     HasSynapses,
@@ -152,6 +152,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             unexpected.append(f"{prefix}: {found}")
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if is_transformed(self):
+            transformed(self)  # so that the graph reads what there is
         _, (_, imports) = super().__reduce__()
         attributes = _attributes(self)
         if not (is_transformed(self) or "biofx" in imports or any(isinstance(m, HelperModule) for m in self.modules())):

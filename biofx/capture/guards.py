@@ -24,13 +24,11 @@ from biofx.capture.assignments import assign_attribute
 from biofx.capture.call_structure import Structure, is_plain, structure
 from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
 from biofx.capture.tracer import HelperModule
-from biofx.model.fingerprint import fingerprint
+from biofx.model.changes import reason_for_graph
 from biofx.model.islands import WHOLE_MODEL
-from biofx.model.provenance import inserted_nodes, record_of
-from biofx.model.slots import Slot
+from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 
-GUARD = "_biofx_guard"  # the attribute of a transformed model that is its guard
 _MAY_BE_EMPTY = ("_parameters", "_buffers")
 
 
@@ -136,7 +134,7 @@ class Guard:
 
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
-        self._needs = _reason_for_graph(bio)
+        self._needs = reason_for_graph(bio)
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
         self._held: _Held | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
@@ -302,17 +300,6 @@ def _not_followed(changed: str, needs: str) -> CaptureError:
         f"{changed} since the transform, and {needs}, which does not follow that; change the original model, then "
         "transform it"
     )
-
-
-def _reason_for_graph(bio: fx.GraphModule) -> str | None:
-    """Return the reason why the model's Python cannot replace the graph, or None if it can."""
-    record = record_of(bio)
-    for _, origin in inserted_nodes(bio.graph):
-        if origin.slot in (Slot.OUTPUT, Slot.OBSERVER):
-            return f"{origin.by} needs the graph"
-    if record.model_class is None:
-        return "the model is a graph"
-    return None if fingerprint(bio) == record.captured else "its graph was edited"
 
 
 def _forward_of(module: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from biofx.capture.explanation import explain
 from biofx.capture.monitoring import monitored
 from biofx.capture.reparametrized import computed_names
 from biofx.capture.tracer import NotTraceable, Tracer, merge_reads
-from biofx.model.islands import WHOLE_MODEL, call_python
+from biofx.model.islands import island_graph
 
 if TYPE_CHECKING:
     from biofx.base.isolation import Change
@@ -130,9 +130,5 @@ def is_same(first: Trace, second: Trace) -> bool:
 
 
 def trace_as_island(reason: str) -> Trace:
-    """Return a trace in which the model is one island: its graph passes all arguments on, and no forward runs."""
-    graph = fx.Graph(tracer_cls=Tracer)
-    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
-    module = graph.get_attr(WHOLE_MODEL)
-    graph.output(graph.call_function(call_python, (module, args, kwargs)))
-    return Trace(graph, {}, Tracer(islands={"": reason}))
+    """Return a trace in which the model is one island: no forward runs."""
+    return Trace(island_graph(Tracer), {}, Tracer(islands={"": reason}))

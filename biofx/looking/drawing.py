@@ -18,7 +18,7 @@ from biofx.looking.page import page
 from biofx.looking.roles import Role
 from biofx.looking.vector import draw_vector
 from biofx.looking.view import Box, View, view_of
-from biofx.model.provenance import transformed
+from biofx.model.changes import transformed
 
 BOXES = 60  # at most so many boxes are shown if no depth is given
 SUFFIXES = (".html", ".svg", ".png", ".dot", ".mmd")

@@ -13,7 +13,8 @@ from biofx.base.errors import ArgumentError
 from biofx.base.tables import Cell, Report, Table, wrapped
 from biofx.looking.roles import role_of
 from biofx.model.chain import callee, parameter_nodes
-from biofx.model.provenance import RunnablePass, inserted, record_of, transformed
+from biofx.model.changes import transformed
+from biofx.model.provenance import RunnablePass, inserted, record_of
 from biofx.model.synapses import State, synapses_in
 from biofx.weights.facts import NOT_A_SYNAPSE, Need
 

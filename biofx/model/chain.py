@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from biofx.base.torch_internals import empty_like, qualified_name
 from biofx.model.operators import name_of, written_name
-from biofx.model.provenance import RECORD, inserted
+from biofx.model.provenance import RECORD, inserted, is_transformed, record_of
 from biofx.model.synapses import State, Synapses, stored_name, stored_parameters, synapses_of
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def original_name(bio: nn.Module, node: fx.Node) -> str:
     path, _, _ = str(node.target).rpartition(".")
     try:
         is_stored = path != "" and isinstance(bio.get_submodule(path), Synapses)
-    except AttributeError:  # the module was removed
-        is_stored = False
+    except AttributeError:  # the module, or its synapses, were replaced
+        is_stored = is_transformed(bio) and path.removesuffix("_synapses") in record_of(bio).synapses
     return path.removesuffix("_synapses") if is_stored else str(node.target)
 
 
@@ -189,7 +189,10 @@ def _short_name(bio: nn.Module, node: fx.Node) -> str | None:
     name = None if node.op != "get_attr" else original_name(bio, node)
     if name is None or name == node.target:
         return None
-    synapses = bio.get_submodule(str(node.target).rpartition(".")[0])
     key = str(node.target).rpartition(".")[2]
+    try:
+        synapses = bio.get_submodule(str(node.target).rpartition(".")[0])
+    except AttributeError:  # they were replaced
+        return None
     words = name if isinstance(synapses, Synapses) and key == synapses.stored_name else f"{name}_{key}"
     return words.replace(".", "_") if words[0].isalpha() else "_" + words.replace(".", "_")

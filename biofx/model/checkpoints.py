@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from biofx.base.errors import ArgumentError
 from biofx.base.option_values import described_options
+from biofx.base.shards import placed_like
+from biofx.model.operators import inverse_of
 from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import CHILD, Synapses, child_of
@@ -119,26 +121,38 @@ def _rename(state: dict[str, Any], old: str, new: str) -> None:
         state[new] = state.pop(old)
 
 
+@torch.no_grad()
 def _distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
     """Return the stored tensor from which synapses compute a weight of the original model."""
     present = child.stored.detach()
     if not child.is_computed or weight.shape != (present[0] if child.is_split else present).shape:
         return weight
-    direct = weight
+    value = weight.to(present.device)
     if child.has_interneurons:  # they inhibit as they do now
-        direct = weight + (child(until=Slot.SUM) - child()).detach().to(weight)
+        value = value + (child(until=Slot.SUM) - child()).to(value)
     if child.is_split:
-        sizes = present.abs().double()
+        sizes = child(until=Slot.SIGN).abs().double()
         total = sizes.sum(0)
-        shares = torch.where(total > 0, sizes / total.where(total > 0, 1.0), 1 / len(present))
-        stored = (direct.to(shares) * shares).to(present)
-    else:
-        stored = direct.to(present)
-    with torch.no_grad():
-        computed = child(stored=stored)
-    if computed.shape != weight.shape or not torch.allclose(computed, weight.to(computed), rtol=1e-4, atol=1e-6):
+        value = value.double() * torch.where(total > 0, sizes / total.where(total > 0, 1.0), 1 / len(present))
+    stored = value.to(present)
+    for link in reversed([link for link in child.links if link.origin.slot is Slot.SIGN]):
+        inverse = inverse_of(link.target)
+        if inverse is not None:
+            stored = inverse(stored, *placed_like(child.arguments(link), stored))
+    computed = child.computed_from(stored)
+    if computed.shape != weight.shape:
+        raise ArgumentError(f"{PLAIN}: each synapse of {name} has an activation here, so no weight tells them all")
+    if not _is_close(computed, weight):
         raise ArgumentError(f"{PLAIN}: {name} violates the signs that its units have in this model")
     return stored
+
+
+def _is_close(computed: Tensor, weight: Tensor) -> bool:
+    """Whether synapses compute a weight, up to the rounding of what is stored."""
+    precision = torch.finfo(computed.dtype).eps
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    rtol, atol = max(1e-4, 16 * precision), max(1e-6, precision * largest)
+    return torch.allclose(computed.double(), weight.to(computed.device).double(), rtol=rtol, atol=atol)
 
 
 def _refuse_difference(

@@ -16,6 +16,8 @@ WHOLE_MODEL = "whole_model"  # the attribute by which a graph refers to the mode
 ORIGINAL_CLASS = "_biofx_class"  # where a model that is one island keeps its original class
 ORIGINAL_HOOKS = "_biofx_hooks"  # where a captured model keeps the hooks that compute a weight before forward
 
+GUARD = "_biofx_guard"  # the attribute of a model whose graph was checked that is its guard
+
 
 def call_python(model: Any, args: Any, kwargs: Any) -> Any:
     """Run the Python forward of a model that is one island. One node in the graph."""
@@ -24,6 +26,19 @@ def call_python(model: Any, args: Any, kwargs: Any) -> Any:
         target = tracer.create_proxy("get_attr", WHOLE_MODEL, (), {})
         return tracer.create_proxy("call_function", call_python, (target, args, kwargs), {})
     return model.original_forward(*args, **dict(kwargs))  # fx.Interpreter gives an empty list where there are none
+
+
+def island_graph(tracer: Any) -> fx.Graph:
+    """Return the graph of a model that is one island: it passes all arguments on.
+
+    Args:
+        tracer: the class of the tracer that traces the graph again.
+    """
+    graph = fx.Graph(tracer_cls=tracer)
+    args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
+    module = graph.get_attr(WHOLE_MODEL)
+    graph.output(graph.call_function(call_python, (module, args, kwargs)))
+    return graph
 
 
 def island_path(bio: nn.Module, node: fx.Node) -> str | None:

@@ -61,6 +61,7 @@ class _Hook:
 
 
 _HOOKS: dict[str, _Hook] = {}  # by the operator's name without its overload
+_INVERSES: dict[str, Callable[..., Tensor]] = {}  # by the operator's name
 _VERSION = re.compile(r"__\d+$")  # behind the name of an operator that was defined again
 
 
@@ -380,17 +381,27 @@ def _check_rule(rule: GradientRule, schema: str, draw: Draw | None) -> tuple[boo
     return takes_weight, len(drawn_from)
 
 
-def define_operator(name: str, signature: str, kernel: Callable[..., Tensor]) -> None:
+def define_operator(
+    name: str, signature: str, kernel: Callable[..., Tensor], inverse: Callable[..., Tensor] | None = None
+) -> None:
     """Register `torch.ops.biofx.<name>`, an operator on a weight; its other arguments broadcast against the weight.
 
     Args:
         name: the operator's name; an overload follows after a dot.
         signature: its arguments and result in the dispatcher's language: `"(Tensor weight) -> Tensor"`.
         kernel: its implementation, in operators that autograd differentiates.
+        inverse: with the same arguments, a weight from which the operator computes the given one, where there is one.
     """
+    if inverse is not None:
+        _INVERSES[name] = inverse
     _LIBRARY.define(name + signature)
     _LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
     _LIBRARY.impl(name, kernel, "FuncTorchBatched")  # vmap then maps the operators that the kernel calls
+
+
+def inverse_of(target: Any) -> Callable[..., Tensor] | None:
+    """The inverse of an operator, if one was defined with it."""
+    return _INVERSES.get(name_of(target))
 
 
 def _gains(weights: Sequence[Tensor], gains: Sequence[Tensor] | float) -> Sequence[Tensor]:

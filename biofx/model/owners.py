@@ -19,7 +19,7 @@ from torch import nn
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.shards import is_sharded
 from biofx.model import weight_cache
-from biofx.model.synapses import CHILD, Synapses, child_of
+from biofx.model.synapses import CHILD, Synapses, child_of, synapses_read_as
 from biofx.model.weight_tensors import FOLD, LOST, WeightTensor
 
 
@@ -115,13 +115,15 @@ class HasSynapses:
     """A base class of owners: assignment, registration and deletion of weights that have synapses."""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        shared = synapses_read_as(value) if name in vars(self).get("_parameters", ()) else None
+        if shared is not None:  # the weight of another owner: tie the two
+            vars(self)["_parameters"][name] = None
+            vars(self)["_modules"][CHILD.format(name)] = shared
+            return
         child = _synapses_of(self, name)
-        if child is None or isinstance(value, nn.Parameter):
-            super().__setattr__(name, value)  # which calls `register_parameter` for a parameter
-        elif not isinstance(value, WeightTensor):
+        if child is not None and not isinstance(value, nn.Parameter):
             raise ArgumentError(f"{name} of {type(self).__name__} cannot become a {type(value).__name__}: {LOST}")
-        else:  # the weight of another owner: tie the two
-            vars(self)["_modules"][CHILD.format(name)] = value.synapses
+        super().__setattr__(name, value)  # which calls `register_parameter` for a parameter
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, and remove synapses of that name; see `torch.nn.Module.register_parameter`."""
@@ -167,7 +169,8 @@ def container_methods(original: type[nn.Module]) -> dict[str, Any]:
 
 def children_of(container: nn.Module) -> dict[str, nn.Module]:
     """Return the children of a container by name, without synapses."""
-    return {name: child for name, child in container.named_children() if not isinstance(child, Synapses)}
+    children = container._modules.items()  # also one that stands at two places, which `named_children` omits
+    return {name: child for name, child in children if child is not None and not isinstance(child, Synapses)}
 
 
 class Owner(HasSynapses):

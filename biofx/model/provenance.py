@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from biofx.base.errors import ArgumentError, SavingError
-from biofx.model.synapses import stored_parameters, synapses_in, synapses_of
+from biofx.model.synapses import child_of
 
 if TYPE_CHECKING:
     from biofx.model.slots import Inserted, Slot
@@ -77,6 +77,17 @@ class PassRun:
     seconds: float
 
 
+def empty_places(model: nn.Module) -> list[str]:
+    """The names of parameters and buffers that are None; weights with synapses are not."""
+    return [
+        f"{path}.{key}".lstrip(".")
+        for path, module in model.named_modules()
+        for registry in (module._parameters, module._buffers)
+        for key, value in registry.items()
+        if value is None and child_of(module, key) is None
+    ]
+
+
 def shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Size]:
     """The shapes of tensors by name; that of a nested one, which has none, is empty."""
     return {name: torch.Size() if tensor.is_nested else tensor.shape for name, tensor in tensors}
@@ -111,6 +122,7 @@ class Record:
 
     Attributes:
         original: shapes of the parameters of the original model, by name.
+        empty: names of its parameters and buffers that are None, which training may fill.
         model_class: class of the original model; None if that was a graph.
         captured: fingerprint of the graph as it was captured.
         constants: names of the buffers for tensors that forward itself creates.
@@ -125,12 +137,15 @@ class Record:
         nonnegative: the parameters that have to stay non-negative, each with the pass that requires it.
         requests: the calls of `biofx.transform`.
         passes: the passes that ran, in order.
+        changed: the parameters that were replaced or removed since the transform, each with which of the two.
+        ties: the parameters that were tied to others since, each with the first of the same tensor.
         attachments: the attachments to optimizers (`biofx.attach`); a copy of the model starts with none.
         by_hand: whether the user calls the rules (`BioConverter`), not an optimizer.
     """
 
     def __init__(self, model: nn.Module, captured: str, constants: Iterable[str]) -> None:
         self.original = shapes(model.named_parameters())
+        self.empty = empty_places(model)
         self.model_class = None if isinstance(model, fx.GraphModule) else type(model)
         self.captured = captured
         self.constants = tuple(constants)
@@ -145,6 +160,8 @@ class Record:
         self.nonnegative: dict[str, str] = {}
         self.requests: list[Request] = []
         self.passes: list[PassRun] = []
+        self.changed: dict[str, str] = {}
+        self.ties: dict[str, str] = {}
         self.attachments: WeakSet[Attachment] = WeakSet()  # the optimizers hold them
         self.by_hand = False
 
@@ -159,7 +176,7 @@ class Record:
                 "and load that into a model that this version transformed"
             )
         own = {name: value for name, value in state.items() if name != "format"}
-        vars(self).update(own, attachments=WeakSet())
+        vars(self).update({"changed": {}, "ties": {}, "empty": [], **own}, attachments=WeakSet())
 
     @property
     def attached(self) -> set[str]:
@@ -169,38 +186,6 @@ class Record:
     def __str__(self) -> str:
         """The pipeline that made the model."""
         return ",".join(str(run.pass_) for run in self.passes)
-
-
-def transformed(model: nn.Module) -> fx.GraphModule:
-    """Return the transformed model, without `torch.compile` or a data-parallel wrapper around it.
-
-    Raises:
-        ArgumentError: the model was not made by `biofx.transform`, or its weights were replaced since.
-    """
-    bio = unwrapped(model)
-    for replaced in changed_since(bio):
-        raise ArgumentError(
-            f"{replaced}; prune, parametrize, resize or replace modules of the original model, and then transform it"
-        )
-    return bio
-
-
-def changed_since(bio: nn.Module) -> Iterator[str]:
-    """Describe each weight or state of a transformed model that was replaced or removed since the transform."""
-    record = record_of(bio)
-    parameters = dict(stored_parameters(bio, remove_duplicate=False))
-    for name, shape in record.shapes.items():
-        if name not in parameters:
-            yield f"{name}, which has synapses since the transform, is no parameter of the model any more"
-        elif name in record.synapses and synapses_of(bio, name) is None:
-            yield f"{name}, which has synapses since the transform, is a plain parameter now"
-        elif parameters[name].shape != shape:
-            now = tuple(parameters[name].shape)
-            yield f"{name}, which has synapses since the transform, was {tuple(shape)} then and is {now} now"
-    for name, synapses in synapses_in(bio).items():
-        for key, by in synapses.users.items():
-            if key not in synapses._buffers and key not in synapses._parameters:
-                yield f"{key} of {name}, which {', '.join(by)} keeps, was removed"
 
 
 def unwrapped(model: nn.Module) -> fx.GraphModule:

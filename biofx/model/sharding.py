@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from biofx.model.provenance import transformed
+from biofx.model.changes import transformed
 from biofx.model.synapses import synapses_in
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,9 +23,10 @@ from biofx.base.torch_internals import qualified_name
 from biofx.model import weight_cache
 from biofx.model.operators import operator_of, tell_caches, written_name
 from biofx.model.slots import Inserted, Slot
-from biofx.model.weight_tensors import WriteProbe, as_weight_tensor
+from biofx.model.weight_tensors import WeightTensor, WriteProbe, as_weight_tensor
 
 CHILD = "{}_synapses"  # name of the child, by the name of the weight in its module
+_READ: WeakValueDictionary[int, Synapses] = WeakValueDictionary()  # by the id of the stored tensor that a read returned
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,10 @@ class Synapses(nn.Module):
         """
         return self._run([link for link in self.active_links if link.origin.slot <= until], stored)
 
+    def computed_from(self, stored: Tensor) -> Tensor:
+        """Compute the weight from a tensor in the place of the stored one, with all links, active or not."""
+        return self._run(self.links, stored)
+
     def _run(self, links: Iterable[Link], stored: Tensor | None) -> Tensor:
         value: Tensor = self.stored if stored is None else stored
         for link in links:
@@ -187,6 +193,7 @@ class Synapses(nn.Module):
             return substitute
         self.refuse_lost_writes()
         if not self.active_links or not (self.is_computed or torch.is_grad_enabled()):
+            _READ[id(self.stored)] = self
             return self.stored
         return weight_cache.cached(self, self.stored, self._compute)
 
@@ -332,6 +339,14 @@ def child_of(owner: nn.Module, key: str) -> Synapses | None:
     return child if isinstance(child, Synapses) and owner._parameters.get(key) is None else None
 
 
+def synapses_read_as(value: Any) -> Synapses | None:
+    """Return the synapses of which a value is the weight, as `module.weight` returned it; None if there are none."""
+    if isinstance(value, WeightTensor):
+        return value.synapses  # type: ignore[no-any-return]
+    found = _READ.get(id(value))
+    return found if found is not None and found.stored is value else None
+
+
 def has_synapses(owner: nn.Module) -> bool:
     """Whether a module has synapses, including those of a replaced weight."""
     return any(isinstance(child, Synapses) for child in owner._modules.values())
@@ -367,6 +382,15 @@ def stored(model: nn.Module, name: str) -> nn.Parameter:
     if parameter is None:
         raise AttributeError(f"{type(owner).__name__} has no parameter {key}")
     return parameter
+
+
+def is_parameter(model: nn.Module, name: str) -> bool:
+    """Whether there is a parameter of a name in the original model."""
+    try:
+        stored(model, name)
+    except AttributeError:
+        return False
+    return True
 
 
 def stored_name(model: nn.Module, name: str) -> str:

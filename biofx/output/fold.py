@@ -9,12 +9,14 @@ from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.references import enclosed
 from biofx.capture.captured_module import CapturedModule, original_form
-from biofx.capture.guards import GUARD
 from biofx.model.chain import number_nodes, parameter_nodes, remove_chain
+from biofx.model.changes import transformed
 from biofx.model.fingerprint import fingerprint
+from biofx.model.islands import GUARD
 from biofx.model.owners import remove_synapses
-from biofx.model.provenance import RECORD, inserted_nodes, record_of, transformed
+from biofx.model.provenance import RECORD, inserted_nodes, record_of, shapes
 from biofx.model.slots import Slot
+from biofx.model.synapses import stored_parameters
 
 
 def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
@@ -100,6 +102,18 @@ def why_weights_do_not_suffice(bio: fx.GraphModule) -> str | None:
     return None
 
 
+def why_architecture_differs(bio: fx.GraphModule) -> str | None:
+    """Why the original model has other parameters than this one, in which a user replaced some; None if not."""
+    record, present = record_of(bio), shapes(stored_parameters(bio, remove_duplicate=False))
+    for name in record.changed:
+        now = present.get(name)
+        if now is None:
+            return f"{name} was removed since the transform"
+        if now != record.original.get(name, now):
+            return f"{name} is {tuple(now)} now and {tuple(record.original[name])} in the original"
+    return None
+
+
 def folded_for_original(bio: nn.Module, by: str, instead: str = "keep it with biofx.save(bio, folder)") -> nn.Module:
     """Fold a model whose weights somebody will load into the original model.
 
@@ -112,7 +126,7 @@ def folded_for_original(bio: nn.Module, by: str, instead: str = "keep it with bi
         ExportError: the original model would compute something else, or its weights have other shapes.
     """
     bio = transformed(bio)
-    plain, reason = fold(bio), why_weights_do_not_suffice(bio)
+    plain, reason = fold(bio), why_weights_do_not_suffice(bio) or why_architecture_differs(bio)
     if isinstance(plain, fx.GraphModule) and record_of(bio).model_class is not None:
         reason = reason or "the graph was edited, which no weight can express"
     for run in record_of(bio).passes:

@@ -21,7 +21,7 @@ from biofx.model.provenance import PassRun, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored
 from biofx.rewrite.model_editor import ModelEditor
-from biofx.rewrite.verification import verify
+from biofx.rewrite.verification import refuse_violations
 
 if TYPE_CHECKING:
     from biofx.analysis.understanding import Run, Understanding
@@ -147,7 +147,7 @@ def _run_one(bio: fx.GraphModule, pass_: Pass, model: ModelEditor) -> None:
 
 def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
     try:
-        verify(bio)
+        refuse_violations(bio)
     except VerificationError as error:
         raise VerificationError([f"after {pass_.name}: {v}" for v in error.violations]) from None
 

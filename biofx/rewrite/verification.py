@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
 
@@ -14,8 +14,9 @@ from biofx.analysis.units import Verdict
 from biofx.base.errors import VerificationError
 from biofx.base.gains import decoded
 from biofx.model.chain import callee, chain, parameter_nodes
+from biofx.model.changes import follow, lost_parts
 from biofx.model.operators import NAMESPACE
-from biofx.model.provenance import changed_since, inserted, inserted_nodes, record_of, unwrapped
+from biofx.model.provenance import inserted, inserted_nodes, record_of, unwrapped
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
 from biofx.rewrite.registry import Pass
@@ -63,16 +64,27 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
     bio = unwrapped(bio)
     for attachment in record_of(bio).attachments:
         attachment.check()
-    violations = list(changed_since(bio)) or list(_graph(bio)) or [*_chains(bio), *_parameters(bio), *_passes(bio)]
-    if violations:
-        raise VerificationError(violations)
+    not_followed = follow(bio)
+    refuse_violations(bio, [] if not_followed is None else [not_followed])
     return {name: _verdict(site) for name, site in find_weights(bio).sites.items()}
 
 
+def refuse_violations(bio: fx.GraphModule, known: Sequence[str] = ()) -> None:
+    """Raise if an invariant is broken.
+
+    Args:
+        bio: the transformed model.
+        known: what is known to be broken.
+    """
+    violations = [*known] or [*lost_parts(bio)] or [*_graph(bio)] or [*_chains(bio), *_parameters(bio), *_passes(bio)]
+    if violations:
+        raise VerificationError(violations)
+
+
 def _verdict(site: WeightSite) -> Verdict:
-    if site.sign is not None and bool((site.sign != 0).any()):
-        return Verdict("obeys", has_interneurons=site.has_interneurons)
     unjudged = site.unmet(Need.UNITS)
+    if site.sign is not None and bool((site.sign != 0).any()) and not site.facts.tied:
+        return Verdict("obeys", has_interneurons=site.has_interneurons)
     if unjudged is not None:
         return Verdict("not judged", reason=unjudged)
     return Verdict("free" if site.facts.is_free else "not constrained")
@@ -116,9 +128,9 @@ def _chains(bio: fx.GraphModule) -> Iterator[str]:
 
 
 def _parameters(bio: fx.GraphModule) -> Iterator[str]:
-    present = {name for name, _ in stored_parameters(bio)}
-    for name in record_of(bio).original:
-        if name not in present:
+    record, present = record_of(bio), {name for name, _ in stored_parameters(bio)}
+    for name in record.original:
+        if name not in present and name not in record.changed and name not in record.ties:
             yield f"{name}: a parameter of the original model is gone"
 
 

@@ -99,9 +99,9 @@ def _logistic(stored: Tensor, sign: Tensor) -> Tensor:
 
 
 _SIGNATURE = "(Tensor weight, Tensor sign) -> Tensor"
-define_operator("project_sign", _SIGNATURE, _project)
-define_operator("abs_sign", _SIGNATURE, _absolute)
-define_operator("softplus_sign", _SIGNATURE, _softplus)
+define_operator("project_sign", _SIGNATURE, _project, rectify)
+define_operator("abs_sign", _SIGNATURE, _absolute, rectify)
+define_operator("softplus_sign", _SIGNATURE, _softplus, _inverse_softplus)
 
 CONSTRAINTS = {
     "project": SignConstraint(torch.ops.biofx.project_sign, rectify, _sign),

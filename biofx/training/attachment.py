@@ -19,8 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.torch_internals import run_hooks_next_to_step, runs_step_hooks
+from biofx.model.changes import transformed
 from biofx.model.forgotten_attach import warn_if_unattached
-from biofx.model.provenance import record_of, transformed
+from biofx.model.provenance import record_of, unwrapped
 from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment, Pass
 from biofx.training.acting import Acting, acting_with
@@ -195,7 +196,7 @@ def detach(bio: nn.Module) -> None:
         >>> attachment.weights
         ()
     """
-    for attachment in [*record_of(transformed(bio)).attachments]:
+    for attachment in [*record_of(unwrapped(bio)).attachments]:
         attachment.detach()
 
 
@@ -326,9 +327,9 @@ class Attachment(Lifecycle):
             if _ACTING.get(synapses, lambda: None)() is self:
                 del _ACTING[synapses]
         given = {name for name, synapses in learning.items() if id(synapses.stored) in parameters}
-        given |= {name for name, site in sites.items() if id(site.raw) in parameters}
+        given |= {name for name, site in sites.items() if site.is_gone or id(site.raw) in parameters}
         set_attached(self.bio, given, attached=False)
-        sites = {name: site for name, site in sites.items() if id(site.raw) not in parameters}
+        sites = {name: site for name, site in sites.items() if name not in given}
         learning = {name: synapses for name, synapses in learning.items() if name not in given}
         self.hold(sites, learning)
         if self.held <= parameters or not (sites or learning):

@@ -18,7 +18,7 @@ from biofx.base.gains import CRYSTALLIZED
 from biofx.base.shards import is_sharded
 from biofx.base.tables import Cell, Report, Reported, Table, wrapped
 from biofx.base.torch_internals import runs_step_hooks
-from biofx.model.provenance import transformed
+from biofx.model.changes import transformed
 from biofx.training.blocks import wide
 from biofx.training.counting import is_captured
 from biofx.training.wrappers import held, innermost

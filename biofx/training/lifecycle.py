@@ -15,7 +15,7 @@ from biofx.base.randomness import fixed_defaults
 from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
 from biofx.base.torch_internals import steps_under_way
 from biofx.model.provenance import record_of
-from biofx.model.synapses import Synapses, observers_in, stored
+from biofx.model.synapses import Synapses, is_parameter, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.signs.scales import project_scales
@@ -93,6 +93,7 @@ class Lifecycle:
         self.sites = sites
         self.learning = learning
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
+        self._owned = {name for name, site in sites.items() if site.learning is not None}
         self._is_sharded = any(is_sharded(parameter) for _, parameter in self._parameters())
         self._update = Update(
             learning.values(), self.optimizer, with_copies=self.acting is Acting.COPIES, compiled=self._compiled
@@ -321,6 +322,10 @@ class Lifecycle:
 
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
+        for name, what in self._assigned():
+            raise LifecycleError(
+                f"{name} was {what} after it was attached; detach, build the optimizer again, and attach"
+            )
         for name, site in self.sites.items():
             if site.raw.shape != self._shapes[name]:
                 raise LifecycleError(
@@ -340,6 +345,20 @@ class Lifecycle:
             raise LifecycleError(
                 "the optimizer holds other parameters than when it was attached; detach and attach again"
             )
+
+    def _assigned(self) -> Iterator[tuple[str, str]]:
+        """The parameters that a user replaced since they were attached, each with what became of it."""
+        first: dict[int, str] = {}
+        for name, site in self.sites.items():
+            if site.is_gone:
+                yield name, "removed"
+            elif name in self._owned and site.learning is None and site.raw.shape == self._shapes[name]:
+                yield name, "replaced"
+            elif first.setdefault(id(site.raw), name) != name:
+                yield name, f"tied to {first[id(site.raw)]}"
+        for name in record_of(self.bio).nonnegative:
+            if not is_parameter(self.bio, name):
+                yield name, "removed"
 
 
 def _refuse_captured(pass_: Pass) -> None:

@@ -11,9 +11,10 @@ from torch import fx, nn
 
 from biofx.base.errors import ArgumentError
 from biofx.base.shards import cut_like, is_sharded, shard_of
-from biofx.capture.guards import GUARD
+from biofx.model.changes import transformed
+from biofx.model.islands import GUARD
 from biofx.model.operators import observe_shards
-from biofx.model.provenance import record_of, transformed
+from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import CHILD, State, Synapses, child_of, observers_in
 from biofx.rewrite.registry import Pass

@@ -7,8 +7,9 @@ from collections.abc import Collection
 from torch import fx, nn
 
 from biofx.model import chain
+from biofx.model.changes import transformed
 from biofx.model.operators import is_hook
-from biofx.model.provenance import record_of, transformed
+from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, synapses_in
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class WeightFacts:
         depth: number of weights on the longest path before it, over that of the deepest weight.
         is_output: whether no signal passes another weight after it.
         place: where the model uses it first, in words.
+        tied: the weights that were tied to it since, of which the run knew nothing.
     """
 
     operator: str
@@ -52,3 +53,14 @@ class WeightFacts:
     depth: float
     is_output: bool
     place: str
+    tied: tuple[str, ...] = ()
+
+    def shared_with(self, names: Sequence[str], uses: int) -> WeightFacts:
+        """What is known of the weight after others were tied to it, which no run has seen.
+
+        Args:
+            names: the others.
+            uses: how often all of them were used.
+        """
+        reason = f"{', '.join(names)} was tied to it after the transform; transform the model again to judge it"
+        return replace(self, uses=uses, is_free=False, unmet={**self.unmet, Need.UNITS: reason}, tied=(*names,))

@@ -102,3 +102,40 @@ def test_a_plain_checkpoint_that_does_not_fit_is_refused(pipeline):
     checkpoint = network().state_dict()
     with pytest.raises(biofx.ArgumentError, match="looks like a checkpoint of the plain model; load it into that, bef"):
         biofx.transform(network(), pipeline).load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "split-synapses{synapses=3}",
+        "dales-principle{constraint=project},split-synapses",
+        "dales-principle{constraint=abs,inputs=mixed}",
+        "dales-principle{constraint=softplus}",
+        "dales-principle{constraint=softplus,readouts=excitatory},split-synapses",
+        "inhibitory-interneurons",
+    ],
+)
+def test_what_was_folded_loads_again(pipeline, dtype):
+    bio = biofx.transform(network(), pipeline).to(dtype)
+    with torch.no_grad():
+        for site in biofx.weight_sites(bio).values():
+            site.raw.mul_(1.5)
+    plain = biofx.fold(bio)
+    other = biofx.transform(network(), pipeline).to(dtype)
+    other.load_state_dict(plain.state_dict())
+    limit = 32 * torch.finfo(dtype).eps
+    for name, weight in biofx.fold(other).state_dict().items():
+        torch.testing.assert_close(weight, plain.state_dict()[name], rtol=limit, atol=max(1e-6, limit / 8))
+    biofx.verify(other)
+
+
+@pytest.mark.parametrize("constraint", ["project", "abs", "softplus"])
+def test_wrong_signs_are_refused_while_attached_too(constraint):
+    bio = biofx.transform(network(), f"dales-principle{{constraint={constraint}}}")
+    state = biofx.fold(bio).state_dict()
+    state["2.weight"] = -state["2.weight"]
+    for _ in range(2):
+        with pytest.raises(biofx.ArgumentError, match="2.weight violates the signs that its units have"):
+            bio.load_state_dict(state)
+        biofx.attach(bio, torch.optim.SGD(bio.parameters(), 0.1))

@@ -107,33 +107,28 @@ def test_a_parameter_that_is_gone():
     assert "norm.bias: a parameter of the original model is gone" in violations(bio)
 
 
-def replace_layer(bio):
-    bio.add_module("2", nn.Linear(8, 5))
-
-
-def remove_weight(bio):
-    bio.add_module("2", nn.ReLU())
+def prune_weight(bio):
+    del bio.get_submodule("2")._parameters["weight"]
 
 
 def resize_stored(bio):
     bio.get_submodule("2").weight_synapses.weight = nn.Parameter(torch.ones(3, 2, 8))
 
 
-def replace_weight(bio):
-    bio.get_submodule("2").weight = nn.Parameter(torch.ones(2, 8))
+def move_layers(bio):
+    bio.insert(0, nn.Identity())
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (remove_weight, "2.weight, which has synapses since the transform, is no parameter of the model any more"),
-        (replace_layer, "2.weight, which has synapses since the transform, is a plain parameter now"),
-        (replace_weight, "2.weight, which has synapses since the transform, is a plain parameter now"),
+        (prune_weight, "2.weight, which has synapses since the transform, is no parameter of the model any more"),
         (resize_stored, "2.weight, which has synapses since the transform, was (2, 2, 8) then and is (3, 2, 8) now"),
+        (move_layers, "1.weight has synapses that were made for another weight"),
     ],
 )
-def test_a_weight_that_was_replaced_after_the_transform(change, message, frontend):
+def test_synapses_that_were_damaged_after_the_transform(change, message, frontend):
     bio = biofx.transform(mlp(4, 8, 2), [passes.SplitSynapses(2), passes.Crystallize()], frontend=frontend)
     change(bio)
     assert message in violations(bio)
