@@ -29,7 +29,7 @@ from biofx.model.islands import WHOLE_MODEL
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 
-_MAY_BE_EMPTY = ("_parameters", "_buffers")
+_OF_TENSORS = ("_parameters", "_buffers")
 
 
 class _Held(NamedTuple):
@@ -283,14 +283,14 @@ class Guard:
         # Those of the model itself run around its forward, be that the graph or the Python.
         hooks = {name: [*getattr(module, name).values()] for name in HOOKS if path}
         forward = {"forward": vars(module).get("forward")}
-        empty = {name: _empty_of(module, name) for name in _MAY_BE_EMPTY}
-        return {**kept, **hooks, **forward, **empty, "_modules": dict(module._modules)}
+        filled = {name: _filled(module, name) for name in _OF_TENSORS}
+        return {**kept, **hooks, **forward, **filled, "_modules": dict(module._modules)}
 
     def _now(self, module: nn.Module, name: str) -> Any:
         if name in HOOKS:
             return [*getattr(module, name).values()]
-        if name in _MAY_BE_EMPTY:
-            return _empty_of(module, name)
+        if name in _OF_TENSORS:
+            return _filled(module, name)
         value = vars(module).get(name)
         return value if name == "_modules" else _noted(value)
 
@@ -314,8 +314,8 @@ def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:
     """All that is compared at each call: a module's attributes, children, hooks, and the contents of attributes."""
     yield vars(module)
     yield module._modules
-    # `torch.func.functional_call` replaces weights there; a bias may be set that was None, or become None.
-    yield from (getattr(module, name) for name in _MAY_BE_EMPTY)
+    # `torch.func.functional_call` replaces weights there; a bias may be set that was None.
+    yield from (getattr(module, name) for name in _OF_TENSORS)
     yield from (getattr(module, name) for name in HOOKS)
     for _, value in attributes_of(module):
         yield from holders(value, seen)
@@ -330,9 +330,9 @@ def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
             yield path
 
 
-def _empty_of(module: nn.Module, registry: str) -> list[str]:
-    """The names of a module's parameters or buffers that are None, as those of weights with synapses are."""
-    return [name for name, tensor in getattr(module, registry).items() if tensor is None]
+def _filled(module: nn.Module, registry: str) -> dict[str, bool]:
+    """Which of a module's parameters or buffers are there, and which are None, as weights with synapses are."""
+    return {name: tensor is not None for name, tensor in getattr(module, registry).items()}
 
 
 def _noted(value: Any) -> Any:

@@ -61,13 +61,14 @@ class OutsideVariables:
 
     def __init__(self, modules: Mapping[str, nn.Module], but: frozenset[tuple[str, str]] = frozenset()) -> None:
         self._modules, self._but = dict(modules), but
-        names = frozenset({"forward"})
+        names, self._texts = frozenset({"forward"}), frozenset[str]()
         while True:  # the code that is reached names attributes, in which more code is found
             self._begin(names)
             more = names.union(*(_names_in(function.__code__) for function in self._functions))
             if more == names:
                 return
             names = more
+            self._texts = frozenset().union(*(_texts_in(function.__code__) for function in self._functions))
 
     def is_same(self) -> bool:
         """Whether each variable has the very same value as before, with the same contents; a fast test."""
@@ -143,6 +144,17 @@ class OutsideVariables:
                 for name, value in attributes_of(module):
                     if (path, name) not in self._but and type(value) not in ATOMS:
                         self._walk(f"{path}.{name}".lstrip("."), value)
+                self._note_presence(path, module)
+
+    def _note_presence(self, path: str, module: nn.Module) -> None:
+        """Note which attributes a module has of those that code asks for, or that its class has in any case."""
+        for name in self._names & (_names_of_class(type(module)) | self._texts):
+            if (path, name) in self._but:
+                continue
+            if name in vars(module):
+                self.keys[f"{path}.{name} exists".lstrip(".")] = True
+            else:
+                self._lookups.append((vars(module), name, _MISSING))
 
     def _walk(self, label: str, value: Any) -> None:
         """Note a value and all that is reached from it."""
@@ -245,16 +257,17 @@ def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str
     return next((name for name in {**after, **before} if before.get(name) != after.get(name)), None)
 
 
+@functools.cache
 def _names_in(code: CodeType) -> frozenset[str]:
     """The names in some code, and in the functions that are defined inside it; also those for `getattr`."""
-    if code not in _names:
-        codes = codes_in(code)
-        texts = (each for one in codes for each in one.co_consts if isinstance(each, str) and each.isidentifier())
-        _names[code] = frozenset([*(name for one in codes for name in one.co_names), *texts])
-    return _names[code]
+    return _texts_in(code).union(name for one in codes_in(code) for name in one.co_names)
 
 
-_names: dict[CodeType, frozenset[str]] = {}
+@functools.cache
+def _texts_in(code: CodeType) -> frozenset[str]:
+    """The strings in some code that may be names, as for `hasattr`."""
+    constants = (each for one in codes_in(code) for each in one.co_consts)
+    return frozenset(each for each in constants if isinstance(each, str) and each.isidentifier())
 
 
 @functools.cache

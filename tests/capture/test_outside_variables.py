@@ -215,6 +215,119 @@ class Named(nn.Module):
         return CHANGES[self.key][0](self.layer(x))
 
 
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("value", [torch.zeros(4), nn.Parameter(torch.zeros(4)), nn.Linear(4, 4), 2.0, [1]], ids=repr)
+def test_an_attribute_that_was_not_there_is_seen(value, frontend):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x) * (1 if getattr(self, "mask", None) is None else 2)
+
+    model = Network()
+    bio = biofx.transform(model, "split-synapses", example_inputs=(X,), frontend=frontend)
+    bio(X)
+    for each in (model, bio):
+        each.mask = value
+    torch.testing.assert_close(bio(X), model(X))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_buffer_that_was_not_there_is_seen(frontend):
+    class Network(nn.Module):
+        factor = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x) * (2 if hasattr(self, "mask") else 1) * self.factor
+
+    model = Network()
+    bio = biofx.transform(model, "split-synapses", example_inputs=(X,), frontend=frontend)
+    bio(X)
+    for each in (model, bio):
+        each.register_buffer("mask", torch.ones(4))
+    torch.testing.assert_close(bio(X), model(X))
+    for each in (model, bio):
+        del each.mask
+        each.factor = 3.0  # hides the attribute of the class
+    torch.testing.assert_close(bio(X), model(X))
+
+
+@pytest.mark.parametrize("name", ["mask", "gate"])
+def test_what_becomes_none_is_seen(name):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gate = nn.Linear(4, 4), nn.Parameter(torch.full((4,), 2.0))
+            self.register_buffer("mask", torch.zeros(4))
+
+        def forward(self, x):
+            h = self.layer(x) if self.gate is None else self.layer(x) * self.gate
+            return h if self.mask is None else h * self.mask
+
+    model = Network()
+    bio = biofx.transform(model, "split-synapses", example_inputs=(X,))
+    bio(X)
+    for each in (model, bio):
+        setattr(each, name, None)
+    torch.testing.assert_close(bio(X), model(X))
+
+
+@pytest.mark.parametrize("write", [lambda t: t.data.mul_(0), lambda t: t.numpy().fill(0), lambda t: t.mul_(0)])
+def test_a_written_tensor_in_an_attribute_is_seen(write):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.mask = nn.Linear(4, 4), torch.ones(4)
+
+        def forward(self, x):
+            return self.layer(x) * self.mask.clamp(0, 1)
+
+    model = Network()
+    bio = biofx.transform(model, "split-synapses", example_inputs=(X,))
+    for each in (model, bio):
+        write(each.mask)
+    torch.testing.assert_close(bio(X), model(X))
+
+
+class Batch:
+    """An argument that keeps its parts in slots."""
+
+    __slots__ = ("mask", "x")
+
+    def __init__(self, x, mask=None):
+        self.x, self.mask = x, mask
+
+
+class Items(dict):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Batch, lambda x, mask=None: Items(x=x, mask=mask)], ids=["slots", "items"])
+@pytest.mark.parametrize("first", [None, torch.ones(4)], ids=["without", "with"])
+def test_optional_parts_of_arguments_are_seen(kind, first):
+    """The graph ignored a mask that the example did not have, or failed without one that it had."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, batch):
+            x, mask = (batch["x"], batch["mask"]) if isinstance(batch, dict) else (batch.x, batch.mask)
+            return self.layer(x) if mask is None else self.layer(x) * mask
+
+    model = Network()
+    bio = biofx.transform(model, "split-synapses", example_inputs=(kind(X, first),))
+    for mask in (None, torch.zeros(4)):
+        torch.testing.assert_close(bio(kind(X, mask)), model(kind(X, mask)))
+
+
 def names(cls):
     found = {name.removeprefix(f"{__name__}.") for name in OutsideVariables({"": cls()}).keys}
     return {name for name in found if not name.startswith(cls.__qualname__)}  # its own methods and attributes
