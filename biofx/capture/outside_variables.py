@@ -139,11 +139,11 @@ class OutsideVariables:
         self._generators: list[tuple[str, Any, Any]] = []
         self._seen: dict[int, Any] = {}
         for path, module in self._modules.items():
-            self._walk(_label(type(module)), type(module))
+            self._walk(self._of_class(type(module)))  # the guard compares the classes themselves
             if any(_is_of_user(cls.__module__) for cls in type(module).__mro__):
                 for name, value in attributes_of(module):
                     if (path, name) not in self._but and type(value) not in ATOMS:
-                        self._walk(f"{path}.{name}".lstrip("."), value)
+                        self._walk([(f"{path}.{name}".lstrip("."), value)])
                 self._note_presence(path, module)
 
     def _note_presence(self, path: str, module: nn.Module) -> None:
@@ -156,9 +156,9 @@ class OutsideVariables:
             else:
                 self._lookups.append((vars(module), name, _MISSING))
 
-    def _walk(self, label: str, value: Any) -> None:
-        """Note a value and all that is reached from it."""
-        pending = [(label, value)]
+    def _walk(self, values: Iterable[tuple[str, Any]]) -> None:
+        """Note values and all that is reached from them."""
+        pending = [*values]
         while pending:
             name, each = pending.pop()
             self.keys[name] = _key(each)
@@ -189,7 +189,7 @@ class OutsideVariables:
         if not _is_of_user(function.__globals__.get("__name__")):
             return
         self._functions.append(function)
-        place = function.__globals__["__name__"]
+        place = function.__globals__.get("__name__", "")
         named = _names_in(function.__code__) & function.__globals__.keys()
         yield from self._look_up(place, function.__globals__, named)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
