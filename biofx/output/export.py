@@ -13,10 +13,10 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
-from biofx.base.comparison import difference
 from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.isolation import run_in_eval_mode, split_inputs, tensors_in
 from biofx.base.packages import require
+from biofx.base.precision import outputs_differ
 from biofx.base.torch_internals import pytree
 from biofx.model.provenance import record_of, transformed
 from biofx.output.fold import fold, why_weights_do_not_suffice
@@ -122,7 +122,8 @@ def _write_program(plain: nn.Module, path: Path, example_inputs: Any) -> None:
         raise ArgumentError(f"export: example_inputs do not fit {type(plain).__name__}.forward: {error}") from error
     for inputs, axes in _attempts(given):
         try:
-            found = difference(expected, PROGRAMS[path.suffix](_program(plain, *inputs, axes), path, given))
+            actual = PROGRAMS[path.suffix](_program(plain, *inputs, axes), path, given)
+            found = outputs_differ(plain, example_inputs, expected, actual)
         except ExportError as error:
             failure = error
         else:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from biofx.analysis.sites import find_weights
-from biofx.base.comparison import difference
 from biofx.base.errors import PipelineError, VerificationError
 from biofx.base.isolation import run_in_eval_mode
+from biofx.base.precision import outputs_differ
 from biofx.base.randomness import fixed_defaults
 from biofx.looking.inspection import table
 from biofx.model.chain import number_nodes
@@ -94,7 +94,7 @@ def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> list[T
         return None
     bio.recompile()
     once, again = (run_in_eval_mode(bio, understood.run) for _ in range(2))
-    return once if difference(once, again) is None else None
+    return once if outputs_differ(bio, understood.run, once, again) is None else None
 
 
 def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:
@@ -165,7 +165,7 @@ def _unchanged(bio: fx.GraphModule, pass_: Pass, run: Run, before: list[Tensor])
     if not pass_.preserves_function:
         return None
     after = _outputs(bio, pass_, run)
-    found = difference(before, after)
+    found = outputs_differ(bio, run, before, after)
     if found is not None:
         raise VerificationError(
             [f"{pass_.name} says that it preserves the function, but on the inputs with which the model ran {found}"]

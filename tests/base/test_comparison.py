@@ -52,3 +52,12 @@ def test_the_precision_of_the_dtype_decides_what_is_rounding():
     for dtype, same in ((torch.bfloat16, True), (torch.float32, False), (torch.float64, False)):
         pair = [torch.tensor([x], dtype=dtype) for x in (1.0, 1.03125)]
         assert (difference(pair[:1], pair[1:]) is None) is same
+
+
+def test_a_coarser_dtype_in_which_it_was_computed_decides():
+    pair = [torch.tensor([x], dtype=torch.float64) for x in (1.0, 1.0 + 1e-5)]
+    assert difference(pair[:1], pair[1:]) == "output 0 differs by 1e-05 (at most 1.49e-08 is rounding)"
+    assert difference(pair[:1], pair[1:], torch.float32) is None
+    assert difference(pair[:1], [pair[1] + 1], torch.float32).endswith("(at most 0.000345 is rounding)")
+    half = [x.bfloat16() for x in (pair[0], pair[0] + 0.03125)]
+    assert difference(half[:1], half[1:], torch.float32) is None
