@@ -146,7 +146,8 @@ def transform(
             _check_outputs(bio, example_inputs, expected)
         excluded = _excluded(bio, patterns)
         _check_weights(bio, excluded)
-        outputs = pipeline.run(bio, chosen, excluded, seed, understood, check=verify, print_between=printer)
+        original = None if inplace else model
+        outputs = pipeline.run(bio, chosen, excluded, seed, understood, original, check=verify, print_between=printer)
         record_of(bio).requests.append(Request((*chosen,), frontend, patterns, seed, example_inputs is not None))
         if not is_one_island(bio):
             guard = Guard(bio, _checked(frontend, understood) if old is None else old.structures)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_ROUNDINGS = 4  # of the last digit: of a weight's shares, of its synapses and of their sum
+
 
 def difference(expected: Sequence[Tensor], actual: Sequence[Tensor], coarsest: torch.dtype | None = None) -> str | None:
     """How tensors differ by more than rounding, in words, or None if they do not.
@@ -52,6 +54,18 @@ def difference_of(old: Tensor, new: Tensor, coarsest: torch.dtype | None = None)
     precision = max(torch.finfo(dtype).eps for dtype in (old.dtype, coarsest or old.dtype))
     tolerance = precision**0.5 * max(1.0, largest)
     return None if gap <= tolerance else f"differs by {gap:.3g} (at most {tolerance:.3g} is rounding)"
+
+
+def is_rounded(old: Tensor, new: Tensor) -> bool:
+    """Whether each number of a tensor differs from another's in the last digits at most, by a few roundings."""
+    if (old.dtype, old.shape) != (new.dtype, new.shape) or not old.layout is new.layout is torch.strided:
+        return False
+    if torch.equal(old, new):
+        return True
+    if not old.is_floating_point():
+        return False
+    info = torch.finfo(old.dtype)
+    return bool(((new - old).abs() <= _ROUNDINGS * info.eps * old.abs() + info.tiny).all())
 
 
 def _kind(tensor: Tensor) -> str:

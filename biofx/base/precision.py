@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.comparison import difference
-from biofx.base.isolation import is_function, run_in_eval_mode, split_inputs, tensors_in
+from biofx.base.isolation import is_function, parameters_kept, run_in_eval_mode, split_inputs, tensors_in
 from biofx.base.torch_internals import TorchDispatchMode, WeakTensorKeyDictionary, pytree
 
 
@@ -24,6 +24,29 @@ def outputs_differ(model: nn.Module, inputs: Any, expected: Sequence[Tensor], ac
     """
     found = difference(expected, actual)
     return found and difference(expected, actual, coarsest_dtype(model, inputs))
+
+
+def amplification(model: nn.Module, inputs: Any, expected: Sequence[Tensor]) -> str:
+    """What to do about a difference, if the model amplifies rounding until it is one; "" if it does not.
+
+    Args:
+        model: the model; it does not change.
+        inputs: arguments of the model, or a function that runs it.
+        expected: its outputs.
+    """
+    with parameters_kept(model):
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            if _is_rounded(parameter.dtype) and parameter.layout is torch.strided and not parameter.is_inference():
+                signs = torch.randint(2, parameter.shape, generator=generator).mul_(2).sub_(1).to(parameter)
+                parameter.data = torch.addcmul(parameter.data, parameter.data, signs, value=_epsilon(parameter.dtype))
+        found = outputs_differ(model, inputs, expected, run_in_eval_mode(model, inputs))
+    if found is None:
+        return ""
+    return (
+        f". The model amplifies rounding, as chaotic networks do: with the last digit of its weights changed, {found}. "
+        "Give it example_inputs on which it runs for fewer steps"
+    )
 
 
 def coarsest_dtype(model: nn.Module, inputs: Any) -> torch.dtype | None:

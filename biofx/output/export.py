@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind
 from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.isolation import run_in_eval_mode, split_inputs, tensors_in
 from biofx.base.packages import require
-from biofx.base.precision import outputs_differ
+from biofx.base.precision import amplification, outputs_differ
 from biofx.base.torch_internals import pytree
 from biofx.model.provenance import record_of, transformed
 from biofx.output.fold import fold, why_weights_do_not_suffice
@@ -129,7 +129,10 @@ def _write_program(plain: nn.Module, path: Path, example_inputs: Any) -> None:
         else:
             if found is None:
                 return
-            failure = ExportError(f"export: {path.name} computes something else than {type(plain).__name__}: {found}")
+            advice = amplification(plain, example_inputs, expected)
+            failure = ExportError(
+                f"export: {path.name} computes something else than {type(plain).__name__}: {found}{advice}"
+            )
     raise failure
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from biofx.base.comparison import difference
+from biofx.base.comparison import difference, is_rounded
 
 INF, NAN = torch.inf, torch.nan
 
@@ -61,3 +61,22 @@ def test_a_coarser_dtype_in_which_it_was_computed_decides():
     assert difference(pair[:1], [pair[1] + 1], torch.float32).endswith("(at most 0.000345 is rounding)")
     half = [x.bfloat16() for x in (pair[0], pair[0] + 0.03125)]
     assert difference(half[:1], half[1:], torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ([1.0, -1e-6], [1.0 + 2**-22, -1e-6], True),
+        ([1.0, -1e-6], [1.0, -1.00001e-6], False),  # each number counts, not the largest
+        ([1.0], [-1.0], False),
+        ([1.0], [NAN], False),
+        ([INF], [INF], True),
+        ([0.0], [1e-40], True),
+        ([1], [1], True),
+        ([1], [2], False),
+        ([1.0], [1], False),
+        ([1.0], [1.0, 1.0], False),
+    ],
+)
+def test_whether_numbers_differ_in_their_last_digits(old, new, same):
+    assert is_rounded(torch.tensor(old), torch.tensor(new)) is same

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import biofx
-from biofx.base.precision import coarsest_dtype
+from biofx.base.precision import amplification, coarsest_dtype
+from models.small import Chaotic
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
@@ -106,3 +107,13 @@ def test_a_graph_may_round_otherwise_inside():
 def test_an_exported_file_may_round_otherwise_inside(tmp_path):
     torch.manual_seed(0)
     biofx.export(biofx.transform(InDouble(), "mirror-units", example_inputs=X), tmp_path / "model.pt2", X)
+
+
+@pytest.mark.parametrize(("steps", "advice"), [(20, ""), (300, "on which it runs for fewer steps")])
+def test_a_model_that_amplifies_rounding_says_what_to_do(steps, advice):
+    torch.manual_seed(0)
+    model, h = Chaotic(), torch.randn(8, 200)
+    weight = model.rec.weight.detach().clone()
+    assert amplification(model, (h, steps), [model(h, steps)]).endswith(advice)
+    assert bool(advice) is bool(amplification(model, (h, steps), [model(h, steps)]))
+    assert torch.equal(model.rec.weight, weight)
