@@ -67,10 +67,10 @@ def _copied_attributes(module: nn.Module) -> dict[str, Any]:
     if hasattr(type(module), "__deepcopy__"):
         return attributes
     try:
-        _, _, *state = module.__reduce_ex__(4)
+        reduced = module.__reduce_ex__(4)
     except Exception:  # noqa: BLE001 - the copy fails as well, and says why
         return attributes
-    kept = state[0] if state else {}
+    kept = reduced[2] if len(reduced) > 2 else {}
     return {name: x for name, x in attributes.items() if name in kept} if isinstance(kept, dict) else attributes
 
 
