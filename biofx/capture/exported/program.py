@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import operator
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -140,8 +140,10 @@ class _ReadsOfFrozen(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function == _IS_LEARNED and id(args[0]) in self._parameters:
-            asking = str(sys._getframe(1).f_globals.get("__name__"))
-            if asking.partition(".")[0] != "torch":
+            here = inspect.currentframe()
+            assert here is not None
+            assert here.f_back is not None
+            if str(here.f_back.f_globals.get("__name__")).partition(".")[0] != "torch":
                 self._monitor.note_side_effect(self._monitor.path, "asks whether a parameter is frozen")
         return function(*args, **(kwargs or {}))
 
