@@ -14,10 +14,10 @@ from torch import fx, nn
 
 from biofx.analysis.sites import find_weights
 from biofx.analysis.understanding import Run, Understanding, remember, understand
-from biofx.base.comparison import difference
 from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_eval_mode
+from biofx.base.precision import outputs_differ
 from biofx.base.references import enclosed
 from biofx.capture import symbolic
 from biofx.capture.call_structure import Structure, structure
@@ -175,6 +175,7 @@ def build(
             excluded,
             request.seed,
             understood,
+            None if inplace else model,
             check=verify,
             repeats=repeats,
             print_between=printer,
@@ -311,7 +312,7 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
 
 
 def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
-    found = difference(expected, run_in_eval_mode(bio, example_inputs))
+    found = outputs_differ(bio, example_inputs, expected, run_in_eval_mode(bio, example_inputs))
     if found is None:
         return
     raise CaptureError(
@@ -330,12 +331,12 @@ def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor] | Non
     """
     if graph is None:
         graph, again = (run_in_eval_mode(bio, run) for _ in range(2))
-        if difference(graph, again) is not None:  # the model has a random number generator of its own
+        if outputs_differ(bio, run, graph, again) is not None:  # the model has a random number generator of its own
             return
     python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
     try:
         with replaced_forward(bio, python):
-            found = difference(graph, run_in_eval_mode(bio, run))
+            found = outputs_differ(bio, run, graph, run_in_eval_mode(bio, run))
     except Exception as error:
         raise CaptureError(_why_python_differs(bio, f"it fails: {error}")) from error
     if found is not None:

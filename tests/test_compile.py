@@ -10,6 +10,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -104,6 +105,53 @@ def test_islands_learn_as_without_compiling():
 def test_what_breaks_the_graph_runs_in_parts(name):
     bio, eager = transformed(Around(ISLANDS[name][0]()), LEARNING)
     compare(torch.compile(bio, backend="eager"), bio, eager, training=True)
+
+
+class CompiledPart(nn.Module):
+    """A model with a part that `torch.compile` returned."""
+
+    def __init__(self, is_compiled=True):
+        super().__init__()
+        part = mlp(3, 8, 4)
+        self.part = torch.compile(part, backend="aot_eager") if is_compiled else part
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(self.part(x).tanh())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_a_part_may_be_compiled_before_the_transform(frontend, inplace):
+    model, plain, x = CompiledPart(), CompiledPart(is_compiled=False), X[:3]
+    plain.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()})
+    eager = biofx.transform(plain, "split-synapses{init=equal}")
+    bio = biofx.transform(model, "split-synapses{init=equal}", example_inputs=x, frontend=frontend, inplace=inplace)
+    twin = copy.deepcopy(bio)
+    for each in (bio, eager):
+        optimizer = attached(each)
+        step(each, optimizer, x)
+    torch.testing.assert_close(bio(x), eager(x))
+    folded = biofx.fold(bio)
+    assert type(folded.part) is type(CompiledPart().part)
+    torch.testing.assert_close(folded(x), bio(x))
+    torch.testing.assert_close(twin(x), plain(x))
+    if not inplace:
+        torch.testing.assert_close(model(x), plain(x))
+
+
+def test_hooks_that_copies_of_a_compiled_part_lose():
+    model, x = CompiledPart(), X[:3]
+    model.part.register_forward_hook(lambda module, inputs, output: output + 1)
+    expected = model(x)
+    with pytest.raises(
+        biofx.CaptureError, match="part has hooks, which copies of OptimizedModule lose; .* inplace=True"
+    ):
+        biofx.transform(model, LEARNING)
+    bio = biofx.transform(model, LEARNING, inplace=True)
+    torch.testing.assert_close(bio(x), expected)
+    with pytest.raises(biofx.ArgumentError, match="fold: .* part has hooks, which copies of OptimizedModule lose"):
+        biofx.fold(bio)
 
 
 def test_a_folded_graph_compiles():

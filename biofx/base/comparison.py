@@ -7,12 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_ROUNDINGS = 4  # of the last digit: of a weight's shares, of its synapses and of their sum
 
-def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> str | None:
+
+def difference(expected: Sequence[Tensor], actual: Sequence[Tensor], coarsest: torch.dtype | None = None) -> str | None:
     """How tensors differ by more than rounding, in words, or None if they do not.
 
     Rounding is at most √ε times the largest finite magnitude that is expected, or √ε if that is below 1, with ε the
     precision of the dtype. What is not a floating-point number has to be equal. Equal infinities, and NaNs, are equal.
+
+    Args:
+        expected: some tensors.
+        actual: the tensors that are to be like them.
+        coarsest: the dtype of least precision in which they were computed (see `coarsest_dtype`); None for their own.
 
     Example:
         >>> import torch
@@ -23,12 +30,12 @@ def difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> str | No
     if len(expected) != len(actual):
         return f"there are {len(actual)} outputs instead of {len(expected)}"
     for index, (old, new) in enumerate(zip(expected, actual, strict=True)):
-        if found := difference_of(old, new):
+        if found := difference_of(old, new, coarsest):
             return f"output {index} {found}"
     return None
 
 
-def difference_of(old: Tensor, new: Tensor) -> str | None:
+def difference_of(old: Tensor, new: Tensor, coarsest: torch.dtype | None = None) -> str | None:
     """How a tensor differs from another by more than rounding, in words, or None if it does not; see `difference`."""
     old, new = old.detach().cpu(), new.detach().cpu()
     if (old.dtype, old.shape) != (new.dtype, new.shape):
@@ -44,8 +51,21 @@ def difference_of(old: Tensor, new: Tensor) -> str | None:
     if not (old.is_floating_point() or old.is_complex()):
         return f"differs by {gap:.3g}"
     largest = float(torch.where(a.isfinite(), a.abs(), 0).max())
-    tolerance = torch.finfo(old.dtype).eps ** 0.5 * max(1.0, largest)
+    precision = max(torch.finfo(dtype).eps for dtype in (old.dtype, coarsest or old.dtype))
+    tolerance = precision**0.5 * max(1.0, largest)
     return None if gap <= tolerance else f"differs by {gap:.3g} (at most {tolerance:.3g} is rounding)"
+
+
+def is_rounded(old: Tensor, new: Tensor) -> bool:
+    """Whether each number of a tensor differs from another's in the last digits at most, by a few roundings."""
+    if (old.dtype, old.shape) != (new.dtype, new.shape) or not old.layout is new.layout is torch.strided:
+        return False
+    if torch.equal(old, new):
+        return True
+    if not old.is_floating_point():
+        return False
+    info = torch.finfo(old.dtype)
+    return bool(((new - old).abs() <= _ROUNDINGS * info.eps * old.abs() + info.tiny).all())
 
 
 def _kind(tensor: Tensor) -> str:

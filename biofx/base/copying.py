@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.references import repoint
+from biofx.base.torch_internals import HOOKS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,13 +23,18 @@ def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
         dtype: the dtype of floating-point parameters and buffers in the copy; None keeps that of each.
 
     Raises:
-        TypeError: a module keeps something in a slot, which `copy.deepcopy` of a module forgets.
+        TypeError: a module keeps something in a slot, which `copy.deepcopy` of a module forgets, or its class leaves
+            hooks out of copies.
     """
     for path, name in _slots(model):
         raise TypeError(f"{path}.{name}".lstrip(".") + " is in __slots__, which copies of a module do not have")
     memo: dict[int, Any] = clones(model) | ({} if dtype is None else _converted(model, dtype))
     result = copy.deepcopy(model, memo)
     repoint(result, memo)
+    copies = dict(result.named_modules())
+    for path, old in model.named_modules():
+        if path in copies and any(len(getattr(old, name)) != len(getattr(copies[path], name)) for name in HOOKS):
+            raise TypeError(f"{path or 'it'} has hooks, which copies of {type(old).__name__} lose")
     return result
 
 

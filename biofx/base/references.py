@@ -32,7 +32,7 @@ def enclosed(model: nn.Module) -> tuple[str, str] | None:
     """
     paths = {id(part): name for name, part in [*model.named_parameters(), *model.named_modules()]}
     for path, owner in model.named_modules():
-        for name, value in _attributes(owner).items():
+        for name, value in _copied_attributes(owner).items():
             for function in _parts(value, FunctionType, set()):
                 for found in _parts(_contents(function), nn.Module | nn.Parameter, set()):
                     parts = found.modules() if isinstance(found, nn.Module) else [found]
@@ -59,6 +59,19 @@ def repoint(model: nn.Module, others: Mapping[int, Any]) -> None:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in (*_REGISTRIES, *DERIVED)}
+
+
+def _copied_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes that `copy.deepcopy` copies, and does not make anew, as it does for what torch.compile returns."""
+    attributes = _attributes(module)
+    if hasattr(type(module), "__deepcopy__"):
+        return attributes
+    try:
+        reduced = module.__reduce_ex__(4)
+    except Exception:  # noqa: BLE001 - the copy fails as well, and says why
+        return attributes
+    kept = reduced[2] if len(reduced) > 2 else {}
+    return {name: x for name, x in attributes.items() if name in kept} if isinstance(kept, dict) else attributes
 
 
 def _parts(value: Any, kind: Any, seen: set[int]) -> Iterator[Any]:

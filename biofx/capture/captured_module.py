@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
-from biofx.base.errors import CaptureError, ExportError, InputError
+from biofx.base.errors import ArgumentError, CaptureError, ExportError, InputError
 from biofx.base.references import repoint
 from biofx.base.torch_internals import DERIVED, HookWithModule, pytree, reduce_graph_module, tracer_class
 from biofx.capture.tracer import HelperModule
@@ -146,6 +146,15 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     def _load_from_state_dict(
         self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: Any
     ) -> None:
+        if prefix and is_transformed(self):  # a part of what loads, else `load_state_dict` has converted it
+            given = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+            try:
+                inside = {name.removeprefix(prefix): value for name, value in given.items()}
+                converted = converted_checkpoint(self, inside, strict=False)
+                given = {f"{prefix}{name}": value for name, value in converted.items()}
+            except ArgumentError as error:
+                errors.append(f"{prefix[:-1]}: {error}")
+            state.update(given)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
         found = other_option(self, metadata) if is_transformed(self) else None
         if found is not None:  # in a model that contains this one, which raises if it is strict

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from biofx.base.comparison import difference, difference_of
 from biofx.base.isolation import gradients, parameters_kept, tensors_in, undisturbed
 from biofx.base.lazy_copies import lazy_copy
+from biofx.base.precision import coarsest_dtype
 from biofx.base.torch_internals import pytree
 from biofx.model.chain import attribute, compute
 from biofx.model.islands import WHOLE_MODEL
@@ -72,11 +73,9 @@ def disagreement(
                 actual = _behaviour(model, run, training, submodules)
         except Exception as error:  # noqa: BLE001 - forward is anybody's code
             return f"its graph fails {where}: {' '.join(str(error).split())[:120]}"
-        found = (
-            difference(expected.tensors, actual.tensors)
-            or _difference_of(expected.slopes, actual.slopes)
-            or _difference_inside(expected.inside, actual.inside)
-        )
+        found = _difference(expected, actual)
+        if found is not None and _computes_in_single(model, run, python):
+            found = _difference(expected, actual, torch.float32)
         if found is not None:
             return f"its graph computes something else {where}: {found}"
         # If Python recomputes activity, it may update its state twice, which only shows in training mode.
@@ -176,7 +175,29 @@ def _outputs_of(model: nn.Module, paths: Collection[str]) -> Iterator[list[tuple
         yield found
 
 
-def _difference_of(expected: list[dict[str, Tensor] | None], actual: list[dict[str, Tensor] | None]) -> str | None:
+def _computes_in_single(model: nn.Module, run: Run, python: Forward | None) -> bool:
+    """Whether a model computes in float32 or less, whatever it returns.
+
+    Graph and Python call the same operators, so parts in half precision allow no more than that: they differ by
+    rounding in fused operators alone, and what half precision calls rounding may be a wrong graph.
+    """
+    with replaced_forward(model, python):
+        return coarsest_dtype(model, run) not in (None, torch.float64, torch.complex128)
+
+
+def _difference(expected: _Behaviour, actual: _Behaviour, coarsest: torch.dtype | None = None) -> str | None:
+    """Describe how two behaviours differ by more than rounding; None if they do not."""
+    return (
+        difference(expected.tensors, actual.tensors, coarsest)
+        or _difference_of(expected.slopes, actual.slopes, coarsest)
+        or _difference_inside(expected.inside, actual.inside, coarsest)
+    )
+
+
+_Slopes = list[dict[str, Tensor] | None]
+
+
+def _difference_of(expected: _Slopes, actual: _Slopes, coarsest: torch.dtype | None) -> str | None:
     """Describe how gradients differ; None if they do not."""
     for before, after in zip(expected, actual, strict=True):
         if (before is None) != (after is None):
@@ -184,17 +205,20 @@ def _difference_of(expected: list[dict[str, Tensor] | None], actual: list[dict[s
         if before is not None and after is not None:
             for name, some in {**before, **after}.items():
                 none = torch.zeros_like(some)
-                found = difference_of(before.get(name, none), after.get(name, none))
+                found = difference_of(before.get(name, none), after.get(name, none), coarsest)
                 if found is not None:
                     return f"gradient of {name} {found}"
     return None
 
 
-def _difference_inside(expected: list[tuple[str, list[Tensor]]], actual: list[tuple[str, list[Tensor]]]) -> str | None:
+_Inside = list[tuple[str, list[Tensor]]]
+
+
+def _difference_inside(expected: _Inside, actual: _Inside, coarsest: torch.dtype | None) -> str | None:
     """Describe how the outputs of submodules differ; None if they do not."""
     if [path for path, _ in expected] != [path for path, _ in actual]:
         return "other submodules run"
-    pairs = ((path, difference(old, new)) for (path, old), (_, new) in zip(expected, actual, strict=True))
+    pairs = ((path, difference(old, new, coarsest)) for (path, old), (_, new) in zip(expected, actual, strict=True))
     return next((f"{found} in {path}" for path, found in pairs if found is not None), None)
 
 

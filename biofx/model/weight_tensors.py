@@ -25,16 +25,23 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def _of_stored(name: str) -> Any:
-    """A property that reads and writes the attribute of the stored tensor."""
+    """A property that reads and writes the attribute of the stored tensor, or that of a detached weight itself."""
+    own: Any = getattr(Tensor, name)
+
+    def read(weight: Any) -> Any:
+        return own.__get__(weight) if weight.synapses is None else getattr(weight.synapses.stored, name)
 
     def write(weight: Any, value: Any) -> None:
-        setattr(weight.synapses.stored, name, value)
+        if weight.synapses is None:
+            own.__set__(weight, value)
+        else:
+            setattr(weight.synapses.stored, name, value)
 
-    return property(lambda weight: getattr(weight.synapses.stored, name), write)
+    return property(read, write)
 
 
 def _gradient_of_computed(weight: Any) -> Any:
-    if weight.synapses.stored.grad is None:
+    if weight.synapses is None or weight.synapses.stored.grad is None:
         return Tensor.grad.__get__(weight)  # type: ignore[union-attr]
     raise ArgumentError(
         "the weight is computed from its synapses, which have the gradients: biofx.weight_sites(bio)[name].raw.grad"
@@ -46,7 +53,7 @@ class WeightTensor(Tensor):
 
     # As in nn.Parameter: operators return plain tensors, and run without the overhead of __torch_function__.
     __torch_function__ = NO_TORCH_FUNCTION
-    synapses: Any  # the synapses that the weight comes from
+    synapses: Any = None  # the synapses that the weight comes from; None once it is detached
     kept_from_swapping: Any
 
     # These would act on this temporary tensor only, not on the stored one.

@@ -13,10 +13,10 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
-from biofx.base.comparison import difference
 from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.isolation import run_in_eval_mode, split_inputs, tensors_in
 from biofx.base.packages import require
+from biofx.base.precision import amplification, outputs_differ
 from biofx.base.torch_internals import pytree
 from biofx.output.fold import fold, folded_for_original
 
@@ -112,13 +112,17 @@ def _write_program(plain: nn.Module, path: Path, example_inputs: Any) -> None:
         raise ArgumentError(f"export: example_inputs do not fit {type(plain).__name__}.forward: {error}") from error
     for inputs, axes in _attempts(given):
         try:
-            found = difference(expected, PROGRAMS[path.suffix](_program(plain, *inputs, axes), path, given))
+            actual = PROGRAMS[path.suffix](_program(plain, *inputs, axes), path, given)
+            found = outputs_differ(plain, example_inputs, expected, actual)
         except ExportError as error:
             failure = error
         else:
             if found is None:
                 return
-            failure = ExportError(f"export: {path.name} computes something else than {type(plain).__name__}: {found}")
+            advice = amplification(plain, example_inputs, expected)
+            failure = ExportError(
+                f"export: {path.name} computes something else than {type(plain).__name__}: {found}{advice}"
+            )
     raise failure
 
 

@@ -145,7 +145,7 @@ def _copy(bio: fx.GraphModule) -> CapturedModule:
         plain = copied(bio)
     except Exception as error:
         raise ArgumentError(
-            f"fold: {type(bio).__name__} cannot be copied: {error}; remove the attributes that copy.deepcopy refuses"
+            f"fold: {type(bio).__name__} cannot be copied: {error}; remove what copy.deepcopy refuses"
         ) from error
     assert isinstance(plain, CapturedModule)
     return plain

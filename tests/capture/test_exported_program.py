@@ -108,6 +108,15 @@ class Checkpoints(nn.Sequential):
         return checkpoint(self[1], self[0](value).relu(), use_reentrant=self.use_reentrant)
 
 
+class AsksForFrozen(nn.Linear):
+    def __init__(self, asks=lambda layer: layer.weight.requires_grad):
+        super().__init__(4, 4)
+        self.asks = asks
+
+    def forward(self, value):
+        return super().forward(value) * (2 if self.asks(self) else 1)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -135,6 +144,11 @@ class Checkpoints(nn.Sequential):
         (ReversesInTraining(4, 4), "computes something else in training mode: gradient of weight differs"),
         (HooksItsTensor(4, 4), "computes something else in evaluation mode: gradient of weight differs"),
         (Infers(4, 4), "its forward uses torch.inference_mode, which a graph cannot represent"),
+        (AsksForFrozen(), "its forward asks whether a parameter is frozen, which a graph cannot represent"),
+        (
+            nn.Sequential(AsksForFrozen(lambda layer: any(p.requires_grad for p in layer.parameters()))),
+            "the forward of 0 asks whether a parameter is frozen",
+        ),
         (Checkpoints(use_reentrant=True), "its forward calls checkpoint with use_reentrant=True, which a graph"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -145,6 +159,24 @@ def test_what_a_graph_does_not_do_is_refused_with_the_reason(model, message, cap
     assert 'frontend="module"' in str(error.value)
     assert len(str(error.value).splitlines()) < 6
     assert not any(capsys.readouterr())
+
+
+def test_what_is_never_frozen_may_be_asked():
+    model, value = AsksForFrozen(lambda layer: layer.weight.detach().requires_grad), x()
+    for each in (model, bio := export(model, value)):
+        each.weight.requires_grad_(False)
+    assert_same_in_both_modes(bio, model, value)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_modules_of_pytorch_may_ask_what_is_frozen(is_frozen):
+    layer, value = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True), x(2, 5, 8)
+    layer.self_attn.requires_grad_(not is_frozen)
+    bio = export(layer, value)
+    for each in (layer, bio):
+        each.self_attn.requires_grad_(is_frozen)
+    for mode in (True, False):
+        torch.testing.assert_close(bio.train(mode)(value), layer.train(mode)(value))
 
 
 def test_a_checkpoint_that_is_not_reentrant_is_part_of_the_graph():

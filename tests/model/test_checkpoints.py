@@ -139,3 +139,24 @@ def test_wrong_signs_are_refused_while_attached_too(constraint):
         with pytest.raises(biofx.ArgumentError, match="2.weight violates the signs that its units have"):
             bio.load_state_dict(state)
         biofx.attach(bio, torch.optim.SGD(bio.parameters(), 0.1))
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel, lambda bio: torch.compile(bio, backend="eager")])
+@pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "cortex"])
+def test_a_module_around_the_model_loads_plain_checkpoints(pipeline, wrap):
+    other, x = network(), torch.randn(3, 64, dtype=torch.float64)
+    with torch.no_grad():
+        other[0].weight.mul_(-0.5)
+    whole = wrap(biofx.transform(network(), pipeline))
+    assert not any(whole.load_state_dict(wrap(other).state_dict()))
+    torch.testing.assert_close(whole(x), other(x))
+    again = wrap(biofx.transform(network(), pipeline))
+    assert not any(again.load_state_dict(whole.state_dict()))
+    assert_same_states(again.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("pipeline", [[passes.MirrorUnits()], [passes.DalesPrinciple(inputs="excitatory")]])
+def test_a_module_around_the_model_says_what_does_not_fit(pipeline):
+    whole = nn.Sequential(biofx.transform(network(), pipeline))
+    with pytest.raises(RuntimeError, match=r"(?s)0.*(violates the signs|size mismatch)"):
+        whole.load_state_dict(nn.Sequential(network()).state_dict())

@@ -400,6 +400,17 @@ def test_freezing_freezes_what_is_stored(links):
     assert fc.weight_synapses.weight.requires_grad
 
 
+def test_a_detached_weight_has_gradients_of_its_own():
+    fc, _ = layer(HOOK, SUM)
+    weight = fc.weight.detach()
+    assert not weight.requires_grad
+    assert weight.grad is None
+    weight.requires_grad_().sum().backward()
+    assert torch.equal(weight.grad, torch.ones(3, 4))
+    assert fc.weight_synapses.weight.grad is None
+    assert fc.weight.requires_grad
+
+
 def test_gradients_are_those_of_what_is_stored():
     fc, _ = layer(HOOK)
     fc(X).sum().backward()

@@ -98,6 +98,21 @@ class Residual(nn.Module):
         return {"hidden": hidden, "logits": self.outer(hidden) + shift}
 
 
+class Chaotic(nn.Module):
+    """A network of firing rates that amplifies rounding: after 300 steps its outputs are those of the last digits."""
+
+    def __init__(self, units: int = 200) -> None:
+        super().__init__()
+        self.rec, self.out = nn.Linear(units, units, bias=False), nn.Linear(units, 2)
+        nn.init.normal_(self.rec.weight, std=4 / units**0.5)
+
+    def forward(self, h: Tensor, steps: int = 300) -> Tensor:
+        """The readout after some steps from a state."""
+        for _ in range(steps):
+            h = h + 0.5 * (self.rec(torch.tanh(h)) - h)
+        return self.out(h)
+
+
 def keep_logits(module: nn.Module, args: object, output: dict[str, Tensor]) -> None:
     """A forward hook."""
     module.hooked = output["logits"].detach()

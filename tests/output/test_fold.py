@@ -246,7 +246,7 @@ def test_a_model_that_cannot_be_copied():
     model = mlp(2, 2)
     model.lock = threading.Lock()
     bio = biofx.transform(model, PIPELINES["both"], inplace=True)
-    with pytest.raises(biofx.ArgumentError, match="Sequential cannot be copied: .*lock.*; remove the attributes"):
+    with pytest.raises(biofx.ArgumentError, match="Sequential cannot be copied: .*lock.*; remove what copy"):
         biofx.fold(bio)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import biofx
 from biofx import passes
 from conftest import flat
-from models.small import ConvNet, mlp
+from models.small import Chaotic, ConvNet, mlp
 from training_runs import network
 
 
@@ -134,6 +134,71 @@ def test_a_false_claim_to_preserve_the_function_is_caught():
     ):
         biofx.transform(nn.Linear(2, 2), [Negate()], example_inputs=torch.ones(1, 2))
     biofx.transform(nn.Linear(2, 2), [Negate()], example_inputs=torch.ones(1, 2), verify=False)
+
+
+def chaotic():
+    torch.manual_seed(0)
+    return Chaotic(), torch.randn(8, 200)
+
+
+@pytest.mark.parametrize("pipeline", ["split-synapses", "split-synapses{synapses=64}", "cortex"])
+def test_rounding_that_a_model_amplifies_is_no_difference(pipeline):
+    model, h = chaotic()
+    bio = biofx.transform(model, pipeline, example_inputs=h)
+    assert torch.allclose(bio(h, 20), model(h, 20), atol=1e-3)
+
+
+def test_rounding_in_a_second_transform_is_no_difference():
+    model, h = chaotic()
+    bio = biofx.transform(model, "split-synapses", exclude="rec.*", example_inputs=h)
+    bio = biofx.transform(bio, "split-synapses", exclude="out.*", example_inputs=h)
+    assert torch.allclose(bio(h, 20), model(h, 20), atol=1e-3)
+
+
+@dataclass(frozen=True)
+class Blunt(passes.SplitSynapses):
+    """Changes weights by more than rounding, and lies about it."""
+
+    name = "blunt"
+
+    def rewrite(self, site, edit):
+        edit.replace_raw(site.raw.detach() * (1 + 1e-6))
+        super().rewrite(site, edit)
+
+
+@dataclass(frozen=True)
+class Shift(passes.SplitSynapses):
+    """Changes the graph, and lies about it."""
+
+    name = "shift"
+
+    def rewrite(self, site, edit):
+        super().rewrite(site, edit)
+        for call in site.calls:
+            edit.after(call.node, torch.add, 1e-6)
+
+
+class Traced(Chaotic):
+    """Its loop is in the graph, as the number of steps is no argument."""
+
+    def forward(self, h):
+        return super().forward(h, 300)
+
+
+@pytest.mark.parametrize("pass_", [Blunt(), Shift()])
+def test_a_false_claim_on_a_model_that_amplifies_is_caught(pass_):
+    torch.manual_seed(0)
+    model, h = Traced(), torch.randn(8, 200)
+    biofx.transform(model, "split-synapses", example_inputs=h)
+    with pytest.raises(biofx.VerificationError, match="amplifies rounding, as chaotic networks do.* for fewer steps"):
+        biofx.transform(model, [pass_], example_inputs=h)
+
+
+def test_a_model_that_amplifies_says_how_to_go_on_in_place():
+    model, h = chaotic()
+    with pytest.raises(biofx.VerificationError, match="amplifies rounding, .* for fewer steps"):
+        biofx.transform(model, "split-synapses", example_inputs=h, inplace=True)
+    biofx.transform(model, "split-synapses", example_inputs=(h, 20), inplace=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import operator
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 
 from biofx.base.errors import CaptureError
 from biofx.base.isolation import Draws, Snapshot, parameters_kept
@@ -110,7 +112,8 @@ class _OnTensors(nn.Module):
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
         drawn = Draws.now()
-        monitor.outputs = describe(self.model(*args, **kwargs), results)
+        with _ReadsOfFrozen(self.model, monitor):
+            monitor.outputs = describe(self.model(*args, **kwargs), results)
         effect = outside.effect()
         if effect is not None:
             monitor.note_side_effect("", effect[1])
@@ -127,6 +130,30 @@ class _OnTensors(nn.Module):
             if name not in after or after[name].shape != before[name].shape:
                 monitor.note_side_effect(name.rpartition(".")[0], f"gives the buffer {name} another shape")
         return *results, *(after[name] for name in monitor.assigned)
+
+
+class _ReadsOfFrozen(TorchFunctionMode):
+    """Notes that forward asks whether a parameter is frozen: the answer would be a constant, and may change later.
+
+    PyTorch's own modules ask as well, to choose an implementation that computes the same.
+    """
+
+    def __init__(self, model: nn.Module, monitor: _ExportMonitor) -> None:
+        super().__init__()
+        self._parameters = {id(parameter) for parameter in model.parameters()}
+        self._monitor = monitor
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function == _IS_LEARNED and id(args[0]) in self._parameters:
+            here = inspect.currentframe()
+            assert here is not None
+            assert here.f_back is not None
+            if str(here.f_back.f_globals.get("__name__")).partition(".")[0] != "torch":
+                self._monitor.note_side_effect(self._monitor.path, "asks whether a parameter is frozen")
+        return function(*args, **(kwargs or {}))
+
+
+_IS_LEARNED = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 class _ExportMonitor:
@@ -149,20 +176,20 @@ class _ExportMonitor:
 
     def note_mode_read(self, module: nn.Module) -> None:
         if module in self._paths and self._running:
-            self.reads.setdefault(self._path, []).append(self._paths[module])
+            self.reads.setdefault(self.path, []).append(self._paths[module])
 
     def note_side_effect(self, path: str, what: str) -> None:
         self.side_effect = path, f"its forward {what}, which a graph cannot represent"
 
     def enter_context(self, block: Any) -> None:
         if isinstance(block, torch.inference_mode) and block.mode:
-            self.note_side_effect(self._path, "uses torch.inference_mode")
+            self.note_side_effect(self.path, "uses torch.inference_mode")
 
     def exit_context(self, block: Any) -> None:
         pass
 
     @property
-    def _path(self) -> str:
+    def path(self) -> str:
         """The path of the innermost module whose forward runs."""
         return self._paths[self._running[-1]] if self._running else ""
 
@@ -171,7 +198,7 @@ class _ExportMonitor:
         """Track which module runs, and detect reentrant checkpointing, which torch.export would silently drop."""
 
         def apply(*args: Any) -> Any:
-            self.note_side_effect(self._path, "calls checkpoint with use_reentrant=True")
+            self.note_side_effect(self.path, "calls checkpoint with use_reentrant=True")
             return original(*args)
 
         def enter(module: nn.Module, *_: Any) -> None:
