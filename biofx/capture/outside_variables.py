@@ -142,7 +142,7 @@ class OutsideVariables:
             self._walk(self._of_class(type(module)))  # the guard compares the classes themselves
             if any(_is_of_user(cls.__module__) for cls in type(module).__mro__):
                 for name, value in attributes_of(module):
-                    if (path, name) not in self._but and type(value) not in ATOMS:
+                    if name in names and (path, name) not in self._but and type(value) not in ATOMS:
                         self._walk([(f"{path}.{name}".lstrip("."), value)])
                 self._note_presence(path, module)
 
@@ -216,9 +216,12 @@ class OutsideVariables:
             kind = dict if isinstance(value, dict) else set if isinstance(value, set) else list
             self._held.append((value, kind(_items(value))))
             self._restored.append(self._held[-1])
-        for key, item in _items(value) if isinstance(value, (dict, MappingProxyType)) else enumerate(_items(value)):
+        is_mapping = isinstance(value, (dict, MappingProxyType))
+        for place, each in enumerate(_items(value)):
+            key, item = each if is_mapping else (place, each)
             if type(item) not in _PLAIN:
-                yield f"{label}[{key!r}]" if isinstance(key, _PLAIN) else f"{label}[{_key(key)}]", item
+                shown = key if isinstance(key, _PLAIN) else place
+                yield f"{label}[{shown!r}]", item
 
     def _of_object(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
         cls = type(value)
