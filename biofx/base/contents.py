@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
-from enum import Enum
+from collections.abc import Iterator
 from itertools import chain
-from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set, tuple})
@@ -87,40 +85,18 @@ class SameObject:
     __hash__ = object.__hash__
 
 
-def contents_key(value: Any, opaque: Callable[[Any], Any] = SameObject) -> tuple[Any, ...]:
-    """An immutable key of a value: equal for equal contents.
-
-    Args:
-        value: the value.
-        opaque: maps a tensor, a module, a function or another opaque value to its key.
-    """
-    return tuple(_key_parts(value, opaque, {}, _DEEPEST))
+def contents_key(value: Any) -> tuple[Any, ...]:
+    """An immutable key of a value: equal for equal contents, where tensors, modules and functions are the same."""
+    return tuple(_key_parts(value, {}, _DEEPEST))
 
 
-def key_by_name(value: Any) -> Any:
-    """The key of an opaque value by its name, which is equal in another process as well.
-
-    Functions are equal if they have the same code; tensors are equal only if they are the same object and unchanged.
-    """
-    if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
-    if isinstance(value, FunctionType):
-        given = (*value.__code__.co_consts, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-        constants = tuple(constant for constant in given if isinstance(constant, _PLAIN))
-        return value.__module__, value.__qualname__, value.__code__.co_code, constants
-    if isinstance(value, Enum | torch.dtype):
-        return repr(value)
-    is_named = isinstance(value, type | BuiltinFunctionType)
-    return (value.__module__, value.__qualname__) if is_named else type(value).__qualname__
-
-
-def _key_parts(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], depth: int) -> Iterator[Any]:
+def _key_parts(value: Any, seen: dict[int, int], depth: int) -> Iterator[Any]:
     if isinstance(value, _PLAIN):
         yield type(value).__name__, value
         return
     holder = _inside(value)
     if holder is None or not depth:
-        yield opaque(value)
+        yield SameObject(value)
         return
     yield type(value).__module__, type(value).__qualname__
     if id(value) in seen:
@@ -133,10 +109,10 @@ def _key_parts(value: Any, opaque: Callable[[Any], Any], seen: dict[int, int], d
         seen[id(value)] = len(seen)
     yield len(holder)
     if isinstance(holder, set):
-        yield frozenset(contents_key(part, opaque) for part in holder)
+        yield frozenset(contents_key(part) for part in holder)
         return
     for part in chain.from_iterable(holder.items()) if isinstance(holder, dict) else holder:
-        yield from _key_parts(part, opaque, seen, depth - 1)
+        yield from _key_parts(part, seen, depth - 1)
 
 
 def _inside(value: Any) -> Any:

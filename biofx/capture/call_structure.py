@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import key_by_name, slots_of
+from biofx.base.contents import slots_of
+from biofx.base.rule_code import digest
 from biofx.base.torch_internals import pytree, runs_function_modes
 
 Structure = tuple[Any, ...]
 
 _DEEPEST = 4  # levels of nested objects that are inspected in an argument
-_CHOICES = (torch.dtype, Enum, type, FunctionType, BuiltinFunctionType)  # a forward may ask which of a few it is
 
 
 def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
@@ -35,17 +35,27 @@ def _structure(value: Any, depth: int) -> Iterator[Any]:
             yield type(leaf)
             yield from _structure(parts, depth - 1)
         else:
-            if isinstance(leaf, bool | str | None):
-                yield leaf
-            else:
-                yield key_by_name(leaf) if isinstance(leaf, _CHOICES) else type(leaf)
+            yield _choice(leaf)
+
+
+def _choice(value: Any) -> Any:
+    """The value itself if a forward may ask which of a few it is; else its type."""
+    if isinstance(value, bool | str | None):
+        return value
+    if isinstance(value, FunctionType):
+        return value.__module__, value.__qualname__, digest(value)
+    if isinstance(value, type | BuiltinFunctionType):
+        return value.__module__, value.__qualname__
+    return repr(value) if isinstance(value, torch.dtype | Enum) else type(value)
 
 
 def _parts(value: Any) -> tuple[Any, ...] | None:
     """The items and attributes of an object of the user's, such as a batch; None if it is no such object."""
     if isinstance(value, type | FunctionType | nn.Module):
         return None
-    items = dict(value) if isinstance(value, dict) else list(value) if isinstance(value, list | tuple) else None
+    items = (
+        dict(dict.items(value)) if isinstance(value, dict) else list(value) if isinstance(value, list | tuple) else None
+    )
     slots = {name for cls in type(value).__mro__ for name in slots_of(cls)}
     attributes = {name: getattr(value, name) for name in sorted(slots) if hasattr(value, name)}
     attributes |= getattr(value, "__dict__", {})

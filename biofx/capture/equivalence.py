@@ -108,16 +108,6 @@ def first_calls(model: nn.Module, paths: Iterator[str], run: Run) -> dict[str, t
     return found
 
 
-def run_with(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-    """Return a function that runs a model on copies of the arguments."""
-
-    def run(model: nn.Module) -> Any:
-        own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-        return model(*own_args, **own_kwargs)
-
-    return run
-
-
 class _Behaviour(NamedTuple):
     """The effects of three calls of a model, the last without gradients.
 

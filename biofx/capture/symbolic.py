@@ -22,10 +22,11 @@ from typing import Any
 
 from torch import nn
 
+from biofx.analysis.understanding import call
 from biofx.base.errors import ArgumentError
 from biofx.base.isolation import split_inputs
 from biofx.capture.captured_module import CapturedModule, captured
-from biofx.capture.equivalence import Run, compared_submodules, disagreement, first_calls, forward_of, run_with
+from biofx.capture.equivalence import Run, compared_submodules, disagreement, first_calls, forward_of
 from biofx.capture.modes import trace_modes
 from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, pop_computing_hooks
@@ -174,7 +175,7 @@ def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, syna
                   if inner.startswith(f"{path}.")}  # fmt: skip
         try:
             alone = trace_modes(module, _absent(module, args, kwargs), inside, synapses)
-            difference = _disagreement(module, alone, run_with(args, kwargs))
+            difference = _disagreement(module, alone, call(args, kwargs))
         except NotTraceable:
             continue
         finally:

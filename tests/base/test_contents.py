@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from biofx.base.contents import contents_key, holders, is_holder, key_by_name, put_back
+from biofx.base.contents import contents_key, holders, is_holder, put_back
 
 
 class Settings:
@@ -73,17 +73,3 @@ def test_shared_contents_enter_a_key_once():
     for _ in range(16):
         value = [value, value]
     assert len(contents_key(value)) < 200
-
-
-def test_what_is_named_is_equal_where_it_is_found_again():
-    def same(value):
-        return pickle.loads(pickle.dumps(contents_key(value, key_by_name))) == contents_key(value, key_by_name)
-
-    tensor = torch.ones(2)
-    assert all(map(same, (nested, [nested, Settings], {"a": tensor}, [nn.Linear(1, 1)])))
-    before = contents_key([tensor], key_by_name)
-    assert contents_key([torch.ones(2)], key_by_name) != before
-    tensor += 1
-    assert contents_key([tensor], key_by_name) != before
-    doubles, triples = (lambda x: 2 * x), (lambda x: 3 * x)
-    assert contents_key(doubles, key_by_name) != contents_key(triples, key_by_name)

@@ -436,3 +436,19 @@ def test_what_is_deep_inside_of_objects_may_change(change, monkeypatch):
                 change(each, patch)
             torch.testing.assert_close(other(X), plain(X))
             assert not torch.allclose(other(X), before)
+
+
+@pytest.mark.parametrize("functions", [(torch.relu, torch.tanh), tuple(lambda x, k=k: k * x for k in (1, 2))])
+def test_functions_as_arguments_are_told_apart(functions):
+    class Applies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, function):
+            return function(self.fc(x))
+
+    model = Applies()
+    bio = biofx.transform(model, SPLIT, example_inputs=(X, functions[0]))
+    for function in functions:
+        torch.testing.assert_close(bio(X, function), model(X, function))

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from biofx.analysis.understanding import call
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import split_inputs
 from biofx.base.torch_internals import HOOKS, pytree
 from biofx.capture.captured_module import CapturedModule, captured
-from biofx.capture.equivalence import disagreement, run_with
+from biofx.capture.equivalence import disagreement
 from biofx.capture.explanation import lines_of
 from biofx.capture.exported.both_modes import ModeSelect, merged
 from biofx.capture.exported.conditions import INSTEAD, CheckInputs
@@ -83,7 +84,7 @@ def _check(bio: CapturedModule, example_inputs: Any) -> None:
         (inputs, ""),
         (pytree.tree_map_only(Tensor, _held_otherwise, inputs), " for inputs that need gradients or are transposed"),
     ):
-        found = disagreement(bio, run_with(*given), lambda: MethodType(type(bio).forward, bio), bio.original_forward)
+        found = disagreement(bio, call(*given), lambda: MethodType(type(bio).forward, bio), bio.original_forward)
         if found is not None:
             why = (
                 "Its forward takes decisions, draws random numbers, has side effects, or has gradients of its own "
