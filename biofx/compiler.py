@@ -163,6 +163,7 @@ def build(
         bio = source if again else _captured(source, request.frontend, example_inputs, understood)
         assert isinstance(bio, fx.GraphModule)
         remember(bio, understood)
+        record_of(bio).notes += filter(None, [outside.note])
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer
         if expected is not None and bio is not source and repeats:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
+import sysconfig
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +35,9 @@ from biofx.base.torch_internals import DERIVED, without_dispatch_modes
 from biofx.model.provenance import RECORD
 
 _MISSING = object()
+_MOST = 50_000  # values that are followed
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_KEYED = (Tensor, FunctionType, type, Enum, ModuleType)  # also those that a user defines have keys of their own
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque, MappingProxyType)
 
 # Most variables that forwards refer to belong to these packages, and nobody sets them between two calls.
@@ -60,7 +63,7 @@ class OutsideVariables:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], but: frozenset[tuple[str, str]] = frozenset()) -> None:
-        self._modules, self._but = dict(modules), but
+        self._modules, self._but, self._packages = dict(modules), but, _packages_of(modules.values())
         names, self._texts = frozenset({"forward"}), frozenset[str]()
         while True:  # the code that is reached names attributes, in which more code is found
             self._begin(names)
@@ -81,6 +84,15 @@ class OutsideVariables:
             )
         except (RuntimeError, ValueError):  # a changed tensor or array has no truth value
             return False
+
+    @property
+    def note(self) -> str | None:
+        """What a user has to know of variables that were not followed; None if all were."""
+        if len(self.keys) < _MOST:
+            return None
+        return (
+            f"forward reaches more than {_MOST:,} variables outside of the model; changes of the others are not noticed"
+        )
 
     def effect(self) -> tuple[str, str] | None:
         """A variable that forward changed since, and what it did in words; None if there is none."""
@@ -140,7 +152,7 @@ class OutsideVariables:
         self._seen: dict[int, Any] = {}
         for path, module in self._modules.items():
             self._walk(self._of_class(type(module)))  # the guard compares the classes themselves
-            if any(_is_of_user(cls.__module__) for cls in type(module).__mro__):
+            if any(self._follows(cls.__module__) for cls in type(module).__mro__):
                 for name, value in attributes_of(module):
                     if name in names and (path, name) not in self._but and type(value) not in ATOMS:
                         self._walk([(f"{path}.{name}".lstrip("."), value)])
@@ -148,7 +160,7 @@ class OutsideVariables:
 
     def _note_presence(self, path: str, module: nn.Module) -> None:
         """Note which attributes a module has of those that code asks for, or that its class has in any case."""
-        for name in self._names & (_names_of_class(type(module)) | self._texts):
+        for name in self._names & (self._names_of_class(type(module)) | self._texts):
             if (path, name) in self._but:
                 continue
             if name in vars(module):
@@ -156,12 +168,27 @@ class OutsideVariables:
             else:
                 self._lookups.append((vars(module), name, _MISSING))
 
+    def _follows(self, module: Any) -> bool:
+        """Whether the code of a Python module is followed: a script, a project, or the package of a model."""
+        package = _package(module)
+        return package not in _NOT_OF_USERS and (package in self._packages or not _is_installed(package))
+
+    def _names_of_class(self, cls: type) -> set[str]:
+        """The names that a class or one of the followed classes that it inherits from gives to its instances."""
+        return {name for each in cls.__mro__ if self._follows(each.__module__) for name in vars(each)}
+
+    def _key(self, value: Any) -> Any:
+        """What is compared of a value itself; what it contains has keys of its own."""
+        is_object = not isinstance(value, (*_KEYED, *_CONTAINERS, nn.Module))
+        is_followed = is_object and (type(value) in NAMESPACES or self._follows(type(value).__module__))
+        return type(value).__qualname__ if is_followed else _key(value)
+
     def _walk(self, values: Iterable[tuple[str, Any]]) -> None:
         """Note values and all that is reached from them."""
         pending = [*values]
-        while pending:
+        while pending and len(self.keys) < _MOST:
             name, each = pending.pop()
-            self.keys[name] = _key(each)
+            self.keys[name] = self._key(each)
             if type(each) not in _PLAIN and id(each) not in self._seen:
                 self._seen[id(each)] = each  # alive, so that its id stays its own
                 pending += self._parts(name, each)
@@ -176,7 +203,7 @@ class OutsideVariables:
         elif is_array(value):
             self._arrays.append((value, value.copy()))
         elif isinstance(value, ModuleType):
-            if _is_of_user(value.__name__):
+            if self._follows(value.__name__):
                 yield from self._look_up(value.__name__, vars(value), self._names & vars(value).keys())
         elif isinstance(value, type):
             yield from self._of_class(value)
@@ -186,7 +213,7 @@ class OutsideVariables:
             yield from self._of_object(label, value)
 
     def _of_function(self, label: str, function: FunctionType) -> Iterator[tuple[str, Any]]:
-        if not _is_of_user(function.__globals__.get("__name__")):
+        if not self._follows(function.__globals__.get("__name__")):
             return
         self._functions.append(function)
         place = function.__globals__.get("__name__", "")
@@ -200,14 +227,16 @@ class OutsideVariables:
         yield from self._look_up(label, vars(function), self._names & vars(function).keys())
 
     def _of_class(self, cls: type) -> Iterator[tuple[str, Any]]:
-        for each in (each for each in cls.__mro__ if _is_of_user(each.__module__)):
+        for each in (each for each in cls.__mro__ if self._follows(each.__module__)):
             # Operators and calls run special methods that no code names.
             special = (
                 name
                 for name, value in vars(each).items()
                 if name.startswith("__") and name not in _NOT_IN_FORWARD and isinstance(value, FunctionType)
             )
-            yield from self._look_up(_label(each), each.__dict__, (self._names & _names_of_class(cls)).union(special))
+            yield from self._look_up(
+                _label(each), each.__dict__, (self._names & self._names_of_class(cls)).union(special)
+            )
 
     def _of_container(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, _CONTAINERS):
@@ -225,12 +254,12 @@ class OutsideVariables:
 
     def _of_object(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
         cls = type(value)
-        if not (type(value) in NAMESPACES or _is_of_user(cls.__module__)):
+        if not (type(value) in NAMESPACES or self._follows(cls.__module__)):
             return
         yield _label(cls), cls
         if hasattr(value, "__dict__"):
             self._restored.append((vars(value), dict(vars(value))))
-            yield from self._look_up(label, vars(value), self._names & (vars(value).keys() | _names_of_class(cls)))
+            yield from self._look_up(label, vars(value), self._names & (vars(value).keys() | self._names_of_class(cls)))
         for name in self._names & {slot for each in cls.__mro__ for slot in slots_of(each)}:
             yield from self._attribute_of(f"{label}.{name}", value, name)
 
@@ -276,11 +305,6 @@ def _texts_in(code: CodeType) -> frozenset[str]:
 @functools.cache
 def _digest(code: CodeType) -> str:
     return digest(code)
-
-
-def _names_of_class(cls: type) -> set[str]:
-    """The names that a class or one of the user's classes that it inherits from gives to its instances."""
-    return {name for each in cls.__mro__ if _is_of_user(each.__module__) for name in vars(each)}
 
 
 def _wrapped(label: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -345,7 +369,7 @@ def _key(value: Any) -> Any:
         return value.__name__
     if isinstance(value, Enum | torch.dtype | torch.layout | torch.memory_format):
         return repr(value)
-    if kind in NAMESPACES or _is_of_user(kind.__module__) or any(_wrapped("", value)):
+    if any(_wrapped("", value)):
         return kind.__qualname__
     has_value = any("__eq__" in vars(cls) for cls in kind.__mro__[:-1])  # such as a fraction, a range or a dtype
     return repr(value) if has_value else _Opaque(value)
@@ -389,9 +413,22 @@ def _attribute(where: Any, name: str) -> Any:
         return _MISSING
 
 
+def _package(module: Any) -> str:
+    return str(module).partition(".")[0]
+
+
 @functools.cache
-def _is_of_user(module: str | None) -> bool:
-    return str(module).partition(".")[0] not in _NOT_OF_USERS
+def _is_installed(package: str) -> bool:
+    """Whether a package was installed, so that it is nobody's script or project."""
+    folders = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return any(str(file).startswith(folder) for folder in folders)
+
+
+def _packages_of(modules: Iterable[nn.Module]) -> frozenset[str]:
+    """The packages that define the classes of modules, but for those of PyTorch and biofx."""
+    packages = ([_package(cls.__module__) for cls in type(module).__mro__] for module in modules)
+    return frozenset(next((name for name in each if name not in _NOT_OF_USERS), "") for each in packages)
 
 
 def _holds_same(holder: Any, content: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 
 import biofx
 from biofx.capture.outside_variables import OutsideVariables, first_difference
+from conftest import flat
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
 
@@ -362,10 +363,28 @@ def test_a_method_that_forward_does_not_call_is_not_read():
     assert "LEVELS" not in names(Model)
 
 
+def test_what_is_too_much_is_told(monkeypatch):
+    monkeypatch.setattr("biofx.capture.outside_variables._MOST", 5)
+    bio = biofx.transform(network(CHANGES["in containers"][0]), "split-synapses", example_inputs=(X,))
+    assert "more than 5 variables outside of the model" in flat(biofx.summary(bio))
+
+
+def test_code_of_other_installed_packages_is_not_followed():
+    """A framework reaches everything."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return x * callable(pytest.main)
+
+    found = OutsideVariables({"": Model()})
+    assert found.reads("main")
+    assert not any(name.startswith("_pytest") for name in found.keys)
+
+
 def test_layers_of_pytorch_read_nothing():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     found = OutsideVariables(dict(model.named_modules())).keys
-    assert all(name.startswith("torch.nn.modules") for name in found)
+    assert found == {}
 
 
 def test_equal_variables_have_equal_keys():
