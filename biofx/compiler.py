@@ -152,7 +152,7 @@ def build(
         raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     _refuse_transformed_children(model)
     outside = OutsideVariables(dict(model.named_modules()))
-    with torch.inference_mode(False), outside.kept(), _restored_on_error(model) if inplace else nullcontext():
+    with torch.inference_mode(False), outside.draws_kept(), _restored_on_error(model) if inplace else nullcontext():
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
         understood = understand(source, example_inputs)
@@ -183,7 +183,6 @@ def build(
             values_follow=values_follow,
         )
         record_of(bio).requests.append(request)
-        outside.restore()  # the guard is to know them as they are for the caller
         if not is_one_island(bio):
             guard = Guard(bio, _checked(request.frontend, understood) if old is None else old.structures)
             if understood is not None and not guard.needs_graph and repeats:

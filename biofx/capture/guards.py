@@ -22,7 +22,7 @@ from biofx.base.errors import CaptureError
 from biofx.base.torch_internals import GLOBAL_HOOKS, HOOKS
 from biofx.capture.assignments import assign_attribute
 from biofx.capture.call_structure import Structure, is_plain, structure
-from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
+from biofx.capture.outside_variables import OutsideVariables, attributes_of, can_be_compared, first_difference
 from biofx.capture.tracer import HelperModule
 from biofx.model.changes import reason_for_graph
 from biofx.model.islands import WHOLE_MODEL
@@ -58,14 +58,20 @@ class _WatchedTensor(NamedTuple):
     @classmethod
     def now(cls, tensor: Tensor) -> _WatchedTensor:
         """Watch a tensor."""
-        is_plain = type(tensor.data) is Tensor and tensor.layout is torch.strided and tensor.device.type == "cpu"
-        return cls(tensor, tensor._version, tensor.detach().clone() if is_plain and not tensor.is_nested else None)
+        return cls(tensor, tensor._version, tensor.detach().clone() if _is_at_hand(tensor) else None)
 
     def is_written(self) -> bool:
         """Whether somebody wrote into it since; by way of `data` or NumPy, the version does not rise."""
         if self.tensor._version != self.version:
             return True
-        return self.values is not None and not torch.equal(self.values, self.tensor.detach())
+        if self.values is None:
+            return False
+        return not _is_at_hand(self.tensor) or not torch.equal(self.values, self.tensor.detach())
+
+
+def _is_at_hand(tensor: Tensor) -> bool:
+    """Whether comparing the values of a tensor takes neither long nor a wait for a device."""
+    return tensor.device.type == "cpu" and can_be_compared(tensor)
 
 
 class Guard:

@@ -11,10 +11,13 @@ import functools
 import hashlib
 import sys
 import sysconfig
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date, timedelta
 from enum import Enum
+from numbers import Number
+from pathlib import PurePath
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -28,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.base.contents import ATOMS, NAMESPACES, is_array, put_back, slots_of
+from biofx.base.contents import ATOMS, NAMESPACES, is_array, slots_of
 from biofx.base.generators import is_generator, set_state, state_of
 from biofx.base.rule_code import codes_in, digest
 from biofx.base.torch_internals import DERIVED, without_dispatch_modes
@@ -36,14 +39,28 @@ from biofx.model.provenance import RECORD
 
 _MISSING = object()
 _MOST = 50_000  # values that are followed
+_FEW = 2**20  # bytes of a tensor whose values are compared; of a larger one, only its version is
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _KEYED = (Tensor, FunctionType, type, Enum, ModuleType)  # also those that a user defines have keys of their own
+_VALUES = (
+    Number,
+    range,
+    slice,
+    date,
+    timedelta,
+    PurePath,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque, MappingProxyType)
 
 # Most variables that forwards refer to belong to these packages, and nobody sets them between two calls.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"} - {"__main__"})
 _OF_THE_SYSTEM = frozenset(("SystemRandom", "secrets", "urandom", "getrandom", "uuid4"))  # without a state
 _NOT_OF_USER = frozenset({*vars(fx.GraphModule(nn.Module(), fx.Graph())), *DERIVED, RECORD})  # attributes of modules
+_COMPARISONS = frozenset(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "hash"))
 _NOT_IN_FORWARD = frozenset(
     f"__{name}__"
     for name in ("init", "new", "post_init", "init_subclass", "repr", "str", "del", "copy", "deepcopy",
@@ -82,7 +99,7 @@ class OutsideVariables:
                 and all(list(now) == before if isinstance(now, deque) else now == before for now, before in self._held)
                 and all(_bytes(array) == _bytes(before) for array, before in self._arrays)
             )
-        except (RuntimeError, ValueError):  # a changed tensor or array has no truth value
+        except Exception:  # noqa: BLE001 - a changed tensor or array has no truth value, and other objects may raise
             return False
 
     @property
@@ -117,21 +134,36 @@ class OutsideVariables:
         finally:
             self.restore()
 
+    @contextmanager
+    def draws_kept(self) -> Iterator[None]:
+        """Restore random number generators after a block."""
+        try:
+            yield
+        finally:
+            self.restore_generators()
+
     def reads(self, name: str) -> bool:
         """Whether a variable, or a name in code, is among what is read."""
         return name in self.keys or name in self._names
 
     def restore(self) -> None:
-        """Restore contents of containers, attributes of objects, variables, and random number generators."""
+        """Restore contents of containers, attributes, variables, and random number generators."""
         for where, key, value in self._lookups:
             if isinstance(where, dict) and value is not _MISSING and where.get(key, _MISSING) is not value:
                 where[key] = value
+        for owner, key, value in (*self._of_classes, *self._attributes):
+            if not key.startswith("__") and value is not _MISSING and _attribute(owner, key) is not value:
+                setattr(owner, key, value)
         for holder, content in self._restored:
             if not _holds_same(holder, content):
-                put_back(holder, content)
+                _put_back(holder, content)
         for array, before in self._arrays:
             if _bytes(array) != _bytes(before):
                 array[...] = before
+        self.restore_generators()
+
+    def restore_generators(self) -> None:
+        """Restore random number generators alone."""
         for _, generator, state in self._generators:
             if state_of(generator) != state:
                 set_state(generator, state)
@@ -143,6 +175,7 @@ class OutsideVariables:
         self.keys: dict[str, Any] = {}
         self._functions: list[FunctionType] = []
         self._lookups: list[tuple[Any, str, Any]] = []  # in dictionaries: where, the name, and the value
+        self._of_classes: list[tuple[type, str, Any]] = []  # the same, of classes
         self._attributes: list[tuple[Any, str, Any]] = []  # the same, of objects without a dictionary
         self._held: list[tuple[Any, Any]] = []  # containers, and copies of them
         self._restored: list[tuple[Any, Any]] = []  # those and the dictionaries of objects
@@ -188,10 +221,13 @@ class OutsideVariables:
         pending = [*values]
         while pending and len(self.keys) < _MOST:
             name, each = pending.pop()
-            self.keys[name] = self._key(each)
-            if type(each) not in _PLAIN and id(each) not in self._seen:
-                self._seen[id(each)] = each  # alive, so that its id stays its own
-                pending += self._parts(name, each)
+            try:
+                self.keys[name] = self._key(each)
+                if type(each) not in _PLAIN and id(each) not in self._seen:
+                    self._seen[id(each)] = each  # alive, so that its id stays its own
+                    pending += self._parts(name, each)
+            except Exception:  # noqa: BLE001 - an object may refuse to be looked at
+                self.keys[name] = _Opaque(each)
 
     def _parts(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Tensor):
@@ -227,16 +263,15 @@ class OutsideVariables:
         yield from self._look_up(label, vars(function), self._names & vars(function).keys())
 
     def _of_class(self, cls: type) -> Iterator[tuple[str, Any]]:
+        hidden: set[str] = set()  # by classes that come first, unless code asks for the next
         for each in (each for each in cls.__mro__ if self._follows(each.__module__)):
             # Operators and calls run special methods that no code names.
-            special = (
-                name
-                for name, value in vars(each).items()
-                if name.startswith("__") and name not in _NOT_IN_FORWARD and isinstance(value, FunctionType)
-            )
-            yield from self._look_up(
-                _label(each), each.__dict__, (self._names & self._names_of_class(cls)).union(special)
-            )
+            special = {name for name, value in vars(each).items() if _is_special(name, value)}
+            names = (self._names & self._names_of_class(cls) | special) - hidden
+            self._of_classes += [(each, name, each.__dict__.get(name, _MISSING)) for name in names - special]
+            yield from self._look_up(_label(each), each.__dict__, names)
+            if "super" not in self._names:
+                hidden |= vars(each).keys()
 
     def _of_container(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, _CONTAINERS):
@@ -351,7 +386,7 @@ def _key(value: Any) -> Any:
     """What is compared of a value itself; what it contains has keys of its own."""
     kind = type(value)
     if isinstance(value, _PLAIN):
-        return kind.__qualname__, value
+        return kind.__qualname__, repr(value) if isinstance(value, float | complex) else value
     if isinstance(value, Tensor):
         return _key_of_tensor(value)
     if isinstance(value, nn.Module):
@@ -367,22 +402,31 @@ def _key(value: Any) -> Any:
         return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, ModuleType):
         return value.__name__
-    if isinstance(value, Enum | torch.dtype | torch.layout | torch.memory_format):
-        return repr(value)
+    if isinstance(value, Enum):
+        return kind.__module__, kind.__qualname__, value.name
     if any(_wrapped("", value)):
         return kind.__qualname__
-    has_value = any("__eq__" in vars(cls) for cls in kind.__mro__[:-1])  # such as a fraction, a range or a dtype
-    return repr(value) if has_value else _Opaque(value)
+    is_scalar = kind.__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return repr(value) if isinstance(value, _VALUES) or is_scalar else _Opaque(value)
 
 
 def _key_of_tensor(tensor: Tensor) -> Any:
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-        return _Opaque(tensor)
     with without_dispatch_modes():  # it is no computation of the model
-        if tensor.is_nested or tensor.is_meta:
+        if not can_be_compared(tensor):
             return _Opaque(tensor)
-        numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(numbers, digest_size=16).hexdigest()
+        flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
+        return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def can_be_compared(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at, and often, as they are few."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor.numel() * tensor.element_size() > _FEW:
+        return False
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+    return tensor.untyped_storage().nbytes() >= end  # else its memory was freed
 
 
 def _items(container: Any) -> Iterable[Any]:
@@ -413,6 +457,13 @@ def _attribute(where: Any, name: str) -> Any:
         return _MISSING
 
 
+def _is_special(name: str, value: Any) -> bool:
+    """Whether an attribute of a class is a method that an operator or a call runs, and no generated comparison."""
+    if not name.startswith("__") or name in _NOT_IN_FORWARD or not isinstance(value, FunctionType):
+        return False
+    return not (name in _COMPARISONS and value.__code__.co_filename.startswith("<"))
+
+
 def _package(module: Any) -> str:
     return str(module).partition(".")[0]
 
@@ -431,14 +482,27 @@ def _packages_of(modules: Iterable[nn.Module]) -> frozenset[str]:
     return frozenset(next((name for name in each if name not in _NOT_OF_USERS), "") for each in packages)
 
 
+def _put_back(holder: Any, content: Any) -> None:
+    """Restore the contents of a container; a subclass may forbid it, or do more."""
+    kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(holder, kind))
+    kind.clear(holder)
+    if isinstance(holder, dict):
+        for key, value in content.items():
+            kind.__setitem__(holder, key, value)
+    else:
+        (kind.update if kind is set else kind.extend)(holder, content)
+
+
 def _holds_same(holder: Any, content: Any) -> bool:
     """Whether a container holds the very same objects in the same order."""
-    if len(holder) != len(content):
+    now, before = [*_items(holder)], [*_items(content)]
+    if len(now) != len(before):
         return False
+    if isinstance(holder, dict):
+        return all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, before, strict=True))
     if isinstance(holder, set):
-        return bool(holder == content)
-    pairs = zip(_items(holder), _items(content), strict=True)
-    return all(a[0] is b[0] and a[1] is b[1] if isinstance(holder, dict) else a is b for a, b in pairs)
+        return {*map(id, now)} == {*map(id, before)}
+    return all(a is b for a, b in zip(now, before, strict=True))
 
 
 def _bytes(array: Any) -> bytes:
