@@ -474,7 +474,7 @@ def cached(h, cache={}):  # noqa: B006 - as rotary tables are kept
     return h + cache[h.shape[1]]
 
 
-def test_what_forward_filled_in_a_run_of_the_transform_is_no_change():
+def test_what_the_transform_itself_filled_is_no_change():
     model = network(cached)
     bio = biofx.transform(model, [biofx.passes.SynapticScaling()], example_inputs=(X,))
     torch.testing.assert_close(bio(X), model(X))
