@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -64,13 +64,28 @@ def slots_of(cls: type) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
+def items_of(container: Any) -> Iterable[Any]:
+    """What a container holds; subclasses may make what they are asked for."""
+    if isinstance(container, dict):
+        return dict.items(container)
+    kinds = (list, tuple, set, frozenset, deque)
+    kind: Any = next((kind for kind in kinds if isinstance(container, kind)), None)
+    found: Iterable[Any] = container.items() if kind is None else kind.__iter__(container)
+    return found
+
+
 def put_back(holder: Any, content: Any) -> None:
-    """Restore the contents of a container from a copy."""
+    """Restore the contents of a container from a copy, also of a subclass that forbids it or does more."""
     if is_array(holder):
         holder[...] = content
         return
-    holder.clear()
-    (holder.extend if isinstance(holder, list | deque) else holder.update)(content)
+    kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(holder, kind))
+    kind.clear(holder)
+    if isinstance(holder, dict):
+        for key, value in content.items():
+            kind.__setitem__(holder, key, value)
+    else:
+        (kind.update if kind is set else kind.extend)(holder, content)
 
 
 class SameObject:

@@ -109,7 +109,7 @@ def local(tensor: Any) -> Tensor:
 def part_along(tensor: Any, axis: int) -> tuple[Tensor, slice]:
     """What this process holds of an activity that is a DTensor, and which indices of an axis these are.
 
-    What no process holds, as it is a sum over them, becomes whole, and all ranks wait for each other.
+    A partial sum, which no process holds whole, is reduced first; all ranks wait for each other.
 
     Args:
         tensor: the activity.

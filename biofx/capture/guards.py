@@ -22,8 +22,9 @@ from biofx.base.errors import CaptureError
 from biofx.base.torch_internals import GLOBAL_HOOKS, HOOKS
 from biofx.capture.assignments import assign_attribute
 from biofx.capture.call_structure import Structure, is_plain, structure
-from biofx.capture.outside_variables import OutsideVariables, attributes_of, can_be_compared, first_difference
+from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
 from biofx.capture.tracer import HelperModule
+from biofx.capture.variable_keys import can_be_compared
 from biofx.model.changes import reason_for_graph
 from biofx.model.islands import WHOLE_MODEL
 from biofx.model.provenance import record_of

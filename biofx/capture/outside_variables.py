@@ -8,58 +8,37 @@ attributes of the user's objects, classes and Python modules.
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 import sysconfig
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date, timedelta
-from enum import Enum
-from numbers import Number
-from pathlib import PurePath
 from types import (
-    BuiltinFunctionType,
     CodeType,
     FunctionType,
     MappingProxyType,
-    MethodType,
     ModuleType,
 )
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from biofx.base.contents import ATOMS, NAMESPACES, is_array, slots_of
+from biofx.base.contents import ATOMS, NAMESPACES, is_array, items_of, put_back, slots_of
 from biofx.base.generators import is_generator, set_state, state_of
-from biofx.base.rule_code import codes_in, digest
-from biofx.base.torch_internals import DERIVED, without_dispatch_modes
+from biofx.base.rule_code import codes_in
+from biofx.base.torch_internals import DERIVED
+from biofx.capture.variable_keys import CONTAINERS, KEYED, PLAIN, Opaque, key_of, wrapped_in
 from biofx.model.provenance import RECORD
 
 _MISSING = object()
 _MOST = 50_000  # values that are followed
-_FEW = 2**20  # bytes of a tensor whose values are compared; of a larger one, only its version is
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_KEYED = (Tensor, FunctionType, type, Enum, ModuleType)  # also those that a user defines have keys of their own
-_VALUES = (
-    Number,
-    range,
-    slice,
-    date,
-    timedelta,
-    PurePath,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-_CONTAINERS = (dict, list, tuple, set, frozenset, deque, MappingProxyType)
 
 # Most variables that forwards refer to belong to these packages, and nobody sets them between two calls.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"} - {"__main__"})
 _OF_THE_SYSTEM = frozenset(("SystemRandom", "secrets", "urandom", "getrandom", "uuid4"))  # without a state
-_NOT_OF_USER = frozenset({*vars(fx.GraphModule(nn.Module(), fx.Graph())), *DERIVED, RECORD})  # attributes of modules
+_OF_CAPTURED_MODULES = frozenset(
+    {*vars(fx.GraphModule(nn.Module(), fx.Graph())), *DERIVED, RECORD}
+)  # attributes of modules
 _COMPARISONS = frozenset(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "hash"))
 _NOT_IN_FORWARD = frozenset(
     f"__{name}__"
@@ -154,9 +133,9 @@ class OutsideVariables:
         for owner, key, value in (*self._of_classes, *self._attributes):
             if not key.startswith("__") and value is not _MISSING and _attribute(owner, key) is not value:
                 setattr(owner, key, value)
-        for holder, content in self._restored:
+        for holder, content in self._held:
             if not _holds_same(holder, content):
-                _put_back(holder, content)
+                put_back(holder, content)
         for array, before in self._arrays:
             if _bytes(array) != _bytes(before):
                 array[...] = before
@@ -178,7 +157,6 @@ class OutsideVariables:
         self._of_classes: list[tuple[type, str, Any]] = []  # the same, of classes
         self._attributes: list[tuple[Any, str, Any]] = []  # the same, of objects without a dictionary
         self._held: list[tuple[Any, Any]] = []  # containers, and copies of them
-        self._restored: list[tuple[Any, Any]] = []  # those and the dictionaries of objects
         self._arrays: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
         self._generators: list[tuple[str, Any, Any]] = []
@@ -211,10 +189,10 @@ class OutsideVariables:
         return {name for each in cls.__mro__ if self._follows(each.__module__) for name in vars(each)}
 
     def _key(self, value: Any) -> Any:
-        """What is compared of a value itself; what it contains has keys of its own."""
-        is_object = not isinstance(value, (*_KEYED, *_CONTAINERS, nn.Module))
+        """The key of a value; of an object that is followed, its class, as its attributes have keys of their own."""
+        is_object = not isinstance(value, (*KEYED, *CONTAINERS, nn.Module))
         is_followed = is_object and (type(value) in NAMESPACES or self._follows(type(value).__module__))
-        return type(value).__qualname__ if is_followed else _key(value)
+        return type(value).__qualname__ if is_followed else key_of(value)
 
     def _walk(self, values: Iterable[tuple[str, Any]]) -> None:
         """Note values and all that is reached from them."""
@@ -223,11 +201,11 @@ class OutsideVariables:
             name, each = pending.pop()
             try:
                 self.keys[name] = self._key(each)
-                if type(each) not in _PLAIN and id(each) not in self._seen:
+                if type(each) not in PLAIN and id(each) not in self._seen:
                     self._seen[id(each)] = each  # alive, so that its id stays its own
                     pending += self._parts(name, each)
             except Exception:  # noqa: BLE001 - an object may refuse to be looked at
-                self.keys[name] = _Opaque(each)
+                self.keys[name] = Opaque(each)
 
     def _parts(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Tensor):
@@ -244,7 +222,7 @@ class OutsideVariables:
         elif isinstance(value, type):
             yield from self._of_class(value)
         elif not isinstance(value, nn.Module):
-            yield from _wrapped(label, value)
+            yield from wrapped_in(label, value)
             yield from self._of_container(label, value)
             yield from self._of_object(label, value)
 
@@ -274,17 +252,16 @@ class OutsideVariables:
                 hidden |= vars(each).keys()
 
     def _of_container(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if not isinstance(value, _CONTAINERS):
+        if not isinstance(value, CONTAINERS):
             return
         if isinstance(value, (dict, list, set, deque)):
             kind = dict if isinstance(value, dict) else set if isinstance(value, set) else list
-            self._held.append((value, kind(_items(value))))
-            self._restored.append(self._held[-1])
+            self._held.append((value, kind(items_of(value))))
         is_mapping = isinstance(value, (dict, MappingProxyType))
-        for place, each in enumerate(_items(value)):
+        for place, each in enumerate(items_of(value)):
             key, item = each if is_mapping else (place, each)
-            if type(item) not in _PLAIN:
-                shown = key if isinstance(key, _PLAIN) else place
+            if type(item) not in PLAIN:
+                shown = key if isinstance(key, PLAIN) else place
                 yield f"{label}[{shown!r}]", item
 
     def _of_object(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -293,7 +270,6 @@ class OutsideVariables:
             return
         yield _label(cls), cls
         if hasattr(value, "__dict__"):
-            self._restored.append((vars(value), dict(vars(value))))
             yield from self._look_up(label, vars(value), self._names & (vars(value).keys() | self._names_of_class(cls)))
         for name in self._names & {slot for each in cls.__mro__ for slot in slots_of(each)}:
             yield from self._attribute_of(f"{label}.{name}", value, name)
@@ -315,7 +291,7 @@ class OutsideVariables:
 def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The attributes that the user's code set on a module."""
     for name, value in vars(module).items():
-        if name not in _NOT_OF_USER and not name.startswith("_biofx"):
+        if name not in _OF_CAPTURED_MODULES and not name.startswith("_biofx"):
             yield name, value
 
 
@@ -335,115 +311,6 @@ def _texts_in(code: CodeType) -> frozenset[str]:
     """The strings in some code that may be names, as for `hasattr`."""
     constants = (each for one in codes_in(code) for each in one.co_consts)
     return frozenset(each for each in constants if isinstance(each, str) and each.isidentifier())
-
-
-@functools.cache
-def _digest(code: CodeType) -> str:
-    return digest(code)
-
-
-def _wrapped(label: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What decorators and bound methods wrap."""
-    if isinstance(value, functools.partial | functools.partialmethod):
-        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
-    elif isinstance(value, MethodType):
-        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("__func__", "__self__"))
-    elif isinstance(value, BuiltinFunctionType):
-        yield f"{label}.__self__", value.__self__
-    elif isinstance(value, staticmethod | classmethod):
-        yield f"{label}.__func__", value.__func__
-    elif isinstance(value, property):
-        yield f"{label}.fget", value.fget
-    elif isinstance(value, functools.cached_property):
-        yield f"{label}.func", value.func
-
-
-class _Opaque:
-    """An object that nobody looks into: equal to itself, and, after pickling, to any of its class."""
-
-    def __init__(self, value: Any) -> None:
-        self._kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Opaque) or self._kind != other._kind:
-            return False
-        return self._value is other._value or self._value is None or other._value is None
-
-    def __hash__(self) -> int:
-        return hash(self._kind)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Opaque:
-        copied = object.__new__(_Opaque)
-        copied._kind, copied._value = self._kind, memo.get(id(self._value), self._value)  # it may be part of the model
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_kind": self._kind, "_value": None}
-
-
-def _key(value: Any) -> Any:
-    """What is compared of a value itself; what it contains has keys of its own."""
-    kind = type(value)
-    if isinstance(value, _PLAIN):
-        return kind.__qualname__, repr(value) if isinstance(value, float | complex) else value
-    if isinstance(value, Tensor):
-        return _key_of_tensor(value)
-    if isinstance(value, nn.Module):
-        return _Opaque(value)
-    if isinstance(value, CodeType):
-        return _digest(value)
-    if isinstance(value, FunctionType | BuiltinFunctionType | type):
-        return value.__module__, value.__qualname__
-    if isinstance(value, _CONTAINERS):
-        parts = [_plain_key(each) for each in _items(value)]
-        return kind.__qualname__, frozenset(parts) if isinstance(value, set | frozenset) else tuple(parts)
-    if is_array(value):
-        return str(value.dtype), value.shape, value.tobytes()
-    if isinstance(value, ModuleType):
-        return value.__name__
-    if isinstance(value, Enum):
-        return kind.__module__, kind.__qualname__, value.name
-    if any(_wrapped("", value)):
-        return kind.__qualname__
-    is_scalar = kind.__module__ == "numpy" and getattr(value, "shape", None) == ()
-    return repr(value) if isinstance(value, _VALUES) or is_scalar else _Opaque(value)
-
-
-def _key_of_tensor(tensor: Tensor) -> Any:
-    with without_dispatch_modes():  # it is no computation of the model
-        if not can_be_compared(tensor):
-            return _Opaque(tensor)
-        flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
-        return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(flat.view(torch.uint8).numpy().data).hexdigest()
-
-
-def can_be_compared(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at, and often, as they are few."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-        return False
-    if tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor.numel() * tensor.element_size() > _FEW:
-        return False
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
-    return tensor.untyped_storage().nbytes() >= end  # else its memory was freed
-
-
-def _items(container: Any) -> Iterable[Any]:
-    """What a container holds; subclasses may make what they are asked for."""
-    if isinstance(container, dict):
-        return dict.items(container)
-    kinds = (list, tuple, set, frozenset, deque)
-    kind: Any = next((kind for kind in kinds if isinstance(container, kind)), None)
-    found: Iterable[Any] = container.items() if kind is None else kind.__iter__(container)
-    return found
-
-
-def _plain_key(value: Any) -> Any:
-    """The key of an item of a container, if it is a plain value or a pair of them; else its class."""
-    if isinstance(value, tuple):
-        return tuple(_plain_key(each) for each in value)
-    return (type(value).__qualname__, value if isinstance(value, _PLAIN) else None)
 
 
 def _label(cls: type) -> str:
@@ -482,20 +349,9 @@ def _packages_of(modules: Iterable[nn.Module]) -> frozenset[str]:
     return frozenset(next((name for name in each if name not in _NOT_OF_USERS), "") for each in packages)
 
 
-def _put_back(holder: Any, content: Any) -> None:
-    """Restore the contents of a container; a subclass may forbid it, or do more."""
-    kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(holder, kind))
-    kind.clear(holder)
-    if isinstance(holder, dict):
-        for key, value in content.items():
-            kind.__setitem__(holder, key, value)
-    else:
-        (kind.update if kind is set else kind.extend)(holder, content)
-
-
 def _holds_same(holder: Any, content: Any) -> bool:
     """Whether a container holds the very same objects in the same order."""
-    now, before = [*_items(holder)], [*_items(content)]
+    now, before = ([*items_of(each)] for each in (holder, content))
     if len(now) != len(before):
         return False
     if isinstance(holder, dict):

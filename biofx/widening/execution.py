@@ -124,7 +124,7 @@ class Execution:
         return self._random[id(value)]
 
     def _random_like(self, like: Tensor | Value) -> Tensor:
-        """Random numbers between 0.1 and 0.9, where most functions are defined; integers and masks as they are."""
+        """Random numbers between 0.1 and 0.9, where most functions are defined; integers and masks stay unchanged."""
         if not like.dtype.is_floating_point:
             known = like.data if isinstance(like, Value) else like
             return torch.empty(like.shape, dtype=like.dtype, device="meta") if known is None else known
