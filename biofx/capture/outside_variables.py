@@ -36,7 +36,7 @@ _MOST = 50_000  # values that are followed
 # Most variables that forwards refer to belong to these packages, and nobody sets them between two calls.
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "biofx"} - {"__main__"})
 _OF_THE_SYSTEM = frozenset(("SystemRandom", "secrets", "urandom", "getrandom", "uuid4"))  # without a state
-_OF_CAPTURED_MODULES = frozenset(
+_OF_GRAPH_MODULES = frozenset(
     {*vars(fx.GraphModule(nn.Module(), fx.Graph())), *DERIVED, RECORD}
 )  # attributes of modules
 _COMPARISONS = frozenset(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "hash"))
@@ -291,7 +291,7 @@ class OutsideVariables:
 def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The attributes that the user's code set on a module."""
     for name, value in vars(module).items():
-        if name not in _OF_CAPTURED_MODULES and not name.startswith("_biofx"):
+        if name not in _OF_GRAPH_MODULES and not name.startswith("_biofx"):
             yield name, value
 
 
