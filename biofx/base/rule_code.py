@@ -41,7 +41,7 @@ def _described(value: Any, seen: set[int]) -> str:
         return f"code {value.co_code.hex()} {value.co_names} {value.co_varnames} [{constants}]"
     if isinstance(value, FunctionType) and not str(value.__module__).startswith("torch") and id(value) not in seen:
         seen.add(id(value))
-        names = [name for code in codes_in(value.__code__) for name in code.co_names]
+        names = names_in(value.__code__)
         named = [value.__globals__.get(name) for name in names]
         modules = [each for each in named if isinstance(each, ModuleType) and not each.__name__.startswith("torch")]
         named += [getattr(module, name, None) for module in modules for name in names]
@@ -58,3 +58,8 @@ def _described(value: Any, seen: set[int]) -> str:
 def codes_in(code: CodeType) -> list[CodeType]:
     """A code object, and those of the functions that are defined inside it."""
     return [code, *(each for const in code.co_consts if isinstance(const, CodeType) for each in codes_in(const))]
+
+
+def names_in(code: CodeType) -> list[str]:
+    """The variables and attributes that code names, with that of the functions that are defined inside it."""
+    return [name for each in codes_in(code) for name in each.co_names]

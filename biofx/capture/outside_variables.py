@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.contents import ATOMS, NAMESPACES, is_array, items_of, put_back, slots_of
 from biofx.base.generators import is_generator, set_state, state_of
-from biofx.base.rule_code import codes_in
+from biofx.base.rule_code import codes_in, names_in
 from biofx.base.torch_internals import DERIVED
 from biofx.capture.variable_keys import CONTAINERS, KEYED, PLAIN, Opaque, key_of, wrapped_in
 from biofx.model.provenance import RECORD
@@ -303,7 +303,7 @@ def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str
 @functools.cache
 def _names_in(code: CodeType) -> frozenset[str]:
     """The names in some code, and in the functions that are defined inside it; also those for `getattr`."""
-    return _texts_in(code).union(name for one in codes_in(code) for name in one.co_names)
+    return _texts_in(code).union(names_in(code))
 
 
 @functools.cache
