@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -29,7 +29,7 @@ from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.preconditions import check_model, refuse_sharded
 from biofx.model.changes import transformed
 from biofx.model.islands import GUARD, is_one_island
-from biofx.model.owners import obstacle_to_synapses, restore_class
+from biofx.model.owners import obstacle_to_synapses, restore_class, without_synapses
 from biofx.model.provenance import Request, is_transformed, record_of
 from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.rewrite import pipeline
@@ -183,10 +183,15 @@ def build(
             values_follow=values_follow,
         )
         record_of(bio).requests.append(request)
+        run = understood.run if understood is not None and repeats else None
+        if run is not None and outputs is None:
+            outputs = pipeline.repeated_outputs(bio, run)
+            if outputs is not None:
+                _check_islands(bio, run, outputs)
         if not is_one_island(bio):
             guard = Guard(bio, _checked(request.frontend, understood) if old is None else old.structures)
-            if understood is not None and not guard.needs_graph and repeats:
-                _check_python(bio, understood.run, outputs)
+            if run is not None and outputs is not None and not guard.needs_graph:
+                _check_python(bio, run, outputs)
             vars(bio)[GUARD] = guard
     return bio
 
@@ -315,24 +320,41 @@ def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torc
     found = outputs_differ(bio, example_inputs, expected, run_in_eval_mode(bio, example_inputs))
     if found is None:
         return
-    raise CaptureError(
-        f"{type(bio).__name__} has other outputs when traced: {found}. Its forward takes decisions, draws "
-        'random numbers or has side effects that a graph cannot express; transform it with frontend="module"'
+    why = (
+        "Its forward asks for the class of the model, which is a subclass; use isinstance"
+        if is_one_island(bio)
+        else "Its forward takes decisions, draws random numbers or has side effects that a graph cannot express; "
+        'transform it with frontend="module"'
     )
+    raise CaptureError(f"{type(bio).__name__} has other outputs when traced: {found}. {why}")
 
 
-def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor] | None) -> None:
+def _check_islands(bio: fx.GraphModule, run: Run, outputs: list[torch.Tensor]) -> None:
+    """Refuse islands that compute something else than with plain parameters that have the values of their weights."""
+    read = [str(node.target) for node in bio.graph.find_nodes(op="get_attr")]
+    paths = record_of(bio).islands
+    alone = [""] if is_one_island(bio) else [p for p in paths if not any(name.startswith(f"{p}.") for name in read)]
+    with ExitStack() as stack:
+        for path in alone:
+            stack.enter_context(without_synapses(bio.get_submodule(path)))
+        found = outputs_differ(bio, run, outputs, run_in_eval_mode(bio, run))
+    if found is not None:
+        names = ", ".join(path or "the model" for path in alone)
+        raise CaptureError(
+            f"{type(bio).__name__} computes something else with weights that have synapses than with parameters of the "
+            f"same values: {found}. Some untraced module ({names}) decides by the types, the identity or the number of "
+            "its weights or submodules; decide by their values or names, or exclude these weights"
+        )
+
+
+def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor]) -> None:
     """Refuse a model whose Python has other outputs than its graph now that its weights have synapses.
 
     Args:
         bio: the model.
         run: runs it.
-        graph: the outputs of its graph, if they are known.
+        graph: the outputs of its graph.
     """
-    if graph is None:
-        graph, again = (run_in_eval_mode(bio, run) for _ in range(2))
-        if outputs_differ(bio, run, graph, again) is not None:  # the model has a random number generator of its own
-            return
     python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
     try:
         with replaced_forward(bio, python):
@@ -346,8 +368,8 @@ def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor] | Non
 def _why_python_differs(bio: fx.GraphModule, found: str) -> str:
     return (
         f"the Python of {type(bio).__name__} does not compute what its graph does, now that weights have synapses: "
-        f"{found}. It may read weights with get_parameter() or from _parameters, which hold stored values; read "
-        "them as attributes, or exclude them"
+        f"{found}. It may read weights with get_parameter() or from _parameters, which hold stored values, or compare "
+        "type(module), which is a subclass; read weights as attributes, use isinstance, or exclude these weights"
     )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.shards import is_sharded
 from biofx.model import weight_cache
-from biofx.model.synapses import CHILD, Synapses, child_of, synapses_read_as
+from biofx.model.synapses import CHILD, Synapses, child_of, has_synapses, synapses_read_as
 from biofx.model.weight_tensors import FOLD, LOST, WeightTensor
 
 
@@ -82,6 +83,23 @@ def remove_synapses(model: nn.Module) -> None:
             del owner._modules[CHILD.format(key)]
         if own:
             restore_class(owner)
+
+
+@contextmanager
+def without_synapses(model: nn.Module) -> Iterator[None]:
+    """Replace all synapses of a model by plain parameters, as `remove_synapses` does, while the block runs."""
+    owners = filter(has_synapses, model.modules())
+    before = [(owner, dict(owner._parameters), dict(owner._modules)) for owner in owners]
+    remove_synapses(model)
+    try:
+        yield
+    finally:
+        for owner, parameters, children in before:
+            owner._parameters.clear()
+            owner._parameters.update(parameters)
+            owner._modules.clear()
+            owner._modules.update(children)
+            install_weight_properties(owner)
 
 
 def set_class(module: Any, cls: type[nn.Module]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from biofx.base.errors import ArgumentError
 from biofx.base.torch_internals import NO_TORCH_FUNCTION, is_intercepted
+from biofx.model.weight_cache import is_active
 
 FOLD = "fold the model first (biofx.fold), and transform the result again"
 LOST = (
@@ -40,6 +41,23 @@ def _of_stored(name: str) -> Any:
     return property(read, write)
 
 
+def _told_in_forward(name: str) -> Any:
+    """A property by which Python tells parameters from other tensors: while a forward runs, the stored tensor's.
+
+    So a forward decides as in the original. Elsewhere it is the weight's own: an optimizer must refuse the weight.
+    """
+    own: Any = getattr(Tensor, name)
+
+    def read(weight: Any) -> Any:
+        return getattr(weight.synapses.stored, name) if _acts_as_parameter(weight) else own.__get__(weight)
+
+    return property(read)
+
+
+def _acts_as_parameter(weight: Any) -> bool:
+    return weight.synapses is not None and is_active()
+
+
 def _gradient_of_computed(weight: Any) -> Any:
     if weight.synapses is None or weight.synapses.stored.grad is None:
         return Tensor.grad.__get__(weight)  # type: ignore[union-attr]
@@ -61,6 +79,8 @@ class WeightTensor(Tensor):
     data = _of_stored("data")
     grad = _of_stored("grad")
     requires_grad = _of_stored("requires_grad")
+    is_leaf, grad_fn, _base, _is_view = map(_told_in_forward, ("is_leaf", "grad_fn", "_base", "_is_view"))
+    _is_param = property(_acts_as_parameter)  # which makes it an instance of `nn.Parameter`
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """Set whether the stored tensor requires gradients."""

@@ -71,7 +71,9 @@ def run(
         PipelineError: two passes exclude each other.
         VerificationError: a pass broke an invariant.
     """
-    outputs = _repeatable(bio, understood) if check and repeats and any(p.preserves_function for p in passes) else None
+    outputs = None
+    if check and repeats and understood is not None and any(p.preserves_function for p in passes):
+        outputs = repeated_outputs(bio, understood.run)
     repeats = outputs is not None
     ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))
     _refuse_conflicts(bio, ordered, excluded)
@@ -98,13 +100,11 @@ def run(
     return outputs
 
 
-def _repeatable(bio: fx.GraphModule, understood: Understanding | None) -> list[Tensor] | None:
+def repeated_outputs(bio: fx.GraphModule, run: Run) -> list[Tensor] | None:
     """The model's outputs if two runs agree; None if it draws from a random number generator of its own."""
-    if understood is None:
-        return None
     bio.recompile()
-    once, again = (run_in_eval_mode(bio, understood.run) for _ in range(2))
-    return once if outputs_differ(bio, understood.run, once, again) is None else None
+    once, again = (run_in_eval_mode(bio, run) for _ in range(2))
+    return once if outputs_differ(bio, run, once, again) is None else None
 
 
 def _refuse_conflicts(bio: fx.GraphModule, passes: Sequence[Pass], excluded: dict[str, str]) -> None:

@@ -1,0 +1,81 @@
+"""Weight tensors: in a forward, Python decides about a weight as about the parameter of the original."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import biofx
+
+PIPELINES = (
+    "fuzzy-learning-rates",
+    "split-synapses",
+    "dales-principle{balance=False}",
+    "dales-principle{constraint=softplus,balance=False}",
+)
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Deciding(nn.Module):
+    """Doubles its activity if a question about its second layer is answered with yes."""
+
+    def __init__(self, question: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.question = question
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x).relu()
+        return self.second(hidden * 2 if self.question(self) else hidden)
+
+
+ANSWERED = {
+    "is it a leaf": lambda model: model.second.weight.is_leaf,
+    "is it a parameter": lambda model: isinstance(model.second.weight, nn.Parameter),
+    "has it a history": lambda model: model.second.weight.grad_fn is None,
+    "is it no view": lambda model: model.second.weight._base is None and not model.second.weight._is_view(),
+    "is it trained": lambda model: model.second.weight.requires_grad,
+}
+REFUSED = {
+    "type of the weight": lambda model: type(model.second.weight) is nn.Parameter,
+    "identity of the weight": lambda model: any(p is model.second.weight for p in model.parameters()),
+    "type of the layer": lambda model: type(model.second) is nn.Linear,
+    "names of parameters": lambda model: "second.weight" in dict(model.named_parameters()),
+    "number of modules": lambda model: len([*model.modules()]) == 3,
+    "text of the layer": lambda model: repr(model.second) == repr(nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("question", ANSWERED)
+def test_a_forward_hears_of_a_weight_what_it_hears_of_a_parameter(question, frontend, pipeline):
+    bio = biofx.transform(Deciding(ANSWERED[question]), pipeline, example_inputs=(X,), frontend=frontend)
+    expected = biofx.fold(bio)(X)
+    torch.testing.assert_close(bio(X), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(bio(X), expected)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("question", REFUSED)
+def test_a_forward_that_would_decide_otherwise_is_refused(question, frontend, pipeline):
+    with pytest.raises((biofx.CaptureError, biofx.VerificationError), match="output 0 differs by"):
+        biofx.transform(Deciding(REFUSED[question]), pipeline, example_inputs=(X,), frontend=frontend)
+
+
+def test_outside_of_forward_a_weight_is_no_parameter_to_train():
+    bio = biofx.transform(Deciding(ANSWERED["is it a leaf"]), "split-synapses", example_inputs=(X,))
+    assert not bio.second.weight.is_leaf
+    with pytest.raises(ValueError, match="non-leaf"):
+        torch.optim.SGD([bio.second.weight], lr=0.1)
+
+
+def test_what_is_read_again_after_a_refusal_has_its_synapses():
+    model = Deciding(REFUSED["type of the layer"])
+    with pytest.raises(biofx.CaptureError, match="use isinstance|by the types"):
+        biofx.transform(model, PIPELINES[2], example_inputs=(X,), frontend="module", inplace=True)
+    assert type(model.second) is nn.Linear
+    assert isinstance(model.second.weight, nn.Parameter)
