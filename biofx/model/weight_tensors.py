@@ -49,13 +49,10 @@ def _told_in_forward(name: str) -> Any:
     own: Any = getattr(Tensor, name)
 
     def read(weight: Any) -> Any:
-        return getattr(weight.synapses.stored, name) if _acts_as_parameter(weight) else own.__get__(weight)
+        acts_as_parameter = weight.synapses is not None and is_active()
+        return getattr(weight.synapses.stored, name) if acts_as_parameter else own.__get__(weight)
 
     return property(read)
-
-
-def _acts_as_parameter(weight: Any) -> bool:
-    return weight.synapses is not None and is_active()
 
 
 def _gradient_of_computed(weight: Any) -> Any:
@@ -80,7 +77,6 @@ class WeightTensor(Tensor):
     grad = _of_stored("grad")
     requires_grad = _of_stored("requires_grad")
     is_leaf, grad_fn, _base, _is_view = map(_told_in_forward, ("is_leaf", "grad_fn", "_base", "_is_view"))
-    _is_param = property(_acts_as_parameter)  # which makes it an instance of `nn.Parameter`
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """Set whether the stored tensor requires gradients."""

@@ -32,12 +32,12 @@ class Deciding(nn.Module):
 
 ANSWERED = {
     "is it a leaf": lambda model: model.second.weight.is_leaf,
-    "is it a parameter": lambda model: isinstance(model.second.weight, nn.Parameter),
     "has it a history": lambda model: model.second.weight.grad_fn is None,
     "is it no view": lambda model: model.second.weight._base is None and not model.second.weight._is_view(),
     "is it trained": lambda model: model.second.weight.requires_grad,
 }
 REFUSED = {
+    "class of the weight": lambda model: isinstance(model.second.weight, nn.Parameter),
     "type of the weight": lambda model: type(model.second.weight) is nn.Parameter,
     "identity of the weight": lambda model: any(p is model.second.weight for p in model.parameters()),
     "type of the layer": lambda model: type(model.second) is nn.Linear,
