@@ -50,7 +50,7 @@ REFUSED = {
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 @pytest.mark.parametrize("question", ANSWERED)
-def test_a_forward_hears_of_a_weight_what_it_hears_of_a_parameter(question, frontend, pipeline):
+def test_a_forward_decides_about_a_weight_as_about_a_parameter(question, frontend, pipeline):
     bio = biofx.transform(Deciding(ANSWERED[question]), pipeline, example_inputs=(X,), frontend=frontend)
     expected = biofx.fold(bio)(X)
     torch.testing.assert_close(bio(X), expected)
