@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,11 +36,15 @@ class Finite:
     def __init__(self) -> None:
         self._found: dict[torch.device, _Found] = {}
 
-    def look(self, weights: Sequence[PlasticWeight]) -> dict[torch.device, Tensor]:
+    def look(
+        self, weights: Sequence[PlasticWeight], is_acted_on: Callable[[PlasticWeight], bool]
+    ) -> dict[torch.device, Tensor]:
         """Look at gradients and weights.
 
         Args:
             weights: the weights.
+            is_acted_on: whether a rule acts on a weight in this step. If none does, the weight is not looked at where
+                the host waits for the answer; elsewhere the answer is late, so it has to be about the same weights.
 
         Returns:
             For each device that is not waited for, whether all are finite.
@@ -54,7 +58,8 @@ class Finite:
         result = {}
         for device, group in groups.items():
             if is_waited_for(device):
-                _refuse(group)
+                if acted_on := [*filter(is_acted_on, group)]:
+                    _refuse(acted_on)
             else:
                 result[device] = self._found.setdefault(device, _Found(device)).look(group)
         return result

@@ -192,7 +192,7 @@ class Lifecycle:
             )
         self._refuse_early_gradients()
         if self._rules and weights:
-            self._step.finite = self.finite.look(weights)
+            self._step.finite = self.finite.look(weights, lambda weight: any(self._acting_on(weight)))
             groups = data_parallel_groups(self.wrapper, [weight.site.raw for weight in weights])
             average_(self._read_now(weights), groups)
         self._act(weights, self._step.finite, before_step=True)
@@ -314,11 +314,14 @@ class Lifecycle:
     def _read_now(self, weights: Sequence[PlasticWeight]) -> Iterator[Tensor]:
         """What observers saw that a rule reads in this step."""
         for weight in weights:
-            for pass_, names in self._rules:
-                if weight.name in names and weight.step % _every(pass_) == 0:
-                    for key, users in weight.synapses.users.items():
-                        if pass_.name in users and (id(weight.synapses), key) in self._observed:
-                            yield weight.state(key)
+            for pass_ in self._acting_on(weight):
+                for key, users in weight.synapses.users.items():
+                    if pass_.name in users and (id(weight.synapses), key) in self._observed:
+                        yield weight.state(key)
+
+    def _acting_on(self, weight: PlasticWeight) -> Iterator[Pass]:
+        """The rules that act on a weight in this step."""
+        return (pass_ for pass_, names in self._rules if weight.name in names and weight.step % _every(pass_) == 0)
 
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""

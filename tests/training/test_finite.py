@@ -34,6 +34,16 @@ def test_what_is_not_finite_is_refused_and_nothing_changes(what, value):
     torch.testing.assert_close(states(bio, optimizer), before, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_step_at_which_no_rule_acts_is_as_without_biofx():
+    bio, optimizer, _ = start("rejuvenate{every=2}")
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    bio.get_parameter("2.weight").grad[0, 0] = float("nan")
+    optimizer.step()
+    assert bio.get_parameter("2.weight").isnan().sum() == 1
+    with pytest.raises(biofx.LifecycleError, match="2.weight: its gradient is not finite"):
+        optimizer.step()
+
+
 # --- a device that is not waited for -----------------------------------------------------------------------------
 
 
