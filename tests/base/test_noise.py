@@ -173,6 +173,6 @@ def test_a_shard_has_the_numbers_that_it_has_in_the_whole(start, length):
     }
     for draw in kinds.values():
         expected = draw(torch.empty(outer, whole, inner), counter(3, 5, "a"))[:, start : start + length]
-        part, place = torch.empty(outer, length, inner), replace(counter(3, 5, "a"), rows=own)
+        part, place = torch.empty(outer, length, inner), replace(counter(3, 5, "a"), rows=(own,))
         assert torch.equal(draw(part, place), expected)
         assert torch.equal(draw(part[2:], place.at(2 * length * inner)), expected[2:])
