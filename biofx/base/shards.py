@@ -178,14 +178,16 @@ def cut_like(tensor: Any, part: Tensor) -> Tensor:
 def placed_like(values: Sequence[Any], tensor: Any) -> list[Any]:
     """Values as operators take them together with a tensor.
 
-    With a DTensor, each whole tensor becomes one that is replicated on its mesh. With a whole tensor, each that is cut
-    becomes whole, and all ranks wait for each other.
+    Each that is cut over other ranks than the tensor becomes whole, and all ranks wait for each other: those of a
+    weight that `fully_shard` made whole for a forward pass. With a DTensor, what is whole is then replicated on its
+    mesh.
     """
-    if not is_sharded(tensor):
-        return [value.full_tensor() if is_sharded(value) else value for value in values]
+    mesh = tensor.device_mesh if is_sharded(tensor) else None
+    values = [value.full_tensor() if is_sharded(value) and value.device_mesh != mesh else value for value in values]
+    if mesh is None:
+        return values
     from torch.distributed.tensor import Replicate
 
-    mesh = tensor.device_mesh
     return [
         type(tensor).from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
         if isinstance(value, Tensor) and not is_sharded(value)
