@@ -166,6 +166,14 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return local(gradient)
 
 
+def is_placed_like(tensor: Any, other: Any) -> bool:
+    """Whether a tensor is cut as another one of its shape is."""
+    if not is_sharded(tensor) or not is_sharded(other):
+        return is_sharded(tensor) is is_sharded(other)
+    placed: bool = (tensor.device_mesh, tensor.placements) == (other.device_mesh, other.placements)
+    return placed
+
+
 def cut_like(tensor: Any, part: Tensor) -> Tensor:
     """The tensor of which this process holds a part, cut as another one of its shape."""
     if not is_sharded(tensor):

@@ -28,7 +28,7 @@ from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
 from biofx.training.lifecycle import Lifecycle, feasible
 from biofx.training.ranks import data_parallel_groups, note_wrapper, stop_broadcasts, wrapper_of
-from biofx.training.sharding import check_shards, cut_state
+from biofx.training.sharding import check_shards, cut_state, refuse_whole
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.wrappers import held, innermost, inside
 
@@ -143,6 +143,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
             "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
         )
+    refuse_whole(optimizer)
     check_shards(bio, sites)
     _check_runs_hooks(optimizer)
     _check_state(optimizer, sites)
