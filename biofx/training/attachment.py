@@ -75,7 +75,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     `DistributedDataParallel(bio)`, or `bio` before or after it is wrapped: the process group of the wrapper is used,
     and it broadcasts no state of rules before each forward any more. Without a wrapper it is the default group.
 
-    *Shards.* Attach after `fully_shard(bio)` or `biofx.parallelize`, with an optimizer that is built from its
+    *Shards.* Attach after `fully_shard(bio)` or `biofx.parallelize`, or both, with an optimizer that is built from its
     parameters. Rules act on the part of every weight that a process holds, and do what they would on the whole: sums
     over a weight take an all-reduce, and random numbers follow from the place in the whole. From then on, gains are cut
     like their weights, and `torch.distributed.checkpoint` saves both. A model with observers is sharded as a whole, not

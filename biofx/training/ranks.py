@@ -45,7 +45,10 @@ def wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
 
 
 def stop_broadcasts(wrapper: DistributedDataParallel) -> None:
-    """Let a wrapper not broadcast the state of passes before each forward: it is equal on all ranks, and stays so."""
+    """Let a wrapper not broadcast the state of passes before each forward: it is equal on all ranks, and stays so.
+
+    Not earlier, by a mark on the model that the wrapper reads when it is made: it would not make ranks equal then.
+    """
     own = {id(x) for module in wrapper.modules() if isinstance(module, Synapses) for x in module.buffers(recurse=False)}
     names = {name: id(x) in own for name, x in wrapper.module.named_buffers()}
     wrapper.parameters_to_ignore.update(name for name, is_own in names.items() if is_own)
