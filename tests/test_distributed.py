@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -451,6 +452,15 @@ def refused_styles(rank: int, ranks: int) -> list[str]:
     errors += [error_of(lambda m=m: biofx.parallelize(m, mesh, by_torch[0])) for m in (observed, attached)]
     plain = parallelize_module(nn.Linear(4, 4), mesh, ColwiseParallel())
     errors.append(error_of(lambda: biofx.transform(plain, "crystallize")))
+    uneven, before = biofx.transform(mlp(6, 5, 3), "split-synapses"), [*bio.parameters()]
+    own = [*uneven.parameters()]
+    errors.append(error_of(lambda: biofx.parallelize(uneven, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})))
+    assert all(a is b for a, b in zip(own, uneven.parameters(), strict=True))  # nothing was changed
+    biofx.parallelize(uneven, mesh, {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()})
+    uneven(torch.ones(2, 6)).sum().backward()
+    errors.append(error_of(lambda: biofx.attach(uneven, torch.optim.SGD([*own, *uneven.parameters()]))))
+    errors.append(error_of(lambda: biofx.parallelize(bio, init_device_mesh("cpu", (ranks, 1)), by_torch[0])))
+    assert all(a is b for a, b in zip(before, bio.parameters(), strict=True))
     return [
         *errors,
         error_of(lambda: biofx.parallelize(bio, mesh, {"out": ColwiseParallel(), "tokens": by_torch[0]["up"]})),
@@ -463,6 +473,9 @@ REFUSED_STYLES = [
     "parallelize: synaptic-scaling needs the graph.* let all parameters and the inputs be DTensors",
     r"parallelize: an attached optimizer .* biofx.detach\(bio\), parallelize",
     r"weight is a DTensor; transform the original model, then cut the result: biofx.parallelize\(bio, mesh, plan\)",
+    r"parallelize: 2 takes the 5 features of 0 in parts, .* on 2 ranks.* ColwiseParallel\(use_local_output=False\)",
+    "attach: SGD holds weights as they were before biofx.parallelize cut them; build it from bio.parameters",
+    r"parallelize: .* has 2 dimensions; give the one of tensor parallelism, such as mesh\['tp'\]",
     "parallelize: weight is tied, and the plan cuts it in several ways",
 ]
 
@@ -518,3 +531,138 @@ def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
             "made before": "ArgumentError: .* holds no weight of this model .* after fully_shard",
         }.items():
             assert re.match(message, errors[name]), f"{name}: {errors[name]}"
+
+
+# --- Meshes of two dimensions
+
+SIGNED = "split-synapses,dales-principle,fuzzy-learning-rates,crystallize,rejuvenate{dre=6.0}"
+TWO_DIMENSIONS = {  # by the name of the mesh's last dimension, the passes and the sizes of layers
+    "tp": {
+        SIGNED: (6, 8, 8, 4),
+        "dales-principle,fuzzy-learning-rates{distribution=weight_adaptive,every=2},rejuvenate{dre=6.0}": (6, 10, 6, 4),
+        "volume-dependent-learning-rates,dales-principle{constraint=abs},l1-regularization": (6, 10, 6, 4),
+        "inhibitory-interneurons,exponentiated-gradient": (6, 8, 8, 4),
+    },
+    "shard": {SIGNED: (6, 8, 8, 4), "synaptic-scaling,crystallize,rejuvenate{dre=6.0}": (6, 10, 6, 4)},
+}
+
+
+@functools.cache  # which forked processes know
+def for_two_dimensions(last: str, pipeline: str):
+    torch.manual_seed(0)
+    return biofx.transform(mlp(*TWO_DIMENSIONS[last][pipeline]).double(), pipeline, verify=False)
+
+
+def start_in_two_dimensions(last: str, pipeline: str, ranks: int):
+    """Cut a model by tensor parallelism and `fully_shard`, or by `fully_shard` with replicas."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    bio, share, shares = copy.deepcopy(for_two_dimensions(last, pipeline)), 0, 1
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", last))
+        share, shares = (mesh.get_local_rank("dp"), 2) if last == "tp" else (mesh.get_rank(), 4)
+        if last == "tp":
+            biofx.parallelize(bio, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        options = {"mesh": mesh["dp"] if last == "tp" else mesh, "shard_placement_fn": biofx.shard_placement(bio)}
+        for block in [bio.get_submodule("4")] if last == "tp" else ():
+            fully_shard(block, **options)
+        fully_shard(bio, **options)
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.05, momentum=0.9)
+    biofx.attach(bio, optimizer)
+    return bio, optimizer, share, shares
+
+
+def train_in_two_dimensions(bio, optimizer, share: int, shares: int, steps=range(4)) -> None:
+    batches = torch.randn(8, 12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for step in steps:
+        optimizer.zero_grad()
+        labels = torch.arange(12).chunk(shares)[share] % 4
+        F.cross_entropy(bio(batches[step].chunk(shares)[share]), labels).backward()
+        optimizer.step()
+
+
+def in_two_dimensions(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """Train, and then without an optimizer that is attached."""
+    results = {}
+    for last, pipelines in TWO_DIMENSIONS.items():
+        for pipeline in pipelines:
+            started = start_in_two_dimensions(last, pipeline, ranks)
+            train_in_two_dimensions(*started)
+            biofx.verify(started[0])
+            biofx.detach(started[0])
+            train_in_two_dimensions(*started, range(4, 6))
+            results |= {f"{last}: {pipeline}: {name}": value for name, value in whole(started[0]).items()}
+    return results
+
+
+def resumed_in_two_dimensions(rank: int, ranks: int, folder: str) -> list[dict[str, torch.Tensor]]:
+    """Save under tensor parallelism, train on, and train on from the files, there and with replicas."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    started = start_in_two_dimensions("tp", SIGNED, ranks)
+    train_in_two_dimensions(*started, range(3))
+    model, optimizer = get_state_dict(*started[:2])
+    dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+    train_in_two_dimensions(*started, range(3, 6))
+    results = [whole(started[0])]
+    for last in TWO_DIMENSIONS:
+        started = start_in_two_dimensions(last, SIGNED, ranks)
+        model, optimizer = get_state_dict(*started[:2])
+        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        set_state_dict(*started[:2], model_state_dict=model, optim_state_dict=optimizer)
+        train_in_two_dimensions(*started, range(3, 6))
+        results.append(whole(started[0]))
+    return results
+
+
+def refused_in_two_dimensions(rank: int, ranks: int) -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    first, later = (biofx.transform(mlp(6, 8, 8, 4), "fuzzy-learning-rates", verify=False) for _ in range(2))
+    fully_shard(first, mesh=mesh["dp"])
+    biofx.parallelize(later, mesh["tp"], plan)
+    optimizer = torch.optim.SGD(later.parameters())
+    biofx.attach(later, optimizer)
+    fully_shard(later, mesh=mesh["dp"])
+    later(torch.ones(2, 6)).sum().backward()
+    errors = [error_of(lambda: biofx.parallelize(first, mesh["tp"], plan)), error_of(optimizer.step)]
+    biofx.detach(later)
+    optimizer = torch.optim.SGD(later.parameters())
+    optimizer.zero_grad()
+    biofx.attach(later, optimizer)  # gains follow their weights, which were cut again
+    later(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    return errors
+
+
+def use_two_dimensions(rank: int, ranks: int, folder: str):
+    return (
+        in_two_dimensions(rank, ranks),
+        resumed_in_two_dimensions(rank, ranks, folder),
+        refused_in_two_dimensions(rank, ranks),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:SGD trains a model of biofx without its rules")  # after they were detached
+def test_rules_on_meshes_of_two_dimensions_do_as_on_one(tmp_path):
+    alone = in_two_dimensions(0, 1)
+    found = spawn(functools.partial(use_two_dimensions, folder=str(tmp_path / "saved")), 4, tmp_path)
+    assert sum(int(value) for key, value in alone.items() if key.endswith(".replaced")) > 0
+    for trained, (on, *resumed), errors in found:
+        for name, value in alone.items():
+            if not name.endswith(OBSERVED):
+                torch.testing.assert_close(
+                    trained[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                )
+        assert all(torch.equal(value, resumed[0][name]) for name, value in on.items())
+        for name, value in on.items():
+            torch.testing.assert_close(resumed[1][name], value, rtol=1e-12, atol=1e-12)
+        assert re.match(r"ArgumentError: parallelize: weights are cut over another mesh already", errors[0]), errors[0]
+        assert re.match(r"LifecycleError: 0.weight is another tensor .* or fully_shard; detach", errors[1]), errors[1]

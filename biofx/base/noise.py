@@ -27,7 +27,7 @@ LEVELS = 1 << 14  # at most 2¹⁵, as two numbers share a word
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the entries of a part lie, if a tensor is cut along another axis than the first.
+    """Where the entries of a part lie in a tensor that is cut along an axis.
 
     Attributes:
         first: the index in the whole of the first entry.
@@ -49,14 +49,14 @@ class Counter:
         steps: the number of the step, an integer on the tensor's device.
         purpose: who draws: a pass, a weight, and what for.
         start: the index of the first entry, if the tensor is a part of another one.
-        rows: where the entries lie in the whole; None if side by side.
+        rows: where the entries lie in the whole, and if that is cut again, those in the part; empty if side by side.
     """
 
     seed: Tensor
     steps: Tensor
     purpose: tuple[str, ...]
     start: int = 0
-    rows: Rows | None = None
+    rows: tuple[Rows, ...] = ()
 
     def at(self, start: int) -> Counter:
         """The counter of the part that begins at an entry."""
@@ -65,10 +65,9 @@ class Counter:
     def places(self, count: int) -> Tensor:
         """The indices of entries in the whole, int64."""
         index = torch.arange(self.start, self.start + count, device=self.seed.device)
-        if self.rows is None:
-            return index
-        gaps = index // max(self.rows.length, 1) * (self.rows.whole - self.rows.length)
-        return index + gaps + self.rows.first
+        for rows in reversed(self.rows):
+            index = index + index // max(rows.length, 1) * (rows.whole - rows.length) + rows.first
+        return index
 
 
 def normal(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bool = False) -> list[Tensor]:
@@ -124,7 +123,7 @@ def _read(
     seeds, steps = (torch.stack(x).tolist() for x in zip(*((c.seed, c.steps) for c in counters), strict=True))
     found: tuple[list[Tensor], list[Tensor]] = [], []
     for like, counter, seed, step in zip(likes, counters, seeds, steps, strict=True):
-        if counter.rows is not None:
+        if counter.rows:
             for index, table, terms in zip(_scattered(counter, like.numel(), seed, step), tables, found, strict=True):
                 terms.append(table[index].view(like.shape))
             continue
@@ -218,10 +217,10 @@ def levels(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bo
         counters: the counter of each.
         compiled: whether to compile what is computed; on a CPU, that would not be faster.
     """
-    if any(counter.rows is not None for counter in counters):
+    if any(counter.rows for counter in counters):
         for counter, like in zip(counters, likes, strict=True):
             places = counter.places(like.numel())
-            key, other, *_ = _keys([1], [replace(counter, rows=None)])
+            key, other, *_ = _keys([1], [replace(counter, rows=())])
             pairs_of_levels = _word((places >> 1).to(torch.int32), key, other)
             yield (pairs_of_levels >> (places % 2 * 16).to(torch.int32)).bitwise_and_(LEVELS - 1)
         return
@@ -270,7 +269,7 @@ def _keys(
     ends = tuple(itertools.accumulate(sizes))
     lacks = (c.start - end + size for c, end, size in zip(counters, ends, sizes, strict=True))
     shifts = tuple(_signed(lack % (1 << 32)) for lack in lacks)
-    is_scattered = any(counter.rows is not None for counter in counters)
+    is_scattered = any(counter.rows for counter in counters)
     places = torch.cat([c.places(size) for c, size in zip(counters, sizes, strict=True)]) if is_scattered else None
     return key, other, _on_device(device, torch.int32, ends), _on_device(device, torch.int32, shifts), ends[-1], places
 

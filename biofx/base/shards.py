@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -16,45 +17,59 @@ from biofx.base.noise import Counter, Rows
 
 
 @dataclass(frozen=True)
+class Cut:
+    """The indices of one axis that this process holds.
+
+    Attributes:
+        axis: the axis.
+        start: the first index.
+        length: the number of indices.
+    """
+
+    axis: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Shard:
     """The part of a tensor that this process holds.
 
     Attributes:
         shape: shape of the whole.
-        axis: the axis that is cut; None if the part is the whole.
-        start: the first index of the part on this axis.
-        length: the number of its indices.
+        cuts: the axes that are cut, in their order; empty if the part is the whole.
         groups: the process groups over which the parts are distributed.
     """
 
     shape: torch.Size
-    axis: int | None = None
-    start: int = 0
-    length: int = 0
+    cuts: tuple[Cut, ...] = ()
     groups: tuple[Any, ...] = ()
 
     def part(self, values: Tensor) -> Tensor:
         """The part, as a view, of values that broadcast to the whole."""
-        if self.axis is None:
-            return values
-        own = self.axis - len(self.shape)  # from the last axis, as for broadcasting
-        is_cut = values.dim() >= -own and values.shape[own] == self.shape[self.axis]
-        return values.narrow(own, self.start, self.length) if is_cut else values
+        for cut in self.cuts:
+            own = cut.axis - len(self.shape)  # from the last axis, as for broadcasting
+            if values.dim() >= -own and values.shape[own] == self.shape[cut.axis]:
+                values = values.narrow(own, cut.start, cut.length)
+        return values
 
     def index(self, axis: int, index: int) -> int | None:
         """An index of the whole on an axis, counted in the part; None if that is elsewhere."""
-        if self.axis is None or axis % len(self.shape) != self.axis:
-            return index
-        return index - self.start if self.start <= index < self.start + self.length else None
+        for cut in self.cuts:
+            if cut.axis == axis % len(self.shape):
+                return index - cut.start if cut.start <= index < cut.start + cut.length else None
+        return index
 
     def counter(self, counter: Counter) -> Counter:
         """What the noise of the part follows from, given that of the whole."""
-        if self.axis is None:
-            return counter
-        inner = math.prod(self.shape[self.axis + 1 :])
-        if self.axis == 0:
-            return counter.at(self.start * inner)
-        return replace(counter, rows=Rows(self.start * inner, self.length * inner, self.shape[self.axis] * inner))
+        shape, rows = [*self.shape], list[Rows]()
+        if self.cuts and all(cut.axis == 0 for cut in self.cuts):  # entries lie side by side
+            return counter.at(self.cuts[0].start * math.prod(shape[1:]))
+        for cut in self.cuts:  # the rows of the first cut lie in the whole, those of the second in what that leaves
+            inner = math.prod(shape[cut.axis + 1 :])
+            rows.append(Rows(cut.start * inner, cut.length * inner, shape[cut.axis] * inner))
+            shape[cut.axis] = cut.length
+        return replace(counter, rows=tuple(rows))
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -71,32 +86,52 @@ def shard_of(name: str, tensor: Any) -> Shard:
         tensor: a tensor, or a DTensor.
 
     Raises:
-        ArgumentError: it is cut along several axes, or in a way that rules do not follow.
+        ArgumentError: it is cut in a way that rules do not follow.
     """
     if not is_sharded(tensor):
         return Shard(tensor.shape)
-    mesh = tensor.device_mesh
-    cuts = [(which, placement) for which, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    if any(type(placement).__name__ != "Shard" for _, placement in cuts) or len({p.dim for _, p in cuts}) > 1:
+    mesh, placed = tensor.device_mesh, tensor.placements
+    over = {axis: which for axis in range(tensor.dim()) if (which := _cut_by(tensor, axis))}
+    cuts = tuple(Cut(axis, *_place(tensor, axis)) for axis in over)
+    shape = [*tensor.shape]
+    for cut in cuts:
+        shape[cut.axis] = cut.length
+    if not all(_is_followed(tensor, which) for which in range(mesh.ndim)) or [*local(tensor).shape] != shape:
         raise ArgumentError(
-            f"attach: {name} is placed as {tensor.placements} on {mesh}, and rules act on tensors that are cut along "
-            "one axis; use fully_shard on a mesh of one dimension, or of (replicas, shards)"
+            f"attach: {name} is placed as {placed} on {mesh}, and rules act on tensors that are replicated or cut into "
+            "blocks; use fully_shard, biofx.parallelize, or fully_shard after biofx.parallelize"
         )
-    if not cuts:
-        return Shard(tensor.shape)
-    axis = cuts[0][1].dim
-    start, length = _place(tensor, axis)
-    return Shard(tensor.shape, axis, start, length, tuple(mesh.get_group(which) for which, _ in cuts))
+    return Shard(tensor.shape, cuts, tuple(mesh.get_group(which) for which in sorted(itertools.chain(*over.values()))))
+
+
+def _is_followed(tensor: Any, which: int) -> bool:
+    """Whether parts that a dimension of the mesh makes lie side by side in what other dimensions leave."""
+    placement = tensor.placements[which]
+    if not _is_strided(placement):
+        return placement.is_replicate() or type(placement).__name__ == "Shard"
+    # What `fully_shard` makes of a tensor that tensor parallelism cut along the same axis: it cuts the parts again.
+    behind = [each for each in _cut_by(tensor, placement.dim) if each > which]
+    return placement.split_factor == math.prod(map(tensor.device_mesh.size, behind))  # type: ignore[no-any-return]
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"
+
+
+def _cut_by(tensor: Any, axis: int) -> list[int]:
+    """The dimensions of the mesh over which an axis of a DTensor is cut."""
+    return [which for which, placement in enumerate(tensor.placements) if getattr(placement, "dim", None) == axis]
 
 
 def _place(tensor: Any, axis: int) -> tuple[int, int]:
     """Where the part of a DTensor that this process holds begins on an axis, and how long it is there."""
     mesh, start, length = tensor.device_mesh, 0, tensor.shape[axis]
-    for which, placement in enumerate(tensor.placements):
-        if placement.is_shard(axis):
-            size = -(-length // mesh.size(which))
-            offset = min(size * mesh.get_local_rank(which), length)
-            start, length = start + offset, min(size, length - offset)
+    own = _cut_by(tensor, axis)
+    strided = [which for which in own if _is_strided(tensor.placements[which])]  # cut after those behind them
+    for which in [*(each for each in own if each not in strided), *reversed(strided)]:
+        size = -(-length // mesh.size(which))
+        offset = min(size * mesh.get_local_rank(which), length)
+        start, length = start + offset, min(size, length - offset)
     return start, length
 
 
@@ -131,6 +166,14 @@ def gradient_of(parameter: Tensor) -> Tensor:
     return local(gradient)
 
 
+def is_placed_like(tensor: Any, other: Any) -> bool:
+    """Whether a tensor is cut as another one of its shape is."""
+    if not is_sharded(tensor) or not is_sharded(other):
+        return is_sharded(tensor) is is_sharded(other)
+    placed: bool = (tensor.device_mesh, tensor.placements) == (other.device_mesh, other.placements)
+    return placed
+
+
 def cut_like(tensor: Any, part: Tensor) -> Tensor:
     """The tensor of which this process holds a part, cut as another one of its shape."""
     if not is_sharded(tensor):
@@ -143,14 +186,16 @@ def cut_like(tensor: Any, part: Tensor) -> Tensor:
 def placed_like(values: Sequence[Any], tensor: Any) -> list[Any]:
     """Values as operators take them together with a tensor.
 
-    With a DTensor, each whole tensor becomes one that is replicated on its mesh. With a whole tensor, each that is cut
-    becomes whole, and all ranks wait for each other.
+    Each that is cut over other ranks than the tensor becomes whole, and all ranks wait for each other: those of a
+    weight that `fully_shard` made whole for a forward pass. With a DTensor, what is whole is then replicated on its
+    mesh.
     """
-    if not is_sharded(tensor):
-        return [value.full_tensor() if is_sharded(value) else value for value in values]
+    mesh = tensor.device_mesh if is_sharded(tensor) else None
+    values = [value.full_tensor() if is_sharded(value) and value.device_mesh != mesh else value for value in values]
+    if mesh is None:
+        return values
     from torch.distributed.tensor import Replicate
 
-    mesh = tensor.device_mesh
     return [
         type(tensor).from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
         if isinstance(value, Tensor) and not is_sharded(value)

@@ -28,7 +28,7 @@ from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
 from biofx.training.lifecycle import Lifecycle, feasible
 from biofx.training.ranks import data_parallel_groups, note_wrapper, stop_broadcasts, wrapper_of
-from biofx.training.sharding import check_shards, cut_state
+from biofx.training.sharding import check_shards, cut_state, refuse_whole
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.wrappers import held, innermost, inside
 
@@ -75,7 +75,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     `DistributedDataParallel(bio)`, or `bio` before or after it is wrapped: the process group of the wrapper is used,
     and it broadcasts no state of rules before each forward any more. Without a wrapper it is the default group.
 
-    *Shards.* Attach after `fully_shard(bio)` or `biofx.parallelize`, with an optimizer that is built from its
+    *Shards.* Attach after `fully_shard(bio)` or `biofx.parallelize`, or both, with an optimizer that is built from its
     parameters. Rules act on the part of every weight that a process holds, and do what they would on the whole: sums
     over a weight take an all-reduce, and random numbers follow from the place in the whole. From then on, gains are cut
     like their weights, and `torch.distributed.checkpoint` saves both. A model with observers is sharded as a whole, not
@@ -143,6 +143,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
             "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
         )
+    refuse_whole(optimizer)
     check_shards(bio, sites)
     _check_runs_hooks(optimizer)
     _check_state(optimizer, sites)

@@ -94,7 +94,7 @@ class Lifecycle:
         self.learning = learning
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
         self._owned = {name for name, site in sites.items() if site.learning is not None}
-        self._is_sharded = any(is_sharded(parameter) for _, parameter in self._parameters())
+        self._meshes = {name: p.device_mesh for name, p in self._parameters() if is_sharded(p)}  # type: ignore[attr-defined]
         self._update = Update(
             learning.values(), self.optimizer, with_copies=self.acting is Acting.COPIES, compiled=self._compiled
         )
@@ -173,7 +173,7 @@ class Lifecycle:
         gradients = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
         learns = any(bool(gradient.any()) for gradient in gradients)
         ranks = data_parallel_groups(None, (parameter for _, parameter in self._parameters()))
-        return bool(gradients) and not (is_on_any(learns, ranks) if self._is_sharded else learns)
+        return bool(gradients) and not (is_on_any(learns, ranks) if self._meshes else learns)
 
     @torch.no_grad()
     def _prepare(self) -> None:
@@ -337,12 +337,13 @@ class Lifecycle:
                 )
         for name, parameter in self._parameters():
             if id(parameter) not in self.held:
+                now = parameter.device_mesh.ndim if is_sharded(parameter) else 0  # type: ignore[attr-defined]
                 raise LifecycleError(
                     f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
                     "reshard() of the model before optimizer.step()"
-                    if self._is_sharded
-                    else f"{name} is another tensor than the optimizer holds, as after load_state_dict(assign=True); "
-                    "detach, build the optimizer again, and attach"
+                    if name in self._meshes and now < self._meshes[name].ndim
+                    else f"{name} is another tensor than the optimizer holds, as after load_state_dict(assign=True) or "
+                    "fully_shard; detach, build the optimizer again, and attach"
                 )
         if held(self.optimizer) != self.held:
             raise LifecycleError(

@@ -26,15 +26,15 @@ def data_parallel_groups(wrapper: DistributedDataParallel | None, weights: Itera
 
     Args:
         wrapper: what the model was attached in, if it was.
-        weights: the stored weights. The batch is divided over the mesh of those that are sharded; without any, and
+        weights: the stored weights. The batch is divided over the meshes of those that are sharded; without any, and
             without a wrapper, over the default group, as for `torch.nn.SyncBatchNorm`: the model may be wrapped later,
-            or gradients be reduced by other means.
+            or gradients be reduced by other means. Ranks of tensor parallelism, which have the same share, are no harm.
     """
     if not dist.is_available() or not dist.is_initialized():
         return ()
-    mesh = next((weight.device_mesh for weight in weights if is_sharded(weight)), None)
-    if mesh is not None:
-        return tuple(mesh.get_group(which) for which in range(mesh.ndim))
+    meshes = dict.fromkeys(weight.device_mesh for weight in weights if is_sharded(weight))
+    if meshes:
+        return tuple(dict.fromkeys(mesh.get_group(which) for mesh in meshes for which in range(mesh.ndim)))
     group = dist.group.WORLD if wrapper is None else wrapper.process_group
     return (group,) if dist.get_world_size(group) > 1 else ()
 
@@ -45,7 +45,10 @@ def wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
 
 
 def stop_broadcasts(wrapper: DistributedDataParallel) -> None:
-    """Let a wrapper not broadcast the state of passes before each forward: it is equal on all ranks, and stays so."""
+    """Let a wrapper not broadcast the state of passes before each forward: it is equal on all ranks, and stays so.
+
+    Not earlier, by a mark on the model that the wrapper reads when it is made: it would not make ranks equal then.
+    """
     own = {id(x) for module in wrapper.modules() if isinstance(module, Synapses) for x in module.buffers(recurse=False)}
     names = {name: id(x) in own for name, x in wrapper.module.named_buffers()}
     wrapper.parameters_to_ignore.update(name for name, is_own in names.items() if is_own)

@@ -9,6 +9,7 @@ from scipy import stats
 
 from biofx.base import noise
 from biofx.base.noise import Counter, Rows
+from biofx.base.shards import Cut, Shard
 
 COUNT = 1 << 18
 
@@ -173,6 +174,21 @@ def test_a_shard_has_the_numbers_that_it_has_in_the_whole(start, length):
     }
     for draw in kinds.values():
         expected = draw(torch.empty(outer, whole, inner), counter(3, 5, "a"))[:, start : start + length]
-        part, place = torch.empty(outer, length, inner), replace(counter(3, 5, "a"), rows=own)
+        part, place = torch.empty(outer, length, inner), replace(counter(3, 5, "a"), rows=(own,))
         assert torch.equal(draw(part, place), expected)
         assert torch.equal(draw(part[2:], place.at(2 * length * inner)), expected[2:])
+
+
+@pytest.mark.parametrize(
+    "cuts", [(Cut(1, 2, 3),), (Cut(0, 1, 3), Cut(1, 2, 3)), (Cut(1, 2, 5), Cut(2, 1, 2)), (Cut(0, 2, 2),)]
+)
+def test_a_block_has_the_numbers_that_it_has_in_the_whole(cuts):
+    whole = noise.normal([torch.empty(4, 7, 5)], [counter(3, 5, "a")])[0]
+    shard = Shard(whole.shape, cuts)
+    part = shard.part(whole)
+    assert part.numel() < whole.numel()
+    assert torch.equal(noise.normal([torch.empty(part.shape)], [shard.counter(counter(3, 5, "a"))])[0], part)
+    assert torch.equal(
+        noise.normal_from_words([part], [shard.counter(counter(3, 5, "a"))]).view(part.shape),
+        shard.part(noise.normal_from_words([whole], [counter(3, 5, "a")]).view(whole.shape)),
+    )
