@@ -186,7 +186,8 @@ class Lifecycle:
         counts = self._counters.read(counters)
         found = (self._weight(site, counts.get(name, 0) + 1) for name, site in self.sites.items())
         weights = [weight for weight in found if weight is not None]
-        if not weights and all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not weights and all(p.grad is None for p in held) and any(p.requires_grad for p in held):  # not all frozen
             raise LifecycleError(
                 f"optimizer.step() without backward(): none of the {len(self.sites)} weights has a gradient"
             )

@@ -273,6 +273,15 @@ def test_an_unlearned_step_is_refused():
     assert int(bio.get_buffer("0.weight_synapses.steps")) == 0
 
 
+def test_a_step_of_frozen_weights_does_nothing():
+    """As an optimizer of its own for a part that is frozen during training."""
+    bio, optimizer, _ = start()
+    before = [parameter.clone() for parameter in bio.requires_grad_(False).parameters()]
+    optimizer.step()
+    assert all(torch.equal(now, then) for now, then in zip(bio.parameters(), before, strict=True))
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 0
+
+
 def test_a_parameter_whose_shape_changed_is_refused():
     bio, optimizer, _ = start()
     F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
