@@ -112,10 +112,10 @@ def _overlapping(named: list[tuple[str, Tensor]]) -> Iterator[tuple[tuple[str, T
     furthest = -1
     before = named[0]
     for each in sorted(named, key=lambda pair: pair[1].storage_offset()):
-        start = each[1].storage_offset()
+        start = int(each[1].storage_offset())
         if start <= furthest and _have_common_entries(before[1], each[1]):
             yield (before, each) if order[before[0]] < order[each[0]] else (each, before)
-        end = start + sum((n - 1) * step for n, step in zip(each[1].shape, each[1].stride(), strict=True))
+        end = start + sum(int((n - 1) * step) for n, step in zip(each[1].shape, each[1].stride(), strict=True))
         furthest, before = max((furthest, before), (end, each), key=lambda pair: pair[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ class Lifecycle:
         self._early: dict[str, tuple[Tensor, int]] = {}  # gradients from before the attachment, with their versions
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
+        self._is_observing = False  # whether it is known that observers see something
         self._counters = Counters()
         self.hold({}, {})
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
@@ -195,7 +197,9 @@ class Lifecycle:
         if self._rules and weights:
             self._step.finite = self.finite.look(weights)
             groups = data_parallel_groups(self.wrapper, [weight.site.raw for weight in weights])
-            average_(self._read_now(weights), groups)
+            read = [*self._read_now(weights)]
+            average_((state for _, _, state in read), groups)
+            self._tell_unseen(read)
         self._act(weights, self._step.finite, before_step=True)
         scale = _gradient_scale(self.optimizer)
         for weight in weights:
@@ -312,14 +316,31 @@ class Lifecycle:
             with fixed_defaults(), taken_back(finite, changing):
                 pass_.at_step(chosen)
 
-    def _read_now(self, weights: Sequence[PlasticWeight]) -> Iterator[Tensor]:
-        """What observers saw that a rule reads in this step."""
+    def _tell_unseen(self, read: Sequence[tuple[str, str, Tensor]]) -> None:
+        """Warn if observers saw nothing up to the first step at which a rule reads them; later ones do not wait."""
+        if not read or self._is_observing or is_captured():
+            return
+        self._is_observing = True
+        seen = torch.stack([state.any().to(read[0][2].device) for _, _, state in read]).tolist()
+        unseen = next((where for where, is_seen in zip(read, seen, strict=True) if not is_seen), None)
+        if unseen is not None:
+            rule, name, _ = unseen
+            warnings.warn(
+                f"{rule} saw no activity at {name} before this step, so it does not act as it should. Call the model "
+                "itself, in training mode: observers see nothing in evaluation mode, or if its layers or other methods "
+                "than forward are called",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _read_now(self, weights: Sequence[PlasticWeight]) -> Iterator[tuple[str, str, Tensor]]:
+        """What observers saw that a rule reads in this step, with the names of the rule and the weight."""
         for weight in weights:
             for pass_, names in self._rules:
                 if weight.name in names and weight.step % _every(pass_) == 0:
                     for key, users in weight.synapses.users.items():
                         if pass_.name in users and (id(weight.synapses), key) in self._observed:
-                            yield weight.state(key)
+                            yield pass_.name, weight.name, weight.state(key)
 
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""

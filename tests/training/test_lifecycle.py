@@ -263,6 +263,33 @@ def test_verify_finds_signs_overwritten_between_steps():
     biofx.verify(bio)
 
 
+# --- observers that see nothing ----------------------------------------------------------------------------------
+
+
+OTHERWISE = {
+    "a method": lambda bio, x: bio.get_submodule("2")(bio.get_submodule("1")(bio.get_submodule("0")(x))),
+    "evaluation mode": lambda bio, x: bio.eval()(x),
+}
+
+
+@pytest.mark.parametrize("call", OTHERWISE.values(), ids=OTHERWISE)
+@pytest.mark.parametrize(
+    "rule",
+    [passes.SynapticScaling(), passes.ContinualBackprop(), passes.FuzzyLearningRates(distribution="activity", every=1)],
+)
+def test_a_rule_whose_observers_see_nothing_is_told(rule, call):
+    bio, optimizer, _ = start([rule], "sgd")
+    F.cross_entropy(call(bio, IMAGES[:64]), LABELS[:64]).backward()
+    with pytest.warns(UserWarning, match=rf"{rule.name} saw no activity at [02]\.weight .* training mode"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("error:.*saw no activity")
+def test_a_rule_whose_observers_see_is_not_told():
+    bio, optimizer, _ = start([passes.SynapticScaling(), passes.ContinualBackprop()], "sgd")
+    train(bio, optimizer, 2)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
