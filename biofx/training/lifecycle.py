@@ -15,6 +15,7 @@ from biofx.base.errors import LifecycleError
 from biofx.base.randomness import fixed_defaults
 from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
 from biofx.base.torch_internals import steps_under_way
+from biofx.model.changes import INSTEAD, moved_synapses
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, is_parameter, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
@@ -344,6 +345,9 @@ class Lifecycle:
 
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
+        moved = next(moved_synapses(self.bio), None) if any(self._assigned()) else None
+        if moved is not None:
+            raise LifecycleError(f"{moved}; {INSTEAD}")
         for name, what in self._assigned():
             raise LifecycleError(
                 f"{name} was {what} after it was attached; detach, build the optimizer again, and attach"
