@@ -14,11 +14,12 @@ from torch import fx, nn
 
 from biofx.analysis.sites import find_weights
 from biofx.analysis.understanding import Run, Understanding, remember, understand
-from biofx.base.copying import copied
+from biofx.base.copying import copied, has_strides
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_eval_mode
 from biofx.base.precision import outputs_differ
 from biofx.base.references import enclosed
+from biofx.base.torch_internals import memory_of
 from biofx.capture import symbolic
 from biofx.capture.call_structure import Structure, structure
 from biofx.capture.captured_module import REGISTRIES
@@ -26,7 +27,7 @@ from biofx.capture.equivalence import replaced_forward
 from biofx.capture.exported import exporting
 from biofx.capture.guards import Guard
 from biofx.capture.outside_variables import OutsideVariables
-from biofx.capture.preconditions import check_model, refuse_sharded
+from biofx.capture.preconditions import check_model, refuse_sharded, refuse_shared_memory
 from biofx.model.changes import transformed
 from biofx.model.islands import GUARD, is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class, without_synapses
@@ -156,6 +157,8 @@ def build(
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
         understood = understand(source, example_inputs)
+        if not again:
+            refuse_shared_memory(model, () if understood is None else understood.recording.attributes_read())
         repeats = outside.random() is None
         if source is not model and understood is not None:
             _refuse_reads_of_original(model, understood)
@@ -258,11 +261,14 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _refuse_reads_of_original(model: nn.Module, understood: Understanding) -> None:
     """Refuse a model whose copy reads tensors of the original, which the result would not learn."""
+    read = understood.recording.strangers
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) in understood.recording.strangers:
+        is_view = id(tensor) not in read
+        if not is_view or (has_strides(tensor) and memory_of(tensor) in read):
+            instead = f"read self.{name} there" if is_view else "transform it with inplace=True"
             raise CaptureError(
                 f"the copy of {type(model).__name__} reads {name} of the original model, through a weak reference or a "
-                "variable outside of the model; transform it with inplace=True"
+                f"variable outside of the model; {instead}"
             )
 
 

@@ -480,3 +480,45 @@ def test_a_copy_that_reads_the_original_is_refused(frontend):
     bio = biofx.transform(model, "split-synapses", example_inputs=x, frontend=frontend, inplace=True)
     bio(x).sum().backward()
     assert bio.get_parameter("layer.weight").grad is not None
+
+
+VIEWS = {}
+
+
+class TiedByMemory(nn.Module):
+    """A decoder in the memory of its encoder: in the plain model, both learn as one."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.encoder, self.decoder, self.how = nn.Linear(6, 3), nn.Linear(3, 6), how
+        view = self.encoder.weight.detach().t()
+        if how == "parameter":
+            self.decoder.weight = nn.Parameter(view)
+        elif how == "buffer":
+            self.register_buffer("view", view)
+        elif how == "attribute":
+            self.view = [view]
+        VIEWS["latest"] = view
+
+    def forward(self, x):
+        views = {"buffer": lambda: self.view, "attribute": lambda: self.view[0], "outside": lambda: VIEWS["latest"]}
+        return nn.functional.linear(self.encoder(x), views.get(self.how, lambda: self.decoder.weight)())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("how", ["parameter", "buffer", "attribute"])
+def test_a_parameter_in_the_memory_of_another_is_refused(how, inplace):
+    """Its outputs are right until it learns."""
+    with pytest.raises(biofx.ArgumentError, match=r"lies in the memory of encoder\.weight.* self\.encoder\.weight\.t"):
+        biofx.transform(TiedByMemory(how), "split-synapses", example_inputs=torch.randn(2, 6), inplace=inplace)
+
+
+def test_a_copy_that_reads_a_view_of_the_original_is_refused():
+    with pytest.raises(biofx.CaptureError, match=r"of the original model.*read self\.encoder\.weight there"):
+        biofx.transform(TiedByMemory("outside"), "split-synapses", example_inputs=torch.randn(2, 6))
+
+
+def test_parameters_side_by_side_in_one_memory_are_no_ties():
+    model, both = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)), torch.randn(4, 7)
+    model[0].weight, model[1].weight = nn.Parameter(both[:, :3]), nn.Parameter(both[:, 3:])
+    torch.testing.assert_close(biofx.transform(model, "split-synapses")(both[:, :3]), model(both[:, :3]))

@@ -61,14 +61,15 @@ def clones(model: nn.Module) -> dict[int, Tensor]:
     as sparse parameters.
     """
     held = (value for module in model.modules() for value in _held(module) if isinstance(value, Tensor))
-    return {id(value): _clone(value) for value in held if not value.is_leaf or not _has_strides(value)}
+    return {id(value): _clone(value) for value in held if not value.is_leaf or not has_strides(value)}
 
 
 def _held(module: nn.Module) -> list[object]:
     return [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
 
 
-def _has_strides(tensor: Tensor) -> bool:
+def has_strides(tensor: Tensor) -> bool:
+    """Whether a tensor is laid out in strides."""
     return tensor.layout is torch.strided and not tensor.is_nested
 
 

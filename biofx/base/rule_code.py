@@ -6,6 +6,7 @@ edited rule has the same name, so the next process would run the old one. PyTorc
 
 from __future__ import annotations
 
+import dis
 import hashlib
 from collections.abc import Callable
 from types import CellType, CodeType, FunctionType, ModuleType
@@ -14,6 +15,7 @@ from typing import Any
 import torch.compiler.config as config
 
 _codes: dict[str, str] = {}  # of the hooks that are in models, by the name of their operator
+_GLOBAL = frozenset(("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"))
 _others_tag = config.cache_key_tag
 
 
@@ -63,3 +65,8 @@ def codes_in(code: CodeType) -> list[CodeType]:
 def names_in(code: CodeType) -> list[str]:
     """The variables and attributes that code names, with that of the functions that are defined inside it."""
     return [name for each in codes_in(code) for name in each.co_names]
+
+
+def globals_in(code: CodeType) -> list[str]:
+    """The global variables that code names, with that of the functions that are defined inside it."""
+    return [str(each.argval) for one in codes_in(code) for each in dis.get_instructions(one) if each.opname in _GLOBAL]

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.contents import ATOMS, NAMESPACES, is_array, items_of, put_back, slots_of
 from biofx.base.generators import is_generator, set_state, state_of
-from biofx.base.rule_code import codes_in, names_in
+from biofx.base.rule_code import codes_in, globals_in, names_in
 from biofx.base.torch_internals import DERIVED
 from biofx.capture.variable_keys import CONTAINERS, KEYED, PLAIN, Opaque, key_of, wrapped_in
 from biofx.model.provenance import RECORD
@@ -39,6 +39,7 @@ _OF_THE_SYSTEM = frozenset(("SystemRandom", "secrets", "urandom", "getrandom", "
 _OF_GRAPH_MODULES = frozenset(
     {*vars(fx.GraphModule(nn.Module(), fx.Graph())), *DERIVED, RECORD}
 )  # attributes of modules
+_LOOK_UP = frozenset(("globals", "vars", "eval", "exec", "modules", "import_module", "__globals__", "__dict__"))
 _COMPARISONS = frozenset(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "hash"))
 _NOT_IN_FORWARD = frozenset(
     f"__{name}__"
@@ -231,7 +232,7 @@ class OutsideVariables:
             return
         self._functions.append(function)
         place = function.__globals__.get("__name__", "")
-        named = _names_in(function.__code__) & function.__globals__.keys()
+        named = _globals_in(function.__code__) & function.__globals__.keys()
         yield from self._look_up(place, function.__globals__, named)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if name != "__class__":  # of `super()`
@@ -304,6 +305,13 @@ def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str
 def _names_in(code: CodeType) -> frozenset[str]:
     """The names in some code, and in the functions that are defined inside it; also those for `getattr`."""
     return _texts_in(code).union(names_in(code))
+
+
+@functools.cache
+def _globals_in(code: CodeType) -> frozenset[str]:
+    """The global variables in some code. Attributes, as in `self.model`, may be some where code looks variables up."""
+    names = _names_in(code)
+    return frozenset(globals_in(code)) if names.isdisjoint(_LOOK_UP) else names
 
 
 @functools.cache

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from biofx.base.copying import has_strides
 from biofx.base.errors import ArgumentError
 from biofx.base.modules import check_module
 from biofx.base.shards import is_sharded
+from biofx.base.torch_internals import memory_of
 from biofx.capture.captured_module import RESERVED
 from biofx.model.provenance import RECORD
+from biofx.recording.recorder import tensors_in_attributes
 
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}  # by name: importing torch.distributed.fsdp takes long
 
@@ -76,3 +80,47 @@ def _check_names(model: nn.Module) -> None:
         name = min(taken)
         user = "the record of biofx" if name == RECORD else "the torch.fx.GraphModule that the result is"
         raise ArgumentError(f'model has an attribute "{name}", a name that {user} needs; rename it')
+
+
+def refuse_shared_memory(model: nn.Module, read: Collection[str]) -> None:
+    """Refuse trained parameters in the memory of other tensors: they change as one, and the result would part them.
+
+    Args:
+        model: the model.
+        read: the names of the attributes whose tensors forward reads.
+
+    Raises:
+        ArgumentError: says what to do instead.
+    """
+    places: dict[tuple[int, torch.dtype], dict[int, tuple[str, Tensor]]] = {}
+    attributes = ((name, tensor) for name, tensor in tensors_in_attributes(model) if name in read)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers(), *attributes):
+        if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and has_strides(tensor) and tensor.numel():
+            places.setdefault((memory_of(tensor), tensor.dtype), {}).setdefault(id(tensor), (name, tensor))
+    for named in places.values():
+        for (first, one), (second, other) in _overlapping([*named.values()]):
+            if one.requires_grad or other.requires_grad:
+                raise ArgumentError(
+                    f"{second} lies in the memory of {first}, so training changes both at once, and the result would "
+                    f"part them; let forward read {first} in its place, such as self.{first}.t() for a tied decoder"
+                )
+
+
+def _overlapping(named: list[tuple[str, Tensor]]) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
+    """Pairs of tensors of one storage that have entries in common, in the order in which they are given."""
+    order = {name: i for i, (name, _) in enumerate(named)}  # tensors cannot be compared
+    furthest = -1
+    before = named[0]
+    for each in sorted(named, key=lambda pair: pair[1].storage_offset()):
+        start = int(each[1].storage_offset())
+        if start <= furthest and _have_common_entries(before[1], each[1]):
+            yield (before, each) if order[before[0]] < order[each[0]] else (each, before)
+        end = start + sum(int((n - 1) * step) for n, step in zip(each[1].shape, each[1].stride(), strict=True))
+        furthest, before = max((furthest, before), (end, each), key=lambda pair: pair[0])
+
+
+def _have_common_entries(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors with ranges that overlap do more than lie side by side, as columns of one matrix."""
+    entries = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool)
+    entries.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
+    return bool(entries.as_strided(second.shape, second.stride(), second.storage_offset()).any())

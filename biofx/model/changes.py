@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from biofx.model.provenance import PassRun
 
 ASSIGNED = "it was assigned after the transform; transform the model again to give it synapses"
-INSTEAD = "prune, parametrize, resize or replace modules of the original model, and then transform it"
+INSTEAD = (
+    "prune, parametrize, resize, wrap or replace modules of the original model, or of biofx.fold(bio) before that, and "
+    "then transform it"
+)
 
 
 def transformed(model: nn.Module) -> fx.GraphModule:
@@ -56,12 +59,20 @@ def lost_parts(bio: fx.GraphModule) -> Iterator[str]:
         elif parameters[name] != shape:
             now = tuple(parameters[name])
             yield f"{name}, which has synapses since the transform, was {tuple(shape)} then and is {now} now"
+    yield from moved_synapses(bio)
     for name, synapses in synapses_in(bio).items():
-        if name not in record.synapses:
-            yield f"{name} has synapses that were made for another weight"
         for key, by in synapses.users.items():
             if key not in synapses._buffers and key not in synapses._parameters:
                 yield f"{key} of {name}, which {', '.join(by)} keeps, was removed"
+
+
+def moved_synapses(bio: fx.GraphModule) -> Iterator[str]:
+    """Describe synapses in another place than they were made for, as in a layer that another module wraps now."""
+    record = record_of(bio)
+    known = {synapses_of(bio, name) for name in record.synapses | record.ties.keys()}
+    for name, synapses in synapses_in(bio).items():
+        if synapses not in known:
+            yield f"{name} has synapses that were made for another weight; move them back"
 
 
 def follow(bio: fx.GraphModule) -> str | None:
@@ -70,6 +81,9 @@ def follow(bio: fx.GraphModule) -> str | None:
     Returns:
         The change that they cannot follow, with the reason; nothing was done then. None if there is none.
     """
+    moved = next(moved_synapses(bio), None)
+    if moved is not None:
+        return moved
     record, lost, ties = record_of(bio), _lost_weights(bio), _new_ties(bio)
     unfit = next(_why_graph_is_unfit(bio, lost, ties), None)
     if unfit is not None:

@@ -141,7 +141,7 @@ class Recording:
         listed: what computed with a parameter that forward took from `parameters()`, by the parameter's name.
         again: the operators of another run, in training mode, for weights that the first one left unused.
         strangers: the ids of tensors that were there before the run, and that belong neither to the model nor to its
-            inputs.
+            inputs, and keys of their memory.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -157,6 +157,10 @@ class Recording:
     listed: dict[str, Operation] = field(default_factory=dict)
     again: set[Operation] = field(default_factory=set)
     strangers: set[int] = field(default_factory=set)
+
+    def attributes_read(self) -> set[str]:
+        """The names of attributes whose tensors operators took, which are neither parameters nor buffers."""
+        return {v.name for operation in self.operations for v in operation.operands if v.kind == "constant"}
 
 
 def depends_of(value: Value) -> Depends:

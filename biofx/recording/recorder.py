@@ -102,11 +102,9 @@ class Recorder(TorchDispatchMode):
             self.declare(parameter, "parameter", name)
         for name, buffer in model.named_buffers():
             self.declare(buffer, "buffer", name)
-        for path, module in model.named_modules():
-            for key, attribute in vars(module).items():
-                for tensor in _tensors_in(attribute) if key not in _REGISTRIES else ():
-                    if tensor not in self._values:
-                        self.declare(tensor, "constant", f"{path}.{key}".lstrip("."))
+        for name, tensor in tensors_in_attributes(model):
+            if tensor not in self._values:
+                self.declare(tensor, "constant", name)
 
     def declare_inputs(self, named: Mapping[str, Any]) -> None:
         """Say that tensors in some arguments are inputs, unless the model itself made them in an earlier call."""
@@ -122,7 +120,7 @@ class Recorder(TorchDispatchMode):
         found = self._known(tensor)
         if found is not None:
             return found
-        self.recording.strangers.add(id(tensor))
+        self.recording.strangers |= {id(tensor), _place_in_memory(tensor)[0]}
         return self.declare(tensor, "unknown", "")
 
     def list_parameter(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -512,6 +510,14 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 _REGISTRIES = frozenset(vars(nn.Module()))
 _DEEPEST = 6  # how far into objects inside of objects tensors are looked for
+
+
+def tensors_in_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that modules keep in attributes, neither as parameters nor as buffers, by name of the attribute."""
+    for path, module in model.named_modules():
+        for key, attribute in vars(module).items():
+            if key not in _REGISTRIES:
+                yield from ((f"{path}.{key}".lstrip("."), tensor) for tensor in _tensors_in(attribute))
 
 
 def _tensors_in(value: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:

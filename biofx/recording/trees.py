@@ -22,7 +22,17 @@ def mapped(kind: type[Leaf], function: Callable[[Leaf], Any], tree: Any) -> Any:
         return type(tree)([mapped(kind, function, part) for part in tree])
     if type(tree) is dict:
         return {key: mapped(kind, function, part) for key, part in tree.items()}
-    return tree if type(tree) in _ATOMS else pytree.tree_map_only(kind, function, tree)
+    return tree if type(tree) in _ATOMS else _rebuilt(kind, function, tree)
+
+
+def _rebuilt(kind: type[Leaf], function: Callable[[Leaf], Any], tree: Any) -> Any:
+    """What becomes of another container: a list of its leaves if its class takes nothing but tensors."""
+    found, structure = pytree.tree_flatten(tree)
+    new = [function(leaf) if isinstance(leaf, kind) else leaf for leaf in found]
+    try:
+        return pytree.tree_unflatten(new, structure)
+    except Exception:  # noqa: BLE001 - the class is a user's, or PackedSequence, and raises what it wants
+        return new
 
 
 def leaves(kind: type[Leaf], tree: Any) -> Iterator[Leaf]:

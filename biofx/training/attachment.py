@@ -131,7 +131,10 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
         raise ArgumentError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, LBFGS | SparseAdam):
         why = "evaluates the loss several times in a step" if isinstance(optimizer, LBFGS) else "needs sparse gradients"
-        raise LifecycleError(f"attach: {type(optimizer).__name__} {why}, so there is no one update for rules to act on")
+        raise LifecycleError(
+            f"attach: {type(optimizer).__name__} {why}, so there is no one update for rules to act on; use another "
+            "optimizer for weights that a pass changed. One that holds none of them needs no attach"
+        )
     if record.by_hand:
         raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
     own = held(optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from biofx.base.errors import LifecycleError
 from biofx.base.randomness import fixed_defaults
 from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
 from biofx.base.torch_internals import steps_under_way
+from biofx.model.changes import INSTEAD, moved_synapses
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, is_parameter, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
@@ -83,6 +85,7 @@ class Lifecycle:
         self._early: dict[str, tuple[Tensor, int]] = {}  # gradients from before the attachment, with their versions
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
+        self._is_observing = False  # whether it is known that observers see something
         self._counters = Counters()
         self.hold({}, {})
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
@@ -186,7 +189,8 @@ class Lifecycle:
         counts = self._counters.read(counters)
         found = (self._weight(site, counts.get(name, 0) + 1) for name, site in self.sites.items())
         weights = [weight for weight in found if weight is not None]
-        if not weights and all(p.grad is None for group in self.optimizer.param_groups for p in group["params"]):
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not weights and all(p.grad is None for p in held) and any(p.requires_grad for p in held):  # not all frozen
             raise LifecycleError(
                 f"optimizer.step() without backward(): none of the {len(self.sites)} weights has a gradient"
             )
@@ -194,7 +198,9 @@ class Lifecycle:
         if self._rules and weights:
             self._step.finite = self.finite.look(weights, lambda weight: any(self._acting_on(weight)))
             groups = data_parallel_groups(self.wrapper, [weight.site.raw for weight in weights])
-            average_(self._read_now(weights), groups)
+            read = [*self._read_now(weights)]
+            average_((state for _, _, state in read), groups)
+            self._tell_unseen(read)
         self._act(weights, self._step.finite, before_step=True)
         scale = _gradient_scale(self.optimizer)
         for weight in weights:
@@ -311,13 +317,30 @@ class Lifecycle:
             with fixed_defaults(), taken_back(finite, changing):
                 pass_.at_step(chosen)
 
-    def _read_now(self, weights: Sequence[PlasticWeight]) -> Iterator[Tensor]:
-        """What observers saw that a rule reads in this step."""
+    def _tell_unseen(self, read: Sequence[tuple[str, str, Tensor]]) -> None:
+        """Warn if observers saw nothing up to the first step at which a rule reads them; later ones do not wait."""
+        if not read or self._is_observing or is_captured():
+            return
+        self._is_observing = True
+        seen = torch.stack([state.any().to(read[0][2].device) for _, _, state in read]).tolist()
+        unseen = next((where for where, is_seen in zip(read, seen, strict=True) if not is_seen), None)
+        if unseen is not None:
+            rule, name, _ = unseen
+            warnings.warn(
+                f"{rule} saw no activity at {name} before this step, so it does not act as it should. Call the model "
+                "itself, in training mode: observers see nothing in evaluation mode, or if its layers or other methods "
+                "than forward are called",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _read_now(self, weights: Sequence[PlasticWeight]) -> Iterator[tuple[str, str, Tensor]]:
+        """What observers saw that a rule reads in this step, with the names of the rule and the weight."""
         for weight in weights:
             for pass_ in self._acting_on(weight):
                 for key, users in weight.synapses.users.items():
                     if pass_.name in users and (id(weight.synapses), key) in self._observed:
-                        yield weight.state(key)
+                        yield pass_.name, weight.name, weight.state(key)
 
     def _acting_on(self, weight: PlasticWeight) -> Iterator[Pass]:
         """The rules that act on a weight in this step."""
@@ -325,6 +348,9 @@ class Lifecycle:
 
     def _check_unchanged(self) -> None:
         """Refuse a step for which the attachment was not made."""
+        moved = next(moved_synapses(self.bio), None) if any(self._assigned()) else None
+        if moved is not None:
+            raise LifecycleError(f"{moved}; {INSTEAD}")
         for name, what in self._assigned():
             raise LifecycleError(
                 f"{name} was {what} after it was attached; detach, build the optimizer again, and attach"

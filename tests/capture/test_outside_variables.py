@@ -352,6 +352,37 @@ def test_what_functions_name():
     assert "V" not in found
 
 
+head: object = None  # a variable of a script, as many have
+SWITCH = 1.0
+
+
+class WithHead(nn.Module):
+    """Has an attribute with the name of a global variable."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x).relu())
+
+
+def test_an_attribute_is_no_variable_of_its_name(monkeypatch):
+    """Observers need the graph, which would be refused as soon as a script gives the variable another value."""
+    bio = biofx.transform(WithHead(), "synaptic-scaling", example_inputs=X)
+    expected = bio(X)
+    monkeypatch.setitem(globals(), "head", bio)
+    torch.testing.assert_close(bio(X), expected)
+
+
+@pytest.mark.parametrize("read", [lambda: SWITCH, lambda: globals()["SWITCH"], lambda: eval("SWITCH")])
+def test_a_variable_is_read_by_its_name_in_any_way(read, monkeypatch):
+    model = network(lambda h: h * read())
+    bio = biofx.transform(model, "split-synapses", example_inputs=X)
+    monkeypatch.setitem(globals(), "SWITCH", 2.0)
+    torch.testing.assert_close(bio(X), model(X))
+
+
 def test_a_method_that_forward_does_not_call_is_not_read():
     class Model(nn.Module):
         def forward(self, x):

@@ -218,3 +218,20 @@ def test_a_module_at_two_places_of_a_sequence_runs_twice():
     bio[0].register_forward_hook(lambda *_: None)  # so that the Python runs
     torch.testing.assert_close(bio(X), model(X))
     assert len(bio) == 4
+
+
+def test_a_wrapped_layer_is_refused_until_it_is_moved_back():
+    """As by an adapter. What training made of the weights is not lost: the advice works."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(3, 4)
+    bio = biofx.transform(model, "fuzzy-learning-rates")
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    layer = bio.get_submodule("0")
+    setattr(bio, "0", nn.Sequential(layer))
+    bio(x).sum().backward()
+    for call in (optimizer.step, lambda: biofx.fold(bio)):
+        with pytest.raises(biofx.BiofxError, match=r"0\.0\.weight has synapses .* move them back; .* biofx\.fold"):
+            call()
+    setattr(bio, "0", layer)
+    optimizer.step()
+    torch.testing.assert_close(biofx.fold(bio)(x), bio(x))

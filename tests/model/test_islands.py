@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import biofx
 from biofx.model.synapses import Synapses
@@ -147,6 +147,24 @@ def test_packed_sequences_in_recurrent_layers(kind, autocast, frontend):
         torch.testing.assert_close(found[name], wanted, **tolerance)
     bio.rnn.flatten_parameters()
     assert_close(biofx.fold(bio)(x), bio(x))
+
+
+class Packs(nn.Module):
+    """Layers between which packed sequences go, whose class takes nothing but tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Linear(3, 4), nn.GRU(4, 5), nn.Linear(5, 2)
+
+    def forward(self, packed):
+        return self.head(self.rnn(packed._replace(data=self.embed(packed.data)))[1][0])
+
+
+@pytest.mark.parametrize("rule", ["split-synapses", "mirror-units"])
+def test_packed_sequences_between_layers(rule, frontend):
+    model, packed = Packs(), pack_sequence([torch.randn(n, 3) for n in (4, 3, 1)])
+    bio = biofx.transform(model, rule, example_inputs=(packed,), frontend=frontend)
+    assert_close(bio(packed), model(packed))
 
 
 def test_transformer_fast_paths_read_effective_weights():

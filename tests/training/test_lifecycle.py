@@ -263,6 +263,33 @@ def test_verify_finds_signs_overwritten_between_steps():
     biofx.verify(bio)
 
 
+# --- observers that see nothing ----------------------------------------------------------------------------------
+
+
+OTHERWISE = {
+    "a method": lambda bio, x: bio.get_submodule("2")(bio.get_submodule("1")(bio.get_submodule("0")(x))),
+    "evaluation mode": lambda bio, x: bio.eval()(x),
+}
+
+
+@pytest.mark.parametrize("call", OTHERWISE.values(), ids=OTHERWISE)
+@pytest.mark.parametrize(
+    "rule",
+    [passes.SynapticScaling(), passes.ContinualBackprop(), passes.FuzzyLearningRates(distribution="activity", every=1)],
+)
+def test_a_rule_whose_observers_see_nothing_is_told(rule, call):
+    bio, optimizer, _ = start([rule], "sgd")
+    F.cross_entropy(call(bio, IMAGES[:64]), LABELS[:64]).backward()
+    with pytest.warns(UserWarning, match=rf"{rule.name} saw no activity at [02]\.weight .* training mode"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("error:.*saw no activity")
+def test_a_rule_whose_observers_see_is_not_told():
+    bio, optimizer, _ = start([passes.SynapticScaling(), passes.ContinualBackprop()], "sgd")
+    train(bio, optimizer, 2)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +297,15 @@ def test_an_unlearned_step_is_refused():
     bio, optimizer, _ = start()
     with pytest.raises(biofx.LifecycleError, match=r"without backward\(\): none of the 2 weights has a gradient"):
         optimizer.step()
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 0
+
+
+def test_a_step_of_frozen_weights_does_nothing():
+    """As an optimizer of its own for a part that is frozen during training."""
+    bio, optimizer, _ = start()
+    before = [parameter.clone() for parameter in bio.requires_grad_(False).parameters()]
+    optimizer.step()
+    assert all(torch.equal(now, then) for now, then in zip(bio.parameters(), before, strict=True))
     assert int(bio.get_buffer("0.weight_synapses.steps")) == 0
 
 
