@@ -52,7 +52,11 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
         signs: sign of each presynaptic unit, +1, −1, or 0 if it is free, by the weight's name.
         density: fraction of each row's synapses that do not start at 0.
     """
-    bio = copied(model.bio, torch.float64)  # in deep networks, samples differ in the eighth digit only
+    # In double, because samples differ in the eighth digit only in deep networks. Where the graph reads a weight, that
+    # is a copy that is freed after its operator; where Python does, the weight itself is in double.
+    read = [model.sites[name] for name in signs if not model.sites[name].inside]
+    shared = [x for site in read for x in (site.raw, *(() if site.learning is None else site.learning.buffers()))]
+    bio = copied(model.bio, torch.float64, shared)
     found = find_weights(bio).sites
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
@@ -61,7 +65,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
     def original(name: str) -> Tensor:
-        return connections(model.sites[name]).double()
+        return connections(model.sites[name])
 
     def measure(site: WeightSite, net_input: NetInput) -> None:
         sign = site.spread_presynaptic(signs[site.name])
@@ -88,10 +92,11 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
             for block in own:
                 rows[block] = balanced_recurrent(old[block], signs[name].to(old), density, generator)
             model.edits[name].remark(_spectral_change(old, rows, own))
-        site.raw.copy_(divided(site, site.from_incoming(rows)))
+        model.edits[name].replace_raw(divided(site, site.from_incoming(rows)).to(model.sites[name].raw))
+        site.raw.data = model.sites[name].raw.data.to(site.raw)
     runs.visit(refit)
     for name, site in sites.items():
-        model.edits[name].replace_raw(site.raw.to(model.sites[name].raw))
+        model.sites[name].raw.copy_(site.raw)
         if name in biases and biases[name] not in model.excluded:
             stored(model.bio, biases[name]).copy_(attribute(bio, biases[name]))
 
@@ -196,10 +201,10 @@ def _refit(
     """Solve (*) for measured net inputs."""
     weight = connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
-    x, y = net_input(weight * (sign > 0)), net_input(-weight * (sign < 0))
+    x, y = net_input(weight * (sign > 0)), net_input(weight * (sign < 0)).neg_()
     mx, my = x.mean(0, keepdim=True), y.mean(0, keepdim=True)
     x, y = x.sub_(mx), y.sub_(my)
-    xx, yy, xy = ((u * v).mean((0, 2)) for u, v in ((x, x), (y, y), (x, y)))
+    xx, yy, xy = (sum((a * b).mean(1) for a, b in zip(u, v, strict=True)) / len(u) for u, v in ((x, x), (y, y), (x, y)))
     del x, y
     mx, my = mx.mean((0, 2)), my.mean((0, 2))
     a, b = row_factors(mx, my, xx, yy, xy, mean, variance, MAX_RESCALING)
@@ -209,12 +214,11 @@ def _refit(
     # If `row_factors` reduced the mean, its solution misses the variance; `gain` corrects that.
     reached = a.square() * xx - 2 * a * b * xy + b.square() * yy
     gain = torch.where(reached > TINY, (variance / (reached + TINY)).sqrt(), 1.0)
-    rows, row_sign = site.incoming(weight), site.incoming(sign)
-    scaled = rows * torch.where(row_sign > 0, a[:, None], b[:, None])
-    gain = torch.minimum(gain, MAX_RESCALING * rows.norm(dim=1) / (scaled.norm(dim=1) + TINY))
+    e, f = (site.incoming(weight * part).double().norm(dim=1) for part in (sign > 0, sign <= 0))
+    gain = torch.minimum(gain, MAX_RESCALING * torch.hypot(e, f) / (torch.hypot(a * e, b * f) + TINY))
     gain = gain.masked_fill(is_constant, 1.0)
-    new = torch.where(row_sign == 0, rows, scaled * gain[:, None])
-    site.raw.copy_(divided(site, site.from_incoming(new)))
+    factor = torch.where(sign > 0, site.spread(a * gain), site.spread(b * gain)).masked_fill(sign == 0, 1.0)
+    site.raw.mul_(factor)
     if bias is not None:
         bias.add_(mean - gain * (a * mx - b * my))
 

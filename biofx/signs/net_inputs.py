@@ -15,7 +15,7 @@ from biofx.analysis.graphs import as_recorded_graph
 from biofx.analysis.replay import PendingRead, Replay
 from biofx.analysis.understanding import Run, Understanding, call
 from biofx.base.torch_internals import pytree
-from biofx.recording.operations import Depends, Recording
+from biofx.recording.operations import Depends, Recording, depends_of
 from biofx.recording.recorder import Recorder, recording_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class NetInputRuns:
 
     Args:
         model: the original network, which tells how to run it.
-        bio: the copy in float64 that is run.
+        bio: the copy that is run, in float64 but for parameters that its graph reads.
         sites: the weights to show.
         changing: parameters of the copy that visitors change; all others are restored after each run.
     """
@@ -58,7 +58,7 @@ class NetInputRuns:
         most = len(model.understood.recording.operations) * OPERATOR_FACTOR + OPERATOR_MARGIN
         for batch in _batches(model.understood, model.generator("inputs")):
             with contextlib.suppress(Exception):  # a model may reject inputs of another batch size
-                self._recording = self._recorded(Recorder(most), batch.run)
+                self._recording = self._recorded(_Recorder(batch, most), batch.run)
                 self._batch = batch
                 break
         if self._recording is None:
@@ -82,7 +82,7 @@ class NetInputRuns:
             visitor(site, lambda w: self._by_sample(pending, pending.net_input(_as_read(site, pending.read, w))))
             return _as_read(site, pending.read, site.effective())
 
-        replay = Replay(self._recording, self._forms, dict.fromkeys(self._first.values(), look))
+        replay = _Replay(self._batch, self._recording, self._forms, dict.fromkeys(self._first.values(), look))
         self._recorded(replay, self._batch.run)
 
     def _recorded(self, recorder: Recorder, run: Run) -> Recording:
@@ -90,7 +90,7 @@ class NetInputRuns:
         recording = recording_of(recorder, self._bio, but=self._changing)
         with (
             recording,
-            as_recorded_graph(self._bio, recorder),
+            as_recorded_graph(self._bio, recorder, torch.float64),
             self._bio.register_forward_pre_hook(_in_double, with_kwargs=True, prepend=True),
         ):
             torch.manual_seed(0)
@@ -121,7 +121,7 @@ def _shows_net_input(site: WeightSite, read: Read) -> bool:
 
 def _as_read(site: WeightSite, read: Read, weight: Tensor) -> Tensor:
     """A weight in the shape that the operator reads; the effective weight if each synapse has an activation."""
-    return weight if weight.shape == read.parameter.shape else site.effective()
+    return (weight if weight.shape == read.parameter.shape else site.effective()).double()
 
 
 class _Batch(NamedTuple):
@@ -136,6 +136,55 @@ class _Batch(NamedTuple):
     samples: int
     axis: int
     run: Run
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """The lengths of an axis that samples share with positions, as two axes."""
+        return (-1, self.samples) if self.axis else (self.samples, -1)
+
+
+class _BySample(Recorder):
+    """Multiplies activity by weights as fast as in single precision, where samples differ as they do in double.
+
+    A product is linear, so it is that of the mean over samples, in double, plus those of the deviations from it.
+
+    Args:
+        batch: how the model runs.
+        *args: arguments of the recorder.
+    """
+
+    def __init__(self, batch: _Batch, *args: Any) -> None:
+        super().__init__(*args)
+        self._batch = batch
+
+    def execute(self, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
+        """Run an operator."""
+        at, samples = _PRODUCTS.get(func), self._batch.samples
+        if at is None or kwargs or not samples or args[at].dtype is not torch.float64 or len(args[at]) % samples:
+            return func(*args, **kwargs)
+        if depends_of(values[at]) is not Depends.INPUTS or depends_of(values[at + 1]) is Depends.INPUTS:
+            return func(*args, **kwargs)
+        source, weight, rest = args[at].unflatten(0, self._batch.axes), args[at + 1], args[at + 2 :]
+        mean = source.mean(self._batch.axis, keepdim=True)
+        deviations = torch.sub(source, mean, out=torch.empty_like(source, dtype=torch.float32)).flatten(0, 1)
+        common = func(*args[:at], mean.flatten(0, 1), weight, *rest)
+        if func is torch.ops.aten.addmm.default:
+            func = torch.ops.aten.mm.default
+        result = func(deviations, weight.float(), *(None if isinstance(x, Tensor) else x for x in rest)).double()
+        result.unflatten(0, self._batch.axes).add_(common.unflatten(0, mean.shape[:2]))
+        return result
+
+
+_PRODUCTS = {torch.ops.aten.convolution.default: 0, torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+"""The position of the first factor of products; the second follows, and the bias is what else is a tensor."""
+
+
+class _Recorder(_BySample):
+    """Records a run for the first time."""
+
+
+class _Replay(_BySample, Replay):
+    """Runs it again."""
 
 
 def _batches(understood: Understanding, generator: torch.Generator) -> Iterator[_Batch]:
