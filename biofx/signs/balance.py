@@ -12,11 +12,11 @@ sparse, because dense rows would all respond to the same common mode of their in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.copying import copied
@@ -52,11 +52,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
         signs: sign of each presynaptic unit, +1, −1, or 0 if it is free, by the weight's name.
         density: fraction of each row's synapses that do not start at 0.
     """
-    # In double, because samples differ in the eighth digit only in deep networks. Where the graph reads a weight, that
-    # is a copy that is freed after its operator; where Python does, the weight itself is in double.
-    read = [model.sites[name] for name in signs if not model.sites[name].inside]
-    shared = [x for site in read for x in (site.raw, *(() if site.learning is None else site.learning.buffers()))]
-    bio = copied(model.bio, torch.float64, shared)
+    bio = _copy_in_double(model, signs)
     found = find_weights(bio).sites
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
@@ -97,8 +93,19 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     runs.visit(refit)
     for name, site in sites.items():
         model.sites[name].raw.copy_(site.raw)
+        site.raw.data = torch.empty(0)  # the copy is full of cycles, so it stays until garbage is collected
         if name in biases and biases[name] not in model.excluded:
             stored(model.bio, biases[name]).copy_(attribute(bio, biases[name]))
+
+
+def _copy_in_double(model: ModelEditor, names: Iterable[str]) -> fx.GraphModule:
+    """A copy of the model that runs in double, because in deep networks, samples differ in the eighth digit only.
+
+    Weights that only the graph reads share their memory with the model's: the graph reads copies, one after the other.
+    """
+    sites = [site for name in names if not (site := model.sites[name]).inside]
+    states = [state for site in sites if site.learning is not None for state in site.learning.buffers()]
+    return copied(model.bio, torch.float64, [*(site.raw for site in sites), *states])
 
 
 def _recurrent_blocks(site: WeightSite, reading: Reading) -> list[Tensor] | None:
@@ -167,9 +174,10 @@ def kept_synapses(sign: Tensor, density: float, generator: torch.Generator) -> T
     mask = sign == 0
     for own in (sign > 0, sign < 0):
         count = own.sum(1, keepdim=True)
-        keep = torch.minimum(count, (density * count).round().clamp(min=MIN_SYNAPSES))
-        rank = draw.masked_fill(~own, 2.0).argsort(1).argsort(1)
-        mask = mask | (own & (rank < keep))
+        keep = torch.minimum(count, (density * count).round().clamp(min=MIN_SYNAPSES)).long()
+        drawn = draw.masked_fill(~own, 2.0)
+        if drawn.numel():
+            mask |= drawn <= drawn.sort(1).values.gather(1, (keep - 1).clamp(min=0)).where(keep > 0, -1.0)
     return mask
 
 
@@ -201,12 +209,9 @@ def _refit(
     """Solve (*) for measured net inputs."""
     weight = connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
-    x, y = net_input(weight * (sign > 0)), net_input(weight * (sign < 0)).neg_()
-    mx, my = x.mean(0, keepdim=True), y.mean(0, keepdim=True)
-    x, y = x.sub_(mx), y.sub_(my)
-    xx, yy, xy = (sum((a * b).mean(1) for a, b in zip(u, v, strict=True)) / len(u) for u, v in ((x, x), (y, y), (x, y)))
+    (mx, x), (my, y) = (_deviations(net_input(sign * weight * part)) for part in (sign > 0, sign < 0))
+    xx, yy, xy = (_mean_product(*pair) for pair in ((x, x), (y, y), (x, y)))
     del x, y
-    mx, my = mx.mean((0, 2)), my.mean((0, 2))
     a, b = row_factors(mx, my, xx, yy, xy, mean, variance, MAX_RESCALING)
     is_constant = ~(torch.minimum(variance, xx + yy) > ROUNDING * (mean.square() + mx.square() + my.square()))
     unbalanced = (mx <= 0) | (my <= 0) | is_constant  # (*) needs inputs of both signs that vary
@@ -221,6 +226,17 @@ def _refit(
     site.raw.mul_(factor)
     if bias is not None:
         bias.add_(mean - gain * (a * mx - b * my))
+
+
+def _deviations(net: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of net inputs, shape (samples, units, positions), for each unit, and deviations from that of samples."""
+    mean = net.mean(0)
+    return mean.mean(1), net.sub_(mean).float()
+
+
+def _mean_product(x: Tensor, y: Tensor) -> Tensor:
+    """The mean of the product over samples and positions, sample by sample, to save memory."""
+    return torch.stack([(a * b).mean(1, dtype=torch.float64) for a, b in zip(x, y, strict=True)]).mean(0)
 
 
 def connections(site: WeightSite, values: Tensor | None = None) -> Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_SAMPLES = 256  # in the batch on which net inputs are measured
 MAX_POSITIONS = 4096  # in time and space, of all samples together; positions count as samples do
 MIN_SAMPLES = 32  # whatever their number of positions
+BLOCK = 2**18  # numbers that are multiplied at once in single precision
 # If a larger batch takes more operators than this, the axis that grew was not that of samples, but one that forward
 # loops over.
 OPERATOR_FACTOR, OPERATOR_MARGIN = 2, 100
@@ -164,14 +165,19 @@ class _BySample(Recorder):
             return func(*args, **kwargs)
         if depends_of(values[at]) is not Depends.INPUTS or depends_of(values[at + 1]) is Depends.INPUTS:
             return func(*args, **kwargs)
+        axis = self._batch.axis
         source, weight, rest = args[at].unflatten(0, self._batch.axes), args[at + 1], args[at + 2 :]
-        mean = source.mean(self._batch.axis, keepdim=True)
-        deviations = torch.sub(source, mean, out=torch.empty_like(source, dtype=torch.float32)).flatten(0, 1)
+        mean = source.mean(axis, keepdim=True)
         common = func(*args[:at], mean.flatten(0, 1), weight, *rest)
         if func is torch.ops.aten.addmm.default:
             func = torch.ops.aten.mm.default
-        result = func(deviations, weight.float(), *(None if isinstance(x, Tensor) else x for x in rest)).double()
-        result.unflatten(0, self._batch.axes).add_(common.unflatten(0, mean.shape[:2]))
+        weight, rest = weight.float(), [None if isinstance(x, Tensor) else x for x in rest]
+        result = common.new_empty(len(args[at]), *common.shape[1:])
+        parts = result.unflatten(0, self._batch.axes).split(max(1, BLOCK // mean.numel()), axis)
+        common = common.unflatten(0, mean.shape[:2])
+        for part, own in zip(parts, source.split(max(1, BLOCK // mean.numel()), axis), strict=True):
+            deviations = (own - mean).float()
+            part.copy_(func(deviations.flatten(0, 1), weight, *rest).view(part.shape)).add_(common)
         return result
 
 
