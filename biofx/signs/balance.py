@@ -209,7 +209,7 @@ def _refit(
     """Solve (*) for measured net inputs."""
     weight = connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
-    (mx, x), (my, y) = (_deviations(net_input(sign * weight * part)) for part in (sign > 0, sign < 0))
+    (mx, x), (my, y) = (_deviations(net_input(weight * part.to(weight))) for part in (sign.clamp(min=0), sign.clamp(max=0)))
     xx, yy, xy = (_mean_product(*pair) for pair in ((x, x), (y, y), (x, y)))
     del x, y
     a, b = row_factors(mx, my, xx, yy, xy, mean, variance, MAX_RESCALING)
@@ -222,8 +222,8 @@ def _refit(
     e, f = (site.incoming(weight * part).double().norm(dim=1) for part in (sign > 0, sign <= 0))
     gain = torch.minimum(gain, MAX_RESCALING * torch.hypot(e, f) / (torch.hypot(a * e, b * f) + TINY))
     gain = gain.masked_fill(is_constant, 1.0)
-    factor = torch.where(sign > 0, site.spread(a * gain), site.spread(b * gain)).masked_fill(sign == 0, 1.0)
-    site.raw.mul_(factor)
+    e, f = (site.spread(factor * gain).to(weight) for factor in (a, b))
+    site.raw.mul_(torch.where(sign > 0, e, f).masked_fill_(sign == 0, 1.0))
     if bias is not None:
         bias.add_(mean - gain * (a * mx - b * my))
 

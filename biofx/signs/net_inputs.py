@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -122,7 +122,8 @@ def _shows_net_input(site: WeightSite, read: Read) -> bool:
 
 def _as_read(site: WeightSite, read: Read, weight: Tensor) -> Tensor:
     """A weight in the shape that the operator reads; the effective weight if each synapse has an activation."""
-    return (weight if weight.shape == read.parameter.shape else site.effective()).double()
+    weight = weight if weight.shape == read.parameter.shape else site.effective()
+    return weight if read.operation.operator in _PRODUCTS else weight.double()
 
 
 class _Batch(NamedTuple):
@@ -160,29 +161,39 @@ class _BySample(Recorder):
 
     def execute(self, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
         """Run an operator."""
-        at, samples = _PRODUCTS.get(func), self._batch.samples
-        if at is None or kwargs or not samples or args[at].dtype is not torch.float64 or len(args[at]) % samples:
+        at = _PRODUCTS.get(func)
+        if at is None:
             return func(*args, **kwargs)
-        if depends_of(values[at]) is not Depends.INPUTS or depends_of(values[at + 1]) is Depends.INPUTS:
-            return func(*args, **kwargs)
-        axis = self._batch.axis
-        source, weight, rest = args[at].unflatten(0, self._batch.axes), args[at + 1], args[at + 2 :]
+        before, source, weight, rest = args[:at], args[at], args[at + 1], args[at + 2 :]
+        is_by_sample = depends_of(values[at]) is Depends.INPUTS is not depends_of(values[at + 1])
+        if kwargs or not is_by_sample or source.dtype is not torch.float64 or not self._has_samples(source):
+            dtype = torch.promote_types(source.dtype, weight.dtype)
+            return func(*before, source.to(dtype), weight.to(dtype), *rest, **kwargs)
+        axis, source = self._batch.axis, source.unflatten(0, self._batch.axes)
         mean = source.mean(axis, keepdim=True)
-        common = func(*args[:at], mean.flatten(0, 1), weight, *rest)
-        if func is torch.ops.aten.addmm.default:
-            func = torch.ops.aten.mm.default
-        weight, rest = weight.float(), [None if isinstance(x, Tensor) else x for x in rest]
-        result = common.new_empty(len(args[at]), *common.shape[1:])
-        parts = result.unflatten(0, self._batch.axes).split(max(1, BLOCK // mean.numel()), axis)
-        common = common.unflatten(0, mean.shape[:2])
-        for part, own in zip(parts, source.split(max(1, BLOCK // mean.numel()), axis), strict=True):
-            deviations = (own - mean).float()
-            part.copy_(func(deviations.flatten(0, 1), weight, *rest).view(part.shape)).add_(common)
+        common = func(*before, mean.flatten(0, 1), weight.double(), *rest)
+        result = common.new_empty(source.shape[:2].numel(), *common.shape[1:])
+        common, by_sample = common.unflatten(0, mean.shape[:2]), result.unflatten(0, self._batch.axes)
+        multiply, weight = _without_bias(func, rest), weight.float()
+        count = max(1, BLOCK // mean.numel())
+        for part, own in zip(by_sample.split(count, axis), source.split(count, axis), strict=True):
+            part.copy_(multiply((own - mean).float().flatten(0, 1), weight).view(part.shape)).add_(common)
         return result
+
+    def _has_samples(self, source: Tensor) -> bool:
+        samples = self._batch.samples
+        return samples > 1 and len(source) > 0 and len(source) % samples == 0 and source.numel() > 0
 
 
 _PRODUCTS = {torch.ops.aten.convolution.default: 0, torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
 """The position of the first factor of products; the second follows, and the bias is what else is a tensor."""
+
+
+def _without_bias(product: Any, rest: Sequence[Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A product without its bias, given what follows the factors."""
+    if product is not torch.ops.aten.convolution.default:
+        return torch.mm
+    return lambda source, weight: product(source, weight, None, *rest[1:])  # type: ignore[no-any-return]
 
 
 class _Recorder(_BySample):
