@@ -62,9 +62,7 @@ class NodeUse:
 
 
 @contextlib.contextmanager
-def as_recorded_graph(
-    bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtype | None = None
-) -> Iterator[None]:
+def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Let a captured graph run node by node, whoever calls it, for a recorder.
 
     The weight that is computed from synapses is known as the parameter.

@@ -209,7 +209,8 @@ def _refit(
     """Solve (*) for measured net inputs."""
     weight = connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
-    (mx, x), (my, y) = (_deviations(net_input(weight * part.to(weight))) for part in (sign.clamp(min=0), sign.clamp(max=0)))
+    parts = (weight * part.to(weight) for part in (sign.clamp(min=0), sign.clamp(max=0)))
+    (mx, x), (my, y) = (_deviations(net_input(part)) for part in parts)
     xx, yy, xy = (_mean_product(*pair) for pair in ((x, x), (y, y), (x, y)))
     del x, y
     a, b = row_factors(mx, my, xx, yy, xy, mean, variance, MAX_RESCALING)
