@@ -209,8 +209,8 @@ def _refit(
     """Solve (*) for measured net inputs."""
     weight = connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
-    parts = (weight * part.to(weight) for part in (sign.clamp(min=0), sign.clamp(max=0)))
-    (mx, x), (my, y) = (_deviations(net_input(part)) for part in parts)
+    mx, x = _deviations(net_input(weight * sign.clamp(min=0).to(weight)))
+    my, y = _deviations(net_input(weight * sign.clamp(max=0).to(weight)))
     xx, yy, xy = (_mean_product(*pair) for pair in ((x, x), (y, y), (x, y)))
     del x, y
     a, b = row_factors(mx, my, xx, yy, xy, mean, variance, MAX_RESCALING)
