@@ -57,12 +57,12 @@ def test_a_transform_holds_little_beyond_its_result(pipeline, inplace, tmp_path)
     assert HELD[pipeline][inplace] <= found / size < HELD[pipeline][inplace] + pipeline.startswith(COMPUTED) + MORE
 
 
-def test_balance_holds_one_copy_in_double(tmp_path):
-    plain = nn.Sequential(*model(), *model())
+def test_balance_holds_one_weight_in_double(tmp_path):
+    plain = nn.Sequential(*model(), *model(), *model(), *model())  # larger than the activity of a batch
     size = sum(p.numel() * p.element_size() for p in plain.parameters())
     found = peak(lambda: biofx.transform(plain, "dales-principle", example_inputs=(X,)), tmp_path)
-    copies, double = 1, 2
-    assert copies + double < found / size < 1.6 * (copies + double)
+    copy, computed = 1, 1
+    assert copy <= found / size < copy + computed + MORE
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "unstored"])

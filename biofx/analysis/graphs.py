@@ -62,15 +62,20 @@ class NodeUse:
 
 
 @contextlib.contextmanager
-def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder) -> Iterator[None]:
+def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Let a captured graph run node by node, whoever calls it, for a recorder.
 
     The weight that is computed from synapses is known as the parameter.
+
+    Args:
+        bio: the captured model.
+        recorder: the recorder.
+        dtype: the dtype in which nodes read parameters, as copies that are freed after the last of them; None: as is.
     """
     known = _Known(bio, recorder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _run(bio, recorder, known, bound_to_graph(bio, args, kwargs))
+        return _run(bio, recorder, known, bound_to_graph(bio, args, kwargs), dtype)
 
     signature = inspect.signature(bio.forward)
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
@@ -122,7 +127,9 @@ class _Known(dict[nn.Module, Tensor]):
         return weight
 
 
-def _run(bio: fx.GraphModule, recorder: Recorder, known: _Known, given: dict[str, Any]) -> Any:
+def _run(
+    bio: fx.GraphModule, recorder: Recorder, known: _Known, given: dict[str, Any], dtype: torch.dtype | None
+) -> Any:
     known.clear()  # the weights may be others than in the last run
     ends = {chain(node)[-1]: synapses_of(bio, name) for name, node in parameter_nodes(bio).items()}
     waiting = Counter(source for node in bio.graph.nodes for source in node.all_input_nodes)
@@ -131,7 +138,10 @@ def _run(bio: fx.GraphModule, recorder: Recorder, known: _Known, given: dict[str
     for node in bio.graph.nodes:
         recorder.enter_node(node)
         synapses = ends.get(node)
-        values[node] = result = _value(bio, node, given, values) if synapses is None else known.get(synapses)
+        result = _value(bio, node, given, values) if synapses is None else known.get(synapses)
+        if node in ends and dtype is not None:
+            result = _converted(recorder, result, dtype)
+        values[node] = result
         recorder.note_node(node, result)
         for source in node.all_input_nodes:
             waiting[source] -= 1
@@ -139,6 +149,15 @@ def _run(bio: fx.GraphModule, recorder: Recorder, known: _Known, given: dict[str
                 del values[source]  # free the memory
     recorder.leave_graph()
     return result
+
+
+def _converted(recorder: Recorder, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if not weight.is_floating_point() or weight.dtype is dtype:
+        return weight
+    with unrecorded():
+        other = weight.detach().to(dtype)
+    recorder.know_as(weight, other)
+    return other
 
 
 def _value(bio: fx.GraphModule, node: fx.Node, given: dict[str, Any], values: dict[fx.Node, Any]) -> Any:

@@ -78,7 +78,7 @@ class Replay(Recorder):
 
         def net_input(new: Tensor) -> Tensor:
             own_args, own_kwargs = given(new, with_bias=False)
-            result: Tensor = func(*own_args, **own_kwargs)
+            result: Tensor = self.execute(func, own_args, own_kwargs, read.operation.args)
             return result
 
         source = next(leaf for leaf, value in zip(flat, recorded, strict=True) if value is read.source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +15,13 @@ from biofx.base.torch_internals import HOOKS
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """A copy of a model that shares nothing with it.
+def copied(model: Model, dtype: torch.dtype | None = None, shared: Collection[Tensor] = ()) -> Model:
+    """A copy of a model that shares nothing with it, but for the memory of some of its tensors.
 
     Args:
         model: the model.
         dtype: the dtype of floating-point parameters and buffers in the copy; None keeps that of each.
+        shared: parameters and buffers of the model whose memory, and so dtype, are those of the copy's.
 
     Raises:
         TypeError: a module keeps something in a slot, which `copy.deepcopy` of a module forgets, or its class leaves
@@ -28,7 +29,8 @@ def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
     """
     for path, name in _slots(model):
         raise TypeError(f"{path}.{name}".lstrip(".") + " is in __slots__, which copies of a module do not have")
-    memo: dict[int, Any] = clones(model) | ({} if dtype is None else _converted(model, dtype))
+    kept: dict[int, Any] = {id(x): _like(x, x.detach()) for x in shared}
+    memo = clones(model) | ({} if dtype is None else _converted(model, dtype, kept)) | kept
     result = copy.deepcopy(model, memo)
     repoint(result, memo)
     copies = dict(result.named_modules())
@@ -38,10 +40,10 @@ def copied(model: Model, dtype: torch.dtype | None = None) -> Model:
     return result
 
 
-def _converted(model: nn.Module, dtype: torch.dtype) -> dict[int, Tensor]:
+def _converted(model: nn.Module, dtype: torch.dtype, but: Collection[int]) -> dict[int, Any]:
     """Parameters and buffers in another dtype, by id; one after the other, so that nothing is there three times."""
     tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point() and x.dtype is not dtype]
-    return {id(x): _clone(x, dtype) for x in tensors}
+    return {id(x): _clone(x, dtype) for x in tensors if id(x) not in but}
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -74,5 +76,8 @@ def has_strides(tensor: Tensor) -> bool:
 
 
 def _clone(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    clone = tensor.detach().to(dtype, copy=True)
-    return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+    return _like(tensor, tensor.detach().to(dtype, copy=True))
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value

@@ -135,6 +135,10 @@ class Recorder(TorchDispatchMode):
         self._kept.append(other)
         return other
 
+    def know_as(self, tensor: Tensor, other: Tensor) -> None:
+        """Know a tensor, such as a parameter, by another one that takes its place."""
+        self._values[other] = self.value(tensor)
+
     def _note_listed(self, tensors: Iterable[Tensor], operation: Operation) -> None:
         for tensor in tensors:
             value = self._known(tensor)
@@ -192,7 +196,7 @@ class Recorder(TorchDispatchMode):
         calls_functions = isinstance(func, HigherOrderOperator) and name_of(func) not in _MAPS_ENTRIES
         if calls_functions:
             args, kwargs = pytree.tree_map_only(Callable, self._recorded, (args, kwargs))  # type: ignore[call-overload]
-        result = func(*args, **kwargs)
+        result = self.execute(func, args, kwargs, recorded[0])
         operands = tuple(leaves(Value, recorded))
         returned = list(leaves(Tensor, result))
         name = name_of(func)
@@ -246,6 +250,17 @@ class Recorder(TorchDispatchMode):
     def intercept(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments with which an operator runs; a subclass may give it others."""
         return args, kwargs
+
+    def execute(self, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
+        """Run an operator.
+
+        Args:
+            func: the operator.
+            args: its positional arguments.
+            kwargs: its other arguments.
+            values: the positional arguments with values in the place of tensors.
+        """
+        return func(*args, **kwargs)
 
     def _returned(self, tensor: Tensor, operation: Operation, depends: Depends) -> Value:
         value: Value | None = self._values.get(tensor)

@@ -12,11 +12,11 @@ sparse, because dense rows would all respond to the same common mode of their in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.copying import copied
@@ -52,7 +52,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
         signs: sign of each presynaptic unit, +1, −1, or 0 if it is free, by the weight's name.
         density: fraction of each row's synapses that do not start at 0.
     """
-    bio = copied(model.bio, torch.float64)  # in deep networks, samples differ in the eighth digit only
+    bio = _copy_in_double(model, signs)
     found = find_weights(bio).sites
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
@@ -61,7 +61,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
     def original(name: str) -> Tensor:
-        return connections(model.sites[name]).double()
+        return connections(model.sites[name])
 
     def measure(site: WeightSite, net_input: NetInput) -> None:
         sign = site.spread_presynaptic(signs[site.name])
@@ -88,12 +88,24 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
             for block in own:
                 rows[block] = balanced_recurrent(old[block], signs[name].to(old), density, generator)
             model.edits[name].remark(_spectral_change(old, rows, own))
-        site.raw.copy_(divided(site, site.from_incoming(rows)))
+        model.edits[name].replace_raw(divided(site, site.from_incoming(rows)).to(model.sites[name].raw))
+        site.raw.data = model.sites[name].raw.data.to(site.raw)
     runs.visit(refit)
     for name, site in sites.items():
-        model.edits[name].replace_raw(site.raw.to(model.sites[name].raw))
+        model.sites[name].raw.copy_(site.raw)
+        site.raw.data = torch.empty(0)  # the copy is full of cycles, so it stays until garbage is collected
         if name in biases and biases[name] not in model.excluded:
             stored(model.bio, biases[name]).copy_(attribute(bio, biases[name]))
+
+
+def _copy_in_double(model: ModelEditor, names: Iterable[str]) -> fx.GraphModule:
+    """A copy of the model that runs in double, because in deep networks, samples differ in the eighth digit only.
+
+    Weights that only the graph reads share their memory with the model's: the graph reads copies, one after the other.
+    """
+    sites = [site for name in names if not (site := model.sites[name]).inside]
+    states = [state for site in sites if site.learning is not None for state in site.learning.buffers()]
+    return copied(model.bio, torch.float64, [*(site.raw for site in sites), *states])
 
 
 def _recurrent_blocks(site: WeightSite, reading: Reading) -> list[Tensor] | None:
@@ -162,9 +174,10 @@ def kept_synapses(sign: Tensor, density: float, generator: torch.Generator) -> T
     mask = sign == 0
     for own in (sign > 0, sign < 0):
         count = own.sum(1, keepdim=True)
-        keep = torch.minimum(count, (density * count).round().clamp(min=MIN_SYNAPSES))
-        rank = draw.masked_fill(~own, 2.0).argsort(1).argsort(1)
-        mask = mask | (own & (rank < keep))
+        keep = torch.minimum(count, (density * count).round().clamp(min=MIN_SYNAPSES)).long()
+        drawn = draw.masked_fill(~own, 2.0)
+        if drawn.numel():
+            mask |= drawn <= drawn.sort(1).values.gather(1, (keep - 1).clamp(min=0)).where(keep > 0, -1.0)
     return mask
 
 
@@ -196,12 +209,10 @@ def _refit(
     """Solve (*) for measured net inputs."""
     weight = connections(site)
     sign = site.spread_presynaptic(signs).expand(site.shape)
-    x, y = net_input(weight * (sign > 0)), net_input(-weight * (sign < 0))
-    mx, my = x.mean(0, keepdim=True), y.mean(0, keepdim=True)
-    x, y = x.sub_(mx), y.sub_(my)
-    xx, yy, xy = ((u * v).mean((0, 2)) for u, v in ((x, x), (y, y), (x, y)))
+    mx, x = _deviations(net_input(weight * sign.clamp(min=0).to(weight)))
+    my, y = _deviations(net_input(weight * sign.clamp(max=0).to(weight)))
+    xx, yy, xy = (_mean_product(*pair) for pair in ((x, x), (y, y), (x, y)))
     del x, y
-    mx, my = mx.mean((0, 2)), my.mean((0, 2))
     a, b = row_factors(mx, my, xx, yy, xy, mean, variance, MAX_RESCALING)
     is_constant = ~(torch.minimum(variance, xx + yy) > ROUNDING * (mean.square() + mx.square() + my.square()))
     unbalanced = (mx <= 0) | (my <= 0) | is_constant  # (*) needs inputs of both signs that vary
@@ -209,14 +220,24 @@ def _refit(
     # If `row_factors` reduced the mean, its solution misses the variance; `gain` corrects that.
     reached = a.square() * xx - 2 * a * b * xy + b.square() * yy
     gain = torch.where(reached > TINY, (variance / (reached + TINY)).sqrt(), 1.0)
-    rows, row_sign = site.incoming(weight), site.incoming(sign)
-    scaled = rows * torch.where(row_sign > 0, a[:, None], b[:, None])
-    gain = torch.minimum(gain, MAX_RESCALING * rows.norm(dim=1) / (scaled.norm(dim=1) + TINY))
+    e, f = (site.incoming(weight * part).double().norm(dim=1) for part in (sign > 0, sign <= 0))
+    gain = torch.minimum(gain, MAX_RESCALING * torch.hypot(e, f) / (torch.hypot(a * e, b * f) + TINY))
     gain = gain.masked_fill(is_constant, 1.0)
-    new = torch.where(row_sign == 0, rows, scaled * gain[:, None])
-    site.raw.copy_(divided(site, site.from_incoming(new)))
+    e, f = (site.spread(factor * gain).to(weight) for factor in (a, b))
+    site.raw.mul_(torch.where(sign > 0, e, f).masked_fill_(sign == 0, 1.0))
     if bias is not None:
         bias.add_(mean - gain * (a * mx - b * my))
+
+
+def _deviations(net: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of net inputs, shape (samples, units, positions), for each unit, and deviations from that of samples."""
+    mean = net.mean(0)
+    return mean.mean(1), net.sub_(mean).float()
+
+
+def _mean_product(x: Tensor, y: Tensor) -> Tensor:
+    """The mean of the product over samples and positions, sample by sample, to save memory."""
+    return torch.stack([(a * b).mean(1, dtype=torch.float64) for a, b in zip(x, y, strict=True)]).mean(0)
 
 
 def connections(site: WeightSite, values: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from biofx.analysis.graphs import as_recorded_graph
 from biofx.analysis.replay import PendingRead, Replay
 from biofx.analysis.understanding import Run, Understanding, call
 from biofx.base.torch_internals import pytree
-from biofx.recording.operations import Depends, Recording
+from biofx.recording.operations import Depends, Recording, depends_of
 from biofx.recording.recorder import Recorder, recording_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_SAMPLES = 256  # in the batch on which net inputs are measured
 MAX_POSITIONS = 4096  # in time and space, of all samples together; positions count as samples do
 MIN_SAMPLES = 32  # whatever their number of positions
+BLOCK = 2**18  # numbers that are multiplied at once in single precision
 # If a larger batch takes more operators than this, the axis that grew was not that of samples, but one that forward
 # loops over.
 OPERATOR_FACTOR, OPERATOR_MARGIN = 2, 100
@@ -41,7 +42,7 @@ class NetInputRuns:
 
     Args:
         model: the original network, which tells how to run it.
-        bio: the copy in float64 that is run.
+        bio: the copy that is run, in float64 but for parameters that its graph reads.
         sites: the weights to show.
         changing: parameters of the copy that visitors change; all others are restored after each run.
     """
@@ -58,7 +59,7 @@ class NetInputRuns:
         most = len(model.understood.recording.operations) * OPERATOR_FACTOR + OPERATOR_MARGIN
         for batch in _batches(model.understood, model.generator("inputs")):
             with contextlib.suppress(Exception):  # a model may reject inputs of another batch size
-                self._recording = self._recorded(Recorder(most), batch.run)
+                self._recording = self._recorded(_Recorder(batch, most), batch.run)
                 self._batch = batch
                 break
         if self._recording is None:
@@ -82,7 +83,7 @@ class NetInputRuns:
             visitor(site, lambda w: self._by_sample(pending, pending.net_input(_as_read(site, pending.read, w))))
             return _as_read(site, pending.read, site.effective())
 
-        replay = Replay(self._recording, self._forms, dict.fromkeys(self._first.values(), look))
+        replay = _Replay(self._batch, self._recording, self._forms, dict.fromkeys(self._first.values(), look))
         self._recorded(replay, self._batch.run)
 
     def _recorded(self, recorder: Recorder, run: Run) -> Recording:
@@ -90,7 +91,7 @@ class NetInputRuns:
         recording = recording_of(recorder, self._bio, but=self._changing)
         with (
             recording,
-            as_recorded_graph(self._bio, recorder),
+            as_recorded_graph(self._bio, recorder, torch.float64),
             self._bio.register_forward_pre_hook(_in_double, with_kwargs=True, prepend=True),
         ):
             torch.manual_seed(0)
@@ -121,7 +122,8 @@ def _shows_net_input(site: WeightSite, read: Read) -> bool:
 
 def _as_read(site: WeightSite, read: Read, weight: Tensor) -> Tensor:
     """A weight in the shape that the operator reads; the effective weight if each synapse has an activation."""
-    return weight if weight.shape == read.parameter.shape else site.effective()
+    weight = weight if weight.shape == read.parameter.shape else site.effective()
+    return weight if read.operation.operator in _PRODUCTS else weight.double()
 
 
 class _Batch(NamedTuple):
@@ -136,6 +138,71 @@ class _Batch(NamedTuple):
     samples: int
     axis: int
     run: Run
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """The lengths of an axis that samples share with positions, as two axes."""
+        return (-1, self.samples) if self.axis else (self.samples, -1)
+
+
+class _BySample(Recorder):
+    """Multiplies activity by weights in single precision, and loses no digit in which samples differ.
+
+    A product is linear: it is that of the mean over samples, in double, plus those of the deviations from the mean,
+    whose digits are all about differences. In double alone, PyTorch's convolution takes five times as long, and lays
+    out the columns of a whole batch.
+
+    Args:
+        batch: how the model runs.
+        *args: arguments of the recorder.
+    """
+
+    def __init__(self, batch: _Batch, *args: Any) -> None:
+        super().__init__(*args)
+        self._batch = batch
+
+    def execute(self, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
+        """Run an operator."""
+        at = _PRODUCTS.get(func)
+        if at is None:
+            return func(*args, **kwargs)
+        source, weight, rest = args[at], args[at + 1], args[at + 2 :]
+        is_by_sample = depends_of(values[at]) is Depends.INPUTS is not depends_of(values[at + 1])
+        if kwargs or not is_by_sample or source.dtype is not torch.float64 or not self._has_samples(source):
+            return func(*(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args), **kwargs)
+        axis, source = self._batch.axis, source.unflatten(0, self._batch.axes)
+        mean = source.mean(axis, keepdim=True)
+        common = func(*args[:at], mean.flatten(0, 1), weight.double(), *rest)
+        result = common.new_empty(source.shape[:2].numel(), *common.shape[1:])
+        common, by_sample = common.unflatten(0, mean.shape[:2]), result.unflatten(0, self._batch.axes)
+        multiply, weight = _without_bias(func, rest), weight.float()
+        count = max(1, BLOCK // mean.numel())
+        for part, own in zip(by_sample.split(count, axis), source.split(count, axis), strict=True):
+            part.copy_(multiply((own - mean).float().flatten(0, 1), weight).view(part.shape)).add_(common)
+        return result
+
+    def _has_samples(self, source: Tensor) -> bool:
+        samples = self._batch.samples
+        return samples > 1 and source.numel() > 0 and len(source) % samples == 0
+
+
+_PRODUCTS = {torch.ops.aten.convolution.default: 0, torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+"""The position of the first factor of products; the second follows, and the bias is what else is a tensor."""
+
+
+def _without_bias(product: Any, rest: Sequence[Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A product without its bias, given what follows the factors."""
+    if product is not torch.ops.aten.convolution.default:
+        return torch.mm
+    return lambda source, weight: product(source, weight, None, *rest[1:])
+
+
+class _Recorder(_BySample):
+    """Records the first run."""
+
+
+class _Replay(_BySample, Replay):
+    """Runs the model again."""
 
 
 def _batches(understood: Understanding, generator: torch.Generator) -> Iterator[_Batch]:
