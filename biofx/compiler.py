@@ -186,6 +186,7 @@ def build(
             values_follow=values_follow,
         )
         record_of(bio).requests.append(request)
+        _note_questions(bio, understood)
         run = understood.run if understood is not None and repeats else None
         if run is not None and outputs is None:
             outputs = pipeline.repeated_outputs(bio, run)
@@ -333,6 +334,18 @@ def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torc
         'transform it with frontend="module"'
     )
     raise CaptureError(f"{type(bio).__name__} has other outputs when traced: {found}. {why}")
+
+
+def _note_questions(bio: fx.GraphModule, understood: Understanding | None) -> None:
+    """Note a weight with synapses about which forward asks more than its numbers."""
+    record = record_of(bio)
+    asked = set() if understood is None else understood.recording.asked & set(synapses_in(bio))
+    if record.islands and asked and not record.asked:
+        record.asked = min(asked)
+        record.notes.append(
+            f"torch.compile leaves the model uncompiled, as forward asks more about {record.asked} than its numbers, "
+            "such as whether it is frozen"
+        )
 
 
 def _check_islands(bio: fx.GraphModule, run: Run, outputs: list[torch.Tensor]) -> None:

@@ -174,6 +174,7 @@ def _described(bio: fx.GraphModule) -> dict[str, Any]:
         "passes": [{"left": run.left, "remarks": run.remarks} for run in record.passes],
         "nonnegative": record.nonnegative,
         "notes": record.notes,
+        "asked": record.asked,
     }
 
 
@@ -338,6 +339,7 @@ def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor],
         module.training = document["training"] is not (name in other_mode)
     record = record_of(bio)
     record.nonnegative, record.notes = dict(document["nonnegative"]), list(document["notes"])
+    record.asked = document.get("asked", "")
     record.passes = [replace(run, **kept) for run, kept in zip(record.passes, document["passes"], strict=True)]
 
 

@@ -69,4 +69,5 @@ def names_in(code: CodeType) -> list[str]:
 
 def globals_in(code: CodeType) -> list[str]:
     """The global variables that code names, with that of the functions that are defined inside it."""
+    # `co_names` lists attributes as well; only the instructions tell them apart.
     return [str(each.argval) for one in codes_in(code) for each in dis.get_instructions(one) if each.opname in _GLOBAL]

@@ -252,11 +252,18 @@ def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -
     @functools.wraps(original.forward)
     def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return forward(self, *args, **kwargs)
+            run = _uncompiled if record_of(self).asked else forward
+            return run(self, *args, **kwargs)
         with weight_cache.caching():
             return forward(self, *args, **kwargs)
 
     return call
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+    """Run a model whose forward asks about weights what torch.compile does not answer as for parameters."""
+    return bio(*args, **kwargs)
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,6 +274,8 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
         if guard is None or "_is_replica" in vars(self) or _is_traced(args, kwargs):
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():  # torch.compile has guards of its own
+            if record_of(self).asked:
+                return _uncompiled(self, *args, **kwargs)
             follows = guard.compiles_graph and guard.replaced(self) is None
             follows = follows and (guard.needs_graph or guard.still_holds is None or guard.still_holds())
             return (forward if follows else type(self).original_forward)(self, *args, **kwargs)

@@ -132,6 +132,7 @@ class Record:
         others: the reason why another parameter is not a weight, by name.
         inputs: a description of the inputs on which the model ran for this analysis; empty if it did not run.
         notes: remarks about that run.
+        asked: a weight with synapses about which forward asks more than its numbers; empty if there is none.
         synapses: names of the weights that have synapses.
         shapes: the shapes of the stored tensors that passes changed.
         nonnegative: the parameters that have to stay non-negative, each with the pass that requires it.
@@ -155,6 +156,7 @@ class Record:
         self.others: dict[str, str] = {}
         self.inputs = ""
         self.notes: list[str] = []
+        self.asked = ""
         self.synapses: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
         self.nonnegative: dict[str, str] = {}
@@ -176,7 +178,7 @@ class Record:
                 "and load that into a model that this version transformed"
             )
         own = {name: value for name, value in state.items() if name != "format"}
-        vars(self).update({"changed": {}, "ties": {}, "empty": [], **own}, attachments=WeakSet())
+        vars(self).update({"changed": {}, "ties": {}, "empty": [], "asked": "", **own}, attachments=WeakSet())
 
     @property
     def attached(self) -> set[str]:

@@ -142,6 +142,7 @@ class Recording:
         again: the operators of another run, in training mode, for weights that the first one left unused.
         strangers: the ids of tensors that were there before the run, and that belong neither to the model nor to its
             inputs, and keys of their memory.
+        asked: the parameters about which Python asked more than their numbers (see `Questions`).
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -157,6 +158,7 @@ class Recording:
     listed: dict[str, Operation] = field(default_factory=dict)
     again: set[Operation] = field(default_factory=set)
     strangers: set[int] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
 
     def attributes_read(self) -> set[str]:
         """The names of attributes whose tensors operators took, which are neither parameters nor buffers."""

@@ -36,6 +36,7 @@ from biofx.base.torch_internals import (
 from biofx.model.synapses import stored_parameters
 from biofx.recording.catalog import MAKES_CONSTANTS, Kind, decomposed, kind_of, name_of
 from biofx.recording.operations import Depends, Operation, Recording, Value, depends_of
+from biofx.recording.questions import Questions
 from biofx.recording.trees import leaves, mapped
 
 if TYPE_CHECKING:
@@ -344,6 +345,7 @@ class Recorder(TorchDispatchMode):
                     self.recording.first_call = args, kwargs
                 self.declare_inputs(bound(module, args, kwargs))
 
+        questions = Questions(model, lambda name, _: self.recording.asked.add(name))
         handles = [
             # A scripted module hides this method, but runs such hooks.
             nn.Module.register_forward_pre_hook(model, name_inputs, with_kwargs=True, prepend=True),
@@ -351,7 +353,7 @@ class Recorder(TorchDispatchMode):
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
         try:
-            with _Names(self), _listing(model, self):
+            with _Names(self), _listing(model, self), questions:
                 yield
         finally:
             for handle in handles:

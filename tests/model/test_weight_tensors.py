@@ -66,6 +66,23 @@ def test_a_forward_that_would_decide_otherwise_is_refused(question, frontend, pi
         biofx.transform(Deciding(REFUSED[question]), pipeline, example_inputs=(X,), frontend=frontend)
 
 
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("question", ANSWERED)
+def test_torch_compile_leaves_such_a_forward_uncompiled(question, frontend, tmp_path):
+    model = Deciding(ANSWERED[question])
+    bio = biofx.transform(model, "split-synapses", example_inputs=(X,), frontend=frontend)
+    assert "torch.compile leaves the model uncompiled" in " ".join(biofx.summary(bio).split())
+    biofx.save(bio, tmp_path / "saved")
+    expected = biofx.fold(bio)(X)
+    for each in (bio, biofx.load(tmp_path / "saved", model)):
+        torch.testing.assert_close(torch.compile(each, backend="eager")(X), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(each, backend="eager")(X), expected)
+        torch.compiler.reset()
+        with pytest.raises(RuntimeError, match="disable|no compiled frames"):
+            torch.compile(each, backend="eager", fullgraph=True)(X)
+
+
 def test_outside_of_forward_a_weight_is_no_parameter_to_train():
     bio = biofx.transform(Deciding(ANSWERED["is it a leaf"]), "split-synapses", example_inputs=(X,))
     assert not bio.second.weight.is_leaf

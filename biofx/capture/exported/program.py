@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import operator
 import warnings
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
-from torch.overrides import TorchFunctionMode
 
 from biofx.base.errors import CaptureError
 from biofx.base.isolation import Draws, Snapshot, parameters_kept
@@ -28,6 +26,7 @@ from biofx.capture.reparametrized import computed_names, pop_computing_hooks
 from biofx.capture.tracer import HelperModule, NotTraceable, Tracer
 from biofx.model.chain import attribute
 from biofx.model.control_flow import ControlFlow
+from biofx.recording.questions import IS_FROZEN, Questions
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 
@@ -112,7 +111,12 @@ class _OnTensors(nn.Module):
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
         drawn = Draws.now()
-        with _ReadsOfFrozen(self.model, monitor):
+
+        def note(name: str, question: Any) -> None:
+            if question == IS_FROZEN:  # the answer would be a constant, and may change later
+                monitor.note_side_effect(monitor.path, "asks whether a parameter is frozen")
+
+        with Questions(self.model, note):
             monitor.outputs = describe(self.model(*args, **kwargs), results)
         effect = outside.effect()
         if effect is not None:
@@ -130,30 +134,6 @@ class _OnTensors(nn.Module):
             if name not in after or after[name].shape != before[name].shape:
                 monitor.note_side_effect(name.rpartition(".")[0], f"gives the buffer {name} another shape")
         return *results, *(after[name] for name in monitor.assigned)
-
-
-class _ReadsOfFrozen(TorchFunctionMode):
-    """Notes that forward asks whether a parameter is frozen: the answer would be a constant, and may change later.
-
-    PyTorch's own modules ask as well, to choose an implementation that computes the same.
-    """
-
-    def __init__(self, model: nn.Module, monitor: _ExportMonitor) -> None:
-        super().__init__()
-        self._parameters = {id(parameter) for parameter in model.parameters()}
-        self._monitor = monitor
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function == _IS_LEARNED and id(args[0]) in self._parameters:
-            here = inspect.currentframe()
-            assert here is not None
-            assert here.f_back is not None
-            if str(here.f_back.f_globals.get("__name__")).partition(".")[0] != "torch":
-                self._monitor.note_side_effect(self._monitor.path, "asks whether a parameter is frozen")
-        return function(*args, **(kwargs or {}))
-
-
-_IS_LEARNED = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 
 class _ExportMonitor:

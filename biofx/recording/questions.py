@@ -1,0 +1,43 @@
+"""Questions: what Python asks about a parameter besides its numbers, such as whether it is frozen, or a leaf."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+IS_FROZEN = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+QUESTIONS = (
+    IS_FROZEN,
+    *(getattr(Tensor, name).__get__ for name in ("is_leaf", "grad_fn", "_base")),
+    Tensor._is_view,
+)
+
+
+class Questions(TorchFunctionMode):
+    """Notes which questions Python asks about the parameters of a model.
+
+    PyTorch's own modules ask as well, to choose an implementation that computes the same.
+
+    Args:
+        model: the model.
+        note: called with the name of a parameter and the question, one of `QUESTIONS`.
+    """
+
+    def __init__(self, model: nn.Module, note: Callable[[str, Any], object]) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._note = note
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function."""
+        if function in QUESTIONS and id(args[0]) in self._names:
+            here = inspect.currentframe()  # the mode is not told who asks
+            assert here is not None
+            assert here.f_back is not None
+            if str(here.f_back.f_globals.get("__name__")).partition(".")[0] != "torch":
+                self._note(self._names[id(args[0])], function)
+        return function(*args, **(kwargs or {}))
