@@ -13,6 +13,7 @@ from biofx.base import noise
 from biofx.base.errors import ArgumentError
 from biofx.base.gains import LARGEST, QUANTILES, coded, decoded
 from biofx.base.options import check_choice, check_integer, check_number
+from biofx.base.shards import extremes
 from biofx.model.operators import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
@@ -226,7 +227,7 @@ class FuzzyLearningRates(Pass):
             return
         if site.gain.numel() == 0:
             return
-        low, high = (float(x) for x in site.gain.aminmax())
+        low, high = extremes(site.gain)
         stored = site.state("gain")
         lowest, highest = (
             float(_rounded(x, site.gain if stored is None else stored)) for x in (self.minimum, self.maximum)

@@ -158,6 +158,14 @@ def part_along(tensor: Any, axis: int) -> tuple[Tensor, slice]:
     return tensor.to_local(), slice(start, start + length)
 
 
+def extremes(values: Tensor) -> tuple[float, float]:
+    """The lowest and the highest of some values, over all parts of a DTensor."""
+    values = values.detach()
+    # One read of the values; PyTorch 2.9 cannot do that with a DTensor.
+    lowest, highest = (values.min(), values.max()) if is_sharded(values) else values.aminmax()
+    return float(lowest), float(highest)
+
+
 def gradient_of(parameter: Tensor) -> Tensor:
     """What this process holds of a gradient, which tensor parallelism may leave cut otherwise than its parameter."""
     gradient: Any = parameter.grad

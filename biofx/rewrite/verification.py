@@ -13,6 +13,7 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.units import Verdict
 from biofx.base.errors import VerificationError
 from biofx.base.gains import decoded
+from biofx.base.shards import extremes
 from biofx.model.chain import callee, chain, parameter_nodes
 from biofx.model.changes import follow, lost_parts
 from biofx.model.operators import NAMESPACE
@@ -166,5 +167,5 @@ def _lowest(values: Tensor) -> float | None:
     """The lowest of some values; infinity if there are none, None if any is not finite."""
     if not values.numel():
         return math.inf
-    lowest, highest = map(float, values.detach().aminmax())  # one read of the values, much cheaper than isfinite
+    lowest, highest = extremes(values)  # much cheaper than isfinite
     return lowest if math.isfinite(lowest) and math.isfinite(highest) else None

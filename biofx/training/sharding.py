@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from biofx.base.errors import ArgumentError
-from biofx.base.shards import cut_like, is_placed_like, is_sharded, shard_of
+from biofx.base.shards import cut_like, is_placed_like, is_sharded, local, shard_of
 from biofx.model.changes import transformed
 from biofx.model.islands import GUARD
 from biofx.model.operators import observe_shards
@@ -19,6 +19,7 @@ from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import CHILD, State, Synapses, child_of, observers_in
 from biofx.rewrite.registry import Pass
+from biofx.training.ranks import is_on_any
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -206,7 +207,7 @@ def check_shards(bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
     """
     sharded = {name for name, site in sites.items() if is_sharded(site.raw)}
     for name in sorted(sharded):
-        shard_of(name, sites[name].raw)
+        _refuse_mixed_up(name, sites[name].raw)
     for run in record_of(bio).passes:
         rule, weights = run.pass_, run.weights & sharded
         if weights and isinstance(rule, Pass) and rule.moment and rule.acts_at_step and not rule.works_on_shards:
@@ -217,6 +218,20 @@ def check_shards(bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
     if sharded:
         observe_shards()
         _refuse_blocks(bio, {path for path, _ in observers_in(bio.graph)})
+
+
+def _refuse_mixed_up(name: str, weight: Any) -> None:
+    """Refuse a weight that PyTorch puts together in another order than it was cut, as 2.9 does with unequal blocks."""
+    own = shard_of(name, weight)
+    if len(own.groups) < 2 or all(n % weight.device_mesh.size() == 0 for n in (weight.shape[c.axis] for c in own.cuts)):
+        return
+    whole = weight.detach().full_tensor()
+    if is_on_any(not torch.equal(own.part(whole), local(weight.detach())), own.groups):
+        raise ArgumentError(
+            f"attach: PyTorch {torch.__version__} mixes up the unequal parts of {name} of shape {tuple(weight.shape)}, "
+            f"placed as {weight.placements}; give it lengths that {weight.device_mesh.size()} divides, or use a "
+            "newer one"
+        )
 
 
 def _refuse_blocks(bio: fx.GraphModule, observed: Collection[str]) -> None:

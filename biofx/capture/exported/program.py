@@ -196,7 +196,8 @@ class _ExportMonitor:
         original: Any = CheckpointFunction.apply
         CheckpointFunction.apply = apply  # type: ignore[method-assign]
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # parts that were compiled, which would compile these hooks
+                yield
         finally:
             del CheckpointFunction.apply
             for handle in handles:
