@@ -148,6 +148,9 @@ def call_untraced(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str,
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
+IS_VIEW = Tensor._is_view  # code of users asks it, and no public method tells
+
+
 def memory_of(tensor: Tensor) -> int:
     """A key for the memory of a tensor and its views; `data_ptr` is 0 if empty, and ends copies on write."""
     return int(tensor.untyped_storage()._cdata)

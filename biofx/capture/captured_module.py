@@ -252,18 +252,17 @@ def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -
     @functools.wraps(original.forward)
     def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            run = _uncompiled if record_of(self).asked else forward
-            return run(self, *args, **kwargs)
+            return _uncompiled(self, args, kwargs) if record_of(self).asked else forward(self, *args, **kwargs)
         with weight_cache.caching():
             return forward(self, *args, **kwargs)
 
     return call
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _uncompiled(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+def _uncompiled(bio: CapturedModule, args: Any, kwargs: Any) -> Any:
     """Run a model whose forward asks about weights what torch.compile does not answer as for parameters."""
-    return bio(*args, **kwargs)
+    run = torch.compiler.disable(type(bio).forward)  # not by a decorator, which would import the compiler
+    return run(bio, *args, **kwargs)
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -275,7 +274,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():  # torch.compile has guards of its own
             if record_of(self).asked:
-                return _uncompiled(self, *args, **kwargs)
+                return _uncompiled(self, args, kwargs)
             follows = guard.compiles_graph and guard.replaced(self) is None
             follows = follows and (guard.needs_graph or guard.still_holds is None or guard.still_holds())
             return (forward if follows else type(self).original_forward)(self, *args, **kwargs)

@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from biofx.base.torch_internals import IS_VIEW
+
 IS_FROZEN = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 QUESTIONS = (
     IS_FROZEN,
+    IS_VIEW,
     *(getattr(Tensor, name).__get__ for name in ("is_leaf", "grad_fn", "_base")),
-    Tensor._is_view,
 )
 
 
@@ -38,6 +40,8 @@ class Questions(TorchFunctionMode):
             here = inspect.currentframe()  # the mode is not told who asks
             assert here is not None
             assert here.f_back is not None
-            if str(here.f_back.f_globals.get("__name__")).partition(".")[0] != "torch":
+            package = str(here.f_back.f_globals.get("__name__")).partition(".")[0]
+            del here  # a frame that knows itself would keep the parameter alive
+            if package not in ("torch", "biofx"):
                 self._note(self._names[id(args[0])], function)
         return function(*args, **(kwargs or {}))

@@ -423,6 +423,11 @@ def test_has_memory():
     assert seen == [False]
 
 
+def test_is_view():
+    assert internals.IS_VIEW(torch.ones(2)[0])
+    assert not internals.IS_VIEW(torch.ones(2))
+
+
 def test_memory_of():
     a, b = torch.zeros(0), torch.zeros(0)
     assert internals.memory_of(a) == internals.memory_of(a.view(0)) != internals.memory_of(b)
