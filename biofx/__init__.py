@@ -44,7 +44,7 @@ from biofx.rewrite.verification import verify
 from biofx.saving import load, save
 from biofx.training.attachment import Attachment, attach, detach
 from biofx.training.history import History, record
-from biofx.training.sharding import parallelize
+from biofx.training.parallelism import parallelize
 
 __version__ = version("biofx")
 

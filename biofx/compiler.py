@@ -153,7 +153,8 @@ def build(
         raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     _refuse_transformed_children(model)
     outside = OutsideVariables(dict(model.named_modules()))
-    with torch.inference_mode(False), outside.draws_kept(), _restored_on_error(model) if inplace else nullcontext():
+    with torch.inference_mode(False), ExitStack() as after, _restored_on_error(model) if inplace else nullcontext():
+        after.callback(outside.restore_generators)
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
         understood = understand(source, example_inputs)
@@ -262,11 +263,11 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _refuse_reads_of_original(model: nn.Module, understood: Understanding) -> None:
     """Refuse a model whose copy reads tensors of the original, which the result would not learn."""
-    read = understood.recording.strangers
+    recording = understood.recording
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        is_view = id(tensor) not in read
-        if not is_view or (has_strides(tensor) and memory_of(tensor) in read):
-            instead = f"read self.{name} there" if is_view else "transform it with inplace=True"
+        is_read = id(tensor) in recording.strangers
+        if is_read or (has_strides(tensor) and memory_of(tensor) in recording.strange_memory):
+            instead = "transform it with inplace=True" if is_read else f"read self.{name} there"
             raise CaptureError(
                 f"the copy of {type(model).__name__} reads {name} of the original model, through a weak reference or a "
                 f"variable outside of the model; {instead}"

@@ -538,15 +538,11 @@ def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
 
 UNEQUAL = 10 if torch.__version__ >= (2, 13) else 8  # PyTorch 2.9 mixes up unequal parts of parts
 SIGNED = "split-synapses,dales-principle,fuzzy-learning-rates,crystallize,rejuvenate{dre=6.0}"
+ADAPTIVE = "dales-principle,fuzzy-learning-rates{distribution=weight_adaptive,every=2},rejuvenate{dre=6.0}"
 TWO_DIMENSIONS = {  # by the name of the mesh's last dimension, the passes and the sizes of layers
     "tp": {
         SIGNED: (6, 8, 8, 4),
-        "dales-principle,fuzzy-learning-rates{distribution=weight_adaptive,every=2},rejuvenate{dre=6.0}": (
-            6,
-            UNEQUAL,
-            6,
-            4,
-        ),
+        ADAPTIVE: (6, UNEQUAL, 6, 4),
         "volume-dependent-learning-rates,dales-principle{constraint=abs},l1-regularization": (6, UNEQUAL, 6, 4),
         "inhibitory-interneurons,exponentiated-gradient": (6, 8, 8, 4),
     },

@@ -148,7 +148,8 @@ def call_untraced(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str,
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-IS_VIEW = Tensor._is_view  # code of users asks it, and no public method tells
+ASKED_OF_LEAVES = ("is_leaf", "grad_fn", "_base", "_is_view")
+"""By which attributes Python tells a parameter from what is computed; two are private, and users' code reads them."""
 
 
 def memory_of(tensor: Tensor) -> int:

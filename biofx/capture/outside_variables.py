@@ -12,7 +12,6 @@ import sys
 import sysconfig
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from types import (
     CodeType,
     FunctionType,
@@ -105,22 +104,6 @@ class OutsideVariables:
         """A random number generator that was used since, or one of the system that code names; else None."""
         drawn = (name for name, generator, state in self._generators if state_of(generator) != state)
         return next(drawn, None) or next(iter(self._names & _OF_THE_SYSTEM), None)
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Restore the variables after a block in which forward runs."""
-        try:
-            yield
-        finally:
-            self.restore()
-
-    @contextmanager
-    def draws_kept(self) -> Iterator[None]:
-        """Restore random number generators after a block."""
-        try:
-            yield
-        finally:
-            self.restore_generators()
 
     def reads(self, name: str) -> bool:
         """Whether a variable, or a name in code, is among what is read."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping, Set
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -131,7 +132,8 @@ def _trace(model: nn.Module, absent: Collection[str], synapses: Set[int], run: R
     outside = OutsideVariables(dict(model.named_modules()))
     while True:
         try:
-            with outside.kept():
+            with ExitStack() as after:
+                after.callback(outside.restore)
                 trace = trace_modes(model, absent, islands, synapses)
                 _refuse_effects(model, trace, outside)
             found = None if run is None else _disagreement(model, trace, run)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from biofx.base.errors import ArgumentError
-from biofx.base.torch_internals import NO_TORCH_FUNCTION, is_intercepted
+from biofx.base.torch_internals import ASKED_OF_LEAVES, NO_TORCH_FUNCTION, is_intercepted
 from biofx.model.weight_cache import is_active
 
 FOLD = "fold the model first (biofx.fold), and transform the result again"
@@ -76,7 +76,7 @@ class WeightTensor(Tensor):
     data = _of_stored("data")
     grad = _of_stored("grad")
     requires_grad = _of_stored("requires_grad")
-    is_leaf, grad_fn, _base, _is_view = map(_told_in_forward, ("is_leaf", "grad_fn", "_base", "_is_view"))
+    is_leaf, grad_fn, _base, _is_view = map(_told_in_forward, ASKED_OF_LEAVES)
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """Set whether the stored tensor requires gradients."""

@@ -141,7 +141,8 @@ class Recording:
         listed: what computed with a parameter that forward took from `parameters()`, by the parameter's name.
         again: the operators of another run, in training mode, for weights that the first one left unused.
         strangers: the ids of tensors that were there before the run, and that belong neither to the model nor to its
-            inputs, and keys of their memory.
+            inputs.
+        strange_memory: keys of the memory in which they lie.
         asked: the parameters about which Python asked more than their numbers (see `Questions`).
     """
 
@@ -158,6 +159,7 @@ class Recording:
     listed: dict[str, Operation] = field(default_factory=dict)
     again: set[Operation] = field(default_factory=set)
     strangers: set[int] = field(default_factory=set)
+    strange_memory: set[int] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
 
     def attributes_read(self) -> set[str]:

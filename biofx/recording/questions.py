@@ -9,14 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from biofx.base.torch_internals import IS_VIEW
+from biofx.base.torch_internals import ASKED_OF_LEAVES
 
 IS_FROZEN = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-QUESTIONS = (
-    IS_FROZEN,
-    IS_VIEW,
-    *(getattr(Tensor, name).__get__ for name in ("is_leaf", "grad_fn", "_base")),
-)
+_ATTRIBUTES = [getattr(Tensor, name) for name in ASKED_OF_LEAVES]
+QUESTIONS = (IS_FROZEN, *(each if inspect.isroutine(each) else each.__get__ for each in _ATTRIBUTES))
 
 
 class Questions(TorchFunctionMode):

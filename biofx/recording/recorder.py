@@ -121,7 +121,8 @@ class Recorder(TorchDispatchMode):
         found = self._known(tensor)
         if found is not None:
             return found
-        self.recording.strangers |= {id(tensor), _place_in_memory(tensor)[0]}
+        self.recording.strangers.add(id(tensor))
+        self.recording.strange_memory.add(_place_in_memory(tensor)[0])
         return self.declare(tensor, "unknown", "")
 
     def list_parameter(self, parameter: nn.Parameter) -> nn.Parameter:

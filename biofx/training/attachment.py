@@ -27,8 +27,9 @@ from biofx.rewrite.registry import Moment, Pass
 from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
 from biofx.training.lifecycle import Lifecycle, feasible
+from biofx.training.parallelism import refuse_whole
 from biofx.training.ranks import data_parallel_groups, note_wrapper, stop_broadcasts, wrapper_of
-from biofx.training.sharding import check_shards, cut_state, refuse_whole
+from biofx.training.sharding import check_shards, cut_state
 from biofx.training.sleeping import set_attached, with_hooks
 from biofx.training.wrappers import held, innermost, inside
 

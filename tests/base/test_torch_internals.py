@@ -423,9 +423,15 @@ def test_has_memory():
     assert seen == [False]
 
 
-def test_is_view():
-    assert internals.IS_VIEW(torch.ones(2)[0])
-    assert not internals.IS_VIEW(torch.ones(2))
+def test_asked_of_leaves():
+    leaf = nn.Parameter(torch.ones(2))
+    of_leaf, of_part = ({name: getattr(x, name) for name in internals.ASKED_OF_LEAVES} for x in (leaf, leaf[:1]))
+    assert of_leaf.pop("_is_view")() is False
+    assert of_leaf == {"is_leaf": True, "grad_fn": None, "_base": None}
+    assert of_part.pop("_is_view")() is True
+    assert of_part.pop("_base") is leaf
+    assert of_part.pop("grad_fn") is not None
+    assert of_part == {"is_leaf": False}
 
 
 def test_memory_of():

@@ -143,23 +143,29 @@ def text(model: nn.Module, batch: int, length: int, tokens: int) -> Task:
     return model, torch.randint(tokens, (batch, length)), torch.randint(tokens, (batch, length))
 
 
-def resnet50() -> Task:
-    """ResNet-50 on 128 images."""
-    x = torch.randn(128, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-    return ResNet50().to(memory_format=torch.channels_last), x, torch.randint(1000, (128,))
+def resnet50(batch: int) -> Task:
+    """ResNet-50 on photographs."""
+    x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    return ResNet50().to(memory_format=torch.channels_last), x, torch.randint(1000, (batch,))
 
 
-BATCHES = {"mlp": (16, 128), "resnet": (4, 32), "gpt": (1, 8), "vit": (2, 16)}  # small and large
-MODELS: dict[str, Callable[[int], Task]] = {
+SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # of a small and of a large batch
+    "mlp": ((16,), (128,)),
+    "resnet": ((4,), (32,)),
+    "gpt": ((1, 64), (8, 64)),
+    "vit": ((2,), (16,)),
+    "resnet50": ((8,), (128,)),
+    "gpt2": ((1, 64), (8, 1024)),
+}
+MODELS: dict[str, Callable[..., Task]] = {
     "mlp": lambda batch: (mlp(), torch.randn(batch, 784), torch.randint(10, (batch,))),
     "resnet": lambda batch: images(ResNet(16), batch),
-    "gpt": lambda batch: text(GPT(), batch, 64, 1000),
+    "gpt": lambda batch, length: text(GPT(), batch, length, 1000),
     "vit": lambda batch: images(ViT(), batch),
-}
-GPU_MODELS: dict[str, Callable[[], Task]] = {
     "resnet50": resnet50,
-    "gpt2": lambda: text(GPT(50257, 768, 12, 12), 8, 1024, 50257),
+    "gpt2": lambda batch, length: text(GPT(50257, 768, 12, 12), batch, length, 50257),
 }
+GPU_MODELS = ("resnet50", "gpt2")
 
 
 def task(name: str, batch: str) -> Task:
@@ -167,9 +173,7 @@ def task(name: str, batch: str) -> Task:
 
     Args:
         name: its name.
-        batch: `"small"` or `"large"`; models for a GPU have one size.
+        batch: `"small"` or `"large"`.
     """
-    if name in GPU_MODELS:
-        return GPU_MODELS[name]()
-    small, large = BATCHES[name]
-    return MODELS[name](small if batch == "small" else large)
+    small, large = SIZES[name]
+    return MODELS[name](*(small if batch == "small" else large))

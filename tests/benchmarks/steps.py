@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import biofx
-from models import BATCHES, GPU_MODELS, MODELS, task
+from models import GPU_MODELS, MODELS, task
 
 FUZZY, VOLUME = "fuzzy-learning-rates{distribution=lognormal}", "volume-dependent-learning-rates"
 RULES: dict[str, tuple[str, float]] = {  # the pipeline, and how many times it reads or writes the weights at least
@@ -56,7 +56,7 @@ RULES: dict[str, tuple[str, float]] = {  # the pipeline, and how many times it r
     "fuzzy + volume + crystallize": (f"{FUZZY},{VOLUME},crystallize", 15),
 }
 FOLDED = "folded, inference"
-RECIPES = {"cortex": ("cortex", 0)}  # whose memory is measured; no floor is known
+RECIPES = {"cortex": ("cortex", None)}  # no floor is known
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
@@ -132,7 +132,7 @@ def measured(job: Job, rounds: int, device: str, *, compile_rules: bool, compile
         folded = biofx.fold(biofx.transform(model, "fuzzy-learning-rates,split-synapses", example_inputs=(x,)))
         calls = {name: _inference(run(each.eval()), x) for name, each in (("plain", model), ("eager", folded))}
         return _row(in_turn(calls, rounds, device), moves=0)
-    pipeline, moves = RULES[job.rule]
+    pipeline, moves = (RULES | RECIPES)[job.rule]
     bio = biofx.transform(model, pipeline, example_inputs=(x,))
     steps: dict[str, Step] = {}
     for name in ("plain", *COLUMNS[: 1 + compile_rules]):
@@ -158,12 +158,13 @@ def _inference(model: nn.Module, x: Tensor) -> Step:
     return call
 
 
-def _row(times: dict[str, list[float]], moves: int) -> dict[str, Any]:
-    """What is printed of a row; its floor counts how many times weights are read or written."""
+def _row(times: dict[str, list[float]], moves: float | None) -> dict[str, Any]:
+    """What is printed of a row; its floor counts how many times weights are read or written, if that is known."""
     plain = statistics.median(times["plain"])
     copy_time = statistics.median(times.get("copy", [0.0]))
     ratios = {name: quartiles(times[name], times["plain"]) for name in COLUMNS if name in times}
-    return {"ratios": ratios, "floor": 1 + moves * copy_time / 2 / plain, "plain_ms": 1e3 * plain}
+    floor = None if moves is None else 1 + moves * copy_time / 2 / plain
+    return {"ratios": ratios, "floor": floor, "plain_ms": 1e3 * plain}
 
 
 def peaks(job: Job, device: str) -> dict[str, Any]:
@@ -212,7 +213,8 @@ def print_times(rows: list[dict[str, Any]]) -> None:
         cells = (row["ratios"].get(name) for name in columns)
         ratios = "".join(f"  {'–' if c is None else f'{c[0]:.2f} ({c[1]:.2f}–{c[2]:.2f})':18}" for c in cells)
         own = f"{row['model']:10}{row['batch']:7}{row['optimizer']:11}{row['rule']:30}"
-        print(f"{own}{ratios}{row['floor']:6.2f}  {row['plain_ms']:8.1f}")
+        floor = "–" if row["floor"] is None else f"{row['floor']:.2f}"
+        print(f"{own}{ratios}{floor:>6}  {row['plain_ms']:8.1f}")
 
 
 def print_peaks(rows: list[dict[str, Any]]) -> None:
@@ -228,7 +230,7 @@ def print_peaks(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=[*MODELS, *GPU_MODELS])
+    parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--batch", nargs="+", default=["large"], choices=["small", "large"])
     parser.add_argument("--rules", nargs="+", choices=[*RULES, *RECIPES, FOLDED])
     parser.add_argument("--optimizers", nargs="+", default=["sgd"], choices=OPTIMIZERS)
@@ -244,10 +246,9 @@ def main() -> None:
     device = "cuda" if options.gpu else "cpu"
     models = options.models or (GPU_MODELS if options.gpu else ("mlp", "resnet"))
     rules = options.rules or [*RULES, *(RECIPES if options.memory else (FOLDED,))]
-    if no := [rule for rule in rules if rule in ((FOLDED,) if options.memory else RECIPES)]:
-        parser.error(f"{no[0]} is measured {'without' if options.memory else 'with'} --memory only")
-    batches = {name: options.batch if name in BATCHES else ["large"] for name in models}
-    jobs = [Job(m, b, o, r) for m in models for b in batches[m] for o in options.optimizers for r in rules]
+    if options.memory and FOLDED in rules:
+        parser.error(f"{FOLDED} is measured without --memory only")
+    jobs = [Job(m, b, o, r) for m in models for b in options.batch for o in options.optimizers for r in rules]
     compiled = {"compile_rules": options.compile_rules, "compile_model": options.compile_model}
     rows = []
     for job in tqdm(jobs, desc="pipelines"):

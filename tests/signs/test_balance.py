@@ -7,6 +7,7 @@ from torch import nn
 import biofx
 from biofx import passes
 from biofx.base.randomness import generator
+from biofx.signs import net_inputs
 from biofx.signs.balance import MEAN_LIMIT, MIN_SYNAPSES, balanced_rows, kept_synapses, row_factors
 from models.small import mlp
 
@@ -29,6 +30,31 @@ def test_two_numbers_give_a_row_its_mean_and_variance():
     torch.testing.assert_close(a**2 * xx - 2 * a * b * xy + b**2 * yy, variance)
     assert a > 0
     assert b > 0
+
+
+def convolutions():
+    layers = (layer for _ in range(3) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *layers, nn.Flatten(), nn.Linear(8 * 36, 4))
+
+
+MEASURED = {
+    "convolutions": (convolutions, torch.ones(1, 3, 8, 8)),
+    "20 layers": (lambda: mlp(*[32] * 20, 4), torch.ones(1, 32)),
+}
+
+
+@pytest.mark.parametrize("kind", MEASURED)
+def test_products_lose_no_digit_that_balance_needs(kind, monkeypatch):
+    """Deviations from the mean over samples are multiplied in single precision; here all is computed in double, too."""
+    build, x = MEASURED[kind]
+    torch.manual_seed(0)
+    model = build()
+    found = biofx.fold(biofx.transform(model, "dales-principle", example_inputs=(x,))).state_dict()
+    monkeypatch.setattr(net_inputs, "_PRODUCTS", {})
+    expected = biofx.fold(biofx.transform(model, "dales-principle", example_inputs=(x,))).state_dict()
+    assert any(not torch.equal(found[name], value) for name, value in expected.items())  # rounding shows
+    for name, value in expected.items():
+        assert torch.dist(found[name], value) <= 1e-5 * value.norm(), name
 
 
 def test_a_mean_that_is_too_large_for_its_variance_is_cut():

@@ -1,0 +1,191 @@
+"""Tensor parallelism: `biofx.parallelize` cuts the weights of a transformed model over processes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from biofx.base.errors import ArgumentError
+from biofx.base.shards import is_sharded
+from biofx.model.changes import transformed
+from biofx.model.islands import GUARD
+from biofx.model.provenance import record_of
+from biofx.model.synapses import CHILD, Synapses, child_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
+    from torch.optim import Optimizer
+
+_IS_CUT = "_biofx_is_cut"  # an attribute of a stored tensor in whose place there is one that is cut
+
+
+def parallelize(bio: nn.Module, mesh: DeviceMesh, plan: Any) -> None:
+    """Cut weights of a transformed model over processes by `torch.distributed.tensor.parallel.parallelize_module`.
+
+    Use this in place of that function, which looks for the weights in their modules: here these are stored by their
+    synapses. A weight in several synapses is cut along its connections. Build the optimizer afterwards, and then
+    `attach` it.
+
+    To divide the batch as well, give `mesh["tp"]` of a mesh of two dimensions, and then call
+    `fully_shard(bio, mesh=mesh["dp"], shard_placement_fn=biofx.shard_placement(bio))`. Rules act on the blocks of
+    weights that this leaves to each process.
+
+    Args:
+        bio: a model made by `biofx.transform`, changed in place. Not with passes that need the graph of the model,
+            such as those that observe activity: the styles of a plan hook modules, which the graph does not call. For
+            these, let all parameters and the inputs be DTensors.
+        mesh: the mesh of the processes, of one dimension.
+        plan: as for `parallelize_module`: a style, such as `ColwiseParallel()`, for each module by its name.
+
+    Raises:
+        ArgumentError: `bio` was not made by `biofx.transform`, is attached, or needs its graph; a layer hands unequal
+            parts of its features on as local tensors; or a tied weight would be cut in two ways.
+        Whatever `parallelize_module` raises, after which some modules are cut: make the model again.
+    """
+    from torch.distributed.tensor.parallel import parallelize_module  # slow to import
+
+    model = transformed(bio)
+    _refuse_others(model, mesh)
+    with _in_their_modules(model) as placeholders:
+        _refuse_uneven(_styled(model, mesh, plan), mesh.size())
+        parallelize_module(model, mesh, plan)
+    for synapses, own in placeholders.items():
+        placed = {(each.device_mesh, each.placements) for each in own if is_sharded(each)}
+        if placed:
+            _cut(synapses, own[0].shape, *placed)
+
+
+def _refuse_others(model: fx.GraphModule, mesh: DeviceMesh) -> None:
+    """Refuse models and meshes that cannot be cut.
+
+    Raises:
+        ArgumentError: says what to do instead.
+    """
+    if record_of(model).attached:
+        raise ArgumentError(
+            "parallelize: an attached optimizer holds the whole weights; biofx.detach(bio), parallelize, then build "
+            "another optimizer and attach it"
+        )
+    if mesh.ndim != 1:
+        raise ArgumentError(
+            f"parallelize: {mesh} has {mesh.ndim} dimensions; give the one of tensor parallelism, such as mesh['tp']"
+        )
+    if any(is_sharded(parameter) and parameter.device_mesh != mesh for parameter in model.parameters()):  # type: ignore[attr-defined]
+        raise ArgumentError(
+            "parallelize: weights are cut over another mesh already; call biofx.parallelize first, and then "
+            "fully_shard(bio) over another dimension of the same mesh"
+        )
+    guard = vars(model).get(GUARD)
+    if guard is not None and guard.reason is not None:
+        raise ArgumentError(
+            f"parallelize: {guard.reason}, and the styles of a plan hook modules, which the graph does not call; leave "
+            "that pass out, or let all parameters and the inputs be DTensors instead"
+        )
+
+
+def _styled(model: nn.Module, mesh: DeviceMesh, plan: Any) -> dict[str, tuple[nn.Module, Any]]:
+    """The modules on which `parallelize_module` puts the styles of a plan, by name, each with its style."""
+    from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+    found: list[tuple[nn.Module, Any]] = []
+
+    class Noted(ParallelStyle):
+        def __init__(self, style: Any) -> None:
+            self.style = style
+
+        def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+            found.append((module, self.style))
+            return module
+
+    styles: Any = {key: Noted(style) for key, style in plan.items()} if isinstance(plan, dict) else {"": Noted(plan)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that no module has, which it gives again
+        parallelize_module(model, mesh, styles)
+    names = {module: name for name, module in model.named_modules()}
+    return {names[module]: (module, style) for module, style in found}
+
+
+def _refuse_uneven(styled: Mapping[str, tuple[nn.Module, Any]], ranks: int) -> None:
+    """Refuse a layer that takes unequal parts of features for equal ones, as all do that are given local tensors.
+
+    Raises:
+        ArgumentError: names the layer, and what to do instead.
+    """
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    parts = (Shard(-1),)
+    if not all(getattr(style, "use_local_output", False) for _, style in styled.values()):
+        return  # the layer may be given DTensors, which know their sizes
+    given = {
+        getattr(module, "out_features", None) or getattr(module, "embedding_dim", None): name
+        for name, (module, style) in styled.items()
+        if isinstance(style, ColwiseParallel) and style.output_layouts == parts
+    }
+    for name, (module, style) in styled.items():
+        if not isinstance(module, nn.Linear) or not isinstance(style, RowwiseParallel) or style.input_layouts != parts:
+            continue
+        size = module.in_features
+        if size in given and size % ranks:
+            raise ArgumentError(
+                f"parallelize: {name} takes the {size} features of {given[size]} in parts, which are not equal on "
+                f"{ranks} ranks, and PyTorch takes local tensors for equal parts; use a multiple of {ranks} features, "
+                f"or let {given[size]} return DTensors, by ColwiseParallel(use_local_output=False), or whole features, "
+                f"by ColwiseParallel(output_layouts=Replicate()), and {name} take them, by "
+                "RowwiseParallel(input_layouts=Replicate())"
+            )
+
+
+@contextmanager
+def _in_their_modules(bio: nn.Module) -> Iterator[dict[Synapses, list[Any]]]:
+    """Let modules hold parameters without values in place of their weights; yields these in the end."""
+    all_places = ((owner, key, child_of(owner, key)) for owner in bio.modules() for key in owner._parameters)
+    places = [(owner, key, child) for owner, key, child in all_places if child is not None]
+    found: dict[Synapses, list[Any]] = {}
+    for owner, key, child in places:
+        empty = torch.empty_like(child(), device="meta")
+        owner._modules[CHILD.format(key)] = None
+        owner._parameters[key] = nn.Parameter(empty, child.stored.requires_grad)
+    try:
+        yield found
+    finally:
+        for owner, key, child in places:
+            found.setdefault(child, []).append(owner._parameters[key])
+            owner._parameters[key], owner._modules[CHILD.format(key)] = None, child
+
+
+def _cut(synapses: Synapses, shape: torch.Size, *placed: tuple[DeviceMesh, tuple[Placement, ...]]) -> None:
+    """Cut a stored tensor as the weight of a shape is to be; what is trained beside it stays whole on every rank."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    if len(placed) > 1:
+        raise ArgumentError(
+            f"parallelize: {synapses.stored_name} is tied, and the plan cuts it in several ways; use one: {placed}"
+        )
+    ((mesh, placements),) = placed
+    first = synapses.stored.dim() - len(shape)  # behind the axis of synapses
+    along = [Shard(each.dim + first) if isinstance(each, Shard) else each for each in placements]
+    for key, parameter in [*synapses.named_parameters()]:
+        own = along if parameter is synapses.stored else [Replicate()] * mesh.ndim
+        cut = nn.Parameter(distribute_tensor(parameter.detach(), mesh, own), requires_grad=parameter.requires_grad)
+        synapses.register_parameter(key, cut)
+        setattr(parameter, _IS_CUT, True)
+
+
+def refuse_whole(optimizer: Optimizer) -> None:
+    """Refuse an optimizer from before `parallelize`, which would train tensors that no model has any more.
+
+    Raises:
+        ArgumentError: it holds such a tensor.
+    """
+    if any(hasattr(parameter, _IS_CUT) for group in optimizer.param_groups for parameter in group["params"]):
+        raise ArgumentError(
+            f"attach: {type(optimizer).__name__} holds weights as they were before biofx.parallelize cut them; build "
+            "it from bio.parameters() afterwards"
+        )
