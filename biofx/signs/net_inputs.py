@@ -59,7 +59,7 @@ class NetInputRuns:
         most = len(model.understood.recording.operations) * OPERATOR_FACTOR + OPERATOR_MARGIN
         for batch in _batches(model.understood, model.generator("inputs")):
             with contextlib.suppress(Exception):  # a model may reject inputs of another batch size
-                self._recording = self._recorded(_Recorder(batch, most), batch.run)
+                self._recording = self._recorded(_BySample(batch, most), batch.run)
                 self._batch = batch
                 break
         if self._recording is None:
@@ -195,10 +195,6 @@ def _without_bias(product: Any, rest: Sequence[Any]) -> Callable[[Tensor, Tensor
     if product is not torch.ops.aten.convolution.default:
         return torch.mm
     return lambda source, weight: product(source, weight, None, *rest[1:])
-
-
-class _Recorder(_BySample):
-    """Records the first run."""
 
 
 class _Replay(_BySample, Replay):

@@ -90,9 +90,12 @@ def test_outside_of_forward_a_weight_is_no_parameter_to_train():
         torch.optim.SGD([bio.second.weight], lr=0.1)
 
 
-def test_what_is_read_again_after_a_refusal_has_its_synapses():
+def test_a_refusal_leaves_a_model_in_place_as_it_was():
     model = Deciding(REFUSED["type of the layer"])
-    with pytest.raises(biofx.CaptureError, match="use isinstance|by the types"):
+    before = [(parameter, parameter.clone()) for parameter in model.parameters()]
+    with pytest.raises(biofx.CaptureError, match="by the types"):
         biofx.transform(model, PIPELINES[2], example_inputs=(X,), frontend="module", inplace=True)
     assert type(model.second) is nn.Linear
-    assert isinstance(model.second.weight, nn.Parameter)
+    for now, (parameter, value) in zip(model.parameters(), before, strict=True):
+        assert now is parameter
+        assert torch.equal(now, value)
