@@ -14,9 +14,10 @@ from torch import fx, nn
 
 from biofx.analysis.sites import find_weights
 from biofx.analysis.understanding import Run, Understanding, remember, understand
+from biofx.base.comparison import difference
 from biofx.base.copying import copied, has_strides
 from biofx.base.errors import ArgumentError, CaptureError
-from biofx.base.isolation import is_function, run_in_eval_mode
+from biofx.base.isolation import is_function, run_in_mode
 from biofx.base.precision import outputs_differ
 from biofx.base.references import enclosed
 from biofx.base.torch_internals import memory_of
@@ -189,10 +190,11 @@ def build(
         record_of(bio).requests.append(request)
         _note_questions(bio, understood)
         run = understood.run if understood is not None and repeats else None
-        if run is not None and outputs is None:
-            outputs = pipeline.repeated_outputs(bio, run)
-            if outputs is not None:
-                _check_islands(bio, run, outputs)
+        if run is not None:
+            if outputs is None:
+                outputs = pipeline.repeated_outputs(bio, run)
+                _check_islands(bio, run, training=False)
+            _check_islands(bio, run, training=True)
         if not is_one_island(bio):
             guard = Guard(bio, _checked(request.frontend, understood) if old is None else old.structures)
             if run is not None and outputs is not None and not guard.needs_graph:
@@ -319,13 +321,13 @@ def _is_vector(tensor: torch.Tensor) -> bool:
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     try:
-        return run_in_eval_mode(model, example_inputs)
+        return run_in_mode(model, example_inputs)
     except Exception as error:
         raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
 
 
 def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
-    found = outputs_differ(bio, example_inputs, expected, run_in_eval_mode(bio, example_inputs))
+    found = outputs_differ(bio, example_inputs, expected, run_in_mode(bio, example_inputs))
     if found is None:
         return
     why = (
@@ -349,21 +351,39 @@ def _note_questions(bio: fx.GraphModule, understood: Understanding | None) -> No
         )
 
 
-def _check_islands(bio: fx.GraphModule, run: Run, outputs: list[torch.Tensor]) -> None:
-    """Refuse islands that compute something else than with plain parameters that have the values of their weights."""
+def _check_islands(bio: fx.GraphModule, run: Run, *, training: bool) -> None:
+    """Refuse islands that compute something else than with plain parameters that have the values of their weights.
+
+    Args:
+        bio: the model.
+        run: runs it.
+        training: whether it runs in training mode.
+    """
     read = [str(node.target) for node in bio.graph.find_nodes(op="get_attr")]
     paths = record_of(bio).islands
     alone = [""] if is_one_island(bio) else [p for p in paths if not any(name.startswith(f"{p}.") for name in read)]
-    with ExitStack() as stack:
-        for path in alone:
-            stack.enter_context(without_synapses(bio.get_submodule(path)))
-        found = outputs_differ(bio, run, outputs, run_in_eval_mode(bio, run))
+    if not alone:
+        return
+    try:
+        with ExitStack() as stack:
+            for path in alone:
+                stack.enter_context(without_synapses(bio.get_submodule(path)))
+            expected, again = (run_in_mode(bio, run, training=training) for _ in range(2))
+    except Exception:  # noqa: BLE001 - the model cannot run in this mode, as batch norm on one sample
+        return
+    if difference(expected, again) is not None:  # it draws from a random number generator that nothing restores
+        return
+    try:
+        found = outputs_differ(bio, run, expected, run_in_mode(bio, run, training=training))
+    except Exception as error:  # noqa: BLE001 - forward is anybody's code
+        found = f"it fails: {error}"
     if found is not None:
         names = ", ".join(path or "the model" for path in alone)
         raise CaptureError(
             f"{type(bio).__name__} computes something else with weights that have synapses than with parameters of the "
-            f"same values: {found}. Some untraced module ({names}) decides by the types, the identity or the number of "
-            "its weights or submodules; decide by their values or names, or exclude these weights"
+            f"same values{' in training mode' if training else ''}: {found}. Some untraced module ({names}) decides by "
+            "the types, the identity or the number of its weights or submodules; decide by their values or names, or "
+            "exclude these weights"
         )
 
 
@@ -378,7 +398,7 @@ def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor]) -> N
     python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
     try:
         with replaced_forward(bio, python):
-            found = outputs_differ(bio, run, graph, run_in_eval_mode(bio, run))
+            found = outputs_differ(bio, run, graph, run_in_mode(bio, run))
     except Exception as error:
         raise CaptureError(_why_python_differs(bio, f"it fails: {error}")) from error
     if found is not None:

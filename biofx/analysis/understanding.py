@@ -27,6 +27,7 @@ from biofx.model.provenance import is_transformed, record_of
 from biofx.model.synapses import stored_parameters
 from biofx.recording import inputs as guesses
 from biofx.recording.catalog import Kind
+from biofx.recording.questions import Questions
 from biofx.recording.recorder import Recorder, recording_of
 from biofx.weights.declared import declared
 from biofx.weights.facts import NOT_A_SYNAPSE, Need, WeightFacts
@@ -400,7 +401,9 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
         return
     record.weights, record.others = dict(understood.weights), dict(understood.others)
     record.inputs, record.notes = understood.inputs, list(understood.notes)
-    for name, reason in changed_in_training(bio, understood.run).items():
+    with Questions(bio, lambda name, _: understood.recording.asked.add(name)):
+        changed = changed_in_training(bio, understood.run)
+    for name, reason in changed.items():
         if record.weights.pop(name, None) is not None:
             record.others[name] = reason
     if is_one_island(bio):  # one node uses all of them

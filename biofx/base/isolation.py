@@ -33,17 +33,18 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
-def run_in_eval_mode(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """The tensors that a model returns in evaluation mode.
+def run_in_mode(model: nn.Module, example_inputs: Any, *, training: bool = False) -> list[Tensor]:
+    """The tensors that a model returns in evaluation or in training mode, without gradients.
 
     Neither the model's mode and buffers, nor the inputs, nor the global random number generators change.
 
     Args:
         model: any module.
         example_inputs: arguments of the model, as for `transform`.
+        training: whether it runs in training mode.
     """
     with parameters_kept(model), undisturbed(model), torch.no_grad():
-        model.eval()
+        model.train(training)
         if is_function(example_inputs):
             return tensors_in(example_inputs(model))
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.comparison import difference
-from biofx.base.isolation import is_function, parameters_kept, run_in_eval_mode, split_inputs, tensors_in
+from biofx.base.isolation import is_function, parameters_kept, run_in_mode, split_inputs, tensors_in
 from biofx.base.torch_internals import TorchDispatchMode, WeakTensorKeyDictionary, pytree
 
 
@@ -40,7 +40,7 @@ def amplification(model: nn.Module, inputs: Any, expected: Sequence[Tensor]) -> 
             if _is_rounded(parameter.dtype) and parameter.layout is torch.strided and not parameter.is_inference():
                 signs = torch.randint(2, parameter.shape, generator=generator).mul_(2).sub_(1).to(parameter)
                 parameter.data = torch.addcmul(parameter.data, parameter.data, signs, value=_epsilon(parameter.dtype))
-        found = outputs_differ(model, inputs, expected, run_in_eval_mode(model, inputs))
+        found = outputs_differ(model, inputs, expected, run_in_mode(model, inputs))
     if found is None:
         return ""
     return (
@@ -65,7 +65,7 @@ def coarsest_dtype(model: nn.Module, inputs: Any) -> torch.dtype | None:
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(inputs))
             return model(*args, **kwargs)
 
-    run_in_eval_mode(model, run)
+    run_in_mode(model, run)
     return max(noted.found, key=_epsilon, default=None)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from biofx.analysis.sites import find_weights
 from biofx.base.errors import ArgumentError
-from biofx.base.isolation import run_in_eval_mode, split_inputs
+from biofx.base.isolation import run_in_mode, split_inputs
 from biofx.base.torch_internals import pytree
 from biofx.looking.roles import Role, role_of
 from biofx.model.chain import attribute, callee, parameter_nodes
@@ -139,7 +139,7 @@ def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
         inputs = model.graph.find_nodes(op="placeholder")
         values: dict[fx.Node, Any] = {node: arguments[str(node.target).lstrip("*")] for node in inputs}
         try:
-            run_in_eval_mode(model, lambda _: interpreter.run(initial_env=values))
+            run_in_mode(model, lambda _: interpreter.run(initial_env=values))
         except Exception as error:
             raise ArgumentError(f"draw: the model fails on example_inputs: {error}") from error
         found |= {node.name: _size(value.shape) for node, value in values.items() if isinstance(value, Tensor)}

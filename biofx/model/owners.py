@@ -137,6 +137,7 @@ class HasSynapses:
         if shared is not None:  # the weight of another owner: tie the two
             vars(self)["_parameters"][name] = None
             vars(self)["_modules"][CHILD.format(name)] = shared
+            install_weight_properties(self)  # type: ignore[arg-type]  # an owner is a module
             return
         child = _synapses_of(self, name)
         if child is not None and not isinstance(value, nn.Parameter):

@@ -17,7 +17,8 @@ FOLD = "fold the model first (biofx.fold), and transform the result again"
 LOST = (
     "the weight is computed from its synapses, so the write would be lost; change the stored tensor "
     "(biofx.weight_sites(bio)[name].raw), assign a torch.nn.Parameter to remove the synapses, or, if forward writes, "
-    "transform the model without this weight (exclude=['*name'])"
+    "transform the model without this weight (exclude=['*name']); to parametrize it, fold the model first "
+    "(biofx.fold), and transform the result again"
 )
 
 

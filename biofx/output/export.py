@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from biofx.base.errors import ArgumentError, ExportError
-from biofx.base.isolation import run_in_eval_mode, split_inputs, tensors_in
+from biofx.base.isolation import run_in_mode, split_inputs, tensors_in
 from biofx.base.packages import require
 from biofx.base.precision import amplification, outputs_differ
 from biofx.base.torch_internals import pytree
@@ -107,7 +107,7 @@ def _write_program(plain: nn.Module, path: Path, example_inputs: Any) -> None:
     """Write a program with as many dynamic axes as the exporter can follow, and check it on the example inputs."""
     given = _in_order(plain, example_inputs)
     try:
-        expected = run_in_eval_mode(plain, example_inputs)
+        expected = run_in_mode(plain, example_inputs)
     except Exception as error:
         raise ArgumentError(f"export: example_inputs do not fit {type(plain).__name__}.forward: {error}") from error
     for inputs, axes in _attempts(given):

@@ -14,7 +14,7 @@ from biofx.analysis.sites import find_weights
 from biofx.base.comparison import difference, is_rounded
 from biofx.base.copying import copied
 from biofx.base.errors import PipelineError, VerificationError
-from biofx.base.isolation import run_in_eval_mode
+from biofx.base.isolation import run_in_mode
 from biofx.base.precision import amplification, outputs_differ
 from biofx.base.randomness import fixed_defaults
 from biofx.looking.inspection import table
@@ -103,7 +103,7 @@ def run(
 def repeated_outputs(bio: fx.GraphModule, run: Run) -> list[Tensor] | None:
     """The model's outputs if two runs agree; None if it draws from a random number generator of its own."""
     bio.recompile()
-    once, again = (run_in_eval_mode(bio, run) for _ in range(2))
+    once, again = (run_in_mode(bio, run) for _ in range(2))
     return once if outputs_differ(bio, run, once, again) is None else None
 
 
@@ -160,7 +160,7 @@ def _verify_after(bio: fx.GraphModule, pass_: Pass) -> None:
 def _outputs(bio: fx.GraphModule, pass_: Pass, run: Run | None) -> list[Tensor]:
     bio.recompile()
     try:
-        return run_in_eval_mode(bio, run)
+        return run_in_mode(bio, run)
     except Exception as error:
         raise VerificationError([f"{pass_.name}: {type(bio).__name__} fails after the pass: {error}"]) from error
 
@@ -196,7 +196,7 @@ def _only_rounds(bio: fx.GraphModule, original: nn.Module, run: Run, after: list
             if new is None or not is_rounded(tensor, new):
                 return False
             tensor.copy_(new)
-    return difference(after, run_in_eval_mode(plain, run)) is None
+    return difference(after, run_in_mode(plain, run)) is None
 
 
 def _tensor(bio: fx.GraphModule, name: str) -> Tensor | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from biofx.base.isolation import Snapshot, gradients, parameters_kept, run_in_eval_mode, sketch, split_inputs, unchanged
+from biofx.base.isolation import Snapshot, gradients, parameters_kept, run_in_mode, sketch, split_inputs, unchanged
 
 
 class Unclean(nn.Module):
@@ -39,7 +39,7 @@ def test_running_a_model_has_no_side_effects():
     values = {name: buffer.clone() for name, buffer in buffers.items()}
     modes = [module.training for module in model.modules()]
     x, shift, rng = torch.zeros(3, 2), torch.ones(()), torch.get_rng_state()
-    logits, _, count = run_in_eval_mode(model, (x, {"shift": shift}))
+    logits, _, count = run_in_mode(model, (x, {"shift": shift}))
     assert logits.shape == (3, 2)
     assert count.tolist() == [1, 1]
     after = dict(model.named_buffers(remove_duplicate=False))
@@ -54,7 +54,7 @@ def test_running_a_model_has_no_side_effects():
 def test_a_model_that_fails_is_left_as_it_was():
     model = Unclean()
     with pytest.raises(KeyError):
-        run_in_eval_mode(model, (torch.zeros(3, 2), {}))
+        run_in_mode(model, (torch.zeros(3, 2), {}))
     assert model.training
     assert not model.inplace.any()
 
@@ -79,7 +79,7 @@ def test_running_a_scripted_model_has_no_side_effects(compiled, around):
     model = around(compiled(Scripted()))
     buffers = dict(model.named_buffers())
     values = {name: buffer.clone() for name, buffer in buffers.items()}
-    assert run_in_eval_mode(model, torch.zeros(3, 2))[0].shape == (3, 2)
+    assert run_in_mode(model, torch.zeros(3, 2))[0].shape == (3, 2)
     after = dict(model.named_buffers())
     assert all(after[name] is buffer for name, buffer in buffers.items())
     assert all(torch.equal(after[name], value) for name, value in values.items())

@@ -158,6 +158,16 @@ def test_several_weights_may_be_tied():
     assert list(biofx.verify(trained(bio))) == ["0.weight"]
 
 
+@pytest.mark.parametrize("pipeline", ["fuzzy-learning-rates", "split-synapses"])
+def test_a_parameter_may_be_tied_to_a_weight_with_synapses(pipeline):
+    model, x = nn.Sequential(nn.LSTM(4, 4, num_layers=2)), torch.randn(3, 2, 4)
+    bio = biofx.transform(model, pipeline, example_inputs=x, exclude="*weight_ih_l1")
+    bio[0].weight_ih_l1 = bio[0].weight_ih_l0
+    plain = biofx.fold(bio)
+    assert plain[0].weight_ih_l1 is plain[0].weight_ih_l0
+    torch.testing.assert_close(bio(x), plain(x))
+
+
 def test_a_tie_while_attached_shares_the_synapses():
     bio = biofx.transform(network(), [passes.FuzzyLearningRates()])
     biofx.attach(bio, torch.optim.SGD(bio.parameters(), 0.1))

@@ -47,6 +47,10 @@ REFUSED = {
 }
 
 
+def in_training(question: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
+    return lambda model: model.training and question(model)
+
+
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 @pytest.mark.parametrize("question", ANSWERED)
@@ -64,6 +68,23 @@ def test_a_forward_decides_about_a_weight_as_about_a_parameter(question, fronten
 def test_a_forward_that_would_decide_otherwise_is_refused(question, frontend, pipeline):
     with pytest.raises((biofx.CaptureError, biofx.VerificationError), match="output 0 differs by"):
         biofx.transform(Deciding(REFUSED[question]), pipeline, example_inputs=(X,), frontend=frontend)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("question", REFUSED)
+def test_so_is_one_that_would_in_training_only(question, frontend, pipeline):
+    model = Deciding(in_training(REFUSED[question])).eval()
+    with pytest.raises(biofx.CaptureError, match="in training mode: output 0 differs by"):
+        biofx.transform(model, pipeline, example_inputs=(X,), frontend=frontend)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("question", ANSWERED)
+def test_questions_in_training_only_are_noticed(question, frontend):
+    model = Deciding(in_training(ANSWERED[question])).eval()
+    bio = biofx.transform(model, "split-synapses", example_inputs=(X,), frontend=frontend)
+    assert "torch.compile leaves the model uncompiled" in " ".join(biofx.summary(bio).split())
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
