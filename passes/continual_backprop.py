@@ -20,6 +20,7 @@ from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import connections
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
 from biofx.training.plastic_weight import forget
+from biofx.training.statistics import magnitudes_along
 from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:
@@ -324,8 +325,7 @@ def _seen(weight: PlasticWeight) -> tuple[Tensor, Tensor]:
 
 def _outgoing(weight: PlasticWeight) -> Tensor:
     """The sum of the magnitudes of the connections that leave each presynaptic position."""
-    sums: Tensor = torch.linalg.vector_norm(weight.site.outgoing(connections(weight.site, weight.value)), 1, 1)
-    return sums
+    return magnitudes_along(weight.site.outgoing(connections(weight.site, weight.value)), (1,))
 
 
 def _at_places(mask: Tensor, places: Tensor, count: int) -> Tensor:

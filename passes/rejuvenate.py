@@ -13,9 +13,9 @@ from biofx.base import noise
 from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
-from biofx.training.blocks import batches, blocks, wide
+from biofx.training.blocks import batches, blocks, wide, wide_dtype
 from biofx.training.ranks import largest, summed
-from biofx.training.statistics import Statistic, of_parts
+from biofx.training.statistics import Statistic, magnitudes, over_entries
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -97,7 +97,7 @@ class Rejuvenate(Pass):
         due, rule = [weight for weight in weights if weight.step % self.every == 0], RULES[self.rule]
         if not due:
             return
-        statistics = rule.over_parts(due, of_parts(due, rule.statistics))
+        statistics = rule.statistics(due)
         counts: list[list[Tensor]] = [[] for _ in due]  # of each weight, a number for each block
         for batch in batches([weight.site.raw for weight in due]):  # the same on all ranks
             own = [due[index] for index in batch]
@@ -112,15 +112,13 @@ class Rule:
     """A rule of turnover, for many weights at once: a synapse is replaced where X·scale > |w|, for a random X.
 
     Attributes:
-        statistics: what `numbers` are computed from, of parts of weights.
-        over_parts: the same of whole weights, from that of their parts.
+        statistics: what `numbers` are computed from.
         numbers: the scale of each weight, and what else new synapses depend on, from statistics and sizes of weights.
         random: X, from pairs of noise.
         renewed: new synapses, from the second of each pair, other normal noise, and these numbers.
     """
 
     statistics: Statistic
-    over_parts: Callable[[list[PlasticWeight], list[Tensor]], list[Tensor]]
     numbers: Callable[[list[Tensor], list[int], float], tuple[list[Tensor], ...]]
     random: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
     renewed: Callable[..., list[Tensor]]
@@ -225,12 +223,12 @@ def _totals(weight: PlasticWeight, values: Sequence[Tensor], sign: Tensor) -> Te
     return torch.stack([weight.by_unit(each) for each in both]).view(len(values), 2, -1)
 
 
-def lognormal_statistics(weights: list[Tensor]) -> Sequence[Tensor]:
-    """Of each weight the sums of w, of |w| and of w²."""
-    dtype = wide(weights[0][:0]).dtype
-    sizes, norms = (torch._foreach_norm(weights, order, dtype=dtype) for order in (1, 2))
-    sums = torch.stack([*(weight.sum(dtype=dtype) for weight in weights), *sizes, *torch._foreach_mul(norms, norms)])
-    return sums.view(3, -1).unbind(1)
+def lognormal_statistics(parts: list[Tensor]) -> Sequence[Tensor]:
+    """Of each part of a weight the sums of w, of |w| and of w²."""
+    dtype = wide_dtype(parts[0].dtype)
+    norms = torch._foreach_norm(parts, 2, dtype=dtype)
+    rows = *(part.sum(dtype=dtype) for part in parts), *magnitudes(parts), *torch._foreach_mul(norms, norms)
+    return torch.stack(rows).view(3, -1).unbind(1)
 
 
 def lognormal_numbers(sums: list[Tensor], counts: list[int], dre: float) -> tuple[list[Tensor], ...]:
@@ -265,9 +263,9 @@ def lognormal(
     return normal
 
 
-def uniform_statistics(weights: list[Tensor]) -> Sequence[Tensor]:
-    """Of each weight max|w|."""
-    lowest, highest = zip(*(torch.aminmax(w if w.numel() else w.new_zeros(1)) for w in weights), strict=True)
+def uniform_statistics(parts: list[Tensor]) -> Sequence[Tensor]:
+    """Of each part of a weight max|w|."""
+    lowest, highest = zip(*(torch.aminmax(x if x.numel() else x.new_zeros(1)) for x in parts), strict=True)
     return wide(torch.maximum(-torch.stack(lowest), torch.stack(highest))).unbind()
 
 
@@ -290,6 +288,8 @@ def uniform(second: list[Tensor], normal: list[Tensor], largest: list[Tensor]) -
 
 
 RULES = {
-    "exponential": Rule(lognormal_statistics, summed, lognormal_numbers, exponential, lognormal),
-    "threshold": Rule(uniform_statistics, largest, uniform_numbers, half_normal, uniform),
+    "exponential": Rule(over_entries(lognormal_statistics), lognormal_numbers, exponential, lognormal),
+    "threshold": Rule(
+        Statistic(uniform_statistics, lambda found: found.amax(0), largest), uniform_numbers, half_normal, uniform
+    ),
 }

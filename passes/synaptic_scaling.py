@@ -13,6 +13,7 @@ from biofx.base.options import check_choice, check_integer, check_number
 from biofx.model.operators import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
+from biofx.training.statistics import magnitudes_along
 from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
@@ -158,8 +159,4 @@ def weight_factor(activity: Tensor, target: Tensor | float, strength: float) -> 
 @observer("sum_activity")
 def sum_activity(activity: Tensor, positions: tuple[int, ...]) -> Tensor:
     """The sum of the magnitudes of every unit."""
-    dtype = torch.promote_types(activity.dtype, torch.float32)
-    if activity.is_cpu:  # where vector_norm takes 4 to 5 times as long if units lie side by side in memory
-        return activity.abs().sum(positions, dtype=dtype)
-    sums: Tensor = torch.linalg.vector_norm(activity, 1, positions, dtype=dtype)
-    return sums
+    return magnitudes_along(activity, positions)

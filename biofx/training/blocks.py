@@ -88,9 +88,14 @@ def batches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     yield from found.values()
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Single precision for a dtype that has less; else the dtype itself."""
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
 def wide(tensor: Tensor) -> Tensor:
     """A tensor in single precision, if it has less; else itself."""
-    return tensor if tensor.element_size() >= 4 else tensor.float()
+    return tensor.to(wide_dtype(tensor.dtype))
 
 
 def _size(tensor: Tensor, cpu: int) -> int:

@@ -22,7 +22,7 @@ def turned_over(rule, weight, dre, seed=0):
     new, purpose = weight.clone(), noise.Counter(torch.tensor(seed), torch.tensor(0), ("which",))
     pairs = noise.pairs([weight], [purpose])
     normal = noise.normal([weight], [noise.Counter(purpose.seed, purpose.steps, ("new",))])
-    scales, *numbers = RULES[rule].numbers([*RULES[rule].statistics([weight])], [weight.numel()], dre)
+    scales, *numbers = RULES[rule].numbers([*RULES[rule].statistics.of_parts([weight])], [weight.numel()], dre)
     return turn_over_(RULES[rule], pairs, normal, [weight], [new], scales, *numbers)[0].bool(), new
 
 
