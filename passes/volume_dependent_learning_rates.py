@@ -97,9 +97,7 @@ def volume_factors(
     torch._foreach_mul_(means, stability)
     torch._foreach_exp_(means)
     torch._foreach_mul_(means, base_lr * math.exp(-stability))
-    factors = torch._foreach_mul(noise, variability)
-    torch._foreach_add_(factors, 1)
-    torch._foreach_mul_(factors, means)
+    factors = torch._foreach_addcmul(means, means, noise, value=variability)
     torch._foreach_abs_(factors)
     return list(factors)
 
