@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 _LOCK = threading.Lock()
-_fixed: list[torch.dtype] = []  # the default of the caller, once for each block that runs
+_fixed: list[tuple[torch.dtype, torch.device]] = []  # the defaults of the caller, once for each block that runs
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
@@ -40,15 +40,30 @@ def fixed_defaults() -> Iterator[None]:
 
     A draw of another dtype, or on another device, would give other numbers.
     """
-    is_elsewhere = torch.get_default_device().type != "cpu"
-    with torch.device("cpu") if is_elsewhere else nullcontext():  # it costs time at every call of a function
+    device = torch.get_default_device()
+    with torch.device("cpu") if device.type != "cpu" else nullcontext():  # it costs time at every call of a function
         with _LOCK:  # all threads have one default, and the last to leave the block restores it
-            _fixed.append(_fixed[0] if _fixed else torch.get_default_dtype())
+            _fixed.append(_fixed[0] if _fixed else (torch.get_default_dtype(), device))
             torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
             with _LOCK:
-                dtype = _fixed.pop()
+                dtype, _ = _fixed.pop()
                 if not _fixed:
                     torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def callers_defaults() -> Iterator[None]:
+    """Run a user's model with the user's defaults, inside of `fixed_defaults`."""
+    if not _fixed:
+        yield
+        return
+    dtype, device = _fixed[0]
+    with torch.device(device) if device.type != "cpu" else nullcontext():
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -49,6 +49,18 @@ class _Held(NamedTuple):
     orders: list[tuple[dict[Any, Any], list[Any]]]
 
 
+class _Change(NamedTuple):
+    """A change of the modules that a graph was traced from.
+
+    Attributes:
+        what: the change in words.
+        is_hook: whether modules got hooks, which leave what they compute to their forward.
+    """
+
+    what: str
+    is_hook: bool = False
+
+
 class _WatchedTensor(NamedTuple):
     """A tensor with which a trace computed, its version, and its values if they can be compared without a wait."""
 
@@ -84,6 +96,8 @@ class Guard:
 
     Attributes:
         compiles_graph: whether torch.compile gets the graph: it was checked, or a pass needs it.
+        widened_by: the pass that changed the units of the model, or None. What the model's Python computes with these
+            units is known of the run that was checked: of other ways through it, nothing is.
     """
 
     def __init__(self, bio: fx.GraphModule, structures: frozenset[Structure] | None) -> None:
@@ -142,6 +156,8 @@ class Guard:
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self._needs = reason_for_graph(bio)
+        doubling = (run.pass_.name for run in record_of(bio).passes if run.pass_.changes_units and run.weights)
+        self.widened_by: str | None = next(doubling, None)
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
         self._held: _Held | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
@@ -182,14 +198,27 @@ class Guard:
                 helper.train(owner.training)
         if self._needs is not None:
             if changed is not None:
-                raise _not_followed(changed, self._needs)
+                raise _not_followed(changed.what, self._needs)
             return True
+        if changed is None and self._wrote_tensors(bio):
+            changed = _Change("a tensor in an attribute, or outside of the model, was written into")
+        is_checked = is_plain(args, kwargs) if self.structures is None else structure(args, kwargs) in self.structures
+        if self.widened_by is not None:
+            self._refuse_unchecked(changed, is_checked)
         is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
         if changed is not None or any(GLOBAL_HOOKS) or is_autocast or torch.is_inference_mode_enabled():
             return False
-        if self._wrote_tensors(bio):
-            return False
-        return is_plain(args, kwargs) if self.structures is None else structure(args, kwargs) in self.structures
+        return is_checked
+
+    def _refuse_unchecked(self, changed: _Change | None, is_checked: bool) -> None:
+        """Refuse a way through the model's Python on which units were not checked that a pass made."""
+        if changed is not None and not changed.is_hook:
+            raise _not_followed(changed.what, f"{self.widened_by} doubled units")
+        if not is_checked:
+            raise CaptureError(
+                f"{self.widened_by} doubled units, which was checked on arguments of another structure (types, numbers "
+                "of axes, keys, values that are no tensors); transform the model with example_inputs like these"
+            )
 
     def _helpers_of(self, bio: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         """The modules that stand for a mode in the graph, each with the module whose mode it is."""
@@ -236,25 +265,25 @@ class Guard:
         except (RuntimeError, ValueError):  # a changed tensor or array has no truth value
             return False
 
-    def _changed(self, bio: fx.GraphModule) -> str | None:
+    def _changed(self, bio: fx.GraphModule) -> _Change | None:
         """Describe the first change of the traced modules; if there is none, update the copies for the fast test."""
         modules = {}
         for path in self.traced:
             try:
                 modules[path] = module = bio.get_submodule(path)
             except AttributeError:
-                return f"{path} was removed"
+                return _Change(f"{path} was removed")
             for key in replaced_weights(module):
-                return f"{path}.{key}".lstrip(".") + " was replaced"
+                return _Change(f"{path}.{key}".lstrip(".") + " was replaced")
             for name, value in self._saved[path].items():
                 if not _is_same(self._now(module, name), value):
-                    what = f"{path}.{name}".lstrip(".")
-                    return f"{path or 'the model'} got hooks" if name in HOOKS else f"{what} changed"
+                    is_hook, whole = name in HOOKS, f"{path}.{name}".lstrip(".")
+                    return _Change(f"{path or 'the model'} got hooks" if is_hook else f"{whole} changed", is_hook)
         if self._forwards is None:
             self._forwards = self._forwards_of_classes(bio)
         for path, forward in self._forwards.items():
             if _forward_of(modules[path]) is not forward:
-                return f"the forward of the class of {path} changed"
+                return _Change(f"the forward of the class of {path} changed")
         seen: set[int] = set()
         held = [holder for module in modules.values() for holder in _looked_at(module, seen)]
         forwards = [(modules[path], forward) for path, forward in self._forwards.items()]
@@ -271,12 +300,14 @@ class Guard:
         # Graphs, as the model itself, have a forward of their own, which is another one after each copy.
         return {path: _forward_of(module) for path, module in modules if not isinstance(module, fx.GraphModule)}
 
-    def _changed_outside(self, bio: nn.Module) -> str | None:
+    def _changed_outside(self, bio: nn.Module) -> _Change | None:
         """Describe the first change of a variable outside of the model; None if there is none."""
         if self._outside is None or not self._outside.is_same():
             self._outside = self._outside_of(bio)
             self._changed_name = first_difference(self._keys, self._outside.keys) or ""
-        return f"the variable {self._changed_name}, which forward reads, changed" if self._changed_name else None
+        if not self._changed_name:
+            return None
+        return _Change(f"the variable {self._changed_name}, which forward reads, changed")
 
     def _outside_of(self, bio: nn.Module) -> OutsideVariables:
         modules = {}

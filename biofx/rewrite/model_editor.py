@@ -58,8 +58,9 @@ class ModelEditor:
     def look_again(self) -> None:
         """Record and analyse a new run, after the pass has changed the units."""
         if self.understood is not None:
-            self.understood = understand_again(self.bio, self.understood)
-            remember(self.bio, self.understood)
+            with randomness.callers_defaults():
+                self.understood = understand_again(self.bio, self.understood)
+                remember(self.bio, self.understood)
         self.all_sites = find_weights(self.bio).sites
         self.sites = {name: self.all_sites[name] for name in self.sites if name in self.all_sites}
         vars(self).pop("units", None)

@@ -63,7 +63,7 @@ def magnitudes(parts: list[Tensor]) -> Sequence[Tensor]:
     return torch._foreach_norm(parts, 1, dtype=dtype)
 
 
-def magnitudes_along(values: Tensor, axes: Sequence[int]) -> Tensor:
+def magnitudes_along(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The sums of magnitudes along some axes; as `magnitudes`."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     if values.is_cpu:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from biofx.base.torch_internals import pytree
 from biofx.model.chain import attribute
 from biofx.model.control_flow import control_flow_of, describe_control_flow
+from biofx.model.islands import island_path
 from biofx.recording.catalog import Kind
 from biofx.widening.axis_doubling import AxisDoubling, adjacent_twins, is_same_doubling, with_size
 from biofx.widening.matching import NO_WEIGHTS, REARRANGING, Arguments, IncompatibleError, NodeValue, match, weights_of
@@ -84,9 +85,8 @@ class Propagation:
             return self._weight_operator(*self._uses[node])
         old = self._old_result(node)
         result = NodeValue.unchanged(old)
-        if changed and (found := control_flow_of(self._bio, node)) is not None and found.depends_on_mode:
-            # This run is in evaluation mode; the part may not be compatible in training mode.
-            self._fail(weights_of(changed.values()), f"its units reach {describe_control_flow(self._bio, node)}")
+        if changed and (unseen := self._unseen(node)) is not None:
+            self._fail(weights_of(changed.values()), f"its units reach {unseen}")
         elif changed:
             try:
                 result = self._compatible(node, old)
@@ -96,6 +96,14 @@ class Propagation:
             wanted = self.plan.tensors.get(name) if result.is_changed else None
             self._require_agreement(name, wanted, result.weights, self._name(node))
         return result
+
+    def _unseen(self, node: fx.Node) -> str | None:
+        """Describe a part that may do something else in other runs than in this one, in evaluation mode; else None."""
+        island, found = island_path(self._bio, node), control_flow_of(self._bio, node)
+        if island is not None:
+            return f"the untraced submodule {island} ({self._execution.name(node)}), whose Python may depend on them"
+        depends_on_mode = found is not None and found.depends_on_mode
+        return describe_control_flow(self._bio, node) if depends_on_mode else None
 
     def _changed(self, node: fx.Node) -> dict[fx.Node, NodeValue]:
         """The nodes that a node reads and that doubled units reach, with their values."""

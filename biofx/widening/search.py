@@ -10,6 +10,7 @@ from torch import fx
 
 from biofx.analysis.understanding import Run, recorded
 from biofx.base.isolation import undisturbed
+from biofx.base.randomness import callers_defaults
 from biofx.weights.facts import Need
 from biofx.widening.execution import Execution
 from biofx.widening.propagation import Propagation
@@ -31,14 +32,15 @@ def find_widening(
         run: runs the model.
     """
     opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
-    execution = Execution(bio, recorded(bio, run))
+    with callers_defaults():
+        execution = Execution(bio, recorded(bio, run))
     reasons = {name: "something else reads it as well" for name in editable if _has_other_readers(bio, sites[name])}
     reasons |= {name: reason for name, reason in opaque.items() if name in editable}
     fixed = {name: reasons.get(name, "it may not change") for name in sites if name not in editable or name in reasons}
     doubled = frozenset(editable) - reasons.keys()
     while True:
         propagation = Propagation(bio, sites, doubled, fixed, opaque, execution)
-        with undisturbed(bio), torch.no_grad():
+        with undisturbed(bio), torch.no_grad(), callers_defaults():
             bio.eval()
             propagation.run()
         # Units that no weight reads are left out last: a failure elsewhere may be why none does.

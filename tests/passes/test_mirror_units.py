@@ -20,7 +20,7 @@ DOUBLED = {  # whose units are doubled, of how many weights
     "resnext": (15, 16),
     "densenet": (14, 15),
     "mobilenet": (10, 11),
-    "efficientnet": (16, 17),
+    "efficientnet": (12, 17),
     "shufflenet": (14, 18),
     "convnext": (14, 15),
     "unet": (12, 13),
@@ -355,8 +355,8 @@ class Recurrent(nn.Module):
 
 def test_a_module_that_cannot_be_wider():
     bio = mirror(Recurrent(), torch.randn(2, 5, 3))
-    assert "its units reach LSTM in rnn, whose result changes" in left(bio, "fc.weight")
-    assert "its units reach LSTM in rnn" in flat(biofx.summary(bio))
+    assert "its units reach the untraced submodule rnn (LSTM)" in left(bio, "fc.weight")
+    assert "its units reach the untraced submodule rnn" in flat(biofx.summary(bio))
     assert "given by a function" not in flat(biofx.summary(bio))
     assert bio.hidden.weight.shape == (10, 4)
     assert bio.head.weight.shape == (2, 10)
@@ -450,3 +450,93 @@ def test_another_negative_scale_stays_and_is_named():
     bio = mirror(model, x)
     assert "and inverts their signs" in flat(biofx.summary(bio))
     assert set(bio.biofx.nonnegative) == {"norm.weight"}
+
+
+# --- what the check did not see --------------------------------------------------------------------------------------
+
+
+class Normalizing(nn.Module):
+    """Divides by a sum over units if it is told to, which is another sum if units are doubled."""
+
+    def __init__(self, decides):
+        super().__init__()
+        self.decides, self.is_on = decides, False
+
+    def forward(self, x):
+        return x / (1 + x.sum(-1, keepdim=True)) if self.decides(self, x) else x
+
+
+def normalizing(decides):
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Normalizing(decides), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    "decides",
+    [lambda module, x: module.training, lambda module, x: bool(x.max() > 50)],
+    ids=["by mode", "by values"],
+)
+def test_units_that_reach_a_decision_keep_their_number(decides):
+    model, x = normalizing(decides), 100 * torch.rand(5, 4)
+    bio = mirror(model.eval(), x / 100)
+    assert "its units reach the untraced submodule 2 (Normalizing)" in left(bio, "0.weight")
+    for training in (False, True):
+        torch.testing.assert_close(bio.train(training)(x), model.train(training)(x))
+
+
+def test_what_is_switched_on_afterwards_is_refused():
+    x = torch.randn(5, 4)
+    bio = mirror(normalizing(lambda module, x: module.is_on), x)
+    assert bio[3].weight.shape == (3, 16)
+    expected = bio(x)
+    handle = bio[2].register_forward_hook(lambda *given: None)
+    torch.testing.assert_close(bio(x), expected)
+    handle.remove()
+    bio[2].is_on = True
+    with pytest.raises(biofx.CaptureError, match="2.is_on changed since the transform, and mirror-units doubled units"):
+        bio(x)
+    with pytest.raises(biofx.CaptureError, match="2.is_on changed"):
+        torch.compile(bio, backend="eager")(x)
+    bio[2].is_on = False
+    torch.testing.assert_close(bio(x), expected)
+
+
+class Optional(nn.Module):
+    """Adds a sum over units where a second argument is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x, weights=None):
+        hidden = torch.relu(self.first(x))
+        if weights is not None:
+            hidden = hidden / (1 + (hidden * weights).sum(-1, keepdim=True))
+        return self.last(hidden)
+
+
+def test_arguments_of_another_structure_are_refused():
+    x = torch.randn(5, 4)
+    bio = mirror(Optional(), x)
+    assert bio.last.weight.shape == (3, 16)
+    with pytest.raises(biofx.CaptureError, match="mirror-units doubled units|weights must be None"):
+        bio(x, torch.ones(5, 1))
+
+
+def test_the_model_runs_with_the_defaults_of_its_user():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x + torch.zeros(4))))
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = Draws()
+        bio = biofx.transform(model, [passes.MirrorUnits()], example_inputs=lambda run: run(torch.ones(5, 4)))
+        x = torch.randn(5, 4)
+        torch.testing.assert_close(bio(x), model(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bio.last.weight.shape == (3, 16)
