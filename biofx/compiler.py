@@ -29,6 +29,7 @@ from biofx.capture.exported import exporting
 from biofx.capture.guards import Guard
 from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.preconditions import check_model, refuse_sharded, refuse_shared_memory
+from biofx.model import weight_cache
 from biofx.model.changes import transformed
 from biofx.model.islands import GUARD, is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class, without_synapses
@@ -397,7 +398,7 @@ def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor]) -> N
     """
     python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
     try:
-        with replaced_forward(bio, python):
+        with replaced_forward(bio, python), weight_cache.caching():
             found = outputs_differ(bio, run, graph, run_in_mode(bio, run))
     except Exception as error:
         raise CaptureError(_why_python_differs(bio, f"it fails: {error}")) from error

@@ -7,6 +7,7 @@ import functools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -270,8 +271,11 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         guard = vars(self).get(GUARD)
-        if guard is None or "_is_replica" in vars(self) or _is_traced(args, kwargs):
+        if _is_traced(args, kwargs):
             return forward(self, *args, **kwargs)
+        if guard is None or "_is_replica" in vars(self):
+            with nullcontext() if torch.compiler.is_compiling() else weight_cache.caching():
+                return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():  # torch.compile has guards of its own
             if record_of(self).asked:
                 return _uncompiled(self, args, kwargs)

@@ -120,3 +120,25 @@ def test_a_refusal_leaves_a_model_in_place_as_it_was():
     for now, (parameter, value) in zip(model.parameters(), before, strict=True):
         assert now is parameter
         assert torch.equal(now, value)
+
+
+class FastWeights(nn.Module):
+    """Computes with its layer after one step down a gradient, as in test-time training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self.layer(x).square().sum(), self.layer.weight, create_graph=True)
+        return nn.functional.linear(x, self.layer.weight - 0.01 * slope, self.layer.bias)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_inner_module_may_differentiate_by_its_weight(frontend, pipeline, verify):
+    model = nn.Sequential(nn.Linear(4, 4), FastWeights())
+    bio = biofx.transform(model, pipeline, example_inputs=(X,), frontend=frontend, verify=verify)
+    torch.testing.assert_close(bio(X), biofx.fold(bio)(X))
