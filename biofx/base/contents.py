@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set, tuple})
+_IMMUTABLE = (tuple, frozenset)  # what they hold may be mutable
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # the most frequent values, checked first for speed
 NAMESPACES = (SimpleNamespace, Namespace)
@@ -30,31 +31,35 @@ def is_array(value: Any) -> bool:
     return (type(value).__module__, type(value).__name__) == ("numpy", "ndarray")
 
 
-def holders(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[Any]:
+def holders(value: Any, seen: set[int]) -> Iterator[Any]:
     """The mutable containers inside a value: arrays, lists, dictionaries and sets; for objects, their dictionary.
 
     Args:
         value: the value. Tensors, modules, functions and classes are opaque.
         seen: ids of the values that were searched already.
-        depth: levels of nesting to search.
     """
-    holder = _inside(value)
-    if holder is None or not depth or id(value) in seen:
-        return
-    seen.add(id(value))
-    if type(holder) is not tuple:
-        yield holder
-    parts = holder.values() if isinstance(holder, dict) else () if is_array(holder) else holder
-    for part in list(parts):
-        yield from holders(part, seen, depth - 1)
+    for _, holder in _searched(value, seen):
+        if holder is not None and not isinstance(holder, _IMMUTABLE):
+            yield holder
 
 
 def inside(value: Any, seen: set[int]) -> Iterator[Any]:
     """A value, and all values in the containers inside it; arguments as of `holders`."""
-    yield value
-    for holder in holders(value, seen):
-        if not is_array(holder):
-            yield from list(holder.values() if isinstance(holder, dict) else holder)
+    for part, _ in _searched(value, seen):
+        yield part
+
+
+def _searched(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[tuple[Any, Any]]:
+    """A value and all values inside it, each with the container of its parts; None if they are not searched."""
+    holder = _inside(value)
+    if holder is None or not depth or id(value) in seen:
+        yield value, None
+        return
+    seen.add(id(value))
+    yield value, holder
+    parts = holder.values() if isinstance(holder, dict) else () if is_array(holder) else holder
+    for part in list(parts):
+        yield from _searched(part, seen, depth - 1)
 
 
 def slots_of(cls: type) -> tuple[str, ...]:
@@ -120,10 +125,10 @@ def _key_parts(value: Any, seen: dict[int, int], depth: int) -> Iterator[Any]:
     if is_array(value):
         yield str(value.dtype), value.shape, value.tobytes()
         return
-    if type(value) is not tuple:  # equal tuples may be one object in another process
+    if not isinstance(value, _IMMUTABLE):  # equal ones may be one object in another process
         seen[id(value)] = len(seen)
     yield len(holder)
-    if isinstance(holder, set):
+    if isinstance(holder, set | frozenset):
         yield frozenset(contents_key(part) for part in holder)
         return
     for part in chain.from_iterable(holder.items()) if isinstance(holder, dict) else holder:
@@ -135,6 +140,8 @@ def _inside(value: Any) -> Any:
     if type(value) in ATOMS:
         return None
     if type(value) in _CONTAINERS or is_array(value):
+        return value
+    if isinstance(value, _IMMUTABLE) and not hasattr(value, "__dict__"):  # such as a named tuple
         return value
     return vars(value) if _is_of_user(value) else None
 

@@ -2,6 +2,7 @@
 
 import collections
 import random
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -211,6 +212,21 @@ def test_tensors_that_are_no_buffers_and_generators_are_restored():
     assert trace.tolist() == inner.tolist() == [1.0, 1.0]
     assert torch.equal(model.generator.get_state(), state)
     assert torch.equal(model(torch.ones(2)), first)
+
+
+class State(NamedTuple):
+    h: torch.Tensor
+    generator: torch.Generator
+
+
+@pytest.mark.parametrize("hold", [list, tuple, frozenset, lambda parts: State(*parts), lambda parts: ([[*parts]],)])
+def test_what_any_container_holds_is_restored(hold):
+    model, trace, generator = nn.Module(), torch.zeros(2), torch.Generator()
+    model.state, before = hold([trace, generator]), generator.get_state()
+    with unchanged(model):
+        trace += torch.rand(2, generator=generator)
+    assert not trace.any()
+    assert torch.equal(generator.get_state(), before)
 
 
 class Counter:

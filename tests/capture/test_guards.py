@@ -403,11 +403,11 @@ class Configured(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc, self.settings, self.factors = nn.Linear(4, 4), Settings(), [[1.0]]
-        self.table, self.parts = numpy.ones(2), [torch.ones(4)]
+        self.table, self.parts, self.pair = numpy.ones(2), [torch.ones(4)], (torch.ones(4),)
 
     def forward(self, x):
         inside = self.settings.p * self.settings.inner.q * self.settings.options["a"][0] * self.factors[0][0]
-        return self.fc(x) * inside * OUTSIDE.deep.r * TABLE["o"].z * self.table.sum() * self.parts[0]
+        return self.fc(x) * inside * OUTSIDE.deep.r * TABLE["o"].z * self.table.sum() * self.parts[0] * self.pair[0]
 
 
 DEEP = {
@@ -418,6 +418,7 @@ DEEP = {
     "array": lambda m, patch: m.table.fill(2.0),
     "tensor in a list": lambda m, patch: m.parts.__setitem__(0, torch.zeros(4)),
     "what a tensor in a list holds": lambda m, patch: m.parts[0].zero_(),
+    "what a tensor in a tuple holds": lambda m, patch: m.pair[0].zero_(),
     "outside": lambda m, patch: patch.setattr(OUTSIDE.deep, "r", 6.0),
     "outside, in a dictionary": lambda m, patch: patch.setattr(TABLE["o"], "z", 7.0),
 }
