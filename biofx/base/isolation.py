@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import random
 import sys
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.contents import ATOMS, holders, inside, is_array, is_holder, put_back
+from biofx.base.errors import ArgumentError
 from biofx.base.generators import is_generator, set_state, state_of
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
 from biofx.base.torch_internals import DERIVED, pytree
@@ -31,6 +33,32 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, dict):
         return (), example_inputs
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def refuse_misfit(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], by: str = "") -> None:
+    """Raise if example inputs on which a model failed do not fit the signature of its forward.
+
+    Not before the model has run: a decorator or a hook may pass other arguments to forward than it gets. For the same
+    reason, the signature is that of the decorator, not of what it wraps.
+
+    Args:
+        model: the model.
+        args: the arguments by position.
+        kwargs: the arguments by keyword.
+        by: what begins the message.
+
+    Raises:
+        ArgumentError: they do not fit.
+    """
+    try:
+        signature = inspect.signature(model.forward, follow_wrapped=False)
+    except ValueError:  # none, as of TorchScript
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name = type(model).__name__
+        raise ArgumentError(f"{by}example_inputs do not fit {name}.forward{signature}: {error}") from error
 
 
 def run_in_mode(model: nn.Module, example_inputs: Any, *, training: bool = False) -> list[Tensor]:
