@@ -27,11 +27,11 @@ LOCK = threading.RLock()  # random number generators and torch.nn.Module, which 
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as arguments of a call: a tuple is positional, a dict by keyword, anything else is the first."""
+    """Example inputs as arguments of a call: a tuple is positional, a mapping by keyword, anything else the first."""
     if example_inputs is None:
         return (), {}
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
+    if isinstance(example_inputs, Mapping):  # such as the output of a tokenizer of transformers, which is no dict
+        return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
@@ -81,7 +81,7 @@ def run_in_mode(model: nn.Module, example_inputs: Any, *, training: bool = False
 
 def is_function(example_inputs: Any) -> bool:
     """Whether example inputs are a function that runs the model."""
-    return callable(example_inputs) and not isinstance(example_inputs, Tensor | nn.Module | dict)
+    return callable(example_inputs) and not isinstance(example_inputs, Tensor | nn.Module | Mapping)
 
 
 def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

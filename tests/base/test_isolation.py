@@ -298,6 +298,7 @@ def test_what_reads_the_same_afterwards_is_no_change(change):
         ((1, 2), ((1, 2), {})),
         ([1, 2], ((1, 2), {})),
         ({"x": 1}, ((), {"x": 1})),
+        (collections.UserDict(x=1), ((), {"x": 1})),
         (({"x": 1},), (({"x": 1},), {})),
     ],
     ids=str,
