@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import ATOMS, holders, inside, is_array, is_holder, put_back
+from biofx.base.contents import ATOMS, copy_of, holders, inside, is_array, is_holder, put_back
 from biofx.base.errors import ArgumentError
 from biofx.base.generators import is_generator, set_state, state_of
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
@@ -341,7 +341,7 @@ class Snapshot:
                 elif name in _OF_TENSORS_AND_MODULES and kind in _DICTIONARIES:
                     self._held.append((path, name, value, value.copy()))
                 elif is_holder(value):
-                    self._held += [(path, name, holder, holder.copy()) for holder in holders(value, self._seen)]
+                    self._held += [(path, name, holder, copy_of(holder)) for holder in holders(value, self._seen)]
 
     def restore(self) -> None:
         """Restore all attributes and contents."""
@@ -360,7 +360,7 @@ class Snapshot:
             if attribute in DERIVED:
                 continue
             if not isinstance(holder, dict):
-                if not _is_same(holder, content):
+                if not _is_same(copy_of(holder), content):
                     yield Change(path, attribute, False)
                 continue
             for key in dict.fromkeys(key for key in [*content, *holder] if key not in DERIVED):

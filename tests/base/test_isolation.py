@@ -219,7 +219,31 @@ class State(NamedTuple):
     generator: torch.Generator
 
 
-@pytest.mark.parametrize("hold", [list, tuple, frozenset, lambda parts: State(*parts), lambda parts: ([[*parts]],)])
+class Log(list):
+    """A list that copies itself otherwise."""
+
+    def copy(self):
+        return self
+
+
+class Cache(dict):
+    """A dictionary that has attributes."""
+
+
+HOLD = {
+    "list": list,
+    "tuple": tuple,
+    "frozen set": frozenset,
+    "named tuple": lambda parts: State(*parts),
+    "list in a tuple": lambda parts: ([[*parts]],),
+    "subclass of list": Log,
+    "subclass of dict": lambda parts: Cache(enumerate(parts)),
+    "UserList": collections.UserList,
+    "UserDict": lambda parts: collections.UserDict(enumerate(parts)),
+}
+
+
+@pytest.mark.parametrize("hold", HOLD.values(), ids=HOLD)
 def test_what_any_container_holds_is_restored(hold):
     model, trace, generator = nn.Module(), torch.zeros(2), torch.Generator()
     model.state, before = hold([trace, generator]), generator.get_state()
@@ -241,6 +265,7 @@ class Holding(nn.Module):
         self.layer, self.number, self.name, self.none = nn.Linear(2, 2), 1, "a", None
         self.seen, self.by_name, self.nested, self.kinds = [1], {"a": 1}, {"a": [{"b": 1}]}, {1}
         self.counter, self.pair, self.queue = Counter(), (1, torch.ones(1)), collections.deque([1], 2)
+        self.log, self.cache, self.cache_too = Log([1]), Cache(a=1), Cache(a=1)
 
 
 CHANGES = {
@@ -254,6 +279,9 @@ CHANGES = {
     "nested": lambda m: m.nested["a"][0].clear(),
     "kinds": lambda m: m.kinds.add(2),
     "queue": lambda m: m.queue.append(2),
+    "log": lambda m: m.log.append(1),
+    "cache": lambda m: m.cache.update(a=2),
+    "cache_too": lambda m: setattr(m.cache_too, "size", 2),
     "counter": lambda m: setattr(m.counter, "number", 1),
     "mean": lambda m: setattr(m, "mean", m.mean + 1),
     "layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
