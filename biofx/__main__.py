@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import inspect
 import os
@@ -17,6 +16,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 import biofx
+from biofx.base.option_values import option_fields
 from biofx.base.randomness import generator
 from biofx.compiler import FRONTENDS
 from biofx.looking.drawing import SUFFIXES
@@ -167,7 +167,7 @@ def _export(options: argparse.Namespace) -> str:
 def _passes(options: argparse.Namespace) -> str:
     rows = []
     for name, pass_class in registry.registered_passes().items():
-        fields = ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(pass_class))
+        fields = ", ".join(f"{field.name}={field.default}" for field in option_fields(pass_class))
         rows.append([name, (inspect.getdoc(pass_class) or "").partition("\n")[0], fields])
     parts = [tabulate(rows, headers=["pass", "what it does", "options"], maxcolwidths=[None, 44, 56])]
     if registry.recipes():

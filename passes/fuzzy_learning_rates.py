@@ -64,8 +64,8 @@ class FuzzyLearningRates(Pass):
     steps (`biofx.attach`); a gain that `Crystallize` has dampened below `minimum` is not.
 
     A gain follows from the seed, the weight's name and the place of the synapse, and is the same on every device: it is
-    one of 2¹⁴ quantiles (`base/gains.py`). By default it is kept in the buffer `<weight>_gain` and applied by the node
-    `biofx.scale_grad`. `dtype` says how:
+    one of 2¹⁴ quantiles (`base/gains.py`). By default it is kept in the buffer `<weight>_synapses.gain` and applied by
+    the node `biofx.scale_grad`. `dtype` says how:
 
     | dtype | bytes for each synapse | gains |
     |---|---|---|

@@ -40,7 +40,7 @@ class Rejuvenate(Pass):
     Only replaced entries change, and the optimizer forgets what it remembers of them (momentum, Adam's moments), since
     that was about another synapse. Under the exponential rule, a site whose weights are all equal is left alone
     (a standard deviation below 0.3 % of the root mean square may be rounding, and counts as 0).
-    `<weight>_replaced` counts all replacements.
+    `<weight>_synapses.replaced` counts all replacements.
 
     *Under Dale's principle* a weight of 0 is the absence of a synapse, so there is nothing to replace. After turnover,
     the excitatory and the inhibitory synapses of every postsynaptic unit are scaled, old ones as well, to the totals

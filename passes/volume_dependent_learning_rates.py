@@ -34,8 +34,8 @@ class VolumeDependentLearningRates(Pass):
     `stability`, and v `variability`. The factor is in (0, η] but for the noise: with the defaults, learning is slower
     by ten and more.
 
-    The noise n is drawn anew at every step of the optimizer (`biofx.attach` counts them in `<weight>_steps`) and is the
-    same for all micro-batches of a step, so it commutes with gradient accumulation, and it is the same on every rank.
+    The noise n is drawn anew at every step of the optimizer; `biofx.attach` counts them in `<weight>_synapses.steps`.
+    It is the same for all micro-batches of a step, so it commutes with gradient accumulation, and on every rank.
     The node is `biofx.volume_grad`. Nothing is stored: the noise follows from seed, step and the weight's name.
 
     The reference package has the same formula, and applies it to `.grad` by hand.

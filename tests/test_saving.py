@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -157,9 +157,14 @@ def test_a_pass_of_a_users_own_returns_if_registered(tmp_path, monkeypatch):
         name = "slow"
         slot = passes.Slot.HOOK
         factor: float = 0.5
+        scale: float = field(init=False, default=1.0)  # computed from the options, so not one of them
+
+        def __post_init__(self):
+            super().__post_init__()
+            object.__setattr__(self, "scale", self.factor / 2)
 
         def rewrite(self, site, edit):
-            edit.insert(torch.ops.biofx.scale_grad, self.factor)
+            edit.insert(torch.ops.biofx.scale_grad, self.scale)
 
     bio = biofx.transform(mlp(4, 2), [Slow(0.25)])
     with pytest.raises(SavingError, match="Slow is not registered"):
@@ -167,6 +172,7 @@ def test_a_pass_of_a_users_own_returns_if_registered(tmp_path, monkeypatch):
     passes.register(Slow)
     biofx.save(bio, tmp_path)
     assert biofx.load(tmp_path, mlp(4, 2)).biofx.passes[0].pass_ == Slow(0.25)
+    assert biofx.rewrite.registry.parse(str(Slow(0.25))) == [Slow(0.25)]
     monkeypatch.delitem(biofx.rewrite.registry._PASSES, "slow")
     with pytest.raises(SavingError, match="needs the pass slow, which is not registered; import test_saving"):
         biofx.load(tmp_path, mlp(4, 2))

@@ -46,6 +46,7 @@ class Forms:
         computed: the operators that read as their weight what is computed from parameters.
         biases: the parameters that are added to what an operator on weights returns, by the operator.
         users: other operators that read a parameter, by its name.
+        found: what the entries of a tensor are: those of one parameter, or computed from several.
     """
 
     recording: Recording

@@ -87,8 +87,8 @@ def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtyp
         del vars(bio)["forward"]
 
 
-def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by the name of the placeholder.
+def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], by: str = "") -> dict[str, Any]:
+    """Arguments by the name of the placeholder; `by` begins the message of the error.
 
     Raises:
         ArgumentError: the arguments do not fit.
@@ -96,7 +96,7 @@ def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str,
     try:
         bound = inspect.signature(type(bio).forward, follow_wrapped=not is_one_island(bio)).bind(bio, *args, **kwargs)
     except TypeError as error:
-        raise ArgumentError(f"example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
+        raise ArgumentError(f"{by}example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
     bound.apply_defaults()
     return dict(bound.arguments)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.analysis.graphs import NodeUse, uses_of
+from biofx.base.errors import ArgumentError
 from biofx.base.gains import decoded
 from biofx.base.references import held_parameters
 from biofx.model.chain import chain, parameter_nodes
@@ -369,7 +370,7 @@ def l1(bio: nn.Module) -> Tensor:
     own learning-rate factors instead, and under `no_grad`.
 
     Raises:
-        ArgumentError: `bio` was not made by `biofx.transform`.
+        ArgumentError: `bio` was not made by `biofx.transform`, or has no weight site any more.
 
     Example:
         >>> import biofx, torch
@@ -379,6 +380,8 @@ def l1(bio: nn.Module) -> Tensor:
         True
     """
     sums = [site.effective().abs().sum() for site in weight_sites(bio).values()]
+    if not sums:
+        raise ArgumentError("l1: all weights were replaced or removed since the transform; transform the model again")
     return torch.stack([each.to(sums[0].device) for each in sums]).sum()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from biofx.analysis.graphs import annotate, as_recorded_graph, shown
 from biofx.analysis.readings import Reading, Readings
 from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.errors import ArgumentError
-from biofx.base.isolation import is_function, parameters_kept, split_inputs, undisturbed
+from biofx.base.isolation import is_function, parameters_kept, refuse_misfit, split_inputs, undisturbed
 from biofx.base.randomness import fixed_defaults
 from biofx.base.torch_internals import pytree
 from biofx.model.islands import is_one_island
@@ -128,20 +127,9 @@ def runner(model: nn.Module, example_inputs: Any) -> tuple[Run, str] | None:
     if is_function(example_inputs):
         return example_inputs, getattr(example_inputs, "words", BY_FUNCTION)
     if example_inputs is not None:
-        args, kwargs = split_inputs(example_inputs)
-        _check_arguments(model, args, kwargs)
-        return call(args, kwargs), "given"
+        return call(*split_inputs(example_inputs)), "given"
     guess = guesses.guess(model)
     return None if guess is None else (call(guess.args, guess.kwargs), guess.description)
-
-
-def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
-    except ValueError:  # a forward without a signature, as of TorchScript
-        pass
 
 
 def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
@@ -149,7 +137,11 @@ def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
 
     def run(model: nn.Module) -> Any:
         own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-        return model(*own_args, **own_kwargs)
+        try:
+            return model(*own_args, **own_kwargs)
+        except TypeError:
+            refuse_misfit(model, args, kwargs)
+            raise
 
     return run
 

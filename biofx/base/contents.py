@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from types import ModuleType, SimpleNamespace
@@ -13,16 +13,18 @@ from typing import Any
 from torch import Tensor, nn
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set, tuple})
+_KINDS = (OrderedDict, dict, list, set, deque)  # a class comes before its base
+_IMMUTABLE = (tuple, frozenset)  # what they hold may be mutable
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # the most frequent values, checked first for speed
-NAMESPACES = (SimpleNamespace, Namespace)
+NAMESPACES = (SimpleNamespace, Namespace, UserDict, UserList)
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "biofx"})  # their objects are opaque
 _DEEPEST = 20  # levels of nesting that are searched
 
 
 def is_holder(value: Any) -> bool:
     """Whether a value has contents that can be searched."""
-    return _inside(value) is not None
+    return bool(_holders_of(value))
 
 
 def is_array(value: Any) -> bool:
@@ -30,31 +32,33 @@ def is_array(value: Any) -> bool:
     return (type(value).__module__, type(value).__name__) == ("numpy", "ndarray")
 
 
-def holders(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[Any]:
+def holders(value: Any, seen: set[int]) -> Iterator[Any]:
     """The mutable containers inside a value: arrays, lists, dictionaries and sets; for objects, their dictionary.
 
     Args:
         value: the value. Tensors, modules, functions and classes are opaque.
         seen: ids of the values that were searched already.
-        depth: levels of nesting to search.
     """
-    holder = _inside(value)
-    if holder is None or not depth or id(value) in seen:
-        return
-    seen.add(id(value))
-    if type(holder) is not tuple:
-        yield holder
-    parts = holder.values() if isinstance(holder, dict) else () if is_array(holder) else holder
-    for part in list(parts):
-        yield from holders(part, seen, depth - 1)
+    for _, found in _searched(value, seen):
+        yield from (holder for holder in found if not isinstance(holder, _IMMUTABLE))
 
 
 def inside(value: Any, seen: set[int]) -> Iterator[Any]:
     """A value, and all values in the containers inside it; arguments as of `holders`."""
-    yield value
-    for holder in holders(value, seen):
-        if not is_array(holder):
-            yield from list(holder.values() if isinstance(holder, dict) else holder)
+    for part, _ in _searched(value, seen):
+        yield part
+
+
+def _searched(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """A value and all values inside it, each with the containers of its parts if these are searched."""
+    found = _holders_of(value) if depth and id(value) not in seen else ()
+    yield value, found
+    if found:
+        seen.add(id(value))
+    for holder in found:
+        parts = dict.values(holder) if isinstance(holder, dict) else () if is_array(holder) else items_of(holder)
+        for part in list(parts):
+            yield from _searched(part, seen, depth - 1)
 
 
 def slots_of(cls: type) -> tuple[str, ...]:
@@ -74,18 +78,27 @@ def items_of(container: Any) -> Iterable[Any]:
     return found
 
 
+def copy_of(holder: Any) -> Any:
+    """A copy of a container, as `put_back` takes it; a subclass may copy itself otherwise."""
+    return holder.copy() if is_array(holder) else _kind_of(holder)(items_of(holder))
+
+
 def put_back(holder: Any, content: Any) -> None:
     """Restore the contents of a container from a copy, also of a subclass that forbids it or does more."""
     if is_array(holder):
         holder[...] = content
         return
-    kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(holder, kind))
+    kind = _kind_of(holder)
     kind.clear(holder)
     if isinstance(holder, dict):
         for key, value in content.items():
             kind.__setitem__(holder, key, value)
     else:
         (kind.update if kind is set else kind.extend)(holder, content)
+
+
+def _kind_of(holder: Any) -> Any:
+    return next(kind for kind in _KINDS if isinstance(holder, kind))
 
 
 class SameObject:
@@ -109,8 +122,8 @@ def _key_parts(value: Any, seen: dict[int, int], depth: int) -> Iterator[Any]:
     if isinstance(value, _PLAIN):
         yield type(value).__name__, value
         return
-    holder = _inside(value)
-    if holder is None or not depth:
+    found = _holders_of(value)
+    if not found or not depth:
         yield SameObject(value)
         return
     yield type(value).__module__, type(value).__qualname__
@@ -120,23 +133,25 @@ def _key_parts(value: Any, seen: dict[int, int], depth: int) -> Iterator[Any]:
     if is_array(value):
         yield str(value.dtype), value.shape, value.tobytes()
         return
-    if type(value) is not tuple:  # equal tuples may be one object in another process
+    if not isinstance(value, _IMMUTABLE):  # equal ones may be one object in another process
         seen[id(value)] = len(seen)
-    yield len(holder)
-    if isinstance(holder, set):
-        yield frozenset(contents_key(part) for part in holder)
-        return
-    for part in chain.from_iterable(holder.items()) if isinstance(holder, dict) else holder:
-        yield from _key_parts(part, seen, depth - 1)
+    for items, holder in ((list(items_of(holder)), holder) for holder in found):
+        yield len(items)
+        if isinstance(holder, set | frozenset):
+            yield frozenset(map(contents_key, items))
+            continue
+        for part in chain.from_iterable(items) if isinstance(holder, dict) else items:
+            yield from _key_parts(part, seen, depth - 1)
 
 
-def _inside(value: Any) -> Any:
-    """The container of a value's parts: the value itself, or the dictionary of an object; None if it has no parts."""
+def _holders_of(value: Any) -> tuple[Any, ...]:
+    """The containers of a value's parts: itself, the dictionary of an object, or both; none if it is opaque."""
     if type(value) in ATOMS:
-        return None
+        return ()
     if type(value) in _CONTAINERS or is_array(value):
-        return value
-    return vars(value) if _is_of_user(value) else None
+        return (value,)
+    own = (value,) if isinstance(value, (*_KINDS, *_IMMUTABLE)) else ()  # such as a named tuple
+    return (*own, vars(value)) if _is_of_user(value) else own
 
 
 def _is_of_user(value: Any) -> bool:

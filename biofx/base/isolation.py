@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import random
 import sys
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import ATOMS, holders, inside, is_array, is_holder, put_back
+from biofx.base.contents import ATOMS, copy_of, holders, inside, is_array, is_holder, put_back
+from biofx.base.errors import ArgumentError
 from biofx.base.generators import is_generator, set_state, state_of
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
 from biofx.base.torch_internals import DERIVED, pytree
@@ -25,12 +27,38 @@ LOCK = threading.RLock()  # random number generators and torch.nn.Module, which 
 
 
 def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as arguments of a call: a tuple is positional, a dict by keyword, anything else is the first."""
+    """Example inputs as arguments of a call: a tuple is positional, a mapping by keyword, anything else the first."""
     if example_inputs is None:
         return (), {}
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
+    if isinstance(example_inputs, Mapping):  # such as the output of a tokenizer of transformers, which is no dict
+        return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def refuse_misfit(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], by: str = "") -> None:
+    """Raise if example inputs on which a model failed do not fit the signature of its forward.
+
+    Not before the model has run: a decorator or a hook may pass other arguments to forward than it gets. For the same
+    reason, the signature is that of the decorator, not of what it wraps.
+
+    Args:
+        model: the model.
+        args: the arguments by position.
+        kwargs: the arguments by keyword.
+        by: what begins the message.
+
+    Raises:
+        ArgumentError: they do not fit.
+    """
+    try:
+        signature = inspect.signature(model.forward, follow_wrapped=False)
+    except ValueError:  # none, as of TorchScript
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name = type(model).__name__
+        raise ArgumentError(f"{by}example_inputs do not fit {name}.forward{signature}: {error}") from error
 
 
 def run_in_mode(model: nn.Module, example_inputs: Any, *, training: bool = False) -> list[Tensor]:
@@ -53,7 +81,7 @@ def run_in_mode(model: nn.Module, example_inputs: Any, *, training: bool = False
 
 def is_function(example_inputs: Any) -> bool:
     """Whether example inputs are a function that runs the model."""
-    return callable(example_inputs) and not isinstance(example_inputs, Tensor | nn.Module | dict)
+    return callable(example_inputs) and not isinstance(example_inputs, Tensor | nn.Module | Mapping)
 
 
 def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -313,7 +341,7 @@ class Snapshot:
                 elif name in _OF_TENSORS_AND_MODULES and kind in _DICTIONARIES:
                     self._held.append((path, name, value, value.copy()))
                 elif is_holder(value):
-                    self._held += [(path, name, holder, holder.copy()) for holder in holders(value, self._seen)]
+                    self._held += [(path, name, holder, copy_of(holder)) for holder in holders(value, self._seen)]
 
     def restore(self) -> None:
         """Restore all attributes and contents."""
@@ -332,7 +360,7 @@ class Snapshot:
             if attribute in DERIVED:
                 continue
             if not isinstance(holder, dict):
-                if not _is_same(holder, content):
+                if not _is_same(copy_of(holder), content):
                     yield Change(path, attribute, False)
                 continue
             for key in dict.fromkeys(key for key in [*content, *holder] if key not in DERIVED):

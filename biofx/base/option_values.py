@@ -17,18 +17,23 @@ from biofx.base.errors import SavingError
 _HOMES = (F, torch)  # of functions whose own module is hidden, such as torch._C._nn
 
 
+def option_fields(options: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a dataclass that its constructor takes; it computes the others from them."""
+    return tuple(field for field in dataclasses.fields(options) if field.init)
+
+
 def written_options(options: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON, defaults included: another version may have others.
+    """The options of a dataclass as JSON, defaults included: another version may have others.
 
     Raises:
         SavingError: a value that is neither data nor the name of something that can be imported.
     """
-    return {field.name: _written(getattr(options, field.name), field.name) for field in dataclasses.fields(options)}
+    return {field.name: _written(getattr(options, field.name), field.name) for field in option_fields(options)}
 
 
 def described_options(options: Any, omitted: Collection[str]) -> dict[str, str]:
-    """The fields of a dataclass as texts, to compare with those of another. What has no name is its class."""
-    names = [field.name for field in dataclasses.fields(options) if field.name not in omitted]
+    """The options of a dataclass as texts, to compare with those of another. What has no name is its class."""
+    names = [field.name for field in option_fields(options) if field.name not in omitted]
     return {name: _described(getattr(options, name)) for name in names}
 
 

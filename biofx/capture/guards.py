@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.base.contents import contents_key, holders, inside, is_holder
+from biofx.base.contents import contents_key, copy_of, holders, inside, is_holder
 from biofx.base.errors import CaptureError
 from biofx.base.torch_internals import GLOBAL_HOOKS, HOOKS
 from biofx.capture.assignments import assign_attribute
@@ -292,7 +292,7 @@ class Guard:
         found = [*chain.from_iterable(holders(value, again) for value in attributes)]
         found += [module._modules for module in modules.values() if isinstance(module, nn.ModuleDict)]
         orders = [(each, [*each]) for each in found if isinstance(each, dict)]
-        self._held = _Held(held, [holder.copy() for holder in held], forwards, orders)
+        self._held = _Held(held, [copy_of(holder) for holder in held], forwards, orders)
         return None
 
     def _forwards_of_classes(self, bio: nn.Module) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from typing import Any
 from torch import nn
 
 from biofx.analysis.understanding import call
-from biofx.base.errors import ArgumentError
 from biofx.base.isolation import split_inputs
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.equivalence import Run, compared_submodules, disagreement, first_calls, forward_of
@@ -110,8 +109,8 @@ def _absent(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     signature = inspect.signature(type(model).forward)
     try:
         given = signature.bind_partial(model, *args, **kwargs).arguments
-    except TypeError as error:
-        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+    except TypeError:  # a decorator takes other arguments
+        return set()
     optional = {name for name, parameter in signature.parameters.items() if parameter.default is None}
     # A model that was captured before refuses these itself.
     refused = {child.argument for child in model.children() if isinstance(child, MustBeNone)}

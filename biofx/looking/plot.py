@@ -167,7 +167,8 @@ def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> A
         ax: where to draw. Default: a new figure.
 
     Raises:
-        ArgumentError: the model has no such weight, its axes are not known, or the model could not run.
+        ArgumentError: the model has no such weight, its axes are not known, it has values that are not finite, or the
+            model could not run.
 
     Example:
         >>> import biofx, torch
@@ -178,7 +179,7 @@ def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> A
     site = _site(model, name, "weights")
     if site.axes is None:
         raise ArgumentError(f"plot.weights: {name}: which of its axes run over units is not known")
-    columns = site.outgoing(_values(site.effective()))
+    columns = site.outgoing(_finite(_values(site.effective()), name, "weights"))
     exciting, total = columns.clamp(min=0).sum(1), columns.abs().sum(1)
     share = torch.where(total > 0, exciting / total, -1)  # silent units stand at the end
     order = torch.argsort(share, descending=True, stable=True)
@@ -362,7 +363,8 @@ def gains(bio: nn.Module, *, weights: str | Sequence[str] | None = None, ax: Axe
         ax: where to draw. Default: a new figure.
 
     Raises:
-        ArgumentError: `bio` was not made by `biofx.transform`, an unknown weight, or no weight has gains.
+        ArgumentError: `bio` was not made by `biofx.transform`, an unknown weight, no weight has gains, or one has gains
+            that are not finite.
 
     Example:
         >>> import biofx, torch
@@ -375,7 +377,10 @@ def gains(bio: nn.Module, *, weights: str | Sequence[str] | None = None, ax: Axe
     for name in [] if weights is None else weights:
         _check_known(name, sites, "gains", "the model")
     chosen = {name: site for name, site in sites.items() if weights is None or name in weights}
-    found = {name: _values(gain).flatten() for name, site in chosen.items() if (gain := site.factor) is not None}
+    factors = {name: site.factor for name, site in chosen.items()}
+    found = {
+        name: _finite(_values(x).flatten(), name, "gains", "gains") for name, x in factors.items() if x is not None
+    }
     found = {name: gain for name, gain in found.items() if gain.numel()}
     if not found:
         raise ArgumentError("plot.gains: no pass gave these weights gains; passes.FuzzyLearningRates does")
@@ -499,9 +504,9 @@ def _matrix(model: nn.Module | Units, name: str, figure: str) -> Tensor:
     return site.incoming(value)
 
 
-def _finite(value: Tensor, name: str, figure: str) -> Tensor:
+def _finite(value: Tensor, name: str, figure: str, what: str = "values") -> Tensor:
     if not bool(value.isfinite().all()):
-        raise ArgumentError(f"plot.{figure}: {name} has values that are not finite")
+        raise ArgumentError(f"plot.{figure}: {name} has {what} that are not finite")
     return value
 
 

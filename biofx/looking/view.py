@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from biofx.analysis.graphs import bound_to_graph
 from biofx.analysis.sites import find_weights
 from biofx.base.errors import ArgumentError
 from biofx.base.isolation import run_in_mode, split_inputs
@@ -135,7 +135,9 @@ def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
     carried = {n.name: n.meta["val"].shape for n in model.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
     found = {name: _size(shape) for name, shape in carried.items()}
     if example_inputs is not None:
-        arguments, interpreter = _bound(model, example_inputs), fx.Interpreter(model, garbage_collect_values=False)
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
+        arguments = bound_to_graph(model, args, kwargs, by="draw: ")
+        interpreter = fx.Interpreter(model, garbage_collect_values=False)
         inputs = model.graph.find_nodes(op="placeholder")
         values: dict[fx.Node, Any] = {node: arguments[str(node.target).lstrip("*")] for node in inputs}
         try:
@@ -144,17 +146,6 @@ def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
             raise ArgumentError(f"draw: the model fails on example_inputs: {error}") from error
         found |= {node.name: _size(value.shape) for node, value in values.items() if isinstance(value, Tensor)}
     return found
-
-
-def _bound(model: fx.GraphModule, example_inputs: Any) -> dict[str, Any]:
-    """The example inputs, copied, by the names of forward's parameters."""
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise ArgumentError(f"draw: example_inputs do not fit {type(model).__name__}.forward: {error}") from error
-    bound.apply_defaults()
-    return dict(bound.arguments)
 
 
 def _signs(model: fx.GraphModule) -> dict[str, tuple[int, ...]]:

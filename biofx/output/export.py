@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from biofx.base.errors import ArgumentError, ExportError
-from biofx.base.isolation import run_in_mode, split_inputs, tensors_in
+from biofx.base.isolation import refuse_misfit, run_in_mode, split_inputs, tensors_in
 from biofx.base.packages import require
 from biofx.base.precision import amplification, outputs_differ
 from biofx.base.torch_internals import pytree
@@ -105,11 +105,14 @@ def _safetensors(plain: nn.Module, path: Path) -> None:
 
 def _write_program(plain: nn.Module, path: Path, example_inputs: Any) -> None:
     """Write a program with as many dynamic axes as the exporter can follow, and check it on the example inputs."""
-    given = _in_order(plain, example_inputs)
+    args, kwargs = split_inputs(example_inputs)
     try:
         expected = run_in_mode(plain, example_inputs)
     except Exception as error:
+        refuse_misfit(plain, args, kwargs, by="export: ")
         raise ArgumentError(f"export: example_inputs do not fit {type(plain).__name__}.forward: {error}") from error
+    names = [*inspect.signature(plain.forward).parameters, *kwargs]
+    given = args, {name: kwargs[name] for name in names if name in kwargs}  # in the order of the signature
     for inputs, axes in _attempts(given):
         try:
             actual = PROGRAMS[path.suffix](_program(plain, *inputs, axes), path, given)
@@ -141,19 +144,6 @@ def _pt2(program: torch.export.ExportedProgram, path: Path, given: Inputs) -> li
     failed = _export_error("torch.export cannot run its program on the example inputs")
     with failed, torch.no_grad(), torch.random.fork_rng():
         return tensors_in(program.module()(*args, **kwargs))
-
-
-def _in_order(plain: nn.Module, example_inputs: Any) -> Inputs:
-    """Checked example inputs, with keyword arguments in the order of the signature."""
-    args, kwargs = split_inputs(example_inputs)
-    signature = inspect.signature(plain.forward)
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise ArgumentError(
-            f"export: example_inputs do not fit {type(plain).__name__}.forward{signature}: {error}"
-        ) from error
-    return args, {name: kwargs[name] for name in [*signature.parameters, *kwargs] if name in kwargs}
 
 
 def _program(

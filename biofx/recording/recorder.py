@@ -439,7 +439,7 @@ def record(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool 
     what they were. Recurrent layers and attention run operator by operator: their implementations in one piece are off.
 
     Args:
-        model: any module. Not a graph whose weights passes rewrote: see `record_graph`.
+        model: any module. Not a graph whose weights passes rewrote: see `biofx.analysis.graphs.as_recorded_graph`.
         run: calls the model, once or several times, with state carried from call to call.
         training: whether the model runs in training mode.
 

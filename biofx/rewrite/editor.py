@@ -294,7 +294,7 @@ class Editor:
         """Let an observer look at what every use of the weight multiplies it by: at its presynaptic units.
 
         Args:
-            operator: an observer, `torch.ops.biofx.<name>` (see `biofx.operators.observer`).
+            operator: an observer, `torch.ops.biofx.<name>` (see `biofx.model.operators.observer`).
             site: the weight, whose operator reads its units on one axis (`unmet(Need.INPUT)` is None).
             key: the name of the state that it adds to.
         """

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from biofx.base.errors import ArgumentError, PipelineError
+from biofx.base.option_values import option_fields
 from biofx.model.slots import Slot
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Pass:
         """The pass as a pipeline string, with the options that differ from their defaults."""
         options = [
             f"{field.name}={_write(value)}"
-            for field in dataclasses.fields(self)
+            for field in option_fields(self)
             if (value := getattr(self, field.name)) != field.default
         ]
         return self.name + (f"{{{','.join(options)}}}" if options else "")
@@ -281,7 +282,7 @@ def _known() -> str:
 
 
 def _build(pass_class: type[Pass], options: list[str]) -> Pass:
-    fields = {field.name: field for field in dataclasses.fields(pass_class) if field.init}
+    fields = {field.name: field for field in option_fields(pass_class)}
     values: dict[str, Any] = {}
     for option in options:
         key, equals, value = (part.strip() for part in option.partition("="))

@@ -76,21 +76,28 @@ class Finite:
 
 
 class _Found:
-    """The first thing on a device that was not finite."""
+    """The first thing on a device that was not finite.
+
+    The host may ask about a step after other steps in which other weights took part. So a thing keeps its place for
+    good; in a step in which it takes no part, a number that is finite stands there.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._places: list[str] = []
-        self._first = torch.full((), -1, device=device)  # its place in the list; -1 if there is none
+        self._places: dict[str, None] = {}  # in order
+        self._absent = torch.zeros((), device=device)
+        self._first = torch.full((), -1, device=device)  # its place; -1 if there is none
         is_asynchronous = device.type == "cuda" and torch.cuda.is_available()
         self._host = torch.full((), -1, device="cpu", pin_memory=is_asynchronous)
         self._arrived = torch.cuda.Event() if is_asynchronous else None
 
     def look(self, weights: Sequence[PlasticWeight]) -> Tensor:
         kinds = [("gradient", [w.gradient for w in weights]), ("weight", [w.raw.detach() for w in weights])]
-        self._places = [f"{weight.name}: its {what}" for what, _ in kinds for weight in weights]
+        names = [f"{weight.name}: its {what}" for what, _ in kinds for weight in weights]
         tensors = [x if x.numel() else x.new_zeros(1) for _, values in kinds for x in values]  # a shard may be empty
         norms = summed([*weights, *weights], [norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
-        is_finite = torch.isfinite(torch.stack(norms))
+        found = dict(zip(names, norms, strict=True))
+        self._places.update(dict.fromkeys(names))
+        is_finite = torch.isfinite(torch.stack([found.get(place, self._absent) for place in self._places]))
         now = torch.where(is_finite.all(), -1, is_finite.logical_not().int().argmax())
         self._first.copy_(torch.where(self._first < 0, now, self._first))
         if not is_captured():
@@ -109,7 +116,7 @@ class _Found:
             self._first.fill_(-1)
             self._host.fill_(-1)
             raise LifecycleError(
-                f"{self._places[place]} was not finite at an earlier step, so rules did not act at that step; {HELP}"
+                f"{[*self._places][place]} was not finite at an earlier step, so rules did not act at that step; {HELP}"
             )
 
 

@@ -89,7 +89,8 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`; the optimizer holds no weight of it, or runs no hooks;
             an option out of its range; or weights are sharded.
-        LifecycleError: at a step that a CUDA graph captures, as its replays run no hooks.
+        LifecycleError: at a step that a CUDA graph captures, as its replays run no hooks; or at a step that is
+            recorded, if a weight was replaced or removed.
 
     Example:
         >>> import biofx, torch
@@ -149,6 +150,7 @@ class History(Reported):
         self.steps = 0
         self._limit = limit
         self._sites = dict(sites)
+        self._raw = {name: site.raw for name, site in sites.items()}
         self._optimizer = optimizer
         self._records: list[_Record] = []
         self._samples: dict[Any, Tensor | None] = {}
@@ -230,11 +232,23 @@ class History(Reported):
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if is_captured():
             raise LifecycleError("record: a replayed CUDA graph runs no hooks; stop() the recording before the capture")
+        is_recorded = (self.steps + 1) % self.every == 0
+        if is_recorded:
+            self._check_unchanged()
         self._has_begun = True
-        if (self.steps + 1) % self.every == 0:
+        if is_recorded:
             # Behind the hooks of an optimizer that was attached since: these project the weights.
             self._hooks.pop().remove()
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _check_unchanged(self) -> None:
+        """Refuse a step after which a weight would be recorded that the optimizer does not train."""
+        for name, site in self._sites.items():
+            if site.is_gone or site.raw is not self._raw[name]:
+                raise LifecycleError(
+                    f"record: {name} was {'removed' if site.is_gone else 'replaced'} since the recording began; stop() "
+                    "it, build the optimizer again, and record again"
+                )
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A step may run the hooks of a base class's step first; that of the class then ends without a beginning.

@@ -193,6 +193,13 @@ def test_l1_is_the_sum_of_effective_magnitudes():
     torch.testing.assert_close(bio.get_parameter("head.weight").grad, (model.head.weight.sign() / 3).expand(3, -1, -1))
 
 
+def test_l1_of_no_weight_at_all_is_refused():
+    bio = biofx.transform(nn.Linear(2, 2), SPLIT)
+    bio.weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(biofx.ArgumentError, match="l1: all weights were replaced or removed.*; transform the model"):
+        biofx.l1(bio)
+
+
 @pytest.mark.parametrize("function", [biofx.weight_sites, biofx.l1, biofx.summary, biofx.verify, biofx.fold])
 def test_a_plain_model_is_refused(function):
     with pytest.raises(

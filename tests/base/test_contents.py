@@ -3,6 +3,7 @@
 import copy
 import pickle
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -17,9 +18,21 @@ class Settings:
         vars(self).update(values)
 
 
+class Pair(NamedTuple):
+    one: list
+    two: frozenset
+
+
 def nested():
     return Settings(
-        a=1, b=[1, {"x": SimpleNamespace(y=2.0)}], c=({3},), d=torch.ones(2), e=nn.Linear(1, 1), f=len, h=numpy.ones(3)
+        a=1,
+        b=[1, {"x": SimpleNamespace(y=2.0)}],
+        c=({3},),
+        d=torch.ones(2),
+        e=nn.Linear(1, 1),
+        f=len,
+        h=numpy.ones(3),
+        k=Pair([1], frozenset({2})),
     )
 
 
@@ -30,6 +43,7 @@ CHANGES = [
     lambda v: v.c[0].add(4),
     lambda v: setattr(v, "g", None),
     lambda v: v.h.__setitem__(1, 5.0),
+    lambda v: v.k.one.append(2),
 ]
 
 

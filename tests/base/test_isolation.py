@@ -2,6 +2,7 @@
 
 import collections
 import random
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -213,6 +214,45 @@ def test_tensors_that_are_no_buffers_and_generators_are_restored():
     assert torch.equal(model(torch.ones(2)), first)
 
 
+class State(NamedTuple):
+    h: torch.Tensor
+    generator: torch.Generator
+
+
+class Log(list):
+    """A list that copies itself otherwise."""
+
+    def copy(self):
+        return self
+
+
+class Cache(dict):
+    """A dictionary that has attributes."""
+
+
+HOLD = {
+    "list": list,
+    "tuple": tuple,
+    "frozen set": frozenset,
+    "named tuple": lambda parts: State(*parts),
+    "list in a tuple": lambda parts: ([[*parts]],),
+    "subclass of list": Log,
+    "subclass of dict": lambda parts: Cache(enumerate(parts)),
+    "UserList": collections.UserList,
+    "UserDict": lambda parts: collections.UserDict(enumerate(parts)),
+}
+
+
+@pytest.mark.parametrize("hold", HOLD.values(), ids=HOLD)
+def test_what_any_container_holds_is_restored(hold):
+    model, trace, generator = nn.Module(), torch.zeros(2), torch.Generator()
+    model.state, before = hold([trace, generator]), generator.get_state()
+    with unchanged(model):
+        trace += torch.rand(2, generator=generator)
+    assert not trace.any()
+    assert torch.equal(generator.get_state(), before)
+
+
 class Counter:
     def __init__(self):
         self.number, self.log = 0, []
@@ -225,6 +265,7 @@ class Holding(nn.Module):
         self.layer, self.number, self.name, self.none = nn.Linear(2, 2), 1, "a", None
         self.seen, self.by_name, self.nested, self.kinds = [1], {"a": 1}, {"a": [{"b": 1}]}, {1}
         self.counter, self.pair, self.queue = Counter(), (1, torch.ones(1)), collections.deque([1], 2)
+        self.log, self.cache, self.cache_too = Log([1]), Cache(a=1), Cache(a=1)
 
 
 CHANGES = {
@@ -238,6 +279,9 @@ CHANGES = {
     "nested": lambda m: m.nested["a"][0].clear(),
     "kinds": lambda m: m.kinds.add(2),
     "queue": lambda m: m.queue.append(2),
+    "log": lambda m: m.log.append(1),
+    "cache": lambda m: m.cache.update(a=2),
+    "cache_too": lambda m: setattr(m.cache_too, "size", 2),
     "counter": lambda m: setattr(m.counter, "number", 1),
     "mean": lambda m: setattr(m, "mean", m.mean + 1),
     "layer": lambda m: setattr(m, "layer", nn.Linear(2, 2)),
@@ -282,6 +326,7 @@ def test_what_reads_the_same_afterwards_is_no_change(change):
         ((1, 2), ((1, 2), {})),
         ([1, 2], ((1, 2), {})),
         ({"x": 1}, ((), {"x": 1})),
+        (collections.UserDict(x=1), ((), {"x": 1})),
         (({"x": 1},), (({"x": 1},), {})),
     ],
     ids=str,

@@ -173,6 +173,23 @@ def test_an_unknown_weight_names_those_that_exist(ax, figure):
             figure(model, "1.weight", ax=ax)
 
 
+@pytest.mark.parametrize("figure", [plot.weights, plot.eigenvalues, plot.singular_values])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(ax, figure, value):
+    model = mlp(3, 3, 3)
+    model[2].weight.data[1, 0] = value
+    for each in (model, biofx.units(model, torch.randn(2, 3))):
+        with pytest.raises(biofx.ArgumentError, match=r"2\.weight has values that are not finite"):
+            figure(each, "2.weight", ax=ax)
+
+
+def test_gains_that_are_not_finite_are_refused(ax):
+    bio = biofx.transform(mlp(3, 3, 3), "fuzzy-learning-rates")
+    biofx.weight_sites(bio)["2.weight"].state("gain")[0, 1] = float("inf")
+    with pytest.raises(biofx.ArgumentError, match=r"plot.gains: 2\.weight has gains that are not finite"):
+        plot.gains(bio, ax=ax)
+
+
 def test_eigenvalues_are_those_of_the_matrix(ax):
     rnn = nn.RNN(2, 3)
     rnn.weight_hh_l0.data.copy_(torch.tensor([[0.0, -2, 0], [2, 0, 0], [0, 0, 0.5]]))

@@ -142,6 +142,34 @@ def test_it_is_told_as_soon_as_the_host_knows(ask):
     attachment.check()  # said once
 
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleDict({name: nn.Linear(6, 4) for name in "abc"})
+
+    def forward(self, x, names="abc"):
+        return sum(self.branches[name](x) for name in names)
+
+
+@pytest.mark.usefixtures("without_waiting")
+@pytest.mark.parametrize("taking_part", [["ab", "a"], ["abc", "a"], ["c", "abc", "ac"], ["ab", "cab", "c"]], ids=str)
+def test_the_weight_told_is_that_of_the_step(taking_part, monkeypatch):
+    x = torch.randn(5, 6)
+    bio = biofx.transform(Branches(), "crystallize", example_inputs=(x,), frontend="module")
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    attachment = biofx.attach(bio, optimizer)
+    # The host asks after the last step, as if no answer had arrived before.
+    monkeypatch.setattr(attachment.finite, "refuse_if_known", lambda: None)
+    for names in taking_part:
+        optimizer.zero_grad()
+        bio(x, names).sum().backward()
+        if "b" in names:
+            bio.branches["b"].weight_synapses.weight.grad[0, 0] = float("nan")
+        optimizer.step()
+    with pytest.raises(LifecycleError, match=r"^branches\.b\.weight: its gradient was not finite"):
+        attachment.check()
+
+
 @pytest.mark.usefixtures("without_waiting")
 def test_an_error_on_the_way_out_is_not_hidden():
     *_, attachment, _ = trained(RULES, broken={2: "nan"})

@@ -1,5 +1,6 @@
 """History: what `biofx.record` notes at the steps of an optimizer."""
 
+import copy
 import json
 
 import pytest
@@ -230,6 +231,32 @@ def test_a_step_that_fails_does_not_count():
         optimizer.step()
     train(bio, optimizer, 2)
     assert steps_of(history) == [0, 1, 2]
+
+
+REPLACED = {
+    "module": (lambda bio: bio.__setitem__(2, nn.Linear(3, 2)), "replaced"),
+    "weight": (lambda bio: setattr(bio[2], "weight", nn.Parameter(torch.ones(2, 3))), "replaced"),
+    "state": (lambda bio: bio.load_state_dict(copy.deepcopy(bio.state_dict()), assign=True), "replaced"),
+    "removal": (lambda bio: bio.__setitem__(2, nn.Identity()), "removed"),
+}
+
+
+@pytest.mark.parametrize(("change", "what"), REPLACED.values(), ids=REPLACED)
+@pytest.mark.parametrize("exclude", [(), "2.*"])
+def test_a_weight_that_is_another_now_is_refused(change, what, exclude):
+    bio = biofx.transform(mlp(4, 3, 2), NEUTRAL, exclude=exclude)
+    optimizer = sgd(bio)
+    history = biofx.record(bio, optimizer, every=2)
+    bio(torch.randn(5, 4)).sum().backward()
+    change(bio)
+    optimizer.step()  # it is not recorded
+    before = copy.deepcopy([group["params"] for group in optimizer.param_groups])
+    with pytest.raises(biofx.LifecycleError, match=f"^record: .* was {what} since the recording began; stop"):
+        optimizer.step()
+    torch.testing.assert_close([group["params"] for group in optimizer.param_groups], before, rtol=0, atol=0)
+    history.stop()
+    optimizer.step()
+    assert steps_of(history) == [0, 0]
 
 
 def test_a_step_that_a_cuda_graph_captures_is_refused(monkeypatch):

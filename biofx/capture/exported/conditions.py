@@ -179,9 +179,10 @@ class CheckInputs(HelperModule):
         in_evaluation: the conditions on their shapes in evaluation mode.
         dtype: the dtype of the model when it was captured.
         is_named: whether the graph contains that dtype as a constant.
+        like: an empty buffer, whose dtype follows conversions of the model; None if the model has no such dtype.
     """
 
-    like: Tensor | None  # a buffer, so its dtype follows conversions of the model
+    like: Tensor | None
 
     _is_impure = True  # `fx.Graph.eliminate_dead_code` keeps it, although its result is unused
 

@@ -130,8 +130,11 @@ def _bind(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
     signature = inspect.signature(model.forward)
     try:
         return signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+    except TypeError as error:  # but the model runs on them, so a decorator or a hook passes others
+        raise CaptureError(
+            f"{type(model).__name__} cannot be exported: example_inputs do not fit its forward{signature}, which does "
+            f"not get them as they are ({error}); {INSTEAD}"
+        ) from error
 
 
 def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training: bool) -> Program:
