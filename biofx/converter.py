@@ -268,7 +268,6 @@ class Converted(CapturedModule):
     def _at_step(self, by: str, *, needs_gradients: bool = False) -> None:
         self.calls[by] += 1
         pass_ = next(run.pass_ for run in record_of(self).passes if run.pass_.name == by)
-        assert isinstance(pass_, Pass)
         if pass_.acts_at_step:
             weights = self._weights(by, with_gradients=needs_gradients)
             pass_.at_step(weights)
