@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -401,10 +400,10 @@ def conditions_of(export: Export) -> list[Condition]:
     for leaf, node in enumerate(export.inputs):
         for axis, length in enumerate(node.meta["val"].shape):
             if isinstance(length, int):
-                result.append(has_length(leaf, axis, operator.eq, length))
+                result.append(has_length(leaf, axis, "==", length))
                 continue
             allowed = program.range_constraints.get(length.node.expr)
-            for relation, bound in ((operator.ge, allowed.lower), (operator.le, allowed.upper)) if allowed else ():
+            for relation, bound in ((">=", allowed.lower), ("<=", allowed.upper)) if allowed else ():
                 if bound.is_Integer and bound > 0:
                     result.append(has_length(leaf, axis, relation, int(bound)))
-    return without_duplicates([*result, *(parsed(guard, "leaves") for guard in guards_of(program))])
+    return without_duplicates([*result, *(parsed(guard) for guard in guards_of(program))])
