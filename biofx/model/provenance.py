@@ -159,14 +159,19 @@ class Record:
         return ",".join(str(run.pass_) for run in self.passes)
 
 
-def unwrapped(model: nn.Module) -> fx.GraphModule:
-    """Return a transformed model without wrappers; its weights may have been replaced."""
-    bio = model
-    while isinstance(bio, nn.Module) and not is_transformed(bio):
-        wrapped = "_orig_mod" if "_orig_mod" in bio._modules else "module" if isinstance(bio, WRAPPERS) else None
+def without_wrappers(model: Any) -> Any:
+    """Return what is in `torch.compile`, a data-parallel wrapper or an average; a model without them is returned."""
+    while isinstance(model, nn.Module) and not is_transformed(model):
+        wrapped = "_orig_mod" if "_orig_mod" in model._modules else "module" if isinstance(model, WRAPPERS) else None
         if wrapped is None:
             break
-        bio = bio.get_submodule(wrapped)
+        model = model.get_submodule(wrapped)
+    return model
+
+
+def unwrapped(model: nn.Module) -> fx.GraphModule:
+    """Return a transformed model without wrappers; its weights may have been replaced."""
+    bio = without_wrappers(model)
     record_of(bio)
     assert isinstance(bio, fx.GraphModule)
     return bio
