@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import random
-import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.contents import ATOMS, holders, inside, is_array, is_holder, put_back
-from biofx.base.generators import is_generator, set_state, state_of
+from biofx.base.generators import global_states, is_generator, set_state, state_of
 from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
 from biofx.base.torch_internals import DERIVED, pytree
 
@@ -235,42 +232,17 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
         changeable = [*_changeable(model)]
         tensors = [SavedTensor.now(x) for _, _, x in changeable if isinstance(x, Tensor)]
         generators = [(path, name, x, state_of(x)) for path, name, x in changeable if is_generator(x)]
-        before, draws = Snapshot(model, generators), Draws.now()
+        before, states = Snapshot(model, generators), global_states()
         with torch.random.fork_rng(devices=[]):
             try:
                 yield before
             finally:
-                draws.restore()
                 before.restore()
                 with torch.no_grad():
                     for tensor in tensors:
                         tensor.restore()
-                for _, _, generator, state in generators:
+                for generator, state in [*states, *((x, state) for _, _, x, state in generators)]:
                     set_state(generator, state)
-
-
-class Draws(NamedTuple):
-    """The states of the global random number generators of Python and, if it is imported, of NumPy."""
-
-    python: Any
-    numpy: bytes | None
-
-    @classmethod
-    def now(cls) -> Draws:
-        """The present states."""
-        if "numpy" not in sys.modules:
-            return cls(random.getstate(), None)
-        from numpy import random as numpy  # importing NumPy does not import it
-
-        return cls(random.getstate(), pickle.dumps(numpy.get_state(legacy=False)))
-
-    def restore(self) -> None:
-        """Set the generators to these states."""
-        random.setstate(self.python)
-        if self.numpy is not None:
-            from numpy import random as numpy
-
-            numpy.set_state(pickle.loads(self.numpy))
 
 
 class Change(NamedTuple):

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from biofx.base.errors import CaptureError
-from biofx.base.isolation import Draws, Snapshot, parameters_kept
+from biofx.base.generators import global_states
+from biofx.base.isolation import Snapshot, parameters_kept
 from biofx.base.torch_internals import CheckpointFunction, any_batch_size, fast_export, guards_of
 from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, parsed, without_duplicates
 from biofx.capture.exported.structure import Structure, build, describe
@@ -109,7 +110,7 @@ class _OnTensors(nn.Module):
         held, outside = Snapshot(self.model), OutsideVariables(dict(self.model.named_modules()))
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
-        drawn = Draws.now()
+        drawn = global_states()
 
         def note(name: str, question: Any) -> None:
             if question == IS_FROZEN:  # the answer would be a constant, and may change later
@@ -124,7 +125,7 @@ class _OnTensors(nn.Module):
         for path, name, _ in held.changes():
             if (path, name) not in computed and f"{path}.{name}".lstrip(".") not in before:
                 monitor.note_side_effect(path, f"changes the attribute {name}")
-        if Draws.now() != drawn:
+        if global_states() != drawn:
             monitor.note_side_effect("", "draws random numbers from Python or NumPy")
         outside.restore()
         after = dict(self.model.named_buffers())
