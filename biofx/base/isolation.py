@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from biofx.base.contents import ATOMS, holders, inside, is_array, is_holder, put_back
 from biofx.base.generators import global_states, is_generator, set_state, state_of
-from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
+from biofx.base.lazy_copies import is_plain, is_untouched, lazy_copy, settle
 from biofx.base.torch_internals import DERIVED, pytree
 
 LOCK = threading.RLock()  # random number generators and torch.nn.Module, which tracing patches, are global
@@ -195,23 +195,17 @@ class SavedTensor:
     def restore(self) -> None:
         """Restore the tensor, and release the copy."""
         assert self.value is not None
-        if self._is_plain and self._is_other():
+        if is_plain(self.memory) and self._is_other():
             self.tensor.data = self.memory
             self.tensor.data.copy_(self.value)  # through `data`: the version counts the undone write already
-        elif not self._is_plain and self.tensor._version != self.version:
+        elif not is_plain(self.memory) and self.tensor._version != self.version:
             self.tensor.copy_(self.value)
         self.value = None
         settle(self.tensor)
 
     def is_changed(self) -> bool:
         """Whether the tensor was written to, or its tensor replaced."""
-        return self.tensor._version != self.version or (self._is_plain and self._is_other())
-
-    @property
-    def _is_plain(self) -> bool:
-        memory = self.memory
-        is_tensor = type(memory) is Tensor and memory.layout is torch.strided
-        return is_tensor and not (memory.is_meta or memory.is_nested or memory.is_quantized)
+        return self.tensor._version != self.version or (is_plain(self.memory) and self._is_other())
 
     def _is_other(self) -> bool:
         """Whether memory or values differ; a write through `data` does not raise the version."""
