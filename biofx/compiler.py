@@ -178,7 +178,7 @@ def build(
         _check_weights(bio, excluded)
         outputs = pipeline.run(
             bio,
-            request.passes,  # type: ignore[arg-type]  # the record knows less of passes
+            request.passes,
             excluded,
             request.seed,
             understood,

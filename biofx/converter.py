@@ -14,11 +14,12 @@ from biofx.analysis.sites import l1, weight_sites
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.capture.captured_module import CapturedModule
 from biofx.compiler import transform
+from biofx.model.operators import is_hook
 from biofx.model.owners import set_class
 from biofx.model.provenance import record_of
 from biofx.rewrite.registry import Pass, registered_passes
 from biofx.signs.scales import project_scales
-from biofx.training.plastic_weight import PlasticWeight, scale_learning
+from biofx.training.plastic_weight import PlasticWeight
 from biofx.training.sleeping import use_no_hooks
 
 
@@ -262,13 +263,14 @@ class Converted(CapturedModule):
     @torch.no_grad()
     def _scale_gradients(self, by: str) -> None:
         for weight in self._weights(by, with_gradients=True):
-            weight.gradient.copy_(scale_learning(weight.site.known_synapses, weight.gradient, weight.raw, by=by))
+            synapses = weight.site.known_synapses
+            hooks = [link for link in synapses.links if by in link.origin.passes and is_hook(link.target)]
+            weight.gradient.copy_(synapses.scaled(weight.gradient, weight.raw, reversed(hooks)))
 
     @torch.no_grad()
     def _at_step(self, by: str, *, needs_gradients: bool = False) -> None:
         self.calls[by] += 1
         pass_ = next(run.pass_ for run in record_of(self).passes if run.pass_.name == by)
-        assert isinstance(pass_, Pass)
         if pass_.acts_at_step:
             weights = self._weights(by, with_gradients=needs_gradients)
             pass_.at_step(weights)

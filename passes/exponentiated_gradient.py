@@ -102,7 +102,7 @@ class ExponentiatedGradient(Pass):
             edit.leave('its constraint "softplus" does not store magnitudes; use "project" or "abs"')
             return
         for run in record_of(site.bio).passes:
-            if isinstance(run.pass_, Pass) and run.pass_.sets_zeros and site.name in run.weights:
+            if run.pass_.sets_zeros and site.name in run.weights:
                 edit.leave(f"{run.pass_.name} sets some of its synapses to 0, which could never grow under this rule")
                 return
         zeros = site.raw.numel() - int(site.raw.count_nonzero())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ from biofx.model.chain import chain, parameter_nodes
 from biofx.model.changes import transformed
 from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.model.islands import describe_island, island_path
-from biofx.model.operators import apply_rule, counter_of, is_hook
+from biofx.model.operators import counter_of, is_hook
 from biofx.model.provenance import inserted, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import Link, Synapses, is_parameter, stored, synapses_of
@@ -173,11 +173,7 @@ class WeightSite:
         stored_gain = self.state("gain")
         if stored_gain is not None:
             return decoded(stored_gain)
-        for link in self.links:
-            if link.target is torch.ops.biofx.drawn_grad:
-                arguments = self.known_synapses.arguments(link)
-                return apply_rule(link.target, torch.ones_like(self.raw), self.raw, *arguments)
-        return None
+        return self._product([link for link in self.links if link.target is torch.ops.biofx.drawn_grad][:1])
 
     @property
     def factor(self) -> Tensor | None:
@@ -185,7 +181,7 @@ class WeightSite:
 
         Noise of every step is left out. None if no pass has a hook.
         """
-        return self._product(link for link in self._hooks if not self._is_noisy(link))
+        return self._product([link for link in self._hooks if not self._is_noisy(link)])
 
     @property
     def noisy_factor(self) -> Tensor | None:
@@ -202,12 +198,9 @@ class WeightSite:
         arguments = self.known_synapses.arguments(link)
         return link.target is not torch.ops.biofx.drawn_grad and counter_of(link.target, arguments)[0] is not None
 
-    def _product(self, hooks: Iterable[Link]) -> Tensor | None:
-        result = None
-        for link in hooks:
-            ones = torch.ones_like(self.raw) if result is None else result
-            result = apply_rule(link.target, ones, self.raw.detach(), *self.known_synapses.arguments(link))
-        return result
+    def _product(self, hooks: list[Link]) -> Tensor | None:
+        raw = self.raw.detach()
+        return self.known_synapses.scaled(torch.ones_like(raw), raw, hooks) if hooks else None
 
     @property
     def sign(self) -> Tensor | None:

@@ -266,9 +266,7 @@ def _facts(name: str, forms: Forms, reads: list[Read], readings: Readings, flow:
     depth, is_output = flow.depth.get(name, 0.0), name in flow.outputs
     if not reads:
         reason, operation = forms.mixed[name]
-        return WeightFacts(
-            shown(operation), 1, None, {Need.AXES: reason}, False, 1, None, depth, is_output, operation.located
-        )
+        return WeightFacts(shown(operation), 1, None, {Need.AXES: reason}, False, 1, None, depth, is_output)
     mixed = forms.mixed.get(name)
     orientation, reading = readings.judged(name), readings.of(name)
     axes = orientation.axes if not mixed and not _differ(readings, name) else None
@@ -287,7 +285,6 @@ def _facts(name: str, forms: Forms, reads: list[Read], readings: Readings, flow:
         padding=paddings.pop() if len(paddings) == 1 and len(reads) == 1 else None,
         depth=depth,
         is_output=is_output,
-        place=reads[0].operation.located,
     )
 
 

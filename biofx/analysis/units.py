@@ -17,7 +17,7 @@ from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
 from biofx.base.tables import Cell, Report, Reported, Table, wrapped
 from biofx.model.changes import transformed
-from biofx.model.provenance import is_transformed, unwrapped
+from biofx.model.provenance import is_transformed, without_wrappers
 from biofx.weights.facts import NOT_RUN, Need
 
 __all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]
@@ -270,22 +270,13 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
         0.weight  conv2d      1            1: input input       any sign (input input)
         4.weight  linear      36           4 × 9: 0.weight      ≥ 0
     """
-    wrapped = _as_transformed(model)
-    if wrapped is None:
+    bio = transformed(model) if is_transformed(without_wrappers(model)) else None
+    if bio is None:
         check_module(model)
-    understood = understand(model if wrapped is None else wrapped, example_inputs)
+    understood = understand(model if bio is None else bio, example_inputs)
     if understood is None:
         raise ArgumentError(f"{type(model).__name__}: {NOT_RUN}")
-    if wrapped is not None:
-        return Units.of(understood, find_weights(wrapped).sites)
+    if bio is not None:
+        return Units.of(understood, find_weights(bio).sites)
     sites = {name: WeightSite(model, name, facts) for name, facts in understood.weights.items()}
     return Units.of(understood, sites)
-
-
-def _as_transformed(model: Any) -> Any:
-    """The transformed model in a wrapper, or None if it is another model."""
-    try:
-        bare = unwrapped(model)
-    except ArgumentError:
-        return None
-    return transformed(bare) if is_transformed(bare) else None

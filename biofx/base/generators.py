@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import sys
 from typing import Any
 
 import torch
@@ -37,3 +38,13 @@ def set_state(generator: Any, state: Any) -> None:
         generator.set_state(pickle.loads(state))
     else:
         generator.bit_generator.state = pickle.loads(state)
+
+
+def global_states() -> list[tuple[Any, Any]]:
+    """The generators that functions of Python and, if it is imported, of NumPy draw from, each with its state."""
+    functions: list[Any] = [random.getstate]  # a method of the generator
+    if "numpy" in sys.modules:
+        from numpy import random as numpy  # importing NumPy does not import it
+
+        functions.append(numpy.get_state)
+    return [(function.__self__, state_of(function.__self__)) for function in functions]

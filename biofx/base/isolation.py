@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import pickle
-import random
-import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,8 +16,8 @@ from torch import Tensor, nn
 
 from biofx.base.contents import ATOMS, copy_of, holders, inside, is_array, is_holder, put_back
 from biofx.base.errors import ArgumentError
-from biofx.base.generators import is_generator, set_state, state_of
-from biofx.base.lazy_copies import is_untouched, lazy_copy, settle
+from biofx.base.generators import global_states, is_generator, set_state, state_of
+from biofx.base.lazy_copies import is_plain, is_untouched, lazy_copy, settle
 from biofx.base.torch_internals import DERIVED, pytree
 
 LOCK = threading.RLock()  # random number generators and torch.nn.Module, which tracing patches, are global
@@ -226,23 +223,17 @@ class SavedTensor:
     def restore(self) -> None:
         """Restore the tensor, and release the copy."""
         assert self.value is not None
-        if self._is_plain and self._is_other():
+        if is_plain(self.memory) and self._is_other():
             self.tensor.data = self.memory
             self.tensor.data.copy_(self.value)  # through `data`: the version counts the undone write already
-        elif not self._is_plain and self.tensor._version != self.version:
+        elif not is_plain(self.memory) and self.tensor._version != self.version:
             self.tensor.copy_(self.value)
         self.value = None
         settle(self.tensor)
 
     def is_changed(self) -> bool:
         """Whether the tensor was written to, or its tensor replaced."""
-        return self.tensor._version != self.version or (self._is_plain and self._is_other())
-
-    @property
-    def _is_plain(self) -> bool:
-        memory = self.memory
-        is_tensor = type(memory) is Tensor and memory.layout is torch.strided
-        return is_tensor and not (memory.is_meta or memory.is_nested or memory.is_quantized)
+        return self.tensor._version != self.version or (is_plain(self.memory) and self._is_other())
 
     def _is_other(self) -> bool:
         """Whether memory or values differ; a write through `data` does not raise the version."""
@@ -263,42 +254,17 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
         changeable = [*_changeable(model)]
         tensors = [SavedTensor.now(x) for _, _, x in changeable if isinstance(x, Tensor)]
         generators = [(path, name, x, state_of(x)) for path, name, x in changeable if is_generator(x)]
-        before, draws = Snapshot(model, generators), Draws.now()
+        before, states = Snapshot(model, generators), global_states()
         with torch.random.fork_rng(devices=[]):
             try:
                 yield before
             finally:
-                draws.restore()
                 before.restore()
                 with torch.no_grad():
                     for tensor in tensors:
                         tensor.restore()
-                for _, _, generator, state in generators:
+                for generator, state in [*states, *((x, state) for _, _, x, state in generators)]:
                     set_state(generator, state)
-
-
-class Draws(NamedTuple):
-    """The states of the global random number generators of Python and, if it is imported, of NumPy."""
-
-    python: Any
-    numpy: bytes | None
-
-    @classmethod
-    def now(cls) -> Draws:
-        """The present states."""
-        if "numpy" not in sys.modules:
-            return cls(random.getstate(), None)
-        from numpy import random as numpy  # importing NumPy does not import it
-
-        return cls(random.getstate(), pickle.dumps(numpy.get_state(legacy=False)))
-
-    def restore(self) -> None:
-        """Set the generators to these states."""
-        random.setstate(self.python)
-        if self.numpy is not None:
-            from numpy import random as numpy
-
-            numpy.set_state(pickle.loads(self.numpy))
 
 
 class Change(NamedTuple):

@@ -28,7 +28,7 @@ def lazy_copy(tensor: Tensor) -> Tensor:
 
 def is_untouched(tensor: Tensor) -> bool:
     """Whether a tensor has certainly not been written to since it was copied lazily."""
-    return _is_plain(tensor) and is_copy_on_write(tensor)
+    return is_plain(tensor) and is_copy_on_write(tensor)
 
 
 def settle(tensor: Tensor) -> None:
@@ -39,10 +39,10 @@ def settle(tensor: Tensor) -> None:
 
 def _is_alone(tensor: Tensor) -> bool:
     """Whether a tensor is known to be the only one on its memory."""
-    return _is_plain(tensor) and uses_of_memory(tensor) == uses_of_memory(torch.empty(0))
+    return is_plain(tensor) and uses_of_memory(tensor) == uses_of_memory(torch.empty(0))
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether it is a strided `torch.Tensor` with values, not a subclass."""
     if type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
         return False

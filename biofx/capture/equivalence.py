@@ -263,30 +263,20 @@ def forward_of(model: nn.Module, trace: Trace) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(model, *args, **kwargs)
         bound.apply_defaults()
-        return _run(model, trace.graph, own, bound.arguments, returns)
+        values: dict[fx.Node, Any] = {}
+        for node in trace.graph.nodes:
+            values[node] = _value(model, node, own, bound.arguments, values)
+            for path, what in returns.get(node, ()):
+                module = model.get_submodule(path)
+                for hook in tuple(module._forward_hooks.values()):
+                    hook(module, (), fx.map_arg(what, values.__getitem__))
+        return values[node]
 
     returns = _returns(trace)
     constants = {name: x.clone() if isinstance(x, Tensor) else x for name, x in trace.constants.items()}
     # The model does not have these attributes yet; it gets them when the graph turns out to be right.
     own: Mapping[str, Any] = {**constants, **trace.tracer.refusals, WHOLE_MODEL: model}
     return forward
-
-
-def _run(
-    model: nn.Module,
-    graph: fx.Graph,
-    own: Mapping[str, Any],
-    given: Mapping[str, Any],
-    returns: Mapping[fx.Node, list[tuple[str, Any]]],
-) -> Any:
-    values: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        values[node] = _value(model, node, own, given, values)
-        for path, what in returns.get(node, ()):
-            module = model.get_submodule(path)
-            for hook in tuple(module._forward_hooks.values()):
-                hook(module, (), fx.map_arg(what, values.__getitem__))
-    return values[node]
 
 
 def _value(

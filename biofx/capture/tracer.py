@@ -17,7 +17,8 @@ from torch.fx.graph import CodeGen
 
 from biofx.base.contents import is_array
 from biofx.base.errors import InputError
-from biofx.base.isolation import LOCK, Draws
+from biofx.base.generators import global_states, set_state, state_of
+from biofx.base.isolation import LOCK
 from biofx.base.torch_internals import (
     HOOKS,
     OpOverload,
@@ -192,7 +193,6 @@ class Tracer(fx.Tracer):
             self.root = root
             self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
             self._gradients, self._random = _gradient_mode(), _random_state()
-            self._states = torch.get_rng_state(), Draws.now()
             with _RefuseValues(self), _recorded_operators(self), _recorded_parameters(self):
                 self.runs_forward = True
                 try:
@@ -285,8 +285,8 @@ class Tracer(fx.Tracer):
         if not any(inner.startswith(f"{path}.") for inner in self.failures):  # it may have failed only because they did
             self.failures[path] = self.islands[path]
         torch.set_grad_enabled(self._gradients[0])
-        torch.set_rng_state(self._states[0])
-        self._states[1].restore()
+        for generator, state in self._random:
+            set_state(generator, state)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the proxy of a node."""
@@ -448,9 +448,9 @@ def _gradient_mode() -> tuple[bool, bool]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
-def _random_state() -> tuple[Any, Any]:
+def _random_state() -> list[tuple[Any, Any]]:
     with without_dispatch_modes():  # it is called for every module, and is no computation of the model
-        return torch.get_rng_state().numpy().tobytes(), Draws.now()
+        return [(torch.default_generator, state_of(torch.default_generator)), *global_states()]
 
 
 def merge_reads(graph: fx.Graph) -> None:

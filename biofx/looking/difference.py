@@ -20,7 +20,7 @@ from biofx.looking.inspection import written_arguments
 from biofx.looking.roles import Role
 from biofx.looking.view import CHANGES, Box, View, view_of
 from biofx.model.chain import attribute, callee, original_name
-from biofx.model.provenance import inserted, unwrapped
+from biofx.model.provenance import inserted, is_transformed, unwrapped, without_wrappers
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,10 @@ def diff(before: nn.Module, after: nn.Module) -> Difference:
 
 
 def _graph(model: Any, which: str) -> fx.GraphModule:
-    try:
+    if is_transformed(without_wrappers(model)):
         return unwrapped(model)
-    except ArgumentError:
-        if isinstance(model, fx.GraphModule):
-            return model
+    if isinstance(model, fx.GraphModule):
+        return model
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"diff: {which} must be a torch.nn.Module, got an instance of {type(model).__name__}")
     check_model(model)

@@ -14,12 +14,14 @@ from biofx.base.tables import Cell, Report, Table, wrapped
 from biofx.looking.roles import role_of
 from biofx.model.chain import callee, parameter_nodes
 from biofx.model.changes import transformed
-from biofx.model.provenance import RunnablePass, inserted, record_of
+from biofx.model.provenance import inserted, record_of
 from biofx.model.synapses import State, synapses_in
 from biofx.weights.facts import NOT_A_SYNAPSE, Need
 
 if TYPE_CHECKING:
     import networkx
+
+    from biofx.rewrite.registry import Pass
 
 HEADERS = ("weight", "operator", "shape", "Γ", "gain", "sign", "left alone", "remark")
 USUAL = {"Γ": "1", "gain": "1", "sign": "free"}
@@ -140,7 +142,7 @@ def _bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _function_note(pass_: RunnablePass) -> str:
+def _function_note(pass_: Pass) -> str:
     """A sentence on a pass that may change what the model computes; empty for other passes."""
     if pass_.preserves_function:
         return ""

@@ -28,7 +28,7 @@ from biofx.base.errors import ArgumentError
 from biofx.base.gains import CRYSTALLIZED
 from biofx.base.packages import require
 from biofx.looking.vector import plain
-from biofx.model.provenance import is_transformed, unwrapped
+from biofx.model.provenance import is_transformed, without_wrappers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -483,14 +483,14 @@ def _site(model: nn.Module | Units, name: str, figure: str) -> WeightSite:
     if isinstance(model, Units):
         sites = model.sites
     else:
-        sites = weight_sites(model) if _is_transformed(model) else _run(model, figure).sites
+        sites = weight_sites(model) if is_transformed(without_wrappers(model)) else _run(model, figure).sites
     _check_known(name, sites, figure, "the model")
     return sites[name]
 
 
 def _matrix(model: nn.Module | Units, name: str, figure: str) -> Tensor:
     """A weight as a matrix; which of its axes is presynaptic matters only if it has more than two."""
-    if isinstance(model, nn.Module) and not _is_transformed(model):
+    if isinstance(model, nn.Module) and not is_transformed(without_wrappers(model)):
         parameters = dict(model.named_parameters())
         _check_known(name, {key: p for key, p in parameters.items() if p.dim() > 1}, figure, "the model")
         if parameters[name].dim() == 2:
@@ -508,13 +508,6 @@ def _finite(value: Tensor, name: str, figure: str, what: str = "values") -> Tens
     if not bool(value.isfinite().all()):
         raise ArgumentError(f"plot.{figure}: {name} has {what} that are not finite")
     return value
-
-
-def _is_transformed(model: nn.Module) -> bool:
-    try:
-        return is_transformed(unwrapped(model))
-    except ArgumentError:
-        return False
 
 
 def _populations(found: Units) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import torch
@@ -14,7 +14,8 @@ from biofx.base.errors import ArgumentError, SavingError
 from biofx.model.synapses import child_of
 
 if TYPE_CHECKING:
-    from biofx.model.slots import Inserted, Slot
+    from biofx.model.slots import Inserted
+    from biofx.rewrite.registry import Pass
     from biofx.training.attachment import Attachment
     from biofx.weights.facts import WeightFacts
 
@@ -22,38 +23,6 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.sw
 RECORD = "biofx"  # the attribute of a transformed model that is its Record, and the key in `node.meta`
 
 FORMAT = 2  # of pickled models: slots and moments are pickled by their numbers
-
-
-class RunnablePass(Protocol):
-    """What the record needs to know of a pass; `biofx.rewrite.registry.Pass` is one."""
-
-    @property
-    def name(self) -> str:
-        """The pass's name."""
-
-    @property
-    def slot(self) -> Slot:
-        """The slot that it uses."""
-
-    @property
-    def changes_units(self) -> bool:
-        """Whether it adds, removes or merges units."""
-
-    @property
-    def preserves_function(self) -> bool:
-        """Whether the model computes the same after the pass as before."""
-
-    @property
-    def instead(self) -> str:
-        """What to use instead to preserve the function; empty if nothing does."""
-
-    @property
-    def acts_at_step(self) -> bool:
-        """Whether it acts around `optimizer.step()`."""
-
-    @property
-    def converted(self) -> tuple[str, ...]:
-        """The options in which a checkpoint may differ."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +38,7 @@ class PassRun:
         seconds: its running time.
     """
 
-    pass_: RunnablePass
+    pass_: Pass
     seed: int
     weights: frozenset[str]
     left: dict[str, str]
@@ -105,7 +74,7 @@ class Request:
         has_inputs: whether example inputs were given.
     """
 
-    passes: tuple[RunnablePass, ...]
+    passes: tuple[Pass, ...]
     frontend: str
     exclude: tuple[str, ...]
     seed: int
@@ -190,14 +159,19 @@ class Record:
         return ",".join(str(run.pass_) for run in self.passes)
 
 
-def unwrapped(model: nn.Module) -> fx.GraphModule:
-    """Return a transformed model without wrappers; its weights may have been replaced."""
-    bio = model
-    while isinstance(bio, nn.Module) and not is_transformed(bio):
-        wrapped = "_orig_mod" if "_orig_mod" in bio._modules else "module" if isinstance(bio, WRAPPERS) else None
+def without_wrappers(model: Any) -> Any:
+    """Return what is in `torch.compile`, a data-parallel wrapper or an average; a model without them is returned."""
+    while isinstance(model, nn.Module) and not is_transformed(model):
+        wrapped = "_orig_mod" if "_orig_mod" in model._modules else "module" if isinstance(model, WRAPPERS) else None
         if wrapped is None:
             break
-        bio = bio.get_submodule(wrapped)
+        model = model.get_submodule(wrapped)
+    return model
+
+
+def unwrapped(model: nn.Module) -> fx.GraphModule:
+    """Return a transformed model without wrappers; its weights may have been replaced."""
+    bio = without_wrappers(model)
     record_of(bio)
     assert isinstance(bio, fx.GraphModule)
     return bio

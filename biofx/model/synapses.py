@@ -21,7 +21,7 @@ from biofx.base.gains import coded, decoded
 from biofx.base.shards import placed_like
 from biofx.base.torch_internals import qualified_name
 from biofx.model import weight_cache
-from biofx.model.operators import operator_of, tell_caches, written_name
+from biofx.model.operators import apply_rule, operator_of, tell_caches, written_name
 from biofx.model.slots import Inserted, Slot
 from biofx.model.weight_tensors import WeightTensor, WriteProbe, as_weight_tensor
 
@@ -176,6 +176,12 @@ class Synapses(nn.Module):
     def arguments(self, link: Link) -> list[Any]:
         """The current arguments of a link, without the weight."""
         return [getattr(self, arg.key) if isinstance(arg, State) else arg for arg in link.args]
+
+    def scaled(self, gradient: Tensor, weight: Tensor, hooks: Iterable[Link]) -> Tensor:
+        """Apply the rules of gradient hooks, in order, to a gradient of the stored weight."""
+        for link in hooks:
+            gradient = apply_rule(link.target, gradient, weight, *self.arguments(link))
+        return gradient
 
     def read(self) -> Tensor:
         """Return the value of `module.weight`.

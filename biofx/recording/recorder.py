@@ -432,34 +432,6 @@ _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 # --- running a model ---------------------------------------------------------------------------------------------
 
 
-def record(model: nn.Module, run: Callable[[nn.Module], Any], *, training: bool = False) -> Recording:
-    """Record the operators of one run of a model.
-
-    The model's parameters, buffers, attributes, modes and gradients, and the random number generators, are afterwards
-    what they were. Recurrent layers and attention run operator by operator: their implementations in one piece are off.
-
-    Args:
-        model: any module. Not a graph whose weights passes rewrote: see `biofx.analysis.graphs.as_recorded_graph`.
-        run: calls the model, once or several times, with state carried from call to call.
-        training: whether the model runs in training mode.
-
-    Raises:
-        Exception: what forward raises.
-
-    Example:
-        >>> import torch
-        >>> from biofx.recording.recorder import record
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
-        >>> x = torch.randn(1, 3)
-        >>> [operation.name for operation in record(model, lambda m: m(x)).operations]
-        ['t', 'addmm', 'relu']
-    """
-    recorder = Recorder()
-    with recording_of(recorder, model, training=training):
-        run(model)
-    return recorder.recording
-
-
 @contextlib.contextmanager
 def recording_of(
     recorder: Recorder, model: nn.Module, *, training: bool = False, but: Collection[nn.Parameter] = ()

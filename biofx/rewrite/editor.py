@@ -17,12 +17,13 @@ from biofx.base.options import activation_function
 from biofx.model import chain
 from biofx.model.operators import is_hook, multiplies_entries, name_of
 from biofx.model.owners import give_synapses
-from biofx.model.provenance import RECORD, RunnablePass, inserted, record_of
+from biofx.model.provenance import RECORD, inserted, record_of
 from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import Link, State, Synapses, is_observed, stored, stored_name, synapses_of
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
+    from biofx.rewrite.registry import Pass
 
 Owners = dict[int, list[tuple[nn.Module, str]]]
 
@@ -60,7 +61,7 @@ class Editor:
     """
 
     def __init__(
-        self, bio: fx.GraphModule, name: str, start: fx.Node | None, by: RunnablePass, seed: int, places: Owners
+        self, bio: fx.GraphModule, name: str, start: fx.Node | None, by: Pass, seed: int, places: Owners
     ) -> None:
         self.name = name
         self.generator: torch.Generator = randomness.generator(seed, by.name, self.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -11,8 +12,11 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.understanding import Understanding, remember, understand_again
 from biofx.analysis.units import Units
 from biofx.base import randomness
-from biofx.model.provenance import RunnablePass, record_of
+from biofx.model.provenance import record_of
 from biofx.rewrite.editor import Editor, owners
+
+if TYPE_CHECKING:
+    from biofx.rewrite.registry import Pass
 
 
 class ModelEditor:
@@ -32,7 +36,7 @@ class ModelEditor:
     def __init__(
         self,
         bio: fx.GraphModule,
-        by: RunnablePass,
+        by: Pass,
         seed: int,
         excluded: dict[str, str],
         understood: Understanding | None,

@@ -20,7 +20,6 @@ from biofx.model.operators import NAMESPACE
 from biofx.model.provenance import inserted, inserted_nodes, record_of, unwrapped
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
-from biofx.rewrite.registry import Pass
 from biofx.signs.constraints import sign_violations
 from biofx.weights.facts import Need
 
@@ -159,7 +158,6 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
             if name not in sites:
                 yield f"{run.pass_.name}: {name}: no operator uses the weight any more"
                 continue
-            assert isinstance(run.pass_, Pass)
             yield from (f"{run.pass_.name}: {name}: {v}" for v in run.pass_.violations(sites[name]))
 
 

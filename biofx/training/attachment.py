@@ -23,7 +23,7 @@ from biofx.model.changes import transformed
 from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.provenance import record_of, unwrapped
 from biofx.model.synapses import Synapses, stored, synapses_in
-from biofx.rewrite.registry import Moment, Pass
+from biofx.rewrite.registry import Moment
 from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
 from biofx.training.lifecycle import Lifecycle, feasible
@@ -244,7 +244,7 @@ def _check_alone(bio: nn.Module, synapses: Mapping[str, Synapses]) -> None:
 
 def _warn_of_torn_layers(bio: fx.GraphModule, optimizer: Optimizer, sites: Collection[str]) -> None:
     """Tell of weights on which a rule acts together, but of which an optimizer holds only some."""
-    rules = [run.pass_ for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
+    rules = [run.pass_ for run in record_of(bio).passes]
     for rule, group in [(each, group) for each in rules for group in each.held_together(bio)]:
         missing = [name for name in group if name not in sites]
         present = [name for name in group if name in sites]

@@ -88,7 +88,7 @@ class Lifecycle:
         self._is_observing = False  # whether it is known that observers see something
         self._counters = Counters()
         self.hold({}, {})
-        runs = [(run.pass_, run.weights) for run in record_of(bio).passes if isinstance(run.pass_, Pass)]
+        runs = [(run.pass_, run.weights) for run in record_of(bio).passes]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
 
     def hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:

@@ -13,7 +13,6 @@ from biofx.base import randomness
 from biofx.base.errors import LifecycleError
 from biofx.base.noise import Counter
 from biofx.base.shards import Shard, local, shard_of
-from biofx.model.operators import apply_rule, is_hook
 from biofx.model.slots import Slot
 from biofx.signs.constraints import constraint_of
 from biofx.training.wrappers import CLOSE, memory_of
@@ -297,18 +296,3 @@ def _memories(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) 
     own = ((key, local(memory)) for key, memory in state.items() if isinstance(memory, Tensor))
     shape = local(parameter).shape
     return {key: memory for key, memory in own if memory.shape == shape}
-
-
-def scale_learning(synapses: Synapses, gradient: Tensor, weight: Tensor, by: str) -> Tensor:
-    """Apply the rules of a pass to a gradient.
-
-    Args:
-        synapses: the synapses of the weight.
-        gradient: a gradient of what they store.
-        weight: what they store.
-        by: the name of the pass.
-    """
-    for link in reversed(synapses.links):
-        if by in link.origin.passes and is_hook(link.target):
-            gradient = apply_rule(link.target, gradient, weight, *synapses.arguments(link))
-    return gradient

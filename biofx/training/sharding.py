@@ -14,7 +14,6 @@ from biofx.model.operators import observe_shards
 from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import State, observers_in
-from biofx.rewrite.registry import Pass
 from biofx.training.ranks import is_on_any
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def check_shards(bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
         _refuse_mixed_up(name, sites[name].raw)
     for run in record_of(bio).passes:
         rule, weights = run.pass_, run.weights & sharded
-        if weights and isinstance(rule, Pass) and rule.moment and rule.acts_at_step and not rule.works_on_shards:
+        if weights and rule.moment and rule.acts_at_step and not rule.works_on_shards:
             raise ArgumentError(
                 f"attach: {min(weights)} is sharded, and {rule.name} does not say that it works on a part of a weight: "
                 "take sums over weights with biofx.training.ranks.summed, and set works_on_shards = True in its class"

@@ -54,7 +54,7 @@ def _declared(model: nn.Module) -> Iterator[tuple[nn.Parameter, WeightFacts]]:
                 groups = int(getattr(owner, "groups", 1))
                 axes, padding = _axes(parameter.shape, words.split(), groups), getattr(owner, "padding_idx", None)
                 unmet = {Need.UNITS: NOT_RUN}
-                yield parameter, WeightFacts(operator, 1, axes, unmet, False, groups, padding, 0.0, False, "")
+                yield parameter, WeightFacts(operator, 1, axes, unmet, False, groups, padding, 0.0, False)
 
 
 def _has_own_rule(owner: nn.Module) -> bool:

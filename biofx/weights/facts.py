@@ -39,7 +39,6 @@ class WeightFacts:
         padding: row that does not learn, as it stands for no token, or None.
         depth: number of weights on the longest path before it, over that of the deepest weight.
         is_output: whether no signal passes another weight after it.
-        place: where the model uses it first, in words.
         tied: the weights that were tied to it since, of which the run knew nothing.
     """
 
@@ -52,7 +51,6 @@ class WeightFacts:
     padding: int | None
     depth: float
     is_output: bool
-    place: str
     tied: tuple[str, ...] = ()
 
     def shared_with(self, names: Sequence[str], uses: int) -> WeightFacts:

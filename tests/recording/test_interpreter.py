@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from biofx.recording.interpreter import Interpreter
-from biofx.recording.recorder import record
+from biofx.recording.recorder import Recorder, recording_of
 
 
 class Names(Interpreter[frozenset]):
@@ -25,10 +25,11 @@ def names(forward, *args):
         def forward(self, a, b):
             return forward(a, b)
 
-    recording = record(Model(), lambda model: model(*args))
-    domain = Names()
-    domain.interpret(recording)
-    return [domain.of(value) for value in recording.outputs]
+    model, recorder, domain = Model(), Recorder(), Names()
+    with recording_of(recorder, model):
+        model(*args)
+    domain.interpret(recorder.recording)
+    return [domain.of(value) for value in recorder.recording.outputs]
 
 
 A, B = torch.ones(2, 3), torch.ones(2, 3)

@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import biofx
-from biofx.base.isolation import Draws
-from biofx.recording.recorder import record
+from biofx.base.generators import global_states
+from biofx.recording.recorder import Recorder, recording_of
+
+
+def recorded(model, run):
+    recorder = Recorder()
+    with recording_of(recorder, model):
+        run(model)
+    return recorder.recording
 
 
 class Everything(nn.Module):
@@ -37,13 +44,13 @@ class Everything(nn.Module):
 def test_a_recorded_run_leaves_everything_as_it_was():
     model, x = Everything(), torch.randn(4, 3)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    drawn, generator, gradients = Draws.now(), torch.get_rng_state(), torch.is_grad_enabled()
-    operations = record(model, lambda m: m(x)).operations
+    drawn, generator, gradients = global_states(), torch.get_rng_state(), torch.is_grad_enabled()
+    operations = recorded(model, lambda m: m(x)).operations
     assert {"mul", "native_batch_norm", "rand"} <= {operation.name for operation in operations}
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert (model.calls, model.log, model.norm.training) == (0, [], True)
-    assert (Draws.now(), torch.is_grad_enabled()) == (drawn, gradients)
+    assert (global_states(), torch.is_grad_enabled()) == (drawn, gradients)
     assert torch.equal(torch.get_rng_state(), generator)
     assert not model._forward_pre_hooks
 
@@ -51,7 +58,7 @@ def test_a_recorded_run_leaves_everything_as_it_was():
 def test_a_scripted_model_is_recorded_by_its_operators():
     model = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2)))
     x = torch.randn(2, 3)
-    names = [operation.name for operation in record(model, lambda m: m(x)).operations]
+    names = [operation.name for operation in recorded(model, lambda m: m(x)).operations]
     assert [name for name in names if name in ("addmm", "relu", "native_batch_norm")] == [
         "addmm",
         "relu",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,156 +16,59 @@ from biofx.base.errors import CaptureError, InputError
 from biofx.capture.exported.structure import Structure, read
 from biofx.capture.tracer import HelperModule
 
-_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.USub: operator.neg,
-    ast.Not: operator.not_,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+INSTEAD = 'try frontend="module", which keeps the Python of the model, or frontend="symbolic"'
+
+# The names in guards of torch.export, which writes `torch.sym_min` for `min`
+_NAMES: dict[str, Any] = {
     "min": min,
     "Min": min,
-    "torch.sym_min": min,
     "max": max,
     "Max": max,
-    "torch.sym_max": max,
     "abs": abs,
     "Mod": operator.mod,
     "PythonMod": operator.mod,
     "FloorDiv": operator.floordiv,
     "CleanDiv": operator.floordiv,
-    "math.floor": math.floor,
-    "math.ceil": math.ceil,
-    "math.trunc": math.trunc,
+    "math": math,
 }
+_SIZE = re.compile(r"L\['leaves'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 
 
-@dataclass(frozen=True)
-class Size:
-    """The length of an input along an axis."""
-
-    leaf: int
-    axis: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """A function of other expressions."""
-
-    function: Callable[..., Any]
-    operands: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
 class Condition:
     """A condition on the shapes of inputs.
 
     Attributes:
-        text: the condition for messages, with `{0}` for the name of the first input.
-        expression: the condition as a `Call`.
+        text: the condition as Python code, with `{0}` for the first input.
+        holds: tells whether the inputs satisfy the condition.
     """
 
-    text: str
-    expression: Any
+    def __init__(self, text: str) -> None:
+        self.text = text
+        code = re.sub(r"\{(\d+)\}", r"leaves[\1]", text)
+        # Made once: torch.compile can follow the function, but no call of `eval`.
+        self.holds: Callable[[Sequence[Tensor]], bool] = eval(f"lambda leaves: {code}", dict(_NAMES))
 
-    def holds(self, leaves: Sequence[Tensor]) -> bool:
-        """Whether the inputs satisfy the condition."""
-        return bool(_value(self.expression, leaves))
-
-
-def _value(expression: Any, leaves: Sequence[Tensor]) -> Any:
-    if isinstance(expression, Size):
-        return leaves[expression.leaf].shape[expression.axis]
-    if isinstance(expression, Call):
-        return expression.function(*[_value(operand, leaves) for operand in expression.operands])
-    return expression
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Condition, (self.text,)  # pickle cannot save the function
 
 
-def has_length(leaf: int, axis: int, relation: Callable[..., Any], number: int) -> Condition:
-    """Return a condition on the length of one axis, such as `operator.eq` and 3."""
-    sign = {operator.eq: "==", operator.ge: ">=", operator.le: "<="}[relation]
-    return Condition(f"{{{leaf}}}.shape[{axis}] {sign} {number}", Call(relation, (Size(leaf, axis), number)))
+def has_length(leaf: int, axis: int, relation: str, number: int) -> Condition:
+    """Return a condition on the length of one axis, such as `"=="` and 3."""
+    return Condition(f"{{{leaf}}}.shape[{axis}] {relation} {number}")
 
 
-def parsed(guard: str, inputs: str) -> Condition:
-    """Parse a guard of torch.export, such as `L['inputs'][0].size()[1] <= 16`.
-
-    Args:
-        guard: Python code.
-        inputs: the name of the tuple of all input tensors in that code.
+def parsed(guard: str) -> Condition:
+    """Parse a guard of torch.export, such as `L['leaves'][0].size()[1] <= 16`.
 
     Raises:
         CaptureError: the guard is not a condition on shapes of inputs.
     """
-    sizes: list[Size] = []
-
-    def refuse() -> CaptureError:
-        return CaptureError(f"torch.export assumes {guard}, which biofx cannot check; {INSTEAD}")
-
-    def size(node: ast.AST) -> Size | None:
-        match node:
-            case ast.Subscript(
-                ast.Call(
-                    ast.Attribute(
-                        ast.Subscript(ast.Subscript(ast.Name("L"), ast.Constant(name)), ast.Constant(leaf)), "size"
-                    ),
-                    [],
-                ),
-                ast.Constant(axis),
-            ) if name == inputs:
-                return Size(int(leaf), int(axis))  # type: ignore[arg-type]
-        return None
-
-    def expression(node: ast.AST) -> Any:
-        found = size(node)
-        if found is not None:
-            sizes.append(found)
-            return found
-        match node:
-            case ast.Constant(value):
-                return value
-            case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
-                return Call(_OPERATORS[type(op)], (expression(left), expression(right)))
-            case ast.UnaryOp(op, operand) if type(op) in _OPERATORS:
-                return Call(_OPERATORS[type(op)], (expression(operand),))
-            case ast.Compare(left, [op], [right]) if type(op) in _OPERATORS:
-                return Call(_OPERATORS[type(op)], (expression(left), expression(right)))
-            case ast.BoolOp(op, values):
-                return Call(_all if isinstance(op, ast.And) else _any, tuple(map(expression, values)))
-            case ast.Call(function, operands) if ast.unparse(function) in _FUNCTIONS:
-                return Call(_FUNCTIONS[ast.unparse(function)], tuple(map(expression, operands)))
-        raise refuse()
-
-    tree = ast.parse(guard.strip(), mode="eval").body
-    condition = expression(tree)
-    text = ast.unparse(tree).replace("torch.sym_", "")
-    for found in sizes:
-        text = text.replace(
-            f"L['{inputs}'][{found.leaf}].size()[{found.axis}]", f"{{{found.leaf}}}.shape[{found.axis}]"
-        )
-    return Condition(text, condition)
-
-
-INSTEAD = 'try frontend="module", which keeps the Python of the model, or frontend="symbolic"'
-
-
-def _all(*values: Any) -> bool:
-    return all(values)
-
-
-def _any(*values: Any) -> bool:
-    return any(values)
+    code = ast.unparse(ast.parse(guard.strip(), mode="eval")).replace("torch.sym_", "")
+    text = _SIZE.sub(r"{\1}.shape[\2]", code)
+    names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}  # it reads `{0}` as a set
+    if not names <= _NAMES.keys():
+        raise CaptureError(f"torch.export assumes {guard}, which biofx cannot check; {INSTEAD}")
+    return Condition(text)
 
 
 class CheckInputs(HelperModule):

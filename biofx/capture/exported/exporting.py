@@ -188,7 +188,7 @@ def _assembled(
         model.add_module(name, module.train(model.training))
         return name
 
-    placeholders = _placeholders(graph, model.forward, arguments)
+    placeholders = _placeholders(graph, model.forward)
     names = [leaf for name, structure in arguments.items() for leaf in leaf_names(structure, name)]
     check = CheckInputs(arguments, names, leaves, training.conditions, evaluation.conditions)
     graph.call_module(add_module("check_inputs", check), tuple(placeholders[name] for name in arguments))
@@ -221,7 +221,7 @@ def _select(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, HelperMo
     return graph.call_module(add_module("mode_select", ModeSelect()), (t, e))
 
 
-def _placeholders(graph: fx.Graph, forward: Callable[..., Any], arguments: dict[str, Structure]) -> dict[str, fx.Node]:
+def _placeholders(graph: fx.Graph, forward: Callable[..., Any]) -> dict[str, fx.Node]:
     """Create placeholders for the arguments of forward, with defaults, in the order in which torch.fx traces them."""
     result = {}
     keyword_only = []

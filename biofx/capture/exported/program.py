@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -16,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from biofx.base.errors import CaptureError
-from biofx.base.isolation import Draws, Snapshot, parameters_kept
+from biofx.base.generators import global_states
+from biofx.base.isolation import Snapshot, parameters_kept
 from biofx.base.torch_internals import CheckpointFunction, any_batch_size, fast_export, guards_of
 from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, parsed, without_duplicates
 from biofx.capture.exported.structure import Structure, build, describe
@@ -110,7 +110,7 @@ class _OnTensors(nn.Module):
         held, outside = Snapshot(self.model), OutsideVariables(dict(self.model.named_modules()))
         args, kwargs = build(vars(self)["inputs"], iter(leaves))
         results: list[Any] = []
-        drawn = Draws.now()
+        drawn = global_states()
 
         def note(name: str, question: Any) -> None:
             if question == IS_FROZEN:  # the answer would be a constant, and may change later
@@ -125,7 +125,7 @@ class _OnTensors(nn.Module):
         for path, name, _ in held.changes():
             if (path, name) not in computed and f"{path}.{name}".lstrip(".") not in before:
                 monitor.note_side_effect(path, f"changes the attribute {name}")
-        if Draws.now() != drawn:
+        if global_states() != drawn:
             monitor.note_side_effect("", "draws random numbers from Python or NumPy")
         outside.restore()
         after = dict(self.model.named_buffers())
@@ -401,10 +401,10 @@ def conditions_of(export: Export) -> list[Condition]:
     for leaf, node in enumerate(export.inputs):
         for axis, length in enumerate(node.meta["val"].shape):
             if isinstance(length, int):
-                result.append(has_length(leaf, axis, operator.eq, length))
+                result.append(has_length(leaf, axis, "==", length))
                 continue
             allowed = program.range_constraints.get(length.node.expr)
-            for relation, bound in ((operator.ge, allowed.lower), (operator.le, allowed.upper)) if allowed else ():
+            for relation, bound in ((">=", allowed.lower), ("<=", allowed.upper)) if allowed else ():
                 if bound.is_Integer and bound > 0:
                     result.append(has_length(leaf, axis, relation, int(bound)))
-    return without_duplicates([*result, *(parsed(guard, "leaves") for guard in guards_of(program))])
+    return without_duplicates([*result, *(parsed(guard) for guard in guards_of(program))])
