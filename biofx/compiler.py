@@ -143,7 +143,7 @@ def build(
         inplace: as for `transform`.
         verify: as for `transform`.
         printer: called with the graph's text after each pass.
-        values_follow: whether the caller replaces all values, so that no pass need compute what it can do without.
+        values_follow: whether the caller replaces all values, so that passes may skip the computation of values.
     """
     again = is_transformed(model)
     if again:
@@ -264,7 +264,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _refuse_reads_of_original(model: nn.Module, understood: Understanding) -> None:
-    """Refuse a model whose copy reads tensors of the original, which the result would not learn."""
+    """Refuse a model whose copy reads tensors of the original, which the result would not train."""
     recording = understood.recording
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         is_read = id(tensor) in recording.strangers

@@ -40,7 +40,7 @@ def save(bio: nn.Module, folder: str | Path) -> None:
     - `pipeline.json`: how the model was made: passes with their options, seed, front end, excluded weights.
     - `state.safetensors`: all values: stored weights, gains, signs, counters, buffers.
 
-    Other files in the folder stay, so the optimizer's state can lie beside them:
+    Other files in the folder stay, so the optimizer's state can lie next to them:
     `torch.save(optimizer.state_dict(), folder / "optimizer.pt")`. Whatever happens while they are written, the folder
     holds the old model or the new one. Among several processes, call it in one.
 

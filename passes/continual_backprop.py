@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from biofx.training.plastic_weight import PlasticWeight
 
 ACTIVITY = "unit_activity"  # state of a weight that reads units: the activity at its presynaptic positions
-BOUNDS = "unit_bounds"  # of a weight that leads into units: between what new synapses are drawn
+BOUNDS = "unit_bounds"  # of a weight that leads into units: the bounds of new synapses
 INTO, OUT_OF = "into_units_of_", "out_of_units_of_"  # where the units of a layer are, behind it the name of the layer
 UTILITY, AGE, DUE, REPLACED = "unit_utility", "unit_age", "unit_due", "units_replaced"  # of the weight of that name
 
@@ -70,9 +70,9 @@ class ContinualBackprop(Pass):
     connection that is spread alike.
 
     *With other rules.* `Rejuvenate` would replace outgoing synapses of 0 at once, unless there are signs. Under
-    `ExponentiatedGradient` they could never grow, so that leaves these weights alone; weights with interneurons are
-    left alone here. A new synapse takes over the gain of its place. Normalisation parameters and statistics stay; what
-    normalises over units (layer and group norm, softmax, spectral norm) lets the others notice that one is replaced.
+    `ExponentiatedGradient` they could never grow, so it leaves these weights alone; weights with interneurons are
+    left alone here. A new synapse takes over the gain of its place. Normalisation parameters and statistics stay.
+    Under normalisation over units (layer and group norm, softmax, spectral norm), a replacement affects the others.
 
     *Several optimizers.* A layer acts where one optimizer holds all its weights; for another one, `attach` warns. What
     another optimizer remembers of a bias stays.
@@ -156,7 +156,7 @@ class ContinualBackprop(Pass):
         home.keep(REPLACED, torch.zeros((), dtype=torch.int64))
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
-        """Let units grow older, and replace those that are due."""
+        """Age units, and replace those that are due."""
         activity = {weight.name: _seen(weight) for weight in weights if ACTIVITY in weight.synapses.users}
         found = [(group, self._due(group, activity)) for group in _groups(weights)]
         found = _without_idle(found)

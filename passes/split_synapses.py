@@ -152,7 +152,7 @@ def _why_no_activation(site: WeightSite) -> str | None:
 
 
 def _biases(site: WeightSite) -> list[fx.Node]:
-    """The biases that go with a weight."""
+    """The biases that belong to a weight."""
     return list(dict.fromkeys(bias for call in site.calls if (bias := call.bias) is not None))
 
 

@@ -41,9 +41,9 @@ class Forms:
         recording: the recording.
         is_nonnegative: whether a tensor cannot be negative.
         reads: the operators that read a parameter as their weight.
-        mixed: why a parameter's entries are no entries of the weight that is computed from it, and the operator that
+        mixed: why a parameter's entries are not those of the weight computed from it, and the operator that
             reads that weight, by the parameter's name.
-        computed: the operators that read as their weight what is computed from parameters.
+        computed: the operators whose weight is computed from parameters.
         biases: the parameters that are added to what an operator on weights returns, by the operator.
         users: other operators that read a parameter, by its name.
     """
@@ -86,7 +86,7 @@ class Forms:
             self._write(operation, value, result)
 
     def _write(self, operation: Operation, value: Value, made: list[Form | Mixture]) -> None:
-        """Note that a tensor, and all those in whose memory it is, have something else in them now."""
+        """Note that a tensor, and all those in whose memory it lies, have other contents now."""
         while value.view_of is not None:
             value = value.view_of
             before = [self.found[value]] if value in self.found else []
@@ -102,7 +102,7 @@ class Forms:
                 self.users.setdefault(parameter.name, []).append(Use(operation, made_by))
 
     def _is_computation(self, operation: Operation, read: Read) -> bool:
-        """Whether an operator multiplies parameters to make a weight of them, and not one of them by activity."""
+        """Whether an operator multiplies parameters with each other to compute a weight, and not one by activity."""
         depends = [v.depends for v in (read.source, *read.others) if v is not None]
         is_layer = operation.called in LAYERS or operation.kind is not Kind.PRODUCT
         return bool(depends) and max(depends) is not Depends.INPUTS and not is_layer
@@ -119,7 +119,7 @@ class Forms:
             self.biases[operation] = known.parameter.name
 
     def _after(self, operation: Operation) -> list[Form | Mixture] | None:
-        """The forms of the outputs of an operator on forms; None if they are no weights any more."""
+        """The forms of the outputs of an operator on forms; None if they are no longer weights."""
         if any(v.depends is Depends.INPUTS for v in (*operation.operands, *operation.outputs)):
             return None
         forms = [self.found[v] for v in operation.operands if v in self.found]
@@ -244,7 +244,7 @@ def _mixture(operation: Operation, forms: Iterable[Form | Mixture]) -> Mixture:
 
 
 def _beside(operation: Operation, form: Form, joined: Iterable[Form | Mixture]) -> Mixture | None:
-    """What joins a form that is computed from other parameters."""
+    """What is computed from other parameters and joined with a form; None if nothing is."""
     mixture = _mixture(operation, joined)
     others = mixture.parameters - {form.parameter}
     return replace(mixture, parameters=others) if others else None

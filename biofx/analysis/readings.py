@@ -24,7 +24,7 @@ class Reading:
         numbers: the unit behind each presynaptic position, int64, shape (presynaptic_units,). A position that reads
             several units has one of them.
         classes: the number that stands for all units that need one sign with it, in the same shape.
-        signed_by: the operator by which their activity can be negative, or an empty string if it cannot.
+        signed_by: the operator that can make their activity negative, or an empty string if none can.
         remark: why the units cannot be told, so that the positions are units of their own; empty if they can.
         sources: the numbers of all units that reach the positions, also where they cannot be told.
         is_free: for each position, whether it reads the network's inputs or constants only.
@@ -169,7 +169,7 @@ class Readings:
         inputs = [v for v in self._recording.inputs if v.is_activity]
         shapes = [v.shape for v in self._recording.outputs if v.depends is Depends.INPUTS]
         read = set(self._numbers.owner()[rows].unique().tolist())
-        for value in inputs[1:]:
+        for value in inputs[1:]:  # the first input is data; a state comes after it, and is returned in the same shape
             if value.shape in shapes and self._numbers.population_of(maker_of(value)) in read:
                 return value.name
         return ""

@@ -1,4 +1,4 @@
-"""Replay: a recorded run, again, with a look at what operators on weights are given, and other weights for them."""
+"""Replay: repeats a recorded run, shows what operators on weights receive, and may give them other weights."""
 
 from __future__ import annotations
 

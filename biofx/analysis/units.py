@@ -65,7 +65,7 @@ class Units(Reported, UnitFacts):
 
     @classmethod
     def of(cls, understood: Understanding, sites: Mapping[str, WeightSite]) -> Units:
-        """The units in what a run told of a model."""
+        """The units of a model, from what a run showed about it."""
         told = {key: value for key, value in vars(understood).items() if key in UnitFacts.__dataclass_fields__}
         told["readings"] = {name: reading for name, reading in understood.readings.items() if name in sites}
         return cls(**told, sites=dict(sites))
@@ -180,7 +180,7 @@ class Units(Reported, UnitFacts):
         return [self._row(name, site) for name, site in self.sites.items()]
 
     def to_dict(self) -> dict[str, Any]:
-        """All that the printed table says, as data."""
+        """Everything that the printed table says, as data."""
         return self._report().to_dict()
 
     def _report(self) -> Report:

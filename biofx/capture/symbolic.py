@@ -97,7 +97,7 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
 
 
 def _clone_constants(trace: Trace) -> None:
-    """Let each call have tensors of its own for those that forward creates: a caller may write into what it gets."""
+    """Clone the constants of forward in each call: a caller may write into what it gets."""
     for node in trace.graph.find_nodes(op="get_attr"):
         if node.target in trace.constants:
             with trace.graph.inserting_after(node):

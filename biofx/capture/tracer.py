@@ -449,7 +449,7 @@ def _gradient_mode() -> tuple[bool, bool]:
 
 
 def _random_state() -> tuple[Any, Any]:
-    with without_dispatch_modes():  # it is called for every module, and is no computation of the model
+    with without_dispatch_modes():  # it is called for every module, and is not part of the model's computation
         return torch.get_rng_state().numpy().tobytes(), Draws.now()
 
 

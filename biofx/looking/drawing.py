@@ -62,7 +62,7 @@ def draw(bio: nn.Module, path: str | Path, *, depth: int | None = None, example_
 
 
 def check_path(path: str | Path, depth: int | None) -> Path:
-    """The path of a picture; refuses what no picture can be written to, and a depth that is not one."""
+    """The path of a picture; raises if no picture can be written there, or if the depth is invalid."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ArgumentError(f"draw: unknown suffix {path.suffix!r} of {path.name}; known are {', '.join(SUFFIXES)}")

@@ -65,7 +65,7 @@ class Link:
         return _unpickled_link, (qualified_name(self.target) or self.target, self.args, self.origin)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
-        return self  # the copy of a model runs what the model runs; one that was pickled, what a name means then
+        return self  # a copied model runs the same operator; an unpickled one, the operator that has the name then
 
 
 def _unpickled_link(target: Any, args: tuple[Any, ...], origin: Inserted) -> Link:
@@ -192,6 +192,7 @@ class Synapses(nn.Module):
         if substitute is not None:
             return substitute
         self.refuse_lost_writes()
+        # In a forward it is a `WeightTensor` also without gradients: forward decides alike with and without them.
         if not self.active_links or not (self.is_computed or torch.is_grad_enabled() or weight_cache.is_active()):
             _READ[id(self.stored)] = self
             return self.stored

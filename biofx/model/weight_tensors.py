@@ -43,9 +43,9 @@ def _of_stored(name: str) -> Any:
 
 
 def _told_in_forward(name: str) -> Any:
-    """A property by which Python tells parameters from other tensors: while a forward runs, the stored tensor's.
+    """A property by which code recognizes parameters. While a forward runs, it answers for the stored tensor.
 
-    So a forward decides as in the original. Elsewhere it is the weight's own: an optimizer must refuse the weight.
+    So a forward decides as in the original. Elsewhere it answers for the weight: an optimizer must refuse that.
     """
     own: Any = getattr(Tensor, name)
 

@@ -1,1 +1,1 @@
-"""Output: plain models, files, tables and graphs made from a transformed model."""
+"""Output: plain models and files made from a transformed model."""

@@ -1,7 +1,7 @@
-"""What the arguments of a model's forward may be, when nobody gave any.
+"""Candidates for the arguments of forward, if the user gave none.
 
-Options come from what the model says of its inputs, from what its weights can read, and from what its arguments are
-called.
+Options come from what the model declares about its inputs, from what its weights can read, and from the names of its
+arguments.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EXTENTS = tuple(map(Extents, (8, 16, 8, 32, 64, 16, 16), (16, 32, 28, 64, 128, 2
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that is yet to be made.
+    """A tensor that has yet to be created.
 
     Attributes:
         content: what is in it, a key of `_CONTENTS`.

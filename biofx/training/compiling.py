@@ -47,7 +47,7 @@ def change(
         lists: the lists, all of one length.
         compiled: whether to run `each` as one compiled kernel on vectors of any length, or on tensors that broadcast.
             Small tensors are put side by side then: the time to compile does not grow with their number.
-        options: what else they take.
+        options: their other arguments.
     """
     if not compiled:
         many_(*lists, **options)

@@ -115,7 +115,7 @@ class _Found:
 
 @contextlib.contextmanager
 def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Let what is done to tensors take effect only on devices on which all is finite.
+    """Undo what the block does to tensors, except on devices on which everything is finite.
 
     Args:
         finite: whether it is, for each device that is not waited for.
@@ -139,7 +139,7 @@ def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) ->
 
 def _refuse(weights: Sequence[PlasticWeight]) -> None:
     kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw for w in weights]}
-    # Norms cost a fraction of looking at every entry. They can overflow, so they only acquit.
+    # Norms cost a fraction of looking at every entry. They can overflow, so only a finite one is proof.
     # A sum over ranks is finite on none of them if it is not on one, so all of them refuse.
     norms = summed([*weights, *weights], torch._foreach_norm([x for values in kinds.values() for x in values], 2))
     if all(map(math.isfinite, on_host(norms))):

@@ -81,7 +81,7 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int
             are recorded, before the wrapper changes weights itself (Lookahead). A fused optimizer counts the steps that
             `GradScaler` lets it skip.
         every: steps from one record to the next, at least 1.
-        limit: most records that are held, at least 2; one has about 70 bytes for each weight.
+        limit: the largest number of records that are held, at least 2; one has about 70 bytes for each weight.
 
     Returns:
         The history, which grows while the optimizer makes steps. It is also a context manager that ends with `stop()`.
@@ -89,7 +89,7 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`; the optimizer holds no weight of it, or runs no hooks;
             an option out of its range; or weights are sharded.
-        LifecycleError: at a step that a CUDA graph captures, as its replays run no hooks.
+        LifecycleError: at a step that a CUDA graph captures, because its replays run no hooks.
 
     Example:
         >>> import biofx, torch
@@ -287,7 +287,7 @@ class History(Reported):
 
 
 def _sums(values: Tensor, *functions: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """The sums of functions over all values; on a CPU part by part, as fresh memory costs more than arithmetic."""
+    """The sums of functions over all values; on a CPU part by part: fresh memory costs more than arithmetic."""
     parts = values.flatten().split(PART if values.device.type == "cpu" else max(values.numel(), 1))
     return [torch.stack([function(part).sum() for part in parts]).sum() for function in functions]
 

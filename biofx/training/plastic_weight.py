@@ -122,7 +122,7 @@ class PlasticWeight:
         return mean
 
     def own_state(self) -> list[Tensor]:
-        """All that the pass keeps for the weight."""
+        """Everything that the pass keeps for the weight."""
         return [self.state(key) for key, users in self.synapses.users.items() if self.by in users]
 
     @property
@@ -162,7 +162,7 @@ class PlasticWeight:
         return values.new_zeros(units).index_add_(0, unit.expand(rows.shape).reshape(-1), rows.reshape(-1))
 
     def assign(self, value: Tensor) -> None:
-        """Store weights, one for every synapse; what has another sign than its unit becomes zero."""
+        """Store weights, one for every synapse; those with another sign than their unit become zero."""
         constraint, sign = constraint_of(self.site), self.sign
         self.raw.copy_(value if constraint is None or sign is None else constraint.store(value, sign))
 
@@ -174,7 +174,7 @@ class PlasticWeight:
         return values
 
     def counter(self, purpose: str) -> Counter:
-        """What noise for every synapse follows from: the seed, the step, the pass, the weight's name.
+        """The counter of noise for every synapse: the seed, the step, the pass, the weight's name.
 
         Args:
             purpose: what it is for; for each of them it is independent.
@@ -182,7 +182,7 @@ class PlasticWeight:
         return self.shard.counter(Counter(self.state("seed"), self.state("steps"), (self.by, self.name, purpose)))
 
     def generator(self) -> torch.Generator:
-        """Random numbers of the CPU, to be waited for, that follow from the same as those of `counter`."""
+        """A CPU generator that follows from the same as `counter`; it waits for the device."""
         return randomness.generator(int(self.state("seed")), self.by, self.name, self.step)
 
     @property
@@ -191,7 +191,7 @@ class PlasticWeight:
         return _group(self.optimizer, self.site.raw)
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
-        """Put new weights where a mask says, and let the optimizer remember of them what it does of a new weight.
+        """Store new weights where a mask is True, and reset what the optimizer remembers of them.
 
         Args:
             mask: bool, of the shape of `raw`.
@@ -234,7 +234,7 @@ class PlasticWeight:
         forget(self.optimizer, self.site.raw, mask if self.finite is None else mask & self.finite)
 
     def check_can_forget(self) -> None:
-        """Refuse a memory of which nobody knows how it says that there is nothing to remember.
+        """Refuse optimizer state whose neutral value is not known, such as codes.
 
         Raises:
             LifecycleError: the optimizer remembers a synapse as whole numbers, which need not stand for themselves.
