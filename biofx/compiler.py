@@ -340,7 +340,7 @@ def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torc
 
 
 def _note_questions(bio: fx.GraphModule, understood: Understanding | None) -> None:
-    """Note a weight with synapses about which forward asks more than its numbers."""
+    """Note a weight with synapses if forward asks about more than its numbers."""
     record = record_of(bio)
     asked = set() if understood is None else understood.recording.asked & set(synapses_in(bio))
     if record.islands and asked and not record.asked:

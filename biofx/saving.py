@@ -317,7 +317,7 @@ def _layouts(bio: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor], hint: str) -> None:
-    """Give a transformed model the values, and whatever else depended on values or was set since the transform."""
+    """Give a transformed model the values, and everything else that depended on them or was set since the transform."""
     saved = saved | {name: torch.view_as_complex(saved[name]) for name in document.get("complex", ()) if name in saved}
     tied = document["tied"]
     saved = saved | {name: saved[first] for name, first in tied.items()}

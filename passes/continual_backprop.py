@@ -1,4 +1,4 @@
-"""Continual backpropagation: units that contribute little are replaced, so that a network goes on learning."""
+"""Continual backpropagation: units that contribute little are replaced, so that a network keeps learning."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ContinualBackprop(Pass):
     a channel; one that is flattened is read at many positions; units that merge, as in a residual stream or a gate, are
     one unit, with the incoming synapses of all of them. The units of one weight are a layer, together with those of
     weights that merge with them. Units of which not all synapses are known are left alone, and so are units that the
-    model returns, units that merge with inputs, and a weight whose synapses are all 0; `summary` tells why. A layer
+    model returns, units that merge with inputs, and a weight whose synapses are all 0; `summary` says why. A layer
     acts at the steps at which all its weights have a gradient, and an observer saw its activity, in training mode.
 
     *New synapses* are U(−b, b), with b = √3 times the root mean square of the weight at the transform: what
@@ -163,7 +163,7 @@ class ContinualBackprop(Pass):
         for group, due in found:
             for weight, places in group.into:
                 _renew(weight, due.to(weight.raw.device), places)
-        for group, due in found:  # last, as the outgoing synapses of one unit may be incoming ones of another
+        for group, due in found:  # last, because outgoing synapses of one unit may be incoming ones of another
             for weight, places in group.out_of:
                 is_due = _at_places(due.to(weight.raw.device), places, weight.site.presynaptic_units)
                 mask = weight.site.spread_presynaptic(is_due).expand(weight.raw.shape)
@@ -242,7 +242,7 @@ def judged(
     age = age + 1
     mature = age > maturity
     due = due + rate * mature.sum(-1).to(due)
-    count = due.floor()  # never above the number of mature units, as the rate is at most 1, and what was left below 1
+    count = due.floor()  # never above the number of mature units: the rate is at most 1, and the rest was below 1
     order = torch.where(mature, utility, torch.inf).sort(dim=-1, stable=True).indices
     is_low = torch.arange(utility.shape[-1], device=utility.device) < count[..., None]
     mask = torch.zeros_like(mature).scatter(-1, order, is_low)

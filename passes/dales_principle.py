@@ -48,7 +48,7 @@ class DalesPrinciple(Pass):
 
     *Signs.* `"random"` draws them for each population: exactly the fraction `excitatory` of its units, rounded, but at
     least one of each kind. `"closest"` is for a trained network: a unit gets the sign of the larger part of the energy
-    of its outgoing weights, $\sum_i w_{ij}^2$, and the rest of them becomes 0; `summary` tells how much was kept.
+    of its outgoing weights, $\sum_i w_{ij}^2$, and the rest of them becomes 0; `summary` says how much was kept.
     Signs that are given, by the name of the population that `biofx.units` shows, hold; others are drawn.
 
     *Balance.* A network whose weights just get signs does not train if it is deep: all units read the rest through the

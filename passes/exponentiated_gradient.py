@@ -30,7 +30,7 @@ LIMIT = 1.0  # of the exponent
 @register
 @dataclass(frozen=True)
 class ExponentiatedGradient(Pass):
-    r"""Let an optimizer multiply synapses by what it would add to them, so that none changes its sign.
+    r"""Turn the additive updates of an optimizer into multiplicative ones, so that no synapse changes its sign.
 
     $$w \leftarrow w\, e^{s\,\Delta / \sigma}, \qquad s = \operatorname{sign}(w), \qquad \Delta = w_\mathrm{new} - w$$
 

@@ -48,7 +48,7 @@ class MirrorUnits(Pass):
     *What is doubled.* The outputs of linear layers and convolutions, along every path to another weight:
     activations, norms, pooling, flattening, concatenations, residual additions, gates. Before anything is changed, the
     graph is run to find out what has to be doubled as well; sizes in the model's forward are adapted. Inputs and
-    outputs of the model keep their shape. What cannot be doubled is left alone, with free weights, and `summary` tells
+    outputs of the model keep their shape. What cannot be doubled is left alone, with free weights, and `summary` says
     why: units that are added to an input or to the output of an embedding, or queries and keys, whose products would be
     twice as large. Dropout draws for each twin by itself.
 

@@ -35,7 +35,7 @@ class Flow(Interpreter[Signal]):
     """What a signal passes between weights.
 
     Signals are a graph of weights and of the places where signals meet, which grows with the number of operators. Lists
-    of the weights before each weight would grow with its square, as all layers before add to a residual stream.
+    of the weights before each weight would grow with its square, because all earlier layers add to a residual stream.
 
     Attributes:
         depth: for each weight, the number of weights on the longest path to it, over that of the deepest one: from 0
@@ -72,7 +72,7 @@ class Flow(Interpreter[Signal]):
         return Signal(self._meeting(before.point, written.point), before.scales | written.scales)
 
     def after(self, operation: Operation) -> Signal:
-        """What an operator's result has come from: its weights, or else what its operands have."""
+        """What an operator's result has come from: its weights, or otherwise what its operands have."""
         signals = [self.of(value) for value in operation.operands]
         scales = 0
         for signal in signals:

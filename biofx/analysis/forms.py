@@ -2,7 +2,7 @@
 
 A tensor in which every entry stands for one entry of a parameter is a *form* of it. It has a tensor of coordinates for
 each axis of the parameter. Layout operators are executed on the coordinates; pointwise operators keep them. `reads.py`
-tells how an operator reads a form as its weight.
+says how an operator reads a form as its weight.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Forms:
             value = value.view_of
             before = [self.found[value]] if value in self.found else []
             self.found[value] = _mixture(operation, [*made, *before])
-        if value.kind == "parameter":  # whatever it is now, who reads it does not read those that it was computed from
+        if value.kind == "parameter":  # its readers do not read the parameters that it was computed from
             self.found[value] = replace(_mixture(operation, made), parameters=frozenset((value,)))
 
     def _note_users(self, operation: Operation, values: Iterable[Value]) -> None:
@@ -171,7 +171,7 @@ class Forms:
         return replace(form, remark=f"its operator reads it through {operation.called}")
 
     def _merged(self, operation: Operation) -> Form | None:
-        """The form that goes on where entries of several tensors join: the one with the most entries."""
+        """The form that continues where entries of several tensors join: the one with the most entries."""
         own = [v for v in operation.operands if isinstance(self.found.get(v), Form)]
         if not own:
             return None

@@ -319,8 +319,8 @@ def _moved(operation: Operation, below: Tensor) -> list[Tensor]:
 def _returned(node: fx.Node, recording: Recording, read: Read) -> tuple[Tensor | None, int | None]:
     """Where in the result of a node the units of a weight are, in numbers, and the input that it adds to them.
 
-    The first is None if the node does something else to the units; the second if it adds nothing, and −1 if that is no
-    input of the node.
+    The first is None if the node does something else to the units; the second if it adds nothing, and −1 if that is not
+    an input of the node.
     """
     added = [] if (own := bias_of(read.operation)) is None else [own]
     places, is_plain = {read.output: read.placed(torch.arange(read.count(1)))}, True

@@ -25,7 +25,7 @@ class Population:
             merged them, with the path of the module that calls it.
         origin: `"weight"`, `"input"` (also what is made of inputs only), `"merged"`, `"unknown"` (an operator that
             cannot be followed), `"foreign"` (a tensor that no operator of the run made), `"constant"` (a parameter or
-            constant that a weight reads) or `"shared"` (the positions of a weight whose units cannot be told).
+            constant that a weight reads) or `"shared"` (the positions of a weight whose units are unknown).
         size: how many units it has.
     """
 
@@ -159,7 +159,7 @@ class UnitNumbers:
         self.representative = connected(known, torch.stack([pairs >> 32, pairs & 0xFFFFFFFF]))
 
     def named(self, carried: Iterable[Tensor]) -> tuple[tuple[Population, ...], Tensor]:
-        """The populations of some numbers, with names that tell them apart, and by number the index of its population.
+        """The populations of some numbers, with distinct names, and by number the index of its population.
 
         Numbers that are not carried are nobody's, unless they are of a weight's units of which others are.
         """

@@ -1,4 +1,4 @@
-"""Readings: whose units each weight reads, and why that cannot be told of some."""
+"""Readings: whose units each weight reads, and why that is unknown for some."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Reading:
             several units has one of them.
         classes: the number that stands for all units that need one sign with it, in the same shape.
         signed_by: the operator that can make their activity negative, or an empty string if none can.
-        remark: why the units cannot be told, so that the positions are units of their own; empty if they can.
-        sources: the numbers of all units that reach the positions, also where they cannot be told.
+        remark: why the units are unknown, so that the positions are units of their own; empty if they are known.
+        sources: the numbers of all units that reach the positions, also where the units are unknown.
         is_free: for each position, whether it reads the network's inputs or constants only.
         returns: for each postsynaptic unit of the weight, the position at which the weight reads it again, as recurrent
             weights do; −1 if it does not.

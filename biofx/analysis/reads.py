@@ -126,7 +126,7 @@ class Read:
         return self.form.shape, self.form.is_stacked, self.lengths, self.parts, self.roles, *places
 
     def axes(self) -> Axes | None:
-        """The axes of the parameter, as this operator sees them, or None if they cannot be told."""
+        """The axes of the parameter, as this operator sees them, or None if they are unknown."""
         if not self.form.is_stacked and self._has_shared_entries():
             return None
         singles = iter([axis for axis, length in enumerate(self.weight.shape) if length == 1])

@@ -41,7 +41,7 @@ class Rules:
         self._place = place
 
     def __call__(self, operation: Operation) -> list[Tensor | None]:
-        """The numbers of each tensor that an operator returns; None where they cannot be told."""
+        """The numbers of each tensor that an operator returns; None where they are unknown."""
         try:
             return _RULES[operation.kind](self, operation)
         except CannotFollowError:

@@ -29,7 +29,7 @@ class Orientation:
     """The uses of a weight that agree on its axes.
 
     Attributes:
-        axes: the axes, or None if they cannot be told.
+        axes: the axes, or None if they are unknown.
         reads: the uses.
     """
 
@@ -41,7 +41,7 @@ class UnitAnalysis:
     """Sends numbers through a recording, again as long as weights find that units are of one class.
 
     While they travel, numbers are tensors of int64 in the shape of the activation, expanded along axes on which they
-    do not differ. Only tensors whose units reach a weight are looked at.
+    do not differ. Only tensors whose units reach a weight are followed.
 
     Args:
         recording: the run.
@@ -81,7 +81,7 @@ class UnitAnalysis:
             if self.numbers.representative is before:  # `unite` puts a new tensor there if it unites anything
                 break
 
-    # --- what is looked at ---------------------------------------------------------------------------------------
+    # --- what is followed ----------------------------------------------------------------------------------------
 
     def _oriented(self) -> dict[str, list[Orientation]]:
         found: dict[str, list[Orientation]] = {}
@@ -150,7 +150,7 @@ class UnitAnalysis:
             self.numbers.unite(rows)
 
     def rows(self, orientation: Orientation) -> Tensor | None:
-        """The units that each presynaptic position of a weight reads, over all uses; None if there are none to tell."""
+        """The units that each presynaptic position of a weight reads, over all uses; None if none are known."""
         if orientation not in self._rows:
             self._rows[orientation] = self._joined_rows(orientation)
         return self._rows[orientation]
@@ -348,5 +348,5 @@ def _below(value: Value) -> Value:
 
 
 def _is_nobody(numbers: Tensor) -> bool:
-    """Whether numbers are those of nobody, as far as a glance tells."""
+    """Whether numbers are those of nobody, as far as a quick test shows."""
     return not any(numbers.stride()) and bool((numbers[(slice(0, 1),) * numbers.dim()] == NOBODY).all())

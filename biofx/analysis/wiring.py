@@ -74,7 +74,7 @@ class _Wiring:
                 self._reasons[name] = reason
 
     def _weighing_points(self, recording: Recording) -> set[Point | None]:
-        """Where activity acts on others in a way that is not followed, as queries and keys do."""
+        """Where activity acts on other activity in a way that is not followed, as queries and keys do."""
         acting = (operation for operation in recording.operations if operation.depends is Depends.INPUTS)
         return {
             self._flow.of(value).point

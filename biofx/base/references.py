@@ -19,7 +19,7 @@ _REGISTRIES = frozenset(vars(nn.Module())) - {*HOOKS}
 
 
 def held_parameters(model: nn.Module) -> set[int]:
-    """The ids of parameters that modules keep in plain attributes; replacing them would leave the attribute behind."""
+    """The ids of parameters that modules keep in plain attributes; replacing them would leave the attribute stale."""
     found = (part for module in model.modules() for part in _parts(_attributes(module), nn.Parameter, set()))
     return {id(parameter) for parameter in found}
 

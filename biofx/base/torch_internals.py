@@ -58,7 +58,7 @@ GLOBAL_HOOKS: list[dict[int, Any]] = [vars(modules)[f"_global{name}"] for name i
 """The hooks of all modules; public are only functions that add to them."""
 
 DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
-"""What a module derives from its parameters and its forward, so that a copy makes its own; no public API tells."""
+"""What a module derives from its parameters and its forward, so that a copy makes its own; no public API reports it."""
 
 NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 """The `__torch_function__` of `nn.Parameter`: operators return plain tensors. What is public is a context only."""
@@ -68,19 +68,19 @@ NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 
 
 def is_intercepted() -> bool:
-    """Whether a transform of `torch.func`, a dispatch mode or a function mode is active; no public API tells."""
+    """Whether a transform of `torch.func`, a dispatch mode or a function mode is active; no public API reports it."""
     return bool(
         torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or is_transformed_by_functions()
     )
 
 
 def is_transformed_by_functions() -> bool:
-    """Whether a transform of `torch.func` runs; no public API tells."""
+    """Whether a transform of `torch.func` runs; no public API reports it."""
     return functorch.peek_interpreter_stack() is not None
 
 
 def runs_function_modes() -> bool:
-    """Whether a `TorchFunctionMode` runs; no public API tells."""
+    """Whether a `TorchFunctionMode` runs; no public API reports it."""
     return bool(torch._C._len_torch_function_stack())
 
 
@@ -90,7 +90,7 @@ def saves_by_hooks() -> bool:
 
 
 def runs_backward() -> bool:
-    """Whether backward runs on this thread, as in the recomputation of a checkpoint; no public API tells."""
+    """Whether backward runs on this thread, as in the recomputation of a checkpoint; no public API reports it."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -163,7 +163,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def uses_of_memory(tensor: Tensor) -> int:
-    """How many objects refer to the memory of a tensor; no public API tells."""
+    """How many objects refer to the memory of a tensor; no public API reports it."""
     return int(torch._C._storage_Use_Count(memory_of(tensor)))
 
 
@@ -173,7 +173,7 @@ def copy_on_write(tensor: Tensor) -> Tensor:
 
 
 def is_copy_on_write(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor has not moved yet; no public API tells."""
+    """Whether the memory of a tensor has not moved yet; no public API reports it."""
     return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
 
 
@@ -222,7 +222,7 @@ def run_hooks_next_to_step(optimizer: Optimizer, before: RemovableHandle, after:
 
 
 def wrapper_under_way() -> DistributedDataParallel | None:
-    """The data-parallel wrapper whose forward runs; no public API tells the model that is inside."""
+    """The data-parallel wrapper whose forward runs; no public API gives it to the model inside."""
     return DistributedDataParallel._active_ddp_module
 
 

@@ -39,7 +39,7 @@ def _structure(value: Any, depth: int) -> Iterator[Any]:
 
 
 def _choice(value: Any) -> Any:
-    """The value itself if forward may branch on it; else its type."""
+    """The value itself if forward may branch on it; otherwise its type."""
     if isinstance(value, bool | str | None):
         return value
     if isinstance(value, FunctionType):

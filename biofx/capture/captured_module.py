@@ -162,7 +162,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if is_transformed(self):
-            transformed(self)  # so that the graph reads what there is
+            transformed(self)  # so that the graph reads what is there now
         _, (_, imports) = super().__reduce__()
         attributes = _attributes(self)
         if not (is_transformed(self) or "biofx" in imports or any(isinstance(m, HelperModule) for m in self.modules())):

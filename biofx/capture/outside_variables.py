@@ -101,7 +101,7 @@ class OutsideVariables:
         return None if changed is None else (changed, f"changes {changed}, which is not part of the model")
 
     def random(self) -> str | None:
-        """A random number generator that was used since, or one of the system that code names; else None."""
+        """A random number generator that was used since, or one of the system that code names; None if none was."""
         drawn = (name for name, generator, state in self._generators if state_of(generator) != state)
         return next(drawn, None) or next(iter(self._names & _OF_THE_SYSTEM), None)
 

@@ -163,7 +163,7 @@ def _refuse_effects(model: nn.Module, trace: Trace, outside: OutsideVariables) -
 
 
 def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, synapses: Set[int]) -> dict[str, str]:
-    """Return the smallest modules whose graphs differ from their Python, with the differences; else the model."""
+    """Return the smallest modules whose graphs differ from their Python, with the differences; otherwise the model."""
     assert run is not None
     traced = dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter")
     given = first_calls(model, iter(traced), run)

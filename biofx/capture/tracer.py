@@ -264,7 +264,7 @@ class Tracer(fx.Tracer):
         except (Exception, NotTraceable) as error:
             if isinstance(error, NotTraceable) and path not in error.reasons:
                 raise
-            # The graph is invalid, but tracing goes on with this module as a leaf: one trace finds all failures.
+            # The graph is invalid, but tracing continues with this module as a leaf: one trace finds all failures.
             self._note_failure(path, error)
             self.module_stack.clear()
             self.module_stack.update(stack)

@@ -101,7 +101,7 @@ def can_be_compared(tensor: Tensor) -> bool:
 
 
 def _plain_key(value: Any) -> Any:
-    """The key of an item of a container, if it is a plain value or a pair of them; else its class."""
+    """The key of an item of a container, if it is a plain value or a pair of them; otherwise its class."""
     if isinstance(value, tuple):
         return tuple(_plain_key(each) for each in value)
     return (type(value).__qualname__, value if isinstance(value, PLAIN) else None)

@@ -156,7 +156,7 @@ def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> A
     r"""Draw an effective weight as a matrix, with a column for each presynaptic position, sorted by sign.
 
     Columns are sorted by the share of excitation, Σ max(w, 0) ÷ Σ\|w\|; among equals, their order stays. The strip
-    above the matrix tells what a column does: excites (orange), inhibits (blue), both (yellow), nothing (grey). Rows
+    above the matrix shows what a column does: excites (orange), inhibits (blue), both (yellow), nothing (grey). Rows
     are postsynaptic units; of weights with more than two axes, such as kernels of convolutions, all outgoing
     connections of a position. Colours are cut off at the 99.5 % quantile of \|w\|.
 

@@ -67,7 +67,7 @@ def lost_parts(bio: fx.GraphModule) -> Iterator[str]:
 
 
 def moved_synapses(bio: fx.GraphModule) -> Iterator[str]:
-    """Describe synapses in another place than they were made for, as in a layer that another module wraps now."""
+    """Describe synapses that are no longer where they were created, as in a layer that another module wraps now."""
     record = record_of(bio)
     known = {synapses_of(bio, name) for name in record.synapses | record.ties.keys()}
     for name, synapses in synapses_in(bio).items():

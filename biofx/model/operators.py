@@ -65,7 +65,7 @@ _INVERSES: dict[str, Callable[..., Tensor]] = {}  # by the operator's name
 _VERSION = re.compile(r"__\d+$")  # behind the name of an operator that was defined again
 
 
-_OBSERVERS: list[str] = []  # the full names of those that cannot look at DTensors yet
+_OBSERVERS: list[str] = []  # the full names of those that do not support DTensors yet
 
 
 @dataclass
@@ -324,7 +324,7 @@ def tell_caches(target: Any) -> None:
 
 
 def _new_name(what: str, written: str, function: Callable[..., Any]) -> str:
-    """The name of a new operator: as it was written, and the number of the definition, as it may be defined again.
+    """The name of a new operator: as it was written, and the number of the definition: it may be defined again.
 
     An operator is never changed: a model, compiled or not, runs the code that it was made with. The
     name that was written stands for the last definition (`_show`). Operators of biofx itself have no number.

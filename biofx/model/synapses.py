@@ -184,7 +184,7 @@ class Synapses(nn.Module):
         weight is computed from it.
 
         Raises:
-            ArgumentError: somebody wrote into the computed weight that was read last, so the write is lost.
+            ArgumentError: the computed weight that was read last was written to, so the write is lost.
         """
         if torch.compiler.is_compiling():
             return self.forward()
@@ -205,10 +205,10 @@ class Synapses(nn.Module):
         return weight
 
     def refuse_lost_writes(self) -> None:
-        """Raise if somebody wrote into the computed weight in a way that the tensor could not refuse.
+        """Raise if the computed weight was written to in a way that the tensor could not refuse.
 
         Raises:
-            ArgumentError: somebody did.
+            ArgumentError: it was.
         """
         probe = self._probe
         if probe is not None:
@@ -310,7 +310,7 @@ def is_observed(synapses: Synapses, key: str, of: Any) -> Any:
     Args:
         synapses: the synapses of the weight whose operator they observe.
         key: the state's name.
-        of: the observed activity. A proxy tells that a graph is traced again, so the call becomes a node again.
+        of: the observed activity. A proxy means that a graph is traced again, so the call becomes a node again.
     """
     if not isinstance(of, fx.Proxy):
         return synapses.training and key not in synapses.paused

@@ -111,7 +111,7 @@ def _images(layer: Any) -> list[TensorSpec]:
 
 
 def _bare(weight: Tensor) -> list[TensorSpec]:
-    """What can be multiplied by a bare parameter, along either axis, or convolved with it."""
+    """Tensors that a bare parameter can multiply along either axis, or be convolved with."""
     widths = dict.fromkeys(weight.shape[-2:])
     images = [_normal(BATCH, weight.shape[1], *["side"] * (weight.dim() - 2))] if weight.dim() > 2 else []
     return [_normal(*front, width) for front in ((BATCH,), (BATCH, "length")) for width in widths] + images

@@ -1,6 +1,6 @@
 """Arguments with which a model's forward runs, if the user gave none.
 
-Candidates are tried until forward runs; where one fails, the error often says what was asked for instead.
+Candidates are tried until forward runs; where one fails, the error often says which size is needed.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _combinations(choices: Sequence[Sequence[Any]], cost: int) -> Iterator[tuple
 
 
 def _repaired(failed: _Guess, error: Exception, forward: Forward) -> _Guess | None:
-    """The guess with what its error asks for, or None if that cannot be told."""
+    """The guess with what its error asks for, or None if that is unclear."""
     missing = forward.left_out(dict(failed.arguments))
     words = [] if isinstance(error, RuntimeError) else re.findall(r"\w+", str(error))
     for name in missing if "NoneType" in words else [word for word in words if word in missing]:

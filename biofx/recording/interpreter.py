@@ -35,7 +35,7 @@ class Interpreter(ABC, Generic[Known]):
 
     @abstractmethod
     def after(self, operation: Operation) -> Known:
-        """What is known of all that an operator returns and writes; `of` tells of its operands."""
+        """What is known of everything that an operator returns and writes; `of` returns that of its operands."""
 
     @abstractmethod
     def joined(self, before: Known, written: Known) -> Known:

@@ -143,7 +143,7 @@ class Recording:
         strangers: the ids of tensors that were there before the run, and that belong neither to the model nor to its
             inputs.
         strange_memory: keys of the memory in which they lie.
-        asked: the parameters about which Python asked more than their numbers (see `Questions`).
+        asked: the parameters of which Python asked for more than the numbers (see `Questions`).
     """
 
     operations: list[Operation] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Questions: what Python asks about a parameter besides its numbers, such as whether it is frozen, or a leaf."""
+"""Questions: what Python asks about a parameter apart from its numbers, such as whether it is frozen, or a leaf."""
 
 from __future__ import annotations
 

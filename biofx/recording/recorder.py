@@ -365,7 +365,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _Registry(dict[str, Any]):
-    """The parameters of a module, which tells a recorder when Python iterates over them."""
+    """The parameters of a module, which notifies a recorder when Python iterates over them."""
 
     def __init__(self, parameters: dict[str, Any], recorder: Recorder) -> None:
         super().__init__(parameters)
@@ -573,7 +573,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _place_in_memory(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
-    """Where a tensor lies; the storage is 0 if there is none to tell tensors apart by."""
+    """Where a tensor lies; the storage is 0 if there is none that identifies it."""
     if not _is_plain(tensor):
         return 0, 0, torch.Size(()), ()
     return memory_of(tensor), int(tensor.storage_offset()), tensor.shape, tensor.stride()

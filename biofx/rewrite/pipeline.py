@@ -185,7 +185,7 @@ def _unchanged(
 
 
 def _only_rounds(bio: fx.GraphModule, original: nn.Module, run: Run, after: list[Tensor]) -> bool:
-    """Whether a model computes what the original does with weights that are the original's, but for their last digits.
+    """Whether a model computes what the original does with weights that differ only in their last digits.
 
     Then the pass is right, and the model amplifies rounding, as chaotic networks do.
     """

@@ -104,7 +104,7 @@ class Pass:
         raise NotImplementedError(f"{type(self).__name__}.at_step")
 
     def held_together(self, bio: nn.Module) -> Iterable[Collection[str]]:
-        """Names of weights on which the rule acts only if one optimizer holds all of them; `biofx.attach` warns else.
+        """Names of weights on which the rule acts only if one optimizer holds all of them; `attach` warns otherwise.
 
         Args:
             bio: a model that the pass has rewritten.

@@ -185,7 +185,7 @@ def renumber(model: ModelEditor, units: Units) -> None:
 
 
 def why_free(units: Units, reading: Reading) -> str:
-    """Why a weight whose units have no signs reads no others."""
+    """Why none of the units that a weight reads has a sign."""
     origins = {units.populations[index].origin for index in units.owner[reading.numbers].tolist()}
     if "constant" in origins:
         return "it reads parameters or constants, which no unit computes"

@@ -41,7 +41,7 @@ class NetInputRuns:
     The first run finds a batch that the network accepts and the first use of each weight; later ones replay it.
 
     Args:
-        model: the original network, which tells how to run it.
+        model: the original network, with the way to run it.
         bio: the copy that is run, in float64 except for parameters that its graph reads.
         sites: the weights to show.
         changing: parameters of the copy that visitors change; all others are restored after each run.

@@ -1,7 +1,7 @@
 """Where gains act: on the update, on the update and the optimizer's copies of the weights, or on the gradient.
 
 An optimizer that keeps a copy of the weights, such as an average or one of higher precision, undoes what gains do to
-the weights. Which way is right cannot be told from its state, so a small weight is trained with each.
+the weights. Its state does not show which way is right, so a small weight is trained with each.
 """
 
 from __future__ import annotations

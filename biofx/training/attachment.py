@@ -264,7 +264,7 @@ class Attachment(Lifecycle):
     _hooks: tuple[RemovableHandle, ...] = ()
     _hooks_of_model: tuple[RemovableHandle, ...] = ()
     _guarded: MethodType | None = None
-    _step_before: Any = None  # a `step` that somebody else has set on the optimizer
+    _step_before: Any = None  # a `step` that other code has set on the optimizer
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Make rules act on weights at the steps of the optimizer, and gains on these synapses."""

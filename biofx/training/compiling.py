@@ -1,4 +1,4 @@
-"""Compiled arithmetic: one kernel for all that a rule does to the entries of weights, whatever their number."""
+"""Compiled arithmetic: one kernel for everything that a rule does to the entries of weights, whatever their number."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def change(
     compiled: bool,
     **options: Any,
 ) -> None:
-    """Put new tensors in the place of the first of some lists.
+    """Replace the tensors of the first of some lists by new ones.
 
     The tensors of one weight have one shape, or broadcast to that of the first.
 

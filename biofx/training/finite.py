@@ -43,7 +43,7 @@ class Finite:
 
         Args:
             weights: the weights.
-            is_acted_on: whether a rule acts on a weight in this step. If none does, the weight is not looked at where
+            is_acted_on: whether a rule acts on a weight in this step. If none does, the weight is not checked where
                 the host waits for the answer; elsewhere the answer is late, so it has to be about the same weights.
 
         Returns:
@@ -104,7 +104,7 @@ class _Found:
             self._host.copy_(self._first)
         elif self._arrived is not None and not self._arrived.query():
             return
-        place: Any = self._host.tolist()  # without an operator, as it is on the host
+        place: Any = self._host.tolist()  # without an operator: it is on the host
         if place >= 0:
             self._first.fill_(-1)
             self._host.fill_(-1)

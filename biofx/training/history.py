@@ -1,4 +1,4 @@
-"""History: what becomes of gains, synapses and weights while an optimizer trains them."""
+"""History: how gains, synapses and weights change while an optimizer trains them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ USUAL = {"gain": "1", "crystallized": "0%", "turnover": ""}
 
 
 def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int = 1000) -> History:
-    r"""Record what becomes of every weight in training: gains, crystallization, turnover, excitation, distribution.
+    r"""Record how every weight changes in training: gains, crystallization, turnover, excitation, distribution.
 
     Statistics are taken now, as step 0, and after every `every`-th step of the optimizer, when rules have acted and
     signs are projected, whether `biofx.attach` is called before, later, again, or not at all. No line of the training
@@ -130,14 +130,14 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int
 
 @dataclass
 class _Record:
-    """Statistics after a step: shape (weights, columns), on a device until somebody asks."""
+    """Statistics after a step: shape (weights, columns), on a device until they are read."""
 
     step: int
     values: Tensor
 
 
 class History(Reported):
-    """What became of weights in training; `biofx.record` makes it, and as a string it is a table of start and end.
+    """How weights changed in training; `biofx.record` makes it, and as a string it is a table of start and end.
 
     Attributes:
         every: steps from one record to the next; it doubles whenever the limit is reached.

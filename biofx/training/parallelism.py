@@ -144,7 +144,7 @@ def _refuse_uneven(styled: Mapping[str, tuple[nn.Module, Any]], ranks: int) -> N
 
 @contextmanager
 def _in_their_modules(bio: nn.Module) -> Iterator[dict[Synapses, list[Any]]]:
-    """Let modules hold parameters without values in place of their weights; yields these in the end."""
+    """Put parameters without values in the place of weights while the block runs; yield them in the end."""
     all_places = ((owner, key, child_of(owner, key)) for owner in bio.modules() for key in owner._parameters)
     places = [(owner, key, child) for owner, key, child in all_places if child is not None]
     found: dict[Synapses, list[Any]] = {}

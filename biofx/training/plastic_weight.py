@@ -36,7 +36,7 @@ class PlasticWeight:
         gradient: its gradient as the optimizer sees it; a rule at `Moment.GRADIENT` may change it in place.
         optimizer: the optimizer that holds it; None if rules are called by hand.
         step: number of this step, counted from 1.
-        by: name of the pass that looks at the weight.
+        by: name of the pass that acts on the weight.
         compiled: whether to compile what a rule does to entries.
         finite: whether gradients and weights are finite, on a device that is not waited for; else None.
         stored_before: what `raw` was before the step, for rules at `Moment.UPDATE`; else None.
@@ -89,7 +89,7 @@ class PlasticWeight:
         return self.shard.part(values)
 
     def observed(self, key: str) -> Tensor:
-        """What an observer saw since this was last asked: its mean for each unit, 0 if it saw nothing.
+        """What an observer saw since the last call: its mean for each unit, 0 if it saw nothing.
 
         Args:
             key: the name of its state (see `Editor.observe`), which starts from 0 again.
@@ -187,7 +187,7 @@ class PlasticWeight:
 
     @property
     def group(self) -> dict[str, Any]:
-        """The optimizer's options for the weight; none if rules are called by hand."""
+        """The optimizer's options for the weight; empty if rules are called by hand."""
         return _group(self.optimizer, self.site.raw)
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
@@ -195,7 +195,7 @@ class PlasticWeight:
 
         Args:
             mask: bool, of the shape of `raw`.
-            values: weights, of the shape of `raw`; those where the mask is False are not looked at.
+            values: weights, of the shape of `raw`; those where the mask is False are ignored.
 
         Example:
             >>> import biofx, torch

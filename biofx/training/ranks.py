@@ -56,7 +56,7 @@ def stop_broadcasts(wrapper: DistributedDataParallel) -> None:
 
 
 def note_wrapper(bio: nn.Module, args: Any) -> None:
-    """A hook on an attached model: tell attachments of the wrapper in which the model runs, which they were not given.
+    """A hook on an attached model: notify attachments of a wrapper in which the model runs and that they do not know.
 
     It is a plain function, so pickle can save a model that has it as a hook.
     """

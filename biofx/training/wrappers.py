@@ -1,4 +1,4 @@
-"""Optimizers around others: which one changes the weights, and what they remember of a weight together."""
+"""Optimizers around others: which one changes the weights, and what they remember of a weight."""
 
 from __future__ import annotations
 

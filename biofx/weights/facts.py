@@ -34,13 +34,13 @@ class WeightFacts:
         uses: how often the run used it.
         axes: its axes, or None if its uses do not agree on them.
         unmet: the needs that it does not meet, each with the reason; `Need.AXES` and `Need.UNITS` are known of a run.
-        is_free: whether it reads the network's inputs and constants only, which are no units.
+        is_free: whether it reads the network's inputs and constants only, which are not units.
         groups: number of groups into which the operator divides an axis of units.
         padding: row that does not learn, because it stands for no token; None if there is none.
         depth: number of weights on the longest path before it, over that of the deepest weight.
         is_output: whether no signal passes another weight after it.
         place: where the model uses it first, in words.
-        tied: the weights that were tied to it since, of which the run knew nothing.
+        tied: the weights that were tied to it after the run.
     """
 
     operator: str
