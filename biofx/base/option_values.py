@@ -27,7 +27,7 @@ def written_options(options: Any) -> dict[str, Any]:
 
 
 def described_options(options: Any, omitted: Collection[str]) -> dict[str, str]:
-    """The fields of a dataclass as texts, to compare with those of another. A nameless value is its class."""
+    """The fields of a dataclass as texts, for comparison with another. A value without a name is given by its class."""
     names = [field.name for field in dataclasses.fields(options) if field.name not in omitted]
     return {name: _described(getattr(options, name)) for name in names}
 
