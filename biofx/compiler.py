@@ -144,7 +144,7 @@ def build(
         inplace: as for `transform`.
         verify: as for `transform`.
         printer: called with the graph's text after each pass.
-        values_follow: whether the caller replaces all values, so that no pass need compute what it can do without.
+        values_follow: whether the caller replaces all values, so that passes may skip the computation of values.
     """
     again = is_transformed(model)
     if again:
@@ -265,7 +265,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _refuse_reads_of_original(model: nn.Module, understood: Understanding) -> None:
-    """Refuse a model whose copy reads tensors of the original, which the result would not learn."""
+    """Refuse a model whose copy reads tensors of the original, which the result would not train."""
     recording = understood.recording
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         is_read = id(tensor) in recording.strangers
@@ -341,7 +341,7 @@ def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torc
 
 
 def _note_questions(bio: fx.GraphModule, understood: Understanding | None) -> None:
-    """Note a weight with synapses about which forward asks more than its numbers."""
+    """Note a weight with synapses if forward asks about more than its numbers."""
     record = record_of(bio)
     asked = set() if understood is None else understood.recording.asked & set(synapses_in(bio))
     if record.islands and asked and not record.asked:

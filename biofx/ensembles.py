@@ -25,7 +25,7 @@ def stack_module_state(models: Sequence[nn.Module]) -> tuple[dict[str, Tensor], 
     under Adam. To train with rules, train the models one by one, and stack them afterwards.
 
     Args:
-        models: transformed models, alike but for the values of parameters and buffers, all in the same mode.
+        models: transformed models that differ only in the values of parameters and buffers, all in the same mode.
 
     Returns:
         The parameters and the buffers, each by name and with a new first axis, the models. Parameters are new leaves of

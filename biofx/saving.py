@@ -40,7 +40,7 @@ def save(bio: nn.Module, folder: str | Path) -> None:
     - `pipeline.json`: how the model was made: passes with their options, seed, front end, excluded weights.
     - `state.safetensors`: all values: stored weights, gains, signs, counters, buffers.
 
-    Other files in the folder stay, so the optimizer's state can lie beside them:
+    Other files in the folder stay, so the optimizer's state can lie next to them:
     `torch.save(optimizer.state_dict(), folder / "optimizer.pt")`. Whatever happens while they are written, the folder
     holds the old model or the new one. Among several processes, call it in one.
 
@@ -317,7 +317,7 @@ def _layouts(bio: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor], hint: str) -> None:
-    """Give a transformed model the values, and whatever else depended on values or was set since the transform."""
+    """Give a transformed model the values, and everything else that depended on them or was set since the transform."""
     saved = saved | {name: torch.view_as_complex(saved[name]) for name in document.get("complex", ()) if name in saved}
     tied = document["tied"]
     saved = saved | {name: saved[first] for name, first in tied.items()}

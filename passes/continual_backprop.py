@@ -1,4 +1,4 @@
-"""Continual backpropagation: units that contribute little are replaced, so that a network goes on learning."""
+"""Continual backpropagation: units that contribute little are replaced, so that a network keeps learning."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from biofx.training.plastic_weight import PlasticWeight
 
 ACTIVITY = "unit_activity"  # state of a weight that reads units: the activity at its presynaptic positions
-BOUNDS = "unit_bounds"  # of a weight that leads into units: between what new synapses are drawn
+BOUNDS = "unit_bounds"  # of a weight that leads into units: the bounds of new synapses
 INTO, OUT_OF = "into_units_of_", "out_of_units_of_"  # where the units of a layer are, behind it the name of the layer
 UTILITY, AGE, DUE, REPLACED = "unit_utility", "unit_age", "unit_due", "units_replaced"  # of the weight of that name
 
@@ -60,7 +60,7 @@ class ContinualBackprop(Pass):
     a channel; one that is flattened is read at many positions; units that merge, as in a residual stream or a gate, are
     one unit, with the incoming synapses of all of them. The units of one weight are a layer, together with those of
     weights that merge with them. Units of which not all synapses are known are left alone, and so are units that the
-    model returns, units that merge with inputs, and a weight whose synapses are all 0; `summary` tells why. A layer
+    model returns, units that merge with inputs, and a weight whose synapses are all 0; `summary` says why. A layer
     acts at the steps at which all its weights have a gradient, and an observer saw its activity, in training mode.
 
     *New synapses* are U(−b, b), with b = √3 times the root mean square of the weight at the transform: what
@@ -70,9 +70,9 @@ class ContinualBackprop(Pass):
     connection that is spread alike.
 
     *With other rules.* `Rejuvenate` would replace outgoing synapses of 0 at once, unless there are signs. Under
-    `ExponentiatedGradient` they could never grow, so that leaves these weights alone; weights with interneurons are
-    left alone here. A new synapse takes over the gain of its place. Normalisation parameters and statistics stay; what
-    normalises over units (layer and group norm, softmax, spectral norm) lets the others notice that one is replaced.
+    `ExponentiatedGradient` they could never grow, so it leaves these weights alone; weights with interneurons are
+    left alone here. A new synapse takes over the gain of its place. Normalisation parameters and statistics stay.
+    Under normalisation over units (layer and group norm, softmax, spectral norm), a replacement affects the others.
 
     *Several optimizers.* A layer acts where one optimizer holds all its weights; for another one, `attach` warns. What
     another optimizer remembers of a bias stays.
@@ -156,14 +156,14 @@ class ContinualBackprop(Pass):
         home.keep(REPLACED, torch.zeros((), dtype=torch.int64))
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
-        """Let units grow older, and replace those that are due."""
+        """Age units, and replace those that are due."""
         activity = {weight.name: _seen(weight) for weight in weights if ACTIVITY in weight.synapses.users}
         found = [(group, self._due(group, activity)) for group in _groups(weights)]
         found = _without_idle(found)
         for group, due in found:
             for weight, places in group.into:
                 _renew(weight, due.to(weight.raw.device), places)
-        for group, due in found:  # last, as the outgoing synapses of one unit may be incoming ones of another
+        for group, due in found:  # last, because outgoing synapses of one unit may be incoming ones of another
             for weight, places in group.out_of:
                 is_due = _at_places(due.to(weight.raw.device), places, weight.site.presynaptic_units)
                 mask = weight.site.spread_presynaptic(is_due).expand(weight.raw.shape)
@@ -242,7 +242,7 @@ def judged(
     age = age + 1
     mature = age > maturity
     due = due + rate * mature.sum(-1).to(due)
-    count = due.floor()  # never above the number of mature units, as the rate is at most 1, and what was left below 1
+    count = due.floor()  # never above the number of mature units: the rate is at most 1, and the rest was below 1
     order = torch.where(mature, utility, torch.inf).sort(dim=-1, stable=True).indices
     is_low = torch.arange(utility.shape[-1], device=utility.device) < count[..., None]
     mask = torch.zeros_like(mature).scatter(-1, order, is_low)

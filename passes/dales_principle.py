@@ -48,7 +48,7 @@ class DalesPrinciple(Pass):
 
     *Signs.* `"random"` draws them for each population: exactly the fraction `excitatory` of its units, rounded, but at
     least one of each kind. `"closest"` is for a trained network: a unit gets the sign of the larger part of the energy
-    of its outgoing weights, $\sum_i w_{ij}^2$, and the rest of them becomes 0; `summary` tells how much was kept.
+    of its outgoing weights, $\sum_i w_{ij}^2$, and the rest of them becomes 0; `summary` says how much was kept.
     Signs that are given, by the name of the population that `biofx.units` shows, hold; others are drawn.
 
     *Balance.* A network whose weights just get signs does not train if it is deep: all units read the rest through the
@@ -56,7 +56,7 @@ class DalesPrinciple(Pass):
     fraction `density` of their synapses, and the others start at 0 and may grow. What is kept is scaled, the excitatory
     and the inhibitory part of each row by a number each, so that the net input of every unit has the mean and the
     variance that it had without signs, for normal inputs to the network; what is left of the mean goes into the bias
-    (`biofx/signs/balance.py`). In networks of 20 layers activity then is within a factor of 3 of what it was at every
+    (`biofx/signs/balance.py`). In networks of 20 layers activity is then within a factor of 3 of what it was at every
     depth, and 8 layers learn as they did.
 
     *What can turn a sign over.* A parameter that multiplies units on their way, such as γ of a batch norm, is kept

@@ -30,7 +30,7 @@ LIMIT = 1.0  # of the exponent
 @register
 @dataclass(frozen=True)
 class ExponentiatedGradient(Pass):
-    r"""Let an optimizer multiply synapses by what it would add to them, so that none changes its sign.
+    r"""Turn the additive updates of an optimizer into multiplicative ones, so that no synapse changes its sign.
 
     $$w \leftarrow w\, e^{s\,\Delta / \sigma}, \qquad s = \operatorname{sign}(w), \qquad \Delta = w_\mathrm{new} - w$$
 
@@ -51,16 +51,16 @@ class ExponentiatedGradient(Pass):
 
     *Together with other rules.* A gain c acts on Δ, so it is a gain in log space: the factor becomes
     $e^{c\, s\, \Delta / \sigma}$. With `SplitSynapses`, all synapses of a connection change by the factor of the
-    connection, so it moves as it would unsplit, but for weight decay. Under `SGD`, `L1Regularization` multiplies every
-    weight by $e^{-\eta\lambda/\sigma}$, which is the weight decay that the paper combines with `SGD`. Decoupled weight
-    decay λ is a part of Δ, so it becomes the factor $e^{-\eta\lambda|w|/\sigma}$: it holds large weights back, and
-    hardly touches small ones. The paper's AdamW multiplies w by 1 − ηλ instead.
+    connection, so it moves as it would unsplit, except for weight decay. Under `SGD`, `L1Regularization` multiplies
+    every weight by $e^{-\eta\lambda/\sigma}$, which is the weight decay that the paper combines with `SGD`. Decoupled
+    weight decay λ is a part of Δ, so it becomes the factor $e^{-\eta\lambda|w|/\sigma}$: it holds large weights back,
+    and hardly touches small ones. The paper's AdamW multiplies w by 1 − ηλ instead.
 
     *Large steps.* The exponent is clipped to ±1, which the paper does not do: a step changes a synapse by a factor of e
-    at most, and nothing overflows. Growth still compounds, as what has grown learns faster, so the largest learning
-    rate that an optimizer bears can be too large with this pass. In bfloat16, exponents below 2⁻⁹ are lost to rounding.
+    at most, and nothing overflows. Growth still compounds: what has grown learns faster. So the largest learning rate
+    that an optimizer tolerates can be too large with this pass. In bfloat16, exponents below 2⁻⁹ are lost to rounding.
 
-    Biases and other parameters that are no weights learn as without this pass. An optimizer that keeps a copy of the
+    Biases and other parameters that are not weights learn as without this pass. An optimizer that keeps a copy of the
     weights would undo it, so `attach` refuses that. Without `attach` it does nothing.
 
     The reference package has nothing of this kind.
@@ -115,7 +115,7 @@ class ExponentiatedGradient(Pass):
         edit.keep("scale", scale.to(site.raw.dtype))
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
-        """Multiply weights in place of adding to them."""
+        """Multiply weights instead of adding to them."""
         for batch in batches([weight.raw for weight in weights]):
             own = [weights[index] for index in batch]
             # Of Γ synapses, the optimizer sees each as the connection, and moves it by 1/Γ of that.

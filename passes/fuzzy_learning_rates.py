@@ -94,7 +94,7 @@ class FuzzyLearningRates(Pass):
 
     Raises:
         ArgumentError: an option out of its range; `unstored` for gains that change; for `temporal`, a dtype whose gains
-            would stay where they are, as one refresh moves them by less than half of what it can tell apart; for
+            would stay where they are, because one refresh moves them by less than half of its resolution; for
             `uint8`, a `maximum` above 3.97.
         PipelineError: at the transform: `unstored`, and `Crystallize` changes the gains.
 
@@ -162,6 +162,7 @@ class FuzzyLearningRates(Pass):
             return
         dtype = self._stored(site.raw.dtype)
         if self.distribution == "weight_adaptive":
+            # U(0, 2), narrowed below to the spread of each synapse; float32 at least, because it is rounded afterwards.
             drawn = edit.drawn_gain("uniform", 1.0, 0.0, 2.0, dtype=torch.promote_types(site.raw.dtype, torch.float32))
             weight = wide(site.synaptic().detach())
             (spread,) = weight_adaptive_spread(self.nu, [weight], [weight.abs().mean()])

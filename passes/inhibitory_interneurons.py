@@ -65,7 +65,7 @@ class InhibitoryInterneurons(Pass):
     "obeys, with inhibition by interneurons". W itself has both signs. So has the folded model, which is the plain one:
     it has no interneurons, and `biofx.units` of it says that it breaks the principle.
 
-    *What is left alone.* Weights that read the model's inputs, which are no units; weights with groups of units; those
+    *What is left alone.* Weights that read the model's inputs, which are not units; weights with groups of units; those
     whose units are inhibitory already. `summary` says so, and also where the activity of units can be negative
     (tanh, no activation), so that their effect changes sign although their synapses do not. A parameter that
     multiplies units on their way, such as γ of a batch norm, is kept from being negative.
@@ -80,7 +80,7 @@ class InhibitoryInterneurons(Pass):
     Args:
         fraction: number of interneurons of a weight for each of its postsynaptic units, in (0, 1]; at least one
             interneuron. Default: 10%, as in the output layers of Cornford et al.
-        inputs: `"free"`: inputs of the model are no units, and have no interneurons; `"excitatory"`: they are
+        inputs: `"free"`: inputs of the model are not units, and have no interneurons; `"excitatory"`: they are
             excitatory units.
 
     Example:
@@ -167,7 +167,7 @@ class InhibitoryInterneurons(Pass):
                 weight.state(key).clamp_(min=0)
 
     def violations(self, site: WeightSite) -> Iterator[str]:
-        """Synapses of interneurons that are no numbers."""
+        """Synapses of interneurons that are not numbers."""
         for key in (INHIBITION, DRIVE):
             synapses = site.state(key)
             if synapses is None or not bool(synapses.isfinite().all()):

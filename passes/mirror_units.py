@@ -37,17 +37,18 @@ class MirrorUnits(Pass):
     unit has one sign for all its targets, in whichever weights, which it keeps: the weight that is used is relu(r·s)·s,
     with r the stored weight and s the sign, in the buffer `<weight>_synapses.sign`. Its gradient reaches r unchanged,
     so synapses at 0 learn as well, and r is projected on its sign after every step of the optimizer. Twins start out
-    equal and part as they learn. As both parts of a weight move, it learns up to twice as fast under gradient descent.
+    equal and part as they learn. Because both parts of a weight move, it learns up to twice as fast under gradient
+    descent.
 
     *Shapes.* Parameters change their shape: a weight between doubled populations has four times as many entries, and
     the axes of biases and normalisations are twice as long. Twins are adjacent (x₀, x₀', x₁, x₁', …), so groups of
-    convolutions and of norms stay what they are. The folded model has these shapes, too: what the twins learned is not
-    to be had with fewer units.
+    convolutions and of norms stay what they are. The folded model has these shapes, too: fewer units cannot
+    express what the twins learned.
 
-    *What is doubled.* The outputs of linear layers and convolutions, on all ways on which they come to another weight:
+    *What is doubled.* The outputs of linear layers and convolutions, along every path to another weight:
     activations, norms, pooling, flattening, concatenations, residual additions, gates. Before anything is changed, the
     graph is run to find out what has to be doubled as well; sizes in the model's forward are adapted. Inputs and
-    outputs of the model keep their shape. What cannot be doubled is left alone, with free weights, and `summary` tells
+    outputs of the model keep their shape. What cannot be doubled is left alone, with free weights, and `summary` says
     why: units that are added to an input or to the output of an embedding, or queries and keys, whose products would be
     twice as large. Dropout draws for each twin by itself.
 
@@ -128,7 +129,7 @@ def mirrored(site: WeightSite, doubling: AxisDoubling | None, *, doubled: bool) 
 
 
 def _set_sizes(model: ModelEditor, site: WeightSite, presynaptic: int, units: int) -> None:
-    """Let the modules that hold a weight say how many units it has now."""
+    """Update the numbers of units in the modules that hold a weight."""
     sizes = dict.fromkeys(("in_features", "in_channels"), presynaptic)
     sizes |= dict.fromkeys(("out_features", "out_channels"), units)
     for module, _ in model.places[id(site.raw)]:

@@ -46,7 +46,7 @@ class SplitSynapses(Pass):
     Args:
         synapses: Γ, the number of synapses for each connection, at least 1.
         init: `"dirichlet"` divides a connection at random, as above; `"equal"` gives every synapse w/Γ. Synapses that
-            start equal stay equal unless something else, such as `FuzzyLearningRates`, tells them apart.
+            start equal stay equal unless something, such as `FuzzyLearningRates`, makes them differ.
         compensate: keep the connection's learning speed independent of Γ.
         activation: f, by its name in `torch.nn.functional` or `torch`, or a module or function; None is the plain sum.
 
@@ -152,7 +152,7 @@ def _why_no_activation(site: WeightSite) -> str | None:
 
 
 def _biases(site: WeightSite) -> list[fx.Node]:
-    """The biases that go with a weight."""
+    """The biases that belong to a weight."""
     return list(dict.fromkeys(bias for call in site.calls if (bias := call.bias) is not None))
 
 

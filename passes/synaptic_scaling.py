@@ -35,11 +35,11 @@ class SynapticScaling(Pass):
     | `"gradient"` | incoming gradient of unit i times clip((t/a_i)^ε, 0.5, 2) |
     | `"weight"` | w_i· ← w_i·clip(1 + ε·(t − a_i), 0.5, 2) after the step |
 
-    with a_i the running mean activity of unit i, t the `target`, and ε the `strength`. Activity is the mean of
-    \|z_i\|, the magnitude of what the operator returns for the unit, over batch, time and space; an observer node adds
-    it up in training mode, over all micro-batches since the last step. After every `every` steps of the optimizer
-    (`biofx.attach`) the running mean moves by a fraction 1 − `memory` towards it; the first such step sets it. Between,
-    observers do not look.
+    with a_i the running mean activity of unit i, t the `target`, and ε the `strength`. Activity is the mean of \|z_i\|,
+    the magnitude of what the operator returns for the unit, over batch, time and space; an observer node adds it up in
+    training mode, over all micro-batches since the last step. After every `every` steps of the optimizer
+    (`biofx.attach`) the running mean moves by a fraction 1 − `memory` towards it; the first such step sets it. In
+    between, observers are paused.
 
     The factor on gradients is one number for each unit and starts neutral. A unit whose activity is 0 takes the bound,
     2.
@@ -52,7 +52,7 @@ class SynapticScaling(Pass):
         on: `"gradient"` or `"weight"`.
         memory: weight of the past in the running mean, in [0, 1).
         every: steps from one look to the next, at least 1: the rule acts at every such step, on what its forward passes
-            showed.
+            show.
 
     Example:
         >>> import biofx, torch

@@ -31,12 +31,12 @@ class VolumeDependentLearningRates(Pass):
     m = \eta\, e^{-s\,|w| / (|w| + 1)}$$
 
     with g the gradient of the stored weight w, whose magnitude stands for the volume of the spine, η `base_lr`, s
-    `stability`, and v `variability`. The factor is in (0, η] but for the noise: with the defaults, learning is slower
-    by ten and more.
+    `stability`, and v `variability`. Without the noise, the factor is in (0, η]: with the defaults, learning is at
+    least ten times slower.
 
-    The noise n is drawn anew at every step of the optimizer; `biofx.attach` counts them in `<weight>_synapses.steps`.
-    It is the same for all micro-batches of a step, so it commutes with gradient accumulation, and on every rank.
-    The node is `biofx.volume_grad`. Nothing is stored: the noise follows from seed, step and the weight's name.
+    The noise n is drawn anew at every step of the optimizer (`biofx.attach` counts them in `<weight>_synapses.steps`).
+    It is the same on every rank and for all micro-batches of a step, so it commutes with gradient accumulation. The
+    node is `biofx.volume_grad`. Nothing is stored: the noise follows from seed, step and the weight's name.
 
     The reference package has the same formula, and applies it to `.grad` by hand.
 
@@ -90,7 +90,7 @@ def volume_factors(
     weights: list[Tensor], noise: list[Tensor], base_lr: float, stability: float, variability: float
 ) -> Sequence[Tensor]:
     """The same for many weights, in few operations."""
-    # exp(−s·a/(a+1)) = exp(s/(a+1))/exp(s); in place, since a new tensor costs more than the arithmetic.
+    # exp(−s·a/(a+1)) = exp(s/(a+1))/exp(s); in place, because a new tensor costs more than the arithmetic.
     means = torch._foreach_abs(weights)
     torch._foreach_add_(means, 1)
     torch._foreach_reciprocal_(means)

@@ -10,7 +10,7 @@ WEIGHTED = (Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING)
 
 
 class Activity(Interpreter[str]):
-    """What each tensor of a run, at the time when an operator reads it, can be negative by; empty if it cannot.
+    """Why each tensor of a run can be negative when an operator reads it; empty if it cannot.
 
     Parameters that multiply activity are taken to be positive; `Units.scales` lists them.
     """
@@ -21,11 +21,11 @@ class Activity(Interpreter[str]):
         self.interpret(recording)
 
     def read(self, operation: Operation, value: Value) -> str:
-        """What an operand can be negative by when an operator reads it."""
+        """Why an operand can be negative when an operator reads it."""
         return self._read.get((operation, value), "")
 
     def source(self, value: Value) -> str:
-        """What a tensor that no operator made can be negative by."""
+        """Why a tensor that no operator made can be negative."""
         if not value.is_activity:
             return ""
         if value.kind == "input":
@@ -35,11 +35,11 @@ class Activity(Interpreter[str]):
         return value.kind if value.negative else ""
 
     def joined(self, before: str, written: str) -> str:
-        """What memory can be negative by into a part of which something is written."""
+        """Why memory can be negative after a write into a part of it."""
         return before or written
 
     def after(self, operation: Operation) -> str:
-        """What an operator's result can be negative by."""
+        """Why an operator's result can be negative."""
         for value in operation.operands:
             self._read[operation, value] = self.of(value)
         is_activity = any(value.is_activity for value in (*operation.outputs, *operation.written))

@@ -35,10 +35,10 @@ class Flow(Interpreter[Signal]):
     """What a signal passes between weights.
 
     Signals are a graph of weights and of the places where signals meet, which grows with the number of operators. Lists
-    of the weights before each weight would grow with its square, as all layers before add to a residual stream.
+    of the weights before each weight would grow with its square, because all earlier layers add to a residual stream.
 
     Attributes:
-        depth: for each weight, the number of weights on the longest path to it, over that to the deepest one: from 0
+        depth: for each weight, the number of weights on the longest path to it, over that of the deepest one: from 0
             for the first to 1 for the last. Weights that read each other, as in a recurrent network, have one depth.
         outputs: the weights after which no signal passes another weight.
         scales: the parameters that multiply units on their way to a weight, each with the weights that they lead to.
@@ -68,11 +68,11 @@ class Flow(Interpreter[Signal]):
         return Signal(None, 0)
 
     def joined(self, before: Signal, written: Signal) -> Signal:
-        """What is in a memory comes from all that is written into it."""
+        """Memory comes from everything that is written into it."""
         return Signal(self._meeting(before.point, written.point), before.scales | written.scales)
 
     def after(self, operation: Operation) -> Signal:
-        """What an operator's result has come from: its weights, or else what its operands have."""
+        """What an operator's result has come from: its weights, or otherwise what its operands have."""
         signals = [self.of(value) for value in operation.operands]
         scales = 0
         for signal in signals:
@@ -93,7 +93,7 @@ class Flow(Interpreter[Signal]):
         return Signal(point, scales)
 
     def ahead(self, weight: str) -> tuple[set[str], set[Point]]:
-        """The weights that a signal comes to next after a weight, and the points on its way, with the weight."""
+        """The weights that a signal reaches next after a weight, and the points on its way, the weight included."""
         found: set[str] = set()
         ahead: list[Point] = [weight]
         seen: set[Point] = {weight}
@@ -114,7 +114,7 @@ class Flow(Interpreter[Signal]):
         return found
 
     def _meeting(self, *points: Point | None) -> Point | None:
-        """Where signals go on that come from some points."""
+        """The point from which signals that come from some points continue."""
         found = dict.fromkeys(point for point in points if point is not None)
         if len(found) < 2:
             return next(iter(found), None)
@@ -163,6 +163,7 @@ def _depths(weights: list[str], edges: list[tuple[Point, Point]]) -> tuple[dict[
     for group in reversed(order):
         if any(one in with_weights or one in leads_on for one in groups.successors(group)):
             leads_on.add(group)
+    # The 0 is for models without weights: `max` of a single number fails.
     deepest = max(1, *(before[group] for group in with_weights), 0)
     depth = {name: before[group_of[name]] / deepest for name in weights}
     return depth, frozenset(name for name in weights if group_of[name] not in leads_on)

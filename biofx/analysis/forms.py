@@ -2,7 +2,7 @@
 
 A tensor in which every entry stands for one entry of a parameter is a *form* of it. It has a tensor of coordinates for
 each axis of the parameter. Layout operators are executed on the coordinates; pointwise operators keep them. `reads.py`
-tells how an operator reads a form as its weight.
+says how an operator reads a form as its weight.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Forms:
         recording: the recording.
         is_nonnegative: whether a tensor cannot be negative.
         reads: the operators that read a parameter as their weight.
-        mixed: why a parameter's entries are no entries of the weight that is computed from it, and the operator that
+        mixed: why a parameter's entries are not those of the weight computed from it, and the operator that
             reads that weight, by the parameter's name.
-        computed: the operators that read as their weight what is computed from parameters.
+        computed: the operators whose weight is computed from parameters.
         biases: the parameters that are added to what an operator on weights returns, by the operator.
         users: other operators that read a parameter, by its name.
         found: what the entries of a tensor are: those of one parameter, or computed from several.
@@ -87,12 +87,12 @@ class Forms:
             self._write(operation, value, result)
 
     def _write(self, operation: Operation, value: Value, made: list[Form | Mixture]) -> None:
-        """Note that a tensor, and all those in whose memory it is, have something else in them now."""
+        """Note that a tensor, and all those in whose memory it lies, have other contents now."""
         while value.view_of is not None:
             value = value.view_of
             before = [self.found[value]] if value in self.found else []
             self.found[value] = _mixture(operation, [*made, *before])
-        if value.kind == "parameter":  # whatever it is now, who reads it does not read those that it was computed from
+        if value.kind == "parameter":  # its readers do not read the parameters that it was computed from
             self.found[value] = replace(_mixture(operation, made), parameters=frozenset((value,)))
 
     def _note_users(self, operation: Operation, values: Iterable[Value]) -> None:
@@ -103,7 +103,7 @@ class Forms:
                 self.users.setdefault(parameter.name, []).append(Use(operation, made_by))
 
     def _is_computation(self, operation: Operation, read: Read) -> bool:
-        """Whether an operator multiplies parameters to make a weight of them, and not one of them by activity."""
+        """Whether an operator multiplies parameters with each other to compute a weight, and not one by activity."""
         depends = [v.depends for v in (read.source, *read.others) if v is not None]
         is_layer = operation.called in LAYERS or operation.kind is not Kind.PRODUCT
         return bool(depends) and max(depends) is not Depends.INPUTS and not is_layer
@@ -120,7 +120,7 @@ class Forms:
             self.biases[operation] = known.parameter.name
 
     def _after(self, operation: Operation) -> list[Form | Mixture] | None:
-        """The forms of the outputs of an operator on forms; None if they are no weights any more."""
+        """The forms of the outputs of an operator on forms; None if they are no longer weights."""
         if any(v.depends is Depends.INPUTS for v in (*operation.operands, *operation.outputs)):
             return None
         forms = [self.found[v] for v in operation.operands if v in self.found]
@@ -172,7 +172,7 @@ class Forms:
         return replace(form, remark=f"its operator reads it through {operation.called}")
 
     def _merged(self, operation: Operation) -> Form | None:
-        """The form that goes on where entries of several tensors join: the one with the most entries."""
+        """The form that continues where entries of several tensors join: the one with the most entries."""
         own = [v for v in operation.operands if isinstance(self.found.get(v), Form)]
         if not own:
             return None
@@ -245,7 +245,7 @@ def _mixture(operation: Operation, forms: Iterable[Form | Mixture]) -> Mixture:
 
 
 def _beside(operation: Operation, form: Form, joined: Iterable[Form | Mixture]) -> Mixture | None:
-    """What joins a form that is computed from other parameters."""
+    """What is computed from other parameters and joined with a form; None if nothing is."""
     mixture = _mixture(operation, joined)
     others = mixture.parameters - {form.parameter}
     return replace(mixture, parameters=others) if others else None

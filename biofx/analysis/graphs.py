@@ -63,9 +63,9 @@ class NodeUse:
 
 @contextlib.contextmanager
 def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Let a captured graph run node by node, whoever calls it, for a recorder.
+    """Run a captured graph node by node, whoever calls it, for a recorder.
 
-    The weight that is computed from synapses is known as the parameter.
+    The recorder knows a weight that is computed from synapses as the parameter.
 
     Args:
         bio: the captured model.
@@ -116,7 +116,7 @@ class _Known(dict[nn.Module, Tensor]):
         return super().get(synapses, default)
 
     def declare(self, synapses: Synapses) -> Tensor:
-        """Compute a weight, and let the recorder know."""
+        """Compute a weight, and register it with the recorder."""
         with unrecorded():
             weight: Tensor = synapses()
         if synapses.links:
@@ -130,7 +130,7 @@ class _Known(dict[nn.Module, Tensor]):
 def _run(
     bio: fx.GraphModule, recorder: Recorder, known: _Known, given: dict[str, Any], dtype: torch.dtype | None
 ) -> Any:
-    known.clear()  # the weights may be others than in the last run
+    known.clear()  # the weights may have changed since the last run
     ends = {chain(node)[-1]: synapses_of(bio, name) for name, node in parameter_nodes(bio).items()}
     waiting = Counter(source for node in bio.graph.nodes for source in node.all_input_nodes)
     values: dict[fx.Node, Any] = {}
@@ -319,8 +319,8 @@ def _moved(operation: Operation, below: Tensor) -> list[Tensor]:
 def _returned(node: fx.Node, recording: Recording, read: Read) -> tuple[Tensor | None, int | None]:
     """Where in the result of a node the units of a weight are, in numbers, and the input that it adds to them.
 
-    The first is None if the node does something else to the units; the second if it adds nothing, and −1 if that is no
-    input of the node.
+    The first is None if the node does something else to the units; the second if it adds nothing, and −1 if that is not
+    an input of the node.
     """
     added = [] if (own := bias_of(read.operation)) is None else [own]
     places, is_plain = {read.output: read.placed(torch.arange(read.count(1)))}, True

@@ -17,7 +17,7 @@ Look = Callable[[Value], Tensor | None]
 
 
 class CannotFollowError(Exception):
-    """An operator does with entries what depends on their values, or what is not known."""
+    """What an operator does with entries depends on their values, or is not known."""
 
 
 def execute(operation: Operation, look: Look) -> list[Tensor]:

@@ -25,7 +25,7 @@ class Population:
             merged them, with the path of the module that calls it.
         origin: `"weight"`, `"input"` (also what is made of inputs only), `"merged"`, `"unknown"` (an operator that
             cannot be followed), `"foreign"` (a tensor that no operator of the run made), `"constant"` (a parameter or
-            constant that a weight reads) or `"shared"` (the positions of a weight whose units cannot be told).
+            constant that a weight reads) or `"shared"` (the positions of a weight whose units are unknown).
         size: how many units it has.
     """
 
@@ -93,7 +93,7 @@ class UnitNumbers:
         return torch.where(numbers < known, self.representative[numbers.clamp(max=known - 1)], numbers)
 
     def settled(self, numbers: Tensor) -> Tensor:
-        """Units, with one number for entries of inputs, or of what cannot be followed, that turned out to be one."""
+        """Unit numbers; entries of inputs, or of what cannot be followed, that turned out to be one unit share one."""
         return torch.where(self._is_elastic()[numbers], self.classes(numbers), numbers)
 
     def _is_elastic(self) -> Tensor:
@@ -129,12 +129,12 @@ class UnitNumbers:
         return (self._is_elastic() & alone)[numbers]
 
     def may_be_one(self, rows: Tensor) -> bool:
-        """Whether units in each row are one, or may turn out to be: entries of inputs, and what cannot be followed."""
+        """Whether the units in each row are one, or may become one: entries of inputs, and what cannot be followed."""
         rows = rows[(rows != rows.amax(1, keepdim=True)).any(1)] if rows.numel() else rows[:0]
         return bool(((rows == NOBODY) | self._is_elastic()[rows]).all())
 
     def mix_positions(self, rows: Tensor) -> bool:
-        """Whether a row has several units of which another row has one, as what weights over tokens read."""
+        """Whether a row has several units of which another row has one, as weights over tokens read them."""
         rows = self.classes(rows)
         if rows.shape[0] < 2 or rows.shape[1] < 2:
             return False
@@ -159,7 +159,7 @@ class UnitNumbers:
         self.representative = connected(known, torch.stack([pairs >> 32, pairs & 0xFFFFFFFF]))
 
     def named(self, carried: Iterable[Tensor]) -> tuple[tuple[Population, ...], Tensor]:
-        """The populations of some numbers, with names that tell them apart, and by number the index of its population.
+        """The populations of some numbers, with distinct names, and by number the index of its population.
 
         Numbers that are not carried are nobody's, unless they are of a weight's units of which others are.
         """
@@ -282,7 +282,7 @@ def connected(found: Tensor, edges: Tensor) -> Tensor:
 
 
 def different_columns(numbers: Tensor) -> Tensor:
-    """The columns of a matrix without repetitions, told apart by a 64-bit hash of each.
+    """The columns of a matrix without repetitions, distinguished by a 64-bit hash of each.
 
     Comparing whole columns takes minutes for large feature maps. Two of a million columns collide with a probability
     of 3·10⁻⁸.

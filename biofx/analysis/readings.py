@@ -1,4 +1,4 @@
-"""Readings: whose units each weight reads, and why that cannot be told of some."""
+"""Readings: whose units each weight reads, and why that is unknown for some."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Reading:
         numbers: the unit behind each presynaptic position, int64, shape (presynaptic_units,). A position that reads
             several units has one of them.
         classes: the number that stands for all units that need one sign with it, in the same shape.
-        signed_by: the operator by which their activity can be negative, or an empty string if it cannot.
-        remark: why the units cannot be told, so that the positions are units of their own; empty if they can.
-        sources: the numbers of all units that reach the positions, also where they cannot be told.
+        signed_by: the operator that can make their activity negative, or an empty string if none can.
+        remark: why the units are unknown, so that the positions are units of their own; empty if they are known.
+        sources: the numbers of all units that reach the positions, also where the units are unknown.
         is_free: for each position, whether it reads the network's inputs or constants only.
         returns: for each postsynaptic unit of the weight, the position at which the weight reads it again, as recurrent
             weights do; −1 if it does not.
@@ -169,7 +169,7 @@ class Readings:
         inputs = [v for v in self._recording.inputs if v.is_activity]
         shapes = [v.shape for v in self._recording.outputs if v.depends is Depends.INPUTS]
         read = set(self._numbers.owner()[rows].unique().tolist())
-        for value in inputs[1:]:
+        for value in inputs[1:]:  # the first input is data; a state comes after it, and is returned in the same shape
             if value.shape in shapes and self._numbers.population_of(maker_of(value)) in read:
                 return value.name
         return ""

@@ -121,12 +121,12 @@ class Read:
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """What is equal for uses that have entries in the same places; while they are there, as it has their ids."""
+        """A key that uses of one layout share. It holds ids of their coordinates, so it is valid while these exist."""
         places = map(id, self.form.coordinates)
         return self.form.shape, self.form.is_stacked, self.lengths, self.parts, self.roles, *places
 
     def axes(self) -> Axes | None:
-        """The axes of the parameter, as this operator sees them, or None if they cannot be told."""
+        """The axes of the parameter, as this operator sees them, or None if they are unknown."""
         if not self.form.is_stacked and self._has_shared_entries():
             return None
         singles = iter([axis for axis, length in enumerate(self.weight.shape) if length == 1])
@@ -146,7 +146,7 @@ class Read:
     def _factors(self, axis: int, length: int, singles: Iterator[int]) -> list[Factor] | None:
         """How an axis of the parameter is divided among the axes of its form, from the coordinates on it.
 
-        Axes of length 1 have no coordinates to know them by, so they are taken in order from `singles`.
+        Coordinates cannot identify axes of length 1, so these are taken in order from `singles`.
         """
         coordinate = self.coordinates[axis]
         along = [i for i in range(coordinate.dim()) if varies(coordinate, i)]
@@ -162,7 +162,7 @@ class Read:
         lines = {
             i: small[tuple(slice(None) if i == j else slice(0, 1) for j in range(small.dim()))] - origin for i in along
         }
-        if not torch.equal(sum(lines.values(), origin), small):  # each axis adds what it adds, whatever the others do
+        if not torch.equal(sum(lines.values(), origin), small):  # each axis contributes independently of the others
             return None
         pieces: list[tuple[int, int, Role]] = []  # first step, end, and role, from the inner axis to the outer one
         for i, line in lines.items():

@@ -1,4 +1,4 @@
-"""Replay: a recorded run, again, with a look at what operators on weights are given, and other weights for them."""
+"""Replay: repeats a recorded run, shows what operators on weights receive, and may give them other weights."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Replay(Recorder):
         return (args, kwargs) if new is None else given(new, with_bias=True)
 
     def _are_same(self, given: list[Any], recorded: list[Any]) -> bool:
-        """Whether an operator is given the tensors that it was given in the recorded run."""
+        """Whether an operator receives the tensors that it received in the recorded run."""
         now = [self.value(leaf).index if isinstance(leaf, Tensor) else None for leaf in given]
         return now == [leaf.index if isinstance(leaf, Value) else None for leaf in recorded]
 

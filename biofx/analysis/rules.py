@@ -41,7 +41,7 @@ class Rules:
         self._place = place
 
     def __call__(self, operation: Operation) -> list[Tensor | None]:
-        """The numbers of each tensor that an operator returns; None where they cannot be told."""
+        """The numbers of each tensor that an operator returns; None where they are unknown."""
         try:
             return _RULES[operation.kind](self, operation)
         except CannotFollowError:
@@ -90,7 +90,7 @@ class Rules:
         return [_expanded(result, v.shape) for v in operation.outputs]
 
     def _without_common_factors(self, operands: list[Tensor]) -> list[Tensor]:
-        """The operands of a product, but for one unit that multiplies many alike: as a norm, it makes no new units."""
+        """The operands of a product, without common factors: a unit that multiplies all others makes no new units."""
         return [x for x in operands if not self._is_one(x)] or operands
 
     def _is_one(self, numbers: Tensor) -> bool:
@@ -196,7 +196,7 @@ class Rules:
         return self._window(operation)
 
     def _join(self, operation: Operation, numbers: Tensor, axes: tuple[int, ...]) -> Tensor:
-        """What values along axes have become together, each of size 1."""
+        """Merge the units along some axes, which keep size 1."""
         (small,) = once(numbers)
         kept = [axis for axis in range(small.dim()) if axis not in axes]
         columns = small.permute(*kept, *axes).reshape(math.prod(small.shape[a] for a in kept), -1)

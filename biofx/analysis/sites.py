@@ -57,7 +57,7 @@ class WeightSite:
     Attributes:
         bio: the model.
         name: the parameter's name in the original model; the first one, if it is tied to others.
-        facts: what a run of the model told of it.
+        facts: what a run of the model showed about it.
         node: the `get_attr` node of the stored parameter; None if the model is not transformed.
         calls: the nodes of the graph that use it.
         inside: the nodes that use it inside of an island, an untraced submodule, or of a
@@ -103,7 +103,7 @@ class WeightSite:
 
     @property
     def island(self) -> str | None:
-        """Path of the first island inside of which the weight is used, or None; empty for the model itself."""
+        """Path of the first island that uses the weight: None if none does, empty for the model itself."""
         paths = (island_path(self.bio, node) for node in self.inside)
         return next((path for path in paths if path is not None), None)
 
@@ -133,7 +133,7 @@ class WeightSite:
 
     @property
     def known_synapses(self) -> Synapses:
-        """The same, of a weight that a pass changed."""
+        """The same, for a weight that a pass changed."""
         synapses = self.learning
         assert synapses is not None, f"{self.name} has no synapses"
         return synapses
@@ -168,7 +168,7 @@ class WeightSite:
     def gain(self) -> Tensor | None:
         """Learning gain c of every synapse, broadcastable to `raw`; None if every synapse learns alike.
 
-        It is what is stored, unless that is in 8 bits, or nothing: then it is computed at each call.
+        It is the stored tensor. If that is in 8 bits, or there is none, it is computed at each call.
         """
         stored_gain = self.state("gain")
         if stored_gain is not None:
@@ -190,7 +190,7 @@ class WeightSite:
 
     @property
     def _hooks(self) -> list[Link]:
-        """The gradient hooks, but for the share of each of several synapses."""
+        """The gradient hooks, except for the share of each of several synapses."""
         return [link for link in self.links if is_hook(link.target) and link.target is not torch.ops.biofx.share_grad]
 
     def _is_noisy(self, link: Link) -> bool:
@@ -307,7 +307,7 @@ class WeightSite:
 
     @property
     def padding(self) -> int | None:
-        """Row of the weight that does not learn, as it stands for no token, or None."""
+        """Row of the weight that does not learn, because it stands for no token; None if there is none."""
         return self.facts.padding
 
     @property
@@ -379,11 +379,11 @@ def l1(bio: nn.Module) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """What the parameters of a model are.
+    """Which parameters of a model are weight sites, and why others are not.
 
     Attributes:
         sites: the weight sites, by name.
-        others: why each other parameter, or quantized module, is no weight site, by name.
+        others: why each other parameter, or quantized module, is not a weight site, by name.
     """
 
     sites: dict[str, WeightSite]
@@ -391,7 +391,7 @@ class Weights(NamedTuple):
 
 
 def find_weights(bio: fx.GraphModule) -> Weights:
-    """Tell the weight sites of a transformed model from its other parameters."""
+    """Separate the weight sites of a transformed model from its other parameters."""
     record, nodes = record_of(bio), parameter_nodes(bio)
     calls: dict[str, list[Call]] = {}
     for node in bio.graph.nodes:
@@ -425,7 +425,7 @@ def _callers(bio: fx.GraphModule) -> dict[int, list[fx.Node]]:
 
 
 def _packed(bio: fx.GraphModule) -> Iterator[tuple[str, str]]:
-    """The quantized modules, which keep their weights in no parameter, each with the reason why these are no sites."""
+    """The quantized modules, which keep their weights in no parameter, each with the reason why these are not sites."""
     seen: set[nn.Module] = set()
     for path, module in bio.named_modules():
         if module in seen or not type(module).__module__.startswith("torch.ao.nn."):

@@ -1,4 +1,4 @@
-"""Understanding: what one recorded run tells of a model, put together."""
+"""Understanding: what one recorded run shows about a model, put together."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Run = Callable[[nn.Module], Any]
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class UnitFacts:
-    """What a run tells of the units of a model.
+    """What a run shows about the units of a model.
 
     Attributes:
         populations: the populations whose units reach a weight; the first is nobody.
@@ -53,9 +53,9 @@ class UnitFacts:
         readings: what each weight reads, by the weight's name.
         scales: the parameters that multiply units on their way to a weight, such as γ of a batch norm, each with the
             weights that they lead to.
-        others: why other parameters are no weights.
+        others: why other parameters are not weights.
         inputs: the inputs with which the model ran, in words.
-        notes: what a reader should know of that run.
+        notes: remarks about that run.
     """
 
     populations: tuple[Population, ...]
@@ -70,7 +70,7 @@ class UnitFacts:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Understanding(UnitFacts):
-    """What a run tells of a model.
+    """What a run shows about a model.
 
     Attributes:
         recording: the run.
@@ -98,7 +98,7 @@ class Understanding(UnitFacts):
 
 
 def understand(model: nn.Module, example_inputs: Any = None) -> Understanding | None:
-    """What one run of a model tells of it; None if it runs with none of the inputs that are tried.
+    """What one run of a model shows about it; None if it runs with none of the inputs that are tried.
 
     The run is in evaluation mode. If it leaves weights unused, one in training mode follows.
 
@@ -118,7 +118,7 @@ def understand(model: nn.Module, example_inputs: Any = None) -> Understanding | 
 
 
 def understand_again(model: nn.Module, understood: Understanding) -> Understanding:
-    """What a run on the same inputs tells of a model that is another by now."""
+    """What a run on the same inputs shows about a model that has changed since."""
     return read_off(model, recorded(model, understood.run), understood.run, understood.inputs)
 
 
@@ -159,6 +159,7 @@ def recorded(model: nn.Module, run: Run) -> Recording:
             raise ArgumentError(_failure(model, recorder, error)) from error
         if recorder.has_unused():
             recording = recorder.recording
+            # Nodes keep what they computed in evaluation mode; the run in training mode only adds operators.
             before, nodes = len(recording.operations), dict(recording.nodes)
             of_nodes = {node: list(operations) for node, operations in recording.operations_of.items()}
             _try_in_training(model, run)
@@ -214,7 +215,7 @@ def _as_graph(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContex
 
 
 def read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
-    """What a recording tells of a model."""
+    """What a recording shows about a model."""
     with fixed_defaults():
         return _read_off(model, recording, run, words)
 
@@ -289,7 +290,7 @@ def _facts(name: str, forms: Forms, reads: list[Read], readings: Readings, flow:
 
 
 def _differ(readings: Readings, name: str) -> bool:
-    """Whether uses of a weight want different axes, and it is not told which of them decide."""
+    """Whether uses of a weight need different axes, and it is not known which of them decide."""
     many = readings.units.orientations[name]
     return len(many) > 1 and (bool(readings.of(name).remark) or any(o.axes is None for o in many))
 
@@ -381,11 +382,11 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
 
     Args:
         bio: the captured model.
-        understood: what a run told of the model; None if it could not be run.
+        understood: what a run showed about the model; None if it could not be run.
     """
     record = record_of(bio)
     if understood is None:
-        if not record.weights:  # else it is known from an earlier transform
+        if not record.weights:  # otherwise they are known from an earlier transform
             record.weights, record.others = declared(bio)
         return
     record.weights, record.others = dict(understood.weights), dict(understood.others)
@@ -398,7 +399,7 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
     if is_one_island(bio):  # one node uses all of them
         return
     recording = understood.recording
-    if not recording.nodes:
+    if not recording.nodes:  # the model ran before it was captured; its graph tells which node called which operator
         recording = recorded(bio, understood.run)
     with fixed_defaults():
         activity = Activity(recording)

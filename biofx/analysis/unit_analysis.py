@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from biofx.analysis.forms import Forms
     from biofx.weights.axes import Axes
 
-PASSES = 8  # times that numbers are sent through a recording, at most
+PASSES = 8  # times that numbers are sent through a recording, at most: if classes still change, the last pass counts
 
 
 @dataclass(eq=False)
@@ -29,7 +29,7 @@ class Orientation:
     """The uses of a weight that agree on its axes.
 
     Attributes:
-        axes: the axes, or None if they cannot be told.
+        axes: the axes, or None if they are unknown.
         reads: the uses.
     """
 
@@ -41,7 +41,7 @@ class UnitAnalysis:
     """Sends numbers through a recording, again as long as weights find that units are of one class.
 
     While they travel, numbers are tensors of int64 in the shape of the activation, expanded along axes on which they
-    do not differ. Only tensors whose units reach a weight are looked at.
+    do not differ. Only tensors whose units reach a weight are followed.
 
     Args:
         recording: the run.
@@ -57,7 +57,7 @@ class UnitAnalysis:
         self.numbers = UnitNumbers()
         self._recording = recording
         self._forms = forms
-        self._held: dict[Value, Tensor] = {}  # numbers of tensors that are no views
+        self._held: dict[Value, Tensor] = {}  # numbers of tensors that are not views
         self._views: dict[
             Operation, tuple[Tensor, int, list[Tensor]]
         ] = {}  # of all outputs of an operator that makes views
@@ -81,7 +81,7 @@ class UnitAnalysis:
             if self.numbers.representative is before:  # `unite` puts a new tensor there if it unites anything
                 break
 
-    # --- what is looked at ---------------------------------------------------------------------------------------
+    # --- what is followed ----------------------------------------------------------------------------------------
 
     def _oriented(self) -> dict[str, list[Orientation]]:
         found: dict[str, list[Orientation]] = {}
@@ -150,7 +150,7 @@ class UnitAnalysis:
             self.numbers.unite(rows)
 
     def rows(self, orientation: Orientation) -> Tensor | None:
-        """The units that each presynaptic position of a weight reads, over all uses; None if there are none to tell."""
+        """The units that each presynaptic position of a weight reads, over all uses; None if none are known."""
         if orientation not in self._rows:
             self._rows[orientation] = self._joined_rows(orientation)
         return self._rows[orientation]
@@ -204,11 +204,11 @@ class UnitAnalysis:
         return self.numbers.base(maker, operation.described, origin, value.shape.numel()).view(value.shape)
 
     def _is_made_of_inputs(self, operation: Operation) -> bool:
-        """Whether no unit of the network is in what an operator is given."""
+        """Whether an operator receives no unit of the network."""
         return operation not in self._reads and not any(_below(v) in self._of_network for v in operation.operands)
 
     def _touched_by_weights(self) -> set[Value]:
-        """The tensors that a weight had a part in."""
+        """The tensors that depend on a weight."""
         touched: set[Value] = set()
         for operation in self._recording.operations:
             if operation in self._reads or any(_below(v) in touched for v in operation.operands):
@@ -216,7 +216,7 @@ class UnitAnalysis:
         return touched
 
     def _hold(self, operation: Operation, value: Value, numbers: Tensor) -> None:
-        """Note the numbers of what an operator returns or changes; what is written into a view is in what is below."""
+        """Note the numbers of what an operator returns or changes; a write into a view changes what is below it."""
         if value.view_of is None:
             self._held[value] = numbers
             return
@@ -225,6 +225,7 @@ class UnitAnalysis:
             views.append(views[-1].view_of)
         root = views.pop()
         memory = self._of(root)
+        # Numbers that are a view may belong to others as well, so they are written into a copy.
         if memory.storage_offset() or not memory.is_contiguous() or memory._base is not None:
             memory = memory.contiguous().clone()
             self._held[root] = memory
@@ -259,7 +260,7 @@ class UnitAnalysis:
         ]
 
     def _is_constant(self, operation: Operation) -> bool:
-        """Whether no unit and no input is in what an operator is given."""
+        """Whether an operator receives neither units nor inputs."""
         if operation.depends is Depends.INPUTS:
             return False
         return all(_is_nobody(self._of(v)) for v in operation.operands if v.is_activity)
@@ -347,5 +348,5 @@ def _below(value: Value) -> Value:
 
 
 def _is_nobody(numbers: Tensor) -> bool:
-    """Whether numbers are those of nobody, as far as a glance tells."""
+    """Whether numbers are those of nobody, as far as a quick test shows."""
     return not any(numbers.stride()) and bool((numbers[(slice(0, 1),) * numbers.dim()] == NOBODY).all())

@@ -32,8 +32,8 @@ class Verdict:
     """Whether a weight obeys Dale's principle.
 
     Attributes:
-        kind: `"obeys"`; `"breaks"`; `"free"`: it reads inputs and constants only, which are no units of the network;
-            `"not constrained"`: no pass gave it signs, and `verify` does not look at its units; or `"not judged"`.
+        kind: `"obeys"`; `"breaks"`; `"free"`: it reads inputs and constants only, which are not units of the network;
+            `"not constrained"`: no pass gave it signs, and `verify` does not check its units; or `"not judged"`.
         mixed: the number of its presynaptic units that excite and inhibit, through this weight or others.
         reason: why it is not judged, or an empty string.
         has_interneurons: of a weight that obeys, whether its units inhibit through interneurons, so that its effective
@@ -65,7 +65,7 @@ class Units(Reported, UnitFacts):
 
     @classmethod
     def of(cls, understood: Understanding, sites: Mapping[str, WeightSite]) -> Units:
-        """The units in what a run told of a model."""
+        """The units of a model, from what a run showed about it."""
         told = {key: value for key, value in vars(understood).items() if key in UnitFacts.__dataclass_fields__}
         told["readings"] = {name: reading for name, reading in understood.readings.items() if name in sites}
         return cls(**told, sites=dict(sites))
@@ -110,13 +110,13 @@ class Units(Reported, UnitFacts):
     def mixed(self) -> Tensor:
         """The numbers of the units with outgoing weights of both signs, over all weights that read them.
 
-        Inputs are left out: they are no units of the network. Of units that inhibit through interneurons, their own
+        Inputs are left out: they are not units of the network. Of units that inhibit through interneurons, their own
         synapses count; `fold` adds up both. If it returns no unit, the model, transformed, folded or any other, obeys
         Dale's principle in every weight.
 
         Raises:
             NotJudgedError: no unit was found to be mixed, but some weights could not be judged; names them, with the
-                reasons. `verdicts` tells what is known of each weight.
+                reasons. `verdicts` says what is known about each weight.
         """
         found = self._mixed()
         unjudged = {n: r for n, site in self.sites.items() if (r := self._unjudged(n, site))}
@@ -180,7 +180,7 @@ class Units(Reported, UnitFacts):
         return [self._row(name, site) for name, site in self.sites.items()]
 
     def to_dict(self) -> dict[str, Any]:
-        """All that the printed table says, as data."""
+        """Everything that the printed table says, as data."""
         return self._report().to_dict()
 
     def _report(self) -> Report:
@@ -243,13 +243,13 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     A *unit* is one neuron: a position on the feature axis of an activation, or a channel of a feature map. Columns:
     the weight and its operator; its presynaptic positions; the units that feed them, by the weight whose outputs they
     are (`16 × 49` are 16 units with 49 positions each, as after a flatten); whether their activity can be negative, and
-    by which operator; and a note where the units cannot be told.
+    by which operator; and a note where the units are unknown.
 
     The model's own Python runs once, in evaluation mode, and its operators are recorded: loops, caches, and code that
     no graph holds are followed like anything else. Layouts are executed on the numbers of units. Activations,
     normalisation, pooling and mixtures such as attention keep units. Units that merge (`a + b`) become the set of both,
     so a unit keeps its identity over time: a leak, a gate or a running sum of itself makes no new one. What one column
-    of a weight reads, over all its uses and steps, has one sign: `classes` tells which units have to agree. An operator
+    of a weight reads, over all its uses and steps, has one sign: `classes` says which units have to agree. An operator
     that cannot be followed starts a new population, which all its readers share.
 
     Args:

@@ -74,7 +74,7 @@ class _Wiring:
                 self._reasons[name] = reason
 
     def _weighing_points(self, recording: Recording) -> set[Point | None]:
-        """Where activity acts on others in a way that is not followed, as queries and keys do."""
+        """Where activity acts on other activity in a way that is not followed, as queries and keys do."""
         acting = (operation for operation in recording.operations if operation.depends is Depends.INPUTS)
         return {
             self._flow.of(value).point
@@ -161,7 +161,7 @@ class _Wiring:
         return Layer(name, len(members), incoming, outgoing)
 
     def _why_merged(self, own: Tensor, joined: Tensor, spread: Tensor) -> str:
-        """Why units of a weight are left out that are so for what they merge with, or as nothing reads them."""
+        """Why a weight has units in no layer: what they merge with, or that no weight reads them."""
         others = torch.isin(joined, joined[own]).nonzero().flatten()
         owner = self._numbers.owner()[others].unique().tolist()
         for index in owner:
@@ -176,7 +176,7 @@ class _Wiring:
 
 
 def _spread(parts: Tensor) -> Tensor:
-    """The units that act at several positions of a weight, and not with the same units at each, as if broadcast.
+    """The units that act at several positions of a weight, each time with other units, as broadcast units do.
 
     Args:
         parts: the units at each position of a weight, shape (positions, units at a position).

@@ -14,11 +14,11 @@ def difference(expected: Sequence[Tensor], actual: Sequence[Tensor], coarsest: t
     """How tensors differ by more than rounding, in words, or None if they do not.
 
     Rounding is at most √ε times the largest finite magnitude that is expected, or √ε if that is below 1, with ε the
-    precision of the dtype. What is not a floating-point number has to be equal. Equal infinities, and NaNs, are equal.
+    precision of the dtype. Other values have to be equal. Equal infinities, and NaNs, are equal.
 
     Args:
         expected: some tensors.
-        actual: the tensors that are to be like them.
+        actual: the tensors to compare with them.
         coarsest: the dtype of least precision in which they were computed (see `coarsest_dtype`); None for their own.
 
     Example:

@@ -69,7 +69,7 @@ def slots_of(cls: type) -> tuple[str, ...]:
 
 
 def items_of(container: Any) -> Iterable[Any]:
-    """What a container holds; subclasses may make what they are asked for."""
+    """The items of a container, by the methods of its built-in class: a subclass may return something else."""
     if isinstance(container, dict):
         return dict.items(container)
     kinds = (list, tuple, set, frozenset, deque)
@@ -84,7 +84,7 @@ def copy_of(holder: Any) -> Any:
 
 
 def put_back(holder: Any, content: Any) -> None:
-    """Restore the contents of a container from a copy, also of a subclass that forbids it or does more."""
+    """Restore a container from a copy, by the methods of its built-in class: a subclass may forbid writes."""
     if is_array(holder):
         holder[...] = content
         return

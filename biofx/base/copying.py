@@ -16,12 +16,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copied(model: Model, dtype: torch.dtype | None = None, shared: Collection[Tensor] = ()) -> Model:
-    """A copy of a model that shares nothing with it, but for the memory of some of its tensors.
+    """A copy of a model. It shares only the memory of the tensors in `shared`.
 
     Args:
         model: the model.
         dtype: the dtype of floating-point parameters and buffers in the copy; None keeps that of each.
-        shared: parameters and buffers of the model whose memory, and so dtype, are those of the copy's.
+        shared: parameters and buffers of the model whose memory, and therefore dtype, the copy shares.
 
     Raises:
         TypeError: a module keeps something in a slot, which `copy.deepcopy` of a module forgets, or its class leaves
@@ -41,13 +41,13 @@ def copied(model: Model, dtype: torch.dtype | None = None, shared: Collection[Te
 
 
 def _converted(model: nn.Module, dtype: torch.dtype, but: Collection[int]) -> dict[int, Any]:
-    """Parameters and buffers in another dtype, by id; one after the other, so that nothing is there three times."""
+    """Parameters and buffers in another dtype, by id; converted one by one, so that memory never holds a third copy."""
     tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point() and x.dtype is not dtype]
     return {id(x): _clone(x, dtype) for x in tensors if id(x) not in but}
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """What modules keep outside of their dictionaries: path of the module, name."""
+    """Yield each attribute in `__slots__`: the path of its module, and its name."""
     for path, module in model.named_modules():
         for cls in type(module).__mro__:
             names = vars(cls).get("__slots__", ())
@@ -59,8 +59,8 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, str]]:
 def clones(model: nn.Module) -> dict[int, Tensor]:
     """Copies of the tensors of a model that `copy.deepcopy` refuses, by id.
 
-    Those are what hooks computed and left as attributes, which has a history, and what is not laid out in strides, such
-    as sparse parameters.
+    These are tensors that hooks computed and left as attributes, which have a history, and tensors without strides,
+    such as sparse parameters.
     """
     held = (value for module in model.modules() for value in _held(module) if isinstance(value, Tensor))
     return {id(value): _clone(value) for value in held if not value.is_leaf or not has_strides(value)}

@@ -10,7 +10,7 @@ class BiofxError(Exception):
 
 
 class ArgumentError(BiofxError, ValueError):
-    """An argument that cannot be meant."""
+    """An argument that makes no sense."""
 
 
 class InputError(ArgumentError):
@@ -38,7 +38,7 @@ class VerificationError(BiofxError):
 
 
 class NotJudgedError(BiofxError):
-    """An answer that cannot be given, as some weights could not be judged.
+    """An answer that cannot be given, because some weights could not be judged.
 
     Attributes:
         reasons: why, by the weight's name.
@@ -54,7 +54,7 @@ class NotJudgedError(BiofxError):
 
 
 class ExportError(BiofxError):
-    """An export that failed, a file that computes something else than the model, or a missing package."""
+    """An export that failed, a file that computes something other than the model, or a missing package."""
 
 
 class SavingError(BiofxError):
@@ -62,4 +62,4 @@ class SavingError(BiofxError):
 
 
 class LifecycleError(BiofxError):
-    """A step of an optimizer around which rules cannot act; nothing has happened."""
+    """A step of an optimizer around which rules cannot act; it changed nothing."""

@@ -1,11 +1,11 @@
-r"""Gains of synapses: drawn from a counter, so that they need not be stored, and stored in 8 bits.
+r"""Gains of synapses: drawn from a counter, so that they need not be stored, or stored in 8 bits.
 
 *Drawn*: entry i of a weight has the gain $F^{-1}\bigl((k_i + \tfrac12) / 2^{14}\bigr)$, clamped, with F the cumulative
 distribution function, and $k_i$ in 0 … 2¹⁴ − 1 a hash of seed, weight and i (`noise.levels`). So one table holds
 all gains of a distribution, and a gain is one of 2¹⁴: the distribution function is off by at most 2⁻¹⁵.
 
 *In 8 bits* (`torch.uint8`), k is the gain (k/128)²: exact for 0 and 1, at most 3.97, and rounded by at most √c/128, or
-0.8% of a gain of 1. Levels are closer together near 0, since gains that are dampened become small.
+0.8% of a gain of 1. Levels are closer together near 0, because dampened gains become small.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _table(
 
 
 def decoded(gain: Tensor) -> Tensor:
-    """What a stored gain is; itself, unless it is stored in 8 bits."""
+    """The gain that a stored one stands for; the same tensor, unless it is stored in 8 bits."""
     return gain.float().div(128).square() if gain.dtype == torch.uint8 else gain
 
 
@@ -86,7 +86,7 @@ def coded(gain: Tensor, dtype: torch.dtype) -> Tensor:
     return gain.clamp(0, LARGEST).sqrt().mul(128).round().to(torch.uint8)
 
 
-# --- Distributions of mean 1: the gain below which a gain is with given chances
+# --- Distributions of mean 1: their quantiles at given chances
 
 
 def _ones(chances: Tensor, nu: float) -> Tensor:
@@ -125,7 +125,7 @@ def _beta(chances: Tensor, nu: float) -> Tensor:
 
 
 def _inverse(chances: Tensor, log_density: Callable[[Tensor], Tensor], lowest: float, highest: float) -> Tensor:
-    """Invert the integral of a smooth density that is nothing beyond two bounds, whatever its scale."""
+    """Invert the integral of a smooth density that is negligible beyond two bounds, whatever its scale."""
     y = torch.linspace(lowest, highest, POINTS, dtype=chances.dtype, device=chances.device)
     density = log_density(y)
     density = torch.exp(density - density.max())

@@ -19,7 +19,7 @@ def is_generator(value: Any) -> bool:
 
 
 def state_of(generator: Any) -> Any:
-    """The state of a generator; states of the same numbers to come are equal."""
+    """The state of a generator. Two states are equal if the same numbers follow from them."""
     if isinstance(generator, torch.Generator):
         return generator.get_state().numpy().tobytes()
     if isinstance(generator, random.Random):

@@ -185,7 +185,7 @@ def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
 
 @contextmanager
 def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[list[SavedTensor]]:
-    """Restore parameters that a forward changes, such as those of a teacher, which follow those of its student.
+    """Restore parameters that a forward changes, such as those of a teacher that follows its student.
 
     Args:
         model: the model.
@@ -293,16 +293,16 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, generators: Sequence[tuple[str, str, Any, Any]] = ()) -> None:
         self._generators = generators
-        self._held: list[tuple[str, str, Any, Any]] = []  # path, attribute, what holds something, and a copy of it
+        self._held: list[tuple[str, str, Any, Any]] = []  # path, attribute, the container, and a copy of it
         self._seen: set[int] = set()
         for path, module in model.named_modules():
             attributes = vars(module)
             self._held.append((path, "", attributes, attributes.copy()))
             for name, value in attributes.items():
                 kind = type(value)
-                if kind in ATOMS:  # as most attributes are
+                if kind in ATOMS:  # like most attributes
                     continue
-                if kind in _EMPTY and not value:  # as most registries of modules are
+                if kind in _EMPTY and not value:  # like most registries of modules
                     self._held.append((path, name, value, _EMPTY[kind]))
                 elif name in _OF_TENSORS_AND_MODULES and kind in _DICTIONARIES:
                     self._held.append((path, name, value, value.copy()))
@@ -336,6 +336,7 @@ class Snapshot:
 
 
 _DICTIONARIES = frozenset((dict, OrderedDict))
+# Most registries are empty: one container stands for the copies of all empty ones, which would take time to make.
 _EMPTY: dict[type, Any] = {kind: kind() for kind in (*_DICTIONARIES, set)}
 _OF_TENSORS_AND_MODULES = frozenset(("_parameters", "_buffers", "_modules"))
 _REGISTRIES = frozenset(vars(nn.Module()))

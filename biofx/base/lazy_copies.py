@@ -39,6 +39,7 @@ def settle(tensor: Tensor) -> None:
 
 def _is_alone(tensor: Tensor) -> bool:
     """Whether a tensor is known to be the only one on its memory."""
+    # The count of a tensor that nobody else uses depends on the version of PyTorch, so it is taken from one.
     return is_plain(tensor) and uses_of_memory(tensor) == uses_of_memory(torch.empty(0))
 
 

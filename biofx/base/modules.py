@@ -1,4 +1,4 @@
-"""What a user may give as a model."""
+"""Checks of what a user gives as a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from biofx.base.errors import ArgumentError
 
 
 def check_module(model: Any) -> None:
-    """Refuse what is no module, or wraps one.
+    """Raise an error if `model` is not a module, or is a wrapper around one.
 
     Raises:
         ArgumentError: says what to give instead.

@@ -1,8 +1,8 @@
-"""Noise: random numbers that follow from a counter: seed, step, purpose, and the place of the entry.
+"""Noise: random numbers that a counter determines: seed, step, purpose, and the place of the entry.
 
 Nothing is stored, and nothing depends on what was drawn before: a part of a tensor, such as the shard of a rank, gets
 the numbers that it has in the whole. On a CPU they are sums of two tables of random numbers, at offsets that are hashes
-of the counter; elsewhere they are hashes of the counter themselves, so that no number has to be moved. `levels` are
+of the counter; elsewhere they are themselves hashes of the counter, so that no number has to be moved. `levels` are
 hashes everywhere, so they are the same on every device.
 """
 
@@ -42,7 +42,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Counter:
-    """What the noise of a tensor follows from.
+    """What determines the noise of a tensor.
 
     Attributes:
         seed: the user's seed, an integer on the tensor's device.
@@ -118,8 +118,8 @@ def _sums(likes: Sequence[Tensor], counters: Sequence[Counter], tables: Callable
 def _read(
     likes: Sequence[Tensor], counters: Sequence[Counter], tables: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What stands in each of two tables for the entries of tensors, as views of the tables where that can be."""
-    # One read of the counters for all of them; a number that is read alone costs as much as thousands of entries.
+    """The entries of both tables for each tensor: views of the tables where possible, else copies."""
+    # All counters are read at once: reading a single number costs as much as thousands of entries.
     seeds, steps = (torch.stack(x).tolist() for x in zip(*((c.seed, c.steps) for c in counters), strict=True))
     found: tuple[list[Tensor], list[Tensor]] = [], []
     for like, counter, seed, step in zip(likes, counters, seeds, steps, strict=True):
@@ -138,11 +138,12 @@ def _read(
 
 
 def _places(counter: Counter, count: int, seed: int, step: int) -> Iterator[tuple[tuple[int, int], int]]:
-    """From where in both tables a tensor is read, and how many entries from each place."""
+    """The places in both tables from which a tensor is read, and the number of entries from each."""
     place, left = counter.start, count
     while True:
         block, inside = divmod(place, BLOCK)
         length = min(BLOCK - inside, left)
+        # A block that begins below `TABLE - BLOCK` ends within the table.
         first, second = (word % (TABLE - BLOCK) + inside for word in words_of(seed, step, *counter.purpose, block))
         yield (first, second), length
         place, left = place + length, left - length
@@ -151,7 +152,7 @@ def _places(counter: Counter, count: int, seed: int, step: int) -> Iterator[tupl
 
 
 def _scattered(counter: Counter, count: int, seed: int, step: int) -> Tensor:
-    """From where in both tables each entry is read."""
+    """The places in both tables from which each entry is read."""
     places = counter.places(count)
     block, inside = places // BLOCK, places % BLOCK
     first, last = (int(block[0]), int(block[-1])) if count else (0, 0)
@@ -189,7 +190,7 @@ def normal_from_words(likes: Sequence[Tensor], counters: Sequence[Counter], *, c
     Args:
         likes: the tensors.
         counters: the counter of each.
-        compiled: whether to compute them in one compiled kernel, in place of about 50.
+        compiled: whether to compute them in one compiled kernel instead of about 50.
     """
     return (_compiled(_normal) if compiled else _normal)(*_keys(_sizes(likes), counters))
 
@@ -209,8 +210,8 @@ def uniform_from_words(likes: Sequence[Tensor], counters: Sequence[Counter]) -> 
 def levels(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bool = False) -> Iterator[Tensor]:
     """Whole numbers from 0 to `LEVELS` − 1, all equally probable, one for each entry of every tensor.
 
-    They come as a vector of int32 for each tensor, and are equal to the bit on every device. Every word is two of them,
-    so an entry costs half a hash.
+    Each tensor gets a vector of int32, which is equal bit for bit on every device. A word holds two of them, so an
+    entry costs half a hash.
 
     Args:
         likes: the tensors, at least one, on one device.
@@ -231,6 +232,7 @@ def levels(likes: Sequence[Tensor], counters: Sequence[Counter], *, compiled: bo
     else:
         words = iter((_compiled(_first_words) if compiled else _first_words)(*_keys(sizes, halves)).split(sizes))
     for own, counter, like in zip(words, counters, likes, strict=True):
+        # A word holds two levels; a part that begins at an odd place begins with the second.
         own_levels = own.view(torch.int16)[counter.start % 2 :][: like.numel()]
         yield own_levels.to(torch.int32).bitwise_and_(LEVELS - 1)
 
@@ -256,10 +258,10 @@ def _first_words(*keys: Any) -> Tensor:
 def _keys(
     sizes: Sequence[int], counters: Sequence[Counter]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None]:
-    """What words are computed from.
+    """The numbers from which words are computed, for tensors laid end to end.
 
-    These are two keys of each tensor, where it ends, what its places lack, the number of all entries, and their places,
-    if they do not lie side by side.
+    They are two keys of each tensor, its end, the shift from an index to its place, the number of all entries, and the
+    places if they are scattered.
     """
     device = counters[0].seed.device
     seeds = torch.stack([c.seed for c in counters]).to(torch.int32)
@@ -276,6 +278,7 @@ def _keys(
 
 def _pair(seeds: Tensor, steps: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The two keys of each tensor, of its seed, its step and both words of its purpose."""
+    # Two keys of 32 bits: one alone would collide among some 65,000 tensors and steps.
     key = _mixed(_mixed(steps + first) ^ seeds)
     return key, _mixed(_mixed(steps ^ second) + key)
 
@@ -299,7 +302,7 @@ def _words_one_by_one(sizes: Sequence[int], counters: Sequence[Counter]) -> Iter
         yield _word(index, *_known_pair(seed, step, counter.purpose))
 
 
-@functools.lru_cache(maxsize=4096)  # 60 operators, for what is the same in all parts of a tensor
+@functools.lru_cache(maxsize=4096)  # it takes 60 operators, and is the same for all parts of a tensor
 def _known_pair(seed: int, step: int, purpose: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     numbers = (seed, step, *words_of(*purpose))
     first, second = _pair(*(torch.tensor(_signed(n % (1 << 32)), dtype=torch.int32, device="cpu") for n in numbers))
@@ -307,7 +310,7 @@ def _known_pair(seed: int, step: int, purpose: tuple[str, ...]) -> tuple[Tensor,
 
 
 def _word(index: Tensor, key: Tensor, other: Tensor) -> Tensor:
-    """A word for every entry, in place of its index."""
+    """Replace the index of every entry by its word."""
     return _mixed(_mixed(index.add_(key)).bitwise_xor_(other))
 
 
@@ -332,6 +335,7 @@ def _shifted(words: Tensor, bits: int) -> Tensor:
 
 def _mixed(words: Tensor) -> Tensor:
     """One round of a hash of 32 bits, each bit of which depends on all bits of the word; in place."""
+    # Multipliers and shifts found with hash-prospector (github.com/skeeto/hash-prospector).
     words.bitwise_xor_(_shifted(words, 16)).mul_(_signed(0x21F0AAAD))
     words.bitwise_xor_(_shifted(words, 15)).mul_(_signed(0x735A2D97))
     return words.bitwise_xor_(_shifted(words, 15))
@@ -339,4 +343,5 @@ def _mixed(words: Tensor) -> Tensor:
 
 def _fraction(words: Tensor) -> Tensor:
     """Numbers between 0 and 1, neither of them included: 23 bits of words."""
+    # Midpoints of 2²³ intervals: never 0, whose logarithm is infinite; of 2²⁴, the last would be 1 in float32.
     return _shifted(words, 9).float() * 2**-23 + 2**-24

@@ -32,7 +32,7 @@ def written_options(options: Any) -> dict[str, Any]:
 
 
 def described_options(options: Any, omitted: Collection[str]) -> dict[str, str]:
-    """The options of a dataclass as texts, to compare with those of another. What has no name is its class."""
+    """The options of a dataclass as texts, for comparison with another. A value without a name is given by its class."""
     names = [field.name for field in option_fields(options) if field.name not in omitted]
     return {name: _described(getattr(options, name)) for name in names}
 
@@ -48,7 +48,7 @@ def read_option(value: Any, where: str) -> Any:
     """The value of an option from JSON. Names are looked up in modules that were imported: a file imports nothing.
 
     Args:
-        value: what `written_options` made of it.
+        value: the JSON that `written_options` returned for it.
         where: the option, for messages.
 
     Raises:

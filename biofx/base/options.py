@@ -71,7 +71,7 @@ def check_flag(owner: object, option: str) -> None:
 def check_activation(owner: object, option: str) -> None:
     """Refuse anything but None, a function or module, or the name of an activation in `torch.nn.functional` or `torch`.
 
-    A name is tried out: its function has to return a tensor of the shape and dtype of its argument, and the same one
+    A name is tested: its function has to return a tensor of the shape and dtype of its argument, and the same values
     each time.
     """
     value = getattr(owner, option)
@@ -80,7 +80,7 @@ def check_activation(owner: object, option: str) -> None:
 
 
 def activation_function(name: str) -> Callable[..., Any]:
-    """The function that an activation's name means."""
+    """The function that an activation's name stands for."""
     function = _find_function(name)
     assert function is not None
     return function
@@ -98,7 +98,7 @@ def _is_activation(function: Callable[..., Any] | None) -> bool:
         x = torch.linspace(-2, 2, 96).view(32, 3)  # large enough that a random function does not repeat itself
         try:
             once, again = function(x.clone()), function(x.clone())
-        except Exception:  # noqa: BLE001 - whatever a function says to an argument that it was not made for
+        except Exception:  # noqa: BLE001 - a function may raise anything for an argument that it was not made for
             return False
         fits = isinstance(once, Tensor) and (once.shape, once.dtype) == (x.shape, x.dtype)
         return fits and torch.allclose(once, again, rtol=0, atol=0, equal_nan=True)

@@ -1,4 +1,4 @@
-"""Precision: the dtypes in which a model computes, and a comparison of what it returns that follows them."""
+"""Precision: the dtypes in which a model computes, and a comparison of its outputs that takes them into account."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def outputs_differ(model: nn.Module, inputs: Any, expected: Sequence[Tensor], ac
         model: the model; it runs once more if the dtypes of the outputs alone do not explain the difference.
         inputs: arguments of the model, or a function that runs it.
         expected: its outputs.
-        actual: the outputs that are to be like them.
+        actual: the outputs to compare with them.
     """
     found = difference(expected, actual)
     return found and difference(expected, actual, coarsest_dtype(model, inputs))
 
 
 def amplification(model: nn.Module, inputs: Any, expected: Sequence[Tensor]) -> str:
-    """What to do about a difference, if the model amplifies rounding until it is one; "" if it does not.
+    """Advice on a difference, if the model amplifies rounding to its size; "" if it does not.
 
     Args:
         model: the model; it does not change.
@@ -59,7 +59,7 @@ def coarsest_dtype(model: nn.Module, inputs: Any) -> torch.dtype | None:
     noted = _Noted()
 
     def run(model: nn.Module) -> Any:
-        with noted:  # here, because what surrounds the run copies tensors that take no part
+        with noted:  # only here: `run_in_mode` also copies tensors with which the model does not compute
             if is_function(inputs):
                 return inputs(model)
             args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(inputs))
@@ -74,9 +74,9 @@ def _epsilon(dtype: torch.dtype) -> float:
 
 
 class _Noted(TorchDispatchMode):
-    """Notes the floating-point dtypes of all that operators read and return, but for constants that forward makes.
+    """Records the floating-point dtypes that operators read and return, except for constants that forward creates.
 
-    Those are the same in every run. A number of float32 does not make a product with float64 less precise.
+    Such constants are the same in every run. A number of float32 does not make a product with float64 less precise.
     """
 
     supports_higher_order_operators = True
@@ -102,5 +102,5 @@ class _Noted(TorchDispatchMode):
 
 
 def _is_rounded(dtype: torch.dtype) -> bool:
-    """Whether operators compute in a dtype, by rounding; numbers of 8 bits are stored and not computed with."""
+    """Whether operators compute in a dtype, by rounding; 8-bit numbers are stored, and not computed with."""
     return (dtype.is_floating_point or dtype.is_complex) and _epsilon(dtype) <= torch.finfo(torch.bfloat16).eps

@@ -36,7 +36,7 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 @contextmanager
 def fixed_defaults() -> Iterator[None]:
-    """Let new tensors be of float32 and on the CPU while the block runs, whatever the caller's defaults are.
+    """Make float32 and the CPU the defaults of new tensors in the block, whatever the caller's defaults are.
 
     A draw of another dtype, or on another device, would give other numbers.
     """

@@ -19,7 +19,7 @@ _REGISTRIES = frozenset(vars(nn.Module())) - {*HOOKS}
 
 
 def held_parameters(model: nn.Module) -> set[int]:
-    """The ids of parameters that modules keep in plain attributes; replacing them would leave the attribute behind."""
+    """The ids of parameters that modules keep in plain attributes; replacing them would leave the attribute stale."""
     found = (part for module in model.modules() for part in _parts(_attributes(module), nn.Parameter, set()))
     return {id(parameter) for parameter in found}
 
@@ -43,7 +43,7 @@ def enclosed(model: nn.Module) -> tuple[str, str] | None:
 
 
 def repoint(model: nn.Module, others: Mapping[int, Any]) -> None:
-    """Let weak references in attributes of modules, as from a child to its parent, refer to other objects.
+    """Point weak references in attributes of modules, such as from a child to its parent, to other objects.
 
     `copy.deepcopy` copies no weak reference, so a copied child would refer to the original parent.
 
@@ -62,7 +62,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _copied_attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes that `copy.deepcopy` copies, and does not make anew, as it does for what torch.compile returns."""
+    """The attributes that `copy.deepcopy` copies. For what torch.compile returns, it makes them anew."""
     attributes = _attributes(module)
     if hasattr(type(module), "__deepcopy__"):
         return attributes

@@ -1,7 +1,7 @@
-"""The code of rules: what torch.compile has to know of the hooks that it compiles.
+"""The code of rules, which the caches of torch.compile need to tell one version of a hook from another.
 
-A compiled graph calls a hook by its name, and PyTorch keeps what it made of such graphs on disk, by their text. An
-edited rule has the same name, so the next process would run the old one. PyTorch has a tag that tells caches apart.
+A compiled graph calls a hook by its name, and PyTorch caches compiled graphs on disk by their text. An edited rule
+has the same name, so the next process would run the old one. PyTorch has a tag that separates caches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _others_tag = config.cache_key_tag
 
 
 def tell_caches(name: str, *functions: Callable[..., Any] | None) -> None:
-    """Let the caches of torch.compile know the code of a hook that a model has from now on.
+    """Add the code of a hook to the key of torch.compile's caches.
 
     Args:
         name: the name of its operator.
@@ -33,7 +33,7 @@ def tell_caches(name: str, *functions: Callable[..., Any] | None) -> None:
 
 
 def digest(value: Any) -> str:
-    """A digest of the code of functions: of their own, of their constants, and of the functions that they name."""
+    """A digest of functions: of their code, their constants, and the functions that they name."""
     return hashlib.blake2b(_described(value, set()).encode(), digest_size=16).hexdigest()
 
 
@@ -63,11 +63,11 @@ def codes_in(code: CodeType) -> list[CodeType]:
 
 
 def names_in(code: CodeType) -> list[str]:
-    """The variables and attributes that code names, with that of the functions that are defined inside it."""
+    """The variables and attributes that code names, functions defined inside it included."""
     return [name for each in codes_in(code) for name in each.co_names]
 
 
 def globals_in(code: CodeType) -> list[str]:
-    """The global variables that code names, with that of the functions that are defined inside it."""
-    # `co_names` lists attributes as well; only the instructions tell them apart.
+    """The global variables that code names, functions defined inside it included."""
+    # `co_names` lists attributes as well; only the instructions distinguish them.
     return [str(each.argval) for one in codes_in(code) for each in dis.get_instructions(one) if each.opname in _GLOBAL]

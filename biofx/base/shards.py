@@ -54,14 +54,14 @@ class Shard:
         return values
 
     def index(self, axis: int, index: int) -> int | None:
-        """An index of the whole on an axis, counted in the part; None if that is elsewhere."""
+        """An index of the whole on an axis, counted in the part; None if another process holds it."""
         for cut in self.cuts:
             if cut.axis == axis % len(self.shape):
                 return index - cut.start if cut.start <= index < cut.start + cut.length else None
         return index
 
     def counter(self, counter: Counter) -> Counter:
-        """What the noise of the part follows from, given that of the whole."""
+        """The counter of the part, from that of the whole."""
         shape, rows = [*self.shape], list[Rows]()
         if self.cuts and all(cut.axis == 0 for cut in self.cuts):  # entries lie side by side
             return counter.at(self.cuts[0].start * math.prod(shape[1:]))
@@ -86,7 +86,7 @@ def shard_of(name: str, tensor: Any) -> Shard:
         tensor: a tensor, or a DTensor.
 
     Raises:
-        ArgumentError: it is cut in a way that rules do not follow.
+        ArgumentError: it is cut in a way that rules do not support.
     """
     if not is_sharded(tensor):
         return Shard(tensor.shape)
@@ -109,7 +109,7 @@ def _is_followed(tensor: Any, which: int) -> bool:
     placement = tensor.placements[which]
     if not _is_strided(placement):
         return placement.is_replicate() or type(placement).__name__ == "Shard"
-    # What `fully_shard` makes of a tensor that tensor parallelism cut along the same axis: it cuts the parts again.
+    # A strided shard: tensor parallelism cut the axis, and `fully_shard` cut each part again.
     behind = [each for each in _cut_by(tensor, placement.dim) if each > which]
     return placement.split_factor == math.prod(map(tensor.device_mesh.size, behind))  # type: ignore[no-any-return]
 
@@ -124,7 +124,7 @@ def _cut_by(tensor: Any, axis: int) -> list[int]:
 
 
 def _place(tensor: Any, axis: int) -> tuple[int, int]:
-    """Where the part of a DTensor that this process holds begins on an axis, and how long it is there."""
+    """The start and the length, on an axis, of the part of a DTensor that this process holds."""
     mesh, start, length = tensor.device_mesh, 0, tensor.shape[axis]
     own = _cut_by(tensor, axis)
     strided = [which for which in own if _is_strided(tensor.placements[which])]  # cut after those behind them
@@ -137,12 +137,12 @@ def _place(tensor: Any, axis: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def local(tensor: Any) -> Tensor:
-    """What this process holds of a tensor: what is written into it reaches the tensor."""
+    """This process's part of a tensor. Writes into it reach the tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def part_along(tensor: Any, axis: int) -> tuple[Tensor, slice]:
-    """What this process holds of an activity that is a DTensor, and which indices of an axis these are.
+    """This process's part of an activity that is a DTensor, and the indices of an axis that it covers.
 
     A partial sum, which no process holds whole, is reduced first; all ranks wait for each other.
 
@@ -167,7 +167,7 @@ def extremes(values: Tensor) -> tuple[float, float]:
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """What this process holds of a gradient, which tensor parallelism may leave cut otherwise than its parameter."""
+    """This process's part of a gradient, cut like its parameter; tensor parallelism may cut the two differently."""
     gradient: Any = parameter.grad
     if is_sharded(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
@@ -175,7 +175,7 @@ def gradient_of(parameter: Tensor) -> Tensor:
 
 
 def is_placed_like(tensor: Any, other: Any) -> bool:
-    """Whether a tensor is cut as another one of its shape is."""
+    """Whether a tensor is cut like another one of its shape."""
     if not is_sharded(tensor) or not is_sharded(other):
         return is_sharded(tensor) is is_sharded(other)
     placed: bool = (tensor.device_mesh, tensor.placements) == (other.device_mesh, other.placements)
@@ -183,7 +183,7 @@ def is_placed_like(tensor: Any, other: Any) -> bool:
 
 
 def cut_like(tensor: Any, part: Tensor) -> Tensor:
-    """The tensor of which this process holds a part, cut as another one of its shape."""
+    """The tensor of which this process holds a part, cut like another one of its shape."""
     if not is_sharded(tensor):
         return part
     return type(tensor).from_local(  # type: ignore[no-any-return]

@@ -71,7 +71,7 @@ class Table:
         return "\n".join(line.rstrip() for line in lines)
 
     def _shown(self, write: Callable[[list[str]], str]) -> tuple[list[list[str]], list[str]]:
-        """The cells and headers of the columns that say something."""
+        """The cells and headers of the columns that are not omitted."""
         shown = [
             index
             for index, header in enumerate(self.headers)
@@ -102,7 +102,7 @@ class Report(str):
         Args:
             parts: tables and paragraphs.
             rows: the rows of its table as data.
-            others: what else it says, by name.
+            others: other data, by name.
         """
         report = super().__new__(cls, "\n\n".join(map(str, parts)))
         report.rows = [dict(row) for row in rows]
@@ -113,7 +113,7 @@ class Report(str):
     _others: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """All that the report says, as data: `rows`, and what stands around the table."""
+        """All that the report says, as data: `rows`, and the text around the table."""
         return {"rows": [dict(row) for row in self.rows], **self._others}
 
     def __repr__(self) -> str:
@@ -128,7 +128,7 @@ class Report(str):
 
 
 class Reported:
-    """What a person sees as a report: printed, at a prompt and in a notebook."""
+    """Base of objects that are shown as a report: printed, at a prompt and in a notebook."""
 
     def _report(self) -> Report:
         raise NotImplementedError

@@ -1,6 +1,6 @@
 """Torch internals: all private and undocumented interfaces of PyTorch that biofx uses.
 
-Each has the public alternative that is not enough beside it. `tests/base/test_torch_internals.py` fails by name if one
+Each entry names the public alternative, and what it lacks. `tests/base/test_torch_internals.py` fails by name if one
 changes, and lists the private attributes that are read where they are needed, such as `Module._parameters`.
 """
 
@@ -36,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = [
-    "CheckpointFunction",  # patching `torch.utils.checkpoint.checkpoint` misses who imported it by name
+    "CheckpointFunction",  # patching `torch.utils.checkpoint.checkpoint` misses modules that imported it by name
     "HigherOrderOperator",  # there is no public name for the classes of operators
     "HookWithModule",  # hooks that were registered with `with_kwargs` or `always_call` are public only as handles
     "OpOverload",
@@ -48,7 +48,7 @@ __all__ = [
     "WeightNormParametrization",  # `torch.nn.utils.parametrizations.weight_norm` returns the module, not this
     "is_traceable_wrapper_subclass",  # `type(tensor)` does not tell whether a subclass wraps other tensors
     "pytree",  # `torch.fx.map_arg` knows only the containers of graphs
-    "reduce_graph_module",  # `pickle` rebuilds a `GraphModule`, but not of a class of one's own
+    "reduce_graph_module",  # `pickle` rebuilds a `GraphModule`, but not of a subclass
 ]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,7 +58,7 @@ GLOBAL_HOOKS: list[dict[int, Any]] = [vars(modules)[f"_global{name}"] for name i
 """The hooks of all modules; public are only functions that add to them."""
 
 DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
-"""What a module derives from its parameters and its forward, so that a copy makes its own; nothing public tells."""
+"""What a module derives from its parameters and its forward, so that a copy makes its own; no public API reports it."""
 
 NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 """The `__torch_function__` of `nn.Parameter`: operators return plain tensors. What is public is a context only."""
@@ -68,19 +68,19 @@ NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 
 
 def is_intercepted() -> bool:
-    """Whether a transform of `torch.func`, a dispatch mode or a function mode is active; nothing public tells."""
+    """Whether a transform of `torch.func`, a dispatch mode or a function mode is active; no public API reports it."""
     return bool(
         torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or is_transformed_by_functions()
     )
 
 
 def is_transformed_by_functions() -> bool:
-    """Whether a transform of `torch.func` runs; nothing public tells."""
+    """Whether a transform of `torch.func` runs; no public API reports it."""
     return functorch.peek_interpreter_stack() is not None
 
 
 def runs_function_modes() -> bool:
-    """Whether a `TorchFunctionMode` runs; nothing public tells."""
+    """Whether a `TorchFunctionMode` runs; no public API reports it."""
     return bool(torch._C._len_torch_function_stack())
 
 
@@ -90,7 +90,7 @@ def saves_by_hooks() -> bool:
 
 
 def runs_backward() -> bool:
-    """Whether backward runs on this thread, as in the recomputation of a checkpoint; nothing public tells."""
+    """Whether backward runs on this thread, as in the recomputation of a checkpoint; no public API reports it."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -125,7 +125,7 @@ def below_transform(*tensors: Tensor) -> Iterator[list[tuple[Tensor, int | None]
 
 
 def qualified_name(target: Any) -> str | None:
-    """Namespace and name of an operator without its overload, or None; `str` tells operators not from functions."""
+    """Namespace and name of an operator without its overload, or None; `str` does not tell operators from functions."""
     name = getattr(target, "_qualified_op_name", None)
     return None if name is None else str(name)
 
@@ -149,7 +149,7 @@ def call_untraced(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str,
 
 
 ASKED_OF_LEAVES = ("is_leaf", "grad_fn", "_base", "_is_view")
-"""By which attributes Python tells a parameter from what is computed; two are private, and users' code reads them."""
+"""Attributes that distinguish a parameter from a computed tensor. Two are private, and users' code reads them."""
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -163,7 +163,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def uses_of_memory(tensor: Tensor) -> int:
-    """How many objects refer to the memory of a tensor; nothing public tells."""
+    """How many objects refer to the memory of a tensor; no public API reports it."""
     return int(torch._C._storage_Use_Count(memory_of(tensor)))
 
 
@@ -173,7 +173,7 @@ def copy_on_write(tensor: Tensor) -> Tensor:
 
 
 def is_copy_on_write(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor has not moved yet; nothing public tells."""
+    """Whether the memory of a tensor has not moved yet; no public API reports it."""
     return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
 
 
@@ -203,7 +203,7 @@ def runs_step_hooks(optimizer: Optimizer) -> bool:
 
 
 def steps_under_way(optimizer: Optimizer) -> int:
-    """How many steps of an optimizer run on this thread, one in the other; hooks do not hear of one that fails."""
+    """How many steps of an optimizer run on this thread, one in the other; post hooks do not run if one fails."""
     wrapper, frame, count = type(optimizer).step.__code__, sys._getframe(1), 0
     while frame is not None:
         count += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
@@ -212,7 +212,7 @@ def steps_under_way(optimizer: Optimizer) -> int:
 
 
 def run_hooks_next_to_step(optimizer: Optimizer, before: RemovableHandle, after: RemovableHandle) -> None:
-    """Let one hook be the last before a step, and one the first after it; hooks run in the order of registration."""
+    """Make one hook the last before a step, and one the first after it; hooks run in the order of registration."""
     hooks: tuple[Any, Any] = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     hooks[0].move_to_end(before.id)
     hooks[1].move_to_end(after.id, last=False)
@@ -222,28 +222,28 @@ def run_hooks_next_to_step(optimizer: Optimizer, before: RemovableHandle, after:
 
 
 def wrapper_under_way() -> DistributedDataParallel | None:
-    """The data-parallel wrapper whose forward runs; nothing public tells the model that is inside."""
+    """The data-parallel wrapper whose forward runs; no public API gives it to the model inside."""
     return DistributedDataParallel._active_ddp_module
 
 
 def recompile_limit(limit: int) -> AbstractContextManager[None]:
-    """Let functions have this many compiled variants; `torch.compile` takes a limit only since PyTorch 2.12."""
-    config: Any = importlib.import_module("torch._dynamo.config")  # takes seconds, and only who compiles needs it
+    """Allow this many compiled variants of a function; `torch.compile` takes a limit only since PyTorch 2.12."""
+    config: Any = importlib.import_module("torch._dynamo.config")  # takes seconds, and only compiling needs it
     patched: AbstractContextManager[None] = config.patch(recompile_limit=limit)
     return patched
 
 
 def any_batch_size() -> AbstractContextManager[None]:
-    """Let `torch.export` take lengths of 0 and 1 like any others; `Dim.AUTO` specializes them."""
+    """Make `torch.export` treat lengths of 0 and 1 like any others; `Dim.AUTO` specializes them."""
     return shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined, no-any-return]
 
 
 @contextmanager
 def fast_export() -> Iterator[None]:
-    """Make `torch.export` faster by what biofx does not need; the graph stays the same.
+    """Make `torch.export` faster: leave out what biofx does not need. The graph stays the same.
 
-    Its cache of fake results compares sizes, which takes longer than computing them if sizes are symbols. And each node
-    gets the place in the source that made it.
+    Its cache of fake results compares sizes, which takes longer than computing them if sizes are symbols. Also, each
+    node gets the place in the source that created it.
     """
     config: Any = importlib.import_module("torch._dynamo.config")
     before = getattr(fx_config, "do_not_emit_stack_traces", False)  # not every version has it

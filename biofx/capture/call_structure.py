@@ -1,4 +1,4 @@
-"""The structure of a call: what has to be alike for a graph to run on other arguments than those of its check."""
+"""The structure of a call: what other arguments must share with those of the check for the graph to run on them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _structure(value: Any, depth: int) -> Iterator[Any]:
 
 
 def _choice(value: Any) -> Any:
-    """The value itself if a forward may ask which of a few it is; else its type."""
+    """The value itself if forward may branch on it; otherwise its type."""
     if isinstance(value, bool | str | None):
         return value
     if isinstance(value, FunctionType):
@@ -50,7 +50,7 @@ def _choice(value: Any) -> Any:
 
 
 def _parts(value: Any) -> tuple[Any, ...] | None:
-    """The items and attributes of an object of the user's, such as a batch; None if it is no such object."""
+    """The items and attributes of a user's object, such as a batch; None for other values."""
     if isinstance(value, type | FunctionType | nn.Module):
         return None
     items = (
@@ -63,7 +63,7 @@ def _parts(value: Any) -> tuple[Any, ...] | None:
 
 
 def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether all tensors are of PyTorch's own class and layout, and no mode looks at the functions that are called."""
+    """Whether all tensors are of PyTorch's own class and layout, and no mode intercepts function calls."""
     tensors = (leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor))
     if any(type(each) not in (Tensor, nn.Parameter) or each.layout is not torch.strided for each in tensors):
         return False

@@ -64,7 +64,7 @@ RESERVED = frozenset(
 
 
 class _Unsynchronized:
-    """What `DistributedDataParallel` leaves to each rank: what observers accumulate, which `attach` reduces."""
+    """What `DistributedDataParallel` leaves to each rank: the sums of observers. `attach` reduces them."""
 
     def __get__(self, module: fx.GraphModule | None, cls: type) -> list[str]:
         return [] if module is None else [f"{path}.{key}" for path, key in observers_in(module.graph)]
@@ -163,11 +163,11 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if is_transformed(self):
-            transformed(self)  # so that the graph reads what there is
+            transformed(self)  # so that the graph reads what is there now
         _, (_, imports) = super().__reduce__()
         attributes = _attributes(self)
         if not (is_transformed(self) or "biofx" in imports or any(isinstance(m, HelperModule) for m in self.modules())):
-            # It is folded, and nothing in it is of biofx, so it loads as a plain graph where biofx is not installed.
+            # It is folded and contains nothing of biofx, so it loads as a plain graph where biofx is not installed.
             attributes = {n: x for n, x in attributes.items() if n not in ("_tracer_cls", GUARD, ORIGINAL_HOOKS)}
             return reduce_graph_module, (_without_hooks(attributes), imports), attributes
         attributes["_code"] = _OPERATOR.sub(lambda found: written_name(found[0]), attributes["_code"])
@@ -176,7 +176,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]]) -> None:
         # torch.fx pickles the code, not the graph. Tracing it gives the same calls in the same order, without `meta`.
         attributes, imports, reads, calls = state
-        vars(self).update(attributes)
+        vars(self).update(attributes)  # first, because the code below is traced with this model in it
         traced = reduce_graph_module({**attributes, WHOLE_MODEL: self}, imports)
         assert isinstance(traced, fx.GraphModule)
         others = [node for node in traced.graph.nodes if node.op != "get_attr"]

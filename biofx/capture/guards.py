@@ -74,7 +74,7 @@ class _WatchedTensor(NamedTuple):
         return cls(tensor, tensor._version, tensor.detach().clone() if _is_at_hand(tensor) else None)
 
     def is_written(self) -> bool:
-        """Whether somebody wrote into it since; by way of `data` or NumPy, the version does not rise."""
+        """Whether it was written to since; writes through `data` or NumPy do not raise the version."""
         if self.tensor._version != self.version:
             return True
         if self.values is None:
@@ -83,7 +83,7 @@ class _WatchedTensor(NamedTuple):
 
 
 def _is_at_hand(tensor: Tensor) -> bool:
-    """Whether comparing the values of a tensor takes neither long nor a wait for a device."""
+    """Whether the values of a tensor can be compared quickly, and without waiting for a device."""
     return tensor.device.type == "cpu" and can_be_compared(tensor)
 
 
@@ -141,10 +141,10 @@ class Guard:
         return guard
 
     def watch(self, bio: fx.GraphModule) -> None:
-        """Let `still_holds` tell compilers whether the graph may run, which they ask while they compile."""
+        """Make `still_holds`, which torch.compile calls at compile time to learn whether the graph may run."""
         guard, model = weakref.ref(self), weakref.ref(bio)
 
-        @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it is no part of what is compiled
+        @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it is not compiled
         def still_holds() -> bool:
             mine, it = guard(), model()
             if mine is None or it is None:
@@ -232,7 +232,7 @@ class Guard:
         return self._helpers
 
     def _wrote_tensors(self, bio: nn.Module) -> bool:
-        """Whether somebody has written into a tensor of an attribute or outside, with which the trace computed."""
+        """Whether a tensor with which the trace computed, in an attribute or outside, was written to."""
         return any(tensor.is_written() for tensor in self._tensors_of(bio))
 
     def _tensors_of(self, bio: nn.Module) -> list[_WatchedTensor]:
@@ -297,7 +297,7 @@ class Guard:
 
     def _forwards_of_classes(self, bio: nn.Module) -> dict[str, Any]:
         modules = ((path, bio.get_submodule(path)) for path in self.traced)
-        # Graphs, as the model itself, have a forward of their own, which is another one after each copy.
+        # Graphs, such as the model itself, have a forward of their own, which is replaced in each copy.
         return {path: _forward_of(module) for path, module in modules if not isinstance(module, fx.GraphModule)}
 
     def _changed_outside(self, bio: nn.Module) -> _Change | None:
@@ -318,7 +318,7 @@ class Guard:
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         kept = {name: _noted(value) for name, value in attributes_of(module) if (path, name) not in self._assigned}
-        # Those of the model itself run around its forward, be that the graph or the Python.
+        # Those of the model itself run around its forward, whether that is the graph or the Python.
         hooks = {name: [*getattr(module, name).values()] for name in HOOKS if path}
         forward = {"forward": vars(module).get("forward")}
         filled = {name: _filled(module, name) for name in _OF_TENSORS}
@@ -369,7 +369,7 @@ def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
 
 
 def _filled(module: nn.Module, registry: str) -> dict[str, bool]:
-    """Which of a module's parameters or buffers are there, and which are None, as weights with synapses are."""
+    """Which of a module's parameters or buffers exist, and which are None, like weights with synapses."""
     return {name: tensor is not None for name, tensor in getattr(module, registry).items()}
 
 

@@ -185,6 +185,7 @@ def _owner(reads: dict[str, list[str]], node: fx.Node, ranks: dict[str, int], co
     """
     stack = ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
     owners = [owner for path in reversed(stack) for owner in reversed(reads.get(path, ()))]
+    # If no reader has that rank, the innermost reader decides; without readers, the innermost module.
     return next((owner for owner in owners if ranks[owner] == code), [*owners, stack[-1]][0])
 
 

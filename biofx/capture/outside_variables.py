@@ -1,4 +1,4 @@
-"""Outside variables: state that the Python of modules reads and that is no part of them, such as a training schedule.
+"""Outside variables: state outside of modules that their Python reads, such as a training schedule.
 
 These are the global variables, the variables of enclosing functions and the attributes of classes that the code of
 methods names, and what is reached from there: containers, functions with their code and defaults, and the named
@@ -52,7 +52,7 @@ class OutsideVariables:
 
     Args:
         modules: the modules, by their paths.
-        but: attributes of modules that are not looked at, as forward itself assigns them: paths and names.
+        but: attributes of modules to ignore, because forward itself assigns them: paths and names.
 
     Attributes:
         keys: what is compared, by the names of variables; equal in copies and in other processes.
@@ -83,7 +83,7 @@ class OutsideVariables:
 
     @property
     def note(self) -> str | None:
-        """What a user has to know of variables that were not followed; None if all were."""
+        """A note for the user on variables that were not followed; None if all were."""
         if len(self.keys) < _MOST:
             return None
         return (
@@ -101,7 +101,7 @@ class OutsideVariables:
         return None if changed is None else (changed, f"changes {changed}, which is not part of the model")
 
     def random(self) -> str | None:
-        """A random number generator that was used since, or one of the system that code names; else None."""
+        """A random number generator that was used since, or one of the system that code names; None if none was."""
         drawn = (name for name, generator, state in self._generators if state_of(generator) != state)
         return next(drawn, None) or next(iter(self._names & _OF_THE_SYSTEM), None)
 
@@ -173,7 +173,7 @@ class OutsideVariables:
         return {name for each in cls.__mro__ if self._follows(each.__module__) for name in vars(each)}
 
     def _key(self, value: Any) -> Any:
-        """The key of a value; of an object that is followed, its class, as its attributes have keys of their own."""
+        """The key of a value. Of an object that is followed, it is the class: its attributes have their own keys."""
         is_object = not isinstance(value, (*KEYED, *CONTAINERS, nn.Module))
         is_followed = is_object and (type(value) in NAMESPACES or self._follows(type(value).__module__))
         return type(value).__qualname__ if is_followed else key_of(value)
@@ -186,9 +186,9 @@ class OutsideVariables:
             try:
                 self.keys[name] = self._key(each)
                 if type(each) not in PLAIN and id(each) not in self._seen:
-                    self._seen[id(each)] = each  # alive, so that its id stays its own
+                    self._seen[id(each)] = each  # kept alive, so that its id stays unique
                     pending += self._parts(name, each)
-            except Exception:  # noqa: BLE001 - an object may refuse to be looked at
+            except Exception:  # noqa: BLE001 - an object may refuse inspection
                 self.keys[name] = Opaque(each)
 
     def _parts(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -259,7 +259,7 @@ class OutsideVariables:
             yield from self._attribute_of(f"{label}.{name}", value, name)
 
     def _look_up(self, label: str, where: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-        """Note names of a dictionary, also those that it has not got: they may hide what a class has."""
+        """Note names of a dictionary, also absent ones: once set, they may hide what a class has."""
         for name in sorted(names):
             value = where.get(name, _MISSING)
             self._lookups.append((where, name, value))
@@ -316,7 +316,7 @@ def _attribute(where: Any, name: str) -> Any:
 
 
 def _is_special(name: str, value: Any) -> bool:
-    """Whether an attribute of a class is a method that an operator or a call runs, and no generated comparison."""
+    """Whether an attribute of a class is a method that an operator or a call runs, and not a generated comparison."""
     if not name.startswith("__") or name in _NOT_IN_FORWARD or not isinstance(value, FunctionType):
         return False
     return not (name in _COMPARISONS and value.__code__.co_filename.startswith("<"))
@@ -328,14 +328,14 @@ def _package(module: Any) -> str:
 
 @functools.cache
 def _is_installed(package: str) -> bool:
-    """Whether a package was installed, so that it is nobody's script or project."""
+    """Whether a package was installed, so that it is not the user's script or project."""
     folders = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     file = getattr(sys.modules.get(package), "__file__", None)
     return any(str(file).startswith(folder) for folder in folders)
 
 
 def _packages_of(modules: Iterable[nn.Module]) -> frozenset[str]:
-    """The packages that define the classes of modules, but for those of PyTorch and biofx."""
+    """The packages that define the classes of modules, except for those of PyTorch and biofx."""
     packages = ([_package(cls.__module__) for cls in type(module).__mro__] for module in modules)
     return frozenset(next((name for name in each if name not in _NOT_OF_USERS), "") for each in packages)
 

@@ -83,7 +83,7 @@ def _check_names(model: nn.Module) -> None:
 
 
 def refuse_shared_memory(model: nn.Module, read: Collection[str]) -> None:
-    """Refuse trained parameters in the memory of other tensors: they change as one, and the result would part them.
+    """Refuse trained parameters in the memory of other tensors: they change as one, and the result would separate them.
 
     Args:
         model: the model.
@@ -120,7 +120,7 @@ def _overlapping(named: list[tuple[str, Tensor]]) -> Iterator[tuple[tuple[str, T
 
 
 def _have_common_entries(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors with ranges that overlap do more than lie side by side, as columns of one matrix."""
+    """Whether two tensors with overlapping ranges share entries; the columns of one matrix overlap, but share none."""
     entries = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool)
     entries.as_strided(first.shape, first.stride(), first.storage_offset()).fill_(True)
     return bool(entries.as_strided(second.shape, second.stride(), second.storage_offset()).any())

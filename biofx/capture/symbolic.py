@@ -96,7 +96,7 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
 
 
 def _clone_constants(trace: Trace) -> None:
-    """Let each call have tensors of its own for those that forward creates: a caller may write into what it gets."""
+    """Clone the constants of forward in each call: a caller may write into what it gets."""
     for node in trace.graph.find_nodes(op="get_attr"):
         if node.target in trace.constants:
             with trace.graph.inserting_after(node):
@@ -162,7 +162,7 @@ def _refuse_effects(model: nn.Module, trace: Trace, outside: OutsideVariables) -
 
 
 def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, synapses: Set[int]) -> dict[str, str]:
-    """Return the smallest modules whose graphs differ from their Python, with the differences; else the model."""
+    """Return the smallest modules whose graphs differ from their Python, with the differences; otherwise the model."""
     assert run is not None
     traced = dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter")
     given = first_calls(model, iter(traced), run)

@@ -264,7 +264,7 @@ class Tracer(fx.Tracer):
         except (Exception, NotTraceable) as error:
             if isinstance(error, NotTraceable) and path not in error.reasons:
                 raise
-            # The graph is invalid, but tracing goes on with this module as a leaf: one trace finds all failures.
+            # The graph is invalid, but tracing continues with this module as a leaf: one trace finds all failures.
             self._note_failure(path, error)
             self.module_stack.clear()
             self.module_stack.update(stack)
@@ -449,7 +449,7 @@ def _gradient_mode() -> tuple[bool, bool]:
 
 
 def _random_state() -> list[tuple[Any, Any]]:
-    with without_dispatch_modes():  # it is called for every module, and is no computation of the model
+    with without_dispatch_modes():  # it is called for every module, and is not part of the model's computation
         return [(torch.default_generator, state_of(torch.default_generator)), *global_states()]
 
 

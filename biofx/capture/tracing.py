@@ -105,6 +105,7 @@ def _add_assignments(model: nn.Module, first: Trace, changes: Sequence[Change], 
         with monitored(model, again):
             second = _run_once(model, again)
             second.graph.lint()
+        # A forward that computes with an attribute gets a proxy of the first trace, and adds nodes to the first graph.
         if not all(c.is_assigned for c in changes) or not is_same(first, second) or str(first.graph) != text:
             raise NotTraceable(reasons)
         with first.graph.inserting_before(output):

@@ -1,4 +1,4 @@
-"""Keys of variables: what is compared of a value to tell whether it changed, also in another process."""
+"""Keys of variables: what is compared to detect whether a value changed, also in another process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _digest = functools.cache(digest)  # of code
 
 
 class Opaque:
-    """An object that nobody looks into: equal to itself, and, after pickling, to any of its class."""
+    """An object that is compared by identity, and by its class after pickling."""
 
     def __init__(self, value: Any) -> None:
         self._kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -82,7 +82,7 @@ def key_of(value: Any) -> Any:
 
 
 def _key_of_tensor(tensor: Tensor) -> Any:
-    with without_dispatch_modes():  # it is no computation of the model
+    with without_dispatch_modes():  # it is not part of the model's computation
         if not can_be_compared(tensor):
             return Opaque(tensor)
         flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
@@ -101,7 +101,7 @@ def can_be_compared(tensor: Tensor) -> bool:
 
 
 def _plain_key(value: Any) -> Any:
-    """The key of an item of a container, if it is a plain value or a pair of them; else its class."""
+    """The key of an item of a container, if it is a plain value or a pair of them; otherwise its class."""
     if isinstance(value, tuple):
         return tuple(_plain_key(each) for each in value)
     return (type(value).__qualname__, value if isinstance(value, PLAIN) else None)

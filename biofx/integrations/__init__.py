@@ -1,4 +1,4 @@
-"""Trainers that make the optimizer themselves: a callback for each, in the module that has the name of its package."""
+"""Trainers that make the optimizer themselves: a callback for each, in the module with the name of its package."""
 
 from __future__ import annotations
 

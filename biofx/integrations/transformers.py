@@ -20,8 +20,8 @@ class BiofxCallback(TrainerCallback):
     """Attach the transformed models in a model to the optimizer of each `train()`; detach them at its end.
 
     Checkpoints of a model of transformers hold what `save_pretrained` writes, which is the folded model. So the
-    callback puts what is trained beside it, and `train(resume_from_checkpoint=…)` goes on bit for bit from a folder
-    that is where the trainer wrote it.
+    callback writes what is trained next to it, and `train(resume_from_checkpoint=…)` continues bit for bit from a
+    folder that is where the trainer wrote it.
 
     Raises:
         ArgumentError: at `train`, if no module of the model was made by `biofx.transform`.
@@ -41,7 +41,7 @@ class BiofxCallback(TrainerCallback):
         attach_all(kwargs["model"], [kwargs["optimizer"]])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put what is trained beside the folded model."""
+        """Write the state of the transformed model next to the folded one."""
         if state.is_world_process_zero and _is_folded_in_checkpoints(kwargs["model"]):
             torch.save(kwargs["model"].state_dict(), _folder(args, state) / FILE)
 

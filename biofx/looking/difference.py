@@ -111,14 +111,14 @@ def diff(before: nn.Module, after: nn.Module) -> Difference:
     A node of one graph is matched with a node of the other that calls the same function in the same module, in the
     order of the graphs. It has *changed* if its arguments differ, or the shape of the tensor that it reads. Links on
     the way from a stored weight to its operator (gradient hooks, sign constraint, sum over synapses) count as inserted.
-    That the operator reads the weight through them is no change of the operator.
+    That the operator reads the weight through them does not count as a change of the operator.
 
     Args:
         before: a model: transformed, or any other, whose graph is traced as `transform` does without example inputs.
         after: the other one.
 
     Raises:
-        ArgumentError: one of them is no model.
+        ArgumentError: one of them is not a model.
         CaptureError: a plain model cannot be traced.
 
     Example:

@@ -20,14 +20,14 @@ from biofx.looking.vector import draw_vector
 from biofx.looking.view import Box, View, view_of
 from biofx.model.changes import transformed
 
-BOXES = 60  # at most so many boxes are shown if no depth is given
+BOXES = 60  # the largest number of boxes that is shown if no depth is given
 SUFFIXES = (".html", ".svg", ".png", ".dot", ".mmd")
 
 
 def draw(bio: nn.Module, path: str | Path, *, depth: int | None = None, example_inputs: Any = None) -> None:
     """Draw the graph of a transformed model: what passes added, where, and to which weight.
 
-    Colour and shape tell the role of a node: original, stored weight, sum over synapses, sign constraint, gradient
+    Colour and shape show the role of a node: original, stored weight, sum over synapses, sign constraint, gradient
     hook, observer. Nodes stand in a box for each module. Equal modules in a row are drawn once, with their number. Of a
     module with more than 400 boxes, the first and the last 200 are drawn, and the picture says how many were left out.
 
@@ -62,7 +62,7 @@ def draw(bio: nn.Module, path: str | Path, *, depth: int | None = None, example_
 
 
 def check_path(path: str | Path, depth: int | None) -> Path:
-    """The path of a picture; refuses what no picture can be written to, and a depth that is not one."""
+    """The path of a picture; raises if no picture can be written there, or if the depth is invalid."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ArgumentError(f"draw: unknown suffix {path.suffix!r} of {path.name}; known are {', '.join(SUFFIXES)}")

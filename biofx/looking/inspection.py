@@ -222,7 +222,7 @@ def table(bio: nn.Module, only: str = "inserted") -> Report:
     """The graph as a table with one row for each node: its name, function and arguments, and the pass that inserted it.
 
     Some links have no nodes, and are listed last, without a name: those of weights that only the Python of islands
-    reads, and those that sleep while an optimizer is attached, as rules act at its steps then.
+    reads, and those that sleep while an optimizer is attached, because rules then act at its steps.
 
     Args:
         bio: a model made by `biofx.transform`.

@@ -1,4 +1,4 @@
-"""Layout: what a box contains in rows, so that values flow downwards and edges have a way past other boxes."""
+"""Layout: the contents of a box in rows, in which values flow downwards and edges can pass other boxes."""
 
 from __future__ import annotations
 

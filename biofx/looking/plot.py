@@ -40,7 +40,7 @@ __all__ = ["eigenvalues", "gains", "history", "singular_values", "units", "weigh
 ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#666666"
 PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 COLOURS = dict(zip(EFFECTS, ("#DDDDDD", ORANGE, BLUE, "#F0E442", "#555555"), strict=True))
-LISTED = 12  # names in a legend; of more lines, so many are named
+LISTED = 12  # the largest number of names in a legend
 BINS = 100
 
 
@@ -88,7 +88,7 @@ def history(
     - `"gain"`: the mean gain, and a band of one standard deviation, cut off at the smallest and the largest gain.
     - `"learning_rate"`: the effective learning rate.
     - `"crystallized"`: the share of synapses with a gain below ½.
-    - `"turnover"`: how often a synapse was replaced so far, in the mean.
+    - `"turnover"`: how often a synapse was replaced so far, on average.
     - `"excitation"`: the share of excitation in Σ|w|; the dotted line at 50 % is balance.
     - `"weight"`: the median of effective weights, with bands that hold 50 % and 90 % of them.
 
@@ -156,7 +156,7 @@ def weights(model: nn.Module | Units, name: str, *, ax: Axes | None = None) -> A
     r"""Draw an effective weight as a matrix, with a column for each presynaptic position, sorted by sign.
 
     Columns are sorted by the share of excitation, Σ max(w, 0) ÷ Σ\|w\|; among equals, their order stays. The strip
-    above the matrix tells what a column does: excites (orange), inhibits (blue), both (yellow), nothing (grey). Rows
+    above the matrix shows what a column does: excites (orange), inhibits (blue), both (yellow), nothing (grey). Rows
     are postsynaptic units; of weights with more than two axes, such as kernels of convolutions, all outgoing
     connections of a position. Colours are cut off at the 99.5 % quantile of \|w\|.
 
@@ -291,7 +291,7 @@ def units(model: nn.Module | Units, population: str | None = None, *, ax: Axes |
     A unit excites (orange) or inhibits (blue) if all of its outgoing weights agree, over all weights that read it; it
     is mixed (yellow) if not; silent (light grey) if they are all 0; and not judged (dark grey) if a weight that may
     read it could not be judged, which `biofx.units` explains. Units stand in their order, from left to right and
-    downwards, in a block for each population that a weight reads. Inputs are no units.
+    downwards, in a block for each population that a weight reads. Inputs are not units.
 
     Args:
         model: any module, which runs once on inputs that are guessed; or, if these do not fit,

@@ -35,7 +35,7 @@ class Box:
         role: what it is there for.
         facts: what is known of it, in words, by what it is.
         nodes: the names of the nodes for which it stands.
-        children: what it contains, in the order of the graph; empty for a node.
+        children: its contents, in the order of the graph; empty for a node.
         count: the number of equal neighbours for which it stands.
         signs: 1, -1 or 0 for each unit that a weight reads: excitatory, inhibitory, or free.
         inserted: how many nodes of each role passes inserted inside, if it is a closed module.
@@ -113,7 +113,7 @@ def view_of(model: fx.GraphModule, example_inputs: Any = None, changes: Mapping[
     Args:
         model: a transformed model, or any other graph.
         example_inputs: arguments of the model, to show shapes; without them, only those that the graph carries.
-        changes: of nodes that are to be marked, a key of `CHANGES`.
+        changes: a key of `CHANGES` for each node to be marked.
     """
     shapes = _shapes(model, example_inputs)
     signs = _signs(model) if is_transformed(model) else {}

@@ -1,6 +1,6 @@
 """Changes: what a user ties, replaces or removes in a transformed model, and how its record and graph follow.
 
-A user may assign weights and modules of the result as of any model. The modules are right at once. The record and the
+A user may assign weights and modules of the result, as in any model. The modules are right at once. The record and the
 graph follow when a function of biofx, or pickle, next asks for them: weights that lost their synapses are left alone
 from then on, and a graph that reads what is gone gives way to the model's Python. Where a pass needs the graph, that is
 an error.
@@ -67,7 +67,7 @@ def lost_parts(bio: fx.GraphModule) -> Iterator[str]:
 
 
 def moved_synapses(bio: fx.GraphModule) -> Iterator[str]:
-    """Describe synapses in another place than they were made for, as in a layer that another module wraps now."""
+    """Describe synapses that are no longer where they were created, as in a layer that another module wraps now."""
     record = record_of(bio)
     known = {synapses_of(bio, name) for name in record.synapses | record.ties.keys()}
     for name, synapses in synapses_in(bio).items():
@@ -76,7 +76,7 @@ def moved_synapses(bio: fx.GraphModule) -> Iterator[str]:
 
 
 def follow(bio: fx.GraphModule) -> str | None:
-    """Let the record and the graph of a transformed model follow what was assigned since.
+    """Update the record and the graph of a transformed model to what was assigned since.
 
     Returns:
         The change that they cannot follow, with the reason; nothing was done then. None if there is none.
@@ -124,6 +124,7 @@ def _lost_weights(bio: nn.Module) -> dict[str, str]:
             if not _is_deleted(bio, name, known):
                 lost[name] = "removed"
         elif name in record.synapses or name in record.ties:
+            # A tied name that has a tensor of its own again, or a weight that has lost its synapses.
             if name in own if name in record.ties else synapses_of(bio, name) is None:
                 lost[name] = "replaced"
         elif name not in record.shapes and facts is not None and facts.axes is not None:
@@ -184,7 +185,7 @@ def _why_graph_is_unfit(bio: fx.GraphModule, lost: Mapping[str, str], ties: Mapp
 
 
 def _forget(record: Record, lost: Mapping[str, str]) -> None:
-    """Let no pass act on parameters any more."""
+    """Remove lost parameters from the record and from each of its passes."""
     record.changed |= lost
     record.synapses -= lost.keys()
     _drop(lost, record.ties, record.weights, record.others, record.shapes, record.nonnegative)
@@ -214,7 +215,7 @@ def _list_new_parameters(bio: nn.Module) -> None:
 
 
 def _tie(bio: nn.Module, first: str, others: list[str]) -> None:
-    """Keep of tied parameters what is known of the first, and what passes did to the synapses that they share now."""
+    """Keep, of tied parameters, the facts of the first, and what passes did to the synapses that they now share."""
     record, synapses = record_of(bio), synapses_of(bio, first)
     links = () if synapses is None else synapses.links
     kept = next((link.origin.parameter for link in links), first)
@@ -232,7 +233,7 @@ def _tie(bio: nn.Module, first: str, others: list[str]) -> None:
 
 
 def _renamed(run: PassRun, tied: set[str], kept: str, first: str) -> PassRun:
-    """Let what a pass did to one of the tied weights stand for the first, and forget what it did to the others."""
+    """Record what a pass did to `kept` under the name of the first, and drop what it did to the other tied weights."""
 
     def of_first(notes: dict[str, str]) -> dict[str, str]:
         others = {name: text for name, text in notes.items() if name not in tied}

@@ -16,7 +16,7 @@ WHOLE_MODEL = "whole_model"  # the attribute by which a graph refers to the mode
 ORIGINAL_CLASS = "_biofx_class"  # where a model that is one island keeps its original class
 ORIGINAL_HOOKS = "_biofx_hooks"  # where a captured model keeps the hooks that compute a weight before forward
 
-GUARD = "_biofx_guard"  # the attribute of a model whose graph was checked that is its guard
+GUARD = "_biofx_guard"  # the attribute that holds the guard of a model whose graph was checked
 
 
 def call_python(model: Any, args: Any, kwargs: Any) -> Any:

@@ -65,7 +65,7 @@ _INVERSES: dict[str, Callable[..., Tensor]] = {}  # by the operator's name
 _VERSION = re.compile(r"__\d+$")  # behind the name of an operator that was defined again
 
 
-_OBSERVERS: list[str] = []  # the full names of those that cannot look at DTensors yet
+_OBSERVERS: list[str] = []  # the full names of those that do not support DTensors yet
 
 
 @dataclass
@@ -99,9 +99,8 @@ def gradient_hook(
     While an optimizer is attached (`biofx.attach`), hooks are inactive, and the factors act on its updates.
 
     The same function may be defined again, with other code or another schema, as when a notebook cell is run again.
-    Models that are transformed from then on run the new rule. Models that were transformed before, their copies, and
-    what `torch.compile` made of them, run the old one. A model that is loaded from a file runs what the name means
-    then.
+    Models that are transformed from then on run the new rule. Models that were transformed before run the old one, as
+    do their copies and their compiled code. A model loaded from a file runs the definition that has the name then.
 
     Args:
         schema: the operator's signature in the dispatcher's language. The first argument is the weight and is
@@ -221,7 +220,7 @@ def is_hook(target: Any) -> bool:
 
 
 def counter_of(target: Any, arguments: Sequence[Any]) -> tuple[Counter | None, tuple[Any, ...], list[Any]]:
-    """What the noise of a hook follows from, what else it is drawn from, and the arguments that its rule takes.
+    """The counter of a hook's noise, the other arguments of `draw`, and the arguments of its rule.
 
     Args:
         target: a hook.
@@ -243,8 +242,8 @@ def draw_noise(
     Args:
         name: the name of the hook (`name_of`).
         likes: the weights.
-        counters: what the noise of each follows from.
-        others: what else it is drawn from.
+        counters: the counter of each.
+        others: the other arguments of `draw`.
         compiled: whether to compile what is computed.
     """
     draw = _HOOKS[name].draw
@@ -269,7 +268,7 @@ def _with_noise(rule: GradientRule, name: str, schema: str, draw: Draw, drawn_fr
     operator.register_fake(lambda like, *_: torch.empty_like(like, memory_format=torch.contiguous_format))
 
     def mapped(info: Any, in_dims: Sequence[int | None], like: Tensor, *own: Any) -> tuple[Tensor, int]:
-        """Models that are mapped over draw as they do on their own."""
+        """Models under `vmap` draw as they do on their own."""
         tensors = zip((like, *own[:2]), in_dims, strict=False)
         models = zip(*(x.unbind(dim) if dim is not None else [x] * info.batch_size for x, dim in tensors), strict=True)
         return torch.stack([operator(*model, *own[2:]) for model in models]), 0
@@ -318,16 +317,16 @@ def operator_of(name: str) -> Any:
 
 
 def tell_caches(target: Any) -> None:
-    """Let the caches of torch.compile know the code of a hook that a model has from now on."""
+    """Add the code of a hook to the key of torch.compile's caches."""
     if is_hook(target):
         hook = _HOOKS[name_of(target)]
         rule_code.tell_caches(name_of(target), hook.own_rule)
 
 
 def _new_name(what: str, written: str, function: Callable[..., Any]) -> str:
-    """The name of a new operator: as it was written, and the number of the definition, as it may be defined again.
+    """The name of a new operator: as it was written, and the number of the definition: it may be defined again.
 
-    An operator is never changed: a model, and what torch.compile made of it, runs the code that it was made with. The
+    An operator is never changed: a model, compiled or not, runs the code that it was made with. The
     name that was written stands for the last definition (`_show`). Operators of biofx itself have no number.
     """
     origin = f"{function.__module__}.{function.__qualname__}"
@@ -344,7 +343,7 @@ def _new_name(what: str, written: str, function: Callable[..., Any]) -> str:
 
 
 def _show(name: str) -> None:
-    """Let `torch.ops.biofx.<name>`, as its author wrote it, be the operator that was defined last."""
+    """Make `torch.ops.biofx.<name>`, as its author wrote it, the operator that was defined last."""
     packet = name.partition(".")[0]
     if packet != written_name(packet):
         vars(torch.ops.biofx).pop(packet, None)  # it may have got an overload
@@ -488,7 +487,7 @@ def observer(name: str) -> Callable[[Observation], Observation]:
             if training and not runs_backward():
                 with below_autograd():  # no gradients, and no tangents in the state
                     axis = _from_behind(unit_axis, activity)
-                    activity = activity[None]
+                    activity = activity[None]  # so that `positions` is never empty: `sum(())` adds up everything
                     positions = tuple(d for d in range(-activity.dim(), 0) if d != axis)
                     _add(state, look(activity, positions), math.prod(activity.shape[d] for d in positions))
 
@@ -512,7 +511,7 @@ def observer(name: str) -> Callable[[Observation], Observation]:
 
 
 def observe_shards() -> None:
-    """Let observers look at DTensors: every process at its part, so that the mean of their states is that of all."""
+    """Register observers for DTensors. Each process observes its part; the mean over processes is that of the whole."""
     from torch.distributed.tensor import DTensor  # slow to import
 
     while _OBSERVERS:

@@ -237,6 +237,7 @@ def _owner_class(original: Any, keys: tuple[str, ...]) -> Any:
 
     namespace = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     namespace |= {"_biofx_class": original, "_biofx_keys": keys, "forward": forward, **container_methods(original)}
+    # Created by the metaclass of the original, as a class statement would: it may check or register subclasses.
     cls = type(original)(original.__name__, (Owner, original), namespace)
     add_weight_properties(cls, keys)
     return cls

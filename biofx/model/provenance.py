@@ -101,7 +101,7 @@ class Record:
         others: the reason why another parameter is not a weight, by name.
         inputs: a description of the inputs on which the model ran for this analysis; empty if it did not run.
         notes: remarks about that run.
-        asked: a weight with synapses about which forward asks more than its numbers; empty if there is none.
+        asked: a weight with synapses if forward asks about more than its numbers; empty if there is none.
         synapses: names of the weights that have synapses.
         shapes: the shapes of the stored tensors that passes changed.
         nonnegative: the parameters that have to stay non-negative, each with the pass that requires it.

@@ -65,7 +65,7 @@ class Link:
         return _unpickled_link, (qualified_name(self.target) or self.target, self.args, self.origin)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
-        return self  # the copy of a model runs what the model runs; one that was pickled, what a name means then
+        return self  # a copied model runs the same operator; an unpickled one, the operator that has the name then
 
 
 def _unpickled_link(target: Any, args: tuple[Any, ...], origin: Inserted) -> Link:
@@ -190,7 +190,7 @@ class Synapses(nn.Module):
         weight is computed from it.
 
         Raises:
-            ArgumentError: somebody wrote into the computed weight that was read last, so the write is lost.
+            ArgumentError: the computed weight that was read last was written to, so the write is lost.
         """
         if torch.compiler.is_compiling():
             return self.forward()
@@ -198,6 +198,7 @@ class Synapses(nn.Module):
         if substitute is not None:
             return substitute
         self.refuse_lost_writes()
+        # In a forward it is a `WeightTensor` also without gradients: forward decides alike with and without them.
         if not self.active_links or not (self.is_computed or torch.is_grad_enabled() or weight_cache.is_active()):
             _READ[id(self.stored)] = self
             return self.stored
@@ -210,10 +211,10 @@ class Synapses(nn.Module):
         return weight
 
     def refuse_lost_writes(self) -> None:
-        """Raise if somebody wrote into the computed weight in a way that the tensor could not refuse.
+        """Raise if the computed weight was written to in a way that the tensor could not refuse.
 
         Raises:
-            ArgumentError: somebody did.
+            ArgumentError: it was.
         """
         probe = self._probe
         if probe is not None:
@@ -315,7 +316,7 @@ def is_observed(synapses: Synapses, key: str, of: Any) -> Any:
     Args:
         synapses: the synapses of the weight whose operator they observe.
         key: the state's name.
-        of: the observed activity. A proxy tells that a graph is traced again, so the call becomes a node again.
+        of: the observed activity. A proxy means that a graph is traced again, so the call becomes a node again.
     """
     if not isinstance(of, fx.Proxy):
         return synapses.training and key not in synapses.paused

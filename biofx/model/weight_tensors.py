@@ -43,9 +43,9 @@ def _of_stored(name: str) -> Any:
 
 
 def _told_in_forward(name: str) -> Any:
-    """A property by which Python tells parameters from other tensors: while a forward runs, the stored tensor's.
+    """A property by which code recognizes parameters. While a forward runs, it answers for the stored tensor.
 
-    So a forward decides as in the original. Elsewhere it is the weight's own: an optimizer must refuse the weight.
+    So a forward decides as in the original. Elsewhere it answers for the weight: an optimizer must refuse that.
     """
     own: Any = getattr(Tensor, name)
 
@@ -95,7 +95,7 @@ class WeightTensor(Tensor):
 
 
 class ComputedWeight(WeightTensor):
-    """A weight with memory of its own: every write raises, as it would not reach the stored tensor."""
+    """A weight with memory of its own: every write raises, because it would not reach the stored tensor."""
 
     data = property(lambda self: self.detach(), _refuse)
     grad = property(_gradient_of_computed, _refuse)
@@ -152,10 +152,10 @@ class WriteProbe:
         return None if not isinstance(weight, ComputedWeight) or weight.is_inference() else cls(weight)
 
     def raise_if_written(self) -> None:
-        """Raise if somebody wrote into the weight.
+        """Raise if the weight was written to.
 
         Raises:
-            ArgumentError: somebody did.
+            ArgumentError: it was.
         """
         if self._counter._version != self._version:
             raise ArgumentError(f"a weight was written to, and {LOST}")

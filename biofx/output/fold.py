@@ -115,7 +115,7 @@ def why_architecture_differs(bio: fx.GraphModule) -> str | None:
 
 
 def folded_for_original(bio: nn.Module, by: str, instead: str = "keep it with biofx.save(bio, folder)") -> nn.Module:
-    """Fold a model whose weights somebody will load into the original model.
+    """Fold a model whose weights will be loaded into the original model.
 
     Args:
         bio: the transformed model.

@@ -1,7 +1,7 @@
-"""What the arguments of a model's forward may be, when nobody gave any.
+"""Candidates for the arguments of forward, if the user gave none.
 
-Options come from what the model says of its inputs, from what its weights can read, and from what its arguments are
-called.
+Options come from what the model declares about its inputs, from what its weights can read, and from the names of its
+arguments.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EXTENTS = tuple(map(Extents, (8, 16, 8, 32, 64, 16, 16), (16, 32, 28, 64, 128, 2
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that is yet to be made.
+    """A tensor that has yet to be created.
 
     Attributes:
         content: what is in it, a key of `_CONTENTS`.
@@ -111,7 +111,7 @@ def _images(layer: Any) -> list[TensorSpec]:
 
 
 def _bare(weight: Tensor) -> list[TensorSpec]:
-    """What can be multiplied by a bare parameter, along either axis, or convolved with it."""
+    """Tensors that a bare parameter can multiply along either axis, or be convolved with."""
     widths = dict.fromkeys(weight.shape[-2:])
     images = [_normal(BATCH, weight.shape[1], *["side"] * (weight.dim() - 2))] if weight.dim() > 2 else []
     return [_normal(*front, width) for front in ((BATCH,), (BATCH, "length")) for width in widths] + images

@@ -18,7 +18,7 @@ from biofx.base.torch_internals import OpOverload, schema_of
 
 
 class Kind(enum.Enum):
-    """What becomes of units in an operator."""
+    """What an operator does to units."""
 
     LAYOUT = "moves entries: executed on the unit numbers themselves"
     CONCATENATE = "puts tensors next to each other"
@@ -200,7 +200,7 @@ def sign_of(name: str) -> Sign:
 
 @cache
 def decomposed(operator: Any) -> Callable[..., Any] | None:
-    """The function by which an operator is replaced that has no entry here, and consists of others; else None."""
+    """The decomposition of an operator that has no entry here; None if it has one, or cannot be decomposed."""
     if not isinstance(operator, OpOverload):
         return None
     is_known = kind_of(operator) is not Kind.UNKNOWN and name_of(operator) not in ("linear", "matmul")

@@ -1,6 +1,6 @@
-"""Arguments with which a model's forward runs, for when nobody gave any.
+"""Arguments with which a model's forward runs, if the user gave none.
 
-Candidates are tried until forward runs; where one fails, the error often says what was asked for instead.
+Candidates are tried until forward runs; where one fails, the error often says which size is needed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LARGEST = 2**23  # of the numbers in a tensor
 def guess(model: nn.Module) -> Inputs | None:
     """The first candidate, repaired if need be, with which forward runs in evaluation mode; None if there is none.
 
-    That forward runs does not prove that it was meant to be run so. The model, with its buffers and its mode, and the
-    global random number generators are afterwards what they were before.
+    A forward that runs may still be meant for other inputs. The model, its buffers, its mode and the global random
+    number generators do not change.
 
     Args:
         model: any module.
@@ -95,7 +95,7 @@ class _Guess:
     Attributes:
         arguments: the arguments by name.
         extents: what their tensors' lengths and sides are.
-        bounds: between what the extent that is sought must lie, by the errors so far.
+        bounds: the range of the extent that is sought, by the errors so far.
     """
 
     arguments: tuple[tuple[str, Option], ...]
@@ -161,7 +161,7 @@ def _combinations(choices: Sequence[Sequence[Any]], cost: int) -> Iterator[tuple
 
 
 def _repaired(failed: _Guess, error: Exception, forward: Forward) -> _Guess | None:
-    """The guess with what its error asks for, or None if that cannot be told."""
+    """The guess with what its error asks for, or None if that is unclear."""
     missing = forward.left_out(dict(failed.arguments))
     words = [] if isinstance(error, RuntimeError) else re.findall(r"\w+", str(error))
     for name in missing if "NoneType" in words else [word for word in words if word in missing]:
@@ -187,7 +187,10 @@ _TOO_LARGE = r"index out of range in self"
 
 
 def _mismatch(message: str, failed: _Guess) -> tuple[int, int] | None:
-    """A size that there is and the one that is asked for, or just negative numbers of which the larger is asked for."""
+    """The size that the inputs have, and the size that the error asks for; None if it names none.
+
+    If it tells only the direction, they are −2 and −1 to grow, or −1 and −2 to shrink.
+    """
     for pattern in _MISMATCHES:
         if found := re.search(pattern, message):
             return int(found["got"]), int(found["asked"])

@@ -3,7 +3,7 @@
 A recording is straight-line code: loops, branches and calls have happened. So an interpreter is one loop over it. A
 domain answers three questions: what is known of a tensor that no operator made, what is known of an operator's result,
 and what is known of memory after something was written into a part of it. This interpreter is for domains that know one
-thing of a tensor as a whole: what its activity can be negative by (`Activity`), and which weights a signal has passed
+thing of a tensor as a whole: why its activity can be negative (`Activity`), and which weights a signal has passed
 (`Flow`).
 
 Two domains know something of every entry, and so have a memory of their own, in which a view is a view: the numbers of
@@ -35,7 +35,7 @@ class Interpreter(ABC, Generic[Known]):
 
     @abstractmethod
     def after(self, operation: Operation) -> Known:
-        """What is known of all that an operator returns and writes; `of` tells of its operands."""
+        """What is known of everything that an operator returns and writes; `of` returns that of its operands."""
 
     @abstractmethod
     def joined(self, before: Known, written: Known) -> Known:

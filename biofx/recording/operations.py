@@ -1,4 +1,4 @@
-"""Recordings: what is noted of one run of a model.
+"""Recordings: what is recorded of one run of a model.
 
 Everything that biofx knows about a model is read off such a recording: which parameters are synapses, along which axes,
 whose units they read, how deep they are, and whether activity can be negative.
@@ -136,14 +136,14 @@ class Recording:
         first_call: the arguments of the model's first call; None if its forward was not called.
         nodes: what the nodes of a captured graph computed, with values for tensors; empty if there is no graph.
         operations_of: the operators of each node.
-        decisions: where Python saw numbers that depend on inputs: other inputs may take other ways there.
+        decisions: where Python saw numbers that depend on inputs: other inputs may take other paths there.
         changed: what changed a parameter in place, by the parameter's name; None if its data was assigned.
         listed: what computed with a parameter that forward took from `parameters()`, by the parameter's name.
         again: the operators of another run, in training mode, for weights that the first one left unused.
         strangers: the ids of tensors that were there before the run, and that belong neither to the model nor to its
             inputs.
         strange_memory: keys of the memory in which they lie.
-        asked: the parameters about which Python asked more than their numbers (see `Questions`).
+        asked: the parameters of which Python asked for more than the numbers (see `Questions`).
     """
 
     operations: list[Operation] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Questions: what Python asks about a parameter besides its numbers, such as whether it is frozen, or a leaf."""
+"""Questions: what Python asks about a parameter apart from its numbers, such as whether it is frozen, or a leaf."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Questions(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function."""
         if function in QUESTIONS and id(args[0]) in self._names:
-            here = inspect.currentframe()  # the mode is not told who asks
+            here = inspect.currentframe()  # the mode does not receive the caller
             assert here is not None
             assert here.f_back is not None
             package = str(here.f_back.f_globals.get("__name__")).partition(".")[0]
-            del here  # a frame that knows itself would keep the parameter alive
+            del here  # a frame that refers to itself would keep the parameter alive
             if package not in ("torch", "biofx"):
                 self._note(self._names[id(args[0])], function)
         return function(*args, **(kwargs or {}))

@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
     # --- what is known before the run ----------------------------------------------------------------------------
 
     def declare(self, tensor: Tensor, kind: str, name: str) -> Value:
-        """Say what a tensor is. A weight that is computed from its synapses is a parameter from here on."""
+        """Register a tensor under a kind and a name. A weight computed from synapses counts as the parameter."""
         value = self._new(tensor, kind, name)
         if kind == "parameter":
             value.depends = Depends.PARAMETERS
@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
         return value
 
     def declare_model(self, model: nn.Module) -> None:
-        """Say what the parameters, buffers and other tensors of a model are."""
+        """Register the parameters, buffers and other tensors of a model."""
         for path, module in model.named_modules():
             self._paths.setdefault(id(module), path)
         for name, parameter in stored_parameters(model):
@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):
                 self.declare(tensor, "constant", name)
 
     def declare_inputs(self, named: Mapping[str, Any]) -> None:
-        """Say that tensors in some arguments are inputs, unless the model itself made them in an earlier call."""
+        """Register the tensors in some arguments as inputs, unless the model itself made them in an earlier call."""
         for name, argument in named.items():
             tensors = list(_tensors_in(argument))
             for index, tensor in enumerate(tensors):
@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):
         return self.declare(tensor, "unknown", "")
 
     def list_parameter(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Another tensor for a parameter that Python gets from `parameters()`, so that what reads it there is known."""
+        """Another tensor for a parameter that Python gets from `parameters()`, so that its readers there are known."""
         value = self._known(parameter)
         if value is None or value.kind != "parameter":
             return parameter
@@ -138,7 +138,7 @@ class Recorder(TorchDispatchMode):
         return other
 
     def know_as(self, tensor: Tensor, other: Tensor) -> None:
-        """Know a tensor, such as a parameter, by another one that takes its place."""
+        """Register a tensor that takes the place of another one, such as a parameter."""
         self._values[other] = self.value(tensor)
 
     def _note_listed(self, tensors: Iterable[Tensor], operation: Operation) -> None:
@@ -150,6 +150,7 @@ class Recorder(TorchDispatchMode):
     def _known(self, tensor: Tensor) -> Value | None:
         value: Value | None = self._values.get(tensor)
         if value is None:
+            # The same entries of the same memory, as of `.detach()`; unless it was freed, and holds another tensor now.
             reference, value = self._places.get(_place_in_memory(tensor), (None, None))
             if reference is None or reference.expired():
                 return None
@@ -205,6 +206,7 @@ class Recorder(TorchDispatchMode):
         if (
             name == "lift_fresh"
             and operands[0].kind == "unknown"
+            # A single number was noted as a decision; an array may have been computed from activity.
             and not (self.handed_out and operands[0].is_activity and operands[0].shape.numel() > 1)
         ):  # `torch.tensor` of numbers of Python
             operands[0].kind, operands[0].depends = "constant", Depends.NOTHING
@@ -307,7 +309,7 @@ class Recorder(TorchDispatchMode):
     # --- captured graphs -----------------------------------------------------------------------------------------
 
     def enter_node(self, node: fx.Node) -> None:
-        """Say which node of a captured graph runs from here on, and so which module."""
+        """Note which node of a captured graph runs from here on, and so which module."""
         stack = node.meta.get("nn_module_stack", {})
         self.node = node
         self._running[-1] = next((path for path, _ in reversed(stack.values())), "")
@@ -318,14 +320,14 @@ class Recorder(TorchDispatchMode):
         self.recording.nodes[node] = known
 
     def leave_graph(self) -> None:
-        """Say that the graph has run."""
+        """Note that the graph has run."""
         self.node = None
 
     # --- surroundings --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Know the modules and functions that run, and the arguments and results of the model."""
+        """Track which modules and functions run, and the arguments and results of the model."""
         thread = threading.get_ident()
 
         def enter(module: nn.Module, args: Any) -> None:
@@ -341,6 +343,7 @@ class Recorder(TorchDispatchMode):
                     self.recording.outputs += map(self.value, _tensors_in(result))
 
         def name_inputs(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # `enter` has pushed the model already: this is the outermost call, not one inside it.
             if threading.get_ident() == thread and len(self._running) == 1:
                 if self.recording.first_call is None:
                     self.recording.first_call = args, kwargs
@@ -362,7 +365,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _Registry(dict[str, Any]):
-    """The parameters of a module, which tells a recorder when Python goes through them."""
+    """The parameters of a module, which notifies a recorder when Python iterates over them."""
 
     def __init__(self, parameters: dict[str, Any], recorder: Recorder) -> None:
         super().__init__(parameters)
@@ -379,7 +382,7 @@ class _Registry(dict[str, Any]):
 
 @contextlib.contextmanager
 def _listing(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Know which parameters Python gets from `parameters()`, which lists what is stored of a weight with synapses."""
+    """Detect parameters that forward takes from `parameters()`, which yields the stored tensors of synapses."""
     own = [(vars(m), m._parameters) for m in model.modules() if type(vars(m).get("_parameters")) is dict]
     for attributes, parameters in own:
         attributes["_parameters"] = _Registry(parameters, recorder)
@@ -436,7 +439,7 @@ _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 def recording_of(
     recorder: Recorder, model: nn.Module, *, training: bool = False, but: Collection[nn.Parameter] = ()
 ) -> Iterator[None]:
-    """Record what runs in the block, and undo its side effects on a model, but for parameters that are to change."""
+    """Record what runs in the block, and undo its side effects on a model, except for parameters that are to change."""
     gradients = {p: p.grad for p in model.parameters()}
     memory = {name: _place_in_memory(p.data) for name, p in stored_parameters(model)}
     with contextlib.ExitStack() as stack:
@@ -460,7 +463,7 @@ _paused: ContextVar[bool] = ContextVar("_paused", default=False)
 
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
-    """Keep operators out of recordings that are no part of a forward, such as those that check what it does."""
+    """Keep operators out of recordings that are not part of a forward, such as those that check what it does."""
     token = _paused.set(True)
     try:
         yield
@@ -499,7 +502,7 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 # --- tensors -----------------------------------------------------------------------------------------------------
 
 _REGISTRIES = frozenset(vars(nn.Module()))
-_DEEPEST = 6  # how far into objects inside of objects tensors are looked for
+_DEEPEST = 6  # levels of nested objects that are searched for tensors
 
 
 def tensors_in_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -536,13 +539,13 @@ def _has_negative(tensor: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor of PyTorch's own that lies in memory in strides."""
+    """Whether it is a strided tensor of PyTorch's own class."""
     is_own = type(tensor) in (Tensor, nn.Parameter)
     return is_own and not tensor.is_nested and tensor.layout is torch.strided and has_memory(tensor)
 
 
 def _place_in_memory(tensor: Tensor) -> tuple[int, int, torch.Size, tuple[int, ...]]:
-    """Where a tensor lies; the storage is 0 if there is none to tell tensors apart by."""
+    """Where a tensor lies; the storage is 0 if there is none that identifies it."""
     if not _is_plain(tensor):
         return 0, 0, torch.Size(()), ()
     return memory_of(tensor), int(tensor.storage_offset()), tensor.shape, tensor.stride()

@@ -1,7 +1,7 @@
 """Trees: arguments and results of operators, in which tensors are looked for at each of them.
 
 Most are flat, so that `torch.utils._pytree`, which takes a tree apart and builds it again, would take longer than the
-operator. It goes on where there is something else than tuples, lists and dictionaries.
+operator. It takes over where there is something other than tuples, lists and dictionaries.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class Editor:
         self._show()
 
     def unstored_gain(self, distribution: str, nu: float, minimum: float, maximum: float) -> None:
-        """Let the weight have a gain for every synapse that is stored nowhere, but drawn whenever it acts.
+        """Give the weight a gain for every synapse that is not stored, but drawn whenever it acts.
 
         Args:
             distribution: a name in `biofx.base.gains.QUANTILES`.
@@ -181,7 +181,7 @@ class Editor:
         if self._synapses().state("gain") is not None:
             raise self._not_stored(self._by.name, ", ".join(self._synapses().users["gain"]))
         self.keep_seed()
-        seed = State("seed")  # in place of the number of the step as well: gains are the same at all
+        seed = State("seed")  # in place of the number of the step as well: gains are the same at every step
         self.insert(torch.ops.biofx.drawn_grad, seed, seed, self.name, distribution, nu, minimum, maximum)
 
     def _not_stored(self, by: str, user: str) -> PipelineError:
@@ -209,7 +209,7 @@ class Editor:
             self._synapses().keep("seed", torch.tensor(self._seed, dtype=torch.int64), self._by.name)
 
     def count_steps(self) -> None:
-        """Let `biofx.attach` count the steps that the weight's optimizer takes.
+        """Make `biofx.attach` count the steps that the weight's optimizer takes.
 
         The buffer `<parameter>_synapses.steps` holds the number. The number and the seed
         (`keep_seed`) determine the random numbers of rules.
@@ -292,7 +292,7 @@ class Editor:
         self._observe(operator, site, key, site.units, [*zip(site.outputs, axes, strict=True)])
 
     def observe_input(self, operator: Callable[..., Any], site: WeightSite, key: str) -> None:
-        """Let an observer look at what every use of the weight multiplies it by: at its presynaptic units.
+        """Insert an observer of what every use of the weight multiplies it by: its presynaptic units.
 
         Args:
             operator: an observer, `torch.ops.biofx.<name>` (see `biofx.model.operators.observer`).
@@ -305,7 +305,7 @@ class Editor:
     def _observe(
         self, operator: Callable[..., Any], site: WeightSite, key: str, units: int, places: list[tuple[fx.Node, int]]
     ) -> None:
-        """Let an observer look at nodes, each of which has the units on an axis."""
+        """Insert an observer of nodes, each of which has the units on an axis."""
         raw, origin = site.raw, self._origin(Slot.OBSERVER)
         dtype = torch.promote_types(raw.dtype, torch.float32)
         self.keep(key, torch.zeros((2, 2, units), device=raw.device, dtype=dtype))

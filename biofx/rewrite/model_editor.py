@@ -30,7 +30,7 @@ class ModelEditor:
         excluded: parameters that no pass may touch, each with the reason.
         understood: the analysis of the model's last recorded run; None if the model could not be run.
         seed: seed of all random draws.
-        values_follow: whether all values are replaced afterwards, as by saved ones, so that none need be good.
+        values_follow: whether all values are replaced afterwards, as by saved ones, so that initial ones do not matter.
     """
 
     def __init__(

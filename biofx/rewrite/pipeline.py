@@ -185,9 +185,9 @@ def _unchanged(
 
 
 def _only_rounds(bio: fx.GraphModule, original: nn.Module, run: Run, after: list[Tensor]) -> bool:
-    """Whether a model computes what the original does with weights that are the original's, but for their last digits.
+    """Whether a model computes what the original does with weights that differ only in their last digits.
 
-    So it is right, whatever it makes of these digits: a chaotic network amplifies them until its outputs are others.
+    Then the pass is right, and the model amplifies rounding, as chaotic networks do.
     """
     plain = fold(original) if is_transformed(original) else copied(original)
     with torch.no_grad():

@@ -58,7 +58,7 @@ class Pass:
         changes_units: whether the pass changes the set of units. Such a pass runs before all others, and calls
             `ModelEditor.look_again` after the change.
         converted: the options in which a checkpoint may differ from the model, because state is converted as it loads.
-        sets_zeros: whether the rule sets synapses to 0 that are to grow again, which not every rule lets them.
+        sets_zeros: whether the rule sets synapses to 0 that are to grow again, which not every rule allows.
         works_on_shards: whether `at_step` works on a part of a weight, as under FSDP: entry by entry, with sums over a
             weight by `biofx.training.ranks.summed`. If not, `biofx.attach` refuses sharded weights.
 
@@ -105,7 +105,7 @@ class Pass:
         raise NotImplementedError(f"{type(self).__name__}.at_step")
 
     def held_together(self, bio: nn.Module) -> Iterable[Collection[str]]:
-        """Names of weights on which the rule acts only if one optimizer holds all of them; `biofx.attach` warns else.
+        """Names of weights on which the rule acts only if one optimizer holds all of them; `attach` warns otherwise.
 
         Args:
             bio: a model that the pass has rewritten.
@@ -127,7 +127,7 @@ class Pass:
 
 
 def option(default: Any, check: Callable[..., None], **bounds: Any) -> Any:
-    """An option that is checked when the pass is made; None is as good if it is the default.
+    """An option that is checked when the pass is made; None is valid if it is the default.
 
     Args:
         default: its default.
@@ -150,8 +150,8 @@ _OPENS = (*_CLOSES.values(), "'", '"')  # a quote alone is a token only if its s
 def register(pass_class: PassClass) -> PassClass:
     """Make a pass known by its name, so that pipeline strings, tables and the test suite find it.
 
-    A class of the same name and module takes the place of the earlier one, as when a notebook cell is run again. Models
-    that were transformed before keep the earlier one, with all that it does at a step.
+    A class of the same name and module replaces the earlier one, as when a notebook cell is run again. Models that were
+    transformed before keep the earlier one, with all that it does at a step.
 
     Raises:
         ArgumentError: not a frozen dataclass derived from `Pass`, no slot, or a name that is malformed or taken.

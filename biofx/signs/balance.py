@@ -175,8 +175,8 @@ def kept_synapses(sign: Tensor, density: float, generator: torch.Generator) -> T
     for own in (sign > 0, sign < 0):
         count = own.sum(1, keepdim=True)
         keep = torch.minimum(count, (density * count).round().clamp(min=MIN_SYNAPSES)).long()
-        drawn = draw.masked_fill(~own, 2.0)
-        if drawn.numel():
+        drawn = draw.masked_fill(~own, 2.0)  # draws are below 1, so the other sign is never among the lowest
+        if drawn.numel():  # −1 is below all draws: a row without synapses of this sign keeps none
             mask |= drawn <= drawn.sort(1).values.gather(1, (keep - 1).clamp(min=0)).where(keep > 0, -1.0)
     return mask
 
@@ -247,7 +247,7 @@ def connections(site: WeightSite, values: Tensor | None = None) -> Tensor:
 
 
 def divided(site: WeightSite, weight: Tensor) -> Tensor:
-    """The weight of every synapse for that of every connection, in proportion to the present magnitudes."""
+    """The weight of every synapse, from that of every connection, in proportion to the present magnitudes."""
     if not site.is_split:
         return weight
     size = site.raw.detach().abs()

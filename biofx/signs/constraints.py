@@ -2,8 +2,8 @@ r"""Sign constraints: functions that give a stored weight the sign of its presyn
 
 $$w = s \cdot f(r), \qquad f \ge 0$$
 
-with r the stored weight and s the sign of the unit, +1 or −1. If s is 0, the weight is free: w = r. Which sign a unit
-has is kept with the weights that read it.
+with r the stored weight and s the sign of the unit, +1 or −1. If s is 0, the weight is free: w = r. The sign of a
+unit is kept with the weights that read it.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def known_signs(model: ModelEditor, units: Units) -> Tensor:
 
 
 def renumber(model: ModelEditor, units: Units) -> None:
-    """Let weights that got their signs in an earlier transform know their units by the present numbers."""
+    """Renumber the units of weights that have signs from an earlier transform."""
     for name, site in model.all_sites.items():
         numbers = site.state("units")
         if numbers is not None and name in units.readings:
@@ -185,7 +185,7 @@ def renumber(model: ModelEditor, units: Units) -> None:
 
 
 def why_free(units: Units, reading: Reading) -> str:
-    """Why a weight whose units have no signs reads no others."""
+    """Why none of the units that a weight reads has a sign."""
     origins = {units.populations[index].origin for index in units.owner[reading.numbers].tolist()}
     if "constant" in origins:
         return "it reads parameters or constants, which no unit computes"
@@ -193,7 +193,7 @@ def why_free(units: Units, reading: Reading) -> str:
 
 
 def remark_on_units(model: ModelEditor, units: Units, name: str, signed: Collection[str]) -> None:
-    """Say of one of the weights that get signs why the effect of its units may have another sign."""
+    """Remark on a weight that gets signs why the effect of its units may have another sign than theirs."""
     own, edit = units.readings[name], model.edits[name]
     if own.signed_by:
         edit.remark(f"the activity of its units can be negative ({own.signed_by})")

@@ -41,8 +41,8 @@ class NetInputRuns:
     The first run finds a batch that the network accepts and the first use of each weight; later ones replay it.
 
     Args:
-        model: the original network, which tells how to run it.
-        bio: the copy that is run, in float64 but for parameters that its graph reads.
+        model: the original network, with the way to run it.
+        bio: the copy that is run, in float64 except for parameters that its graph reads.
         sites: the weights to show.
         changing: parameters of the copy that visitors change; all others are restored after each run.
     """
@@ -96,6 +96,7 @@ class NetInputRuns:
         ):
             torch.manual_seed(0)
             run(self._bio)
+        # The seed is for this run only: `recording_of` has restored the user's generator.
         assert torch.equal(generator, torch.random.get_rng_state())
         return recorder.recording
 

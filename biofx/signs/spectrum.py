@@ -113,6 +113,7 @@ def _drawn_synapses(weight: Tensor, own: Tensor, count: Tensor, generator: torch
     """Mask of `count` random synapses of each row, mostly from the columns that have the fewest so far."""
     energy = weight.square()
     rate = energy / energy.mean(1, keepdim=True).clamp(min=TINY)
+    # An exponential race: the shortest waits are a draw without replacement, in proportion to the rates.
     wait = torch.empty_like(weight).exponential_(generator=generator) / rate
     wait = wait.masked_fill(~own, torch.inf)
     mask, load = torch.zeros_like(own), torch.zeros_like(weight[0])

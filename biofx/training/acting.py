@@ -1,7 +1,7 @@
 """Where gains act: on the update, on the update and the optimizer's copies of the weights, or on the gradient.
 
 An optimizer that keeps a copy of the weights, such as an average or one of higher precision, undoes what gains do to
-the weights. Which way is right cannot be told from its state, so a small weight is trained with each.
+the weights. Its state does not show which way is right, so a small weight is trained with each.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def acting_with(optimizer: Optimizer) -> Acting | None:
         optimizer: the optimizer; it is not changed.
 
     Returns:
-        The way; None if none could be tried, as another optimizer of its class could not be made or used.
+        Where; None if nothing could be tried, because another optimizer of its class could not be made or used.
 
     Raises:
         LifecycleError: none of them is right.
@@ -82,7 +82,7 @@ def _displacement(optimizer: Optimizer, acting: Acting | None) -> Tensor:
     weight = synapses.stored
     one = type(optimizer)([weight], **_options(optimizer))
     if callable(train := getattr(one, "train", None)):
-        train()  # schedule-free ones refuse to step else
+        train()  # schedule-free optimizers refuse to step before
     update = Update([synapses], one, with_copies=acting is Acting.COPIES)
     for _ in range(STEPS):
         weight.grad = 1 + 0.1 * torch.randn(16, 16, generator=generator, dtype=torch.float64)
@@ -106,7 +106,7 @@ def _gain() -> Tensor:
 
 
 def _slope(moved: Tensor, plain: Tensor) -> float:
-    """The slope of displacement, relative to that without gains, on gain; by least squares, as some hardly move."""
+    """The slope of displacement, relative to that without gains, on gain; by least squares, since some hardly move."""
     gain = _gain() - _gain().mean()
     terms = torch.stack([plain.flatten(), (plain * gain).flatten()], 1)
     level, slope = map(float, torch.linalg.lstsq(terms, moved.flatten().unsqueeze(1)).solution.flatten())

@@ -38,7 +38,7 @@ _ALIKE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_
 
 
 def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> Attachment:  # noqa: A002 - torch's word
-    r"""Let the rules of a transformed model act around every `optimizer.step()`. No line of the training loop changes.
+    r"""Make the rules of a transformed model act around every `optimizer.step()`. No line of the training loop changes.
 
     The optimizer's own step hooks are used, so this works with gradient accumulation (once for each step, on the
     accumulated gradient), with `GradScaler` (gradients are unscaled, and a step that it skips changes nothing), and
@@ -50,7 +50,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
        projection on signs (`DalesPrinciple`, `MirrorUnits`, `InhibitoryInterneurons`), and of the parameters that
        multiply their units on what is not negative.
 
-    *Gains act on the update.* Adam and its like normalise every entry of the gradient, so a gain on it would cancel.
+    *Gains act on the update.* Adam and similar optimizers normalise every entry of the gradient, which cancels gains.
     While an optimizer is attached, gradient hooks sleep, and for every optimizer alike
 
     $$w \leftarrow w_\mathrm{old} + c \cdot (w_\mathrm{new} - w_\mathrm{old})$$
@@ -63,7 +63,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     of the same class is tried on a small weight: gains act on the copy as well, or on the gradient, or the optimizer is
     refused.
 
-    *The loop stays what it was.* `.grad` is what the backward pass computed, and `clip_grad_norm_` sees the norm that
+    *The loop does not change.* `.grad` is what the backward pass computed, and `clip_grad_norm_` sees the norm that
     the plain model would have. Of Γ synapses (`SplitSynapses`), each gets 1/√Γ of the gradient of their connection; in
     the step the optimizer sees Γ·w and that gradient, and the change is divided by Γ, so the connection moves as the
     plain one would.
@@ -82,9 +82,9 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     like their weights, and `torch.distributed.checkpoint` saves both. A model with observers is sharded as a whole, not
     block by block.
 
-    *Steps* are counted in the buffers `<weight>_synapses.steps`, which checkpoints hold. Whoever writes them on a GPU
-    does so by `load_state_dict` or `copy_`: a write by way of `.data` goes unnoticed there, so that rules with
-    `every=…` act at other steps.
+    *Steps* are counted in the buffers `<weight>_synapses.steps`, which checkpoints hold. To change them on a GPU,
+    use `load_state_dict` or `copy_`: a write through `.data` goes unnoticed there, and rules with `every=…` then act
+    at other steps.
 
     Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
     later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
@@ -227,7 +227,7 @@ def _check_state(optimizer: Optimizer, sites: Mapping[str, WeightSite]) -> None:
 
 
 def _check_alone(bio: nn.Module, synapses: Mapping[str, Synapses]) -> None:
-    """Refuse weights on which the rules of another model act already, which has the same layer."""
+    """Refuse weights on which the rules of another model with the same layer act already."""
     for name, each in synapses.items():
         other = _ACTING.get(each, lambda: None)()
         if other is not None and other.bio is not bio:
@@ -243,7 +243,7 @@ def _check_alone(bio: nn.Module, synapses: Mapping[str, Synapses]) -> None:
 
 
 def _warn_of_torn_layers(bio: fx.GraphModule, optimizer: Optimizer, sites: Collection[str]) -> None:
-    """Tell of weights on which a rule acts together, but of which an optimizer holds only some."""
+    """Warn of weights on which a rule acts together, if an optimizer holds only some of them."""
     rules = [run.pass_ for run in record_of(bio).passes]
     for rule, group in [(each, group) for each in rules for group in each.held_together(bio)]:
         missing = [name for name in group if name not in sites]
@@ -264,10 +264,10 @@ class Attachment(Lifecycle):
     _hooks: tuple[RemovableHandle, ...] = ()
     _hooks_of_model: tuple[RemovableHandle, ...] = ()
     _guarded: MethodType | None = None
-    _step_before: Any = None  # a `step` that somebody else has set on the optimizer
+    _step_before: Any = None  # a `step` that other code has set on the optimizer
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
-        """Let rules act on weights at the steps of the optimizer, and gains on what holds these synapses."""
+        """Make rules act on weights at the steps of the optimizer, and gains on these synapses."""
         self.hold(sites, learning)
         if not self._hooks:
             # Rules compile their own arithmetic. As decorators these would import the compiler with biofx.
@@ -326,7 +326,7 @@ class Attachment(Lifecycle):
         self.finite.check()
 
     def give_up(self, parameters: set[int]) -> None:
-        """Let rules not act on some parameters any more, given by id; without any left, leave the optimizer alone."""
+        """Stop acting on the parameters with these ids; if none is left, remove all hooks from the optimizer."""
         sites, learning = self.holding
         for synapses in [each for each in self._acted_synapses() if id(each.stored) in parameters]:
             if _ACTING.get(synapses, lambda: None)() is self:
@@ -349,7 +349,7 @@ class Attachment(Lifecycle):
         warn_if_unattached(self.bio)
 
     def _with_undo(self, optimizer: Optimizer) -> MethodType:
-        """The step of an optimizer, undone if it fails; a method of the optimizer, as schedulers take it apart."""
+        """The step of an optimizer, undone if it fails; a method of the optimizer, because schedulers take it apart."""
         step = optimizer.step
 
         @functools.wraps(step)  # schedulers mark a step that they know

@@ -89,12 +89,12 @@ def batches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Single precision for a dtype that has less; else the dtype itself."""
+    """Single precision for a dtype that has less; otherwise the dtype itself."""
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """A tensor in single precision, if it has less; else itself."""
+    """A tensor in single precision if it has less; otherwise the tensor itself."""
     return tensor.to(wide_dtype(tensor.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Compiled arithmetic: one kernel for all that a rule does to the entries of weights, whatever their number."""
+"""Compiled arithmetic: one kernel for everything that a rule does to the entries of weights, whatever their number."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def change(
     compiled: bool,
     **options: Any,
 ) -> None:
-    """Put new tensors in the place of the first of some lists.
+    """Replace the tensors of the first of some lists by new ones.
 
     The tensors of one weight have one shape, or broadcast to that of the first.
 
@@ -47,7 +47,7 @@ def change(
         lists: the lists, all of one length.
         compiled: whether to run `each` as one compiled kernel on vectors of any length, or on tensors that broadcast.
             Small tensors are put side by side then: the time to compile does not grow with their number.
-        options: what else they take.
+        options: their other arguments.
     """
     if not compiled:
         many_(*lists, **options)

@@ -1,4 +1,4 @@
-"""Counting steps on the device, and knowing the number without a wait for it."""
+"""Counts steps on the device, and knows the number without waiting for it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Counters:
     """The numbers of steps that weights have made.
 
-    Those on a CPU are read at every step. Others would have to be waited for, so they are read once, and again after
-    somebody else has written them, such as a checkpoint. Nobody can notice a write by way of `.data` there.
+    Counters on a CPU are read at every step. Others would have to be waited for, so they are read once, and again
+    after something else wrote to them, such as a checkpoint. A write through `.data` goes unnoticed there.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Counters:
 
     def _knows(self, name: str, counter: Tensor) -> bool:
         known = self._known.get(name) if counter.device.type != "cpu" else None
-        # A CUDA graph that is replayed counts without anybody noticing.
+        # A CUDA graph that is replayed counts unnoticed.
         return known is not None and not self._was_captured and known[0] is counter and known[1] == counter._version
 
     def add(self, counters: dict[str, Tensor]) -> None:
@@ -48,7 +48,7 @@ def is_captured() -> bool:
 
 
 def on_host(numbers: Iterable[Tensor]) -> Sequence[float]:
-    """Numbers that are on devices; those of a kind are waited for at once."""
+    """Numbers from devices, with one wait for all of a kind."""
     numbers = list(numbers)
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, number in enumerate(numbers):

@@ -1,4 +1,4 @@
-"""Factors on the learning of synapses: what the gradient hooks of many weights come to, in few operations."""
+"""Learning factors: the products of the gradient hooks of many weights, in few operations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Learning:
     Attributes:
         hooks: the hooks, in order.
         tensors: the tensors that stand for None in their arguments.
-        counters: what the noise of the noisy ones follows from.
+        counters: the counters of the noisy ones.
     """
 
     hooks: tuple[Hook, ...]
@@ -54,7 +54,7 @@ class Learning:
 
 
 def learning_of(synapses: Synapses, shard: Shard) -> Learning:
-    """The gradient hooks of the part of a weight, but for the share of each of several synapses."""
+    """The gradient hooks of the part of a weight, except for the share of each of several synapses."""
     hooks: list[Hook] = []
     tensors: list[Tensor] = []
     counters: list[Counter] = []

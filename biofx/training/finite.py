@@ -43,7 +43,7 @@ class Finite:
 
         Args:
             weights: the weights.
-            is_acted_on: whether a rule acts on a weight in this step. If none does, the weight is not looked at where
+            is_acted_on: whether a rule acts on a weight in this step. If none does, the weight is not checked where
                 the host waits for the answer; elsewhere the answer is late, so it has to be about the same weights.
 
         Returns:
@@ -111,7 +111,7 @@ class _Found:
             self._host.copy_(self._first)
         elif self._arrived is not None and not self._arrived.query():
             return
-        place: Any = self._host.tolist()  # without an operator, as it is on the host
+        place: Any = self._host.tolist()  # without an operator: it is on the host
         if place >= 0:
             self._first.fill_(-1)
             self._host.fill_(-1)
@@ -122,7 +122,7 @@ class _Found:
 
 @contextlib.contextmanager
 def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Let what is done to tensors take effect only on devices on which all is finite.
+    """Undo what the block does to tensors, except on devices on which everything is finite.
 
     Args:
         finite: whether it is, for each device that is not waited for.
@@ -146,7 +146,7 @@ def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) ->
 
 def _refuse(weights: Sequence[PlasticWeight]) -> None:
     kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw for w in weights]}
-    # Norms cost a fraction of looking at every entry. They can overflow, so they only acquit.
+    # Norms cost a fraction of looking at every entry. They can overflow, so only a finite one is proof.
     # A sum over ranks is finite on none of them if it is not on one, so all of them refuse.
     norms = summed([*weights, *weights], torch._foreach_norm([x for values in kinds.values() for x in values], 2))
     if all(map(math.isfinite, on_host(norms))):

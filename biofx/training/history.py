@@ -1,4 +1,4 @@
-"""History: what becomes of gains, synapses and weights while an optimizer trains them."""
+"""History: how gains, synapses and weights change while an optimizer trains them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ USUAL = {"gain": "1", "crystallized": "0%", "turnover": ""}
 
 
 def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int = 1000) -> History:
-    r"""Record what becomes of every weight in training: gains, crystallization, turnover, excitation, distribution.
+    r"""Record how every weight changes in training: gains, crystallization, turnover, excitation, distribution.
 
     Statistics are taken now, as step 0, and after every `every`-th step of the optimizer, when rules have acted and
     signs are projected, whether `biofx.attach` is called before, later, again, or not at all. No line of the training
@@ -81,7 +81,7 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int
             are recorded, before the wrapper changes weights itself (Lookahead). A fused optimizer counts the steps that
             `GradScaler` lets it skip.
         every: steps from one record to the next, at least 1.
-        limit: most records that are held, at least 2; one has about 70 bytes for each weight.
+        limit: the largest number of records that are held, at least 2; one has about 70 bytes for each weight.
 
     Returns:
         The history, which grows while the optimizer makes steps. It is also a context manager that ends with `stop()`.
@@ -89,7 +89,7 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`; the optimizer holds no weight of it, or runs no hooks;
             an option out of its range; or weights are sharded.
-        LifecycleError: at a step that a CUDA graph captures, as its replays run no hooks; or at a step that is
+        LifecycleError: at a step that a CUDA graph captures, because its replays run no hooks; or at a step that is
             recorded, if a weight was replaced or removed.
 
     Example:
@@ -131,14 +131,14 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int
 
 @dataclass
 class _Record:
-    """Statistics after a step: shape (weights, columns), on a device until somebody asks."""
+    """Statistics after a step: shape (weights, columns), on a device until they are read."""
 
     step: int
     values: Tensor
 
 
 class History(Reported):
-    """What became of weights in training; `biofx.record` makes it, and as a string it is a table of start and end.
+    """How weights changed in training; `biofx.record` makes it, and as a string it is a table of start and end.
 
     Attributes:
         every: steps from one record to the next; it doubles whenever the limit is reached.
@@ -301,7 +301,7 @@ class History(Reported):
 
 
 def _sums(values: Tensor, *functions: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """The sums of functions over all values; on a CPU part by part, as fresh memory costs more than arithmetic."""
+    """The sums of functions over all values; on a CPU part by part: fresh memory costs more than arithmetic."""
     parts = values.flatten().split(PART if values.device.type == "cpu" else max(values.numel(), 1))
     return [torch.stack([function(part).sum() for part in parts]).sum() for function in functions]
 

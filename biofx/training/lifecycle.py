@@ -92,7 +92,7 @@ class Lifecycle:
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
 
     def hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
-        """Act on these weights from now on, and let gains act on what holds these synapses."""
+        """Act on these weights from now on, with gains on these synapses."""
         self.sites = sites
         self.learning = learning
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
@@ -112,7 +112,7 @@ class Lifecycle:
         return {name: rule.name for rule, names in self._rules if rule.moment is moment for name in names}
 
     def undo(self) -> None:
-        """Leave no weight and no gradient as the optimizer saw it, as its step failed."""
+        """Restore the weights and gradients that the optimizer saw changed, after its step failed."""
         self._put_back()
         self._update.undo()
         self._project(site for site in self.sites.values())
@@ -169,7 +169,7 @@ class Lifecycle:
 
     @torch.no_grad()
     def _trains_nothing(self) -> bool:
-        """Whether a step lets the optimizer make its state and no more, as one of `torch.distributed.checkpoint`."""
+        """Whether a step only creates the optimizer's state, as those of `torch.distributed.checkpoint` do."""
         groups = self.optimizer.param_groups
         if any((isinstance(lr := group.get("lr"), Tensor) and lr.device.type != "cpu") or lr != 0 for group in groups):
             return False
@@ -180,7 +180,7 @@ class Lifecycle:
 
     @torch.no_grad()
     def _prepare(self) -> None:
-        """Act on the gradients, which are there now."""
+        """Act on the gradients, now that they are computed."""
         assert self._step is not None
         if self._step.weights is not None:
             name = type(self.optimizer).__name__
@@ -219,7 +219,7 @@ class Lifecycle:
         self._step.weights = weights
 
     def note_early_gradients(self) -> None:
-        """Remember gradients that were computed while hooks were on, which makes them other ones."""
+        """Remember gradients that were computed while hooks were on, and therefore differ."""
         for name, synapses in self.learning.items():
             gradient = synapses.stored.grad
             if gradient is not None and not gradient.is_inference():
@@ -236,14 +236,14 @@ class Lifecycle:
         self._early.clear()
 
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Let the optimizer see another gradient than the backward pass computed."""
+        """Show the optimizer another gradient than the backward pass computed."""
         assert self._step is not None
         assert parameter.grad is not None
         self._step.gradients.append((parameter, parameter.grad))
         parameter.grad = cut_like(parameter, gradient.to(parameter.grad.dtype))
 
     def _put_back(self) -> None:
-        """Give parameters the gradients back that the backward pass computed."""
+        """Give parameters back the gradients that the backward pass computed."""
         # A parameter may have been given several gradients in turn; the first in the list is that of the backward pass.
         for parameter, gradient in reversed(self._step.gradients if self._step is not None else []):
             parameter.grad = gradient
@@ -266,7 +266,7 @@ class Lifecycle:
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """After a step: let gains act on what it changed, and rules on the weights."""
+        """After a step: apply gains to what it changed, and rules to the weights."""
         if self._nested:
             self._nested -= 1
             return
@@ -347,7 +347,7 @@ class Lifecycle:
         return (pass_ for pass_, names in self._rules if weight.name in names and weight.step % _every(pass_) == 0)
 
     def _check_unchanged(self) -> None:
-        """Refuse a step for which the attachment was not made."""
+        """Refuse a step if the weights or the optimizer are not those of the attachment."""
         moved = next(moved_synapses(self.bio), None) if any(self._assigned()) else None
         if moved is not None:
             raise LifecycleError(f"{moved}; {INSTEAD}")
@@ -401,13 +401,13 @@ def _refuse_captured(pass_: Pass) -> None:
 
 
 def _every(pass_: Pass) -> int:
-    """The number of steps from one at which a rule acts to the next."""
+    """The number of steps from one action of a rule to the next."""
     every: int = getattr(pass_, "every", 1)
     return every
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer is about to skip its step, as `GradScaler` found gradients that are not finite."""
+    """Whether a fused optimizer is about to skip its step, because `GradScaler` found gradients that are not finite."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
     from torch.optim import Optimizer
 
-_IS_CUT = "_biofx_is_cut"  # an attribute of a stored tensor in whose place there is one that is cut
+_IS_CUT = "_biofx_is_cut"  # an attribute of a stored tensor that was replaced by one that is cut
 
 
 def parallelize(bio: nn.Module, mesh: DeviceMesh, plan: Any) -> None:
@@ -112,7 +112,7 @@ def _styled(model: nn.Module, mesh: DeviceMesh, plan: Any) -> dict[str, tuple[nn
 
 
 def _refuse_uneven(styled: Mapping[str, tuple[nn.Module, Any]], ranks: int) -> None:
-    """Refuse a layer that takes unequal parts of features for equal ones, as all do that are given local tensors.
+    """Refuse a layer that takes unequal parts of features for equal ones, as all layers do with local tensors.
 
     Raises:
         ArgumentError: names the layer, and what to do instead.
@@ -144,7 +144,7 @@ def _refuse_uneven(styled: Mapping[str, tuple[nn.Module, Any]], ranks: int) -> N
 
 @contextmanager
 def _in_their_modules(bio: nn.Module) -> Iterator[dict[Synapses, list[Any]]]:
-    """Let modules hold parameters without values in place of their weights; yields these in the end."""
+    """Put parameters without values in the place of weights while the block runs; yield them in the end."""
     all_places = ((owner, key, child_of(owner, key)) for owner in bio.modules() for key in owner._parameters)
     places = [(owner, key, child) for owner, key, child in all_places if child is not None]
     found: dict[Synapses, list[Any]] = {}
@@ -161,7 +161,7 @@ def _in_their_modules(bio: nn.Module) -> Iterator[dict[Synapses, list[Any]]]:
 
 
 def _cut(synapses: Synapses, shape: torch.Size, *placed: tuple[DeviceMesh, tuple[Placement, ...]]) -> None:
-    """Cut a stored tensor as the weight of a shape is to be; what is trained beside it stays whole on every rank."""
+    """Distribute a stored tensor with the placements of its weight, and replicate its trained state."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     if len(placed) > 1:

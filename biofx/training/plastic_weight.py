@@ -35,7 +35,7 @@ class PlasticWeight:
         gradient: its gradient as the optimizer sees it; a rule at `Moment.GRADIENT` may change it in place.
         optimizer: the optimizer that holds it; None if rules are called by hand.
         step: number of this step, counted from 1.
-        by: name of the pass that looks at the weight.
+        by: name of the pass that acts on the weight.
         compiled: whether to compile what a rule does to entries.
         finite: whether gradients and weights are finite, on a device that is not waited for; else None.
         stored_before: what `raw` was before the step, for rules at `Moment.UPDATE`; else None.
@@ -88,7 +88,7 @@ class PlasticWeight:
         return self.shard.part(values)
 
     def observed(self, key: str) -> Tensor:
-        """What an observer saw since this was last asked: its mean for each unit, 0 if it saw nothing.
+        """What an observer saw since the last call: its mean for each unit, 0 if it saw nothing.
 
         Args:
             key: the name of its state (see `Editor.observe`), which starts from 0 again.
@@ -121,7 +121,7 @@ class PlasticWeight:
         return mean
 
     def own_state(self) -> list[Tensor]:
-        """All that the pass keeps for the weight."""
+        """Everything that the pass keeps for the weight."""
         return [self.state(key) for key, users in self.synapses.users.items() if self.by in users]
 
     @property
@@ -161,7 +161,7 @@ class PlasticWeight:
         return values.new_zeros(units).index_add_(0, unit.expand(rows.shape).reshape(-1), rows.reshape(-1))
 
     def assign(self, value: Tensor) -> None:
-        """Store weights, one for every synapse; what has another sign than its unit becomes zero."""
+        """Store weights, one for every synapse; those with another sign than their unit become zero."""
         constraint, sign = constraint_of(self.site), self.sign
         self.raw.copy_(value if constraint is None or sign is None else constraint.store(value, sign))
 
@@ -173,7 +173,7 @@ class PlasticWeight:
         return values
 
     def counter(self, purpose: str) -> Counter:
-        """What noise for every synapse follows from: the seed, the step, the pass, the weight's name.
+        """The counter of noise for every synapse: the seed, the step, the pass, the weight's name.
 
         Args:
             purpose: what it is for; for each of them it is independent.
@@ -181,20 +181,20 @@ class PlasticWeight:
         return self.shard.counter(Counter(self.state("seed"), self.state("steps"), (self.by, self.name, purpose)))
 
     def generator(self) -> torch.Generator:
-        """Random numbers of the CPU, to be waited for, that follow from the same as those of `counter`."""
+        """A CPU generator that follows from the same as `counter`; it waits for the device."""
         return randomness.generator(int(self.state("seed")), self.by, self.name, self.step)
 
     @property
     def group(self) -> dict[str, Any]:
-        """The optimizer's options for the weight; none if rules are called by hand."""
+        """The optimizer's options for the weight; empty if rules are called by hand."""
         return _group(self.optimizer, self.site.raw)
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
-        """Put new weights where a mask says, and let the optimizer remember of them what it does of a new weight.
+        """Store new weights where a mask is True, and reset what the optimizer remembers of them.
 
         Args:
             mask: bool, of the shape of `raw`.
-            values: weights, of the shape of `raw`; those where the mask is False are not looked at.
+            values: weights, of the shape of `raw`; those where the mask is False are ignored.
 
         Example:
             >>> import biofx, torch
@@ -233,7 +233,7 @@ class PlasticWeight:
         forget(self.optimizer, self.site.raw, mask if self.finite is None else mask & self.finite)
 
     def check_can_forget(self) -> None:
-        """Refuse a memory of which nobody knows how it says that there is nothing to remember.
+        """Refuse optimizer state whose neutral value is not known, such as codes.
 
         Raises:
             LifecycleError: the optimizer remembers a synapse as whole numbers, which need not stand for themselves.

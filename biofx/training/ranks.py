@@ -1,4 +1,4 @@
-"""Ranks: what the processes of a distributed training tell each other at a step."""
+"""Ranks: what the processes of a distributed training exchange at a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def data_parallel_groups(wrapper: DistributedDataParallel | None, weights: Itera
         wrapper: what the model was attached in, if it was.
         weights: the stored weights. The batch is divided over the meshes of those that are sharded; without any, and
             without a wrapper, over the default group, as for `torch.nn.SyncBatchNorm`: the model may be wrapped later,
-            or gradients be reduced by other means. Ranks of tensor parallelism, which have the same share, are no harm.
+            or gradients be reduced by other means. Ranks of tensor parallelism, which have the same share, do no harm.
     """
     if not dist.is_available() or not dist.is_initialized():
         return ()
@@ -45,7 +45,7 @@ def wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
 
 
 def stop_broadcasts(wrapper: DistributedDataParallel) -> None:
-    """Let a wrapper not broadcast the state of passes before each forward: it is equal on all ranks, and stays so.
+    """Stop a wrapper from broadcasting the state of passes before each forward: it stays equal on all ranks.
 
     Not earlier, by a mark on the model that the wrapper reads when it is made: it would not make ranks equal then.
     """
@@ -56,9 +56,9 @@ def stop_broadcasts(wrapper: DistributedDataParallel) -> None:
 
 
 def note_wrapper(bio: nn.Module, args: Any) -> None:
-    """A hook on an attached model: tell attachments of the wrapper in which the model runs, which they were not given.
+    """A hook on an attached model: notify attachments of a wrapper in which the model runs and that they do not know.
 
-    Here is nothing that pickle cannot save with a model.
+    It is a plain function, so pickle can save a model that has it as a hook.
     """
     if torch.compiler.is_compiling() or (wrapper := wrapper_under_way()) is None:
         return

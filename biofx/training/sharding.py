@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check_shards(bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
-    """Refuse weights that are sharded in a way in which rules cannot act on them.
+    """Refuse weights that are sharded in a way that rules do not support.
 
     Raises:
         ArgumentError: names the weight, and what to do instead.

@@ -14,12 +14,12 @@ from biofx.model.synapses import Synapses, synapses_in
 
 
 def use_hooks(bio: nn.Module) -> None:
-    """Let all gains act in the backward pass, as they do while no optimizer is attached."""
+    """Make all gains act in the backward pass, as they do while no optimizer is attached."""
     set_attached(transformed(bio), synapses_in(bio), attached=False)
 
 
 def use_no_hooks(bio: nn.Module) -> None:
-    """Let no gradient hook act in the backward pass, for those who call the rules themselves."""
+    """Switch off all gradient hooks, for users who call the rules themselves."""
     bio = transformed(bio)
     record_of(bio).by_hand = True
     for synapses in synapses_in(bio).values():
@@ -33,7 +33,7 @@ def with_hooks(bio: fx.GraphModule) -> dict[str, Synapses]:
 
 
 def set_attached(bio: fx.GraphModule, names: Collection[str], *, attached: bool) -> None:
-    """Let rules on some weights act at the steps of an optimizer, or in the backward pass."""
+    """Make rules on some weights act at the steps of an optimizer, or in the backward pass."""
     for name, synapses in synapses_in(bio).items():
         if name in names:
             synapses.attached = attached

@@ -55,10 +55,10 @@ class Update:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take note of the weights, and show them to the optimizer as if each connection were one synapse."""
+        """Save the weights, and show them to the optimizer as if each connection were one synapse."""
         weights = self._weights
         if [_kind(w) for w in weights] != [_kind(w) for w in self._old]:
-            self._old = [torch.empty_like(w) for w in weights]
+            self._old = [torch.empty_like(w) for w in weights]  # kept, so that no step has to allocate memory
         if weights:
             torch._foreach_copy_(self._old, weights)
         self._scale_split(up=True)
@@ -88,7 +88,7 @@ class Update:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put everything back, as the optimizer failed."""
+        """Restore everything after the optimizer failed."""
         if self._is_open:
             self._is_open = False
             for weight, old in zip(self._weights, self._old, strict=True):
@@ -96,7 +96,7 @@ class Update:
 
     @torch.no_grad()
     def end(self, taking_part: Sequence[bool], finite: dict[torch.device, Tensor] | None = None) -> None:
-        """Let gains act on what the optimizer did.
+        """Apply gains to what the optimizer did.
 
         Args:
             taking_part: for each weight, whether it has a gradient.
@@ -167,7 +167,7 @@ class Update:
 
 
 def moved(weight: Tensor, old: Tensor, *others: Tensor, hooks: tuple[Hook, ...], shares: int) -> Tensor:
-    """What a weight is after its hooks acted on what an optimizer did to it.
+    """A weight after its hooks acted on the change that an optimizer made.
 
     Args:
         weight: what the optimizer left: Γ times the synapses.

@@ -1,4 +1,4 @@
-"""Optimizers around others: which one changes the weights, and what they remember of a weight together."""
+"""Optimizers around others: which one changes the weights, and what they remember of a weight."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def innermost(optimizer: Any) -> Any:
     from methods of its own, whose steps run no hooks of the wrapper.
 
     Args:
-        optimizer: an optimizer, or a wrapper, which may be no `Optimizer` itself.
+        optimizer: an optimizer, or a wrapper, which need not be an `Optimizer` itself.
     """
     alike = [each for each in inside(optimizer) if held(each) == held(optimizer)]
     return innermost(alike[0]) if len(alike) == 1 else optimizer

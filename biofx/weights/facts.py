@@ -27,19 +27,19 @@ class Need(enum.Enum):
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What a run tells of one weight. It holds no tensors, so that it is kept and pickled with the model.
+    """What a run shows about one weight. It holds no tensors, so it can be kept and pickled with the model.
 
     Attributes:
         operator: name of the operator that reads the weight; of all, joined by ", ", if there are several.
         uses: how often the run used it.
         axes: its axes, or None if its uses do not agree on them.
         unmet: the needs that it does not meet, each with the reason; `Need.AXES` and `Need.UNITS` are known of a run.
-        is_free: whether it reads the network's inputs and constants only, which are no units.
+        is_free: whether it reads the network's inputs and constants only, which are not units.
         groups: number of groups into which the operator divides an axis of units.
-        padding: row that does not learn, as it stands for no token, or None.
+        padding: row that does not learn, because it stands for no token; None if there is none.
         depth: number of weights on the longest path before it, over that of the deepest weight.
         is_output: whether no signal passes another weight after it.
-        tied: the weights that were tied to it since, of which the run knew nothing.
+        tied: the weights that were tied to it after the run.
     """
 
     operator: str

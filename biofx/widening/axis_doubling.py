@@ -86,7 +86,7 @@ def with_size(doubling: AxisDoubling, size: int) -> AxisDoubling | None:
     """The doubling of the same units on an axis of another size, as of a feature map that is larger and flattened.
 
     Returns:
-        None if the size is no multiple of the number of units, or if not all units are doubled.
+        None if the size is not a multiple of the number of units, or if not all units are doubled.
     """
     units = len(torch.unique_consecutive(doubling.sign)) // 2
     if not units or doubling.size % units or size % units:

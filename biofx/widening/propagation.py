@@ -136,7 +136,7 @@ class Propagation:
     def _require_agreement(
         self, tensor: str, wanted: AxisDoubling | None, weights: frozenset[str], reader: str
     ) -> None:
-        """Let all uses of a tensor double it in the same way, because it is stored once."""
+        """Require all uses of a tensor to double it in the same way, because it is stored once."""
         earlier, earlier_weights = self._agreed.setdefault(tensor, (wanted, weights))
         if not is_same_doubling(earlier, wanted):
             self._fail(earlier_weights | weights, f"its units are read by {reader}, which reads others as well")

@@ -78,7 +78,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
 
 
 def _check(bio: CapturedModule, example_inputs: Any) -> None:
-    """Raise if the exported graph differs from the model, also for inputs that only differ in how they are held."""
+    """Raise if the exported graph differs from the model, also on inputs with other strides that require gradients."""
     inputs = split_inputs(example_inputs)
     for given, where in (
         (inputs, ""),
@@ -103,7 +103,7 @@ def _held_otherwise(tensor: Tensor) -> Tensor:
 
 
 def _on_nested(model: nn.Module) -> str | None:
-    """What to do about a module that computes with nested tensors; None if there is none."""
+    """Advice on a module that computes with nested tensors; None if there is none."""
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
             return (

@@ -307,6 +307,7 @@ def read(model: nn.Module, export: Export) -> Program:
     reader = _Reader(graph, program.graph_module, nodes, targets, blocks)
     results = reader.copy(program.graph)
     kept = len(results) - len(monitor.assigned)
+    # Where forward assigns a new tensor to a buffer, the graph writes the values into the buffer that is there.
     for name, value in zip(monitor.assigned, results[kept:], strict=True):
         graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
     graph.output(tuple(results[:kept]))
