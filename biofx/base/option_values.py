@@ -32,7 +32,7 @@ def written_options(options: Any) -> dict[str, Any]:
 
 
 def described_options(options: Any, omitted: Collection[str]) -> dict[str, str]:
-    """The options of a dataclass as texts, for comparison with another. A value without a name is given by its class."""
+    """The options of a dataclass as texts, for comparison with another. What has no name is given by its class."""
     names = [field.name for field in option_fields(options) if field.name not in omitted]
     return {name: _described(getattr(options, name)) for name in names}
 
