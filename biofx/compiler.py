@@ -14,7 +14,6 @@ from torch import fx, nn
 
 from biofx.analysis.sites import find_weights
 from biofx.analysis.understanding import Run, Understanding, remember, understand
-from biofx.base.comparison import difference
 from biofx.base.copying import copied, has_strides
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_mode
@@ -24,18 +23,17 @@ from biofx.base.torch_internals import memory_of
 from biofx.capture import symbolic
 from biofx.capture.call_structure import Structure, structure
 from biofx.capture.captured_module import REGISTRIES
-from biofx.capture.equivalence import replaced_forward
 from biofx.capture.exported import exporting
 from biofx.capture.guards import Guard
 from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.preconditions import check_model, refuse_sharded, refuse_shared_memory
-from biofx.model import weight_cache
 from biofx.model.changes import transformed
 from biofx.model.islands import GUARD, is_one_island
-from biofx.model.owners import obstacle_to_synapses, restore_class, without_synapses
+from biofx.model.owners import obstacle_to_synapses, restore_class
 from biofx.model.provenance import Request, is_transformed, record_of
 from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.rewrite import pipeline
+from biofx.rewrite.python_checks import refuse_other_gradients, refuse_other_islands, refuse_other_python
 from biofx.rewrite.registry import Pass, as_passes
 from biofx.training.sleeping import use_hooks
 from biofx.weights.declared import declared
@@ -194,12 +192,13 @@ def build(
         if run is not None:
             if outputs is None:
                 outputs = pipeline.repeated_outputs(bio, run)
-                _check_islands(bio, run, training=False)
-            _check_islands(bio, run, training=True)
+                refuse_other_islands(bio, run, training=False)
+            refuse_other_islands(bio, run, training=True)
+            refuse_other_gradients(bio, run)
         if not is_one_island(bio):
             guard = Guard(bio, _checked(request.frontend, understood) if old is None else old.structures)
             if run is not None and outputs is not None and not guard.needs_graph:
-                _check_python(bio, run, outputs)
+                refuse_other_python(bio, run, outputs)
             vars(bio)[GUARD] = guard
     return bio
 
@@ -350,68 +349,6 @@ def _note_questions(bio: fx.GraphModule, understood: Understanding | None) -> No
             f"torch.compile leaves the model uncompiled, as forward asks more about {record.asked} than its numbers, "
             "such as whether it is frozen"
         )
-
-
-def _check_islands(bio: fx.GraphModule, run: Run, *, training: bool) -> None:
-    """Refuse islands that compute something else than with plain parameters that have the values of their weights.
-
-    Args:
-        bio: the model.
-        run: runs it.
-        training: whether it runs in training mode.
-    """
-    read = [str(node.target) for node in bio.graph.find_nodes(op="get_attr")]
-    paths = record_of(bio).islands
-    alone = [""] if is_one_island(bio) else [p for p in paths if not any(name.startswith(f"{p}.") for name in read)]
-    if not alone:
-        return
-    try:
-        with ExitStack() as stack:
-            for path in alone:
-                stack.enter_context(without_synapses(bio.get_submodule(path)))
-            expected, again = (run_in_mode(bio, run, training=training) for _ in range(2))
-    except Exception:  # noqa: BLE001 - the model cannot run in this mode, as batch norm on one sample
-        return
-    if difference(expected, again) is not None:  # it draws from a random number generator that nothing restores
-        return
-    try:
-        found = outputs_differ(bio, run, expected, run_in_mode(bio, run, training=training))
-    except Exception as error:  # noqa: BLE001 - forward is anybody's code
-        found = f"it fails: {error}"
-    if found is not None:
-        names = ", ".join(path or "the model" for path in alone)
-        raise CaptureError(
-            f"{type(bio).__name__} computes something else with weights that have synapses than with parameters of the "
-            f"same values{' in training mode' if training else ''}: {found}. Some untraced module ({names}) decides by "
-            "the types, the identity or the number of its weights or submodules; decide by their values or names, or "
-            "exclude these weights"
-        )
-
-
-def _check_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor]) -> None:
-    """Refuse a model whose Python has other outputs than its graph now that its weights have synapses.
-
-    Args:
-        bio: the model.
-        run: runs it.
-        graph: the outputs of its graph.
-    """
-    python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
-    try:
-        with replaced_forward(bio, python), weight_cache.caching():
-            found = outputs_differ(bio, run, graph, run_in_mode(bio, run))
-    except Exception as error:
-        raise CaptureError(_why_python_differs(bio, f"it fails: {error}")) from error
-    if found is not None:
-        raise CaptureError(_why_python_differs(bio, found))
-
-
-def _why_python_differs(bio: fx.GraphModule, found: str) -> str:
-    return (
-        f"the Python of {type(bio).__name__} does not compute what its graph does, now that weights have synapses: "
-        f"{found}. It may read weights with get_parameter() or from _parameters, which hold stored values, or compare "
-        "type(module), which is a subclass; read weights as attributes, use isinstance, or exclude these weights"
-    )
 
 
 def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:

@@ -1,0 +1,69 @@
+"""Checks of Python: a function with a backward of its own gives synapses the gradients that parameters get."""
+
+import pytest
+import torch
+from torch import nn
+
+import biofx
+
+PIPELINES = ("fuzzy-learning-rates", "split-synapses", "split-synapses,fuzzy-learning-rates,crystallize")
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Recomputed(torch.autograd.Function):
+    """Runs a layer again in the backward pass, as reversible networks and equilibrium models do."""
+
+    @staticmethod
+    def forward(ctx, layer, x, *weights):
+        ctx.layer = layer
+        ctx.save_for_backward(x, *weights)
+        with torch.no_grad():
+            return torch.tanh(layer(x))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, *weights = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = torch.tanh(ctx.layer(x))
+        return None, *torch.autograd.grad(y, [x, *weights], gradient, allow_unused=True)
+
+
+class Network(nn.Module):
+    """A recomputed layer and a head."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.given = given
+
+    def forward(self, x):
+        return self.head(Recomputed.apply(self.layer, x, *self.given(self.layer)))
+
+
+def attributes(layer):
+    return layer.weight, layer.bias
+
+
+def parameters(layer):
+    return tuple(layer.parameters())
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_a_weight_that_a_backward_differentiates_by_is_refused(frontend, pipeline):
+    with pytest.raises(biofx.CaptureError, match=r"layer.weight gets another gradient.*give it module.parameters\(\)"):
+        biofx.transform(Network(attributes), pipeline, example_inputs=X, frontend=frontend)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize(("given", "exclude"), [(parameters, ()), (attributes, "layer.weight")])
+def test_what_the_error_says_to_do_works(given, exclude, frontend, pipeline):
+    model = Network(given)
+    bio = biofx.transform(model, pipeline, example_inputs=X, frontend=frontend, exclude=exclude)
+    plain = biofx.fold(bio)
+    bio(X).square().sum().backward()
+    plain(X).square().sum().backward()
+    torch.testing.assert_close(bio.layer.bias.grad, plain.layer.bias.grad)
+    assert bio.get_parameter("layer.weight").grad.count_nonzero() == bio.get_parameter("layer.weight").numel()
