@@ -61,6 +61,30 @@ def _searched(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[tup
             yield from _searched(part, seen, depth - 1)
 
 
+class Slots:
+    """The attributes that an object keeps in slots, as a container of pairs of name and value."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self._names = [name for cls in type(owner).__mro__ for name in slots_of(cls)]
+
+    def __eq__(self, other: object) -> bool:
+        return self.items() == other  # its copy is a list
+
+    __hash__ = None  # type: ignore[assignment]  # it is mutable
+
+    def items(self) -> list[tuple[str, Any]]:
+        """The attributes that are set."""
+        return [(name, getattr(self._owner, name)) for name in self._names if hasattr(self._owner, name)]
+
+    def put_back(self, items: list[tuple[str, Any]]) -> None:
+        """Set these attributes, and no others."""
+        for name in dict(self.items()).keys() - dict(items).keys():
+            object.__delattr__(self._owner, name)
+        for name, value in items:
+            object.__setattr__(self._owner, name, value)  # also of a frozen dataclass, which may set its own
+
+
 def slots_of(cls: type) -> tuple[str, ...]:
     """The attributes that a class keeps without a dictionary."""
     slots = vars(cls).get("__slots__", ())
@@ -80,6 +104,8 @@ def items_of(container: Any) -> Iterable[Any]:
 
 def copy_of(holder: Any) -> Any:
     """A copy of a container, as `put_back` takes it; a subclass may copy itself otherwise."""
+    if isinstance(holder, Slots):
+        return holder.items()
     return holder.copy() if is_array(holder) else _kind_of(holder)(items_of(holder))
 
 
@@ -87,6 +113,9 @@ def put_back(holder: Any, content: Any) -> None:
     """Restore a container from a copy, by the methods of its built-in class: a subclass may forbid writes."""
     if is_array(holder):
         holder[...] = content
+        return
+    if isinstance(holder, Slots):
+        holder.put_back(content)
         return
     kind = _kind_of(holder)
     kind.clear(holder)
@@ -145,17 +174,20 @@ def _key_parts(value: Any, seen: dict[int, int], depth: int) -> Iterator[Any]:
 
 
 def _holders_of(value: Any) -> tuple[Any, ...]:
-    """The containers of a value's parts: itself, the dictionary of an object, or both; none if it is opaque."""
+    """The containers of a value's parts: itself, and the dictionary and slots of an object; none if it is opaque."""
     if type(value) in ATOMS:
         return ()
     if type(value) in _CONTAINERS or is_array(value):
         return (value,)
     own = (value,) if isinstance(value, (*_KINDS, *_IMMUTABLE)) else ()  # such as a named tuple
-    return (*own, vars(value)) if _is_of_user(value) else own
+    if not _is_of_user(value):
+        return own
+    kept = (vars(value),) if hasattr(value, "__dict__") else ()
+    return (*own, *kept, Slots(value)) if any(map(slots_of, type(value).__mro__)) else (*own, *kept)
 
 
 def _is_of_user(value: Any) -> bool:
     """Whether a value is an instance of a user's class, such as a configuration or a counter."""
-    if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType)):
         return False
     return type(value) in NAMESPACES or type(value).__module__.partition(".")[0] not in _NOT_OF_USERS

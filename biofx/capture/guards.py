@@ -54,11 +54,11 @@ class _Change(NamedTuple):
 
     Attributes:
         what: the change in words.
-        is_hook: whether modules got hooks, which leave what they compute to their forward.
+        same_way: whether forward goes the same way through the model: modules got hooks, or weights other values.
     """
 
     what: str
-    is_hook: bool = False
+    same_way: bool = False
 
 
 class _WatchedTensor(NamedTuple):
@@ -212,7 +212,7 @@ class Guard:
 
     def _refuse_unchecked(self, changed: _Change | None, is_checked: bool) -> None:
         """Refuse a way through the model's Python on which units were not checked that a pass made."""
-        if changed is not None and not changed.is_hook:
+        if changed is not None and not changed.same_way:
             raise _not_followed(changed.what, f"{self.widened_by} doubled units")
         if not is_checked:
             raise CaptureError(
@@ -274,7 +274,7 @@ class Guard:
             except AttributeError:
                 return _Change(f"{path} was removed")
             for key in replaced_weights(module):
-                return _Change(f"{path}.{key}".lstrip(".") + " was replaced")
+                return _Change(f"{path}.{key}".lstrip(".") + " was replaced", same_way=True)
             for name, value in self._saved[path].items():
                 if not _is_same(self._now(module, name), value):
                     is_hook, whole = name in HOOKS, f"{path}.{name}".lstrip(".")

@@ -2,6 +2,7 @@
 
 import collections
 import random
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy
@@ -219,6 +220,11 @@ class State(NamedTuple):
     generator: torch.Generator
 
 
+@dataclass(slots=True)
+class Slotted:
+    parts: list
+
+
 class Log(list):
     """A list that copies itself otherwise."""
 
@@ -235,6 +241,7 @@ HOLD = {
     "tuple": tuple,
     "frozen set": frozenset,
     "named tuple": lambda parts: State(*parts),
+    "slots": Slotted,
     "list in a tuple": lambda parts: ([[*parts]],),
     "subclass of list": Log,
     "subclass of dict": lambda parts: Cache(enumerate(parts)),

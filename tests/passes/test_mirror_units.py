@@ -1,5 +1,7 @@
 """MirrorUnits: Dale's principle without a change of the function."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -483,6 +485,13 @@ def test_units_that_reach_a_decision_keep_their_number(decides):
         torch.testing.assert_close(bio.train(training)(x), model.train(training)(x))
 
 
+def by_hand(bio, values, x):
+    """The output of the network with other parameters."""
+    other = copy.deepcopy(bio)
+    other.load_state_dict(values, strict=False)
+    return other(x)
+
+
 def test_what_is_switched_on_afterwards_is_refused():
     x = torch.randn(5, 4)
     bio = mirror(normalizing(lambda module, x: module.is_on), x)
@@ -491,6 +500,8 @@ def test_what_is_switched_on_afterwards_is_refused():
     handle = bio[2].register_forward_hook(lambda *given: None)
     torch.testing.assert_close(bio(x), expected)
     handle.remove()
+    values = {name: 2 * value for name, value in bio.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(bio, values, (x,)), by_hand(bio, values, x))
     bio[2].is_on = True
     with pytest.raises(biofx.CaptureError, match="2.is_on changed since the transform, and mirror-units doubled units"):
         bio(x)
