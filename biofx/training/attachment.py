@@ -26,6 +26,7 @@ from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment, Pass
 from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
+from biofx.training.finite import Finite
 from biofx.training.lifecycle import Lifecycle, feasible
 from biofx.training.parallelism import refuse_whole
 from biofx.training.ranks import data_parallel_groups, note_wrapper, stop_broadcasts, wrapper_of
@@ -98,7 +99,8 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             steps. The numbers are the same to rounding. It needs what `torch.compile` needs, such as a C++ compiler.
 
     Returns:
-        The attachment; `detach()` leaves model and optimizer as they were. It is also a context manager.
+        The attachment; `detach()` leaves model and optimizer as they were. It is also a context manager. Copied or
+        pickled, with its model and optimizer, it is detached: attach the copies again.
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, no pass changed a weight of it, the optimizer holds none
@@ -265,6 +267,14 @@ class Attachment(Lifecycle):
     _hooks_of_model: tuple[RemovableHandle, ...] = ()
     _guarded: MethodType | None = None
     _step_before: Any = None  # a `step` that somebody else has set on the optimizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: it is detached, as copies of optimizers have no hooks."""
+        return {name: vars(self)[name] for name in ("bio", "optimizer", "acting", "_compiled")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, held=set(), finite=Finite(), wrapper=None)  # the model may still be incomplete
+        self.hold({}, {})
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Let rules act on weights at the steps of the optimizer, and gains on what holds these synapses."""

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import warnings
 from functools import partial
 
@@ -54,6 +55,37 @@ def test_a_forward_may_keep_an_attached_weight():
         optimizer.step()
     biofx.verify(bio)
     torch.testing.assert_close(biofx.fold(bio)(torch.ones(1, 4)), bio(torch.ones(1, 4)))
+
+
+class Agent:
+    def __init__(self):
+        self.bio, self.optimizer, self.attachment = start()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+def test_copies_of_an_attachment_are_detached(copied):
+    agent = Agent()
+    train(agent.bio, agent.optimizer, 2)
+    other = copied(agent)
+    assert (other.attachment.bio, other.attachment.optimizer) == (other.bio, other.optimizer)
+    assert other.attachment.weights == ()
+    assert "no weights" in repr(other.attachment)
+    other.attachment.detach()
+    biofx.attach(other.bio, other.optimizer)
+    train(agent.bio, agent.optimizer, 2)
+    train(other.bio, other.optimizer, 2)
+    ours, theirs = agent.bio.state_dict(), other.bio.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert set(agent.attachment.weights) == {"0.weight", "2.weight"}
+
+
+def test_a_model_that_keeps_its_attachment_is_copied():
+    bio, _, attachment = start()
+    bio.attachment = attachment
+    other = copy.deepcopy(bio)
+    assert other.attachment.bio is other
+    assert other.attachment.weights == ()
+    assert bio.attachment.weights
 
 
 def test_detach_leaves_optimizer_and_model_as_before():
