@@ -22,6 +22,7 @@ from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError, SavingError
 from biofx.base.option_values import read_option, written_options
 from biofx.base.packages import require
+from biofx.capture.tracer import HelperModule
 from biofx.compiler import build
 from biofx.model.changes import transformed
 from biofx.model.fingerprint import fingerprint
@@ -31,14 +32,15 @@ from biofx.rewrite.registry import Pass, registered_passes
 
 PIPELINE, STATE = "pipeline.json", "state.safetensors"
 UNFINISHED = ".biofx-"
-FORMAT = 1  # of both files; raised when an older biofx could not read them
+FORMAT = 2  # of both files; raised when an older biofx could not read them
 
 
 def save(bio: nn.Module, folder: str | Path) -> None:
     """Write a transformed model to a folder, from which `biofx.load` builds it again, bit for bit.
 
     - `pipeline.json`: how the model was made: passes with their options, seed, front end, excluded weights.
-    - `state.safetensors`: all values: stored weights, gains, signs, counters, buffers.
+    - `state.safetensors`: all values: stored weights, gains, signs, counters, buffers. Buffers that are not persistent
+      are in it as well.
 
     Other files in the folder stay, so the optimizer's state can lie next to them:
     `torch.save(optimizer.state_dict(), folder / "optimizer.pt")`. Whatever happens while they are written, the folder
@@ -239,8 +241,9 @@ def _refuse_difference(model: nn.Module, saved: Mapping[str, str], present: Mapp
 
 
 def _state(bio: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones are the same object."""
-    state = bio.state_dict(keep_vars=True)
+    """Parameters and buffers by name, those that are not persistent last; tied ones are the same object."""
+    transient = {name: value for name, value in _transient(bio).items() if not _is_of_capture(bio, name)}
+    state: dict[str, Tensor] = bio.state_dict(keep_vars=True) | transient
     for name, value in state.items():
         what = None
         if type(value) not in (Tensor, nn.Parameter):
@@ -257,6 +260,17 @@ def _state(bio: nn.Module) -> dict[str, Tensor]:
                 "torch.distributed.checkpoint"
             )
     return state
+
+
+def _transient(bio: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are not persistent."""
+    persistent = bio.state_dict(keep_vars=True)
+    return {name: x for name, x in bio.named_buffers(remove_duplicate=False) if name not in persistent}
+
+
+def _is_of_capture(bio: nn.Module, name: str) -> bool:
+    """Whether a buffer is a constant of the graph; it follows from example inputs, and load may get other ones."""
+    return name in record_of(bio).constants or isinstance(_place(bio, name)[0], HelperModule)
 
 
 @functools.cache
@@ -310,6 +324,7 @@ def _layouts(bio: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
         "empty": empty,
         "emptied": [name for name in empty_places(bio) if name not in empty],
         "strides": strides,
+        "transient": {name: str(value.dtype).removeprefix("torch.") for name, value in _transient(bio).items()},
         "frozen": [n for n, x in state.items() if isinstance(x, nn.Parameter) and not x.requires_grad],
         "training": bio.training,
         "other_mode": [name for name, module in bio.named_modules() if module.training is not bio.training],
@@ -323,6 +338,8 @@ def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor],
     saved = saved | {name: saved[first] for name, first in tied.items()}
     _fill_places(bio, document, saved)
     state: dict[str, Tensor] = bio.state_dict(keep_vars=True)
+    values = {name: saved.pop(name) for name in document.get("transient", {}) if name in saved}
+    tied = {name: first for name, first in tied.items() if name not in values}
     there, here = (_written_shapes(shapes(each.items())) for each in (saved, state))
     _refuse_difference(bio, there, here, hint)
     _refuse_difference(bio, _ties(tied), _ties(_aliases(state)))
@@ -331,6 +348,7 @@ def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor],
         if own.dtype is not value.dtype or own.stride() != strides:
             own.data = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=own.device)
     bio.load_state_dict(saved, strict=True)
+    _fill_transient(bio, document, values)
     frozen, other_mode = set(document["frozen"]), set(document["other_mode"])
     for name, own in state.items():
         if isinstance(own, nn.Parameter):
@@ -356,6 +374,22 @@ def _fill_places(bio: nn.Module, document: Mapping[str, Any], saved: Mapping[str
             owner._buffers[key] = value
         else:
             owner._parameters[key] = nn.Parameter(value, requires_grad=value.is_floating_point() or value.is_complex())
+
+
+def _fill_transient(bio: nn.Module, document: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
+    """Give buffers that are not persistent their dtypes and values, if the model has them: forward makes the others."""
+    dtypes = document.get("transient", {})  # which folders of format 1 do not have
+    filled: dict[int, Tensor] = {}  # so that tied ones stay tied
+    for name, own in _transient(bio).items():
+        if name not in dtypes:
+            continue
+        given = values.get(name, own)
+        value = given.to(own.device, getattr(torch, dtypes[name]))
+        if value.dtype is not own.dtype or (given is not own and not torch.equal(value, own)):
+            owner, key = _place(bio, name)
+            strides = document["strides"].get(name, value.stride())
+            placed = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+            owner._buffers[key] = filled.setdefault(id(given), placed.copy_(value))
 
 
 def _place(bio: nn.Module, name: str) -> tuple[nn.Module, str]:

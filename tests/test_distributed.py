@@ -316,6 +316,19 @@ def check_a_failed_attach(ranks: int) -> None:
     assert is_sharded(bio.get_buffer("0.weight_synapses.gain"))
 
 
+def fold_of_sharded(bio, name: str) -> str:
+    """Fold a sharded model by the way that the refusal names; return the refusal."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    refusal = error_of(lambda: biofx.fold(bio))
+    new = copy.deepcopy(transformed(name))
+    new.load_state_dict(get_model_state_dict(bio, options=StateDictOptions(full_state_dict=True)))
+    x = torch.ones(2, 6).double()
+    torch.testing.assert_close(biofx.fold(new)(x), bio(x), rtol=1e-10, atol=1e-12)
+    bio.reshard()
+    return refusal
+
+
 def refusals(rank: int, ranks: int) -> dict[str, str]:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -323,6 +336,7 @@ def refusals(rank: int, ranks: int) -> dict[str, str]:
     found = {name: error_of(lambda n=name: start_sharded(n, ranks)) for name in ("observed blocks", "another rule")}
     bio, optimizer = start_sharded("mirrored units", ranks)
     train_sharded("mirrored units", rank, ranks, bio, optimizer, range(1))
+    found["folded"] = fold_of_sharded(bio, "mirrored units")
     before = whole(bio)
     bio(torch.ones(2, 6).double()).sum().backward()
     bio.get_parameter("0.weight").grad.to_local().view(-1)[:1] = torch.nan if rank == 1 else 1.0
@@ -525,7 +539,9 @@ def test_what_is_sharded_is_saved_detached_or_refused(tmp_path):
                 torch.testing.assert_close(parallel[name], value, rtol=1e-7, atol=1e-10, msg=lambda m, n=name: n + m)
         for name, message in {
             "observed blocks": r"ArgumentError: attach: 0 is sharded as a block .* fully_shard\(bio\)",
-            "another rule": "ArgumentError: attach: 0.weight is sharded, and halve does not say .* works_on_shards",
+            "another rule": "ArgumentError: attach: 0.weight is sharded, and halve acts on whole weights: .* "
+            "DistributedDataParallel, .* without halve.* works_on_shards",
+            "folded": r"ArgumentError: fold: .* is sharded, so transform the original .*full_state_dict=True",
             "not finite": "LifecycleError: 0.weight: its gradient is not finite",
             "unsharded": r"LifecycleError: .* is whole on every rank.* call reshard\(\)",
             "flattened": r"ArgumentError: .* FullyShardedDataParallel; it flattens .*fully_shard",

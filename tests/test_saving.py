@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import biofx
 from biofx import ArgumentError, SavingError, passes
 from biofx.base import gains, noise
+from biofx.saving import _signed
 from models.small import ZOO, ConvNet, mlp
 from second_device import CPU, SECOND, SecondDevice
 
@@ -107,6 +108,59 @@ def test_dtypes_memory_formats_modes_and_frozen_weights_return(tmp_path):
     biofx.weight_sites(bio)["head.weight"].raw.requires_grad_(False)
     biofx.save(bio, tmp_path)
     assert_same(bio, biofx.load(tmp_path, ConvNet()))
+
+
+class Shifted(nn.Module):
+    """Adds what its state_dict leaves out: a table, the same under another name, and a cache that forward fills."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("table", scale * torch.linspace(0, 1, 4), persistent=False)
+        self.register_buffer("again", self.table, persistent=False)
+        self.register_buffer("cache", None, persistent=False)
+
+    def forward(self, x):
+        return self.inner(x + self.table + torch.arange(4.0).to(x)) + self.again
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export", "module"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_that_are_not_persistent_return(frontend, dtype, tmp_path):
+    x = torch.randn(3, 4)
+    bio = biofx.transform(Shifted(), "split-synapses", frontend=frontend, example_inputs=(x,)).to(dtype)
+    bio.table += 1
+    bio.cache = torch.ones(2)
+    biofx.save(bio, tmp_path)
+    loaded = biofx.load(tmp_path, Shifted(scale=3.0), example_inputs=(x,))
+    assert_same(bio, loaded)
+    x = x.to(next(iter(bio.parameters())).dtype)
+    torch.testing.assert_close(loaded.original_forward(x), bio.original_forward(x), rtol=0, atol=0)
+
+
+def test_constants_of_forward_follow_the_inputs_that_load_gets(tmp_path):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x).sum(0) / torch.tensor(float(x.shape[0]))
+
+    biofx.save(biofx.transform(Mean(), "split-synapses", example_inputs=(torch.ones(3, 4),)), tmp_path)
+    model, x = Mean(), torch.randn(5, 4)
+    loaded = biofx.load(tmp_path, model, example_inputs=(x,))
+    torch.testing.assert_close(loaded(x), loaded.original_forward(x))
+
+
+def test_folders_of_the_first_format_load(tmp_path):
+    bio = biofx.transform(mlp(4, 6, 2), "split-synapses,dales-principle")
+    biofx.save(bio, tmp_path)
+    path = tmp_path / "pipeline.json"
+    document = json.loads(path.read_text()) | {"format": 1}
+    del document["transient"], document["checksum"]
+    path.write_text(_signed(document))
+    assert_same(bio, biofx.load(tmp_path, mlp(4, 6, 2)))
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -293,8 +347,8 @@ def test_edited_options_and_newer_formats_are_refused(folder):
     path.write_text(text.replace('"nu": 0.16', '"nu": 0.3'))
     with pytest.raises(SavingError, match="was edited"):
         loads(folder)
-    path.write_text(json.dumps(json.loads(text) | {"format": 2, "biofx": "9.0"}))
-    with pytest.raises(SavingError, match="has format 2, by biofx 9.0, and this biofx .* reads 1; upgrade"):
+    path.write_text(json.dumps(json.loads(text) | {"format": 3, "biofx": "9.0"}))
+    with pytest.raises(SavingError, match="has format 3, by biofx 9.0, and this biofx .* reads 2; upgrade"):
         loads(folder)
 
 

@@ -146,7 +146,9 @@ class HasSynapses:
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, and remove synapses of that name; see `torch.nn.Module.register_parameter`."""
-        if isinstance(param, WeightTensor):
+        child = _synapses_of(self, name)
+        is_own = child is not None and param is child.stored
+        if isinstance(param, WeightTensor) or (_is_stored(self, param) and not is_own):
             raise ArgumentError(
                 f"{name} of {type(self).__name__} cannot be registered: it is a weight with synapses, not a parameter; "
                 f"{FOLD}"
@@ -156,15 +158,14 @@ class HasSynapses:
                 f"{name} of {type(self).__name__} is stored by its synapses, which parallelize_module does not look "
                 "for; use biofx.parallelize(bio, mesh, plan)"
             )
-        child = _synapses_of(self, name)
         if child is not None and is_sharded(param) and not is_sharded(child.stored):
             raise ArgumentError(
                 f"{name} of {type(self).__name__} is stored by its synapses, which a DTensor would replace; use "
                 "biofx.parallelize(bio, mesh, plan), or register a DTensor as the parameter of the synapses"
             )
-        if child is not None and param is not child.stored:
+        if child is not None and not is_own:
             del vars(self)["_modules"][CHILD.format(name)]
-        if child is None or param is not child.stored:
+        if not is_own:
             super().register_parameter(name, param)  # type: ignore[misc]
 
     def __delattr__(self, name: str) -> None:
@@ -212,6 +213,18 @@ def _unpickled_owner(cls: Any, keys: tuple[str, ...], *args: Any) -> Any:
 def _synapses_of(owner: Any, key: str) -> Synapses | None:
     attributes = vars(owner)
     return child_of(owner, key) if key in attributes.get("_parameters", ()) else None
+
+
+def _is_stored(owner: Any, parameter: nn.Parameter | None) -> bool:
+    """Whether a parameter is the stored tensor of a weight of an owner, and was read as that weight outside of forward.
+
+    While an optimizer is attached, a read may return the stored tensor itself. Code such as `prune` would register it
+    under another name and break the owner. A forward may keep what it reads, as in the original.
+    """
+    if weight_cache.is_active() or torch.compiler.is_compiling():
+        return False
+    children = vars(owner).get("_modules", {}).values()
+    return any(isinstance(child, Synapses) and child.stored is parameter for child in children)
 
 
 def _own_class(owner: nn.Module) -> Any:

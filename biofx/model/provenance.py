@@ -190,11 +190,21 @@ def record_of(bio: nn.Module) -> Record:
     """
     if not is_transformed(bio):
         given = f"the class {bio.__name__}" if isinstance(bio, type) else f"an instance of {type(bio).__name__}"
-        advice = "a graph that was traced again has lost its record"
-        if isinstance(bio, nn.Module) and "_fsdp_wrapped_module" in bio._modules:
-            advice = "it flattens parameters, so rules find no weight; use torch.distributed.fsdp.fully_shard"
-        raise ArgumentError(f"expected a model made by biofx.transform, got {given}; {advice}")
+        raise ArgumentError(f"expected a model made by biofx.transform, got {given}; {_instead_of(bio)}")
     return cast(Record, vars(bio)[RECORD])
+
+
+def _instead_of(model: Any) -> str:
+    """What to do instead of giving something that is no transformed model."""
+    inside = model.named_modules() if isinstance(model, nn.Module) else ()
+    names = [name for name, module in inside if is_transformed(module)]
+    if isinstance(model, nn.Module) and "_fsdp_wrapped_module" in model._modules:
+        return "it flattens parameters, so rules find no weight; use torch.distributed.fsdp.fully_shard"
+    if is_transformed(getattr(model, "module", None)):  # the public name that trainers give what they wrap
+        names = ["module"]
+    if names:
+        return f"its submodule {names[0]} is one, so give that" + "".join(f", or {name}" for name in names[1:])
+    return "a graph that was traced again has lost its record"
 
 
 def inserted(node: fx.Node) -> Inserted | None:

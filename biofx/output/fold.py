@@ -8,6 +8,7 @@ from torch import fx, nn
 from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.references import enclosed
+from biofx.base.shards import is_sharded
 from biofx.capture.captured_module import CapturedModule, original_form
 from biofx.model.chain import number_nodes, parameter_nodes, remove_chain
 from biofx.model.changes import transformed
@@ -144,9 +145,14 @@ def _copy(bio: fx.GraphModule) -> CapturedModule:
     try:
         plain = copied(bio)
     except Exception as error:
-        raise ArgumentError(
-            f"fold: {type(bio).__name__} cannot be copied: {error}; remove what copy.deepcopy refuses"
-        ) from error
+        advice = "remove what copy.deepcopy refuses"
+        if any(is_sharded(parameter) for parameter in bio.parameters()):
+            advice = (
+                "it is sharded, so transform the original model again, load the whole state into it, and fold it: "
+                "other.load_state_dict(get_model_state_dict(bio, options=StateDictOptions(full_state_dict=True))), "
+                "on all ranks, with torch.distributed.checkpoint.state_dict"
+            )
+        raise ArgumentError(f"fold: {type(bio).__name__} cannot be copied: {error}; {advice}") from error
     assert isinstance(plain, CapturedModule)
     return plain
 

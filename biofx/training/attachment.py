@@ -26,12 +26,13 @@ from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment
 from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
+from biofx.training.finite import Finite
 from biofx.training.lifecycle import Lifecycle, feasible
 from biofx.training.parallelism import refuse_whole
 from biofx.training.ranks import data_parallel_groups, note_wrapper, stop_broadcasts, wrapper_of
 from biofx.training.sharding import check_shards, cut_state
 from biofx.training.sleeping import set_attached, with_hooks
-from biofx.training.wrappers import held, innermost, inside
+from biofx.training.wrappers import held, innermost, inside, named_inside
 
 _ACTING: WeakKeyDictionary[Synapses, Callable[[], Attachment | None]] = WeakKeyDictionary()  # whose rules act on them
 _ALIKE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")  # shaped as a weight
@@ -98,7 +99,8 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             steps. The numbers are the same to rounding. It needs what `torch.compile` needs, such as a C++ compiler.
 
     Returns:
-        The attachment; `detach()` leaves model and optimizer as they were. It is also a context manager.
+        The attachment; `detach()` leaves model and optimizer as they were. It is also a context manager. Copied or
+        pickled, with its model and optimizer, it is detached: attach the copies again.
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, no pass changed a weight of it, the optimizer holds none
@@ -129,7 +131,8 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     record = record_of(bio)
     optimizer = innermost(optimizer)
     if not isinstance(optimizer, Optimizer):
-        raise ArgumentError(f"attach: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        what = f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        raise ArgumentError(f"attach: {what}{_attach_each_inside(bio, optimizer)}")
     if isinstance(optimizer, LBFGS | SparseAdam):
         why = "evaluates the loss several times in a step" if isinstance(optimizer, LBFGS) else "needs sparse gradients"
         raise LifecycleError(
@@ -149,7 +152,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
         )
     refuse_whole(optimizer)
     check_shards(bio, sites)
-    _check_runs_hooks(optimizer)
+    _check_runs_hooks(bio, optimizer)
     _check_state(optimizer, sites)
     if compile:
         for device in {parameter.device for parameter in bio.parameters()}:
@@ -205,14 +208,19 @@ def detach(bio: nn.Module) -> None:
         attachment.detach()
 
 
-def _check_runs_hooks(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that wraps another one without being one itself: its steps would run no hooks."""
-    if runs_step_hooks(optimizer):
-        return
-    shared = [each for each in inside(optimizer) if held(each) & held(optimizer)]
-    names = [f".{name}" for name, value in vars(optimizer).items() if any(value is each for each in shared)]
-    what = f"attach each one that it wraps: {', '.join(names)}" if names else "call super().__init__() in its class"
-    raise ArgumentError(f"attach: steps of {type(optimizer).__name__} run no hooks, so rules could not act; {what}")
+def _check_runs_hooks(bio: fx.GraphModule, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that wraps others without being one itself: its steps would run no hooks."""
+    if not runs_step_hooks(optimizer):
+        what = _attach_each_inside(bio, optimizer) or "; call super().__init__() in its class"
+        raise ArgumentError(f"attach: steps of {type(optimizer).__name__} run no hooks, so rules could not act{what}")
+
+
+def _attach_each_inside(bio: fx.GraphModule, container: Any) -> str:
+    """Advice for somebody who gave a container of optimizers; empty if none of them holds a weight of the model."""
+    weights = {id(each.stored) for each in synapses_in(bio).values()}
+    weights |= {id(stored(bio, name)) for name in record_of(bio).nonnegative}
+    calls = [f"biofx.attach(bio, optimizer{at})" for at, x in named_inside(container).items() if held(x) & weights]
+    return f"; attach each one in it: {'; '.join(calls)}" if calls else ""
 
 
 def _check_state(optimizer: Optimizer, sites: Mapping[str, WeightSite]) -> None:
@@ -265,6 +273,14 @@ class Attachment(Lifecycle):
     _hooks_of_model: tuple[RemovableHandle, ...] = ()
     _guarded: MethodType | None = None
     _step_before: Any = None  # a `step` that other code has set on the optimizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: it is detached, as copies of optimizers have no hooks."""
+        return {name: vars(self)[name] for name in ("bio", "optimizer", "acting", "_compiled")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, held=set(), finite=Finite(), wrapper=None)  # the model may still be incomplete
+        self.hold({}, {})
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Make rules act on weights at the steps of the optimizer, and gains on these synapses."""

@@ -35,8 +35,10 @@ def check_shards(bio: fx.GraphModule, sites: Mapping[str, WeightSite]) -> None:
         rule, weights = run.pass_, run.weights & sharded
         if weights and rule.moment and rule.acts_at_step and not rule.works_on_shards:
             raise ArgumentError(
-                f"attach: {min(weights)} is sharded, and {rule.name} does not say that it works on a part of a weight: "
-                "take sums over weights with biofx.training.ranks.summed, and set works_on_shards = True in its class"
+                f"attach: {min(weights)} is sharded, and {rule.name} acts on whole weights: train with "
+                f"DistributedDataParallel, which keeps them whole, or transform the model without {rule.name}. A pass "
+                "of your own works on parts of weights if its class says works_on_shards = True and it takes sums over "
+                "weights with biofx.training.ranks.summed"
             )
     if sharded:
         observe_shards()

@@ -23,6 +23,22 @@ def inside(optimizer: Any) -> Iterator[Optimizer]:
     return (value for value in attributes.values() if isinstance(value, Optimizer) and value is not optimizer)
 
 
+def named_inside(container: Any) -> dict[str, Optimizer]:
+    """The optimizers in a list, a dictionary, or the attributes of an object, by how Python reaches them from it.
+
+    Args:
+        container: the object; its attributes may be lists and dictionaries.
+    """
+    attributes = vars(container) if hasattr(container, "__dict__") else {}
+    places = [(f".{name}", value) for name, value in attributes.items() if name not in ("state", "param_groups")]
+    found: dict[str, Optimizer] = {}
+    for place, value in [("", container), *places]:
+        items = dict(enumerate(value)) if isinstance(value, list | tuple) else value if isinstance(value, dict) else {}
+        found |= {f"{place}[{key!r}]": each for key, each in items.items() if isinstance(each, Optimizer)}
+        found |= {place: value} if isinstance(value, Optimizer) and value is not container else {}
+    return found
+
+
 def innermost(optimizer: Any) -> Any:
     """The optimizer whose steps change the weights.
 

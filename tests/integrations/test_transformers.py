@@ -1,5 +1,7 @@
 """The Trainer of transformers trains a transformed model with one callback."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -106,10 +108,42 @@ def test_a_checkpoint_of_the_trainer_resumes_bit_for_bit(make, tmp_path):
     assert [name for name in state if not torch.equal(state[name], other[name])] == []
 
 
+def assert_resumes(whole, folder, output, **options):
+    rest = language_model()
+    trainer(rest, output, save_strategy="epoch", **options).train(resume_from_checkpoint=str(folder))
+    state, other = rest.state_dict(), whole.state_dict()
+    assert [name for name in state if not torch.equal(state[name], other[name])] == []
+
+
+def test_a_checkpoint_resumes_in_another_output_dir(tmp_path):
+    whole = language_model()
+    trainer(whole, tmp_path / "old", save_strategy="epoch").train()
+    trainer(language_model(), tmp_path / "new", save_strategy="epoch", learning_rate=1e-2).train()  # has one as well
+    assert_resumes(whole, tmp_path / "old" / "checkpoint-6", tmp_path / "new")
+
+
+def test_a_checkpoint_that_was_moved_resumes_if_named(tmp_path):
+    whole, moved = language_model(), tmp_path / "moved"
+    trainer(whole, tmp_path / "old", save_strategy="epoch").train()
+    (tmp_path / "old" / "checkpoint-6").rename(moved)
+    with pytest.raises(biofx.LifecycleError, match=r"not in .*new.*, .*old.*resume_from_checkpoint=…\) as well"):
+        assert_resumes(whole, moved, tmp_path / "new")
+    assert_resumes(whole, moved, tmp_path / "new", resume_from_checkpoint=str(moved))
+
+
+def test_a_checkpoint_without_a_note_of_its_run_resumes(tmp_path):
+    whole, file = language_model(), tmp_path / "checkpoint-6" / "trainer_state.json"
+    trainer(whole, tmp_path, save_strategy="epoch").train()
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["BiofxCallback"]
+    file.write_text(json.dumps(state))
+    assert_resumes(whole, file.parent, tmp_path)
+
+
 def test_a_checkpoint_that_lacks_what_rules_kept_is_refused(tmp_path):
     trainer(language_model(), tmp_path, save_strategy="epoch", num_train_epochs=1).train()
     (tmp_path / "checkpoint-6" / "biofx.pt").unlink()
-    with pytest.raises(biofx.LifecycleError, match=r"checkpoint-6 has no biofx.pt, so what rules kept is lost"):
+    with pytest.raises(biofx.LifecycleError, match=r"biofx.pt .* is not in .*checkpoint-6, so what rules kept is lost"):
         trainer(language_model(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 

@@ -36,3 +36,40 @@ def test_a_model_that_another_version_pickled_is_refused(bio, monkeypatch):
     del state["format"]  # as before there was one
     with pytest.raises(biofx.SavingError, match="save its state_dict"):
         Record.__new__(Record).__setstate__(state)
+
+
+class Outer(nn.Module):
+    """Contains a transformed model."""
+
+    def __init__(self, *inner):
+        super().__init__()
+        self.inner = nn.ModuleList(inner)
+
+
+class Setup(Outer):
+    """Has a public name for what it wraps, as a wrapper of Lightning Fabric."""
+
+    @property
+    def module(self):
+        return self.inner[0]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, folder: biofx.attach(model, torch.optim.SGD(model.parameters(), 0.1)),
+        lambda model, folder: biofx.fold(model),
+        lambda model, folder: biofx.save(model, folder),
+        lambda model, folder: biofx.export(model, folder / "model.pt2", torch.ones(2, 3)),
+        lambda model, folder: biofx.summary(model),
+        lambda model, folder: biofx.verify(model),
+        lambda model, folder: biofx.detach(torch.compile(model)),
+    ],
+)
+def test_a_model_around_it_is_refused_with_its_path(bio, use, tmp_path):
+    with pytest.raises(biofx.ArgumentError, match=r"instance of Outer; its submodule inner\.0 is one, so give that$"):
+        use(Outer(bio), tmp_path)
+    with pytest.raises(biofx.ArgumentError, match=r"its submodule inner\.0 is one, so give that, or inner\.1$"):
+        use(Outer(bio, copy.deepcopy(bio)), tmp_path)
+    with pytest.raises(biofx.ArgumentError, match="an instance of Setup; its submodule module is one, so give that$"):
+        use(Setup(bio), tmp_path)

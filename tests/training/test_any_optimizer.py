@@ -146,13 +146,49 @@ def test_a_wrapper_around_several_optimizers_is_refused():
     bio = biofx.transform(network(), GAINS)
     code = bio.code
     wrapper = Each([*bio.parameters()])
-    with pytest.raises(biofx.ArgumentError, match=r"of Each run no hooks, .* each one that it wraps: .first, .second"):
+    with pytest.raises(biofx.ArgumentError, match="of Each run no hooks, so rules could not act; attach") as refusal:
         biofx.attach(bio, wrapper)
     assert bio.code == code
-    assert [biofx.attach(bio, each).weights for each in (wrapper.first, wrapper.second)] == [
-        ("0.weight",),
-        ("1.weight",),
-    ]
+    assert_advice_attaches(str(refusal.value), bio, wrapper, ["optimizer.first", "optimizer.second"])
+
+
+def assert_advice_attaches(message, bio, optimizer, inside):
+    """Run the line in a message."""
+    line = message.partition("attach each one in it: ")[2]
+    assert [call.removeprefix("biofx.attach(bio, ").removesuffix(")") for call in line.split("; ")] == inside
+    exec(line, {"biofx": biofx, "bio": bio, "optimizer": optimizer})  # as a user would
+    assert bio.biofx.attached == {"0.weight", "1.weight"}
+
+
+class Several:
+    """Keeps optimizers in a list, as trainers do."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+
+
+class SeveralAtOnce(Several, torch.optim.Optimizer):
+    """Keeps optimizers in a list, and says that it is an optimizer."""
+
+    param_groups = property(lambda self: [group for each in self.optimizers for group in each.param_groups])
+
+
+@pytest.mark.parametrize(
+    ("hold", "first", "second"),
+    [
+        (list, "optimizer[0]", "optimizer[1]"),
+        (lambda each: dict(zip("ab", each, strict=True)), "optimizer['a']", "optimizer['b']"),
+        (Several, "optimizer.optimizers[0]", "optimizer.optimizers[1]"),
+        (SeveralAtOnce, "optimizer.optimizers[0]", "optimizer.optimizers[1]"),
+    ],
+)
+def test_a_container_of_optimizers_says_how_to_attach_each(hold, first, second):
+    bio = biofx.transform(network(), GAINS)
+    parameters = [*bio.parameters()]
+    container = hold([torch.optim.SGD(parameters[:1], 0.1), torch.optim.AdamW(parameters[1:])])
+    with pytest.raises(biofx.ArgumentError) as refusal:
+        biofx.attach(bio, container)
+    assert_advice_attaches(str(refusal.value), bio, container, [first, second])
 
 
 class Sharded(torch.optim.SGD):

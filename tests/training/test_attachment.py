@@ -2,14 +2,18 @@
 
 import copy
 import gc
+import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 import biofx
-from biofx import passes
+from biofx import ArgumentError, passes
 from conftest import flat
 from training_runs import EVERYTHING, GAINS, IMAGES, LABELS, OPTIMIZERS, network, start, train
 
@@ -24,6 +28,64 @@ def test_an_attached_graph_is_plain(name):
     biofx.verify(bio)
     attachment.detach()
     assert bio.code == code
+
+
+@pytest.mark.parametrize("rewrite", [partial(prune.l1_unstructured, amount=0.5), parametrizations.spectral_norm])
+def test_attached_weights_cannot_be_rewritten(rewrite):
+    bio = biofx.transform(network(), GAINS)
+    biofx.attach(bio, torch.optim.SGD(bio.parameters(), 0.1))
+    names = [name for name, _ in bio.named_parameters()]
+    with pytest.raises(ArgumentError, match="fold the model first"):
+        rewrite(bio.get_submodule("0"), "weight")
+    assert [name for name, _ in bio.named_parameters()] == names
+    biofx.verify(bio)
+
+
+def test_a_forward_may_keep_an_attached_weight():
+    class Keeper(nn.Linear):
+        def forward(self, x):
+            self.last = self.weight
+            return super().forward(x)
+
+    bio = biofx.transform(nn.Sequential(Keeper(4, 4), nn.Linear(4, 2)), GAINS, frontend="module")
+    optimizer = torch.optim.SGD(bio.parameters(), 0.1)
+    biofx.attach(bio, optimizer)
+    for _ in range(2):
+        bio(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+    biofx.verify(bio)
+    torch.testing.assert_close(biofx.fold(bio)(torch.ones(1, 4)), bio(torch.ones(1, 4)))
+
+
+class Agent:
+    def __init__(self):
+        self.bio, self.optimizer, self.attachment = start()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+def test_copies_of_an_attachment_are_detached(copied):
+    agent = Agent()
+    train(agent.bio, agent.optimizer, 2)
+    other = copied(agent)
+    assert (other.attachment.bio, other.attachment.optimizer) == (other.bio, other.optimizer)
+    assert other.attachment.weights == ()
+    assert "no weights" in repr(other.attachment)
+    other.attachment.detach()
+    biofx.attach(other.bio, other.optimizer)
+    train(agent.bio, agent.optimizer, 2)
+    train(other.bio, other.optimizer, 2)
+    ours, theirs = agent.bio.state_dict(), other.bio.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert set(agent.attachment.weights) == {"0.weight", "2.weight"}
+
+
+def test_a_model_that_keeps_its_attachment_is_copied():
+    bio, _, attachment = start()
+    bio.attachment = attachment
+    other = copy.deepcopy(bio)
+    assert other.attachment.bio is other
+    assert other.attachment.weights == ()
+    assert bio.attachment.weights
 
 
 def test_detach_leaves_optimizer_and_model_as_before():
