@@ -19,7 +19,7 @@ from biofx.base.copying import copied, has_strides
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_mode
 from biofx.base.precision import outputs_differ
-from biofx.base.references import enclosed
+from biofx.base.references import enclosed, held_parameters
 from biofx.base.torch_internals import memory_of
 from biofx.capture import symbolic
 from biofx.capture.call_structure import Structure, structure
@@ -414,8 +414,9 @@ def _why_python_differs(bio: fx.GraphModule, found: str) -> str:
 
 
 def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
-    canonical = {id(p): name for name, p in stored_parameters(bio)}
-    result = {
+    canonical, own = {id(p): name for name, p in stored_parameters(bio)}, synapses_in(bio)
+    held = {canonical[x]: holder for x, holder in held_parameters(bio).items() if x in canonical}
+    result = {name: holder for name, holder in held.items() if name not in own} | {
         canonical[id(parameter)]: reason
         for owner in bio.modules()
         for key, parameter in owner._parameters.items()

@@ -64,6 +64,12 @@ def slots_of(cls: type) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
+def attributes_of(value: Any) -> list[Any]:
+    """What an object keeps in its dictionary and in slots."""
+    slots = [name for cls in type(value).__mro__ for name in slots_of(cls) if hasattr(value, name)]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, name) for name in slots)]
+
+
 def items_of(container: Any) -> Iterable[Any]:
     """What a container holds; subclasses may make what they are asked for."""
     if isinstance(container, dict):
@@ -136,11 +142,11 @@ def _inside(value: Any) -> Any:
         return None
     if type(value) in _CONTAINERS or is_array(value):
         return value
-    return vars(value) if _is_of_user(value) else None
+    return vars(value) if hasattr(value, "__dict__") and is_of_user(value) else None
 
 
-def _is_of_user(value: Any) -> bool:
+def is_of_user(value: Any) -> bool:
     """Whether a value is an instance of a user's class, such as a configuration or a counter."""
-    if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType)):
         return False
     return type(value) in NAMESPACES or type(value).__module__.partition(".")[0] not in _NOT_OF_USERS
