@@ -151,6 +151,9 @@ def call_untraced(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str,
 ASKED_OF_LEAVES = ("is_leaf", "grad_fn", "_base", "_is_view")
 """By which attributes Python tells a parameter from what is computed; two are private, and users' code reads them."""
 
+VERSION: Any = Tensor._version.__get__  # type: ignore[attr-defined]
+"""By which Python tells whether a tensor was written to; public is `version` of saved tensors only."""
+
 
 def memory_of(tensor: Tensor) -> int:
     """A key for the memory of a tensor and its views; `data_ptr` is 0 if empty, and ends copies on write."""

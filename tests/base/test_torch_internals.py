@@ -434,6 +434,13 @@ def test_asked_of_leaves():
     assert of_part == {"is_leaf": False}
 
 
+def test_version():
+    tensor = torch.ones(2)
+    before = internals.VERSION(tensor)
+    tensor.add_(1)
+    assert internals.VERSION(tensor) > before
+
+
 def test_memory_of():
     a, b = torch.zeros(0), torch.zeros(0)
     assert internals.memory_of(a) == internals.memory_of(a.view(0)) != internals.memory_of(b)

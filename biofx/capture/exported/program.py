@@ -26,7 +26,7 @@ from biofx.capture.reparametrized import computed_names, pop_computing_hooks
 from biofx.capture.tracer import HelperModule, NotTraceable, Tracer
 from biofx.model.chain import attribute
 from biofx.model.control_flow import ControlFlow
-from biofx.recording.questions import IS_FROZEN, Questions
+from biofx.recording.questions import CHANGING, Questions
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 
@@ -113,8 +113,8 @@ class _OnTensors(nn.Module):
         drawn = Draws.now()
 
         def note(name: str, question: Any) -> None:
-            if question == IS_FROZEN:  # the answer would be a constant, and may change later
-                monitor.note_side_effect(monitor.path, "asks whether a parameter is frozen")
+            if question in CHANGING:  # the answer would be a constant
+                monitor.note_side_effect(monitor.path, CHANGING[question])
 
         with Questions(self.model, note):
             monitor.outputs = describe(self.model(*args, **kwargs), results)
