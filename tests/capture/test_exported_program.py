@@ -93,6 +93,12 @@ class HooksItsTensor(nn.Linear):
         return y
 
 
+class Differentiates(nn.Linear):
+    def forward(self, value):
+        step = torch.func.grad(lambda weight: (value @ weight.T).tanh().square().sum())(self.weight)
+        return super().forward(value) - value @ step.T
+
+
 class Infers(nn.Linear):
     def forward(self, value):
         with torch.inference_mode():
@@ -149,6 +155,10 @@ class Asks(nn.Linear):
         (ReversesInTraining(4, 4), "computes something else in training mode: gradient of weight differs"),
         (HooksItsTensor(4, 4), "computes something else in evaluation mode: gradient of weight differs"),
         (Infers(4, 4), "its forward uses torch.inference_mode, which a graph cannot represent"),
+        (
+            Differentiates(4, 4),
+            "torch.export loses tensors that forward computes, as it does inside of torch.func.grad",
+        ),
         (Asks(), "its forward asks whether a parameter is frozen, which a graph cannot represent"),
         (
             nn.Sequential(Asks(lambda layer: any(p.requires_grad for p in layer.parameters()))),
