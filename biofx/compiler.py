@@ -18,6 +18,7 @@ from biofx.base.comparison import difference
 from biofx.base.copying import copied, has_strides
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_mode
+from biofx.base.modules import why_without_modes
 from biofx.base.precision import outputs_differ
 from biofx.base.references import enclosed, held_parameters
 from biofx.base.torch_internals import memory_of
@@ -323,7 +324,8 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     try:
         return run_in_mode(model, example_inputs)
     except Exception as error:
-        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+        why = why_without_modes(model) or f"example_inputs do not fit {type(model).__name__}.forward"
+        raise ArgumentError(f"{why}: {error}") from error
 
 
 def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
