@@ -17,8 +17,9 @@ from biofx.analysis.understanding import Run, Understanding, remember, understan
 from biofx.base.copying import copied, has_strides
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_mode
+from biofx.base.modules import why_without_modes
 from biofx.base.precision import outputs_differ
-from biofx.base.references import enclosed
+from biofx.base.references import enclosed, held_parameters
 from biofx.base.torch_internals import memory_of
 from biofx.capture import symbolic
 from biofx.capture.call_structure import Structure, structure
@@ -323,7 +324,8 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
     try:
         return run_in_mode(model, example_inputs)
     except Exception as error:
-        raise ArgumentError(f"example_inputs do not fit {type(model).__name__}.forward: {error}") from error
+        why = why_without_modes(model) or f"example_inputs do not fit {type(model).__name__}.forward"
+        raise ArgumentError(f"{why}: {error}") from error
 
 
 def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
@@ -352,8 +354,9 @@ def _note_questions(bio: fx.GraphModule, understood: Understanding | None) -> No
 
 
 def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
-    canonical = {id(p): name for name, p in stored_parameters(bio)}
-    result = {
+    canonical, own = {id(p): name for name, p in stored_parameters(bio)}, synapses_in(bio)
+    held = {canonical[x]: holder for x, holder in held_parameters(bio).items() if x in canonical}
+    result = {name: holder for name, holder in held.items() if name not in own} | {
         canonical[id(parameter)]: reason
         for owner in bio.modules()
         for key, parameter in owner._parameters.items()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -347,7 +348,10 @@ def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor],
         own, strides = state[name], tuple(document["strides"].get(name, value.stride()))
         if own.dtype is not value.dtype or own.stride() != strides:
             own.data = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=own.device)
-    bio.load_state_dict(saved, strict=True)
+    filled = OrderedDict(saved)
+    # Modules take a state without metadata for one of an early version, and convert it.
+    vars(filled)["_metadata"] = getattr(state, "_metadata", None)
+    bio.load_state_dict(filled, strict=True)
     _fill_transient(bio, document, values)
     frozen, other_mode = set(document["frozen"]), set(document["other_mode"])
     for name, own in state.items():

@@ -91,7 +91,7 @@ class MirrorUnits(Pass):
         if units is None or model.understood is None:
             model.leave(NOT_RUN)
             return
-        plan = find_widening(model.bio, model.all_sites, list(model.sites), model.understood.run)
+        plan = find_widening(model.bio, model.all_sites, model.excluded, model.understood.run)
         scales = {name: plan.reaching[name] for name in units.scales.keys() & plan.tensors.keys()}
         keep_scales_nonnegative(model, scales)
         for name, site in model.sites.items():

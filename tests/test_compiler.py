@@ -291,6 +291,22 @@ def test_bad_arguments(options, message):
         assert_untouched(given, before)
 
 
+class Trains(nn.Linear):
+    """A layer whose method hides that of PyTorch, as in forward-forward networks."""
+
+    def train(self, positive, negative):
+        return self(positive) - self(negative)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(Trains(2, 2), "Trains"), (nn.Sequential(Trains(2, 2)), r"0 \(Trains\)")],
+)
+def test_another_method_in_the_place_of_train_is_named(model, name):
+    with pytest.raises(biofx.ArgumentError, match=name + r" has a method train\(positive, negative\).*another name"):
+        biofx.transform(model, BOTH, example_inputs=torch.ones(1, 2))
+
+
 @pytest.mark.parametrize("example_inputs", [None, torch.ones(1, 2)])
 def test_a_model_with_a_transformed_child_is_refused(example_inputs):
     bio = biofx.transform(mlp(2, 3, 3), BOTH)

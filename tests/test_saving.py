@@ -175,6 +175,26 @@ def test_every_small_network_returns(name, tmp_path):
     torch.testing.assert_close(loaded(x), bio(x), rtol=0, atol=0)
 
 
+class Versioned(nn.Linear):
+    """Its second version stores twice the bias of its first."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}bias"] = 2 * state[f"{prefix}bias"]
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize("layer", [Versioned(4, 6), nn.utils.spectral_norm(nn.Linear(4, 6))], ids=["versioned", "norm"])
+@pytest.mark.parametrize("exclude", ["0.*", "2.*"])
+def test_values_are_those_of_the_present_version(layer, exclude, tmp_path):
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(6, 2))
+    bio = biofx.transform(model, "split-synapses", exclude=exclude)
+    biofx.save(bio, tmp_path / "model")
+    assert_same(bio, biofx.load(tmp_path / "model", copy.deepcopy(model)))
+
+
 def test_several_transforms_return_in_their_order(tmp_path):
     bio = biofx.transform(mlp(4, 6, 6, 2), "volume-dependent-learning-rates", exclude="0.*", seed=1)
     bio = biofx.transform(bio, "fuzzy-learning-rates{nu=0.3},dales-principle", exclude=["4.weight"], seed=2)

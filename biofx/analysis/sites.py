@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from biofx.analysis.graphs import NodeUse, uses_of
 from biofx.base.errors import ArgumentError
 from biofx.base.gains import decoded
-from biofx.base.references import held_parameters
 from biofx.model.chain import chain, parameter_nodes
 from biofx.model.changes import transformed
 from biofx.model.control_flow import control_flow_of, describe_control_flow
@@ -21,7 +20,7 @@ from biofx.model.operators import counter_of, is_hook
 from biofx.model.provenance import inserted, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import Link, Synapses, is_parameter, stored, synapses_of
-from biofx.weights.facts import HELD, Need, WeightFacts
+from biofx.weights.facts import Need, WeightFacts
 
 if TYPE_CHECKING:
     from biofx.weights.axes import Axes
@@ -397,16 +396,14 @@ def find_weights(bio: fx.GraphModule) -> Weights:
     for node in bio.graph.nodes:
         for use in uses_of(node):
             calls.setdefault(use.parameter, []).append(Call(node, use))
-    callers, held = _callers(bio), held_parameters(bio)
+    callers = _callers(bio)
     sites: dict[str, WeightSite] = {}
     others = dict(record.others)
     for name, facts in record.weights.items():
         parameter = stored(bio, name)
         readers = chain(nodes[name])[-1].users if name in nodes else ()
         inside = (*(node for node in readers if control_flow_of(bio, node)), *callers.get(id(parameter), ()))
-        if id(parameter) in held and synapses_of(bio, name) is None:
-            others[name] = HELD
-        elif not readers and not inside:
+        if not readers and not inside:
             others[name] = "no operator uses it any more" if name in nodes else "not used in the graph"
         else:
             own = tuple(call for call in calls.get(name, ()) if call.node not in inside)

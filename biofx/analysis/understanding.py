@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from biofx.analysis.reads import Read
     from biofx.recording.operations import Operation, Recording
 
+NOT_USED = "not used in forward"
 BY_FUNCTION = "given by a function"
 Run = Callable[[nn.Module], Any]
 """Runs a model, once or several times."""
@@ -237,7 +240,7 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
             first = [read for read in reads[name] if read.operation not in recording.again]
             weights[name] = _facts(name, forms, first or reads[name], told, flow)
         else:
-            others[name] = reason
+            others[name] = _why_not_used(model, name) if reason == NOT_USED else reason
     numbers = told.units.numbers
     readings = {name: told.of(name) for name in told.units.orientations if name in weights}
     carried = [x for reading in readings.values() for x in (reading.numbers, reading.sources)]
@@ -261,6 +264,19 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
         run=run,
         is_one_call=words != BY_FUNCTION,
     )
+
+
+def _why_not_used(model: nn.Module, name: str) -> str:
+    """Why the run did not use a parameter: what a generator function uses shows when it runs."""
+    for path in ("", *itertools.accumulate(name.split(".")[:-1], "{}.{}".format)):
+        module = model.get_submodule(path)
+        if inspect.isgeneratorfunction(module.forward):
+            return (
+                f"{NOT_USED}: that of {path or type(module).__name__} is a generator function, which runs when "
+                "something iterates over its result; give a function that does so as example_inputs, such as "
+                "lambda model: list(model(x))"
+            )
+    return NOT_USED
 
 
 def _facts(name: str, forms: Forms, reads: list[Read], readings: Readings, flow: Flow) -> WeightFacts:
@@ -327,7 +343,7 @@ def _why_no_weight(
     if max(parameter.shape, default=1) == parameter.numel():
         return NOT_A_SYNAPSE
     if not users:
-        return "not used in forward"
+        return NOT_USED
     direct = [use.operation for use in users if use.made_by is None]
     if not direct:
         pairs = [(use.operation, use.made_by) for use in users if use.made_by is not None]

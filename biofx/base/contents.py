@@ -92,6 +92,11 @@ def slots_of(cls: type) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
+def attributes_of(value: Any) -> list[Any]:
+    """What an object keeps in its dictionary and in slots."""
+    return [*getattr(value, "__dict__", {}).values(), *dict(Slots(value).items()).values()]
+
+
 def items_of(container: Any) -> Iterable[Any]:
     """The items of a container, by the methods of its built-in class: a subclass may return something else."""
     if isinstance(container, dict):
@@ -180,13 +185,13 @@ def _holders_of(value: Any) -> tuple[Any, ...]:
     if type(value) in _CONTAINERS or is_array(value):
         return (value,)
     own = (value,) if isinstance(value, (*_KINDS, *_IMMUTABLE)) else ()  # such as a named tuple
-    if not _is_of_user(value):
+    if not is_of_user(value):
         return own
     kept = (vars(value),) if hasattr(value, "__dict__") else ()
     return (*own, *kept, Slots(value)) if any(map(slots_of, type(value).__mro__)) else (*own, *kept)
 
 
-def _is_of_user(value: Any) -> bool:
+def is_of_user(value: Any) -> bool:
     """Whether a value is an instance of a user's class, such as a configuration or a counter."""
     if isinstance(value, (nn.Module, Tensor, type, ModuleType)):
         return False

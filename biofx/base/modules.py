@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -23,3 +24,18 @@ def check_module(model: Any) -> None:
         raise ArgumentError("model comes from torch.compile; transform the original module, then compile the result")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ArgumentError(f"model is wrapped in {type(model).__name__}; transform model.module, then wrap the result")
+
+
+def why_without_modes(model: nn.Module) -> str | None:
+    """Why a model cannot change between training and evaluation mode; None if nothing is known against it."""
+    for path, module in model.named_modules():
+        signature = inspect.signature(module.train)
+        try:
+            signature.bind()
+        except TypeError:
+            name = f"{path} ({type(module).__name__})" if path else type(module).__name__
+            return (
+                f"{name} has a method train{signature} in the place of torch.nn.Module.train, so .train() and .eval() "
+                "fail, and biofx runs the model in both modes; give that method another name"
+            )
+    return None

@@ -1,27 +1,50 @@
 """References: modules and parameters that a module keeps outside its registries of children and parameters.
 
-They are in plain attributes, in lists and dictionaries there, and in closures and defaults of functions.
+They are in plain attributes, in lists, dictionaries and objects there, and in closures and defaults of functions.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from biofx.base.contents import ATOMS, attributes_of, is_of_user
 from biofx.base.torch_internals import DERIVED, HOOKS
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {*HOOKS}
+_WITHOUT_PARTS = ATOMS - {nn.Parameter}
 
 
-def held_parameters(model: nn.Module) -> set[int]:
-    """The ids of parameters that modules keep in plain attributes; replacing them would leave the attribute stale."""
-    found = (part for module in model.modules() for part in _parts(_attributes(module), nn.Parameter, set()))
-    return {id(parameter) for parameter in found}
+def held_parameters(model: nn.Module) -> dict[int, str]:
+    """The parameters that modules keep in plain attributes, or in objects there, which would go on with the old tensor.
+
+    Returns:
+        What holds each, by the parameter's id.
+    """
+    found: dict[int, str] = {}
+    seen: dict[int, Any] = {}
+    for path, module in model.named_modules():
+        for name, value in _attributes(module).items():
+            for parameter in _parts(value, nn.Parameter, seen, _contents_of_any):
+                found.setdefault(id(parameter), _described(f"{path}.{name}".lstrip("."), value))
+    return found
+
+
+def _described(path: str, value: Any) -> str:
+    if any(_parts(value, Optimizer, {}, _contents_of_any)):
+        return (
+            f"the optimizer in the attribute {path} holds it as well, and would go on with the old tensor; set the "
+            "attribute to None before the transform, and make the optimizer after it"
+        )
+    return f"the attribute {path} keeps it as well, where it stays as it is; let that keep the module instead"
 
 
 def enclosed(model: nn.Module) -> tuple[str, str] | None:
@@ -33,8 +56,8 @@ def enclosed(model: nn.Module) -> tuple[str, str] | None:
     paths = {id(part): name for name, part in [*model.named_parameters(), *model.named_modules()]}
     for path, owner in model.named_modules():
         for name, value in _copied_attributes(owner).items():
-            for function in _parts(value, FunctionType, set()):
-                for found in _parts(_contents(function), nn.Module | nn.Parameter, set()):
+            for function in _parts(value, FunctionType, {}):
+                for found in _parts(_contents(function), nn.Module | nn.Parameter, {}):
                     parts = found.modules() if isinstance(found, nn.Module) else [found]
                     part = next((paths[id(part)] for part in parts if id(part) in paths), None)
                     if part is not None:
@@ -74,22 +97,44 @@ def _copied_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: x for name, x in attributes.items() if name in kept} if isinstance(kept, dict) else attributes
 
 
-def _parts(value: Any, kind: Any, seen: set[int]) -> Iterator[Any]:
-    """All objects of a kind in a value and its contents."""
-    if isinstance(value, kind):
-        yield value
-    parts = _contents(value)
-    if parts and id(value) not in seen:
-        seen.add(id(value))
-        for part in parts:
-            yield from _parts(part, kind, seen)
+def _contents_of_any(value: Any) -> list[Any]:
+    """The contents of a value, also those of an optimizer and of an object of a user's class."""
+    if isinstance(value, Optimizer):
+        return [getattr(value, "param_groups", None)]  # its hooks belong to others
+    if isinstance(value, LRScheduler):
+        return [vars(value).get("optimizer")]
+    return [*_contents(value), *(attributes_of(value) if is_of_user(value) else ())]
+
+
+def _parts(
+    value: Any, kind: Any, seen: dict[int, Any], contents: Callable[[Any], list[Any]] | None = None
+) -> Iterator[Any]:
+    """All objects of a kind in a value and its contents.
+
+    Args:
+        value: the value.
+        kind: the class of the objects.
+        seen: what was searched already, by id; it is kept alive, so that no other object gets the id.
+        contents: tells what is in a value; by default, what `copy.deepcopy` may fail to copy.
+    """
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if type(part) in _WITHOUT_PARTS:
+            continue
+        if isinstance(part, kind):
+            yield part
+        inner = [] if id(part) in seen else (contents or _contents)(part)
+        if inner:
+            seen[id(part)] = part
+            pending += reversed(inner)
 
 
 def _contents(value: Any) -> list[Any]:
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return [*value]
     if isinstance(value, dict):
-        return [*value.values()]
+        return [*value, *value.values()]
     if isinstance(value, weakref.ref):
         return [value()]
     if isinstance(value, MethodType):

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx import config as fx_config
 from torch.fx.experimental import _config as shape_config
 from torch.fx.graph_module import reduce_graph_module
@@ -46,6 +47,7 @@ __all__ = [
     "WeakTensorKeyDictionary",  # `weakref.WeakKeyDictionary` compares tensors with ==
     "WeightNorm",  # `torch.nn.utils.weight_norm` is public, but not the hook that it leaves
     "WeightNormParametrization",  # `torch.nn.utils.parametrizations.weight_norm` returns the module, not this
+    "is_fake",  # `torch.compiler.is_exporting` tells of the run, and not of what is left of it
     "is_traceable_wrapper_subclass",  # `type(tensor)` does not tell whether a subclass wraps other tensors
     "pytree",  # `torch.fx.map_arg` knows only the containers of graphs
     "reduce_graph_module",  # `pickle` rebuilds a `GraphModule`, but not of a subclass
@@ -150,6 +152,9 @@ def call_untraced(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str,
 
 ASKED_OF_LEAVES = ("is_leaf", "grad_fn", "_base", "_is_view")
 """Attributes that distinguish a parameter from a computed tensor. Two are private, and users' code reads them."""
+
+VERSION: Any = Tensor._version.__get__  # type: ignore[attr-defined]
+"""By which Python tells whether a tensor was written to; public is `version` of saved tensors only."""
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -40,9 +40,8 @@ def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict
     """
     result = OrderedDict(state_dict)
     metadata = getattr(state_dict, "_metadata", None)
-    if metadata is not None:
-        vars(result)["_metadata"] = metadata
     owned = list(_owned(model))
+    vars(result)["_metadata"] = _metadata_of_owners(model, owned) if metadata is None else metadata
     ours = f"{CHILD.format('')}."
     is_plain = not any(ours in name for name in state_dict) and not any(_has_old_state(*each, result) for each in owned)
     for name, child in owned:
@@ -104,6 +103,17 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, Synapses]]:
             child = child_of(owner, key)
             if child is not None:
                 yield f"{path}.{key}".lstrip("."), child
+
+
+def _metadata_of_owners(model: nn.Module, owned: list[tuple[str, Synapses]]) -> dict[str, Any]:
+    """The present metadata of the modules with synapses.
+
+    Without it, `torch.nn.utils.spectral_norm` tells the version of a checkpoint by the names of parameters, which are
+    those of synapses.
+    """
+    paths = {name.rpartition(".")[0] for name, _ in owned}
+    present = getattr(model.state_dict(keep_vars=True), "_metadata", {})
+    return {path: metadata for path, metadata in present.items() if path in paths}
 
 
 def _child_path(name: str) -> str:

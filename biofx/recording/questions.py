@@ -1,4 +1,4 @@
-"""Questions: what Python asks about a parameter apart from its numbers, such as whether it is frozen, or a leaf."""
+"""Questions: what Python asks about a parameter apart from its numbers: whether it is frozen, a leaf, its gradient."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from biofx.base.torch_internals import ASKED_OF_LEAVES
+from biofx.base.torch_internals import ASKED_OF_LEAVES, VERSION
 
-IS_FROZEN = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+CHANGING: dict[Any, str] = {
+    Tensor.requires_grad.__get__: "asks whether a parameter is frozen",  # type: ignore[attr-defined]
+    Tensor.grad.__get__: "reads the gradient of a parameter",  # type: ignore[union-attr]
+    VERSION: "asks whether a parameter was written to",
+}
+"""The questions whose answers change later, in words."""
+
 _ATTRIBUTES = [getattr(Tensor, name) for name in ASKED_OF_LEAVES]
-QUESTIONS = (IS_FROZEN, *(each if inspect.isroutine(each) else each.__get__ for each in _ATTRIBUTES))
+QUESTIONS = (*CHANGING, *(each if inspect.isroutine(each) else each.__get__ for each in _ATTRIBUTES))
 
 
 class Questions(TorchFunctionMode):

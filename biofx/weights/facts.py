@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from biofx.weights.axes import Axes
 
 NOT_A_SYNAPSE = "one value for each unit, not a synapse"
-HELD = "a module keeps it in a list or a plain attribute as well, where it stays as it is"
 NOT_RUN = "the model ran with none of the inputs that were tried; give example_inputs"
 
 

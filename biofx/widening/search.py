@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,8 @@ from torch import fx
 from biofx.analysis.understanding import Run, recorded
 from biofx.base.isolation import undisturbed
 from biofx.base.randomness import callers_defaults
+from biofx.model.chain import attribute
+from biofx.model.synapses import stored_parameters
 from biofx.weights.facts import Need
 from biofx.widening.execution import Execution
 from biofx.widening.propagation import Propagation
@@ -21,16 +23,17 @@ if TYPE_CHECKING:
 
 
 def find_widening(
-    bio: fx.GraphModule, sites: dict[str, WeightSite], editable: Collection[str], run: Run
+    bio: fx.GraphModule, sites: dict[str, WeightSite], excluded: dict[str, str], run: Run
 ) -> WideningPlan:
     """The plan that doubles the units of as many weights as possible, among those whose units a weight reads.
 
     Args:
         bio: a captured model, which is not changed.
         sites: all its weights.
-        editable: the names of those that may change.
+        excluded: the parameters that may not change, each with the reason.
         run: runs the model.
     """
+    editable = [name for name in sites if name not in excluded]
     opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
     with callers_defaults():
         execution = Execution(bio, recorded(bio, run))
@@ -43,13 +46,25 @@ def find_widening(
         with undisturbed(bio), torch.no_grad(), callers_defaults():
             bio.eval()
             propagation.run()
+        failures = [*propagation.failures, *_doubled_but(bio, excluded, propagation.plan)]
         # Units that no weight reads are left out last: a failure elsewhere may be why none does.
-        for weights, reason in propagation.failures or [(doubled - propagation.read, "no weight reads its units")]:
+        for weights, reason in failures or [(doubled - propagation.read, "no weight reads its units")]:
             reasons |= dict.fromkeys(weights - reasons.keys(), reason)
         if doubled.isdisjoint(reasons):
             propagation.plan.reasons = reasons
             return propagation.plan
         doubled -= reasons.keys()
+
+
+def _doubled_but(
+    bio: fx.GraphModule, excluded: dict[str, str], plan: WideningPlan
+) -> Iterator[tuple[frozenset[str], str]]:
+    """The weights whose units need other parameters to be doubled that may not change, with the reason."""
+    kept = {id(parameter): name for name, parameter in stored_parameters(bio) if name in excluded}
+    for tensor, weights in plan.reaching.items():
+        name = kept.get(id(attribute(bio, tensor)))
+        if name is not None:
+            yield weights, f"{name} would have to be doubled: {excluded[name]}"
 
 
 def _why_opaque(site: WeightSite) -> str | None:

@@ -106,6 +106,29 @@ def test_what_is_left_alone_has_a_reason_and_computes_the_same(case):
     torch.testing.assert_close(bio(x), expected)
 
 
+class Steps(nn.Module):
+    """Yields what each layer returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+            yield x
+
+
+def test_what_a_generator_uses_shows_when_something_iterates():
+    x, reason = torch.randn(3, 4), r"layers\.0\.weight: not used in forward: that of Steps is a generator function"
+    with pytest.raises(biofx.ArgumentError, match=reason):
+        biofx.transform(Steps(), DIVERSE, example_inputs=x)
+    model = Steps()
+    bio = biofx.transform(model, DIVERSE, example_inputs=lambda model: list(model(x)))
+    assert list(biofx.weight_sites(bio)) == ["layers.0.weight", "layers.1.weight"]
+    torch.testing.assert_close(list(bio(x)), list(model(x)))
+
+
 def test_axes_that_are_lost_leave_what_needs_no_axes():
     """One weight for all outputs of a unit: the axis of postsynaptic units is not that of a weight."""
     model = nn.Sequential(Layer((1, 4), lambda x, w: F.linear(x, w.expand(8, 4))), nn.ReLU(), nn.Linear(8, 2))

@@ -1,12 +1,40 @@
 """References: what a module reaches that is not its child."""
 
 import functools
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from biofx.base import contents, references
 from biofx.base.references import held_parameters
+
+
+class Average:
+    """What an object keeps in its dictionary."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+
+    def restore(self):
+        return self.parameters
+
+
+class Slotted:
+    __slots__ = ("kept", "unset")
+
+    def __init__(self, kept):
+        self.kept = kept
+
+
+class Labelled(list):
+    """What a container keeps besides its items."""
+
+    def __init__(self, items, label):
+        super().__init__(items)
+        self.label = label
 
 
 class Block(nn.Module):
@@ -16,7 +44,7 @@ class Block(nn.Module):
 
 
 def test_nothing_is_held():
-    assert held_parameters(Block()) == set()
+    assert held_parameters(Block()) == {}
 
 
 @pytest.mark.parametrize(
@@ -26,13 +54,25 @@ def test_nothing_is_held():
         lambda layer: {"a": (layer.weight,)},
         lambda layer: functools.partial(torch.add, layer.weight),
         lambda layer: closed(layer.weight),
+        lambda layer: deque([layer.weight]),
+        lambda layer: {layer.weight: 0.1},
+        lambda layer: Average([layer.weight]),
+        lambda layer: Slotted(Average([layer.weight])),
+        lambda layer: Labelled([1], layer.weight),
+        lambda layer: SimpleNamespace(a=[Average([layer.weight])]),
+        lambda layer: Average([layer.weight]).restore,
+        lambda layer: torch.optim.SGD([layer.weight]),
+        lambda layer: torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([layer.weight]), float),
     ],
-    ids=["list", "nested", "partial", "closure"],
+    ids=[
+        *("list", "nested", "partial", "closure", "deque", "key", "object", "slot", "subclass", "namespace", "method"),
+        *("optimizer", "scheduler"),
+    ],
 )
 def test_parameters_that_are_held(hold):
     block = Block()
     block.held = hold(block.layer)
-    assert held_parameters(block) == {id(block.layer.weight)}
+    assert held_parameters(block).keys() == {id(block.layer.weight)}
 
 
 def closed(weight):
@@ -43,8 +83,42 @@ def test_a_list_that_holds_itself():
     block = Block()
     block.held = [block.layer.weight]
     block.held.append(block.held)
-    assert held_parameters(block) == {id(block.layer.weight)}
+    assert held_parameters(block).keys() == {id(block.layer.weight)}
 
 
 def test_what_recurrent_layers_hold_is_looked_up_by_name():
-    assert held_parameters(nn.LSTM(2, 2)) == set()
+    assert held_parameters(nn.LSTM(2, 2)) == {}
+
+
+def test_a_long_chain_of_objects_is_followed_to_its_end():
+    block = Block()
+    chain = Slotted(block.layer.weight)
+    for _ in range(2000):
+        chain = Slotted(chain)
+    block.held = chain
+    assert held_parameters(block).keys() == {id(block.layer.weight)}
+
+
+def test_what_modules_share_is_searched_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(references, "is_of_user", lambda value: asked.append(value) or contents.is_of_user(value))
+    blocks, shared = nn.Sequential(*(Block() for _ in range(3))), Average([object()])
+    for block in blocks:
+        block.shared = shared
+    held_parameters(blocks)
+    assert asked.count(shared) == 1
+
+
+def test_modules_inside_of_an_object_are_not_searched():
+    block = Block()
+    block.teacher = Average([Block()])
+    assert held_parameters(block) == {}
+
+
+def test_it_is_said_whether_an_optimizer_holds_a_parameter():
+    block = nn.Sequential(Block(), Block())
+    block[0].learner = Average([torch.optim.SGD(block[0].parameters(), lr=0.1)])
+    block[1].average = Average(block[1].parameters())
+    held = held_parameters(block)
+    assert held[id(block[0].layer.weight)].startswith("the optimizer in the attribute 0.learner holds it")
+    assert held[id(block[1].layer.weight)].startswith("the attribute 1.average keeps it as well")

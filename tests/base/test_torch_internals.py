@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -127,6 +128,15 @@ def test_torchdispatchmode():
     with Noting():
         torch.zeros(1).neg()
     assert seen[-1] is torch.ops.aten.neg.default
+
+
+def test_is_fake():
+    fake = FakeTensorMode().from_tensor(torch.zeros(2))
+    seen = []
+    torch.func.grad(lambda x: seen.append(x) or x.sum())(fake)
+    assert internals.is_fake(fake)
+    assert internals.is_fake(seen[0])
+    assert not internals.is_fake(torch.zeros(2))
 
 
 def test_is_traceable_wrapper_subclass():
@@ -432,6 +442,13 @@ def test_asked_of_leaves():
     assert of_part.pop("_base") is leaf
     assert of_part.pop("grad_fn") is not None
     assert of_part == {"is_leaf": False}
+
+
+def test_version():
+    tensor = torch.ones(2)
+    before = internals.VERSION(tensor)
+    tensor.add_(1)
+    assert internals.VERSION(tensor) > before
 
 
 def test_memory_of():

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import biofx
+from biofx import passes
 from exported_models import assert_same_in_both_modes, export, x
 
 
@@ -92,6 +93,12 @@ class HooksItsTensor(nn.Linear):
         return y
 
 
+class Differentiates(nn.Linear):
+    def forward(self, value):
+        step = torch.func.grad(lambda weight: (value @ weight.T).tanh().square().sum())(self.weight)
+        return super().forward(value) - value @ step.T
+
+
 class Infers(nn.Linear):
     def forward(self, value):
         with torch.inference_mode():
@@ -108,7 +115,11 @@ class Checkpoints(nn.Sequential):
         return checkpoint(self[1], self[0](value).relu(), use_reentrant=self.use_reentrant)
 
 
-class AsksForFrozen(nn.Linear):
+def has_steep_gradient(layer):
+    return layer.weight.grad is not None and layer.weight.grad.norm() > 1
+
+
+class Asks(nn.Linear):
     def __init__(self, asks=lambda layer: layer.weight.requires_grad):
         super().__init__(4, 4)
         self.asks = asks
@@ -144,11 +155,17 @@ class AsksForFrozen(nn.Linear):
         (ReversesInTraining(4, 4), "computes something else in training mode: gradient of weight differs"),
         (HooksItsTensor(4, 4), "computes something else in evaluation mode: gradient of weight differs"),
         (Infers(4, 4), "its forward uses torch.inference_mode, which a graph cannot represent"),
-        (AsksForFrozen(), "its forward asks whether a parameter is frozen, which a graph cannot represent"),
         (
-            nn.Sequential(AsksForFrozen(lambda layer: any(p.requires_grad for p in layer.parameters()))),
+            Differentiates(4, 4),
+            "torch.export loses tensors that forward computes, as it does inside of torch.func.grad",
+        ),
+        (Asks(), "its forward asks whether a parameter is frozen, which a graph cannot represent"),
+        (
+            nn.Sequential(Asks(lambda layer: any(p.requires_grad for p in layer.parameters()))),
             "the forward of 0 asks whether a parameter is frozen",
         ),
+        (Asks(has_steep_gradient), "its forward reads the gradient of a parameter, which a graph cannot represent"),
+        (Asks(lambda layer: layer.weight._version > 9), "its forward asks whether a parameter was written to"),
         (Checkpoints(use_reentrant=True), "its forward calls checkpoint with use_reentrant=True, which a graph"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -161,8 +178,20 @@ def test_what_a_graph_does_not_do_is_refused_with_the_reason(model, message, cap
     assert not any(capsys.readouterr())
 
 
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_other_front_ends_read_the_gradient_that_is_there(frontend):
+    model, value = Asks(has_steep_gradient), x()
+    bio = biofx.transform(model, [passes.FuzzyLearningRates()], frontend=frontend, example_inputs=value)
+    biofx.attach(bio, torch.optim.SGD(bio.parameters()))
+    before = model(value)
+    for each in (model, bio):
+        torch.testing.assert_close(each(value), before)
+        (9 * each(value)).square().sum().backward()
+        torch.testing.assert_close(each(value), 2 * before)
+
+
 def test_what_is_never_frozen_may_be_asked():
-    model, value = AsksForFrozen(lambda layer: layer.weight.detach().requires_grad), x()
+    model, value = Asks(lambda layer: layer.weight.detach().requires_grad), x()
     for each in (model, bio := export(model, value)):
         each.weight.requires_grad_(False)
     assert_same_in_both_modes(bio, model, value)

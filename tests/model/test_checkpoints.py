@@ -141,6 +141,25 @@ def test_wrong_signs_are_refused_while_attached_too(constraint):
         biofx.attach(bio, torch.optim.SGD(bio.parameters(), 0.1))
 
 
+@pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates"])
+def test_a_plain_dictionary_loads_into_spectral_norm(pipeline):
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2))
+    bio, other = (biofx.transform(model, pipeline, seed=seed) for seed in (0, 1))
+    saved = {name: value.clone() for name, value in bio.state_dict().items()}
+    other.load_state_dict(saved)
+    assert_same_states(dict(other.state_dict()), saved)
+    x = torch.randn(3, 4)
+    bio.load_state_dict(dict(copy.deepcopy(model).state_dict()))
+    torch.testing.assert_close(bio.eval()(x), model.eval()(x))
+
+
+def test_a_dictionary_without_metadata_may_be_an_early_one():
+    bio = biofx.transform(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), "split-synapses")
+    saved = dict(bio.state_dict())
+    del saved["1.num_batches_tracked"]  # PyTorch had none
+    bio.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel, lambda bio: torch.compile(bio, backend="eager")])
 @pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "cortex"])
 def test_a_module_around_the_model_loads_plain_checkpoints(pipeline, wrap):

@@ -115,5 +115,41 @@ def test_a_parameter_that_is_kept_in_an_attribute_is_left_alone():
     model = nn.Sequential(Branch(), nn.Linear(4, 4))
     model[0].kept = [model[0].a.weight]
     bio = biofx.transform(model, SPLIT)
-    assert list(biofx.weight_sites(bio)) == ["0.b.weight", "1.weight"]
-    assert "0.a.weight: a module keeps it in a list or a plain attribute as well" in flat(biofx.summary(bio))
+    sites = biofx.weight_sites(bio)
+    assert {name: site.synapses for name, site in sites.items()} == {"0.a.weight": 1, "0.b.weight": 2, "1.weight": 2}
+    assert "the attribute 0.kept keeps it as well" in flat(biofx.summary(bio))
+    assert bio[0].kept[0] is bio[0].a.weight
+
+
+class Agent(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def learn(self, x):
+        self.optimizer.zero_grad()
+        loss(self(x)).backward()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_weights_that_an_optimizer_of_the_model_holds(inplace, frontend):
+    model = Agent()
+    with pytest.raises(biofx.ArgumentError, match=r"0\.weight: the optimizer in the attribute optimizer holds it"):
+        biofx.transform(model, SPLIT, frontend=frontend, inplace=inplace)
+    model.optimizer = None
+    bio, x = biofx.transform(model, SPLIT, frontend=frontend, inplace=inplace), torch.randn(5, 3)
+    bio.optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    before = [each.clone() for each in biofx.fold(bio).parameters()]
+    bio.learn(x)
+    assert not any(map(torch.equal, biofx.fold(bio).parameters(), before))
+
+
+def test_an_optimizer_of_a_part_holds_only_its_weights():
+    actor, critic = Agent(), nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    bio, x = biofx.transform(nn.Sequential(actor, critic), SPLIT), torch.randn(5, 3)
+    synapses = {name: site.synapses for name, site in biofx.weight_sites(bio).items()}
+    assert synapses == {"0.0.weight": 1, "0.2.weight": 1, "1.0.weight": 2, "1.2.weight": 2}
+    before = [each.clone() for each in bio[0].parameters()]
+    bio[0].learn(x)
+    assert not any(map(torch.equal, bio[0].parameters(), before))

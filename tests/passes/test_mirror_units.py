@@ -1,6 +1,7 @@
 """MirrorUnits: Dale's principle without a change of the function."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -362,6 +363,16 @@ def test_a_module_that_cannot_be_wider():
     assert "given by a function" not in flat(biofx.summary(bio))
     assert bio.hidden.weight.shape == (10, 4)
     assert bio.head.weight.shape == (2, 10)
+
+
+@pytest.mark.parametrize("kept", ["0.bias", "1.weight"])
+def test_units_of_a_parameter_that_may_not_change_stay(kept):
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    model.averaged = SimpleNamespace(parameters=[model.get_parameter(kept)])
+    bio = mirror(model, torch.randn(2, 3))
+    assert bio.averaged.parameters[0] is bio.get_parameter(kept)
+    assert [site.units for site in biofx.weight_sites(bio).values()] == [4, 10, 2]
+    assert f"{kept} would have to be doubled: the attribute averaged keeps it" in flat(biofx.summary(bio))
 
 
 def test_excluded_weights_stay_as_they_are():

@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from biofx.base.errors import CaptureError
 from biofx.base.generators import global_states
 from biofx.base.isolation import Snapshot, parameters_kept
-from biofx.base.torch_internals import CheckpointFunction, any_batch_size, fast_export, guards_of
+from biofx.base.torch_internals import CheckpointFunction, any_batch_size, fast_export, guards_of, is_fake
 from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, parsed, without_duplicates
 from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.monitoring import monitored
@@ -26,7 +26,7 @@ from biofx.capture.reparametrized import computed_names, pop_computing_hooks
 from biofx.capture.tracer import HelperModule, NotTraceable, Tracer
 from biofx.model.chain import attribute
 from biofx.model.control_flow import ControlFlow
-from biofx.recording.questions import IS_FROZEN, Questions
+from biofx.recording.questions import CHANGING, Questions
 
 MODEL = "model"  # the name of the model inside of the module that is exported
 
@@ -113,8 +113,8 @@ class _OnTensors(nn.Module):
         drawn = global_states()
 
         def note(name: str, question: Any) -> None:
-            if question == IS_FROZEN:  # the answer would be a constant, and may change later
-                monitor.note_side_effect(monitor.path, "asks whether a parameter is frozen")
+            if question in CHANGING:  # the answer would be a constant
+                monitor.note_side_effect(monitor.path, CHANGING[question])
 
         with Questions(self.model, note):
             monitor.outputs = describe(self.model(*args, **kwargs), results)
@@ -300,7 +300,7 @@ def read(model: nn.Module, export: Export) -> Program:
             targets[node] = first[id(tensor)]
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             targets[node] = _name(str(spec.target)).replace(".", "_")
-            constants[targets[node]] = program.constants[str(spec.target)].detach().clone()
+            constants[targets[node]] = _constant(program.constants[str(spec.target)])
         else:
             raise CaptureError(f"torch.export turns {spec.target} into an input, which is not supported; {INSTEAD}")
     blocks: dict[str, ContextBlock] = {}
@@ -312,6 +312,15 @@ def read(model: nn.Module, export: Export) -> Program:
         graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
     graph.output(tuple(results[:kept]))
     return Program(graph, monitor.outputs, constants, blocks, conditions_of(export), monitor.reads)
+
+
+def _constant(value: Tensor) -> Tensor:
+    if is_fake(value):
+        raise CaptureError(
+            "torch.export loses tensors that forward computes, as it does inside of torch.func.grad and others of "
+            f"torch.func: its graph has a constant without values in their place; {INSTEAD}"
+        )
+    return value.detach().clone()
 
 
 class _Reader:
