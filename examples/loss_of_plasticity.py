@@ -218,7 +218,7 @@ class Networks:
             ("2.weight", seed, w[None, :HIDDEN]) for seed, w in zip(self.seeds, self.outgoing[index], strict=True)
         ]
         values = [w for *_, w in first + second]
-        numbers = rule.numbers([*rule.statistics(values)], [w.numel() for w in values], options.dre)
+        numbers = rule.numbers([*rule.statistics.of_parts(values)], [w.numel() for w in values], options.dre)
         which, new = (
             [self._counter(seed, options.name, name, purpose) for name, seed, _ in first + second]
             for purpose in ("which", "new")
