@@ -156,8 +156,9 @@ class Asks(nn.Linear):
         (HooksItsTensor(4, 4), "computes something else in evaluation mode: gradient of weight differs"),
         (Infers(4, 4), "its forward uses torch.inference_mode, which a graph cannot represent"),
         (
-            Differentiates(4, 4),
-            "torch.export loses tensors that forward computes, as it does inside of torch.func.grad",
+            Differentiates(4, 4),  # PyTorch 2.9 fails by itself
+            "torch.export loses tensors that forward computes, as it does inside of torch.func.grad"
+            "|cannot be exported in training mode: AssertionError",
         ),
         (Asks(), "its forward asks whether a parameter is frozen, which a graph cannot represent"),
         (
