@@ -7,6 +7,7 @@ not, is marked as failing, with the reason. The backends here are cheap ones, as
 
 import copy
 import functools
+import sys
 
 import pytest
 import torch
@@ -120,8 +121,17 @@ class CompiledPart(nn.Module):
         return self.out(self.part(x).tanh())
 
 
+# The checks of a transform compile the part before `attach` lets its hooks sleep, which is such a change.
+NOTICES = pytest.mark.xfail(
+    sys.version_info[:3] == (3, 13, 0) and torch.__version__ < (2, 13),
+    reason="compiled for Python 3.13.0, no model notices attributes that change, not even `training`",
+)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+@pytest.mark.parametrize(
+    "frontend", [pytest.param("symbolic", marks=NOTICES), pytest.param("module", marks=NOTICES), "export"]
+)
 def test_a_part_may_be_compiled_before_the_transform(frontend, inplace):
     model, plain, x = CompiledPart(), CompiledPart(is_compiled=False), X[:3]
     plain.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()})
