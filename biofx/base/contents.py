@@ -66,7 +66,7 @@ class Slots:
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
-        self._names = [name for cls in type(owner).__mro__ for name in slots_of(cls)]
+        self._names = slots_of(type(owner))
 
     def __eq__(self, other: object) -> bool:
         return self.items() == other  # its copy is a list
@@ -86,9 +86,13 @@ class Slots:
 
 
 def slots_of(cls: type) -> tuple[str, ...]:
-    """The attributes that a class keeps without a dictionary."""
-    slots = vars(cls).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    """The attributes that objects of a class keep in slots, its bases' included, by the names that `getattr` takes."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            is_private = name.startswith("__") and not name.endswith("__")  # Python adds the class to such a name
+            names[f"_{base.__name__.lstrip('_')}{name}" if is_private else name] = None
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
@@ -188,7 +192,7 @@ def _holders_of(value: Any) -> tuple[Any, ...]:
     if not is_of_user(value):
         return own
     kept = (vars(value),) if hasattr(value, "__dict__") else ()
-    return (*own, *kept, Slots(value)) if any(map(slots_of, type(value).__mro__)) else (*own, *kept)
+    return (*own, *kept, Slots(value)) if slots_of(type(value)) else (*own, *kept)
 
 
 def is_of_user(value: Any) -> bool:

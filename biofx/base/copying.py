@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from biofx.base.contents import slots_of
 from biofx.base.references import repoint
 from biofx.base.torch_internals import HOOKS
 
@@ -49,11 +50,7 @@ def _converted(model: nn.Module, dtype: torch.dtype, but: Collection[int]) -> di
 def _slots(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield each attribute in `__slots__`: the path of its module, and its name."""
     for path, module in model.named_modules():
-        for cls in type(module).__mro__:
-            names = vars(cls).get("__slots__", ())
-            for name in (names,) if isinstance(names, str) else names:
-                if name not in ("__dict__", "__weakref__") and hasattr(module, name):
-                    yield path, name
+        yield from ((path, name) for name in slots_of(type(module)) if hasattr(module, name))
 
 
 def clones(model: nn.Module) -> dict[int, Tensor]:

@@ -56,7 +56,7 @@ def _parts(value: Any) -> tuple[Any, ...] | None:
     items = (
         dict(dict.items(value)) if isinstance(value, dict) else list(value) if isinstance(value, list | tuple) else None
     )
-    slots = {name for cls in type(value).__mro__ for name in slots_of(cls)}
+    slots = slots_of(type(value))
     attributes = {name: getattr(value, name) for name in sorted(slots) if hasattr(value, name)}
     attributes |= getattr(value, "__dict__", {})
     return None if items is None and not slots and not hasattr(value, "__dict__") else (items, attributes)

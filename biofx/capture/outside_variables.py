@@ -255,7 +255,7 @@ class OutsideVariables:
         yield _label(cls), cls
         if hasattr(value, "__dict__"):
             yield from self._look_up(label, vars(value), self._names & (vars(value).keys() | self._names_of_class(cls)))
-        for name in self._names & {slot for each in cls.__mro__ for slot in slots_of(each)}:
+        for name in self._names & {*slots_of(cls)}:
             yield from self._attribute_of(f"{label}.{name}", value, name)
 
     def _look_up(self, label: str, where: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:

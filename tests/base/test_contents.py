@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from biofx.base.contents import contents_key, copy_of, holders, is_array, is_holder, put_back
+from biofx.base.contents import contents_key, copy_of, holders, is_array, is_holder, put_back, slots_of
 
 
 class Settings:
@@ -108,3 +108,22 @@ def test_shared_contents_enter_a_key_once():
     for _ in range(16):
         value = [value, value]
     assert len(contents_key(value)) < 200
+
+
+class Hidden:
+    __slots__ = ("__own",)
+
+    def __init__(self):
+        self.__own = [1]
+
+
+class MoreHidden(Hidden):
+    __slots__ = ("__own", "other")
+
+
+def test_private_slots_are_searched_by_the_names_that_they_have():
+    value = MoreHidden()
+    assert slots_of(MoreHidden) == ("_MoreHidden__own", "other", "_Hidden__own")
+    before = contents_key(value)
+    value._Hidden__own.append(2)
+    assert contents_key(value) != before
