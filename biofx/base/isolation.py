@@ -87,8 +87,7 @@ def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> di
     Each gradient is sketched (see `sketch`) and freed before the next one is computed, to save memory.
     """
     ends = [output for output in outputs if output.requires_grad]
-    # Cosines instead of ones, because the sum of a softmax has no gradient.
-    starts = [torch.arange(x.numel(), device=x.device).reshape(x.shape).cos().to(x.dtype) for x in ends]
+    starts = seeds_of(ends)
     sketches: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[Tensor], Tensor | None]:
@@ -109,6 +108,11 @@ def gradients(outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> di
         for handle in handles:
             handle.remove()
     return {name: sketches[name] for name in learned if name in sketches}
+
+
+def seeds_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of outputs from which a backward pass may begin: cosines, because the sum of a softmax has none."""
+    return [torch.arange(x.numel(), device=x.device).reshape(x.shape).cos().to(x.dtype) for x in outputs]
 
 
 DEEP = 64  # numbers in each sum of a sketch

@@ -17,7 +17,7 @@ from torch.autograd.function import BackwardCFunction
 
 from biofx.base.comparison import difference
 from biofx.base.errors import CaptureError
-from biofx.base.isolation import parameters_kept, run_in_mode, tensors_in, undisturbed
+from biofx.base.isolation import parameters_kept, run_in_mode, seeds_of, tensors_in, undisturbed
 from biofx.base.precision import outputs_differ
 from biofx.capture.equivalence import replaced_forward
 from biofx.model import weight_cache
@@ -80,7 +80,7 @@ def refuse_other_islands(bio: fx.GraphModule, run: Run, *, training: bool) -> No
 
 
 def refuse_other_gradients(bio: fx.GraphModule, run: Run) -> None:
-    """Refuse islands in which a function with a backward of its own gives synapses other gradients than parameters.
+    """Refuse islands in which a function that defines its own backward gives synapses other gradients than parameters.
 
     Such a function may be given a weight, run its module again in the backward pass, and differentiate by the weight
     that it was given. The module reads another tensor then, so the gradient would be 0.
@@ -100,29 +100,34 @@ def refuse_other_gradients(bio: fx.GraphModule, run: Run) -> None:
         return
     if plain is None:
         return
-    actual = _gradients(bio, run, [child.stored for child in learned])
-    if actual is None:
+    try:
+        actual = _gradients(bio, run, [child.stored for child in learned])
+    except Exception as error:
+        raise CaptureError(
+            f"{type(bio).__name__} cannot be differentiated with weights that have synapses: {error}. It can with "
+            f"parameters; exclude the weights of its untraced modules ({', '.join(learned.values())})"
+        ) from error
+    if actual is None:  # it took another way, which other checks see
         return
     for (child, name), given, expected in zip(learned.items(), actual, plain, strict=True):
         differs = difference([_of_stored(child, expected)], [given])
         if differs is not None:
             raise CaptureError(
                 f"{name} gets another gradient than a parameter would: {differs.removeprefix('output 0 ')}. A function "
-                "with a backward of its own was given the weight and differentiates by it; give it module.parameters() "
-                f"instead, which are what is stored, or exclude the weight (exclude=[{name!r}])"
+                "that defines its own backward was given the weight and differentiates by it; give it "
+                f"module.parameters() instead, which are what is stored, or exclude the weight (exclude=[{name!r}])"
             )
 
 
 def _gradients(bio: fx.GraphModule, run: Run, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """The gradients of a scalar that depends on all outputs; None if no function has a backward of its own."""
+    """The gradients of a scalar that depends on all outputs; None if no function defines its own backward."""
     with parameters_kept(bio), undisturbed(bio), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bio.train()
         ends = [output for output in tensors_in(run(bio)) if output.requires_grad]
         if not _has_own_backward(ends):
             return None
-        starts = [torch.arange(x.numel(), device=x.device).reshape(x.shape).cos().to(x.dtype) for x in ends]
-        found = torch.autograd.grad(ends, tensors, starts, allow_unused=True)
+        found = torch.autograd.grad(ends, tensors, seeds_of(ends), allow_unused=True)
     return [torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(tensors, found, strict=True)]
 
 

@@ -14,8 +14,8 @@ class Recomputed(torch.autograd.Function):
     """Runs a layer again in the backward pass, as reversible networks and equilibrium models do."""
 
     @staticmethod
-    def forward(ctx, layer, x, *weights):
-        ctx.layer = layer
+    def forward(ctx, layer, allow_unused, x, *weights):
+        ctx.layer, ctx.allow_unused = layer, allow_unused
         ctx.save_for_backward(x, *weights)
         with torch.no_grad():
             return torch.tanh(layer(x))
@@ -26,19 +26,19 @@ class Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             y = torch.tanh(ctx.layer(x))
-        return None, *torch.autograd.grad(y, [x, *weights], gradient, allow_unused=True)
+        return None, None, *torch.autograd.grad(y, [x, *weights], gradient, allow_unused=ctx.allow_unused)
 
 
 class Network(nn.Module):
     """A recomputed layer and a head."""
 
-    def __init__(self, given):
+    def __init__(self, given, allow_unused=True):
         super().__init__()
         self.layer, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
-        self.given = given
+        self.given, self.allow_unused = given, allow_unused
 
     def forward(self, x):
-        return self.head(Recomputed.apply(self.layer, x, *self.given(self.layer)))
+        return self.head(Recomputed.apply(self.layer, self.allow_unused, x, *self.given(self.layer)))
 
 
 def attributes(layer):
@@ -54,6 +54,12 @@ def parameters(layer):
 def test_a_weight_that_a_backward_differentiates_by_is_refused(frontend, pipeline):
     with pytest.raises(biofx.CaptureError, match=r"layer.weight gets another gradient.*give it module.parameters\(\)"):
         biofx.transform(Network(attributes), pipeline, example_inputs=X, frontend=frontend)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_so_is_one_for_which_the_backward_fails(frontend):
+    with pytest.raises(biofx.CaptureError, match=r"cannot be differentiated .* exclude the weights .*layer.weight"):
+        biofx.transform(Network(attributes, allow_unused=False), "split-synapses", example_inputs=X, frontend=frontend)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
