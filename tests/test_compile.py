@@ -7,7 +7,6 @@ not, is marked as failing, with the reason. The backends here are cheap ones, as
 
 import copy
 import functools
-import sys
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import biofx
 from biofx.rewrite import registry
-from conftest import since
+from conftest import UNNOTICED, since
 from models.islands import ISLANDS, Around
 from models.small import mlp
 
@@ -121,16 +120,10 @@ class CompiledPart(nn.Module):
         return self.out(self.part(x).tanh())
 
 
-# The checks of a transform compile the part before `attach` lets its hooks sleep, which is such a change.
-NOTICES = pytest.mark.xfail(
-    sys.version_info[:3] == (3, 13, 0) and torch.__version__ < (2, 13),
-    reason="compiled for Python 3.13.0, no model notices attributes that change, not even `training`",
-)
-
-
+# The checks of a transform compile the part. `attach`, which puts its hooks to sleep, changes attributes afterwards.
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
-    "frontend", [pytest.param("symbolic", marks=NOTICES), pytest.param("module", marks=NOTICES), "export"]
+    "frontend", [pytest.param("symbolic", marks=UNNOTICED), pytest.param("module", marks=UNNOTICED), "export"]
 )
 def test_a_part_may_be_compiled_before_the_transform(frontend, inplace):
     model, plain, x = CompiledPart(), CompiledPart(is_compiled=False), X[:3]

@@ -121,4 +121,4 @@ def test_it_is_said_whether_an_optimizer_holds_a_parameter():
     block[1].average = Average(block[1].parameters())
     held = held_parameters(block)
     assert held[id(block[0].layer.weight)].startswith("the optimizer in the attribute 0.learner holds it")
-    assert held[id(block[1].layer.weight)].startswith("the attribute 1.average keeps it as well")
+    assert held[id(block[1].layer.weight)].startswith("the attribute 1.average holds it as well")

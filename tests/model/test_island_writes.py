@@ -117,7 +117,7 @@ def test_a_parameter_that_is_kept_in_an_attribute_is_left_alone():
     bio = biofx.transform(model, SPLIT)
     sites = biofx.weight_sites(bio)
     assert {name: site.synapses for name, site in sites.items()} == {"0.a.weight": 1, "0.b.weight": 2, "1.weight": 2}
-    assert "the attribute 0.kept keeps it as well" in flat(biofx.summary(bio))
+    assert "the attribute 0.kept holds it as well" in flat(biofx.summary(bio))
     assert bio[0].kept[0] is bio[0].a.weight
 
 

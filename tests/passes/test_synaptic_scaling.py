@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 import biofx
 from biofx import passes
 from biofx.passes.synaptic_scaling import gradient_factor, weight_factor
-from conftest import gradients
+from conftest import UNNOTICED, gradients
 from models.small import CONVOLUTIONS, GROUPS, layer_and_input
 
 KINDS = [("linear", "dense"), *((kind, grouping) for kind in CONVOLUTIONS for grouping in GROUPS)]
@@ -157,10 +156,7 @@ def test_observers_of_other_rules_look_on():
     assert (bio.weight_synapses.active.sum(0)[1] == 32).all()
 
 
-@pytest.mark.xfail(
-    sys.version_info[:3] == (3, 13, 0) and torch.__version__ < (2, 13),
-    reason="compiled for Python 3.13.0, no model notices attributes that change, not even `training`",
-)
+@UNNOTICED
 def test_a_compiled_model_has_two_graphs_after_any_steps():
     torch._dynamo.reset()
     bio, optimizer = attached(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), memory=0.0, every=3)
