@@ -50,7 +50,9 @@ class MirrorUnits(Pass):
     graph is run to find out what has to be doubled as well; sizes in the model's forward are adapted. Inputs and
     outputs of the model keep their shape. What cannot be doubled is left alone, with free weights, and `summary` says
     why: units that are added to an input or to the output of an embedding, or queries and keys, whose products would be
-    twice as large. Dropout draws for each twin by itself.
+    twice as large; and units that reach an untraced submodule, whose Python may depend on their number in other runs.
+    After the transform, a changed attribute or arguments of another structure are an error for the same reason. Dropout
+    draws for each twin by itself.
 
     *What can turn a sign over.* A parameter that multiplies twins on their way, such as γ of a batch norm, is kept from
     being negative. Where γ is negative behind a weight, the weight's rows change their sign instead; elsewhere it stays

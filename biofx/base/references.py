@@ -44,7 +44,7 @@ def _described(path: str, value: Any) -> str:
             f"the optimizer in the attribute {path} holds it as well, and would go on with the old tensor; set the "
             "attribute to None before the transform, and make the optimizer after it"
         )
-    return f"the attribute {path} keeps it as well, where it stays as it is; let that keep the module instead"
+    return f"the attribute {path} holds it as well, and would keep the old tensor; store the module there instead"
 
 
 def enclosed(model: nn.Module) -> tuple[str, str] | None:

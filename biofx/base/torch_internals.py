@@ -154,7 +154,7 @@ ASKED_OF_LEAVES = ("is_leaf", "grad_fn", "_base", "_is_view")
 """Attributes that distinguish a parameter from a computed tensor. Two are private, and users' code reads them."""
 
 VERSION: Any = Tensor._version.__get__  # type: ignore[attr-defined]
-"""By which Python tells whether a tensor was written to; public is `version` of saved tensors only."""
+"""The getter of a tensor's version, which shows whether it was written to; only saved tensors have a public one."""
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -132,8 +132,8 @@ def _bind(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
         return signature.bind(*args, **kwargs)
     except TypeError as error:  # but the model runs on them, so a decorator or a hook passes others
         raise CaptureError(
-            f"{type(model).__name__} cannot be exported: example_inputs do not fit its forward{signature}, which does "
-            f"not get them as they are ({error}); {INSTEAD}"
+            f"{type(model).__name__} cannot be exported: a decorator or a hook calls forward{signature} with "
+            f"arguments other than example_inputs ({error}); {INSTEAD}"
         ) from error
 
 
