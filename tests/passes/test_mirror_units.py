@@ -372,7 +372,7 @@ def test_units_of_a_parameter_that_may_not_change_stay(kept):
     bio = mirror(model, torch.randn(2, 3))
     assert bio.averaged.parameters[0] is bio.get_parameter(kept)
     assert [site.units for site in biofx.weight_sites(bio).values()] == [4, 10, 2]
-    assert f"{kept} would have to be doubled: the attribute averaged keeps it" in flat(biofx.summary(bio))
+    assert f"{kept} would have to be doubled: the attribute averaged holds it" in flat(biofx.summary(bio))
 
 
 def test_excluded_weights_stay_as_they_are():
