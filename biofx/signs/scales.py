@@ -47,10 +47,10 @@ def project_scales(bio: fx.GraphModule, held: Collection[int] | None = None) -> 
         bio: the transformed model.
         held: ids of the parameters that may change; None for all.
     """
-    for name in record_of(bio).nonnegative:
-        parameter = stored(bio, name)
-        if held is None or id(parameter) in held:
-            parameter.clamp_(min=0)
+    scales = [stored(bio, name) for name in record_of(bio).nonnegative]
+    changed = [scale for scale in scales if held is None or id(scale) in held]
+    if changed:
+        torch._foreach_clamp_min_(changed, 0)
 
 
 def _move_sign_into_weight(model: ModelEditor, scale: str) -> None:

@@ -24,10 +24,11 @@ from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.provenance import record_of, unwrapped
 from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment
+from biofx.signs.constraints import rectify_
 from biofx.training.acting import Acting, acting_with
 from biofx.training.compiling import check_compiler
 from biofx.training.finite import Finite
-from biofx.training.lifecycle import Lifecycle, feasible
+from biofx.training.lifecycle import Lifecycle, unprojected
 from biofx.training.parallelism import refuse_whole
 from biofx.training.ranks import data_parallel_groups, note_wrapper, stop_broadcasts, wrapper_of
 from biofx.training.sharding import check_shards, cut_state
@@ -178,9 +179,10 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
         undo.callback(attachment.give_up, own)
         cut_state(sites.values(), undo)
         attachment.take(sites, learning)
-        for raw, signed in feasible(sites.values()):
-            undo.callback(raw.copy_, raw.clone())
-            raw.copy_(signed)
+        stored_values, signs = unprojected(sites.values())
+        for values in stored_values:
+            undo.callback(values.copy_, values.clone())
+        rectify_(stored_values, signs)
         undo.pop_all()
     if wrapper is not None:
         stop_broadcasts(wrapper)

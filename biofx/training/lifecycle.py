@@ -19,7 +19,7 @@ from biofx.model.changes import INSTEAD, moved_synapses
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, is_parameter, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
-from biofx.signs.constraints import CONSTRAINTS, constraint_of
+from biofx.signs.constraints import CONSTRAINTS, constraint_of, rectify_
 from biofx.signs.scales import project_scales
 from biofx.training.acting import Acting
 from biofx.training.counting import Counters, is_captured
@@ -121,8 +121,7 @@ class Lifecycle:
     @torch.no_grad()
     def _project(self, sites: Iterable[WeightSite]) -> None:
         """Give weights the signs of their units, where no rule does."""
-        for raw, signed in feasible(sites):
-            raw.copy_(signed)
+        rectify_(*unprojected(sites))
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Before a step: act on gradients, which may come from the closure, whose arguments are returned then."""
@@ -417,10 +416,11 @@ def _gradient_scale(optimizer: Optimizer) -> Tensor | None:
     return getattr(optimizer, "grad_scale", None)
 
 
-def feasible(sites: Iterable[WeightSite]) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is stored, and the same with the signs of units, where the projection in forward sleeps."""
+def unprojected(sites: Iterable[WeightSite]) -> tuple[list[Tensor], list[Tensor]]:
+    """What is stored, and the signs of units behind it, where the projection in forward sleeps."""
+    stored_values, signs = list[Tensor](), list[Tensor]()
     for site in sites:
-        constraint, sign = constraint_of(site), site.sign
-        if constraint is CONSTRAINTS["project"] and sign is not None:
-            raw = local(site.raw).detach()
-            yield raw, constraint.store(raw, shard_of(site.name, site.raw).part(sign))
+        if constraint_of(site) is CONSTRAINTS["project"] and site.sign is not None:
+            stored_values.append(local(site.raw).detach())
+            signs.append(shard_of(site.name, site.raw).part(site.sign))
+    return stored_values, signs

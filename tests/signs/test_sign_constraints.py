@@ -6,7 +6,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
-from biofx.signs.constraints import CONSTRAINTS, rectify
+from biofx.signs.constraints import CONSTRAINTS, rectify, rectify_
 
 WEIGHT = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 2.0]], dtype=torch.float64)
 SIGNS = torch.tensor([[1.0, -1.0, 1.0, -1.0, 0.0]], dtype=torch.float64)
@@ -79,6 +79,18 @@ def test_the_dtype_stays(name):
 def test_rectify_is_the_formula():
     weight, sign = torch.randn(5, 7), torch.randn(1, 7).sign()
     torch.testing.assert_close(rectify(weight, sign), torch.relu(weight * sign) * sign)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_many_weights_are_rectified_in_place_as_one(dtype):
+    weights = [torch.randn(shape).to(dtype) for shape in ((5, 7), (2, 4, 3), (6, 7, 3, 3), (0, 4))]
+    signs = [torch.randint(-1, 2, shape).to(dtype) for shape in ((1, 7), (1, 1, 3), (1, 7, 1, 1), (1, 4))]
+    weights[0][0, 0] = torch.nan
+    expected = [rectify(weight, sign) for weight, sign in zip(weights, signs, strict=True)]
+    rectify_(weights, signs)
+    for weight, other in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight, other, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(weight.signbit(), other.signbit())  # no zero is negative
 
 
 class Shared(nn.Module):

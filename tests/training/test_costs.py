@@ -37,7 +37,7 @@ COSTS = {  # what a step adds at most: operators, operators for each weight, wai
     "fuzzy-learning-rates{distribution=temporal,every=1}": (30, 2, 0),
     "fuzzy-learning-rates{distribution=weight_adaptive,every=1}": (50, 3, 0),
     "synaptic-scaling": (40, 5, 0),
-    "dales-principle{balance=False}": (10, 11, 0),
+    "dales-principle{balance=False}": (15, 1, 0),
 }
 
 
