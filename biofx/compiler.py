@@ -34,7 +34,7 @@ from biofx.model.owners import obstacle_to_synapses, restore_class
 from biofx.model.provenance import Request, is_transformed, record_of
 from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.rewrite import pipeline
-from biofx.rewrite.python_checks import refuse_other_gradients, refuse_other_islands, refuse_other_python
+from biofx.rewrite.python_checks import refuse_other
 from biofx.rewrite.registry import Pass, as_passes
 from biofx.training.sleeping import use_hooks
 from biofx.weights.declared import declared
@@ -146,13 +146,7 @@ def build(
         values_follow: whether the caller replaces all values, so that passes may skip the computation of values.
     """
     again = is_transformed(model)
-    if again:
-        refuse_sharded(transformed(model))
-    else:
-        check_model(model)
-    if again and inplace and record_of(model).attached:
-        raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
-    _refuse_transformed_children(model)
+    _check(model, inplace=inplace)
     outside = OutsideVariables(dict(model.named_modules()))
     with torch.inference_mode(False), ExitStack() as after, _restored_on_error(model) if inplace else nullcontext():
         after.callback(outside.restore_generators)
@@ -171,8 +165,9 @@ def build(
         record_of(bio).notes += filter(None, [outside.note])
         if not record_of(bio).by_hand:
             use_hooks(bio)  # a copy of an attached model has no optimizer
+        checked = None
         if expected is not None and bio is not source and repeats:
-            _check_outputs(bio, example_inputs, expected)
+            checked = _checked_outputs(bio, example_inputs, expected)
         excluded = _excluded(bio, request.exclude)
         _check_weights(bio, excluded)
         outputs = pipeline.run(
@@ -182,6 +177,7 @@ def build(
             request.seed,
             understood,
             None if inplace else model,
+            outputs=checked,
             check=verify,
             repeats=repeats,
             print_between=printer,
@@ -189,17 +185,12 @@ def build(
         )
         record_of(bio).requests.append(request)
         _note_questions(bio, understood)
-        run = understood.run if understood is not None and repeats else None
-        if run is not None:
-            if outputs is None:
-                outputs = pipeline.repeated_outputs(bio, run)
-                refuse_other_islands(bio, run, training=False)
-            refuse_other_islands(bio, run, training=True)
-            refuse_other_gradients(bio, run)
+        guard = None
         if not is_one_island(bio):
             guard = Guard(bio, _checked(request.frontend, understood) if old is None else old.structures)
-            if run is not None and outputs is not None and not guard.needs_graph:
-                refuse_other_python(bio, run, outputs)
+        if understood is not None and repeats:
+            refuse_other(bio, understood.run, outputs, replaces_graph=guard is not None and not guard.needs_graph)
+        if guard is not None:
             vars(bio)[GUARD] = guard
     return bio
 
@@ -241,7 +232,14 @@ def _printer(print_between: Any) -> pipeline.Printer | None:
     return print_between  # type: ignore[no-any-return]
 
 
-def _refuse_transformed_children(model: nn.Module) -> None:
+def _check(model: nn.Module, *, inplace: bool) -> None:
+    """Refuse what cannot be transformed, whatever the inputs."""
+    if is_transformed(model):
+        refuse_sharded(transformed(model))
+        if inplace and record_of(model).attached:
+            raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
+    else:
+        check_model(model)
     for name, module in model.named_modules():
         if module is not model and is_transformed(module):
             raise ArgumentError(
@@ -328,10 +326,12 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
         raise ArgumentError(f"{why}: {error}") from error
 
 
-def _check_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> None:
-    found = outputs_differ(bio, example_inputs, expected, run_in_mode(bio, example_inputs))
+def _checked_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The outputs of a captured model, which are those of the model."""
+    outputs = run_in_mode(bio, example_inputs)
+    found = outputs_differ(bio, example_inputs, expected, outputs)
     if found is None:
-        return
+        return outputs
     why = (
         "Its forward asks for the class of the model, which is a subclass; use isinstance"
         if is_one_island(bio)

@@ -41,6 +41,7 @@ def run(
     understood: Understanding | None,
     original: nn.Module | None,
     *,
+    outputs: list[Tensor] | None,
     check: bool,
     repeats: bool = True,
     print_between: Printer | None = None,
@@ -59,6 +60,7 @@ def run(
         understood: the analysis of a recorded run; None if the model could not be run. Passes that preserve the
             function are checked on the same run.
         original: the model of which `bio` is a copy; None if it shares its tensors.
+        outputs: what the model returns on the inputs of that run, if two runs have agreed on it.
         check: verify the model after each pass.
         repeats: whether two runs of the model return the same, as far as is known.
         print_between: called with the graph's text after each pass.
@@ -71,8 +73,9 @@ def run(
         PipelineError: two passes exclude each other.
         VerificationError: a pass broke an invariant.
     """
-    outputs = None
-    if check and repeats and understood is not None and any(p.preserves_function for p in passes):
+    if not check or understood is None or not any(p.preserves_function for p in passes):
+        outputs = None
+    elif outputs is None and repeats:
         outputs = repeated_outputs(bio, understood.run)
     repeats = outputs is not None
     ordered = sorted(passes, key=lambda p: (not p.changes_units, -p.slot, p.name))

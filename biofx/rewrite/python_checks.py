@@ -25,9 +25,28 @@ from biofx.model.islands import is_one_island
 from biofx.model.owners import without_synapses
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, synapses_in
+from biofx.rewrite.pipeline import repeated_outputs
 
 if TYPE_CHECKING:
     from biofx.analysis.understanding import Run
+
+
+def refuse_other(bio: fx.GraphModule, run: Run, outputs: list[Tensor] | None, *, replaces_graph: bool) -> None:
+    """Refuse a model whose Python computes something else now that its weights have synapses.
+
+    Args:
+        bio: the model.
+        run: runs it.
+        outputs: the outputs of its graph, if they are those of its Python with parameters.
+        replaces_graph: whether all of its Python runs in place of the graph after a change.
+    """
+    if outputs is None:
+        outputs = repeated_outputs(bio, run)
+        _refuse_other_islands(bio, run, training=False)
+    _refuse_other_islands(bio, run, training=True)
+    _refuse_other_gradients(bio, run)
+    if replaces_graph and outputs is not None:
+        _refuse_other_python(bio, run, outputs)
 
 
 def _alone(bio: fx.GraphModule) -> list[str]:
@@ -47,7 +66,7 @@ def _with_parameters(bio: fx.GraphModule, paths: Sequence[str]) -> Iterator[None
         yield
 
 
-def refuse_other_islands(bio: fx.GraphModule, run: Run, *, training: bool) -> None:
+def _refuse_other_islands(bio: fx.GraphModule, run: Run, *, training: bool) -> None:
     """Refuse islands that compute something else than with plain parameters that have the values of their weights.
 
     Args:
@@ -79,7 +98,7 @@ def refuse_other_islands(bio: fx.GraphModule, run: Run, *, training: bool) -> No
         )
 
 
-def refuse_other_gradients(bio: fx.GraphModule, run: Run) -> None:
+def _refuse_other_gradients(bio: fx.GraphModule, run: Run) -> None:
     """Refuse islands in which a function that defines its own backward gives synapses other gradients than parameters.
 
     Such a function may be given a weight, run its module again in the backward pass, and differentiate by the weight
@@ -155,7 +174,7 @@ def _of_stored(child: Synapses, gradient: Tensor) -> Tensor:
     return result
 
 
-def refuse_other_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor]) -> None:
+def _refuse_other_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor]) -> None:
     """Refuse a model whose Python has other outputs than its graph now that its weights have synapses.
 
     Args:

@@ -8,7 +8,7 @@ unit is kept with the weights that read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ def rectify(weight: Tensor, sign: Tensor) -> Tensor:
     return torch.clamp(weight, low, high)
 
 
-def rectify_(weights: Sequence[Tensor], signs: Sequence[Tensor]) -> None:
+def rectify_(weights: list[Tensor], signs: list[Tensor]) -> None:
     """The same for many weights, in place, with one operator for each.
 
     Args:

@@ -47,8 +47,8 @@ def project_scales(bio: fx.GraphModule, held: Collection[int] | None = None) -> 
         bio: the transformed model.
         held: ids of the parameters that may change; None for all.
     """
-    scales = [stored(bio, name) for name in record_of(bio).nonnegative]
-    changed = [scale for scale in scales if held is None or id(scale) in held]
+    scales = (stored(bio, name) for name in record_of(bio).nonnegative)
+    changed: list[torch.Tensor] = [scale for scale in scales if held is None or id(scale) in held]
     if changed:
         torch._foreach_clamp_min_(changed, 0)
 
