@@ -200,38 +200,13 @@ class Recorder(TorchDispatchMode):
         if calls_functions:
             args, kwargs = pytree.tree_map_only(Callable, self._recorded, (args, kwargs))  # type: ignore[call-overload]
         result = self.execute(func, args, kwargs, recorded[0])
-        operands = tuple(leaves(Value, recorded))
-        returned = list(leaves(Tensor, result))
-        name = name_of(func)
-        if (
-            name == "lift_fresh"
-            and operands[0].kind == "unknown"
-            # A single number was noted as a decision; an array may have been computed from activity.
-            and not (self.handed_out and operands[0].is_activity and operands[0].shape.numel() > 1)
-        ):  # `torch.tensor` of numbers of Python
-            operands[0].kind, operands[0].depends = "constant", Depends.NOTHING
-        depends = max(map(depends_of, operands), default=Depends.NOTHING)
-        if name in MAKES_CONSTANTS:
-            depends = Depends.NOTHING
-        operation = Operation(
-            operator=func,
-            name=name,
-            kind=kind_of(func),
-            args=recorded[0],
-            kwargs=recorded[1],
-            outputs=(),
-            called=self.called[-1] if self.called else name,
-            path=self._running[-1] if self._running else "",
-            place=_place_in_source(),
-            node=self.node,
-            operands=operands,
-            written=tuple(_written(func, *recorded)),
-            depends=depends,
-        )
+        operation = self._operation(func, *recorded)
         if self._listed:
             self._note_listed(leaves(Tensor, (args, kwargs)), operation)
-        if (name == "_local_scalar_dense" or name in _CHOOSES) and depends is Depends.INPUTS:
+        depends = operation.depends
+        if (operation.name == "_local_scalar_dense" or operation.name in _CHOOSES) and depends is Depends.INPUTS:
             self.recording.decisions.append(operation)
+        returned = list(leaves(Tensor, result))
         if calls_functions and all(self._known(tensor) for tensor in returned):  # by operators in these functions
             return result
         operation.outputs = tuple(self._returned(tensor, operation, depends) for tensor in returned)
@@ -241,6 +216,40 @@ class Recorder(TorchDispatchMode):
         if self.node is not None:
             self.recording.operations_of.setdefault(self.node, []).append(operation)
         return result
+
+    def _operation(self, func: Any, args: Any, kwargs: Any) -> Operation:
+        """The call of an operator, before it is known what it returns.
+
+        Args:
+            func: the operator.
+            args: its positional arguments, with values in the place of tensors.
+            kwargs: its other arguments, in the same way.
+        """
+        operands = tuple(leaves(Value, (args, kwargs)))
+        name = name_of(func)
+        if (
+            name == "lift_fresh"
+            and operands[0].kind == "unknown"
+            # A single number was noted as a decision; an array may have been computed from activity.
+            and not (self.handed_out and operands[0].is_activity and operands[0].shape.numel() > 1)
+        ):  # `torch.tensor` of numbers of Python
+            operands[0].kind, operands[0].depends = "constant", Depends.NOTHING
+        depends = max(map(depends_of, operands), default=Depends.NOTHING)
+        return Operation(
+            operator=func,
+            name=name,
+            kind=kind_of(func),
+            args=args,
+            kwargs=kwargs,
+            outputs=(),
+            called=self.called[-1] if self.called else name,
+            path=self._running[-1] if self._running else "",
+            place=_place_in_source(),
+            node=self.node,
+            operands=operands,
+            written=tuple(_written(func, args, kwargs)),
+            depends=Depends.NOTHING if name in MAKES_CONSTANTS else depends,
+        )
 
     def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that an operator calls, such as a branch of `cond`, with what it does recorded."""

@@ -129,28 +129,8 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     if isinstance(bio, Optimizer):
         raise ArgumentError("attach: the arguments are swapped; write attach(bio, optimizer)")
     model, bio = bio, transformed(bio)
-    record = record_of(bio)
-    optimizer = innermost(optimizer)
-    if not isinstance(optimizer, Optimizer):
-        what = f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        raise ArgumentError(f"attach: {what}{_attach_each_inside(bio, optimizer)}")
-    if isinstance(optimizer, LBFGS | SparseAdam):
-        why = "evaluates the loss several times in a step" if isinstance(optimizer, LBFGS) else "needs sparse gradients"
-        raise LifecycleError(
-            f"attach: {type(optimizer).__name__} {why}, so there is no one update for rules to act on; use another "
-            "optimizer for weights that a pass changed. One that holds none of them needs no attach"
-        )
-    if record.by_hand:
-        raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
-    own = held(optimizer)
-    sites = {name: site for name, site in find_weights(bio).sites.items() if id(site.raw) in own and site.passes}
-    if not sites and not any(id(stored(bio, name)) in own for name in record.nonnegative):
-        if not any(run.weights for run in record.passes):
-            raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
-        raise ArgumentError(
-            f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
-            "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
-        )
+    optimizer = _followed(bio, optimizer)
+    sites, own = _sites_of(bio, optimizer), held(optimizer)
     refuse_whole(optimizer)
     check_shards(bio, sites)
     _check_runs_hooks(bio, optimizer)
@@ -173,7 +153,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             f"does to the update of {undone[0]}; use an optimizer that keeps no copy"
         )
     with ExitStack() as undo:
-        for other in [*record.attachments]:
+        for other in [*record_of(bio).attachments]:
             undo.callback(other.take, *other.holding)
             other.give_up(own)
         undo.callback(attachment.give_up, own)
@@ -187,6 +167,37 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     if wrapper is not None:
         stop_broadcasts(wrapper)
     return attachment
+
+
+def _followed(bio: fx.GraphModule, given: Any) -> Optimizer:
+    """The optimizer whose steps the rules of a model follow."""
+    optimizer = innermost(given)
+    if not isinstance(optimizer, Optimizer):
+        what = f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        raise ArgumentError(f"attach: {what}{_attach_each_inside(bio, optimizer)}")
+    if isinstance(optimizer, LBFGS | SparseAdam):
+        why = "evaluates the loss several times in a step" if isinstance(optimizer, LBFGS) else "needs sparse gradients"
+        raise LifecycleError(
+            f"attach: {type(optimizer).__name__} {why}, so there is no one update for rules to act on; use another "
+            "optimizer for weights that a pass changed. One that holds none of them needs no attach"
+        )
+    if record_of(bio).by_hand:
+        raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
+    return optimizer
+
+
+def _sites_of(bio: fx.GraphModule, optimizer: Optimizer) -> dict[str, WeightSite]:
+    """The weights on which rules act that an optimizer holds."""
+    own, record = held(optimizer), record_of(bio)
+    sites = {name: site for name, site in find_weights(bio).sites.items() if id(site.raw) in own and site.passes}
+    if not sites and not any(id(stored(bio, name)) in own for name in record.nonnegative):
+        if not any(run.weights for run in record.passes):
+            raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
+        raise ArgumentError(
+            f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
+            "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
+        )
+    return sites
 
 
 def detach(bio: nn.Module) -> None:
