@@ -135,9 +135,10 @@ def test_the_hook_of_the_guide_follows_its_formula(guide):
     assert torch.equal(w.grad, torch.tensor([0.75, 0.0]))
 
 
-def test_options_are_checked_when_the_rule_is_made(guide):
-    with pytest.raises(biofx.ArgumentError, match=r"HebbianTrace: memory must be in \[0, 1\), got 1.5"):
-        biofx.transform(nn.Linear(2, 1), "hebbian-trace{memory=1.5}")
+@pytest.mark.parametrize("value", ["1.5", "lots"])
+def test_options_are_checked_when_the_rule_is_made(guide, value):
+    with pytest.raises(biofx.ArgumentError, match=f"HebbianTrace: memory must be a number ≥ 0 and < 1, got '?{value}"):
+        biofx.transform(nn.Linear(2, 1), f"hebbian-trace{{memory={value}}}")
 
 
 def test_two_rules_may_observe_a_weight_of_several_synapses(guide):
