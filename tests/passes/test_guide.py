@@ -76,8 +76,8 @@ def test_the_trace_is_that_of_input_and_output(guide, network):
     for name, (first, second) in {name: (seen[0][name], seen[1][name]) for name in seen[0]}.items():
         old, new = (product(sites[name], *each, sites[name].groups) for each in (first, second))
         trace = 0.25 * old + 0.5 * new
-        torch.testing.assert_close(sites[name].state("trace"), trace)
-        torch.testing.assert_close(sites[name].state("hebbian"), torch.exp(0.7 * trace.tanh()))
+        torch.testing.assert_close(sites[name].state("hebbian_trace"), trace)
+        torch.testing.assert_close(sites[name].state("hebbian_gain"), torch.exp(0.7 * trace.tanh()))
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
@@ -92,8 +92,8 @@ def test_a_synapse_moves_by_its_gain(guide, network, kind):
         train(each, optimizer, batches[:1])
     for name, site in biofx.weight_sites(bio).items():
         plain = dict(model.named_parameters())[name] - before[name]
-        assert (site.state("hebbian") != 1).any()
-        torch.testing.assert_close(site.raw - before[name], site.state("hebbian") * plain)
+        assert (site.state("hebbian_gain") != 1).any()
+        torch.testing.assert_close(site.raw - before[name], site.state("hebbian_gain") * plain)
 
 
 def test_a_run_resumes_from_a_checkpoint_to_the_bit(guide, network):
@@ -124,7 +124,7 @@ def test_what_has_no_units_on_its_input_is_left_alone(guide):
 
 def test_verify_asks_the_rule(guide):
     bio = biofx.transform(nn.Linear(2, 2), "hebbian-trace")
-    biofx.weight_sites(bio)["weight"].state("hebbian").zero_()
+    biofx.weight_sites(bio)["weight"].state("hebbian_gain").zero_()
     with pytest.raises(biofx.VerificationError, match="its Hebbian gain is not positive"):
         biofx.verify(bio)
 
@@ -157,4 +157,4 @@ def test_a_refused_step_does_not_poison_the_trace(guide):
     train(bio, optimizer, torch.randn(3, 4, 3))
     biofx.verify(bio)
     assert bio.weight.isfinite().all()
-    assert bio.weight_synapses.trace.isfinite().all()
+    assert bio.weight_synapses.hebbian_trace.isfinite().all()
