@@ -158,3 +158,32 @@ def test_a_refused_step_does_not_poison_the_trace(guide):
     biofx.verify(bio)
     assert bio.weight.isfinite().all()
     assert bio.weight_synapses.hebbian_trace.isfinite().all()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.of_input, self.of_state = nn.Linear(3, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 5)
+        for t in range(x.shape[1]):
+            state = (self.of_input(x[:, t]) + self.of_state(state)).tanh()
+        return state
+
+
+@pytest.mark.parametrize(
+    ("build", "width", "frontend", "reaches"),
+    [
+        (Recurrent, 3, "symbolic", False),
+        (Recurrent, 3, "export", True),
+        (lambda: nn.GRU(3, 5, batch_first=True), 3, "symbolic", False),
+        (lambda: nn.GRU(3, 5, batch_first=True), 3, "export", False),
+        (lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), 8, "symbolic", False),
+        (lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), 8, "export", True),
+    ],
+    ids=["loop of one's own", "exported loop", "GRU", "exported GRU", "Transformer", "exported Transformer"],
+)
+def test_observers_reach_the_layers_that_the_guide_names(guide, build, width, frontend, reaches):
+    bio = biofx.transform(build(), "hebbian-trace", example_inputs=torch.randn(2, 4, width), frontend=frontend)
+    assert {site.state("hebbian_trace") is not None for site in biofx.weight_sites(bio).values()} == {reaches}
