@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 import biofx
+from biofx import passes
 from conftest import flat
 from test_documentation import readme_blocks
 
@@ -187,3 +189,29 @@ class Recurrent(nn.Module):
 def test_observers_reach_the_layers_that_the_guide_names(guide, build, width, frontend, reaches):
     bio = biofx.transform(build(), "hebbian-trace", example_inputs=torch.randn(2, 4, width), frontend=frontend)
     assert {site.state("hebbian_trace") is not None for site in biofx.weight_sites(bio).values()} == {reaches}
+
+
+@dataclass(frozen=True)
+class EverySecond(passes.Pass):
+    name = "every-second"
+    slot = passes.Slot.HOOK
+    preserves_function = True
+    moment = passes.Moment.GAIN
+    every: int = 2
+
+    def rewrite(self, site, edit):
+        edit.observe_input(torch.ops.biofx.sum_activity, site, "second_seen")
+        edit.keep("second_mean", torch.zeros(site.presynaptic_units))
+
+    def at_step(self, weights):
+        for weight in weights:
+            if weight.step % self.every == 0:
+                weight.state("second_mean").copy_(weight.observed("second_seen"))
+
+
+def test_a_rule_for_every_second_step_sees_both():
+    bio = biofx.transform(nn.Linear(3, 2), [EverySecond()])
+    biofx.attach(bio, optimizer := torch.optim.SGD(bio.parameters(), lr=0.1))
+    batches = torch.randn(4, 5, 3)
+    train(bio, optimizer, batches)
+    torch.testing.assert_close(bio.weight_synapses.second_mean, batches[2:].abs().mean((0, 1)))
