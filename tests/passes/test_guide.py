@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 import biofx
+from biofx import passes
 from conftest import flat
 from test_documentation import readme_blocks
 
@@ -76,8 +78,8 @@ def test_the_trace_is_that_of_input_and_output(guide, network):
     for name, (first, second) in {name: (seen[0][name], seen[1][name]) for name in seen[0]}.items():
         old, new = (product(sites[name], *each, sites[name].groups) for each in (first, second))
         trace = 0.25 * old + 0.5 * new
-        torch.testing.assert_close(sites[name].state("trace"), trace)
-        torch.testing.assert_close(sites[name].state("hebbian"), torch.exp(0.7 * trace.tanh()))
+        torch.testing.assert_close(sites[name].state("hebbian_trace"), trace)
+        torch.testing.assert_close(sites[name].state("hebbian_gain"), torch.exp(0.7 * trace.tanh()))
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
@@ -92,8 +94,8 @@ def test_a_synapse_moves_by_its_gain(guide, network, kind):
         train(each, optimizer, batches[:1])
     for name, site in biofx.weight_sites(bio).items():
         plain = dict(model.named_parameters())[name] - before[name]
-        assert (site.state("hebbian") != 1).any()
-        torch.testing.assert_close(site.raw - before[name], site.state("hebbian") * plain)
+        assert (site.state("hebbian_gain") != 1).any()
+        torch.testing.assert_close(site.raw - before[name], site.state("hebbian_gain") * plain)
 
 
 def test_a_run_resumes_from_a_checkpoint_to_the_bit(guide, network):
@@ -124,7 +126,7 @@ def test_what_has_no_units_on_its_input_is_left_alone(guide):
 
 def test_verify_asks_the_rule(guide):
     bio = biofx.transform(nn.Linear(2, 2), "hebbian-trace")
-    biofx.weight_sites(bio)["weight"].state("hebbian").zero_()
+    biofx.weight_sites(bio)["weight"].state("hebbian_gain").zero_()
     with pytest.raises(biofx.VerificationError, match="its Hebbian gain is not positive"):
         biofx.verify(bio)
 
@@ -135,9 +137,10 @@ def test_the_hook_of_the_guide_follows_its_formula(guide):
     assert torch.equal(w.grad, torch.tensor([0.75, 0.0]))
 
 
-def test_options_are_checked_when_the_rule_is_made(guide):
-    with pytest.raises(biofx.ArgumentError, match=r"HebbianTrace: memory must be in \[0, 1\), got 1.5"):
-        biofx.transform(nn.Linear(2, 1), "hebbian-trace{memory=1.5}")
+@pytest.mark.parametrize("value", ["1.5", "lots"])
+def test_options_are_checked_when_the_rule_is_made(guide, value):
+    with pytest.raises(biofx.ArgumentError, match=f"HebbianTrace: memory must be a number ≥ 0 and < 1, got '?{value}"):
+        biofx.transform(nn.Linear(2, 1), f"hebbian-trace{{memory={value}}}")
 
 
 def test_two_rules_may_observe_a_weight_of_several_synapses(guide):
@@ -156,4 +159,59 @@ def test_a_refused_step_does_not_poison_the_trace(guide):
     train(bio, optimizer, torch.randn(3, 4, 3))
     biofx.verify(bio)
     assert bio.weight.isfinite().all()
-    assert bio.weight_synapses.trace.isfinite().all()
+    assert bio.weight_synapses.hebbian_trace.isfinite().all()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.of_input, self.of_state = nn.Linear(3, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 5)
+        for t in range(x.shape[1]):
+            state = (self.of_input(x[:, t]) + self.of_state(state)).tanh()
+        return state
+
+
+@pytest.mark.parametrize(
+    ("build", "width", "frontend", "reaches"),
+    [
+        (Recurrent, 3, "symbolic", False),
+        (Recurrent, 3, "export", True),
+        (lambda: nn.GRU(3, 5, batch_first=True), 3, "symbolic", False),
+        (lambda: nn.GRU(3, 5, batch_first=True), 3, "export", False),
+        (lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), 8, "symbolic", False),
+        (lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), 8, "export", True),
+    ],
+    ids=["loop of one's own", "exported loop", "GRU", "exported GRU", "Transformer", "exported Transformer"],
+)
+def test_observers_reach_the_layers_that_the_guide_names(guide, build, width, frontend, reaches):
+    bio = biofx.transform(build(), "hebbian-trace", example_inputs=torch.randn(2, 4, width), frontend=frontend)
+    assert {site.state("hebbian_trace") is not None for site in biofx.weight_sites(bio).values()} == {reaches}
+
+
+@dataclass(frozen=True)
+class EverySecond(passes.Pass):
+    name = "every-second"
+    slot = passes.Slot.HOOK
+    preserves_function = True
+    moment = passes.Moment.GAIN
+    every: int = 2
+
+    def rewrite(self, site, edit):
+        edit.observe_input(torch.ops.biofx.sum_activity, site, "second_seen")
+        edit.keep("second_mean", torch.zeros(site.presynaptic_units))
+
+    def at_step(self, weights):
+        for weight in weights:
+            if weight.step % self.every == 0:
+                weight.state("second_mean").copy_(weight.observed("second_seen"))
+
+
+def test_a_rule_for_every_second_step_sees_both():
+    bio = biofx.transform(nn.Linear(3, 2), [EverySecond()])
+    biofx.attach(bio, optimizer := torch.optim.SGD(bio.parameters(), lr=0.1))
+    batches = torch.randn(4, 5, 3)
+    train(bio, optimizer, batches)
+    torch.testing.assert_close(bio.weight_synapses.second_mean, batches[2:].abs().mean((0, 1)))
