@@ -124,7 +124,11 @@ class SynapticScaling(Pass):
         by_unit = torch.where(activity == UNSEEN, 1.0, factor(activity, target, strength)).split(sizes)
         factors = [weight.site.spread(own) for weight, own in zip(weights, by_unit, strict=True)]
         if self.on == "gradient":
-            torch._foreach_copy_([weight.state("homeostasis") for weight in weights], factors)
+            states = [weight.state("homeostasis") for weight in weights]
+            # Those of a weight with one input for each unit are cut with it, as a gain for every synapse would be.
+            rows = zip(weights, states, factors, strict=True)
+            parts = (own if own.shape == state.shape else weight.part(own) for weight, state, own in rows)
+            torch._foreach_copy_(states, list(parts))
             return
         for weight, own in zip(weights, factors, strict=True):
             weight.assign(weight.value * weight.part(own))

@@ -309,7 +309,7 @@ def check_a_failed_attach(ranks: int) -> None:
     """Gains that were cut are whole again, and a second attempt cuts them."""
     bio, optimizer = start_sharded("failed attach", ranks)
     gain = bio.get_buffer("0.weight_synapses.gain")
-    with mock.patch.object(attachment, "feasible", side_effect=RuntimeError("late")):
+    with mock.patch.object(attachment, "rectify_", side_effect=RuntimeError("late")):
         assert error_of(lambda: biofx.attach(bio, optimizer)) == "RuntimeError: late"
     assert bio.get_buffer("0.weight_synapses.gain") is gain
     biofx.attach(bio, optimizer)

@@ -42,6 +42,11 @@ class Moment(enum.IntEnum):
         """Whether the rule acts before the optimizer changes the weights."""
         return self in (Moment.GRADIENT, Moment.GAIN)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the rule changes weights by itself, not the update of the optimizer."""
+        return self in (Moment.TURNOVER, Moment.SCALING, Moment.PROJECTION)
+
 
 @dataclass(frozen=True)
 class Pass:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from biofx.base.errors import LifecycleError
 from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import Link, State, Synapses
+from biofx.training.copies import Copies
 from biofx.training.update import Update
 from biofx.training.wrappers import inside
 
@@ -51,15 +52,13 @@ def acting_with(optimizer: Optimizer) -> Acting | None:
         return Acting.UPDATE
     slopes = {}
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plain = _displacement(optimizer, None)
-            if not plain.any():
-                return None
-            for acting in Acting:
-                slopes[acting] = _slope(_displacement(optimizer, acting), plain)
-                if abs(slopes[acting] - 1) < TOLERANCE:
-                    return acting
+        plain, _ = _trial(optimizer, None)
+        if not plain.any():
+            return None
+        for acting in Acting:
+            slopes[acting] = _slope(_trial(optimizer, acting)[0], plain)
+            if abs(slopes[acting] - 1) < TOLERANCE:
+                return acting
     except Exception:  # noqa: BLE001 - the class is anybody's code
         return None
     raise LifecycleError(
@@ -70,9 +69,33 @@ def acting_with(optimizer: Optimizer) -> Acting | None:
     )
 
 
-def _displacement(optimizer: Optimizer, acting: Acting | None) -> Tensor:
-    """How far a small weight moves with random gradients that are the same at every call; None: without gains."""
-    torch.manual_seed(0)  # some optimizers draw numbers
+def keys_of_copies(optimizer: Optimizer) -> frozenset[str]:
+    """The keys in the state of an optimizer under which a trial found copies of the weight."""
+    return _trial(next(inside(optimizer), optimizer), None)[1]
+
+
+def undoes_writes(optimizer: Optimizer, acting: Acting) -> bool:
+    """Whether an optimizer undoes what a rule does to a weight after a step, although its copies follow."""
+    optimizer = next(inside(optimizer), optimizer)
+    (written, _), (plain, _) = (_trial(optimizer, acting, write) for write in (1.0, 0.0))
+    return not 0.5 < float((written - plain).mean()) < 1.5
+
+
+def _trial(optimizer: Optimizer, acting: Acting | None, write: float = 0.0) -> tuple[Tensor, frozenset[str]]:
+    """How far a small weight moves with random gradients that are the same at every call, and the keys of its copies.
+
+    Args:
+        optimizer: an optimizer of the class.
+        acting: on what gains act; None: without gains.
+        write: what is added to the weight after half of the steps.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)  # some optimizers draw numbers
+        return _trained(optimizer, acting, write)
+
+
+def _trained(optimizer: Optimizer, acting: Acting | None, write: float) -> tuple[Tensor, frozenset[str]]:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(16, 16, generator=generator, dtype=torch.float64)  # some hardly move at first
     synapses = Synapses("weight", nn.Parameter(start.clone()))
@@ -83,22 +106,26 @@ def _displacement(optimizer: Optimizer, acting: Acting | None) -> Tensor:
     one = type(optimizer)([weight], **_options(optimizer))
     if callable(train := getattr(one, "train", None)):
         train()  # schedule-free optimizers refuse to step before
-    update = Update([synapses], one, with_copies=acting is Acting.COPIES)
-    for _ in range(STEPS):
+    copies = Copies({weight: 1}, one)
+    update = Update([synapses], copies=copies if acting is Acting.COPIES else None)
+    for step in range(STEPS):
         weight.grad = 1 + 0.1 * torch.randn(16, 16, generator=generator, dtype=torch.float64)
         if acting is Acting.GRADIENT:
             weight.grad *= gain
         update.begin()
         one.step()
         update.end([acting in (Acting.UPDATE, Acting.COPIES)])
-    return weight.detach() - start
+        with torch.no_grad(), copies.following():
+            weight.add_(write if step == STEPS // 2 else 0)
+    return weight.detach() - start, copies.keys
 
 
 def _options(optimizer: Optimizer) -> dict[str, Any]:
     """The defaults of an optimizer that its constructor takes; some keep more in them."""
     parameters = inspect.signature(type(optimizer)).parameters
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    return copy.deepcopy({k: v for k, v in optimizer.defaults.items() if takes_all or k in parameters})
+    options = copy.deepcopy({k: v for k, v in optimizer.defaults.items() if takes_all or k in parameters})
+    return options | ({"lr": 0.01} if options.get("lr") == 0 else {})  # a warm-up begins at 0
 
 
 def _gain() -> Tensor:

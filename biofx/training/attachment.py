@@ -25,7 +25,7 @@ from biofx.model.provenance import record_of, unwrapped
 from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment
 from biofx.signs.constraints import rectify_
-from biofx.training.acting import Acting, acting_with
+from biofx.training.acting import Acting, acting_with, undoes_writes
 from biofx.training.compiling import check_compiler
 from biofx.training.finite import Finite
 from biofx.training.lifecycle import Lifecycle, unprojected
@@ -63,7 +63,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
 
     *Optimizers that keep a copy of the weights* (a slow one, an average, one of higher precision) would undo gains. One
     of the same class is tried on a small weight: gains act on the copy as well, or on the gradient, or the optimizer is
-    refused.
+    refused. What rules do to weights by themselves is done to the copies as well.
 
     *The loop does not change.* `.grad` is what the backward pass computed, and `clip_grad_norm_` sees the norm that
     the plain model would have. Of Γ synapses (`SplitSynapses`), each gets 1/√Γ of the gradient of their connection; in
@@ -146,12 +146,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     followed = {name: s for name, s in synapses_in(bio).items() if name in hooked or name in changed}
     learning = {name: synapses for name, synapses in followed.items() if id(synapses.stored) in own}
     _check_alone(bio, {name: site.known_synapses for name, site in sites.items() if site.learning} | learning)
-    undone = [name for name in learning if name in changed and acting not in (None, Acting.UPDATE)]
-    if undone:
-        raise LifecycleError(
-            f"attach: {type(optimizer).__name__} keeps copies of the weights, which undo what {changed[undone[0]]} "
-            f"does to the update of {undone[0]}; use an optimizer that keeps no copy"
-        )
+    _refuse_undone(attachment, sites.keys() | learning.keys())
     with ExitStack() as undo:
         for other in [*record_of(bio).attachments]:
             undo.callback(other.take, *other.holding)
@@ -184,6 +179,21 @@ def _followed(bio: fx.GraphModule, given: Any) -> Optimizer:
     if record_of(bio).by_hand:
         raise ArgumentError("attach: BioConverter made this model, whose rules are called by hand; use biofx.transform")
     return optimizer
+
+
+def _refuse_undone(attachment: Attachment, names: Collection[str]) -> None:
+    """Refuse rules whose changes of weights would be undone by an optimizer that keeps copies of them."""
+    optimizer, acting = attachment.optimizer, attachment.acting
+    if acting in (None, Acting.UPDATE):
+        return
+    undone, writing = attachment.acted_on(Moment.UPDATE), [attachment.acted_on(m) for m in Moment if m.writes]
+    if any(writing) and undoes_writes(optimizer, acting):
+        undone = {name: rule for each in (*writing, undone) for name, rule in each.items()}
+    for name in sorted(names & undone.keys()):
+        raise LifecycleError(
+            f"attach: {type(optimizer).__name__} keeps copies of the weights, which undo what {undone[name]} does to "
+            f"{name}; use an optimizer that keeps no copy"
+        )
 
 
 def _sites_of(bio: fx.GraphModule, optimizer: Optimizer) -> dict[str, WeightSite]:
@@ -292,7 +302,7 @@ class Attachment(Lifecycle):
         return {name: vars(self)[name] for name in ("bio", "optimizer", "acting", "_compiled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, held=set(), finite=Finite(), wrapper=None)  # the model may still be incomplete
+        vars(self).update(state, held=set(), finite=Finite(), wrapper=None, _rules=[], _keys_of_copies=None)
         self.hold({}, {})
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:

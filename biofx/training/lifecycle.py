@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from biofx.model.synapses import Synapses, is_parameter, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of, rectify_
 from biofx.signs.scales import project_scales
-from biofx.training.acting import Acting
+from biofx.training.acting import Acting, keys_of_copies
+from biofx.training.copies import Copies
 from biofx.training.counting import Counters, is_captured
 from biofx.training.factors import factors
 from biofx.training.finite import Finite, taken_back
@@ -79,6 +81,7 @@ class Lifecycle:
         self.acting = acting
         self.wrapper = wrapper
         self._compiled = compiled
+        self._keys_of_copies = None if acting in (None, Acting.UPDATE) else keys_of_copies(optimizer)
         self._observed = {
             (id(synapses), key) for path, key in observers_in(bio.graph) for synapses in [bio.get_submodule(path)]
         }
@@ -87,9 +90,9 @@ class Lifecycle:
         self._nested = 0  # steps of a base class in a step
         self._is_observing = False  # whether it is known that observers see something
         self._counters = Counters()
-        self.hold({}, {})
         runs = [(run.pass_, run.weights) for run in record_of(bio).passes]
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
+        self.hold({}, {})
 
     def hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
         """Act on these weights from now on, with gains on these synapses."""
@@ -98,14 +101,26 @@ class Lifecycle:
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
         self._owned = {name for name, site in sites.items() if site.learning is not None}
         self._meshes = {name: p.device_mesh for name, p in self._parameters() if is_sharded(p)}  # type: ignore[attr-defined]
-        self._update = Update(
-            learning.values(), self.optimizer, with_copies=self.acting is Acting.COPIES, compiled=self._compiled
-        )
+        self._copies = Copies(dict(self._changed()), self.optimizer, self._keys_of_copies)
+        copies = self._copies if self.acting is Acting.COPIES else None
+        self._update = Update(learning.values(), copies=copies, compiled=self._compiled)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The stored parameters on which rules or gains act, by name."""
         yield from ((name, site.raw) for name, site in self.sites.items())
         yield from ((name, synapses.stored) for name, synapses in self.learning.items())
+
+    def _changed(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """The parameters that gains or rules change after a step, with the number of synapses of their connections."""
+        if not self.held:  # a detached copy, of a model that may still be incomplete
+            return
+        scales = (stored(self.bio, name) for name in record_of(self.bio).nonnegative)
+        yield from ((scale, 1) for scale in scales if id(scale) in self.held)
+        written = {name for moment in Moment if moment.writes for name in self.acted_on(moment)}
+        for name, site in self.sites.items():
+            if name in written or constraint_of(site) is CONSTRAINTS["project"]:
+                yield site.raw, 1
+        yield from ((synapses.stored, synapses.shares) for synapses in self.learning.values())
 
     def acted_on(self, moment: Moment) -> dict[str, str]:
         """The rule that acts last at a moment, by the name of the weight."""
@@ -276,27 +291,33 @@ class Lifecycle:
             return
         on_update = self.acting is not Acting.GRADIENT
         self._update.end([on_update and s.stored.grad is not None for s in self.learning.values()], step.finite)
-        if self.acting is None and (key := self._update.copied()) is not None:
-            raise LifecycleError(
-                f"{type(optimizer).__name__} keeps a copy of the weights ({key!r} in its state), which undoes gains; "
-                "no other optimizer of its class could be made from its defaults to try where gains have to act; use "
-                "another optimizer, or let its constructor take what is in `defaults`"
-            )
+        if self.acting is None:
+            self._refuse_copies()
         counters = {w.name: steps for w in step.weights if (steps := w.site.state("steps")) is not None}
         projected = self.acted_on(Moment.PROJECTION)
         others = [weight for weight in step.weights if weight.name not in projected]
         try:
-            try:
-                self._act(step.weights, step.finite, before_step=False)
-            except BaseException:  # such as Ctrl-C
-                self._project(weight.site for weight in step.weights)
-                raise
-            with taken_back(step.finite, (weight.raw for weight in others)):
-                self._project(weight.site for weight in others)
-            with taken_back(step.finite, (local(stored(self.bio, n)) for n in record_of(self.bio).nonnegative)):
-                project_scales(self.bio, self.held)
+            with nullcontext() if self.acting is Acting.UPDATE else self._copies.following():
+                try:
+                    self._act(step.weights, step.finite, before_step=False)
+                except BaseException:  # such as Ctrl-C
+                    self._project(weight.site for weight in step.weights)
+                    raise
+                with taken_back(step.finite, (weight.raw for weight in others)):
+                    self._project(weight.site for weight in others)
+                with taken_back(step.finite, (local(stored(self.bio, n)) for n in record_of(self.bio).nonnegative)):
+                    project_scales(self.bio, self.held)
         finally:
             self._counters.add(counters)
+
+    def _refuse_copies(self) -> None:
+        """Refuse an optimizer that could not be tried if it keeps copies of the weights."""
+        for _, key, _ in self._copies.found():
+            raise LifecycleError(
+                f"{type(self.optimizer).__name__} keeps a copy of the weights ({key!r} in its state), which undoes "
+                "gains and rules; no other optimizer of its class could be made from its defaults to try where they "
+                "have to act; use another optimizer, or let its constructor take what is in `defaults`"
+            )
 
     def _act(self, weights: Sequence[PlasticWeight], finite: dict[torch.device, Tensor], *, before_step: bool) -> None:
         for pass_, names in self._rules:

@@ -230,7 +230,8 @@ class PlasticWeight:
         Args:
             mask: bool, of the shape of `raw`.
         """
-        forget(self.optimizer, self.site.raw, mask if self.finite is None else mask & self.finite)
+        own = mask if self.finite is None else mask & self.finite
+        forget(self.optimizer, self.site.raw, own, shares=self.synapses.shares)
 
     def check_can_forget(self) -> None:
         """Refuse optimizer state whose neutral value is not known, such as codes.
@@ -252,13 +253,14 @@ class PlasticWeight:
         return _memories(self.optimizer, self.site.raw)
 
 
-def forget(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, mask: Tensor) -> None:
+def forget(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, mask: Tensor, *, shares: int = 1) -> None:
     """Reset what an optimizer remembers of some entries of a parameter, as if they were new.
 
     Args:
         optimizer: the optimizer.
         parameter: the parameter, with the new values.
         mask: bool, of the shape of the parameter, or of this process's part of it.
+        shares: Γ, by which the optimizer sees the parameter multiplied.
     """
     group = _group(optimizer, parameter)
     # What is not listed starts from 0: momentum and moments.
@@ -269,12 +271,12 @@ def forget(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, mas
     raw = local(parameter).detach()
     for key, memory in _memories(optimizer, parameter).items():
         if key == "ax":  # ASGD: average of the weight
-            memory.copy_(torch.where(mask, raw, memory))
+            memory.copy_(torch.where(mask, raw * shares, memory))
         elif type(optimizer).__module__.startswith("torch.optim") or memory.dtype is torch.bool:
             memory.masked_fill_(mask, initial.get(key, 0.0))
         else:
             value = memory if type(memory).dequantize is Tensor.dequantize else memory.dequantize()
-            memory.copy_(torch.where(mask, _like_new(raw, value, mask, initial.get(key, 0.0)), value))
+            memory.copy_(torch.where(mask, _like_new(raw * shares, value, mask, initial.get(key, 0.0)), value))
 
 
 def _like_new(raw: Tensor, memory: Tensor, replaced: Tensor, initial: float) -> Tensor:

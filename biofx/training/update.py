@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from biofx.base.shards import local, shard_of
 from biofx.training import blocks, compiling
 from biofx.training.factors import Hook, Learning, combined, draw, factors, learning_of
 from biofx.training.finite import taken_back
-from biofx.training.wrappers import CLOSE, memory_of
 
 if TYPE_CHECKING:
     from biofx.model.synapses import Synapses
+    from biofx.training.copies import Copies
 
 
 class Update:
@@ -31,22 +30,17 @@ class Update:
 
     Args:
         synapses: the synapses with gains.
-        optimizer: the optimizer that holds them.
-        with_copies: whether gains act as well on what the optimizer keeps of the weights themselves.
+        copies: the optimizer's copies of the weights, if gains act on them as well.
         compiled: whether to compile what gains do.
     """
 
-    def __init__(
-        self, synapses: Iterable[Synapses], optimizer: Optimizer, *, with_copies: bool = False, compiled: bool = False
-    ) -> None:
+    def __init__(self, synapses: Iterable[Synapses], *, copies: Copies | None = None, compiled: bool = False) -> None:
         self._synapses = list(synapses)
         self._shards = [shard_of(each.stored_name, each.stored) for each in self._synapses]
-        self._optimizer = optimizer
-        self._with_copies = with_copies
+        self._copies = copies
         self._compiled = compiled
         self._old: list[Tensor] = []
-        self._copies: dict[tuple[int, str], Tensor] = {}  # by the place of the weight and the key in the state: before
-        self._looked_at: set[tuple[int, str]] = set()
+        self._copied: dict[tuple[nn.Parameter, str], Tensor] = {}  # the copies before, with their keys in the state
         self._is_open = False
 
     @property
@@ -62,8 +56,8 @@ class Update:
         if weights:
             torch._foreach_copy_(self._old, weights)
         self._scale_split(up=True)
-        if self._with_copies:
-            self._copies = {place: memory.clone() for place, memory in self._found()}
+        if self._copies is not None:
+            self._copied = {(weight, key): copy.clone() for weight, key, copy in self._copies.found(in_step=True)}
         self._is_open = True
 
     @property
@@ -103,8 +97,8 @@ class Update:
             finite: for each device that is not waited for, whether all is finite there, so that gains may act.
         """
         self._is_open = False
-        if self._with_copies:
-            self._move_copies(taking_part)
+        if self._copies is not None:
+            self._move_copies(self._copies, taking_part)
         alike: dict[tuple[tuple[Hook, ...], int, torch.device], list[tuple[Tensor, Tensor, Learning]]] = {}
         for synapses, shard, old, takes_part in zip(self._synapses, self._shards, self._old, taking_part, strict=True):
             own = learning_of(synapses, shard) if takes_part else Learning((), (), ())
@@ -137,33 +131,15 @@ class Update:
             with taken_back(finite, block.parts[0]):
                 compiling.change(moved, move_, *entries, compiled=self._compiled, hooks=hooks, shares=shares)
 
-    def copied(self) -> str | None:
-        """The key in the optimizer's state under which it keeps a copy of a weight, or None."""
-        return next((key for (_, key), _ in self._found()), None)
-
-    def _found(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
-        """What the optimizer keeps of the weights themselves."""
-        for index, synapses in enumerate(self._synapses):
-            state: dict[str, Any] = memory_of(self._optimizer, synapses.stored)
-            weight = local(synapses.stored)
-            for key, memory in ((key, local(value)) for key, value in state.items()):
-                is_alike = isinstance(memory, Tensor) and memory.shape == weight.shape
-                if not is_alike or not memory.is_floating_point():
-                    continue
-                place = index, key
-                if place not in self._copies and place not in self._looked_at and _is_close(memory, weight):
-                    self._copies[place] = self._old[index] * synapses.shares
-                self._looked_at.add(place)
-                if place in self._copies:
-                    yield place, memory
-
-    def _move_copies(self, taking_part: Sequence[bool]) -> None:
+    def _move_copies(self, copies: Copies, taking_part: Sequence[bool]) -> None:
         gains = factors(self._synapses, self._shards, self._old)
-        for (index, key), memory in [*self._found()]:
-            gain = gains[index]
-            if gain is not None and taking_part[index]:
-                before = self._copies[index, key].to(memory)
-                memory.copy_(before + gain.to(memory) * (memory - before))
+        places = {synapses.stored: index for index, synapses in enumerate(self._synapses)}
+        for weight, key, copy in copies.found(in_step=True):
+            index = places.get(weight)
+            gain = None if index is None or not taking_part[index] else gains[index]
+            if index is not None and gain is not None:
+                before = self._copied.get((weight, key), self._old[index] * self._synapses[index].shares).to(copy)
+                copy.copy_(before + gain.to(copy) * (copy - before))
 
 
 def moved(weight: Tensor, old: Tensor, *others: Tensor, hooks: tuple[Hook, ...], shares: int) -> Tensor:
@@ -197,8 +173,3 @@ def move_(
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
-
-
-def _is_close(memory: Tensor, weight: Tensor) -> bool:
-    size = torch.linalg.vector_norm(weight.detach().float())
-    return bool(torch.linalg.vector_norm(memory.float() - weight.detach().float()) < CLOSE * size)

@@ -252,7 +252,7 @@ def test_a_checkpoint_keeps_the_scale():
 def test_an_optimizer_that_would_undo_it_is_refused():
     bio = biofx.transform(network(), [PAPER])
     with pytest.raises(
-        biofx.LifecycleError, match=r"Master keeps copies .* undo what exponentiated-gradient does .* of 0\.weight"
+        biofx.LifecycleError, match=r"Master keeps copies .* undo what exponentiated-gradient does to 0\.weight"
     ):
         biofx.attach(bio, Master(bio.parameters(), lr=0.1))
     biofx.attach(bio, OPTIMIZERS["sgd"](bio.parameters()))

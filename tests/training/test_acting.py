@@ -1,6 +1,7 @@
 """Where gains act: they hold for optimizers that keep copies of the weights or perturb them, or these are refused."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -30,6 +31,81 @@ def test_gains_hold_where_the_optimizer_keeps_a_copy(optimizer_class, steps):
     moved, gain = moved / moved.mean() - 1, gain.flatten() / gain.mean() - 1
     slope = (moved * gain).sum() / gain.square().sum()
     assert abs(slope - 1) < 0.05
+
+
+@dataclass(frozen=True)
+class Halve(passes.Pass):
+    """Halves positive weights after the first two steps."""
+
+    name = "halve"
+    slot = passes.Slot.HOOK
+    moment = passes.Moment.SCALING
+
+    def rewrite(self, site, edit):
+        pass
+
+    def at_step(self, weights):
+        for weight in weights:
+            if weight.step <= 2:
+                weight.assign(torch.where(weight.value > 0, weight.value / 2, weight.value))
+
+
+COPYING = [ScheduleFree, Lookahead, Master]
+
+
+def rest(bio, optimizer_class, steps):
+    """Make steps with a learning rate of 0, so that only rules change weights."""
+    optimizer = optimizer_class(bio.parameters(), lr=0.0)
+    with biofx.attach(bio, optimizer):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            bio(torch.randn(4, 30)).square().sum().backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("others", [[], [passes.SplitSynapses(3)], [passes.FuzzyLearningRates()]], ids=str)
+@pytest.mark.parametrize("optimizer_class", COPYING)
+def test_what_a_rule_writes_stays_where_copies_are_kept(optimizer_class, others):
+    bio = biofx.transform(nn.Linear(30, 20, bias=False), [*others, Halve()])
+    (site,) = biofx.weight_sites(bio).values()
+    before = site.raw.detach().clone()
+    rest(bio, optimizer_class, steps=12)
+    torch.testing.assert_close(site.raw.detach(), torch.where(before > 0, before / 4, before))
+
+
+@pytest.mark.parametrize("others", [[], [passes.SplitSynapses(3)], [passes.DalesPrinciple()]], ids=str)
+@pytest.mark.parametrize("optimizer_class", COPYING)
+def test_new_synapses_stay_where_copies_are_kept(optimizer_class, others):
+    model = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 20, bias=False))
+    bio = biofx.transform(model, [*others, passes.Rejuvenate(dre=2.0, every=9)])
+    site = biofx.weight_sites(bio)["2.weight"]
+    before = site.raw.detach().clone()
+    rest(bio, optimizer_class, steps=9)
+    after = site.raw.detach().clone()
+    rest(bio, optimizer_class, steps=8)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(site.raw.detach(), after)
+
+
+class Returning(Master):
+    """Keeps where the weights began, as vectors, and how far they have moved since."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            start, gone = state.setdefault("start", p.flatten().clone()), state.setdefault("gone", torch.zeros_like(p))
+            gone.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+            p.copy_(start.view_as(p) + gone)
+
+
+def test_an_optimizer_that_undoes_what_rules_write_is_refused():
+    """Gains act on its gradient; but its copy of the weights is not found, as it has another shape."""
+    bio = biofx.transform(nn.Linear(30, 20), [passes.FuzzyLearningRates()])
+    biofx.attach(bio, Returning(bio.parameters(), lr=0.1))
+    bio = biofx.transform(nn.Linear(30, 20), [Halve()])
+    with pytest.raises(biofx.LifecycleError, match="Returning keeps copies of the weights, which undo what halve does"):
+        biofx.attach(bio, Returning(bio.parameters(), lr=0.1))
 
 
 class LookaheadAdam(Lookahead):

@@ -9,6 +9,7 @@ from torch import nn
 
 import biofx
 from biofx import passes
+from biofx.signs.constraints import rectify_
 from biofx.training import attachment, lifecycle
 from biofx.training.attachment import Attachment
 
@@ -232,12 +233,9 @@ def fail_once(wanted):
     return failing
 
 
-def fail_after_one(wanted):
-    def failing(sites):
-        yield next(wanted(sites))
-        fail()
-
-    return failing
+def rectify_one_and_fail(weights, signs):
+    rectify_(weights[:1], signs[:1])
+    fail()
 
 
 STAGES = {
@@ -247,7 +245,7 @@ STAGES = {
     "second hook": lambda m, o: m.setattr(o, "register_step_post_hook", fail),
     "step": lambda m, o: m.setattr(Attachment, "_with_undo", fail_once(Attachment._with_undo)),
     "graph": lambda m, o: m.setattr(attachment, "set_attached", fail_once(attachment.set_attached)),
-    "weights": lambda m, o: m.setattr(attachment, "feasible", fail_after_one(attachment.feasible)),
+    "weights": lambda m, o: m.setattr(attachment, "rectify_", rectify_one_and_fail),
 }
 
 
@@ -356,6 +354,7 @@ def test_states_in_eight_bits_forget_what_is_replaced(monkeypatch):
 def test_a_copy_of_a_weight_becomes_the_new_weight(key):
     class Remembering(torch.optim.SGD):
         def step(self, closure=None):
+            super().step()
             for p in self.param_groups[0]["params"]:
                 self.state[p][key] = p.detach().clone() if key == "z" else torch.ones_like(p)
 
