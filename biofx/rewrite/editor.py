@@ -159,6 +159,8 @@ class Editor:
             raise PipelineError(f"{self._by.name}: state is a tensor, got {key}={value!r}; use torch.tensor({value!r})")
         if key in _COUNTERS:
             raise PipelineError(f"{self._by.name} cannot keep a state called {key}: biofx counts steps by that name")
+        if key == "gain":  # without the hook that applies it, no rule that shares it would act
+            raise self._error("gain is the state that rules share; edit.gain(value) multiplies it, or use another name")
         self.changed = True
         self._synapses().keep(key, value, self._by.name)
 
@@ -181,7 +183,8 @@ class Editor:
         present = self._synapses().share("gain", self._by.name, links=True)
         if present is None:
             neutral = torch.ones_like(self.raw.detach(), memory_format=torch.contiguous_format)
-            self.insert(torch.ops.biofx.scale_grad, self.state("gain", neutral if value is None else value))
+            self._synapses().keep("gain", neutral if value is None else value, self._by.name)
+            self.insert(torch.ops.biofx.scale_grad, State("gain"))
             return
         if value is not None:
             self._synapses().gain = coded(decoded(present).to(decoded(value)) * decoded(value), value.dtype)

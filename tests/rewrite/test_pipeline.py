@@ -253,6 +253,7 @@ def test_state_that_would_hide_an_attribute_is_refused():
     ("key", "value", "message"),
     [
         ("steps", torch.zeros(()), "keeper cannot keep a state called steps: biofx counts steps by that name"),
+        ("gain", torch.ones(2, 2), r"keeper: weight: gain is the state that rules share; edit\.gain\(value\)"),
         ("trace", 0.0, r"keeper: state is a tensor, got trace=0.0; use torch.tensor\(0.0\)"),
         ("a.b", torch.zeros(()), "keeper: weight: a name of state is a Python identifier, without dots, got 'a.b'"),
         ("class", torch.zeros(()), "a name of state is a Python identifier, without dots, got 'class'"),
