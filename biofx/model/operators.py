@@ -535,11 +535,11 @@ def check_observer(target: Any, like: Tensor, units: int, unit_axis: int) -> Non
     name = name_of(target)
     if name not in _LOOKS:
         raise ArgumentError(f"{target!r} is no observer; give torch.ops.biofx.<name> (help(operators.observer))")
-    shape, device = (2, 3, units, *[2] * (-unit_axis - 1)), "cpu" if like.is_meta else like.device
-    activity = torch.arange(math.prod(shape), device=device).view(shape).cos().mul(2).to(like.dtype)
+    shape = 2, 3, units, *[2] * (-unit_axis - 1)
+    activity = torch.arange(math.prod(shape), device=like.device).view(shape).cos().mul(2).to(like.dtype)
 
     def seen(activity: Tensor) -> Tensor:
-        state = torch.zeros((2, 2, units), dtype=torch.promote_types(like.dtype, torch.float32), device=device)
+        state = like.new_zeros((2, 2, units), dtype=torch.promote_types(like.dtype, torch.float32))
         target(activity, state, unit_axis, True)
         return state.sum(0)[0]
 
