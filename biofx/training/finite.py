@@ -175,5 +175,5 @@ def _advice(synapses: dict[str, Synapses]) -> str:
     for name, own in synapses.items():
         state = own.not_finite()
         if state is not None:
-            return f"Nor is what a rule keeps, which may be why: {name}: {state}"
+            return f"State of a rule is not finite either, which may be why: {name}: {state}"
     return HELP

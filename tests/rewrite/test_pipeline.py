@@ -307,7 +307,7 @@ def test_a_tensor_among_constants_says_where_to_keep_it(insert, message):
             "observe",
             lambda: nn.GRU(3, 2),
             torch.randn(4, 3),
-            r"out of reach; .*passes\.Need\.OUTPUT\) is not None, edit",
+            r"out of reach; .*passes\.Need\.OUTPUT\) first, and give",
         ),
     ],
 )
