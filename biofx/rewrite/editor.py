@@ -333,8 +333,8 @@ class Editor:
         reason = site.unmet(need)
         if reason is not None:
             raise self._error(
-                f"it cannot be observed: {reason}; ask site.unmet(passes.Need.{need.name}) first, and give the reason to "
-                "edit.leave"
+                f"it cannot be observed: {reason}; ask site.unmet(passes.Need.{need.name}) first, and give the reason "
+                "to edit.leave"
             )
 
     def _observe(
