@@ -1,6 +1,7 @@
 """The mechanisms, one file each; and recipes, which put them together."""
 
 from biofx.analysis.sites import WeightSite
+from biofx.base.options import check_choice, check_flag, check_integer, check_number
 from biofx.model.slots import Slot
 from biofx.passes.continual_backprop import ContinualBackprop
 from biofx.passes.crystallize import Crystallize
@@ -17,7 +18,7 @@ from biofx.passes.split_synapses import SplitSynapses
 from biofx.passes.synaptic_scaling import SynapticScaling
 from biofx.passes.volume_dependent_learning_rates import VolumeDependentLearningRates
 from biofx.rewrite.editor import Editor
-from biofx.rewrite.registry import Moment, Pass, recipes, register, register_recipe, registered_passes
+from biofx.rewrite.registry import Moment, Pass, option, recipes, register, register_recipe, registered_passes
 from biofx.training.plastic_weight import PlasticWeight
 from biofx.weights.facts import Need
 
@@ -45,6 +46,11 @@ __all__ = [
     "SynapticScaling",
     "VolumeDependentLearningRates",
     "WeightSite",
+    "check_choice",
+    "check_flag",
+    "check_integer",
+    "check_number",
+    "option",
     "recipes",
     "register",
     "register_recipe",

@@ -25,6 +25,8 @@ from biofx.weights.facts import Need, WeightFacts
 if TYPE_CHECKING:
     from biofx.weights.axes import Axes
 
+_IN_ONE_PIECE = frozenset(("rnn", "lstm", "gru"))  # operators, and modules, that read several weights at once
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -230,7 +232,7 @@ class WeightSite:
         """The reason why the weight does not meet a need of a pass, or None if it does."""
         if need is Need.NODES:
             if self.surroundings is not None:
-                instead = "" if self.island is None else '; frontend="export" follows it unless it decides by values'
+                instead = "" if self.island is None else f"; {self._within_reach}"
                 return f"it is in {self.surroundings}, so what its operator returns is out of reach{instead}"
             return None if self.calls else "no node of the graph is known to use it"
         if need is Need.OUTPUT:
@@ -240,6 +242,12 @@ class WeightSite:
         if need is Need.UNITS:
             return self.facts.unmet.get(need) or self.unmet(Need.AXES)
         return self.facts.unmet.get(need)
+
+    @property
+    def _within_reach(self) -> str:
+        if _IN_ONE_PIECE.isdisjoint(self.operator.split(", ")):
+            return 'frontend="export" follows it unless it decides by values'
+        return f"no front end finds what one weight of {self.operator} returns"
 
     def _unmet_output(self) -> str | None:
         if any(len(call.use.output_axes) != 1 for call in self.calls):

@@ -38,6 +38,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 GradientRule = Callable[..., Tensor]
 Factors = Callable[..., Sequence[Tensor]]
 Draw = Callable[..., Sequence[Tensor]]
+Observation = Callable[[Tensor, tuple[int, ...]], Tensor]
 COUNTER = ("Tensor seed", "Tensor steps", "str site")  # arguments of a hook with noise
 
 
@@ -65,6 +66,7 @@ _INVERSES: dict[str, Callable[..., Tensor]] = {}  # by the operator's name
 _VERSION = re.compile(r"__\d+$")  # behind the name of an operator that was defined again
 
 
+_LOOKS: dict[str, Observation] = {}  # what observers compute, by the operator's name
 _OBSERVERS: list[str] = []  # the full names of those that do not support DTensors yet
 
 
@@ -123,7 +125,7 @@ def gradient_hook(
 
     Example:
         >>> import torch
-        >>> from biofx.model import operators
+        >>> from biofx import operators
         >>> @operators.gradient_hook("reverse_grad(Tensor(a) weight) -> Tensor(a)")
         ... def reverse_grad(gradient):
         ...     return -gradient
@@ -435,9 +437,6 @@ def share_grad(gradient: Tensor, share: float) -> Tensor:
     return gradient * share
 
 
-Observation = Callable[[Tensor, tuple[int, ...]], Tensor]
-
-
 def observer(name: str) -> Callable[[Observation], Observation]:
     r"""Define `torch.ops.biofx.<name>(activity, state, unit_axis, training)`, which adds statistics to a buffer.
 
@@ -464,11 +463,12 @@ def observer(name: str) -> Callable[[Observation], Observation]:
         hook may.
 
     Raises:
-        ArgumentError: the name is that of an observer that was written elsewhere.
+        ArgumentError: the name is that of an observer that was written elsewhere. The operator raises it if `look`
+            returns another shape.
 
     Example:
         >>> import torch
-        >>> from biofx.model import operators
+        >>> from biofx import operators
         >>> @operators.observer("sum_squares")
         ... def sum_squares(activity, positions):
         ...     return activity.square().sum(positions)
@@ -489,13 +489,16 @@ def observer(name: str) -> Callable[[Observation], Observation]:
                     axis = _from_behind(unit_axis, activity)
                     activity = activity[None]  # so that `positions` is never empty: `sum(())` adds up everything
                     positions = tuple(d for d in range(-activity.dim(), 0) if d != axis)
-                    _add(state, look(activity, positions), math.prod(activity.shape[d] for d in positions))
+                    sums = look(activity, positions)
+                    _check_shape(written, sums, state)
+                    _add(state, sums, math.prod(activity.shape[d] for d in positions))
 
         _LIBRARY.define(f"{name}(Tensor activity, Tensor(a!) state, int unit_axis, bool training) -> ()")
         _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None, lib=_LIBRARY)
         operator = getattr(torch.ops.biofx, name)
         _OBSERVERS.append(f"{NAMESPACE}::{name}")
+        _LOOKS[name] = look
 
         def below_transform(activity: Tensor, state: Tensor, unit_axis: int, training: bool) -> None:
             axis = _from_behind(unit_axis, activity)
@@ -508,6 +511,43 @@ def observer(name: str) -> Callable[[Observation], Observation]:
         return look
 
     return define
+
+
+def defined_by(function: Any) -> str | None:
+    """The name of the operator that a Python function defines, as a rule or as an observer; None if it defines none."""
+    functions = {name: hook.own_rule for name, hook in _HOOKS.items()} | _LOOKS
+    return next((written_name(name) for name, own in functions.items() if own is function), None)
+
+
+@torch.no_grad()
+def check_observer(target: Any, like: Tensor, units: int, unit_axis: int) -> None:
+    """Refuse what is no observer, and an observer that returns no sum, judged by one trial.
+
+    Args:
+        target: the observer.
+        like: a tensor of the dtype and on the device of the activity.
+        units: the number of units.
+        unit_axis: their axis, counted from the end.
+
+    Raises:
+        ArgumentError: the observer is refused.
+    """
+    name = name_of(target)
+    if name not in _LOOKS:
+        raise ArgumentError(f"{target!r} is no observer; give torch.ops.biofx.<name> (help(operators.observer))")
+    shape = 2, 3, units, *[2] * (-unit_axis - 1)
+    activity = torch.arange(math.prod(shape), device=like.device).view(shape).cos().mul(2).to(like.dtype)
+
+    def seen(activity: Tensor) -> Tensor:
+        state = like.new_zeros((2, 2, units), dtype=torch.promote_types(like.dtype, torch.float32))
+        target(activity, state, unit_axis, True)
+        return state.sum(0)[0]
+
+    if not torch.allclose(seen(torch.cat((activity, activity))), 2 * seen(activity), rtol=1e-2, atol=1e-3):
+        raise ArgumentError(
+            f"the observer biofx.{written_name(name)} returns no sum over positions: it does not return twice as much "
+            "if all are there twice; biofx computes the mean itself, so return a sum, such as activity.sum(positions)"
+        )
 
 
 def observe_shards() -> None:
@@ -523,6 +563,14 @@ def _look_at_part(cls: Any, operator: Any, types: Any, args: tuple[Any, ...], kw
     if training:
         part, units = part_along(activity, unit_axis)
         operator(part, local(state)[..., units], unit_axis, training)
+
+
+def _check_shape(observer: str, sums: Tensor, state: Tensor) -> None:
+    if sums.shape != state.shape[-1:]:
+        raise ArgumentError(
+            f"the observer biofx.{observer} returns a tensor of shape {tuple(sums.shape)}; it has to return a sum for "
+            f"each unit, shape {tuple(state.shape[-1:])}, such as activity.sum(positions)"
+        )
 
 
 def _from_behind(axis: int, activity: Tensor) -> int:

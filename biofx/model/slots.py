@@ -13,6 +13,14 @@ class Slot(enum.IntEnum):
 
     The sign constraint, the sum and the interneurons are exclusive: only one pass of a weight may claim each. Observers
     receive the output of the operator.
+
+    Attributes:
+        HOOK: the identity, with a factor for each entry of the gradient; any number of passes.
+        SIGN: what keeps the shape, such as a projection onto signs.
+        SUM: the sum over the synapses of each connection.
+        INTERNEURONS: behind the sum: what keeps the shape, and may have parameters of its own.
+        OUTPUT: behind the operator.
+        OBSERVER: nothing is changed.
     """
 
     HOOK = 1

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.errors import PipelineError
 from biofx.base.gains import coded, decoded
-from biofx.base.shards import placed_like
+from biofx.base.shards import local, placed_like
 from biofx.base.torch_internals import qualified_name
 from biofx.model import weight_cache
 from biofx.model.operators import apply_rule, operator_of, tell_caches, written_name
@@ -288,6 +288,14 @@ class Synapses(nn.Module):
     def state(self, key: str) -> Tensor | None:
         """Return a state by its name, or None if there is none."""
         return getattr(self, key) if key in self.users else None
+
+    def not_finite(self) -> str | None:
+        """A state that is not finite, with the passes that keep it, in words; None if there is none."""
+        for key, users in self.users.items():
+            state = local(getattr(self, key)).detach()
+            if state.is_floating_point() and not bool(state.isfinite().all()):
+                return f"{key} of {', '.join(users)}"
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_probe": None, "attached": False, "paused": ()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import keyword
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base import randomness
-from biofx.base.errors import PipelineError
+from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.gains import coded, decoded, drawn
 from biofx.base.noise import Counter
 from biofx.base.options import activation_function
 from biofx.model import chain
-from biofx.model.operators import is_hook, multiplies_entries, name_of
+from biofx.model.operators import check_observer, defined_by, is_hook, multiplies_entries, name_of
 from biofx.model.owners import give_synapses
 from biofx.model.provenance import RECORD, inserted, record_of
 from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import Link, State, Synapses, is_observed, stored, stored_name, synapses_of
+from biofx.weights.facts import Need
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -108,8 +110,10 @@ class Editor:
             slot: another slot than that of the pass.
 
         Raises:
-            PipelineError: the target violates what the pass's slot promises.
+            PipelineError: the target violates what the pass's slot promises, or an argument is a tensor.
         """
+        self._refuse_function(target)
+        self._refuse_tensors(args, "keep it as state, and give edit.state(key, tensor)")
         self.changed = True
         link = Link(target, args, self._origin(self._by.slot if slot is None else slot))
         synapses = self._synapses()
@@ -120,6 +124,21 @@ class Editor:
                 "factor that does not depend on it, so it cannot act on the update of an optimizer (biofx.attach)"
             )
         self._show()
+
+    def _refuse_function(self, target: Any) -> None:
+        """Refuse a Python function in place of the operator that it defines."""
+        operator = defined_by(target)
+        if operator is not None:
+            raise self._error(f"{target.__name__} is the function; give its operator, torch.ops.biofx.{operator}")
+
+    def _refuse_tensors(self, args: tuple[Any, ...], instead: str) -> None:
+        """Refuse tensors among the constants of a node."""
+        tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
+        if tensor is not None:
+            raise self._error(f"a tensor of shape {tuple(tensor.shape)} is no constant of the graph; {instead}")
+
+    def _error(self, what: str) -> PipelineError:
+        return PipelineError(f"{self._by.name}: {self.name}: {what}")
 
     def state(self, key: str, value: Tensor) -> State:
         """Keep a tensor for this parameter (see `keep`), and return a reference to it for the arguments of `insert`."""
@@ -132,12 +151,16 @@ class Editor:
         A `torch.nn.Parameter` becomes a parameter of that name, which optimizers train.
 
         Raises:
-            PipelineError: the name is taken, or `value` is not a tensor.
+            PipelineError: the name is taken, or no identifier, or `value` is not a tensor.
         """
+        if not isinstance(key, str) or not key.isidentifier() or keyword.iskeyword(key):
+            raise self._error(f"a name of state is a Python identifier, without dots, got {key!r}")
         if not isinstance(value, Tensor):
             raise PipelineError(f"{self._by.name}: state is a tensor, got {key}={value!r}; use torch.tensor({value!r})")
         if key in _COUNTERS:
             raise PipelineError(f"{self._by.name} cannot keep a state called {key}: biofx counts steps by that name")
+        if key == "gain":  # without the hook that applies it, no rule that shares it would act
+            raise self._error("gain is the state that rules share; edit.gain(value) multiplies it, or use another name")
         self.changed = True
         self._synapses().keep(key, value, self._by.name)
 
@@ -160,7 +183,8 @@ class Editor:
         present = self._synapses().share("gain", self._by.name, links=True)
         if present is None:
             neutral = torch.ones_like(self.raw.detach(), memory_format=torch.contiguous_format)
-            self.insert(torch.ops.biofx.scale_grad, self.state("gain", neutral if value is None else value))
+            self._synapses().keep("gain", neutral if value is None else value, self._by.name)
+            self.insert(torch.ops.biofx.scale_grad, State("gain"))
             return
         if value is not None:
             self._synapses().gain = coded(decoded(present).to(decoded(value)) * decoded(value), value.dtype)
@@ -238,8 +262,9 @@ class Editor:
         Args:
             node: a node of the graph, such as one of a site's `uses`.
             target: a function whose first argument is the value of the node.
-            args: its other arguments.
+            args: its other arguments: constants and nodes.
         """
+        self._refuse_tensors(args, "keep it in a module of yours, and give that to edit.activate")
         self._rewire()
         with node.graph.inserting_after(node):
             return self._put_behind(node, node.graph.call_function(target, (node, *args)))
@@ -288,6 +313,7 @@ class Editor:
             site: the weight, whose operator returns its units on one axis (`unmet(Need.OUTPUT)` is None).
             key: the name of the state in which it accumulates.
         """
+        self._refuse_unmet(site, Need.OUTPUT)
         axes = [call.use.output_axes[0] for call in site.calls]
         self._observe(operator, site, key, site.units, [*zip(site.outputs, axes, strict=True)])
 
@@ -299,17 +325,32 @@ class Editor:
             site: the weight, whose operator reads its units on one axis (`unmet(Need.INPUT)` is None).
             key: the name of the state that it adds to.
         """
+        self._refuse_unmet(site, Need.INPUT)
         places = [(call.source, call.use.source_axes[0]) for call in site.calls]
         self._observe(operator, site, key, site.presynaptic_units, [(n, axis) for n, axis in places if n is not None])
+
+    def _refuse_unmet(self, site: WeightSite, need: Need) -> None:
+        reason = site.unmet(need)
+        if reason is not None:
+            raise self._error(
+                f"it cannot be observed: {reason}; ask site.unmet(passes.Need.{need.name}) first, and give the reason "
+                "to edit.leave"
+            )
 
     def _observe(
         self, operator: Callable[..., Any], site: WeightSite, key: str, units: int, places: list[tuple[fx.Node, int]]
     ) -> None:
         """Insert an observer of nodes, each of which has the units on an axis."""
         raw, origin = site.raw, self._origin(Slot.OBSERVER)
+        self._refuse_function(operator)
+        try:
+            for axis in dict.fromkeys(axis for _, axis in places):
+                check_observer(operator, raw, units, axis)
+        except ArgumentError as error:
+            raise self._error(str(error)) from None
         dtype = torch.promote_types(raw.dtype, torch.float32)
         self.keep(key, torch.zeros((2, 2, units), device=raw.device, dtype=dtype))
-        assert self._start is not None, f"{self.name}: the activity is out of reach"
+        assert self._start is not None  # it has calls
         seen, synapses = (chain.state_node(self._start, each, origin) for each in (key, ""))
         for node, unit_axis in places:
             with node.graph.inserting_after(max(node, seen, synapses)):

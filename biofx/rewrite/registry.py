@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.option_values import option_fields
+from biofx.base.options import check_integer
 from biofx.model.slots import Slot
 
 if TYPE_CHECKING:
@@ -27,7 +28,17 @@ if TYPE_CHECKING:
 
 
 class Moment(enum.IntEnum):
-    """When a rule acts around `optimizer.step()`, in this order."""
+    """When a rule acts around `optimizer.step()`, in this order.
+
+    Attributes:
+        GRADIENT: before the step, to add to `weight.gradient`, in place.
+        GAIN: before the step, to set gains from the gradient, from state, from the weight.
+        UPDATE: after the step, like all that follow, to change what the optimizer and gains did.
+        TURNOVER: to replace synapses.
+        SCALING: to change weights whatever the optimizer did.
+        REFRESH: to draw gains anew.
+        PROJECTION: to restore constraints that have to hold at the end.
+    """
 
     GRADIENT = 1
     GAIN = 2
@@ -136,7 +147,7 @@ def option(default: Any, check: Callable[..., None], **bounds: Any) -> Any:
 
     Args:
         default: its default.
-        check: a function of `biofx.base.options`.
+        check: `check_number`, `check_integer`, `check_choice` or `check_flag`, or a function like them.
         bounds: its keyword arguments.
     """
     return dataclasses.field(default=default, metadata={"check": functools.partial(check, **bounds)})
@@ -364,9 +375,16 @@ def as_passes(passes: Sequence[Pass] | str) -> list[Pass]:
     for index, item in enumerate(result):
         if isinstance(item, type) and issubclass(item, Pass):
             raise ArgumentError(f"passes[{index}] is the class {item.__name__}; write {item.__name__}()")
+        if isinstance(item, str):
+            raise ArgumentError(
+                f"passes[{index}] is the string {item!r}; give one string, passes={','.join(map(str, result))!r}, or a "
+                "list of pass objects"
+            )
         if not isinstance(item, Pass):
             raise ArgumentError(f"passes[{index}] is not a pass: {item!r}; {_known()}")
         _check_complete(type(item), f"passes[{index}]: {type(item).__name__}")
+        if item.acts_at_step and hasattr(item, "every"):  # which the lifecycle reads
+            check_integer(item, "every", at_least=1)
     if not result:
         raise ArgumentError(f"no pass given; {_known()}")
     return result

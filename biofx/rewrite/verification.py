@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.units import Verdict
-from biofx.base.errors import VerificationError
+from biofx.base.errors import ArgumentError, VerificationError
 from biofx.base.gains import decoded
 from biofx.base.shards import extremes
 from biofx.model.chain import callee, chain, parameter_nodes
@@ -22,6 +23,9 @@ from biofx.model.slots import Slot
 from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
 from biofx.signs.constraints import sign_violations
 from biofx.weights.facts import Need
+
+if TYPE_CHECKING:
+    from biofx.rewrite.registry import Pass
 
 
 def verify(bio: nn.Module) -> dict[str, Verdict]:
@@ -152,13 +156,25 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
     yield from sign_violations(sites)
     for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):
         if _lowest(sites[name].raw) is None:
-            yield f"{name}: the weight is not finite"
+            state = None if sites[name].learning is None else sites[name].known_synapses.not_finite()
+            yield f"{name}: the weight is not finite" + (f", nor is {state}" if state else "")
     for run in record.passes:
         for name in sorted(run.weights):
             if name not in sites:
                 yield f"{run.pass_.name}: {name}: no operator uses the weight any more"
                 continue
-            yield from (f"{run.pass_.name}: {name}: {v}" for v in run.pass_.violations(sites[name]))
+            yield from (f"{run.pass_.name}: {name}: {v}" for v in _violations(run.pass_, sites[name]))
+
+
+def _violations(pass_: Pass, site: WeightSite) -> list[str]:
+    given: Any = pass_.violations(site)
+    sentences = [*given] if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if isinstance(given, str) or not all(isinstance(sentence, str) for sentence in sentences):
+        raise ArgumentError(
+            f'{pass_.name}: violations(site) yields a sentence for each broken invariant (yield "its trace is '
+            f'negative"), and nothing if none is broken; for {site.name} it gave {given!r}'
+        )
+    return sentences
 
 
 def _lowest(values: Tensor) -> float | None:

@@ -20,6 +20,7 @@ from biofx.training.counting import is_captured, on_host
 from biofx.training.ranks import summed
 
 if TYPE_CHECKING:
+    from biofx.analysis.sites import WeightSite
     from biofx.training.plastic_weight import PlasticWeight
 
 HELP = "Lower the learning rate, clip gradients, or use torch.amp.GradScaler in half precision"
@@ -84,6 +85,7 @@ class _Found:
 
     def __init__(self, device: torch.device) -> None:
         self._places: dict[str, None] = {}  # in order
+        self._sites: dict[str, WeightSite] = {}  # by name
         self._absent = torch.zeros((), device=device)
         self._first = torch.full((), -1, device=device)  # its place; -1 if there is none
         is_asynchronous = device.type == "cuda" and torch.cuda.is_available()
@@ -91,7 +93,8 @@ class _Found:
         self._arrived = torch.cuda.Event() if is_asynchronous else None
 
     def look(self, weights: Sequence[PlasticWeight]) -> Tensor:
-        kinds = [("gradient", [w.gradient for w in weights]), ("weight", [w.raw.detach() for w in weights])]
+        self._sites.update((weight.name, weight.site) for weight in weights)
+        kinds = [("weight", [w.raw.detach() for w in weights]), ("gradient", [w.gradient for w in weights])]
         names = [f"{weight.name}: its {what}" for what, _ in kinds for weight in weights]
         tensors = [x if x.numel() else x.new_zeros(1) for _, values in kinds for x in values]  # a shard may be empty
         norms = summed([*weights, *weights], [norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
@@ -116,7 +119,8 @@ class _Found:
             self._first.fill_(-1)
             self._host.fill_(-1)
             raise LifecycleError(
-                f"{[*self._places][place]} was not finite at an earlier step, so rules did not act at that step; {HELP}"
+                f"{[*self._places][place]} was not finite at an earlier step, so rules did not act at that step. "
+                f"{_advice(self._sites.values())}"
             )
 
 
@@ -145,7 +149,8 @@ def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) ->
 
 
 def _refuse(weights: Sequence[PlasticWeight]) -> None:
-    kinds = {"gradient": [w.gradient for w in weights], "weight": [w.raw for w in weights]}
+    # First weights: one that is not finite leads to gradients that are not.
+    kinds = {"weight": [w.raw for w in weights], "gradient": [w.gradient for w in weights]}
     # Norms cost a fraction of looking at every entry. They can overflow, so only a finite one is proof.
     # A sum over ranks is finite on none of them if it is not on one, so all of them refuse.
     norms = summed([*weights, *weights], torch._foreach_norm([x for values in kinds.values() for x in values], 2))
@@ -155,6 +160,16 @@ def _refuse(weights: Sequence[PlasticWeight]) -> None:
         for weight, value in zip(weights, values, strict=True):
             (bad,) = summed([weight], [torch.isfinite(value).logical_not().sum()])
             if int(bad):
+                advice = _advice(weight.site for weight in weights)
                 raise LifecycleError(
-                    f"{weight.name}: its {what} is not finite, so rules cannot act on it; nothing was changed. {HELP}"
+                    f"{weight.name}: its {what} is not finite, so rules cannot act on it; nothing was changed. {advice}"
                 )
+
+
+def _advice(sites: Iterable[WeightSite]) -> str:
+    """What to do: look at a rule, if what it keeps for a weight is not finite; else, what helps in general."""
+    for site in sites:
+        state = None if site.learning is None else site.learning.not_finite()
+        if state is not None:
+            return f"State of a rule is not finite either, which may be why: {site.name}: {state}"
+    return HELP

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base import randomness
-from biofx.base.errors import LifecycleError
+from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.noise import Counter
 from biofx.base.shards import Shard, local, shard_of
 from biofx.model.slots import Slot
@@ -72,15 +72,28 @@ class PlasticWeight:
         return self.site.raw.numel()
 
     def state(self, key: str) -> Tensor:
-        """A tensor that the pass keeps for the weight."""
+        """A tensor that the pass keeps for the weight.
+
+        Raises:
+            ArgumentError: there is no such state.
+        """
         value = self.synapses.state(key)
-        assert value is not None, f"{self.by} keeps no {key} for {self.name}"
+        if value is None:
+            known = ", ".join(self.synapses.users) or "none"
+            raise ArgumentError(f"{self.by}: {self.name} has no state {key!r}; its states are {known}")
         return local(value)
 
     @property
     def old(self) -> Tensor:
-        """What `raw` was before the step of the optimizer; at `Moment.UPDATE`."""
-        assert self.stored_before is not None, f"{self.by} asks for old weights, which are kept for Moment.UPDATE"
+        """What `raw` was before the step of the optimizer; at `Moment.UPDATE`.
+
+        Raises:
+            ArgumentError: the rule acts at another moment.
+        """
+        if self.stored_before is None:
+            raise ArgumentError(
+                f"{self.by}: {self.name}: old weights are kept only for a rule with moment = passes.Moment.UPDATE"
+            )
         return self.stored_before
 
     def part(self, values: Tensor) -> Tensor:
@@ -92,6 +105,9 @@ class PlasticWeight:
 
         Args:
             key: the name of its state (see `Editor.observe`), which starts from 0 again.
+
+        Raises:
+            ArgumentError: no observer adds to a state of that name.
 
         Example:
             >>> import biofx, torch
@@ -115,8 +131,11 @@ class PlasticWeight:
             >>> attachment.optimizer.step()
             tensor([2., 1.])
         """
-        sums, positions = self.state(key).sum(0)
-        self.state(key).zero_()
+        state = self.state(key)
+        if state.dim() != 3 or state.shape[:2] != (2, 2):
+            raise ArgumentError(f"{self.by}: {self.name}: no observer adds to {key!r}; weight.state reads other state")
+        sums, positions = state.sum(0)
+        state.zero_()
         mean: Tensor = sums / positions.clamp(min=1)
         return mean
 

@@ -15,7 +15,16 @@ NOT_RUN = "the model ran with none of the inputs that were tried; give example_i
 
 
 class Need(enum.Enum):
-    """What a pass may need of a weight; `WeightSite.unmet` gives the reason where a weight does not offer it."""
+    """What a pass may need of a weight; `WeightSite.unmet` gives the reason where a weight does not offer it.
+
+    Attributes:
+        NODES: its operators are nodes of the graph, and not inside of untraced Python.
+        AXES: each of its axes runs over presynaptic or postsynaptic units, or neither; `units`, `spread` and the like
+            need it.
+        UNITS: the units that it reads are known.
+        INPUT: NODES and AXES, and its operators read its presynaptic units on one axis (`Editor.observe_input`).
+        OUTPUT: NODES and AXES, and its operators return its postsynaptic units on one axis (`Editor.observe`).
+    """
 
     NODES = "its operators are nodes of the graph"
     AXES = "each of its axes runs over presynaptic or postsynaptic units, or neither"

@@ -77,6 +77,14 @@ def test_a_pass_that_needs_the_operator_leaves_the_weight_alone(pass_):
     )
 
 
+@pytest.mark.parametrize("layer", [nn.RNN(4, 4), nn.LSTM(4, 4), nn.GRU(4, 4)], ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_no_front_end_is_advised_for_recurrent_layers(layer, frontend):
+    bio = biofx.transform(layer, [passes.SynapticScaling()], example_inputs=torch.randn(2, 3, 4), frontend=frontend)
+    assert all(not site.passes for site in biofx.weight_sites(bio).values())
+    assert "frontend=" not in str(biofx.summary(bio))
+
+
 def test_units_that_reach_an_island_are_not_mirrored():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), Branch(), nn.Linear(4, 2)), torch.randn(5, 4)
     bio = biofx.transform(model, [passes.MirrorUnits()], example_inputs=x)

@@ -16,6 +16,7 @@ import biofx
 from biofx import passes
 from biofx.model import operators
 from biofx.model.synapses import stored_parameters
+from biofx.passes.synaptic_scaling import sum_activity
 from conftest import gradients, loss
 from models.small import ConvNet, mlp
 from training_runs import ACTIVITY
@@ -214,6 +215,80 @@ def test_observers_leave_out_what_is_not_finite(bad):
     for x in batches:
         torch.ops.biofx.sum_activity(x, state, 1, True)
     assert torch.equal(state.sum(0), torch.full((2, 3), 8.0))
+
+
+def observing(look, build=lambda: nn.Linear(3, 2), method="observe"):
+    """A model in which a pass observes a weight by a function, which becomes an observer."""
+    operators.observer("looks_for_test")(look)
+
+    @dataclass(frozen=True)
+    class Looks(passes.Pass):
+        name, slot = "looks", passes.Slot.OBSERVER
+
+        def rewrite(self, site, edit):
+            getattr(edit, method)(torch.ops.biofx.looks_for_test, site, "seen")
+
+    return biofx.transform(build(), [Looks()])
+
+
+@pytest.mark.parametrize(
+    ("look", "message"),
+    [
+        (lambda z, positions: z.sum(), r"shape \(\); .* for each unit, shape \(2,\)"),
+        (lambda z, positions: z.sum(positions[1:]), r"shape \(\d, 2\); .* shape \(2,\)"),
+        (lambda z, positions: z.sum(positions)[:1], r"shape \(1,\); .* shape \(2,\)"),
+        (lambda z, positions: z.mean(positions), r"returns no sum over positions: .* activity.sum\(positions\)"),
+        (lambda z, positions: z.amax(positions), "returns no sum over positions"),
+    ],
+    ids=["scalar", "some positions", "one unit", "mean", "maximum"],
+)
+@pytest.mark.parametrize("method", ["observe", "observe_input"])
+def test_an_observer_that_returns_no_sums_is_refused(look, message, method):
+    with pytest.raises(biofx.PipelineError, match=f"looks: weight: the observer biofx.looks_for_test {'.*'}{message}"):
+        observing(look, lambda: nn.Linear(2, 2), method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda z, positions: z.sum(positions),
+        lambda z, positions: (z > 0.01).sum(positions),
+        lambda z, positions: (z - z.mean(positions, keepdim=True)).square().sum(positions),
+        lambda z, positions: z.log().sum(positions),
+    ],
+    ids=["sum", "count", "variance", "not finite"],
+)
+def test_an_observer_may_return_any_sum(look, dtype):
+    bio = observing(look, lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 1, 1)).to(dtype))
+    assert not bio.get_buffer("0.weight_synapses.seen").any()
+
+
+def test_an_observer_called_by_hand_checks_the_shape():
+    operators.observer("scalar_for_test")(lambda z, positions: z.sum())
+    with pytest.raises(biofx.ArgumentError, match=r"biofx.scalar_for_test returns a tensor of shape \(\)"):
+        torch.ops.biofx.scalar_for_test(torch.ones(4, 3), torch.zeros(2, 2, 3), 1, True)
+
+
+@pytest.mark.parametrize(
+    ("insert", "message"),
+    [
+        (lambda edit, site: edit.observe(sum_activity, site, "seen"), r"give its operator, torch\.ops\.biofx\.sum_act"),
+        (lambda edit, site: edit.observe(torch.sum, site, "seen"), r"sum.* is no observer; give torch\.ops\.biofx\.<n"),
+        (lambda edit, site: edit.insert(normalize_grad), r"give its operator, torch\.ops\.biofx\.normalize_grad"),
+    ],
+    ids=["observer", "another function", "hook"],
+)
+def test_a_function_in_place_of_its_operator_is_refused(insert, message):
+    @dataclass(frozen=True)
+    class Inserts(passes.Pass):
+        name, slot = "inserts", passes.Slot.HOOK
+
+        def rewrite(self, site, edit):
+            insert(edit, site)
+
+    with pytest.raises(biofx.PipelineError, match=f"inserts: weight: .*{message}"):
+        biofx.transform(nn.Linear(3, 2), [Inserts()])
 
 
 def test_counts_are_exact_beyond_the_whole_numbers_of_float32():

@@ -253,7 +253,10 @@ def test_state_that_would_hide_an_attribute_is_refused():
     ("key", "value", "message"),
     [
         ("steps", torch.zeros(()), "keeper cannot keep a state called steps: biofx counts steps by that name"),
+        ("gain", torch.ones(2, 2), r"keeper: weight: gain is the state that rules share; edit\.gain\(value\)"),
         ("trace", 0.0, r"keeper: state is a tensor, got trace=0.0; use torch.tensor\(0.0\)"),
+        ("a.b", torch.zeros(()), "keeper: weight: a name of state is a Python identifier, without dots, got 'a.b'"),
+        ("class", torch.zeros(()), "a name of state is a Python identifier, without dots, got 'class'"),
         ("stored", torch.zeros(()), "keeper cannot keep a state called stored with a weight: the name is taken"),
     ],
 )
@@ -267,6 +270,57 @@ def test_state_that_cannot_be_kept_is_refused(key, value, message):
 
     with pytest.raises(biofx.PipelineError, match=message):
         biofx.transform(nn.Linear(2, 2), [Keeper()])
+
+
+@pytest.mark.parametrize(
+    ("insert", "message"),
+    [
+        (lambda edit, site: edit.insert(torch.ops.biofx.scale_grad, torch.ones(2, 3)), r"edit\.state\(key, tensor\)"),
+        (lambda edit, site: edit.after(site.outputs[0], torch.add, torch.ones(2)), r"give that to edit\.activate"),
+    ],
+    ids=["weight", "output"],
+)
+def test_a_tensor_among_constants_says_where_to_keep_it(insert, message):
+    @dataclass(frozen=True)
+    class Inserts(passes.Pass):
+        name, slot = "inserts", passes.Slot.HOOK
+
+        def rewrite(self, site, edit):
+            insert(edit, site)
+
+    with pytest.raises(
+        biofx.PipelineError, match=rf"inserts: weight: a tensor of shape \(2.* is no constant.*{message}"
+    ):
+        biofx.transform(nn.Linear(3, 2), [Inserts()])
+
+
+@pytest.mark.parametrize(
+    ("method", "build", "x", "message"),
+    [
+        (
+            "observe_input",
+            lambda: nn.Embedding(3, 2),
+            torch.tensor([1]),
+            r"embedding does not read .*passes\.Need\.INPUT",
+        ),
+        (
+            "observe",
+            lambda: nn.GRU(3, 2),
+            torch.randn(4, 3),
+            r"out of reach; .*passes\.Need\.OUTPUT\) first, and give",
+        ),
+    ],
+)
+def test_what_cannot_be_observed_names_the_need_to_ask(method, build, x, message):
+    @dataclass(frozen=True)
+    class Looks(passes.Pass):
+        name, slot = "looks", passes.Slot.OBSERVER
+
+        def rewrite(self, site, edit):
+            getattr(edit, method)(torch.ops.biofx.sum_activity, site, "seen")
+
+    with pytest.raises(biofx.PipelineError, match=message):
+        biofx.transform(build(), [Looks()], example_inputs=x)
 
 
 def test_a_graph_grows_by_a_constant_for_each_weight():

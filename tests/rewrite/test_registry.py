@@ -171,3 +171,29 @@ def test_a_pass_that_is_not_registered_must_be_complete(attributes, message):
         registry.as_passes([type("Incomplete", (passes.Pass,), attributes)()])
     complete = type("Complete", (passes.Pass,), {"slot": passes.Slot.HOOK, "name": "complete"})()
     assert registry.as_passes([complete]) == [complete]
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.5, True])
+def test_a_rule_acts_every_whole_number_of_steps(every):
+    @dataclass(frozen=True)
+    class Rare(passes.Pass):
+        name, slot, moment = "rare", passes.Slot.HOOK, passes.Moment.GAIN
+        every: float = 1
+
+        def at_step(self, weights):
+            pass
+
+    with pytest.raises(biofx.ArgumentError, match=rf"passes.Rare: every must be an integer ≥ 1, got {every}"):
+        registry.as_passes([Rare(every)])
+
+
+def test_strings_in_a_list_are_one_string():
+    with pytest.raises(
+        biofx.ArgumentError, match=r"give one string, passes='rejuvenate,crystallize', or a list of pass"
+    ):
+        registry.as_passes(["rejuvenate", passes.Crystallize()])
+
+
+@pytest.mark.parametrize("members", [passes.Need, passes.Moment, passes.Slot])
+def test_help_tells_what_members_mean(members):
+    assert all(f"        {name}: " in members.__doc__ for name in members.__members__)

@@ -168,6 +168,23 @@ def test_transform_verifies_after_each_pass():
     biofx.transform(nn.Linear(2, 2), [Careless()], verify=False)
 
 
+@pytest.mark.parametrize("given", ["it is bad", True, None, [True]])
+def test_violations_have_to_be_sentences(given):
+    class Careless(passes.Pass):
+        name, slot = "careless", passes.Slot.HOOK
+
+        def rewrite(self, site, edit):
+            edit.gain()
+
+        def violations(self, site):
+            return given
+
+    with pytest.raises(
+        biofx.ArgumentError, match=r"careless: violations\(site\) yields a sentence .* for weight it gave"
+    ):
+        biofx.transform(nn.Linear(2, 2), [Careless()])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_a_weight_that_is_not_finite(value, dtype):

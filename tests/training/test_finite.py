@@ -1,6 +1,7 @@
 """What is not finite is refused before the step, or stops the rules alone on a device that is not waited for."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import biofx
+from biofx import passes
 from biofx.base.errors import LifecycleError
 from biofx.training import finite
 from training.test_costs import WAITS, operators_of_a_step
@@ -40,8 +42,34 @@ def test_a_step_at_which_no_rule_acts_is_as_without_biofx():
     bio.get_parameter("2.weight").grad[0, 0] = float("nan")
     optimizer.step()
     assert bio.get_parameter("2.weight").isnan().sum() == 1
-    with pytest.raises(biofx.LifecycleError, match="2.weight: its gradient is not finite"):
+    with pytest.raises(biofx.LifecycleError, match="2.weight: its weight is not finite"):  # the cause of the gradient
         optimizer.step()
+
+
+@dataclass(frozen=True)
+class Breaks(passes.Pass):
+    name = "breaks"
+    slot = passes.Slot.HOOK
+    preserves_function = True
+    moment = passes.Moment.GAIN
+
+    def rewrite(self, site, edit):
+        edit.insert(torch.ops.biofx.scale_grad, edit.state("breaks_gain", torch.ones(site.shape)))
+
+    def at_step(self, weights):
+        next(w for w in weights if w.name == "0.weight").state("breaks_gain").fill_(float("nan"))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_rule_whose_state_is_not_finite_is_named(waits, monkeypatch):
+    monkeypatch.setattr(finite, "is_waited_for", lambda device: waits)
+    with pytest.raises(LifecycleError, match=r"0\.weight: its weight .*why: 0\.weight: breaks_gain of breaks$"):
+        trained([Breaks()])
+    bio, *_ = trained([Breaks()], steps=1)
+    with pytest.raises(
+        biofx.VerificationError, match=r"0\.weight: the weight is not finite, nor is breaks_gain of bre"
+    ):
+        biofx.verify(bio)
 
 
 # --- a device that is not waited for -----------------------------------------------------------------------------

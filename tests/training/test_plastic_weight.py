@@ -27,6 +27,19 @@ def test_the_value_is_what_the_operator_receives(weight):
     torch.testing.assert_close(weight.value, weight.site.effective().detach())
 
 
+def test_state_that_there_is_not_lists_what_there_is(weight):
+    for read in (weight.state, weight.observed):
+        with pytest.raises(
+            biofx.ArgumentError, match=r"dales-principle: 2\.weight has no state 'seeen'; .* are sign, "
+        ):
+            read("seeen")
+    with pytest.raises(biofx.ArgumentError, match=r"no observer adds to 'sign'"):
+        weight.observed("sign")
+    assert weight.state("sign").any()
+    with pytest.raises(biofx.ArgumentError, match=r"old weights are kept only for .* moment = passes\.Moment\.UPDATE"):
+        weight.old  # noqa: B018
+
+
 def test_without_a_constraint_the_value_is_what_is_stored():
     site = biofx.weight_sites(biofx.transform(nn.Linear(3, 2), [passes.L1Regularization()]))["weight"]
     plain = PlasticWeight(site, site.raw, torch.zeros(2, 3), None, 1)
