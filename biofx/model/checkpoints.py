@@ -172,7 +172,8 @@ def _refuse_difference(
         return ArgumentError(f"{title}: {difference}")
 
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    own = {name for name, _ in tensors}
+    of_synapses = (f"{_child_path(name)}.{key}" for name, child in owned for key in child.state_dict())
+    own = {*of_synapses, *(name for name, _ in tensors)}
     for name, child in owned:
         place = _child_path(name)
         for key, by in child.users.items():
