@@ -44,16 +44,19 @@ def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict
     vars(result)["_metadata"] = _metadata_of_owners(model, owned) if metadata is None else metadata
     ours = f"{CHILD.format('')}."
     is_plain = not any(ours in name for name in state_dict) and not any(_has_old_state(*each, result) for each in owned)
+    waits = is_plain and any(_loads_itself(module) for module in model.modules())
     for name, child in owned:
         place = _child_path(name)
         for key in child.users:
             _rename(result, f"{name}_{key}", f"{place}.{key}")
             if is_plain and f"{place}.{key}" not in result:
                 result[f"{place}.{key}"] = getattr(child, key)
+        if waits:  # for the model's own code to see the weight under its name; then its module distributes it
+            continue
         _rename(result, name, f"{place}.{child.stored_name}")
         given = result.get(f"{place}.{child.stored_name}")
         if isinstance(given, Tensor) and is_plain:
-            result[f"{place}.{child.stored_name}"] = _distributed(name, child, given)
+            result[f"{place}.{child.stored_name}"] = distributed(name, child, given)
     if strict:
         title = PLAIN if is_plain else f"the checkpoint is from another pipeline than {record_of(model)}"
         _refuse_difference(model, owned, result, title)
@@ -121,6 +124,13 @@ def _child_path(name: str) -> str:
     return f"{path}.{CHILD.format(key)}".lstrip(".")
 
 
+def _loads_itself(module: nn.Module) -> bool:
+    """Whether code of the model looks at what a module loads, as to rename, scale or reshape it."""
+    classes = [cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] not in ("torch", "biofx")]
+    overrides = any(name in vars(cls) for cls in classes for name in ("load_state_dict", "_load_from_state_dict"))
+    return overrides or bool(module._load_state_dict_pre_hooks)
+
+
 def _has_old_state(name: str, child: Synapses, state: Mapping[str, Any]) -> bool:
     """Whether a checkpoint names state as earlier versions of biofx did, such as `fc.weight_gain`."""
     return any(f"{name}_{key}" in state for key in child.users)
@@ -132,7 +142,7 @@ def _rename(state: dict[str, Any], old: str, new: str) -> None:
 
 
 @torch.no_grad()
-def _distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
+def distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
     """Return the stored tensor from which synapses compute a weight of the original model."""
     present = child.stored.detach()
     if not child.is_computed or weight.shape != (present[0] if child.is_split else present).shape:

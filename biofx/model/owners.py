@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.shards import is_sharded
 from biofx.model import weight_cache
+from biofx.model.checkpoints import distributed
 from biofx.model.synapses import CHILD, Synapses, child_of, has_synapses, synapses_read_as
 from biofx.model.weight_tensors import FOLD, LOST, WeightTensor
 
@@ -172,6 +173,22 @@ class HasSynapses:
         if _synapses_of(self, name) is not None:
             raise ArgumentError(f"{name} of {type(self).__name__} has synapses, so it cannot be deleted; {FOLD}")
         super().__delattr__(name)
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: Any
+    ) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+        for key in vars(self)["_parameters"]:
+            child, name = _synapses_of(self, key), f"{prefix}{key}"
+            if child is not None and isinstance(state.get(name), Tensor):  # of a plain module, as its own code left it
+                unexpected[:] = [each for each in unexpected if each != name]
+                place = f"{prefix}{CHILD.format(key)}"
+                for each in child.users:
+                    state.setdefault(f"{place}.{each}", getattr(child, each))
+                try:
+                    state[f"{place}.{child.stored_name}"] = distributed(name, child, state[name])
+                except ArgumentError as error:
+                    errors.append(str(error))
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """Return a parameter, or the stored tensor of a weight with synapses; see `torch.nn.Module.get_parameter`."""
