@@ -137,7 +137,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         """
         if is_transformed(self):
             strict = kwargs.get("strict", args[0] if args else True)
-            state_dict = converted_checkpoint(self, state_dict, strict)
+            assign = kwargs.get("assign", args[1] if len(args) > 1 else False)
+            state_dict = converted_checkpoint(self, state_dict, strict, assign)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -152,7 +153,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             given = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
             try:
                 inside = {name.removeprefix(prefix): value for name, value in given.items()}
-                converted = converted_checkpoint(self, inside, strict=False)
+                assign = metadata.get("assign_to_params_buffers", False)
+                converted = converted_checkpoint(self, inside, strict=False, assign=assign)
                 given = {f"{prefix}{name}": value for name, value in converted.items()}
             except ArgumentError as error:
                 errors.append(f"{prefix[:-1]}: {error}")

@@ -23,7 +23,9 @@ PLAIN = "this looks like a checkpoint of the plain model; load it into that, bef
 OPTIONS = "biofx"  # the key of `passes_of` in the metadata of a `state_dict`, which `torch.save` keeps
 
 
-def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
+def converted_checkpoint(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool, assign: bool = False
+) -> Mapping[str, Any]:
     """Convert a checkpoint to the names and shapes of a transformed model.
 
     A checkpoint of the original model has weights and no state of passes. Each weight is distributed over its synapses
@@ -33,6 +35,7 @@ def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict
         model: the transformed model.
         state_dict: the checkpoint.
         strict: refuse a checkpoint that does not fit.
+        assign: whether its tensors become those of the model, which would separate tied weights.
 
     Raises:
         ArgumentError: if `strict`, the checkpoint is from another pipeline, or from the same passes with other options;
@@ -47,6 +50,10 @@ def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict
     waits = is_plain and any(_loads_itself(module) for module in model.modules())
     for name, child in owned:
         place = _child_path(name)
+        if is_plain and child.stored.is_meta and (child.users or child.is_computed):
+            raise ArgumentError(
+                f"{PLAIN}: what {record_of(model)} keeps with {name} has no values on the meta device, nor in this"
+            )
         for key in child.users:
             _rename(result, f"{name}_{key}", f"{place}.{key}")
             if is_plain and f"{place}.{key}" not in result:
@@ -57,6 +64,8 @@ def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict
         given = result.get(f"{place}.{child.stored_name}")
         if isinstance(given, Tensor) and is_plain:
             result[f"{place}.{child.stored_name}"] = distributed(name, child, given)
+    if assign:
+        _refuse_untied(owned, result)
     if strict:
         title = PLAIN if is_plain else f"the checkpoint is from another pipeline than {record_of(model)}"
         _refuse_difference(model, owned, result, title)
@@ -173,6 +182,19 @@ def _is_close(computed: Tensor, weight: Tensor) -> bool:
     largest = float(weight.abs().max()) if weight.numel() else 0.0
     rtol, atol = max(1e-4, 16 * precision), max(1e-6, precision * largest)
     return torch.allclose(computed.double(), weight.to(computed.device).double(), rtol=rtol, atol=atol)
+
+
+def _refuse_untied(owned: list[tuple[str, Synapses]], state: Mapping[str, Any]) -> None:
+    first: dict[Synapses, tuple[str, Tensor]] = {}
+    for name, child in owned:
+        given = state.get(name, state.get(f"{_child_path(name)}.{child.stored_name}"))
+        other, value = first.setdefault(child, (name, given))
+        is_other = given is not value and isinstance(given, Tensor) and isinstance(value, Tensor)
+        if is_other and not torch.equal(given, value):
+            raise ArgumentError(
+                f"{name} is tied to {other} in this model, and has other values in the checkpoint; load it into the "
+                "original model with assign=True, which separates them, and transform that"
+            )
 
 
 def _refuse_difference(

@@ -238,3 +238,31 @@ def test_a_layer_loads_plain_checkpoints(pipeline):
         other.weight.mul_(-0.5)
     assert not any(bio[0].load_state_dict(other.state_dict()))
     torch.testing.assert_close(bio[0](x), other(x))
+
+
+@pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "dales-principle"])
+def test_a_plain_checkpoint_has_no_values_for_what_is_on_meta(pipeline):
+    bio = biofx.transform(network(), pipeline)
+    plain, own = biofx.fold(bio).state_dict(), copy.deepcopy(bio.state_dict())
+    bio.to("meta")
+    with pytest.raises(biofx.ArgumentError, match="weight has no values on the meta device, nor in this"):
+        bio.load_state_dict(plain, assign=True)
+    bio.load_state_dict(own, assign=True)
+    assert_same_states(bio.state_dict(), own)
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_assigning_tied_weights_does_not_lose_one(own, around):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    bio = biofx.transform(model, "split-synapses")
+    whole = nn.Sequential(bio) if around else bio
+    state = copy.deepcopy((whole if own else nn.Sequential(model) if around else model).state_dict())
+    whole.load_state_dict(state, assign=True)
+    name = next(name for name in state if "2.weight" in name)
+    state[name] = 2 * state[name]
+    with pytest.raises(
+        (biofx.ArgumentError, RuntimeError), match="2.weight is tied to 0.weight in this model, and has o"
+    ):
+        whole.load_state_dict(state, assign=True)
