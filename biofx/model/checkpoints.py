@@ -50,10 +50,8 @@ def converted_checkpoint(
     waits = is_plain and any(_loads_itself(module) for module in model.modules())
     for name, child in owned:
         place = _child_path(name)
-        if is_plain and child.stored.is_meta and (child.users or child.is_computed):
-            raise ArgumentError(
-                f"{PLAIN}: what {record_of(model)} keeps with {name} has no values on the meta device, nor in this"
-            )
+        if is_plain:
+            _refuse_without_values(model, name, child)
         for key in child.users:
             _rename(result, f"{name}_{key}", f"{place}.{key}")
             if is_plain and f"{place}.{key}" not in result:
@@ -69,12 +67,7 @@ def converted_checkpoint(
     if strict:
         title = PLAIN if is_plain else f"the checkpoint is from another pipeline than {record_of(model)}"
         _refuse_difference(model, owned, result, title)
-        found = other_option(model, (metadata or {}).get(""))
-        if found is not None:
-            raise ArgumentError(
-                f"the checkpoint is from the same passes with other options: {found}; transform the model with those, "
-                "or load it with strict=False"
-            )
+        _refuse_other_options(model, (metadata or {}).get(""))
     return result
 
 
@@ -182,6 +175,22 @@ def _is_close(computed: Tensor, weight: Tensor) -> bool:
     largest = float(weight.abs().max()) if weight.numel() else 0.0
     rtol, atol = max(1e-4, 16 * precision), max(1e-6, precision * largest)
     return torch.allclose(computed.double(), weight.to(computed.device).double(), rtol=rtol, atol=atol)
+
+
+def _refuse_without_values(model: nn.Module, name: str, child: Synapses) -> None:
+    if child.stored.is_meta and (child.users or child.is_computed):
+        raise ArgumentError(
+            f"{PLAIN}: what {record_of(model)} keeps with {name} has no values on the meta device, nor in this"
+        )
+
+
+def _refuse_other_options(model: nn.Module, metadata: Mapping[str, Any] | None) -> None:
+    found = other_option(model, metadata)
+    if found is not None:
+        raise ArgumentError(
+            f"the checkpoint is from the same passes with other options: {found}; transform the model with those, "
+            "or load it with strict=False"
+        )
 
 
 def _refuse_untied(owned: list[tuple[str, Synapses]], state: Mapping[str, Any]) -> None:
