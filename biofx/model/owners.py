@@ -303,7 +303,7 @@ def add_weight_properties(cls: Any, keys: Iterable[str]) -> None:
 def _remove_weight_property(owner: Any, key: str) -> None:
     """Let a module keep a weight that lost its synapses as others do: code such as `prune` sets and deletes it."""
     if isinstance(owner, Owner):
-        install_weight_properties(owner)
+        install_weight_properties(owner)  # type: ignore[arg-type]  # an owner is a module
     elif isinstance(vars(type(owner)).get(key), property):  # a captured model, which has a class of its own
         delattr(type(owner), key)
 
