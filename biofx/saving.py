@@ -244,7 +244,7 @@ def _refuse_difference(model: nn.Module, saved: Mapping[str, str], present: Mapp
 def _state(bio: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, those that are not persistent last; tied ones are the same object."""
     transient = {name: value for name, value in _transient(bio).items() if not _is_of_capture(bio, name)}
-    state: dict[str, Tensor] = bio.state_dict(keep_vars=True) | transient
+    state = _persistent(bio) | transient
     for name, value in state.items():
         what = None
         if type(value) not in (Tensor, nn.Parameter):
@@ -260,6 +260,14 @@ def _state(bio: nn.Module) -> dict[str, Tensor]:
                 f"save: {name} {what}, which {STATE} cannot hold; use torch.save, or for a sharded model "
                 "torch.distributed.checkpoint"
             )
+    return state
+
+
+def _persistent(bio: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict`, and the model's own tensors where a hook or an override leaves them out, or has others."""
+    state: dict[str, Tensor] = bio.state_dict(keep_vars=True)
+    state.update(bio.named_parameters())
+    state.update((name, value) for name, value in bio.named_buffers() if name in state)
     return state
 
 
@@ -338,7 +346,7 @@ def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor],
     tied = document["tied"]
     saved = saved | {name: saved[first] for name, first in tied.items()}
     _fill_places(bio, document, saved)
-    state: dict[str, Tensor] = bio.state_dict(keep_vars=True)
+    state = _persistent(bio)
     values = {name: saved.pop(name) for name in document.get("transient", {}) if name in saved}
     tied = {name: first for name, first in tied.items() if name not in values}
     there, here = (_written_shapes(shapes(each.items())) for each in (saved, state))
@@ -351,7 +359,10 @@ def _fill(bio: nn.Module, document: Mapping[str, Any], saved: dict[str, Tensor],
     filled = OrderedDict(saved)
     # Modules take a state without metadata for one of an early version, and convert it.
     vars(filled)["_metadata"] = getattr(state, "_metadata", None)
-    bio.load_state_dict(filled, strict=True)
+    bio.load_state_dict(filled, strict=False)  # names were compared
+    with torch.no_grad():
+        for name, value in saved.items():  # which code of the model may have changed while it loaded
+            state[name].copy_(value)
     _fill_transient(bio, document, values)
     frozen, other_mode = set(document["frozen"]), set(document["other_mode"])
     for name, own in state.items():

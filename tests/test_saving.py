@@ -573,3 +573,41 @@ def test_a_model_with_another_head_is_refused(tmp_path):
     bio[2] = nn.Linear(4, 7)
     with pytest.raises(SavingError, match=r"save: 2.weight was replaced since .*; use torch.save\(bio, path\), or cha"):
         biofx.save(bio, tmp_path)
+
+
+class Own(nn.Sequential):
+    """A network whose class has code for what is saved and loaded."""
+
+    def __init__(self, of_class="", seed=0):
+        super().__init__(*mlp(3, 4, 2))
+        with torch.no_grad():
+            self[2].bias.fill_(1.0 + seed)
+        self.of_class = of_class
+        self.register_load_state_dict_pre_hook(Own.on_load)
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if name.startswith("0.")]:
+            if self.of_class == "leaves out":
+                del state[name]
+            elif self.of_class == "renames":
+                state[f"first.{name}"] = state.pop(name)
+            elif self.of_class == "rounds":
+                state[name] = state[name].to(torch.bfloat16)
+        return state
+
+    @staticmethod
+    def on_load(model, state, *_):
+        if model.of_class == "doubles":
+            state["2.bias"] = 2 * state["2.bias"]
+
+
+@pytest.mark.parametrize("of_class", ["leaves out", "renames", "rounds", "doubles"])
+@pytest.mark.parametrize("pipeline", ["split-synapses,fuzzy-learning-rates", "dales-principle"])
+def test_what_a_model_does_to_its_state_dict_changes_no_value(of_class, pipeline, tmp_path):
+    bio, x = biofx.transform(Own(of_class), pipeline), torch.randn(5, 3)
+    biofx.save(bio, tmp_path)
+    loaded = biofx.load(tmp_path, Own(of_class, seed=1))
+    assert_same(bio, loaded)
+    for other in (loaded, biofx.fold(bio, into=Own(of_class, seed=1))):
+        torch.testing.assert_close(other(x), bio(x))

@@ -128,16 +128,18 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         _fill(copied, shared, copy.deepcopy(self.graph))
         return copied
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a checkpoint of this model, or of the original one; see `torch.nn.Module.load_state_dict`.
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint of this model, or of the original one; see `load_state_dict` of the model's class.
 
         Raises:
             ArgumentError: `strict`, and other passes, or these with other options, made the model of the checkpoint;
                 names the first difference.
         """
         if is_transformed(self):
-            state_dict = converted_checkpoint(self, state_dict, strict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            strict = kwargs.get("strict", args[0] if args else True)
+            assign = kwargs.get("assign", args[1] if len(args) > 1 else False)
+            state_dict = converted_checkpoint(self, state_dict, strict, assign)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -151,7 +153,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             given = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
             try:
                 inside = {name.removeprefix(prefix): value for name, value in given.items()}
-                converted = converted_checkpoint(self, inside, strict=False)
+                assign = metadata.get("assign_to_params_buffers", False)
+                converted = converted_checkpoint(self, inside, strict=False, assign=assign)
                 given = {f"{prefix}{name}": value for name, value in converted.items()}
             except ArgumentError as error:
                 errors.append(f"{prefix[:-1]}: {error}")
@@ -307,7 +310,8 @@ def _is_traced(args: Any, kwargs: Any) -> bool:
 def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
     """Return a hook, bound to `module` if it is a method of `model`."""
     if isinstance(hook, HookWithModule):
-        return HookWithModule(_bound_to(module, model, hook.hook), module if hook.with_module else None)
+        given = hook.module() if hook.with_module else None
+        return HookWithModule(_bound_to(module, model, hook.hook), module if given is model else given)
     if isinstance(hook, MethodType) and hook.__self__ is model:
         return MethodType(hook.__func__, module)
     return hook

@@ -61,6 +61,11 @@ def lost_parts(bio: fx.GraphModule) -> Iterator[str]:
             yield f"{name}, which has synapses since the transform, was {tuple(shape)} then and is {now} now"
     yield from moved_synapses(bio)
     for name, synapses in synapses_in(bio).items():
+        if not isinstance(synapses.stored, nn.Parameter):
+            yield (
+                f"{name} has a tensor in place of its parameter, as torch.func.functional_call leaves it that is given "
+                "a tied weight under two names; give it one"
+            )
         for key, by in synapses.users.items():
             if key not in synapses._buffers and key not in synapses._parameters:
                 yield f"{key} of {name}, which {', '.join(by)} keeps, was removed"

@@ -23,7 +23,9 @@ PLAIN = "this looks like a checkpoint of the plain model; load it into that, bef
 OPTIONS = "biofx"  # the key of `passes_of` in the metadata of a `state_dict`, which `torch.save` keeps
 
 
-def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
+def converted_checkpoint(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool, assign: bool = False
+) -> Mapping[str, Any]:
     """Convert a checkpoint to the names and shapes of a transformed model.
 
     A checkpoint of the original model has weights and no state of passes. Each weight is distributed over its synapses
@@ -33,6 +35,7 @@ def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict
         model: the transformed model.
         state_dict: the checkpoint.
         strict: refuse a checkpoint that does not fit.
+        assign: whether its tensors become those of the model, which would separate tied weights.
 
     Raises:
         ArgumentError: if `strict`, the checkpoint is from another pipeline, or from the same passes with other options;
@@ -44,25 +47,27 @@ def converted_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], strict
     vars(result)["_metadata"] = _metadata_of_owners(model, owned) if metadata is None else metadata
     ours = f"{CHILD.format('')}."
     is_plain = not any(ours in name for name in state_dict) and not any(_has_old_state(*each, result) for each in owned)
+    waits = is_plain and any(_loads_itself(module) for module in model.modules())
     for name, child in owned:
         place = _child_path(name)
+        if is_plain:
+            _refuse_without_values(model, name, child)
         for key in child.users:
             _rename(result, f"{name}_{key}", f"{place}.{key}")
             if is_plain and f"{place}.{key}" not in result:
                 result[f"{place}.{key}"] = getattr(child, key)
+        if waits:  # for the model's own code to see the weight under its name; then its module distributes it
+            continue
         _rename(result, name, f"{place}.{child.stored_name}")
         given = result.get(f"{place}.{child.stored_name}")
         if isinstance(given, Tensor) and is_plain:
-            result[f"{place}.{child.stored_name}"] = _distributed(name, child, given)
+            result[f"{place}.{child.stored_name}"] = distributed(name, child, given)
+    if assign:
+        _refuse_untied(owned, result)
     if strict:
         title = PLAIN if is_plain else f"the checkpoint is from another pipeline than {record_of(model)}"
         _refuse_difference(model, owned, result, title)
-        found = other_option(model, (metadata or {}).get(""))
-        if found is not None:
-            raise ArgumentError(
-                f"the checkpoint is from the same passes with other options: {found}; transform the model with those, "
-                "or load it with strict=False"
-            )
+        _refuse_other_options(model, (metadata or {}).get(""))
     return result
 
 
@@ -121,6 +126,13 @@ def _child_path(name: str) -> str:
     return f"{path}.{CHILD.format(key)}".lstrip(".")
 
 
+def _loads_itself(module: nn.Module) -> bool:
+    """Whether code of the model looks at what a module loads, as to rename, scale or reshape it."""
+    classes = [cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] not in ("torch", "biofx")]
+    overrides = any(name in vars(cls) for cls in classes for name in ("load_state_dict", "_load_from_state_dict"))
+    return overrides or bool(module._load_state_dict_pre_hooks)
+
+
 def _has_old_state(name: str, child: Synapses, state: Mapping[str, Any]) -> bool:
     """Whether a checkpoint names state as earlier versions of biofx did, such as `fc.weight_gain`."""
     return any(f"{name}_{key}" in state for key in child.users)
@@ -132,7 +144,7 @@ def _rename(state: dict[str, Any], old: str, new: str) -> None:
 
 
 @torch.no_grad()
-def _distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
+def distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
     """Return the stored tensor from which synapses compute a weight of the original model."""
     present = child.stored.detach()
     if not child.is_computed or weight.shape != (present[0] if child.is_split else present).shape:
@@ -165,6 +177,35 @@ def _is_close(computed: Tensor, weight: Tensor) -> bool:
     return torch.allclose(computed.double(), weight.to(computed.device).double(), rtol=rtol, atol=atol)
 
 
+def _refuse_without_values(model: nn.Module, name: str, child: Synapses) -> None:
+    if child.stored.is_meta and (child.users or child.is_computed):
+        raise ArgumentError(
+            f"{PLAIN}: what {record_of(model)} keeps with {name} has no values on the meta device, nor in this"
+        )
+
+
+def _refuse_other_options(model: nn.Module, metadata: Mapping[str, Any] | None) -> None:
+    found = other_option(model, metadata)
+    if found is not None:
+        raise ArgumentError(
+            f"the checkpoint is from the same passes with other options: {found}; transform the model with those, "
+            "or load it with strict=False"
+        )
+
+
+def _refuse_untied(owned: list[tuple[str, Synapses]], state: Mapping[str, Any]) -> None:
+    first: dict[Synapses, tuple[str, Tensor]] = {}
+    for name, child in owned:
+        given = state.get(name, state.get(f"{_child_path(name)}.{child.stored_name}"))
+        other, value = first.setdefault(child, (name, given))
+        is_other = given is not value and isinstance(given, Tensor) and isinstance(value, Tensor)
+        if is_other and not torch.equal(given, value):
+            raise ArgumentError(
+                f"{name} is tied to {other} in this model, and has other values in the checkpoint; load it into the "
+                "original model with assign=True, which separates them, and transform that"
+            )
+
+
 def _refuse_difference(
     model: nn.Module, owned: list[tuple[str, Synapses]], state: Mapping[str, Any], title: str
 ) -> None:
@@ -172,7 +213,8 @@ def _refuse_difference(
         return ArgumentError(f"{title}: {difference}")
 
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    own = {name for name, _ in tensors}
+    of_synapses = (f"{_child_path(name)}.{key}" for name, child in owned for key in child.state_dict())
+    own = {*of_synapses, *(name for name, _ in tensors)}
     for name, child in owned:
         place = _child_path(name)
         for key, by in child.users.items():

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.shards import is_sharded
 from biofx.model import weight_cache
-from biofx.model.synapses import CHILD, Synapses, child_of, has_synapses, synapses_read_as
+from biofx.model.checkpoints import distributed
+from biofx.model.synapses import CHILD, Synapses, child_of, synapses_read_as
 from biofx.model.weight_tensors import FOLD, LOST, WeightTensor
 
 
@@ -81,20 +82,21 @@ def remove_synapses(model: nn.Module) -> None:
                 parameters[child] = stored if same else nn.Parameter(weight.detach().contiguous(), stored.requires_grad)
             owner._parameters[key] = parameters[child]
             del owner._modules[CHILD.format(key)]
-        if own:
+        if isinstance(owner, HasSynapses):
             restore_class(owner)
 
 
 @contextmanager
 def without_synapses(model: nn.Module) -> Iterator[None]:
     """Replace all synapses of a model by plain parameters, as `remove_synapses` does, while the block runs."""
-    owners = filter(has_synapses, model.modules())
-    before = [(owner, dict(owner._parameters), dict(owner._modules)) for owner in owners]
+    owners = [module for module in model.modules() if isinstance(module, HasSynapses)]
+    before = [(owner, type(owner), dict(owner._parameters), dict(owner._modules)) for owner in owners]
     remove_synapses(model)
     try:
         yield
     finally:
-        for owner, parameters, children in before:
+        for owner, cls, parameters, children in before:
+            set_class(owner, cls)
             owner._parameters.clear()
             owner._parameters.update(parameters)
             owner._modules.clear()
@@ -111,6 +113,9 @@ def install_weight_properties(owner: nn.Module) -> None:
     """Make the weights of a module that have synapses properties of its class."""
     keys = tuple(key for key in owner._parameters if child_of(owner, key) is not None)
     if not keys:
+        if isinstance(owner, Owner):  # it had some, and still takes weights to share
+            set_class(owner, _owner_class(_own_class(owner), ()))
+            refresh_flat_weights(owner)
         return
     if isinstance(owner, nn.RNNBase):  # an attribute would hide the property of the class, and go stale
         vars(owner).pop("_flat_weights", None)
@@ -163,15 +168,34 @@ class HasSynapses:
                 f"{name} of {type(self).__name__} is stored by its synapses, which a DTensor would replace; use "
                 "biofx.parallelize(bio, mesh, plan), or register a DTensor as the parameter of the synapses"
             )
-        if child is not None and not is_own:
+        if is_own:
+            return
+        if child is not None:
             del vars(self)["_modules"][CHILD.format(name)]
-        if not is_own:
-            super().register_parameter(name, param)  # type: ignore[misc]
+        super().register_parameter(name, param)  # type: ignore[misc]
+        if child is not None:
+            _remove_weight_property(self, name)  # last, because it changes the class
 
     def __delattr__(self, name: str) -> None:
         if _synapses_of(self, name) is not None:
             raise ArgumentError(f"{name} of {type(self).__name__} has synapses, so it cannot be deleted; {FOLD}")
         super().__delattr__(name)
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: Any
+    ) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+        for key in vars(self)["_parameters"]:
+            child, name = _synapses_of(self, key), f"{prefix}{key}"
+            if child is not None and isinstance(state.get(name), Tensor):  # of a plain module, as its own code left it
+                unexpected[:] = [each for each in unexpected if each != name]
+                place = f"{prefix}{CHILD.format(key)}"
+                for each in child.users:
+                    state.setdefault(f"{place}.{each}", getattr(child, each))
+                try:
+                    state[f"{place}.{child.stored_name}"] = distributed(name, child, state[name])
+                except ArgumentError as error:
+                    errors.append(str(error))
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """Return a parameter, or the stored tensor of a weight with synapses; see `torch.nn.Module.get_parameter`."""
@@ -228,8 +252,16 @@ def _is_stored(owner: Any, parameter: nn.Parameter | None) -> bool:
 
 
 def _own_class(owner: nn.Module) -> Any:
-    """Return the class that a module had before it got synapses."""
-    return type(owner)._biofx_class if isinstance(owner, Owner) else type(owner)
+    """Return the class that a module would have without synapses."""
+    return _without_owner(type(owner))
+
+
+def _without_owner(cls: Any) -> Any:
+    if "_biofx_class" in vars(cls) or not issubclass(cls, Owner):
+        return vars(cls).get("_biofx_class", cls)
+    # A class that was derived since, as `parametrize` does.
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(map(_without_owner, cls.__bases__)), own)
 
 
 @functools.cache
@@ -266,6 +298,14 @@ def add_weight_properties(cls: Any, keys: Iterable[str]) -> None:
             cls._flat_weights = property(_flat_weights, lambda self, value: None)
             cls._weights_have_changed = lambda self: False
             cls.flatten_parameters = lambda self: None
+
+
+def _remove_weight_property(owner: Any, key: str) -> None:
+    """Let a module keep a weight that lost its synapses as others do: code such as `prune` sets and deletes it."""
+    if isinstance(owner, Owner):
+        install_weight_properties(owner)  # type: ignore[arg-type]  # an owner is a module
+    elif isinstance(vars(type(owner)).get(key), property):  # a captured model, which has a class of its own
+        delattr(type(owner), key)
 
 
 def _weight(key: str) -> property:

@@ -307,6 +307,11 @@ class Synapses(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
         self.paused = ()
 
+    def named_modules(self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        """Yield the synapses once in a model, under the first name of their weight; see `torch.nn.Module`."""
+        # `torch.func.functional_call` replaces what has two names twice, and restores what it found the second time.
+        yield from super().named_modules(memo, prefix)  # not return: torch.compile leaves generators alone
+
     def pause(self, key: str, paused: bool) -> None:
         """Pause or resume the observers of a state."""
         if paused is not (key in self.paused):

@@ -189,8 +189,9 @@ def _fill(into: nn.Module, plain: nn.Module) -> nn.Module:
                 f"{name} is {shapes[0]} in the folded model and {shapes[1]} in this one"
             )
     into.load_state_dict(plain.state_dict(), strict=False)  # shapes were checked; extra state may be missing in one
+    theirs = _tensors(into)
     with torch.no_grad():
-        for name in ours.keys() & theirs.keys() - persistent:
+        for name in ours.keys() & theirs.keys():  # also what hooks left out of the state, or changed in it
             theirs[name].copy_(ours[name])
     return into
 

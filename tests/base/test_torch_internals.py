@@ -19,7 +19,10 @@ from biofx import passes
 from biofx.base import torch_internals as internals
 
 READ_IN_PLACE = {
-    nn.Module: ("_parameters", "_buffers", "_modules", "_load_from_state_dict", *internals.HOOKS),
+    nn.Module: (
+        *("_parameters", "_buffers", "_modules", "_load_from_state_dict", "_load_state_dict_pre_hooks"),
+        *internals.HOOKS,
+    ),
     lambda: nn.RNN(1, 1): ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_weights_have_changed"),
     lambda: fx.symbolic_trace(nn.Identity()): ("_code", "_graph", "_tracer_cls"),
     lambda: torch.compile(nn.Identity()): ("_orig_mod",),

@@ -181,6 +181,17 @@ def test_a_hook_that_is_a_method_acts_on_the_captured_model():
     assert model.hits == 0
 
 
+def test_a_hook_that_takes_its_module_gets_that_module():
+    model, seen = Model(), []
+    model.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    model.norm.register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    bio = biofx.transform(model, NEUTRAL)
+    for other in (bio, copy.deepcopy(bio), biofx.fold(bio)):
+        seen.clear()
+        other.load_state_dict(other.state_dict())
+        assert seen == [other, other.norm]
+
+
 def test_a_transform_in_place_that_fails_leaves_the_hooks():
     model, x = Model(), torch.randn(4, 3)
     model.norm.register_forward_pre_hook(model.count)

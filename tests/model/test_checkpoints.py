@@ -182,3 +182,87 @@ def test_a_module_around_the_model_says_what_does_not_fit(pipeline):
     whole = nn.Sequential(biofx.transform(network(), pipeline))
     with pytest.raises(RuntimeError, match=r"(?s)0.*(violates the signs|size mismatch)"):
         whole.load_state_dict(nn.Sequential(network()).state_dict())
+
+
+class Doubling(nn.Linear):
+    def _load_from_state_dict(self, state, prefix, *args):
+        state[f"{prefix}weight"] = 2 * state[f"{prefix}weight"]
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class Fusing(nn.Sequential):
+    """Early checkpoints have the two halves of a weight, and no `early` in the name of the bias."""
+
+    @staticmethod
+    def on_load(model, state, *_):
+        if "0.upper" in state:
+            state["0.weight"] = torch.cat([state.pop("0.upper"), state.pop("0.lower")])
+
+    def load_state_dict(self, state, strict=True):
+        return super().load_state_dict({name.removeprefix("early."): x for name, x in state.items()}, strict)
+
+
+def halves(state):
+    upper, lower = state.pop("0.weight").chunk(2)
+    return {f"early.{name}": value for name, value in {**state, "0.upper": upper, "0.lower": lower}.items()}
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "cortex"])
+def test_code_of_the_model_sees_plain_checkpoints(pipeline, around):
+    model = Fusing(nn.Linear(3, 4), nn.ReLU(), Doubling(4, 2))
+    model.register_load_state_dict_pre_hook(Fusing.on_load)
+    bio, x = biofx.transform(model, pipeline), torch.randn(5, 3)
+    state = {name: 3 * value for name, value in model.state_dict().items()}
+    if around:
+        nn.Sequential(bio).load_state_dict({f"0.{name}": value for name, value in state.items()})
+        model.load_state_dict(state)
+    else:
+        bio.load_state_dict(halves(dict(state)))
+        model.load_state_dict(halves(dict(state)))
+    torch.testing.assert_close(bio(x), model(x))
+
+
+def test_code_of_the_model_does_not_get_around_signs():
+    bio = biofx.transform(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), Doubling(4, 2)), "dales-principle")
+    state = biofx.fold(bio).state_dict()
+    state["2.weight"] = -state["2.weight"]
+    with pytest.raises(RuntimeError, match="2.weight violates the signs that its units have in this model"):
+        bio.load_state_dict(state)
+
+
+@pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "cortex"])
+def test_a_layer_loads_plain_checkpoints(pipeline):
+    bio, other, x = biofx.transform(network(), pipeline), network()[0], torch.randn(3, 64, dtype=torch.float64)
+    with torch.no_grad():
+        other.weight.mul_(-0.5)
+    assert not any(bio[0].load_state_dict(other.state_dict()))
+    torch.testing.assert_close(bio[0](x), other(x))
+
+
+@pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "dales-principle"])
+def test_a_plain_checkpoint_has_no_values_for_what_is_on_meta(pipeline):
+    bio = biofx.transform(network(), pipeline)
+    plain, own = biofx.fold(bio).state_dict(), copy.deepcopy(bio.state_dict())
+    bio.to("meta")
+    with pytest.raises(biofx.ArgumentError, match="weight has no values on the meta device, nor in this"):
+        bio.load_state_dict(plain, assign=True)
+    bio.load_state_dict(own, assign=True)
+    assert_same_states(bio.state_dict(), own)
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_assigning_tied_weights_does_not_lose_one(own, around):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    bio = biofx.transform(model, "split-synapses")
+    whole = nn.Sequential(bio) if around else bio
+    state = copy.deepcopy((whole if own else nn.Sequential(model) if around else model).state_dict())
+    whole.load_state_dict(state, assign=True)
+    name = next(name for name in state if "2.weight" in name)
+    state[name] = 2 * state[name]
+    with pytest.raises(
+        (biofx.ArgumentError, RuntimeError), match="2.weight is tied to 0.weight in this model, and has o"
+    ):
+        whole.load_state_dict(state, assign=True)

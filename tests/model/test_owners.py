@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import biofx
 from biofx import passes
+from biofx.model.owners import Owner
 from models.pretrained import PRETRAINED
 
 FRONTENDS = ["symbolic", "module"]
@@ -226,3 +228,68 @@ def test_save_pretrained_refuses_what_the_class_cannot_load(pipeline, reason, tm
         with pytest.raises(biofx.ExportError, match="this folded ResNetForImageClassification is a graph"):
             plain.save_pretrained(tmp_path)
     assert not [*tmp_path.iterdir()]
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    def right_inverse(self, x):
+        return x / 2
+
+
+def prune_a_new_weight(layer):
+    layer.weight = nn.Parameter(torch.eye(4))
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def parametrize_a_new_weight(layer):
+    layer.weight = nn.Parameter(torch.eye(4))
+    parametrizations.weight_norm(layer)
+
+
+def parametrize_the_bias(layer):
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    with torch.no_grad():
+        layer.parametrizations.bias.original.add_(1)
+
+
+def parametrize_the_bias_and_assign(layer):
+    parametrize_the_bias(layer)
+    layer.weight = nn.Parameter(torch.eye(4))
+
+
+CODE = [prune_a_new_weight, parametrize_a_new_weight, parametrize_the_bias, parametrize_the_bias_and_assign]
+
+
+@pytest.mark.parametrize("change", CODE, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("pipeline", ["fuzzy-learning-rates", "split-synapses"])
+def test_code_may_change_a_layer_that_lost_its_synapses(change, pipeline):
+    bio, x = biofx.transform(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), pipeline), torch.randn(3, 4)
+    plain = biofx.fold(bio)
+    change(plain[0])
+    if change in (prune_a_new_weight, parametrize_a_new_weight):
+        bio[0].weight = nn.Parameter(torch.eye(4))
+        biofx.summary(bio)  # takes note of the new weight
+    change(bio[0])
+    folded = biofx.fold(bio)
+    for model in (bio, copy.deepcopy(bio), folded):
+        torch.testing.assert_close(model(x), plain(x))
+    assert not isinstance(folded[0], Owner)
+    assert [name for name, _ in folded.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
+def test_folded_layers_have_their_class_after_an_assignment():
+    bio = biofx.transform(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LSTM(4, 4)), "split-synapses")
+    x = torch.randn(2, 3, 4)
+    bio[0].weight = nn.Parameter(torch.eye(4))
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        setattr(bio[2], name, nn.Parameter(torch.ones(16, 4)))
+        bio(x)
+    plain = biofx.fold(bio)
+    assert [type(layer) for layer in plain] == [nn.Linear, nn.ReLU, nn.LSTM]
+    torch.testing.assert_close(plain(x), bio(x))
+    with torch.no_grad():
+        bio[2].weight_hh_l0.zero_()
+        plain[2].weight_hh_l0.zero_()
+    torch.testing.assert_close(plain(x), bio(x))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import biofx
@@ -145,6 +146,35 @@ def test_tied_weights_share_their_synapses():
     assert synapses_of(model, "1.weight") is child
     remove_synapses(model)
     assert embed.weight is head.weight
+
+
+class Tied(nn.Sequential):
+    """An embedding, and a head that reads tokens with the same weight."""
+
+    def __init__(self):
+        super().__init__(nn.Embedding(7, 4), nn.Linear(4, 7))
+        self[1].weight = self[0].weight
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_functional_calls_leave_tied_weights_as_they_were(inside):
+    tokens = torch.tensor([[1, 2, 3]])
+    bio = biofx.transform(Tied(), "split-synapses,fuzzy-learning-rates", example_inputs=tokens)
+    model = nn.Sequential(bio) if inside else bio
+    present, before = {**dict(model.named_parameters()), **dict(model.named_buffers())}, model(tokens)
+    doubled = {name: 2 * tensor.detach() for name, tensor in present.items()}
+    expected = copy.deepcopy(model)
+    expected.load_state_dict(doubled, strict=False)
+    torch.testing.assert_close(functional_call(model, doubled, (tokens,)), expected(tokens))
+    assert {**dict(model.named_parameters()), **dict(model.named_buffers())}.items() == present.items()
+    assert torch.equal(model(tokens), before)
+
+
+def test_a_tensor_that_a_functional_call_left_is_an_error():
+    bio = biofx.transform(Tied(), "split-synapses")
+    functional_call(bio, bio.state_dict(), (torch.tensor([[1, 2, 3]]),), tie_weights=False)
+    with pytest.raises(ArgumentError, match="0.weight has a tensor in place of its parameter, .* give it one"):
+        biofx.fold(bio)
 
 
 # --- promises ----------------------------------------------------------------------------------------------------
