@@ -148,7 +148,7 @@ class Rules:
             is_known
             and axes is not None
             and not operation.name.endswith(("add", "reduce"))
-            and not operation.argument("accumulate")
+            and not (operation.argument("accumulate") or operation.argument("reduce"))
         ):
             wrote = _executed(operation, target.contiguous().clone(), source)
             if wrote is not None:

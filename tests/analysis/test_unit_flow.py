@@ -272,6 +272,22 @@ def test_padding_of_channels_comes_from_nobody():
     assert origin(found, constants) == ("constant", 2)
 
 
+@pytest.mark.parametrize("number", [0.0, 3.0, -1.0, 1e6])
+def test_numbers_that_are_written_come_from_nobody(number):
+    found = through(lambda x: x.scatter(2, torch.zeros(2, 5, 1, dtype=torch.int64), number))
+    assert found == [("constants read by b.weight", 0), *run("a.weight", *range(1, 6))]
+
+
+@pytest.mark.parametrize("what", [{"src": torch.ones(2, 5, 6)}, {"value": 2.0}])
+def test_what_is_added_at_places_makes_units_of_its_own(what):
+    found = through(lambda x: x.scatter(2, torch.arange(6).expand(2, 5, 6), reduce="add", **what))
+    assert found == run("scatter", *range(6))
+
+
+def test_the_parts_of_a_conjugate_are_units():
+    assert through(lambda x: torch.complex(x, x).conj().imag) == run("a.weight", *range(6))
+
+
 def test_space_to_depth_and_back():
     """Pixels of one channel become channels, which are one unit; pixels of one that come from several are not."""
     assert through_images(lambda x: F.pixel_unshuffle(x[..., :6], 2), positions=24) == run(
