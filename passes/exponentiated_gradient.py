@@ -111,7 +111,7 @@ class ExponentiatedGradient(Pass):
             return
         if zeros:
             edit.remark(f"{zeros} of its {site.raw.numel()} synapses are 0, and stay so")
-        scale = typical_size(site) if self.scale is None else torch.tensor(self.scale)
+        scale = typical_size(site) if self.scale is None else torch.tensor(self.scale, dtype=torch.float64)
         edit.keep("scale", scale.to(site.raw.dtype))
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:

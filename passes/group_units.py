@@ -16,6 +16,7 @@ from biofx.weights.facts import Need
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
     from biofx.rewrite.editor import Editor
+    from biofx.rewrite.model_editor import ModelEditor
 
 
 @register
@@ -62,6 +63,12 @@ class GroupUnits(Pass):
 
     size: int = option(2, check_integer, at_least=1)
     activation: Any = option(None, check_activation)
+
+    def rewrite_model(self, model: ModelEditor) -> None:
+        """Group the units of every weight; the passes that follow see each group as one unit."""
+        super().rewrite_model(model)
+        if any(edit.changed for edit in model.edits.values()):
+            model.look_again()
 
     def rewrite(self, site: WeightSite, edit: Editor) -> None:
         """Group what every use of the weight returns."""

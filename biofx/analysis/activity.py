@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from biofx.recording.catalog import PRODUCTS_OF_ENTRIES, TAKES_NUMBERS, Kind, Sign, sign_of
+from biofx.recording.catalog import BOUNDS, COPIES, PRODUCTS_OF_ENTRIES, Kind, Sign, sign_of
 from biofx.recording.interpreter import Interpreter
 from biofx.recording.operations import Depends, Operation, Recording, Value
 
@@ -12,7 +12,8 @@ WEIGHTED = (Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING)
 class Activity(Interpreter[str]):
     """Why each tensor of a run can be negative when an operator reads it; empty if it cannot.
 
-    Parameters that multiply activity are taken to be positive; `Units.scales` lists them.
+    Parameters that multiply activity are taken to be positive; `Units.scales` lists them. What is computed from a
+    parameter in another way is not.
     """
 
     def __init__(self, recording: Recording) -> None:
@@ -52,7 +53,7 @@ class Activity(Interpreter[str]):
         if operation.kind in WEIGHTED and any(v.depends is Depends.PARAMETERS for v in operation.operands):
             return f"{operation.called} without activation"
         sign = sign_of(operation.name)
-        if sign is Sign.ANY or _has_negative_number(operation):
+        if sign is Sign.ANY or _has_negative_number(operation) or _is_complex(operation):
             return operation.called
         if sign is Sign.NEVER or _is_even_power(operation) or _is_clamped(operation):
             return ""
@@ -68,7 +69,7 @@ def _sources(operation: Operation) -> list[Value]:
     if operation.kind is Kind.KEEP:
         return operands[:1]
     if operation.name in PRODUCTS_OF_ENTRIES:
-        return [v for v in operands if v.depends is not Depends.PARAMETERS] or operands
+        return [v for v in operands if not _is_scale(v)] or operands
     return operands
 
 
@@ -83,9 +84,28 @@ def _is_clamped(operation: Operation) -> bool:
 
 
 def _has_negative_number(operation: Operation) -> bool:
-    if operation.name not in TAKES_NUMBERS:
-        return False
-    return any(_is_number(value) and value < 0 for value in (*operation.args, *operation.kwargs.values()))
+    """Whether a number among the arguments makes a result negative: below 0, or a weight beyond the second operand."""
+    numbers = operation.numbers
+    if operation.name == "lerp" and numbers.get("weight", 0) > 1:
+        return True
+    return any(number < 0 for name, number in numbers.items() if name not in BOUNDS)
+
+
+def _is_complex(operation: Operation) -> bool:
+    """Whether an operator computes complex numbers, whose parts have signs of their own."""
+    moves = operation.kind in (Kind.LAYOUT, Kind.CONCATENATE, Kind.WRITE) or operation.name in COPIES
+    return not moves and any(output.dtype.is_complex for output in operation.outputs)
+
+
+def _is_scale(value: Value) -> bool:
+    """Whether a factor is a parameter itself, moved, copied or times a positive number: one of `Units.scales`."""
+    while value.producer is not None:
+        made = value.producer
+        is_kept = made.kind is Kind.LAYOUT or made.name in COPIES | PRODUCTS_OF_ENTRIES
+        if not is_kept or len([v for v in made.operands if v.is_activity]) > 1 or _has_negative_number(made):
+            return False
+        value = made.operands[0]
+    return value.kind == "parameter"
 
 
 def _is_number(value: object) -> bool:

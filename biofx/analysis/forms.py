@@ -186,6 +186,10 @@ class Forms:
         others = [v for v in operation.operands if v is not main and v.is_activity]
         if any(_has_other_entries(self.found.get(v), form) for v in others):
             return None
+        sizes = form.parameter.shape
+        computed = [v for v in others if v.depends is Depends.PARAMETERS and not isinstance(self.found.get(v), Form)]
+        if computed and max(sizes, default=1) == sizes.numel() < math.prod(shape):
+            return None  # a bias or a scale, of what a layer computes from parameters
         joined = [self.found[v] for v in (main, *others) if v in self.found]
         form = replace(form, coordinates=tuple(padded), beside=_beside(operation, form, joined))
         if form.remark:

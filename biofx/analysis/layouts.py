@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from biofx.analysis.numbers import NOBODY
+from biofx.recording.catalog import argument_positions
 from biofx.recording.operations import Depends, Operation, Value
 from biofx.recording.trees import leaves, mapped
 
@@ -26,13 +27,25 @@ def execute(operation: Operation, look: Look) -> list[Tensor]:
     Raises:
         CannotFollowError: which entries it takes depends on the inputs, or is not known.
     """
-    args, kwargs = mapped(Value, lambda value: _operand(value, look), (operation.args, operation.kwargs))
+    given = _without_numbers(operation)
+    args, kwargs = mapped(Value, lambda value: _operand(value, look), given)
     _refuse_choices(operation, args[0] if args else None)
     try:
         result = _execute(operation, args, kwargs)
     except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
         raise CannotFollowError(str(error)) from error
     return list(leaves(Tensor, result))
+
+
+def _without_numbers(operation: Operation) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an operator, with nobody in place of numbers that it puts among the entries."""
+    args, kwargs = list(operation.args), dict(operation.kwargs)
+    for name in operation.numbers:
+        if name in kwargs:
+            kwargs[name] = NOBODY
+        else:
+            args[argument_positions(operation.operator)[name][0]] = NOBODY
+    return tuple(args), kwargs
 
 
 def _operand(value: Value, look: Look) -> Tensor:
@@ -121,11 +134,10 @@ def _as_complex(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, A
 # Unit numbers are not laid out in memory as the values are, so a view may have to copy them.
 _SPECIAL: dict[str, Callable[[Operation, tuple[Any, ...], dict[str, Any]], Any]] = {
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias"), lambda _, args, kwargs: args[0].reshape(args[1])),
-    "constant_pad_nd": lambda _, args, kwargs: F.pad(args[0], args[1]),  # with nobody, whatever the value
     "as_strided": _as_strided,
     "view_as_real": lambda _, args, kwargs: args[0].unsqueeze(-1).expand(*args[0].shape, 2),
     "view_as_complex": _as_complex,
-    "imag": lambda _, args, kwargs: args[0],
+    **dict.fromkeys(("imag", "_conj", "_neg_view"), lambda _, args, kwargs: args[0]),
 }
 _NOT_OF_INTEGERS = frozenset(
     ("im2col", *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)))

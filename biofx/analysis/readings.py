@@ -10,10 +10,12 @@ from torch import Tensor
 
 from biofx.analysis.numbers import NOBODY
 from biofx.analysis.unit_analysis import Orientation, UnitAnalysis, maker_of
+from biofx.recording.catalog import COPIES, Kind
 from biofx.recording.operations import Depends, Recording
 
 if TYPE_CHECKING:
     from biofx.analysis.activity import Activity
+    from biofx.analysis.reads import Read
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +147,7 @@ class Readings:
         if remark:
             return remark
         if rows is None:
-            return ""
+            return self._why_rows_act(first)
         if self._numbers.mix_positions(rows):
             return "reads different units by the same synapses"
         owner = self._numbers.owner()
@@ -160,6 +162,21 @@ class Readings:
                 f"it reads input {state}, which looks like a state that is carried from call to call; "
                 "give example_inputs a function that runs the model for several steps"
             )
+        return ""
+
+    def _why_rows_act(self, read: Read) -> str:
+        """Why rows that inputs look up act on units as weights; empty if they are activity, as in an embedding."""
+        if len(read.weight.shape) < 3:
+            return ""
+        rows = {read.output}
+        for operation in self._recording.operations:
+            own = rows.intersection(operation.operands)
+            if own and (operation.kind is Kind.LAYOUT or operation.name in COPIES):
+                rows.update(operation.outputs)
+            elif own and operation.kind is Kind.PRODUCT:
+                others = [v for v in operation.operands if v not in rows and self.units.is_of_network(v)]
+                if others:
+                    return f"inputs choose which of its parts {operation.called} multiplies units by"
         return ""
 
     def _carried_state(self, rows: Tensor) -> str:

@@ -148,7 +148,7 @@ class Rules:
             is_known
             and axes is not None
             and not operation.name.endswith(("add", "reduce"))
-            and not operation.argument("accumulate")
+            and not (operation.argument("accumulate") or operation.argument("reduce"))
         ):
             wrote = _executed(operation, target.contiguous().clone(), source)
             if wrote is not None:
@@ -163,19 +163,32 @@ class Rules:
         return self._merged(operation, target, source.expand(target.shape))
 
     def _mix(self, operation: Operation) -> list[Tensor | None]:
-        """The rows of the second operand, weighted by the first, join."""
+        """The rows of the second operand, weighted by the first, join; inputs merge with units that weight them."""
+        first, *others = operation.outputs
+        weighing = None
         if operation.kind is Kind.ATTENTION:
             numbers = self._of(operation.argument("value"))
+            if numbers.dim() > 3 and numbers.shape[-3] < first.shape[-3]:  # several heads of queries share values
+                numbers = numbers.repeat_interleave(first.shape[-3] // numbers.shape[-3], -3)
         else:
-            value = [v for v in operation.operands if v.is_activity][-1]
+            weights, value = [v for v in operation.operands if v.is_activity][-2:]
             if value.depends is not Depends.INPUTS:
                 raise CannotFollowError("it multiplies units by constants")
-            numbers = self._of(value)
-        if operation.outputs[0].shape[-1:] != numbers.shape[-1:] or numbers.dim() < 2:
+            numbers, weighing = self._of(value), compressed(self._of(weights))
+        if first.shape[-1:] != numbers.shape[-1:] or numbers.dim() < 2:
             raise CannotFollowError("it multiplies activities")
         joined = self._join(operation, numbers, (numbers.dim() - 2,))
-        first, *others = operation.outputs
+        if weighing is not None and self._are_inputs(numbers) and not self._are_inputs(weighing):
+            if varies(weighing, weighing.dim() - 1):
+                raise CannotFollowError("inputs weight different units")
+            if not self._is_one(weighing):
+                joined = self._merged(operation, weighing.narrow(-1, 0, min(1, weighing.shape[-1])), joined)
         return [_expanded(joined, first.shape), *(nobody(v.shape) for v in others)]
+
+    def _are_inputs(self, numbers: Tensor) -> bool:
+        """Whether there is no unit of the network among some numbers."""
+        owners = self._numbers.owner()[once(numbers)[0].unique()].unique()
+        return {self._numbers.populations[i].origin for i in owners.tolist()} <= {"input", "constant"}
 
     def _gates(self, operation: Operation) -> list[Tensor | None]:
         """A fused step of a recurrent layer: gates lie next to each other, and all of them join the state."""
@@ -218,9 +231,7 @@ class Rules:
     def _pooled(self, operation: Operation, columns: Tensor) -> Tensor:
         """The pool of many units is a unit of its own: one for each different pool."""
         different, inverse = torch.unique(columns, dim=0, return_inverse=True)
-        owner = self._numbers.owner()
-        origins = {self._numbers.populations[i].origin for i in owner[different.unique()].unique().tolist()}
-        origin = "input" if origins <= {"input", "constant"} else "merged"
+        origin = "input" if self._are_inputs(different) else "merged"
         maker = ("pool", different.numpy().tobytes(), origin)
         return self._numbers.base(maker, operation.described, origin, len(different))[inverse]
 

@@ -57,6 +57,7 @@ class UnitFacts:
         scales: the parameters that multiply units on their way to a weight, such as γ of a batch norm, each with the
             weights that they lead to.
         others: why other parameters are not weights.
+        acting: which of these act on units all the same, so that they may excite and inhibit.
         inputs: the inputs with which the model ran, in words.
         notes: remarks about that run.
     """
@@ -67,6 +68,7 @@ class UnitFacts:
     readings: dict[str, Reading]
     scales: dict[str, set[str]]
     others: dict[str, str]
+    acting: frozenset[str]
     inputs: str
     notes: list[str]
 
@@ -254,6 +256,7 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
         readings=readings,
         scales=scales,
         others=others,
+        acting=frozenset(n for n, why in others.items() if why != NOT_A_SYNAPSE and _acts(n, forms, told)),
         inputs=words,
         notes=list(_notes(recording)),
         recording=recording,
@@ -264,6 +267,14 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
         run=run,
         is_one_call=words != BY_FUNCTION,
     )
+
+
+def _acts(name: str, forms: Forms, told: Readings) -> bool:
+    """Whether an operator that multiplies units by a parameter, or is not known, reads it."""
+    sources = [r.source for r in (*forms.reads, *forms.computed) if name in r.names and r.source is not None]
+    unknown = (use.operation for use in forms.users.get(name, ()) if use.operation.kind is Kind.UNKNOWN)
+    sources += [v for operation in unknown for v in operation.operands if v.is_activity]
+    return any(map(told.units.is_of_network, sources))
 
 
 def _why_not_used(model: nn.Module, name: str) -> str:

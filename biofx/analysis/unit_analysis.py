@@ -103,7 +103,8 @@ class UnitAnalysis:
         wanted = {_below(v) for read in self._reads.values() for v in (read.source, read.output) if v is not None}
         for operation in reversed(self._recording.operations):
             if any(_below(v) in wanted for v in (*operation.outputs, *operation.written)):
-                wanted.update(map(_below, self.carried(operation)))
+                weighing = operation.operands[-2:] if operation.kind is Kind.PRODUCT else ()
+                wanted.update(map(_below, (*self.carried(operation), *weighing)))
         return wanted
 
     def carried(self, operation: Operation) -> list[Value]:
@@ -118,6 +119,10 @@ class UnitAnalysis:
         if kind in (Kind.KEEP, Kind.NORM, Kind.WINDOW, Kind.REDUCE, Kind.ALONG, Kind.CONVOLUTION):
             return operands[:1]
         return operands
+
+    def is_of_network(self, value: Value) -> bool:
+        """Whether a tensor depends on a weight, as far as that can be known."""
+        return _below(value) in self._of_network
 
     def is_read(self, operation: Operation) -> bool:
         """Whether an operator multiplies activity by a weight."""
@@ -205,11 +210,12 @@ class UnitAnalysis:
 
     def _is_made_of_inputs(self, operation: Operation) -> bool:
         """Whether an operator receives no unit of the network."""
-        return operation not in self._reads and not any(_below(v) in self._of_network for v in operation.operands)
+        return operation not in self._reads and not any(map(self.is_of_network, operation.operands))
 
     def _touched_by_weights(self) -> set[Value]:
-        """The tensors that depend on a weight."""
-        touched: set[Value] = set()
+        """The tensors that depend on a weight, or on one that no operator made, which may do so."""
+        used = {_below(v) for operation in self._recording.operations for v in operation.operands}
+        touched = {value for value in used if value.kind == "unknown" and value.is_activity}
         for operation in self._recording.operations:
             if operation in self._reads or any(_below(v) in touched for v in operation.operands):
                 touched.update(map(_below, (*operation.outputs, *operation.written)))

@@ -86,7 +86,8 @@ class Units(Reported, UnitFacts):
             {'0.weight': 'free', '2.weight': 'breaks'}
         """
         mixed = set(self._mixed().tolist())
-        return {name: self._verdict(name, site, mixed) for name, site in self.sites.items()}
+        unjudged = {name: Verdict("not judged", reason=self.others[name]) for name in sorted(self.acting)}
+        return {name: self._verdict(name, site, mixed) for name, site in self.sites.items()} | unjudged
 
     def _verdict(self, name: str, site: WeightSite, mixed: set[int]) -> Verdict:
         reason = self._unjudged(name, site)
@@ -115,11 +116,12 @@ class Units(Reported, UnitFacts):
         Dale's principle in every weight.
 
         Raises:
-            NotJudgedError: no unit was found to be mixed, but some weights could not be judged; names them, with the
-                reasons. `verdicts` says what is known about each weight.
+            NotJudgedError: no unit was found to be mixed, but some weights, or other parameters that act on units,
+                could not be judged; names them, with the reasons. `verdicts` says what is known about each.
         """
         found = self._mixed()
         unjudged = {n: r for n, site in self.sites.items() if (r := self._unjudged(n, site))}
+        unjudged |= {name: self.others[name] for name in sorted(self.acting)}
         if not len(found) and unjudged:
             raise NotJudgedError(unjudged)
         return found
@@ -148,6 +150,8 @@ class Units(Reported, UnitFacts):
             if self._unjudged(name, site):
                 reading = self.readings.get(name)  # what did not run may read any unit
                 unjudged[slice(None) if reading is None else torch.cat((reading.classes, reading.sources))] = True
+        if self.acting:  # which units they read is not known
+            unjudged[:] = True
         unjudged[self.classes[unjudged]] = True
         found = positive.long() + 2 * negative.long()  # silent, excites, inhibits, mixed
         found[unjudged & ~(positive & negative)] = EFFECTS.index("not judged")

@@ -147,7 +147,7 @@ _PASSED = _names(
     "fmod "
     "addcmul "
     "mm bmm addmm baddbmm addbmm mv addmv dot matmul max_unpool2d max_unpool3d relu6 ldexp"
-) | (_LAYOUT | COPIES | _WRITES | _CONCATENATIONS | _ATTENTIONS)
+) | (_LAYOUT | COPIES - _names("_conj _neg_view") | _WRITES | _CONCATENATIONS | _ATTENTIONS)
 _OVERSHOOTING = _names("upsample_bicubic2d _upsample_bicubic2d_aa")
 _SIGNS: dict[str, Sign] = {
     **dict.fromkeys(_PASSED | _WINDOWS - _OVERSHOOTING, Sign.PASSED),
@@ -162,11 +162,8 @@ LAYERS = _names(
 """Functions of PyTorch that are called with a weight."""
 
 PRODUCTS_OF_ENTRIES = _names("mul div true_divide")
-TAKES_NUMBERS = PRODUCTS_OF_ENTRIES | _names(
-    "add masked_fill where nan_to_num clamp_min constant_pad_nd full full_like new_full fill arange linspace "
-    "scalar_tensor"
-)
-"""Operators whose numbers among the arguments take part as entries, so that negative ones show in the result."""
+BOUNDS = _names("min min_val exponent ord p correction scale threshold negative_slope lower upper lambd")
+"""Numbers among arguments that make nothing negative, whatever their sign."""
 
 
 def name_of(operator: Any) -> str:
@@ -214,6 +211,15 @@ def decomposed(operator: Any) -> Callable[..., Any] | None:
 @cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     return dict(torch.export.default_decompositions().items())
+
+
+@cache
+def number_arguments(operator: Any) -> tuple[str, ...]:
+    """The arguments of an operator that may be a number that takes part as entries do; no sizes, axes or flags."""
+    types = {argument.name: str(argument.type) for argument in schema_of(operator).arguments}
+    return tuple(
+        n for n, t in types.items() if t.removeprefix("Optional[").rstrip("]") in ("Tensor", "number", "float")
+    )
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from biofx.recording.catalog import Kind, argument_positions
+from biofx.recording.catalog import Kind, argument_positions, number_arguments
 
 if TYPE_CHECKING:
     from torch import fx
@@ -111,6 +111,12 @@ class Operation:
         """An argument by its name in the operator's schema; its default, or None, if it was not given."""
         position, default = argument_positions(self.operator).get(name, (len(self.args), None))
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The numbers among its arguments that take part as entries do, by their names in the operator's schema."""
+        given = {name: self.argument(name) for name in number_arguments(self.operator)}
+        return {n: x for n, x in given.items() if isinstance(x, int | float) and not isinstance(x, bool)}
 
     @property
     def described(self) -> str:

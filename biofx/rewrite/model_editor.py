@@ -61,10 +61,13 @@ class ModelEditor:
 
     def look_again(self) -> None:
         """Record and analyse a new run, after the pass has changed the units."""
+        record = record_of(self.bio)
         if self.understood is not None:
+            told = record.others  # in words of the model's own Python, and not of its graph
             with randomness.callers_defaults():
                 self.understood = understand_again(self.bio, self.understood)
                 remember(self.bio, self.understood)
+            record.others |= {name: reason for name, reason in told.items() if name in record.others}
         self.all_sites = find_weights(self.bio).sites
         self.sites = {name: self.all_sites[name] for name in self.sites if name in self.all_sites}
         vars(self).pop("units", None)

@@ -10,6 +10,7 @@ from unit_tracing import Net, behind
 
 # --- signs of activity --------------------------------------------------------------------------------------------
 
+POLAR = torch.polar(torch.ones(3), torch.ones(3))
 SIGNED_BY = {
     "nothing": (lambda x: x, "linear without activation"),
     "relu": (F.relu, ""),
@@ -53,7 +54,29 @@ SIGNED_BY = {
     "added up": (lambda x: x.abs().cumsum(-1), ""),
     "unknown": (lambda x: torch.linalg.matrix_exp(x[..., :1, :1].abs()).expand(2, 5, 6), "linalg_matrix_exp"),
     "shape": (lambda x: F.relu(x) * (-x.size(1)), "mul"),
+    "extrapolated": (lambda x: torch.lerp(F.relu(x), x.exp(), 2.0), "lerp"),
+    "extrapolated backwards": (lambda x: torch.lerp(F.relu(x), x.exp(), -0.5), "lerp"),
+    "interpolated": (lambda x: torch.lerp(F.relu(x), x.exp(), 0.5), ""),
+    "times minus two": (lambda x: torch.addcmul(F.relu(x), x.exp(), x.exp(), value=-2), "addcmul"),
+    "below a negative bound": (lambda x: F.relu(x).clamp(max=-0.5), "clamp"),
+    "hardtanh below zero": (lambda x: F.hardtanh(F.relu(x), -1, -0.5), "hardtanh"),
+    "above a negative bound": (lambda x: F.relu(x).clamp(min=-1), ""),
+    "softplus upside down": (lambda x: F.softplus(x, beta=-1.0), "softplus"),
+    "remainder of a negative number": (lambda x: F.relu(x).remainder(-0.7), "remainder"),
+    "negative base": (lambda x: (-2.0) ** F.relu(x).round(), "pow"),
+    "negative power": (lambda x: x.exp() ** -1, ""),
+    "product times minus one": (lambda x: torch.baddbmm(x.exp(), x.exp() @ x.mT.exp(), x.exp(), alpha=-1), "baddbmm"),
+    "scattered": (lambda x: F.relu(x).scatter(2, torch.zeros(2, 5, 1).long(), -1.0), "scatter"),
+    "added at places": (lambda x: F.relu(x).index_add(2, torch.arange(6), x.exp(), alpha=-3), "index_add"),
+    "rotated": (lambda x: torch.view_as_real(_pairs(F.relu(x)) * POLAR).flatten(2), "mul"),
+    "complex exponential": (lambda x: torch.complex(F.relu(x), x.exp()).exp().real, "exp"),
+    "complex magnitude": (lambda x: torch.complex(x, x).abs(), ""),
+    "conjugate": (lambda x: _pairs(F.relu(x)).conj().imag.repeat(1, 1, 2), "get"),
 }
+
+
+def _pairs(x):
+    return torch.view_as_complex(x.unflatten(-1, (3, 2)))
 
 
 @pytest.mark.parametrize("name", SIGNED_BY)
@@ -117,6 +140,24 @@ def test_a_parameter_that_multiplies_units_is_no_sign_of_them():
     model.c = nn.Parameter(torch.ones(6))
     found = biofx.units(model, torch.randn(2, 4))
     assert (found.scales, found.readings["b.weight"].signed_by) == ({"c": {"b.weight"}}, "")
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (lambda c: c.view(1, 6).clone() * 0.5, ""),
+        (lambda c: c.exp(), ""),
+        (lambda c: -c, "neg"),
+        (lambda c: c - 1, "sub"),
+        (lambda c: 1 + c, "parameter"),
+        (lambda c: c * -0.5, "mul"),
+        (lambda c: c.tanh(), "tanh"),
+    ],
+)
+def test_what_is_computed_from_a_parameter_can_be_negative(factor, expected):
+    model = Net(lambda m, x: m.b(F.relu(m.a(x)) * factor(m.c)), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    model.c = nn.Parameter(torch.ones(6))
+    assert biofx.units(model, torch.randn(2, 4)).readings["b.weight"].signed_by == expected
 
 
 @pytest.mark.parametrize(

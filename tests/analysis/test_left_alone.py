@@ -270,3 +270,21 @@ def test_a_weight_without_elements():
         assert bio(x).shape == (2, 2)
         assert biofx.fold(bio).empty.weight.shape == (0, 3)
     torch.testing.assert_close(biofx.transform(model, DIVERSE)(x), model(x))
+
+
+@pytest.mark.parametrize("last", [lambda m, q: q, lambda m, q: q * m.scale])
+def test_a_bias_of_learned_queries_is_no_weight(last):
+    class Queries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries, self.scale = nn.Parameter(torch.randn(1, 5, 8)), nn.Parameter(torch.ones(8))
+            self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(4, 8), nn.Linear(4, 8)
+
+        def forward(self, x):
+            queries = last(self, self.q(self.queries.expand(len(x), 5, 8)))
+            return (queries @ self.k(x).mT).softmax(-1) @ self.v(x)
+
+    found = biofx.units(Queries(), torch.randn(3, 6, 4))
+    assert found.sites.keys() == {"q.weight", "k.weight", "v.weight"}
+    biases = {name for name in found.others if name.endswith(("bias", "scale"))}
+    assert {found.others[name] for name in biases} == {"one value for each unit, not a synapse"}

@@ -266,3 +266,24 @@ def test_constants_that_a_weight_reads():
     )
     assert feeds(found, "a.weight") == run("constants read by a.weight", 0, 1, 2)
     assert NOBODY not in found.readings["a.weight"].sources
+
+
+def test_what_is_made_of_numpy_is_no_input():
+    """Units of the network may be behind it, so a weight that reads it is not free of signs."""
+
+    def forward(m, x):
+        return m.b(torch.from_numpy(F.relu(m.a(x)).numpy()[:, ::-1].copy()).cumsum(0))
+
+    found = analysed(forward, torch.randn(3, 4), a=nn.Linear(4, 8), b=nn.Linear(8, 5))
+    assert origin(found, "cumsum") == ("unknown", 8)
+    assert found.verdicts()["b.weight"].kind == "breaks"
+
+
+@pytest.mark.parametrize("rows", [lambda w, expert: w[expert], lambda w, expert: w.index_select(0, expert).clone()])
+def test_experts_that_inputs_choose_are_not_judged(rows):
+    def forward(m, x):
+        return torch.einsum("bi,bio->bo", F.relu(m.a(x)), rows(m.experts, m.gate(x).argmax(-1)))
+
+    layers = {"a": nn.Linear(4, 8), "gate": nn.Linear(4, 3), "experts": nn.Parameter(torch.randn(3, 8, 5))}
+    verdict = analysed(forward, torch.randn(6, 4), **layers).verdicts()["experts"]
+    assert verdict.reason == "inputs choose which of its parts einsum multiplies units by"

@@ -272,6 +272,22 @@ def test_padding_of_channels_comes_from_nobody():
     assert origin(found, constants) == ("constant", 2)
 
 
+@pytest.mark.parametrize("number", [0.0, 3.0, -1.0, 1e6])
+def test_numbers_that_are_written_come_from_nobody(number):
+    found = through(lambda x: x.scatter(2, torch.zeros(2, 5, 1, dtype=torch.int64), number))
+    assert found == [("constants read by b.weight", 0), *run("a.weight", *range(1, 6))]
+
+
+@pytest.mark.parametrize("what", [{"src": torch.ones(2, 5, 6)}, {"value": 2.0}])
+def test_what_is_added_at_places_makes_units_of_its_own(what):
+    found = through(lambda x: x.scatter(2, torch.arange(6).expand(2, 5, 6), reduce="add", **what))
+    assert found == run("scatter", *range(6))
+
+
+def test_the_parts_of_a_conjugate_are_units():
+    assert through(lambda x: torch.complex(x, x).conj().imag) == run("a.weight", *range(6))
+
+
 def test_space_to_depth_and_back():
     """Pixels of one channel become channels, which are one unit; pixels of one that come from several are not."""
     assert through_images(lambda x: F.pixel_unshuffle(x[..., :6], 2), positions=24) == run(
@@ -464,3 +480,44 @@ def test_keys_and_values_of_several_query_heads():
     layers = {"q": nn.Linear(8, 8), "k": nn.Linear(8, 4), "v": nn.Linear(8, 4), "out": nn.Linear(8, 8)}
     found = analysed(forward, torch.randn(3, 5, 8), **layers)
     assert feeds(found, "out.weight") == run("v.weight", 0, 1, 0, 1, 2, 3, 2, 3)
+
+
+def test_fused_attention_repeats_values_for_query_heads():
+    def forward(m, x):
+        q, k, v = (p(x).unflatten(-1, (-1, 2)).transpose(1, 2) for p in (m.q, m.k, m.v))
+        return m.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+    layers = {"q": nn.Linear(8, 8), "k": nn.Linear(8, 4), "v": nn.Linear(8, 4), "out": nn.Linear(8, 8)}
+    found = analysed(forward, torch.randn(3, 5, 8), **layers)
+    assert feeds(found, "out.weight") == run("v.weight", 0, 1, 0, 1, 2, 3, 2, 3)
+
+
+def test_inputs_that_mix_nodes_merge_with_the_units():
+    """As in a graph convolution, whose adjacency matrix is an input: channels come before nodes."""
+
+    def forward(m, x, adjacency):
+        return m.b(torch.einsum("ncv,vw->ncw", F.relu(m.a(x)), adjacency))
+
+    found = analysed(forward, torch.randn(2, 4, 6), torch.rand(6, 6), a=nn.Conv1d(4, 8, 1), b=nn.Conv1d(8, 3, 1))
+    assert feeds(found, "b.weight") == [("einsum", unit) for unit in range(5, 48, 6)]
+    assert origin(found, "einsum") == ("merged", 48)
+    assert found.verdicts()["b.weight"].kind == "breaks"
+
+
+def test_units_that_inputs_weight_are_no_inputs():
+    found = analysed(
+        lambda m, x, y: m.b(F.relu(m.a(x)) @ y),
+        torch.randn(3, 4),
+        torch.rand(8, 8),
+        a=nn.Linear(4, 8),
+        b=nn.Linear(8, 2),
+    )
+    assert origin(found, "matmul") == ("unknown", 8)
+
+
+def test_attention_over_inputs_reads_inputs():
+    def forward(m, x):
+        return m.b((m.q(x) @ m.k(x).mT).softmax(-1) @ x)
+
+    found = analysed(forward, torch.randn(2, 5, 4), q=nn.Linear(4, 3), k=nn.Linear(4, 3), b=nn.Linear(4, 2))
+    assert feeds(found, "b.weight") == run("input x", *range(4))

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import biofx
 from biofx import passes
@@ -196,6 +197,39 @@ def test_silencing_a_unit_equals_silencing_its_weights():
         cut.get_parameter("classifier.0.weight")[:, found.readings["classifier.0.weight"].numbers == unit] = 0
     for a, b in zip(tensors(silenced(*inputs)), tensors(cut(*inputs)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def clamped(m, x):
+    with torch.no_grad():
+        m.w.clamp_(-1, 1)
+    return F.relu(m.a(x)) @ m.w
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: torch.addmm(m.a.bias[:5], F.relu(m.a(x)), m.w, alpha=-1), "addmm multiplies it with -1"),
+        (clamped, "forward changes it in place"),
+        (lambda m, x: torch.cdist(F.relu(m.a(x)), m.w.mT), "used by cdist"),
+    ],
+)
+def test_what_acts_on_units_and_is_left_alone_is_not_judged(forward, reason):
+    found = analysed(forward, torch.randn(3, 4), a=nn.Linear(4, 8), w=nn.Parameter(torch.randn(8, 5)))
+    assert reason in found.verdicts()["w"].reason
+    assert {EFFECTS[effect] for effect in found.effects().tolist()} == {"not judged"}
+    with pytest.raises(biofx.NotJudgedError, match=f"w: {reason}"):
+        found.mixed()
+
+
+def test_parameters_that_do_not_act_on_units_are_no_weights():
+    def forward(m, x):
+        return m.a(x * m.scale + m.position), torch.addmm(m.a.bias, x, m.w, alpha=-1)
+
+    parameters = {"scale": torch.ones(3, 4), "position": torch.ones(3, 4), "w": torch.randn(4, 8)}
+    layers = {name: nn.Parameter(value) for name, value in parameters.items()}
+    found = analysed(forward, torch.randn(3, 4), a=nn.Linear(4, 8), **layers)
+    assert {name: str(verdict) for name, verdict in found.verdicts().items()} == {"a.weight": "free"}
+    assert not len(found.mixed())
 
 
 # --- the table ----------------------------------------------------------------------------------------------------

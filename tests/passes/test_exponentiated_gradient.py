@@ -152,6 +152,11 @@ def test_the_scale_is_that_of_connections(split):
         torch.testing.assert_close(bio.get_buffer(f"{name}_synapses.scale"), weight.square().mean().sqrt())
 
 
+def test_a_given_scale_is_as_precise_as_the_weight():
+    bio = biofx.transform(nn.Linear(3, 2).double(), [passes.ExponentiatedGradient(scale=0.3)])
+    assert float(bio.weight_synapses.scale) == 0.3
+
+
 def test_the_scale_leaves_absent_synapses_out():
     layer = nn.Linear(2, 2, bias=False)
     with torch.no_grad():

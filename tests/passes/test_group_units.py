@@ -7,7 +7,7 @@ from torch import nn
 import biofx
 from biofx import passes
 from conftest import flat
-from models.small import layer_and_input
+from models.small import layer_and_input, mlp
 
 
 def oracle(z, size, activation=lambda z: z):
@@ -78,6 +78,20 @@ def test_units_that_groups_do_not_divide():
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     with pytest.raises(biofx.PipelineError, match=r'0.weight has 5 postsynaptic units.*exclude="0.weight"'):
         biofx.transform(model, [passes.GroupUnits(2)])
+
+
+@pytest.mark.parametrize("sign", [passes.DalesPrinciple(), passes.InhibitoryInterneurons(), passes.ContinualBackprop()])
+def test_a_group_is_one_unit_for_other_passes(sign):
+    model, x = mlp(6, 12, 10, 3), torch.randn(4, 6)
+    at_once = biofx.transform(model, [sign, passes.GroupUnits(2)], example_inputs=x)
+    first = biofx.transform(model, [passes.GroupUnits(2)], example_inputs=x)
+    in_turn = biofx.transform(first, [sign], example_inputs=x)
+    for name, tensor in in_turn.state_dict().items():
+        torch.testing.assert_close(at_once.state_dict()[name], tensor, rtol=0, atol=0)
+    if isinstance(sign, passes.DalesPrinciple):
+        sign = biofx.weight_sites(at_once)["2.weight"].sign[0]
+        assert torch.equal(sign[::2], sign[1::2])
+        assert not len(biofx.units(biofx.fold(at_once), x).mixed())
 
 
 @pytest.mark.parametrize(
