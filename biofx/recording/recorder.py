@@ -379,6 +379,10 @@ class _Registry(dict[str, Any]):
         """The parameters."""
         return [parameter for _, parameter in self.items()]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, such as that of a module which forward copies, is a dictionary, and does not copy the recorder."""
+        return dict, (dict(super().items()),)
+
 
 @contextlib.contextmanager
 def _listing(model: nn.Module, recorder: Recorder) -> Iterator[None]:
@@ -390,6 +394,9 @@ def _listing(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         for attributes, parameters in own:
+            now = dict(dict.items(attributes["_parameters"]))  # forward may have replaced some
+            parameters.clear()
+            parameters.update(now)
             attributes["_parameters"] = parameters
 
 
