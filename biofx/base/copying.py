@@ -34,11 +34,27 @@ def copied(model: Model, dtype: torch.dtype | None = None, shared: Collection[Te
     memo = clones(model) | ({} if dtype is None else _converted(model, dtype, kept)) | kept
     result = copy.deepcopy(model, memo)
     repoint(result, memo)
+    parameters = dict(result.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name in parameters:
+            keep_attributes(parameters[name], parameter, memo)
     copies = dict(result.named_modules())
     for path, old in model.named_modules():
         if path in copies and any(len(getattr(old, name)) != len(getattr(copies[path], name)) for name in HOOKS):
             raise TypeError(f"{path or 'it'} has hooks, which copies of {type(old).__name__} lose")
     return result
+
+
+def keep_attributes(new: Tensor, old: Tensor, memo: dict[int, Any] | None = None) -> None:
+    """Give a parameter what a user noted on the one whose place it takes, such as a learning rate or a mask.
+
+    Args:
+        new: the parameter.
+        old: the other one. `copy.deepcopy` of a parameter forgets its attributes, and so does `nn.Parameter(old.data)`.
+        memo: as for `copy.deepcopy`, if the attributes are to be copied as well.
+    """
+    if type(old) is nn.Parameter:  # a subclass may keep its memory there
+        vars(new).update(vars(old) if memo is None else copy.deepcopy(vars(old), memo))
 
 
 def _converted(model: nn.Module, dtype: torch.dtype, but: Collection[int]) -> dict[int, Any]:
