@@ -47,7 +47,7 @@ def caching() -> Iterator[None]:
 
 
 def cached(synapses: nn.Module, stored: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-    """Return a weight from the cache, or compute it if its stored tensor or the gradient mode has changed.
+    """Return a weight from the cache, or compute it if its stored tensor, what is frozen, or the gradient mode changed.
 
     Three situations bypass the cache. Function transforms wrap tensors per level, and dispatch modes have to see every
     operator. Hooks on saved tensors, which activation checkpointing sets, expect the same operators in the
@@ -56,7 +56,8 @@ def cached(synapses: nn.Module, stored: Tensor, compute: Callable[[], Tensor]) -
     if _thread.cache is None or is_intercepted() or saves_by_hooks():
         return compute()
     version = None if stored.is_inference() else stored._version
-    key = (id(stored), version, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    learned = tuple(parameter.requires_grad for parameter in synapses.parameters())
+    key = (id(stored), version, learned, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     entry = _thread.cache.get(synapses)
     if entry is None or entry[0] != key:
         entry = _thread.cache[synapses] = key, compute()

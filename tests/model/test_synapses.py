@@ -277,6 +277,35 @@ def test_what_changes_inside_of_a_forward_is_seen():
     torch.testing.assert_close(second, first * 0.5)
 
 
+class FreezesTheCritic(nn.Module):
+    """An actor learns from a critic that is frozen while it does, and that learns in the same forward."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.actor, self.critic, self.first = nn.Linear(4, 4), nn.Linear(4, 1), first
+
+    def forward(self, x):
+        outputs = []
+        for frozen in (self.first, not self.first):
+            self.critic.requires_grad_(not frozen)
+            outputs.append(self.critic(self.actor(x) if frozen else x))
+        self.critic.requires_grad_(True)
+        return tuple(outputs)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("recipe", ["split-synapses", "inhibitory-interneurons"])
+def test_a_forward_may_freeze_a_weight_for_a_while(frontend, recipe, first):
+    model, x = FreezesTheCritic(first).double(), torch.randn(5, 4, dtype=torch.float64)
+    bio = biofx.transform(model, recipe, frontend=frontend, exclude=["actor.weight"], example_inputs=(x,))
+    for each in (model, bio):
+        sum(output.square().sum() for output in each(x)).backward()
+    site = biofx.weight_sites(bio)["critic.weight"]
+    (expected,) = torch.autograd.grad(site.effective(), site.raw, model.critic.weight.grad)
+    torch.testing.assert_close(site.raw.grad, expected)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 def test_checkpoints_compute_weights_again(frontend, reentrant):
