@@ -108,8 +108,10 @@ class UnitAnalysis:
 
     def carried(self, operation: Operation) -> list[Value]:
         """The operands whose units an operator takes up."""
-        kind = operation.kind
-        operands = self._masks(operation) or [v for v in operation.operands if v.is_activity]
+        masks = self._masks(operation)
+        if masks:
+            return masks
+        kind, operands = operation.kind, [v for v in operation.operands if v.is_activity]
         if kind in (Kind.CONSTANT, Kind.UNKNOWN) or operation in self._reads:
             return []
         if kind is Kind.ATTENTION:

@@ -135,9 +135,10 @@ _KINDS: dict[str, Kind] = {
 _aten = torch.ops.aten
 _OF_OTHER_KIND: dict[Any, Kind] = {
     **dict.fromkeys((_aten.max.other, _aten.min.other, _aten.normal.Tensor_Tensor), Kind.MERGE),
+    **dict.fromkeys((_aten.masked_fill_.Scalar, _aten.masked_fill_.Tensor), Kind.KEEP),
     **dict.fromkeys((_aten.bernoulli.default, _aten.normal.Tensor_float, _aten.normal.float_Tensor), Kind.KEEP),
 }
-"""Overloads that differ from what their name says: these draw from distributions that units give."""
+"""Overloads that differ from what their name says, such as those that draw from distributions that units give."""
 
 _NEVER_NEGATIVE = _names(
     "relu sigmoid hardsigmoid softplus exp exp2 abs square _softmax _safe_softmax softmax sqrt rsqrt var std "

@@ -145,6 +145,7 @@ KEEP = {
     "power": lambda x: x**2,
     "base": lambda x: 2**x,
     "constants": lambda x: 1 - 2 * x / 3 + 1,
+    "masked_fill in place": lambda x: x.clone().masked_fill_(x > 0, 0.0),
     "masked_fill": lambda x: x.masked_fill(x > 0, 0.0),
     "cast": lambda x: x.double().float().to(x.dtype).contiguous().clone().detach(),
     "data": lambda x: x.data,
