@@ -447,7 +447,6 @@ def recording_of(
     recorder: Recorder, model: nn.Module, *, training: bool = False, but: Collection[nn.Parameter] = ()
 ) -> Iterator[None]:
     """Record what runs in the block, and undo its side effects on a model, except for parameters that are to change."""
-    gradients = {p: p.grad for p in model.parameters()}
     memory = {name: _place_in_memory(p.data) for name, p in stored_parameters(model)}
     with contextlib.ExitStack() as stack:
         for context in (parameters_kept(model, but), undisturbed(model), torch.no_grad(), _operator_by_operator()):
@@ -458,8 +457,6 @@ def recording_of(
             with recorder.watching(model), recorder:
                 yield
         finally:
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
             for name, parameter in stored_parameters(model):
                 if name in memory and _place_in_memory(parameter.data) != memory[name]:
                     recorder.recording.changed.setdefault(name, None)

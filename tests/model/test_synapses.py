@@ -306,6 +306,37 @@ def test_a_forward_may_freeze_a_weight_for_a_while(frontend, recipe, first):
     torch.testing.assert_close(site.raw.grad, expected)
 
 
+class LearnsInForward(nn.Module):
+    """Runs a backward pass for each step of a sequence, as predictive coding and online learning do."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.readout = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        state, total = torch.zeros_like(x[0]), 0.0
+        for step in x:
+            state = torch.tanh(step + self.recurrent(state.detach()))
+            error = self.readout(state).square().sum()
+            if torch.is_grad_enabled():
+                error.backward()
+            total = total + error.detach()
+        return total
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("recipe", ["split-synapses", "inhibitory-interneurons", "volume-dependent-learning-rates"])
+def test_a_forward_may_run_backward_several_times(frontend, recipe):
+    model, x = LearnsInForward().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    bio = biofx.transform(model, recipe, frontend=frontend)
+    torch.testing.assert_close(bio(x), model(x))
+    torch.testing.assert_close(bio.readout.bias.grad, model.readout.bias.grad)
+    for name, site in biofx.weight_sites(bio).items():
+        if recipe != "volume-dependent-learning-rates":  # which draws gains
+            (expected,) = torch.autograd.grad(site.effective(), site.raw, model.get_parameter(name).grad)
+            torch.testing.assert_close(site.raw.grad, expected)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 def test_checkpoints_compute_weights_again(frontend, reentrant):
