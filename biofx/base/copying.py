@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import slots_of
+from biofx.base.contents import inside, slots_of
 from biofx.base.references import repoint
 from biofx.base.torch_internals import HOOKS
 
@@ -72,15 +72,13 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, str]]:
 def clones(model: nn.Module) -> dict[int, Tensor]:
     """Copies of the tensors of a model that `copy.deepcopy` refuses, by id.
 
-    These are tensors that hooks computed and left as attributes, which have a history, and tensors without strides,
-    such as sparse parameters.
+    These are tensors with a history, which hooks or forward left in attributes and in containers there, such as a state
+    that the next call reads, and tensors without strides, such as sparse parameters.
     """
-    held = (value for module in model.modules() for value in _held(module) if isinstance(value, Tensor))
-    return {id(value): _clone(value) for value in held if not value.is_leaf or not has_strides(value)}
-
-
-def _held(module: nn.Module) -> list[object]:
-    return [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+    seen = set[int]()
+    parts = (part for m in model.modules() for value in vars(m).values() for part in inside(value, seen))
+    held = (part for part in parts if isinstance(part, Tensor))
+    return {id(part): _clone(part) for part in held if not part.is_leaf or not has_strides(part)}
 
 
 def has_strides(tensor: Tensor) -> bool:
