@@ -184,7 +184,7 @@ def is_copy_on_write(tensor: Tensor) -> bool:
 
 def has_hooks(tensor: Tensor) -> bool:
     """Whether hooks act on the gradient of a tensor; public are only functions that add some."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 # --- modules, graphs, optimizers -------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def cached(synapses: nn.Module, stored: Tensor, compute: Callable[[], Tensor]) -
 
 def _note_backward(weight: Tensor, passed: list[None]) -> None:
     """Note in a list that a backward pass goes through the computation of a weight, and does not end at the weight."""
-    node = Tensor.grad_fn.__get__(weight)  # type: ignore[attr-defined]  # a weight tensor answers for the stored one
+    node = Tensor.grad_fn.__get__(weight)  # type: ignore[union-attr]  # a weight tensor answers for the stored one
     if node is not None:
         node.register_hook(lambda *_: passed.append(None))
 
