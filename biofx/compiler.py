@@ -20,7 +20,7 @@ from biofx.base.isolation import is_function, run_in_mode
 from biofx.base.modules import why_without_modes
 from biofx.base.precision import outputs_differ
 from biofx.base.references import enclosed, held_parameters
-from biofx.base.torch_internals import memory_of
+from biofx.base.torch_internals import has_hooks, memory_of
 from biofx.capture import symbolic
 from biofx.capture.call_structure import Structure, structure
 from biofx.capture.captured_module import REGISTRIES
@@ -38,6 +38,8 @@ from biofx.rewrite.python_checks import refuse_other
 from biofx.rewrite.registry import Pass, as_passes
 from biofx.training.sleeping import use_hooks
 from biofx.weights.declared import declared
+
+HOOKED = "has a hook of yours on its gradient (register_hook)"
 
 FRONTENDS: dict[str, Callable[[nn.Module, Any, Collection[str], Run | None], fx.GraphModule]] = {
     "symbolic": symbolic.capture,
@@ -254,6 +256,12 @@ def _copy(model: nn.Module) -> nn.Module:
             f"{found[0]} of {type(model).__name__} is or holds a function that refers to {found[1]}, and its copy "
             "would refer to it as well; transform it with inplace=True, or make the function a method"
         )
+    hooked = next((name for name, parameter in model.named_parameters() if has_hooks(parameter)), None)
+    if hooked is not None:
+        raise CaptureError(
+            f"{hooked} {HOOKED}, and copies of parameters lose it; transform the model with inplace=True, which leaves "
+            "this weight alone, or remove the hook and register it on the result's parameter"
+        )
     try:
         return copied(model)
     except Exception as error:
@@ -356,7 +364,9 @@ def _note_questions(bio: fx.GraphModule, understood: Understanding | None) -> No
 def _excluded(bio: fx.GraphModule, patterns: Sequence[str]) -> dict[str, str]:
     canonical, own = {id(p): name for name, p in stored_parameters(bio)}, synapses_in(bio)
     held = {canonical[x]: holder for x, holder in held_parameters(bio).items() if x in canonical}
-    result = {name: holder for name, holder in held.items() if name not in own} | {
+    hooked = {name: HOOKED for name, parameter in stored_parameters(bio) if has_hooks(parameter)}
+    result = {name: holder for name, holder in held.items() if name not in own} | hooked
+    result |= {
         canonical[id(parameter)]: reason
         for owner in bio.modules()
         for key, parameter in owner._parameters.items()

@@ -538,3 +538,53 @@ def test_parameters_side_by_side_in_one_memory_are_no_ties():
     model, both = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)), torch.randn(4, 7)
     model[0].weight, model[1].weight = nn.Parameter(both[:, :3]), nn.Parameter(both[:, 3:])
     torch.testing.assert_close(biofx.transform(model, "split-synapses")(both[:, :3]), model(both[:, :3]))
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_parameter_is_not_lost(register):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    weight, seen = model[0].weight, []
+    getattr(weight, register)(lambda tensor: seen.append(tensor.shape))
+    with pytest.raises(biofx.CaptureError, match=r"0\.weight has a hook of yours .*; transform .* inplace"):
+        biofx.transform(model, "split-synapses")
+    bio = biofx.transform(model, "split-synapses", inplace=True)
+    assert bio.get_parameter("0.weight") is weight
+    assert "has a hook of yours on its gradient" in flat(biofx.summary(bio))
+    seen.clear()  # the checks of the transform differentiate as well
+    bio(torch.randn(2, 3)).sum().backward()
+    assert seen == [weight.shape]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "dales-principle"])
+def test_what_a_user_noted_on_parameters_stays(pipeline, inplace):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    for parameter in model.parameters():
+        parameter.options = {"lr": 0.1}
+    bio = biofx.transform(model, pipeline, inplace=inplace)
+    assert all(parameter.options == {"lr": 0.1} for parameter in bio.parameters())
+    assert (bio[0].bias.options is model[0].bias.options) is inplace
+    assert bio.get_submodule("2").weight.options == {"lr": 0.1}
+    assert all(parameter.options == {"lr": 0.1} for parameter in biofx.fold(bio).parameters())
+
+
+class MaskedByAttribute(nn.Module):
+    """Keeps the mask of a weight as an attribute of the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.readout = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.layer.weight.mask = torch.eye(4, 3)
+
+    def forward(self, x):
+        weight = self.layer.weight
+        mask = getattr(weight, "mask", None)
+        return self.readout(nn.functional.linear(x, weight if mask is None else weight * mask).relu())
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_forward_sees_what_a_user_noted_on_a_weight(frontend):
+    model, x = MaskedByAttribute(), torch.randn(5, 3)
+    bio = biofx.transform(model, "split-synapses", frontend=frontend)
+    torch.testing.assert_close(bio(x), model(x))
+    torch.testing.assert_close(biofx.fold(bio)(x), model(x))

@@ -58,7 +58,7 @@ def _operand(value: Value, look: Look) -> Tensor:
 
 def _refuse_choices(operation: Operation, moved: Any) -> None:
     """Entries that inputs choose are known only if those to choose from are the same."""
-    indices = [v for v in operation.operands if not v.is_activity and v.depends is Depends.INPUTS]
+    indices = [v for v in operation.operands[1:] if not v.is_activity and v.depends is Depends.INPUTS]
     if not indices or not isinstance(moved, Tensor):
         return
     if operation.name == "index":

@@ -86,7 +86,7 @@ class Rules:
             operands = self._without_common_factors(operands)
         result = operands[0]
         for other in operands[1:]:
-            result = self._merged(operation, result, other)
+            result = self.merged(operation, result, other)
         return [_expanded(result, v.shape) for v in operation.outputs]
 
     def _without_common_factors(self, operands: list[Tensor]) -> list[Tensor]:
@@ -98,7 +98,8 @@ class Rules:
         (small,) = once(numbers)
         return small.numel() <= 1 or len(self._numbers.classes(small).unique()) == 1
 
-    def _merged(self, operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+    def merged(self, operation: Operation, a: Tensor, b: Tensor) -> Tensor:
+        """The numbers of entries that an operator makes of two others each."""
         shape = torch.broadcast_shapes(a.shape, b.shape)
         a, b = once(a.expand(shape), b.expand(shape))
         return compressed(self._numbers.merge(self._place[operation], operation.described, a, b)).expand(shape)
@@ -160,7 +161,7 @@ class Rules:
         for axis in axes[0]:
             if source.dim() < target.dim():
                 source = source.unsqueeze(axis)
-        return self._merged(operation, target, source.expand(target.shape))
+        return self.merged(operation, target, source.expand(target.shape))
 
     def _mix(self, operation: Operation) -> list[Tensor | None]:
         """The rows of the second operand, weighted by the first, join; inputs merge with units that weight them."""
@@ -182,7 +183,7 @@ class Rules:
             if varies(weighing, weighing.dim() - 1):
                 raise CannotFollowError("inputs weight different units")
             if not self._is_one(weighing):
-                joined = self._merged(operation, weighing.narrow(-1, 0, min(1, weighing.shape[-1])), joined)
+                joined = self.merged(operation, weighing.narrow(-1, 0, min(1, weighing.shape[-1])), joined)
         return [_expanded(joined, first.shape), *(nobody(v.shape) for v in others)]
 
     def _are_inputs(self, numbers: Tensor) -> bool:
@@ -197,7 +198,7 @@ class Rules:
         result = state
         for numbers in (given, hidden):
             for part in numbers.chunk(count, -1):
-                result = self._merged(operation, result, part)
+                result = self.merged(operation, result, part)
         return [_expanded(result, v.shape) for v in operation.outputs]
 
     def _convolved(self, operation: Operation) -> list[Tensor | None]:

@@ -188,8 +188,10 @@ def _run_with_gradients_if_it_must(model: nn.Module, run: Run, recorder: Recorde
 def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:
     """The parameters that a run in training mode changes, each with the reason why it is not made of synapses."""
     with parameters_kept(model) as kept, undisturbed(model), torch.no_grad():
+        before = set(map(id, model.parameters()))
         _try_in_training(model, run)
-        if not any(parameter.is_changed() for parameter in kept):
+        is_replaced = not before.issuperset(map(id, model.parameters()))
+        if not (is_replaced or any(parameter.is_changed() for parameter in kept)):
             return {}
     recorder = Recorder()
     with recording_of(recorder, model, training=True), _as_graph(model, recorder):
@@ -370,7 +372,7 @@ def _why_no_weight(
 def _change(operation: Operation | None) -> str:
     """Why a parameter that forward changes is not made of synapses."""
     if operation is None:
-        return "forward assigns its data"
+        return "forward replaces it, or its data"
     if operation.name == "embedding_renorm":
         return f"{shown(operation)} changes it in forward, as max_norm is set"
     return f"forward changes it in place, by {operation.located}"

@@ -70,8 +70,8 @@ class UnitAnalysis:
         self._of_read = {read: o for many in self.orientations.values() for o in many for read in o.reads}
         self.columns: dict[Read, Tensor] = {}
         self._rules = Rules(self.numbers, self._of, self._place)
-        self._wanted = self._leading_to_weights()
         self._of_network = self._touched_by_weights()
+        self._wanted = self._leading_to_weights()
         for _ in range(PASSES):
             before = self.numbers.representative
             self._run()
@@ -109,6 +109,9 @@ class UnitAnalysis:
 
     def carried(self, operation: Operation) -> list[Value]:
         """The operands whose units an operator takes up."""
+        masks = self._masks(operation)
+        if masks:
+            return masks
         kind, operands = operation.kind, [v for v in operation.operands if v.is_activity]
         if kind in (Kind.CONSTANT, Kind.UNKNOWN) or operation in self._reads:
             return []
@@ -123,6 +126,14 @@ class UnitAnalysis:
     def is_of_network(self, value: Value) -> bool:
         """Whether a tensor depends on a weight, as far as that can be known."""
         return _below(value) in self._of_network
+
+    def _masks(self, operation: Operation) -> list[Value]:
+        """The comparisons of activity that alone decide what an operator makes of constants, as spikes are made."""
+        if operation.kind is Kind.CONSTANT or any(
+            v.is_activity and v.depends is Depends.INPUTS and v not in operation.written for v in operation.operands
+        ):
+            return []
+        return [v for v in operation.operands if v.dtype is torch.bool and self.is_of_network(v)]
 
     def is_read(self, operation: Operation) -> bool:
         """Whether an operator multiplies activity by a weight."""
@@ -258,6 +269,9 @@ class UnitAnalysis:
             return [self._postsynaptic(read, v, i) for i, v in enumerate(outputs)]
         if operation.kind is Kind.CONSTANT or self._is_constant(operation):
             return [nobody(v.shape) for v in outputs]
+        masks = self._masks(operation)
+        if masks:
+            return [self._spikes(operation, v, i, masks) for i, v in enumerate(outputs)]
         if not any(v.is_activity for v in operation.operands):
             return [self._of_integers(operation, v, i) for i, v in enumerate(outputs)]
         return [
@@ -270,6 +284,13 @@ class UnitAnalysis:
         if operation.depends is Depends.INPUTS:
             return False
         return all(_is_nobody(self._of(v)) for v in operation.operands if v.is_activity)
+
+    def _spikes(self, operation: Operation, value: Value, index: int, masks: list[Value]) -> Tensor:
+        """The units whose activity was compared, in what is made of the comparisons."""
+        numbers = self._of(masks[0])
+        for mask in masks[1:]:
+            numbers = self._rules.merged(operation, numbers, self._of(mask))
+        return numbers if numbers.shape == value.shape else self._unknown(operation, value, index)
 
     def _of_integers(self, operation: Operation, value: Value, index: int) -> Tensor:
         """Activity that is made of integers is an input; masks are nobody's."""

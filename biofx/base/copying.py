@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import slots_of
+from biofx.base.contents import inside, slots_of
 from biofx.base.references import repoint
 from biofx.base.torch_internals import HOOKS
 
@@ -34,11 +34,27 @@ def copied(model: Model, dtype: torch.dtype | None = None, shared: Collection[Te
     memo = clones(model) | ({} if dtype is None else _converted(model, dtype, kept)) | kept
     result = copy.deepcopy(model, memo)
     repoint(result, memo)
+    parameters = dict(result.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name in parameters:
+            keep_attributes(parameters[name], parameter, memo)
     copies = dict(result.named_modules())
     for path, old in model.named_modules():
         if path in copies and any(len(getattr(old, name)) != len(getattr(copies[path], name)) for name in HOOKS):
             raise TypeError(f"{path or 'it'} has hooks, which copies of {type(old).__name__} lose")
     return result
+
+
+def keep_attributes(new: Tensor, old: Tensor, memo: dict[int, Any] | None = None) -> None:
+    """Give a parameter what a user noted on the one whose place it takes, such as a learning rate or a mask.
+
+    Args:
+        new: the parameter.
+        old: the other one. `copy.deepcopy` of a parameter forgets its attributes, and so does `nn.Parameter(old.data)`.
+        memo: as for `copy.deepcopy`, if the attributes are to be copied as well.
+    """
+    if type(old) is nn.Parameter:  # a subclass may keep its memory there
+        vars(new).update(vars(old) if memo is None else copy.deepcopy(vars(old), memo))
 
 
 def _converted(model: nn.Module, dtype: torch.dtype, but: Collection[int]) -> dict[int, Any]:
@@ -56,15 +72,13 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, str]]:
 def clones(model: nn.Module) -> dict[int, Tensor]:
     """Copies of the tensors of a model that `copy.deepcopy` refuses, by id.
 
-    These are tensors that hooks computed and left as attributes, which have a history, and tensors without strides,
-    such as sparse parameters.
+    These are tensors with a history, which hooks or forward left in attributes and in containers there, such as a state
+    that the next call reads, and tensors without strides, such as sparse parameters.
     """
-    held = (value for module in model.modules() for value in _held(module) if isinstance(value, Tensor))
-    return {id(value): _clone(value) for value in held if not value.is_leaf or not has_strides(value)}
-
-
-def _held(module: nn.Module) -> list[object]:
-    return [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+    seen = set[int]()
+    parts = (part for m in model.modules() for value in vars(m).values() for part in inside(value, seen))
+    held = (part for part in parts if isinstance(part, Tensor))
+    return {id(part): _clone(part) for part in held if not part.is_leaf or not has_strides(part)}
 
 
 def has_strides(tensor: Tensor) -> bool:

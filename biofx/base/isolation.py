@@ -189,7 +189,7 @@ def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
 
 @contextmanager
 def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Iterator[list[SavedTensor]]:
-    """Restore parameters that a forward changes, such as those of a teacher that follows its student.
+    """Restore parameters that a forward changes, such as those of a teacher that follows its student, and gradients.
 
     Args:
         model: the model.
@@ -200,12 +200,19 @@ def parameters_kept(model: nn.Module, but: Collection[nn.Parameter] = ()) -> Ite
     """
     free = set(map(id, but))
     kept = [SavedTensor.now(p) for p in model.parameters() if not p.is_inference() and id(p) not in free]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, gradient in gradients:  # a forward that runs backward adds to the gradients in place
+        parameter.grad = None if gradient is None else lazy_copy(gradient)
     try:
         yield kept
     finally:
         with torch.no_grad():
-            for parameter in kept:
-                parameter.restore()
+            for saved in kept:
+                saved.restore()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+            if gradient is not None:
+                settle(gradient)
 
 
 @dataclass(eq=False)

@@ -182,6 +182,11 @@ def is_copy_on_write(tensor: Tensor) -> bool:
     return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]
 
 
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether hooks act on the gradient of a tensor; public are only functions that add some."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
 # --- modules, graphs, optimizers -------------------------------------------------------------------------------------
 
 

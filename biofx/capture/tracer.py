@@ -42,6 +42,7 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *T
 WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 _PLAIN_DICTS = ("builtins", "collections", "torch.fx.immutable_collections")  # the modules of their classes
 VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+ASSIGNS = "its forward assigns the {} of a tensor, which a graph cannot represent"
 LEAF = "it is a leaf module, as modules of torch.nn are"
 
 
@@ -123,8 +124,7 @@ class Value(fx.Proxy):
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OF_PROXIES:
             tracer: Any = self.tracer
-            reason = f"its forward assigns the {name} of a tensor, which a graph cannot represent"
-            raise NotTraceable({tracer.current_path: reason})
+            raise NotTraceable({tracer.current_path: ASSIGNS.format(name)})
         super().__setattr__(name, value)
 
 
@@ -311,15 +311,17 @@ class Tracer(fx.Tracer):
         except Exception as error:  # which the forward may catch, but would not raise when it runs
             raise self.untraceable(" ".join(str(error).split()) or type(error).__name__) from error
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Create a node, unless the forward runs in a state that a graph cannot represent."""
+    def create_node(self, kind: str, target: Any, args: tuple[Any, ...], *others: Any, **kwargs: Any) -> fx.Node:
+        """Create a node, unless the forward runs in a state that a graph cannot represent, or freezes a parameter."""
+        if target == "requires_grad_" and isinstance(args[0], fx.Node) and args[0].op == "get_attr":
+            raise NotTraceable({self.current_path: ASSIGNS.format("requires_grad")})
         if self._open_contexts:
             path, block = self._open_contexts[0]
             raise NotTraceable({path: f"its forward uses torch.{block}, which a graph cannot represent"})
         if _gradient_mode() != self._gradients:
             reason = "its forward switches gradients on or off, which a graph cannot represent"
             raise NotTraceable({self.current_path: reason})
-        node = super().create_node(*args, **kwargs)
+        node = super().create_node(kind, target, args, *others, **kwargs)
         self.steps.append((self.current_path, "node", node))
         return node
 

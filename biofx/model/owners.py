@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biofx.base.copying import keep_attributes
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.shards import is_sharded
 from biofx.model import weight_cache
@@ -80,6 +81,7 @@ def remove_synapses(model: nn.Module) -> None:
                 stored, weight = child.stored, child()
                 same = weight.shape == stored.shape and torch.equal(weight, stored)
                 parameters[child] = stored if same else nn.Parameter(weight.detach().contiguous(), stored.requires_grad)
+                keep_attributes(parameters[child], stored)
             owner._parameters[key] = parameters[child]
             del owner._modules[CHILD.format(key)]
         if isinstance(owner, HasSynapses):

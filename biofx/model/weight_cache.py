@@ -17,11 +17,12 @@ class _ThreadState(threading.local):  # two threads may call the same model at t
     """The weights of the present thread.
 
     Attributes:
-        cache: the weights computed by the outermost forward, each with its key; None if no forward runs.
+        cache: the weights computed by the outermost forward, each with its key, and a list that is empty until a
+            backward pass went through the computation; None if no forward runs.
         substitutes: tensors to use instead of weights, by synapses; None outside of `substituted`.
     """
 
-    cache: dict[nn.Module, tuple[Any, Tensor]] | None = None
+    cache: dict[nn.Module, tuple[Any, Tensor, list[None]]] | None = None
     substitutes: Mapping[nn.Module, Tensor] | None = None
 
 
@@ -47,7 +48,9 @@ def caching() -> Iterator[None]:
 
 
 def cached(synapses: nn.Module, stored: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-    """Return a weight from the cache, or compute it if its stored tensor or the gradient mode has changed.
+    """Return a weight from the cache, or compute it if its stored tensor, what is frozen, or the gradient mode changed.
+
+    Also if forward itself ran a backward pass through the computation, which freed what the next one would need.
 
     Three situations bypass the cache. Function transforms wrap tensors per level, and dispatch modes have to see every
     operator. Hooks on saved tensors, which activation checkpointing sets, expect the same operators in the
@@ -56,11 +59,20 @@ def cached(synapses: nn.Module, stored: Tensor, compute: Callable[[], Tensor]) -
     if _thread.cache is None or is_intercepted() or saves_by_hooks():
         return compute()
     version = None if stored.is_inference() else stored._version
-    key = (id(stored), version, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    learned = tuple(parameter.requires_grad for parameter in synapses.parameters())
+    key = (id(stored), version, learned, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     entry = _thread.cache.get(synapses)
-    if entry is None or entry[0] != key:
-        entry = _thread.cache[synapses] = key, compute()
+    if entry is None or entry[0] != key or entry[2]:
+        entry = _thread.cache[synapses] = key, compute(), list[None]()
+        _note_backward(entry[1], entry[2])
     return entry[1]
+
+
+def _note_backward(weight: Tensor, passed: list[None]) -> None:
+    """Note in a list that a backward pass goes through the computation of a weight, and does not end at the weight."""
+    node = Tensor.grad_fn.__get__(weight)  # type: ignore[union-attr]  # a weight tensor answers for the stored one
+    if node is not None:
+        node.register_hook(lambda *_: passed.append(None))
 
 
 def substitute_for(synapses: nn.Module) -> Tensor | None:

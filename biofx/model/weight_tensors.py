@@ -129,6 +129,7 @@ def as_weight_tensor(weight: Tensor, synapses: Any) -> Tensor:
     if type(weight) is not Tensor or is_intercepted():
         return weight
     result = weight.as_subclass(ComputedWeight if synapses.is_computed else WeightTensor)
+    vars(result).update(vars(synapses.stored))  # what forward may ask of a parameter, such as a mask that a user noted
     result.synapses = synapses
     result.kept_from_swapping = weakref.ref(result)  # `torch.utils.swap_tensors` refuses what is weakly referred to
     return result

@@ -132,6 +132,14 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(_names("glu complex polar ldexp"), Kind.MERGE),
 }
 
+_aten = torch.ops.aten
+_OF_OTHER_KIND: dict[Any, Kind] = {
+    **dict.fromkeys((_aten.max.other, _aten.min.other, _aten.normal.Tensor_Tensor), Kind.MERGE),
+    **dict.fromkeys((_aten.masked_fill_.Scalar, _aten.masked_fill_.Tensor), Kind.KEEP),
+    **dict.fromkeys((_aten.bernoulli.default, _aten.normal.Tensor_float, _aten.normal.float_Tensor), Kind.KEEP),
+}
+"""Overloads that differ from what their name says, such as those that draw from distributions that units give."""
+
 _NEVER_NEGATIVE = _names(
     "relu sigmoid hardsigmoid softplus exp exp2 abs square _softmax _safe_softmax softmax sqrt rsqrt var std "
     "linalg_vector_norm norm hypot cosh"
@@ -180,8 +188,8 @@ def name_of(operator: Any) -> str:
 def kind_of(operator: Any) -> Kind:
     """What an operator does to the units of its operands."""
     name = name_of(operator)
-    if operator in (torch.ops.aten.max.other, torch.ops.aten.min.other):
-        return Kind.MERGE
+    if operator in _OF_OTHER_KIND:
+        return _OF_OTHER_KIND[operator]
     if name in _KINDS:
         return _KINDS[name]
     if torch.Tag.pointwise in getattr(operator, "tags", ()):

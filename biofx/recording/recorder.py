@@ -388,6 +388,10 @@ class _Registry(dict[str, Any]):
         """The parameters."""
         return [parameter for _, parameter in self.items()]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, such as that of a module which forward copies, is a dictionary, and does not copy the recorder."""
+        return dict, (dict(super().items()),)
+
 
 @contextlib.contextmanager
 def _listing(model: nn.Module, recorder: Recorder) -> Iterator[None]:
@@ -399,6 +403,9 @@ def _listing(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         for attributes, parameters in own:
+            now = dict(dict.items(attributes["_parameters"]))  # forward may have replaced some
+            parameters.clear()
+            parameters.update(now)
             attributes["_parameters"] = parameters
 
 
@@ -449,7 +456,6 @@ def recording_of(
     recorder: Recorder, model: nn.Module, *, training: bool = False, but: Collection[nn.Parameter] = ()
 ) -> Iterator[None]:
     """Record what runs in the block, and undo its side effects on a model, except for parameters that are to change."""
-    gradients = {p: p.grad for p in model.parameters()}
     memory = {name: _place_in_memory(p.data) for name, p in stored_parameters(model)}
     with contextlib.ExitStack() as stack:
         for context in (parameters_kept(model, but), undisturbed(model), torch.no_grad(), _operator_by_operator()):
@@ -460,8 +466,6 @@ def recording_of(
             with recorder.watching(model), recorder:
                 yield
         finally:
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
             for name, parameter in stored_parameters(model):
                 if name in memory and _place_in_memory(parameter.data) != memory[name]:
                     recorder.recording.changed.setdefault(name, None)

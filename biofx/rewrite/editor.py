@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base import randomness
+from biofx.base.copying import keep_attributes
 from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.gains import coded, decoded, drawn
 from biofx.base.noise import Counter
@@ -43,6 +44,7 @@ def owners(bio: nn.Module) -> Owners:
 def replace_parameter(places: Owners, old: nn.Parameter, value: Tensor) -> None:
     """Replace a parameter by `value` in every module that registers it. A frozen parameter stays frozen."""
     new = nn.Parameter(value.detach().contiguous(), requires_grad=old.requires_grad)
+    keep_attributes(new, old)
     places[id(new)] = places.pop(id(old))
     for module, key in places[id(new)]:
         module._parameters[key] = new

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
+from biofx.base.copying import keep_attributes
 from biofx.base.errors import ArgumentError
 from biofx.base.shards import is_sharded
 from biofx.model.changes import transformed
@@ -174,6 +175,7 @@ def _cut(synapses: Synapses, shape: torch.Size, *placed: tuple[DeviceMesh, tuple
     for key, parameter in [*synapses.named_parameters()]:
         own = along if parameter is synapses.stored else [Replicate()] * mesh.ndim
         cut = nn.Parameter(distribute_tensor(parameter.detach(), mesh, own), requires_grad=parameter.requires_grad)
+        keep_attributes(cut, parameter)
         synapses.register_parameter(key, cut)
         setattr(parameter, _IS_CUT, True)
 

@@ -112,6 +112,22 @@ def test_one_sample_in_training_mode():
 
 # --- what keeps units --------------------------------------------------------------------------------------------
 
+
+class Spikes(torch.autograd.Function):
+    """A threshold with a surrogate gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        out = torch.zeros_like(x)
+        out[x > 0] = 1.0
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / (1 + ctx.saved_tensors[0].abs()) ** 2
+
+
 KEEP = {
     "relu": F.relu,
     "a method": lambda x: x.relu(),
@@ -129,6 +145,7 @@ KEEP = {
     "power": lambda x: x**2,
     "base": lambda x: 2**x,
     "constants": lambda x: 1 - 2 * x / 3 + 1,
+    "masked_fill in place": lambda x: x.clone().masked_fill_(x > 0, 0.0),
     "masked_fill": lambda x: x.masked_fill(x > 0, 0.0),
     "cast": lambda x: x.double().float().to(x.dtype).contiguous().clone().detach(),
     "data": lambda x: x.data,
@@ -156,6 +173,18 @@ KEEP = {
     "added zeros": lambda x: x + torch.zeros_like(x),
     "positions": lambda x: x + torch.arange(5)[:, None].float().sin(),
     "where": lambda x: torch.where(x > 0, x, 0.0),
+    "spikes": lambda x: (x > 0).to(x.dtype),
+    "spikes between thresholds": lambda x: ((x > 0) & (x < 1)).float(),
+    "spikes by where": lambda x: torch.where(x > 0, 1.0, 0.0),
+    "spikes that are written": lambda x: torch.zeros_like(x).masked_fill_(x > 0, 1.0),
+    "spikes in another shape": lambda x: (x > 0).view(10, 6).float(),
+    "spikes that are drawn": lambda x: (torch.rand_like(x) < x.sigmoid()).float(),
+    "spikes with a gradient": lambda x: Spikes.apply(x),
+    "samples": lambda x: torch.bernoulli(x.sigmoid()),
+    "samples around a mean": lambda x: torch.normal(x, 1.0),
+    "samples with a spread": lambda x: torch.normal(0.0, x.exp()),
+    "samples of a distribution": lambda x: torch.distributions.Normal(x, x.exp()).sample(),
+    "a mask of its own": lambda x: x * (x > 0),
     "with itself": lambda x: x + x.sigmoid() * x,
     "attention": lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
     "fused attention": lambda x: F.scaled_dot_product_attention(x, x, x),

@@ -55,6 +55,29 @@ def test_tensors_without_strides_stay_as_they_are(kind, frontend):
         torch.testing.assert_close(biofx.fold(bio, into=Unusual(kind))(x), model(x))
 
 
+class CarriesState(nn.Module):
+    """Keeps its state in a container, with the history of the last call, as spiking neurons do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.memories = nn.Linear(3, 3), {"v": 0.0, "trace": []}
+
+    def forward(self, x):
+        self.memories["v"] = 0.5 * self.memories["v"] + self.fc(x)
+        self.memories["trace"] = [self.memories["v"].abs()]
+        return self.memories["v"]
+
+
+def test_a_state_with_a_history_is_copied():
+    model, x = CarriesState(), torch.randn(2, 3)
+    first = model(x)
+    bio = biofx.transform(model, "split-synapses", example_inputs=(x,))
+    expected = model(x)
+    torch.testing.assert_close(bio(x), expected)
+    assert not torch.equal(expected, first)
+    torch.testing.assert_close(biofx.fold(bio)(x), model(x))
+
+
 def test_a_parameter_in_two_places_stays_one():
     model = Unusual("coo")
     model.tied, model.fixed.requires_grad = model.fixed, False

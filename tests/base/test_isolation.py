@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import biofx
 from biofx.base.isolation import Snapshot, gradients, parameters_kept, run_in_mode, sketch, split_inputs, unchanged
 
 
@@ -71,6 +72,29 @@ class Scripted(nn.Module):
     def forward(self, x):
         self.replaced = self.replaced + 1
         return self.layer(x) + self.replaced
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_a_forward_that_runs_backward_leaves_no_gradient(frontend):
+    class Learns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x):
+            y = self.fc(x)
+            if y.requires_grad:
+                y.sum().backward()
+            return y.detach()
+
+    model = Learns()
+    bio = biofx.transform(model, "split-synapses", frontend=frontend)
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *bio.parameters()))
+    model(torch.ones(1, 3))
+    gradient = model.fc.bias.grad
+    bio = biofx.transform(model, "split-synapses", frontend=frontend, inplace=True)
+    assert bio.fc.bias.grad is gradient
+    assert gradient.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("around", [lambda m: m, nn.Sequential], ids=["itself", "inside"])

@@ -228,6 +228,16 @@ def test_hooks():
     assert [len(getattr(module, registry)) for registry in internals.HOOKS] == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_has_hooks(register):
+    parameter = nn.Parameter(torch.zeros(1))
+    assert not internals.has_hooks(parameter)
+    handle = getattr(parameter, register)(print)
+    assert internals.has_hooks(parameter)
+    handle.remove()
+    assert not internals.has_hooks(parameter)
+
+
 def test_global_hooks():
     modules = nn.modules.module
     handles = [

@@ -111,6 +111,38 @@ def test_weights_that_forward_changes_are_left_alone(update, frontend):
         torch.testing.assert_close(bio.key.weight, model.key.weight)
 
 
+class Replaced(nn.Module):
+    """Makes a new parameter of its codebook in every forward, as a VQ-VAE with moving averages does."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.book, self.head, self.always = nn.Embedding(3, 3), nn.Linear(3, 2), always
+
+    def forward(self, x):
+        if self.training or self.always:
+            mean = x.detach().mean(0)
+            self.book.weight = nn.Parameter(0.9 * self.book.weight.detach() + 0.1 * mean)
+        return self.head(x @ self.book.weight)
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_a_parameter_that_forward_replaces_is_left_alone(always, frontend):
+    model, x = Replaced(always), torch.randn(4, 3)
+    recipe = "split-synapses,fuzzy-learning-rates{nu=1e-9}"
+    bio = biofx.transform(copy.deepcopy(model), recipe, frontend=frontend, example_inputs=(x,))
+    assert "book.weight: forward replaces it, or its data" in flat(biofx.summary(bio))
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (bio, model)]
+    biofx.attach(bio, optimizers[0])
+    for _ in range(3):
+        torch.testing.assert_close(bio(x), model(x))
+        for each, optimizer in zip((bio, model), optimizers, strict=True):
+            loss(each(x)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(bio.book.weight, model.book.weight)
+    torch.testing.assert_close(biofx.fold(bio).state_dict(), model.state_dict())
+
+
 def test_a_parameter_that_is_kept_in_an_attribute_is_left_alone():
     model = nn.Sequential(Branch(), nn.Linear(4, 4))
     model[0].kept = [model[0].a.weight]

@@ -307,6 +307,66 @@ def test_what_changes_inside_of_a_forward_is_seen():
     torch.testing.assert_close(second, first * 0.5)
 
 
+class FreezesTheCritic(nn.Module):
+    """An actor learns from a critic that is frozen while it does, and that learns in the same forward."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.actor, self.critic, self.first = nn.Linear(4, 4), nn.Linear(4, 1), first
+
+    def forward(self, x):
+        outputs = []
+        for frozen in (self.first, not self.first):
+            self.critic.requires_grad_(not frozen)
+            outputs.append(self.critic(self.actor(x) if frozen else x))
+        self.critic.requires_grad_(True)
+        return tuple(outputs)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("recipe", ["split-synapses", "inhibitory-interneurons"])
+def test_a_forward_may_freeze_a_weight_for_a_while(frontend, recipe, first):
+    model, x = FreezesTheCritic(first).double(), torch.randn(5, 4, dtype=torch.float64)
+    bio = biofx.transform(model, recipe, frontend=frontend, exclude=["actor.weight"], example_inputs=(x,))
+    for each in (model, bio):
+        sum(output.square().sum() for output in each(x)).backward()
+    site = biofx.weight_sites(bio)["critic.weight"]
+    (expected,) = torch.autograd.grad(site.effective(), site.raw, model.critic.weight.grad)
+    torch.testing.assert_close(site.raw.grad, expected)
+
+
+class LearnsInForward(nn.Module):
+    """Runs a backward pass for each step of a sequence, as predictive coding and online learning do."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.readout = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        state, total = torch.zeros_like(x[0]), 0.0
+        for step in x:
+            state = torch.tanh(step + self.recurrent(state.detach()))
+            error = self.readout(state).square().sum()
+            if torch.is_grad_enabled():
+                error.backward()
+            total = total + error.detach()
+        return total
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("recipe", ["split-synapses", "inhibitory-interneurons", "volume-dependent-learning-rates"])
+def test_a_forward_may_run_backward_several_times(frontend, recipe):
+    model, x = LearnsInForward().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    bio = biofx.transform(model, recipe, frontend=frontend)
+    torch.testing.assert_close(bio(x), model(x))
+    torch.testing.assert_close(bio.readout.bias.grad, model.readout.bias.grad)
+    for name, site in biofx.weight_sites(bio).items():
+        if recipe != "volume-dependent-learning-rates":  # which draws gains
+            (expected,) = torch.autograd.grad(site.effective(), site.raw, model.get_parameter(name).grad)
+            torch.testing.assert_close(site.raw.grad, expected)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 def test_checkpoints_compute_weights_again(frontend, reentrant):

@@ -1,6 +1,7 @@
 """Recording: the run leaves everything as it was, and sees through scripted modules and branches."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import random
 
@@ -20,6 +21,27 @@ def recorded(model, run):
     with recording_of(recorder, model):
         run(model)
     return recorder.recording
+
+
+class CopiesAModule(nn.Module):
+    """Makes a teacher of the student at its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(3, 3), None
+
+    def forward(self, x):
+        if self.teacher is None:
+            self.teacher = copy.deepcopy(self.student)
+        return self.student(x), self.teacher(x).detach()
+
+
+def test_a_forward_may_copy_a_module():
+    model, x = CopiesAModule(), torch.randn(2, 3)
+    recording = recorded(model, lambda model: model(x))
+    assert [operation.name for operation in recording.operations].count("addmm") == 2
+    bio = biofx.transform(model, "split-synapses", example_inputs=(x,))
+    torch.testing.assert_close(bio(x), model(x))
 
 
 class Everything(nn.Module):
