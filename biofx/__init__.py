@@ -37,7 +37,7 @@ from biofx.looking.difference import Difference, diff
 from biofx.looking.drawing import draw
 from biofx.looking.inspection import summary, table, to_networkx
 from biofx.model import operators
-from biofx.model.sharding import shard_placement
+from biofx.model.shard_placement import shard_placement
 from biofx.output.export import export
 from biofx.output.fold import fold
 from biofx.rewrite.verification import verify

@@ -22,7 +22,7 @@ from biofx.base.precision import outputs_differ
 from biofx.base.references import enclosed, held_parameters
 from biofx.base.torch_internals import has_hooks, memory_of
 from biofx.capture import symbolic
-from biofx.capture.call_structure import Structure, structure
+from biofx.capture.call_structure import CallStructure, structure
 from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.exported import exporting
 from biofx.capture.guards import Guard
@@ -36,7 +36,7 @@ from biofx.model.synapses import Synapses, stored_parameters, synapses_in
 from biofx.rewrite import pipeline
 from biofx.rewrite.python_checks import refuse_other
 from biofx.rewrite.registry import Pass, as_passes
-from biofx.training.sleeping import use_hooks
+from biofx.training.hook_switch import switch_hooks_on
 from biofx.weights.declared import declared
 
 HOOKED = "has a hook of yours on its gradient (register_hook)"
@@ -134,7 +134,7 @@ def build(
     inplace: bool,
     verify: bool,
     printer: pipeline.Printer | None = None,
-    values_follow: bool = False,
+    values_will_be_loaded: bool = False,
 ) -> fx.GraphModule:
     """Compile a model as a valid request says; errors as of `transform`.
 
@@ -145,7 +145,7 @@ def build(
         inplace: as for `transform`.
         verify: as for `transform`.
         printer: called with the graph's text after each pass.
-        values_follow: whether the caller replaces all values, so that passes may skip the computation of values.
+        values_will_be_loaded: whether the caller replaces all values, so that passes may skip computing them.
     """
     again = is_transformed(model)
     _check(model, inplace=inplace)
@@ -166,7 +166,7 @@ def build(
         remember(bio, understood)
         record_of(bio).notes += filter(None, [outside.note])
         if not record_of(bio).by_hand:
-            use_hooks(bio)  # a copy of an attached model has no optimizer
+            switch_hooks_on(bio)  # a copy of an attached model has no optimizer
         checked = None
         if expected is not None and bio is not source and repeats:
             checked = _checked_outputs(bio, example_inputs, expected)
@@ -183,7 +183,7 @@ def build(
             check=verify,
             repeats=repeats,
             print_between=printer,
-            values_follow=values_follow,
+            values_will_be_loaded=values_will_be_loaded,
         )
         record_of(bio).requests.append(request)
         _note_questions(bio, understood)
@@ -205,7 +205,7 @@ def _captured(source: nn.Module, frontend: str, inputs: Any, understood: Underst
     return FRONTENDS[frontend](source, concrete, understood.weights, understood.run)
 
 
-def _checked(frontend: str, understood: Understanding | None) -> frozenset[Structure] | None:
+def _checked(frontend: str, understood: Understanding | None) -> frozenset[CallStructure] | None:
     """The structures of the arguments on which a graph was checked; None if the graph checks its arguments itself."""
     if frontend == "export" or (understood is not None and not understood.is_one_call):
         return None

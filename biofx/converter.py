@@ -19,8 +19,8 @@ from biofx.model.owners import set_class
 from biofx.model.provenance import record_of
 from biofx.rewrite.registry import Pass, registered_passes
 from biofx.signs.scales import project_scales
+from biofx.training.hook_switch import leave_rules_to_caller
 from biofx.training.plastic_weight import PlasticWeight
-from biofx.training.sleeping import use_no_hooks
 
 
 class Distribution(str, enum.Enum):
@@ -152,7 +152,7 @@ class BioConverter:
             patterns = [f"{n}.*" if n else "*" for n in marked if [*module.get_submodule(n).parameters()]]
             module = transform(module, [groups], exclude=patterns)
         bio = transform(module, [rule for rule in rules if rule is not None])
-        use_no_hooks(bio)  # rules act when they are called, not in the backward pass
+        leave_rules_to_caller(bio)  # rules act when they are called, not in the backward pass
         converted = _with_methods(bio)
         converted.calls, converted.dynamic = Counter(), self.config.fuzzy_lr_dynamic
         return converted

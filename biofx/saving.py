@@ -119,7 +119,7 @@ def load(folder: str | Path, model: nn.Module, example_inputs: Any = None) -> fx
         bio = _untied(model, ties) if ties else model
         _refuse_difference(model, document["parameters"], _written_shapes(shapes(bio.named_parameters())))
     for request in requests:
-        bio = build(bio, request, example_inputs, inplace=bio is not model, verify=False, values_follow=True)
+        bio = build(bio, request, example_inputs, inplace=bio is not model, verify=False, values_will_be_loaded=True)
     for name, first in document.get("ties", {}).items():
         setattr(*_place(bio, name), getattr(*_place(bio, first)))
     bio = transformed(bio)

@@ -371,7 +371,7 @@ def _why_fixed(model: ModelEditor, site: WeightSite) -> str | None:
         return reason
     if site.name not in model.understood.readings:
         return NOT_RUN
-    if len(model.understood.told.units.orientations[site.name]) > 1:
+    if len(model.understood.unit_readings.units.orientations[site.name]) > 1:
         return "operators read it along different axes"
     if any(run.pass_.slot is Slot.OUTPUT for run in record_of(model.bio).passes if site.name in run.weights):
         return "other units have a part in what they return"

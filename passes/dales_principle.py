@@ -277,7 +277,7 @@ class DalesPrinciple(Pass):
         if energy:
             text = f"{self.name}: {kept / energy:.0%} of the energy of the weights had the signs of their units"
             record_of(model.bio).notes.append(text)
-        if self.balance is False or model.values_follow:  # to balance takes most of the time
+        if self.balance is False or model.values_will_be_loaded:  # to balance takes most of the time
             for name, site in sites.items():
                 sign = site.spread_presynaptic(signs[name]).to(site.raw)
                 model.edits[name].replace_raw(torch.where(sign == 0, site.raw, site.raw.abs() * sign))

@@ -142,7 +142,7 @@ def _turn_over(
         pairs = noise.pairs(likes, [which[place.index].at(place.start) for place in block.places])
         normal = noise.normal(likes, [new[place.index].at(place.start) for place in block.places])
         chosen = turn_over_(rule, pairs, normal, own, *others)
-        for place, number in zip(block.places, _numbers(chosen), strict=True):
+        for place, number in zip(block.places, _counts(chosen), strict=True):
             counts[place.index].append(number)
         for place, mask, is_new in zip(block.places, parts, chosen, strict=True):
             if is_asked[place.index]:
@@ -188,7 +188,7 @@ def turn_over_(
     return chosen
 
 
-def _numbers(chosen: list[Tensor]) -> Sequence[Tensor]:
+def _counts(chosen: list[Tensor]) -> Sequence[Tensor]:
     """The numbers of replacements."""
     # The norm of zeros and ones is the root of their number: to the unit, up to four million at once.
     return torch.stack(torch._foreach_norm(chosen, 2)).square().round().to(torch.int64).unbind()

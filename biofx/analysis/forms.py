@@ -111,7 +111,7 @@ class Forms:
     def _note_read(self, read: Read) -> None:
         operation, bias = read.operation, bias_of(read.operation)
         (self.reads if read.mixture is None else self.computed).append(read)
-        for mixture in filter(None, (read.mixture, read.form.beside)):
+        for mixture in filter(None, (read.mixture, read.form.joined_with)):
             for parameter in mixture.parameters:
                 self.mixed.setdefault(parameter.name, (mixture.reason, operation))
         self._note_users(operation, [v for v in operation.operands if v is not bias and v is not read.weight])
@@ -191,7 +191,7 @@ class Forms:
         if computed and max(sizes, default=1) == sizes.numel() < math.prod(shape):
             return None  # a bias or a scale, of what a layer computes from parameters
         joined = [self.found[v] for v in (main, *others) if v in self.found]
-        form = replace(form, coordinates=tuple(padded), beside=_beside(operation, form, joined))
+        form = replace(form, coordinates=tuple(padded), joined_with=_joined_with(operation, form, joined))
         if form.remark:
             return form
         if operation.name in PRODUCTS_OF_ENTRIES:
@@ -239,7 +239,7 @@ def _parameters(form: Form | Mixture) -> frozenset[Value]:
     """The parameters in a tensor."""
     if isinstance(form, Mixture):
         return form.parameters
-    return frozenset((form.parameter,)).union(form.beside.parameters if form.beside else ())
+    return frozenset((form.parameter,)).union(form.joined_with.parameters if form.joined_with else ())
 
 
 def _mixture(operation: Operation, forms: Iterable[Form | Mixture]) -> Mixture:
@@ -248,7 +248,7 @@ def _mixture(operation: Operation, forms: Iterable[Form | Mixture]) -> Mixture:
     return Mixture(parameters, known.made_by if known else operation)
 
 
-def _beside(operation: Operation, form: Form, joined: Iterable[Form | Mixture]) -> Mixture | None:
+def _joined_with(operation: Operation, form: Form, joined: Iterable[Form | Mixture]) -> Mixture | None:
     """What is computed from other parameters and joined with a form; None if nothing is."""
     mixture = _mixture(operation, joined)
     others = mixture.parameters - {form.parameter}

@@ -72,7 +72,7 @@ def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtyp
         recorder: the recorder.
         dtype: the dtype in which nodes read parameters, as copies that are freed after the last of them; None: as is.
     """
-    known = _Known(bio, recorder)
+    known = _EffectiveWeights(bio, recorder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _run(bio, recorder, known, bound_to_graph(bio, args, kwargs), dtype)
@@ -101,7 +101,7 @@ def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str,
     return dict(bound.arguments)
 
 
-class _Known(dict[nn.Module, Tensor]):
+class _EffectiveWeights(dict[nn.Module, Tensor]):
     """Weights by their synapses, computed when they are read; a recorder knows them as the parameters."""
 
     def __init__(self, bio: fx.GraphModule, recorder: Recorder) -> None:
@@ -128,7 +128,7 @@ class _Known(dict[nn.Module, Tensor]):
 
 
 def _run(
-    bio: fx.GraphModule, recorder: Recorder, known: _Known, given: dict[str, Any], dtype: torch.dtype | None
+    bio: fx.GraphModule, recorder: Recorder, known: _EffectiveWeights, given: dict[str, Any], dtype: torch.dtype | None
 ) -> Any:
     known.clear()  # the weights may have changed since the last run
     ends = {chain(node)[-1]: synapses_of(bio, name) for name, node in parameter_nodes(bio).items()}

@@ -75,7 +75,7 @@ class UnitNumbers:
         last = self._blocks[-1]
         return last.start + last.count
 
-    def base(self, maker: Any, name: str, origin: str, count: int) -> Tensor:
+    def numbers_for(self, maker: Any, name: str, origin: str, count: int) -> Tensor:
         """The numbers of what `maker` made, shape (count,); the same each time."""
         if maker not in self._made:
             numbers = self._give(self._population(maker, name, origin), count, {})

@@ -75,13 +75,13 @@ class Readings:
         count = axes.presynaptic_units if axes is not None else len(self.units.columns[first])
         sources = rows[rows != NOBODY].unique() if rows is not None else torch.zeros(0, dtype=torch.int64)
         if first.source is None and not remark:
-            numbers = self._numbers.base((name, "tokens"), f"tokens of {name}", "input", count)
+            numbers = self._numbers.numbers_for((name, "tokens"), f"tokens of {name}", "input", count)
         elif remark or rows is None:
-            numbers = self._numbers.base((name, "positions"), f"positions of {name}", "shared", count)
+            numbers = self._numbers.numbers_for((name, "positions"), f"positions of {name}", "shared", count)
         else:
             numbers = rows.amax(1)
             if bool((numbers == NOBODY).any()):
-                own = self._numbers.base((name, "constants"), f"constants read by {name}", "constant", count)
+                own = self._numbers.numbers_for((name, "constants"), f"constants read by {name}", "constant", count)
                 numbers = torch.where(numbers == NOBODY, own, numbers)
         is_free = torch.ones(count, dtype=torch.bool) if first.source is None else ~self._is_neural[numbers]
         returns = self._returns(name, orientation, rows)

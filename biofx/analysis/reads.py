@@ -27,7 +27,7 @@ class Form:
         shape: the parameter's shape.
         coordinates: for each axis of the parameter, where on it an entry is, in the shape of the tensor.
         remark: why an entry may have another sign than that of the parameter, or an empty string.
-        beside: what is computed from other parameters and joined with its entries, if anything.
+        joined_with: what is computed from other parameters and joined with its entries, if anything.
         is_stacked: whether the synapses of a connection lie next to each other, as entries of their own.
     """
 
@@ -35,7 +35,7 @@ class Form:
     shape: tuple[int, ...]
     coordinates: tuple[Tensor, ...]
     remark: str = ""
-    beside: Mixture | None = None
+    joined_with: Mixture | None = None
     is_stacked: bool = False
 
 
@@ -116,7 +116,7 @@ class Read:
     def names(self) -> tuple[str, ...]:
         """The names of the parameters that are in what is read, the one whose entries it has first."""
         own = [] if self.mixture is not None else [self.parameter.name]
-        mixtures = filter(None, (self.mixture, self.form.beside))
+        mixtures = filter(None, (self.mixture, self.form.joined_with))
         return (*own, *sorted({parameter.name for mixture in mixtures for parameter in mixture.parameters}))
 
     @property

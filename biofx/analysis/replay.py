@@ -34,14 +34,14 @@ class PendingRead:
     net_input: Callable[[Tensor], Tensor]
 
 
-See = Callable[[PendingRead], Tensor | None]
+Visitor = Callable[[PendingRead], Tensor | None]
 """Called before an operator reads a weight; returns the weight that it reads instead, or None."""
 
 
 class Replay(Recorder):
     """Runs a model again on inputs on which it was recorded."""
 
-    def __init__(self, recording: Recording, forms: Forms, seen: Mapping[Read, See]) -> None:
+    def __init__(self, recording: Recording, forms: Forms, seen: Mapping[Read, Visitor]) -> None:
         super().__init__()
         self._seen = {recording.operations.index(read.operation): (read, see) for read, see in seen.items()}
         self._ways = {read: _way(read, forms) for read in seen}

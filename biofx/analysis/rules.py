@@ -234,7 +234,7 @@ class Rules:
         different, inverse = torch.unique(columns, dim=0, return_inverse=True)
         origin = "input" if self._are_inputs(different) else "merged"
         maker = ("pool", different.numpy().tobytes(), origin)
-        return self._numbers.base(maker, operation.described, origin, len(different))[inverse]
+        return self._numbers.numbers_for(maker, operation.described, origin, len(different))[inverse]
 
 
 def _expanded(numbers: Tensor, shape: torch.Size) -> Tensor | None:

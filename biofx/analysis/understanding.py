@@ -80,7 +80,7 @@ class Understanding(UnitFacts):
     Attributes:
         recording: the run.
         forms: the parameters in it.
-        told: the numbers of units, and what each weight reads by them.
+        unit_readings: the numbers of units, and what each weight reads by them.
         flow: which weights a signal passes before others.
         weights: the facts of every parameter that is made of synapses, by its name.
         run: runs the model on the same inputs.
@@ -89,7 +89,7 @@ class Understanding(UnitFacts):
 
     recording: Recording
     forms: Forms
-    told: Readings
+    unit_readings: Readings
     flow: Flow
     weights: dict[str, WeightFacts]
     run: Run
@@ -230,7 +230,7 @@ def read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Un
 def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
     activity = Activity(recording)
     forms = Forms(recording, lambda value: not activity.of(value))
-    told = Readings(recording, UnitAnalysis(recording, forms), activity)
+    unit_readings = Readings(recording, UnitAnalysis(recording, forms), activity)
     flow = Flow(recording, forms)
     parameters = dict(stored_parameters(model))
     reads: dict[str, list[Read]] = {name: [] for name in parameters}
@@ -242,11 +242,11 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
         reason = _why_no_weight(name, parameter, recording, forms, reads[name])
         if reason is None:
             first = [read for read in reads[name] if read.operation not in recording.again]
-            weights[name] = _facts(name, forms, first or reads[name], told, flow)
+            weights[name] = _facts(name, forms, first or reads[name], unit_readings, flow)
         else:
             others[name] = _why_not_used(model, name) if reason == NOT_USED else reason
-    numbers = told.units.numbers
-    readings = {name: told.of(name) for name in told.units.orientations if name in weights}
+    numbers = unit_readings.units.numbers
+    readings = {name: unit_readings.of(name) for name in unit_readings.units.orientations if name in weights}
     carried = [x for reading in readings.values() for x in (reading.numbers, reading.sources)]
     populations, owner = numbers.named(carried)
     classes = numbers.classes(torch.arange(len(owner)))
@@ -258,12 +258,12 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
         readings=readings,
         scales=scales,
         others=others,
-        acting=frozenset(n for n, why in others.items() if why != NOT_A_SYNAPSE and _acts(n, forms, told)),
+        acting=frozenset(n for n, why in others.items() if why != NOT_A_SYNAPSE and _acts(n, forms, unit_readings)),
         inputs=words,
         notes=list(_notes(recording)),
         recording=recording,
         forms=forms,
-        told=told,
+        unit_readings=unit_readings,
         flow=flow,
         weights=weights,
         run=run,
@@ -271,12 +271,12 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
     )
 
 
-def _acts(name: str, forms: Forms, told: Readings) -> bool:
+def _acts(name: str, forms: Forms, unit_readings: Readings) -> bool:
     """Whether an operator that multiplies units by a parameter, or is not known, reads it."""
     sources = [r.source for r in (*forms.reads, *forms.computed) if name in r.names and r.source is not None]
     unknown = (use.operation for use in forms.users.get(name, ()) if use.operation.kind is Kind.UNKNOWN)
     sources += [v for operation in unknown for v in operation.operands if v.is_activity]
-    return any(map(told.units.is_of_network, sources))
+    return any(map(unit_readings.units.is_of_network, sources))
 
 
 def _why_not_used(model: nn.Module, name: str) -> str:

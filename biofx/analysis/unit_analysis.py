@@ -209,7 +209,7 @@ class UnitAnalysis:
         name, origin = f"input {value.name}", "input"
         if value.kind == "unknown":
             name, origin = "a tensor that no operator made", "foreign"
-        return self.numbers.base(maker_of(value), name, origin, value.shape.numel()).view(value.shape)
+        return self.numbers.numbers_for(maker_of(value), name, origin, value.shape.numel()).view(value.shape)
 
     def _unknown(self, operation: Operation, value: Value, index: int) -> Tensor:
         """A unit for each entry of what an operator makes that cannot be followed."""
@@ -217,7 +217,7 @@ class UnitAnalysis:
             return nobody(value.shape)
         origin = "input" if self._is_made_of_inputs(operation) else "unknown"
         maker = (self._place[operation], index, origin)
-        return self.numbers.base(maker, operation.described, origin, value.shape.numel()).view(value.shape)
+        return self.numbers.numbers_for(maker, operation.described, origin, value.shape.numel()).view(value.shape)
 
     def _is_made_of_inputs(self, operation: Operation) -> bool:
         """Whether an operator receives no unit of the network."""
@@ -336,7 +336,7 @@ class UnitAnalysis:
         orientation = self._of_read.get(read)
         if orientation is None or orientation.axes is None:  # each of its uses has units of its own
             name = read.parameter.name if orientation is not None else ", ".join(read.names)
-            return self.numbers.base(("use", self._place[read.operation]), name, "weight", read.count(1))
+            return self.numbers.numbers_for(("use", self._place[read.operation]), name, "weight", read.count(1))
         own = self.own(read.parameter.name, orientation)
         return own[self._places(read, orientation.axes, Read.postsynaptic_positions)]
 
@@ -344,7 +344,7 @@ class UnitAnalysis:
         """The numbers of the postsynaptic units that a weight has by the uses that agree on its axes."""
         assert orientation.axes is not None
         maker = ("weight", name, self.orientations[name].index(orientation))
-        return self.numbers.base(maker, name, "weight", orientation.axes.units)
+        return self.numbers.numbers_for(maker, name, "weight", orientation.axes.units)
 
     def _places(self, read: Read, axes: Axes, side: Callable[[Read, Axes], Tensor]) -> Tensor:
         """The parameter's unit at each position of a use, on one side."""

@@ -15,7 +15,7 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.understanding import Understanding, UnitFacts, understand
 from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
-from biofx.base.tables import Cell, Report, Reported, Table, wrapped
+from biofx.base.tables import Cell, Report, ShownAsReport, Table, wrapped
 from biofx.model.changes import transformed
 from biofx.model.provenance import is_transformed, without_wrappers
 from biofx.weights.facts import NOT_RUN, Need
@@ -54,7 +54,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Units(Reported, UnitFacts):
+class Units(ShownAsReport, UnitFacts):
     """The units of a network; `biofx.units` makes it, and as a string it is a table.
 
     Attributes:

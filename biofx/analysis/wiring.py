@@ -58,11 +58,11 @@ class _Wiring:
     """The base units of a run, joined where they merge."""
 
     def __init__(self, understood: Understanding, fixed: Mapping[str, str], unread: Mapping[str, str]) -> None:
-        self._told, self._flow = understood.told, understood.flow
+        self._unit_readings, self._flow = understood.unit_readings, understood.flow
         self._unread = unread
-        self._numbers = self._told.units.numbers
-        units = self._told.units
-        self._own = {n: units.own(n, self._told.judged(n)) for n in understood.readings if n not in fixed}
+        self._numbers = self._unit_readings.units.numbers
+        units = self._unit_readings.units
+        self._own = {n: units.own(n, self._unit_readings.judged(n)) for n in understood.readings if n not in fixed}
         self._parts = {name: self._parts_of(name) for name in understood.readings if name not in unread}
         self._origins = [population.origin for population in self._numbers.populations]
         self._feeds = {name: self._feeders(parts) for name, parts in self._parts.items()}
@@ -79,13 +79,13 @@ class _Wiring:
         return {
             self._flow.of(value).point
             for operation in acting
-            if not self._told.units.is_read(operation)
-            for value in set(operation.operands).difference(self._told.units.carried(operation))
+            if not self._unit_readings.units.is_read(operation)
+            for value in set(operation.operands).difference(self._unit_readings.units.carried(operation))
         }
 
     def _parts_of(self, name: str) -> Tensor:
         """The base units at each position of a weight, shape (positions, units); nobody where there are no more."""
-        rows = self._told.units.rows(self._told.judged(name))
+        rows = self._unit_readings.units.rows(self._unit_readings.judged(name))
         if rows is None:  # it reads tokens
             return torch.zeros(0, 1, dtype=torch.int64)
         parts = self._numbers.parts_of(rows.flatten())

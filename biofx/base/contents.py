@@ -43,7 +43,7 @@ def holders(value: Any, seen: set[int]) -> Iterator[Any]:
         yield from (holder for holder in found if not isinstance(holder, _IMMUTABLE))
 
 
-def inside(value: Any, seen: set[int]) -> Iterator[Any]:
+def values_within(value: Any, seen: set[int]) -> Iterator[Any]:
     """A value, and all values in the containers inside it; arguments as of `holders`."""
     for part, _ in _searched(value, seen):
         yield part

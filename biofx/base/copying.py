@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import inside, slots_of
+from biofx.base.contents import slots_of, values_within
 from biofx.base.references import repoint
 from biofx.base.torch_internals import HOOKS
 
@@ -76,7 +76,7 @@ def clones(model: nn.Module) -> dict[int, Tensor]:
     that the next call reads, and tensors without strides, such as sparse parameters.
     """
     seen = set[int]()
-    parts = (part for m in model.modules() for value in vars(m).values() for part in inside(value, seen))
+    parts = (part for m in model.modules() for value in vars(m).values() for part in values_within(value, seen))
     held = (part for part in parts if isinstance(part, Tensor))
     return {id(part): _clone(part) for part in held if not part.is_leaf or not has_strides(part)}
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import ATOMS, copy_of, holders, inside, is_array, is_holder, put_back
+from biofx.base.contents import ATOMS, copy_of, holders, is_array, is_holder, put_back, values_within
 from biofx.base.errors import ArgumentError
 from biofx.base.generators import global_states, is_generator, set_state, state_of
 from biofx.base.lazy_copies import is_plain, is_untouched, lazy_copy, settle
@@ -172,7 +172,7 @@ def _changeable(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
         for name, value in vars(module).items():
             if name in _REGISTRIES or name in DERIVED:
                 continue
-            for part in inside(value, seen):
+            for part in values_within(value, seen):
                 if (isinstance(part, Tensor) or is_generator(part)) and id(part) not in seen:
                     seen.add(id(part))
                     if not (isinstance(part, Tensor) and part.is_inference()):

@@ -56,7 +56,7 @@ def coarsest_dtype(model: nn.Module, inputs: Any) -> torch.dtype | None:
         model: the model; it does not change.
         inputs: arguments of the model, or a function that runs it.
     """
-    noted = _Noted()
+    noted = _DtypeRecorder()
 
     def run(model: nn.Module) -> Any:
         with noted:  # only here: `run_in_mode` also copies tensors with which the model does not compute
@@ -73,7 +73,7 @@ def _epsilon(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps)
 
 
-class _Noted(TorchDispatchMode):
+class _DtypeRecorder(TorchDispatchMode):
     """Records the floating-point dtypes that operators read and return, except for constants that forward creates.
 
     Such constants are the same in every run. A number of float32 does not make a product with float64 less precise.

@@ -127,7 +127,7 @@ class Report(str):
         return "\n".join(texts)
 
 
-class Reported:
+class ShownAsReport:
     """Base of objects that are shown as a report: printed, at a prompt and in a notebook."""
 
     def _report(self) -> Report:

@@ -14,12 +14,12 @@ from biofx.base.contents import slots_of
 from biofx.base.rule_code import digest
 from biofx.base.torch_internals import pytree, runs_function_modes
 
-Structure = tuple[Any, ...]
+CallStructure = tuple[Any, ...]
 
 _DEEPEST = 4  # levels of nested objects that are inspected in an argument
 
 
-def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
+def structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallStructure:
     """Return the structure of arguments: types, the dtype and rank of tensors, and the values of flags and strings."""
     return tuple(_structure((args, dict(kwargs)), _DEEPEST))
 

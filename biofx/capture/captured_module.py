@@ -23,7 +23,7 @@ from biofx.capture.tracer import HelperModule
 from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
 from biofx.model.changes import transformed
-from biofx.model.checkpoints import OPTIONS, converted_checkpoint, other_option, passes_of
+from biofx.model.checkpoints import METADATA_KEY, converted_checkpoint, other_option, passes_of
 from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.islands import GUARD, ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
 from biofx.model.operators import written_name
@@ -144,7 +144,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if is_transformed(self) and hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]][OPTIONS] = passes_of(self)
+            destination._metadata[prefix[:-1]][METADATA_KEY] = passes_of(self)
 
     def _load_from_state_dict(
         self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: Any

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.base.contents import contents_key, copy_of, holders, inside, is_holder
+from biofx.base.contents import contents_key, copy_of, holders, is_holder, values_within
 from biofx.base.errors import CaptureError
 from biofx.base.torch_internals import GLOBAL_HOOKS, HOOKS
 from biofx.capture.assignments import assign_attribute
-from biofx.capture.call_structure import Structure, is_plain, structure
+from biofx.capture.call_structure import CallStructure, is_plain, structure
 from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
 from biofx.capture.tracer import HelperModule
 from biofx.capture.variable_keys import can_be_compared
@@ -33,7 +33,7 @@ from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synap
 _OF_TENSORS = ("_parameters", "_buffers")
 
 
-class _Held(NamedTuple):
+class _LastComparison(NamedTuple):
     """What the last full comparison found unchanged.
 
     Attributes:
@@ -100,7 +100,7 @@ class Guard:
             units is known of the run that was checked: of other ways through it, nothing is.
     """
 
-    def __init__(self, bio: fx.GraphModule, structures: frozenset[Structure] | None) -> None:
+    def __init__(self, bio: fx.GraphModule, structures: frozenset[CallStructure] | None) -> None:
         # Including the containers around traced modules: their children may be replaced.
         around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)
         self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around), *_only_looked_at(bio)]))
@@ -159,7 +159,7 @@ class Guard:
         doubling = (run.pass_.name for run in record_of(bio).passes if run.pass_.changes_units and run.weights)
         self.widened_by: str | None = next(doubling, None)
         self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
-        self._held: _Held | None = None
+        self._held: _LastComparison | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
         self._outside = None
@@ -243,7 +243,7 @@ class Guard:
                 value
                 for path in self.traced
                 for _, attribute in attributes_of(bio.get_submodule(path))
-                for value in inside(attribute, seen)
+                for value in values_within(attribute, seen)
                 if isinstance(value, Tensor)
             )
             outside = self._outside_of(bio) if self._outside is None else self._outside
@@ -292,7 +292,7 @@ class Guard:
         found = [*chain.from_iterable(holders(value, again) for value in attributes)]
         found += [module._modules for module in modules.values() if isinstance(module, nn.ModuleDict)]
         orders = [(each, [*each]) for each in found if isinstance(each, dict)]
-        self._held = _Held(held, [copy_of(holder) for holder in held], forwards, orders)
+        self._held = _LastComparison(held, [copy_of(holder) for holder in held], forwards, orders)
         return None
 
     def _forwards_of_classes(self, bio: nn.Module) -> dict[str, Any]:

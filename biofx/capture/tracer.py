@@ -82,7 +82,7 @@ class NotTraceable(BaseException):  # not an Exception: a forward may have an `e
         self.reasons = reasons
 
 
-class Value(fx.Proxy):
+class StrictProxy(fx.Proxy):
     """A proxy that raises `NotTraceable` where a forward needs the value, or assigns an attribute of it.
 
     torch.fx would drop the assignment, and raise errors that a forward may catch, so the graph would be what its
@@ -128,7 +128,7 @@ class Value(fx.Proxy):
         super().__setattr__(name, value)
 
 
-class ValueAttribute(Value, fx.proxy.Attribute):
+class ValueAttribute(StrictProxy, fx.proxy.Attribute):
     """An attribute of a value."""
 
     def __init__(self, root: fx.Proxy, attr: str) -> None:
@@ -290,7 +290,7 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the proxy of a node."""
-        return Value(node, self)
+        return StrictProxy(node, self)
 
     def untraceable(self, message: str) -> NotTraceable:
         """Return the error of a forward that cannot be traced from here on."""

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from biofx.base.errors import ArgumentError
 from biofx.model.provenance import is_transformed
 from biofx.training.attachment import attach, detach
-from biofx.training.wrappers import held
+from biofx.training.wrappers import parameter_ids
 
 
 def transformed_in(model: nn.Module) -> list[fx.GraphModule]:
@@ -34,7 +34,7 @@ def attach_all(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """
     for bio in transformed_in(model):
         own = {id(parameter) for parameter in bio.parameters()}
-        for optimizer in [each for each in optimizers if held(each) & own] or optimizers:
+        for optimizer in [each for each in optimizers if parameter_ids(each) & own] or optimizers:
             attach(bio, optimizer)
 
 

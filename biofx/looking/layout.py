@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Way:
+class Gap:
     """A gap in a row, through which an edge passes.
 
     Attributes:
@@ -56,7 +56,7 @@ def route(parents: Mapping[str, str], source: str, target: str) -> list[tuple[st
     return [*out, (start, end), *reversed(into)]
 
 
-def rows_by_box(view: View) -> dict[str, list[list[str | Way]]]:
+def rows_by_box(view: View) -> dict[str, list[list[str | Gap]]]:
     """The contents of each box that contains others, in rows, by its name (see `rows_of`)."""
     parents = {child.name: box.name for box in view.root.walk() for child in box.children}
     steps: dict[str, dict[tuple[str, str], None]] = {name: {} for name in (view.root.name, *parents)}
@@ -67,7 +67,7 @@ def rows_by_box(view: View) -> dict[str, list[list[str | Way]]]:
     return {box.name: rows_of(box.name, [child.name for child in box.children], [*steps[box.name]]) for box in boxes}
 
 
-def rows_of(box: str, children: Sequence[str], edges: Sequence[tuple[str, str]]) -> list[list[str | Way]]:
+def rows_of(box: str, children: Sequence[str], edges: Sequence[tuple[str, str]]) -> list[list[str | Gap]]:
     """Arrange the contents of a box in rows: each below those that it reads, with few crossings (Sugiyama's method).
 
     Args:
@@ -87,17 +87,17 @@ def rows_of(box: str, children: Sequence[str], edges: Sequence[tuple[str, str]])
     return [row for row in rows if any(isinstance(item, str) for item in row)]
 
 
-def _arranged(names: Sequence[str], ends: Set[str], edges: Sequence[tuple[str, str]]) -> list[list[str | Way]]:
+def _arranged(names: Sequence[str], ends: Set[str], edges: Sequence[tuple[str, str]]) -> list[list[str | Gap]]:
     position = {name: index for index, name in enumerate(names)}
     forward = [(a, b) for a, b in dict.fromkeys(edges) if position[a] < position[b]]
     layer = _layers(names, ends, forward)
-    items: list[str | Way] = [*names]
+    items: list[str | Gap] = [*names]
     layers = [layer[name] for name in names]
     steps: list[tuple[int, int]] = []
     for source, target in forward:
         previous = position[source]
         for between in range(layer[source] + 1, layer[target]):
-            items.append(Way(source, target))
+            items.append(Gap(source, target))
             layers.append(between)
             steps.append((previous, len(items) - 1))
             previous = len(items) - 1

@@ -12,7 +12,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from biofx.looking.layout import Way, entrance, exit_of, rows_by_box
+from biofx.looking.layout import Gap, entrance, exit_of, rows_by_box
 from biofx.looking.roles import Role
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _marker(role: Role) -> str:
     return f'<span class="marker {role.name} {role.style.corners}"></span>'
 
 
-def _box(box: Box, depth: int, numbers: Mapping[str, str], rows: Mapping[str, list[list[str | Way]]]) -> Iterator[str]:
+def _box(box: Box, depth: int, numbers: Mapping[str, str], rows: Mapping[str, list[list[str | Gap]]]) -> Iterator[str]:
     facts = escape(json.dumps(dict(box.facts)), quote=True)
     common = f'id="{numbers[box.name]}" data-name="{escape(_search(box), quote=True)}" data-facts="{facts}"'
     if not box.children:
@@ -71,7 +71,7 @@ def _box(box: Box, depth: int, numbers: Mapping[str, str], rows: Mapping[str, li
     for row in rows[box.name]:
         yield '<div class="row">'
         for item in row:
-            if isinstance(item, Way):
+            if isinstance(item, Gap):
                 yield f'<i class="way" data-way="{_step(item, numbers)}"></i>'
             else:
                 yield from _box(children[item], depth - 1, numbers, rows)
@@ -79,7 +79,7 @@ def _box(box: Box, depth: int, numbers: Mapping[str, str], rows: Mapping[str, li
     yield "</details>"
 
 
-def _step(way: Way, numbers: Mapping[str, str]) -> str:
+def _step(way: Gap, numbers: Mapping[str, str]) -> str:
     return escape(f"{numbers[way.source]} {numbers[way.target]}")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from biofx.base.errors import ArgumentError
 from biofx.base.packages import require
-from biofx.looking.layout import Way, route, rows_by_box
+from biofx.looking.layout import Gap, route, rows_by_box
 from biofx.looking.roles import Role
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Placed:
         return Placed(self.box, self.left + right, self.top + down, self.width, self.height, parts, ways)
 
 
-def place(box: Box, rows_of: Mapping[str, list[list[str | Way]]]) -> Placed:
+def place(box: Box, rows_of: Mapping[str, list[list[str | Gap]]]) -> Placed:
     """Lay out a box, given what each box contains in rows."""
     width = max(LETTER * len(line) for line in _lines(box)) + 2 * MARGIN
     if not box.children:
@@ -80,8 +80,8 @@ def place(box: Box, rows_of: Mapping[str, list[list[str | Way]]]) -> Placed:
     return Placed(box, 0.0, 0.0, inner + 2 * MARGIN, top - 0.6 * GAP, tuple(parts), found)
 
 
-def _width(item: str | Way, children: Mapping[str, Placed]) -> float:
-    return WAY if isinstance(item, Way) else children[item].width
+def _width(item: str | Gap, children: Mapping[str, Placed]) -> float:
+    return WAY if isinstance(item, Gap) else children[item].width
 
 
 def _lines(box: Box) -> list[str]:

@@ -17,10 +17,10 @@ from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import CHILD, Synapses, child_of
 
-PLAIN = "this looks like a checkpoint of the plain model; load it into that, before transform"
+PLAIN_CHECKPOINT = "this looks like a checkpoint of the plain model; load it into that, before transform"
 
 
-OPTIONS = "biofx"  # the key of `passes_of` in the metadata of a `state_dict`, which `torch.save` keeps
+METADATA_KEY = "biofx"  # the key of `passes_of` in the metadata of a `state_dict`, which `torch.save` keeps
 
 
 def converted_checkpoint(
@@ -65,7 +65,7 @@ def converted_checkpoint(
     if assign:
         _refuse_untied(owned, result)
     if strict:
-        title = PLAIN if is_plain else f"the checkpoint is from another pipeline than {record_of(model)}"
+        title = PLAIN_CHECKPOINT if is_plain else f"the checkpoint is from another pipeline than {record_of(model)}"
         _refuse_difference(model, owned, result, title)
         _refuse_other_options(model, (metadata or {}).get(""))
     return result
@@ -90,7 +90,7 @@ def other_option(model: nn.Module, metadata: Mapping[str, Any] | None) -> str | 
         model: the transformed model.
         metadata: the metadata that the checkpoint has of it.
     """
-    theirs = (metadata or {}).get(OPTIONS, ())
+    theirs = (metadata or {}).get(METADATA_KEY, ())
     for own, other in ((own, other) for own in passes_of(model) for other in theirs):
         shared = sorted({*own["weights"]}.intersection(other["weights"]))
         if own["pass"] == other["pass"] and shared:
@@ -163,9 +163,11 @@ def distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
             stored = inverse(stored, *placed_like(child.arguments(link), stored))
     computed = child.computed_from(stored)
     if computed.shape != weight.shape:
-        raise ArgumentError(f"{PLAIN}: each synapse of {name} has an activation here, so no weight tells them all")
+        raise ArgumentError(
+            f"{PLAIN_CHECKPOINT}: each synapse of {name} has an activation here, so no weight tells them all"
+        )
     if not _is_close(computed, weight):
-        raise ArgumentError(f"{PLAIN}: {name} violates the signs that its units have in this model")
+        raise ArgumentError(f"{PLAIN_CHECKPOINT}: {name} violates the signs that its units have in this model")
     return stored
 
 
@@ -180,7 +182,8 @@ def _is_close(computed: Tensor, weight: Tensor) -> bool:
 def _refuse_without_values(model: nn.Module, name: str, child: Synapses) -> None:
     if child.stored.is_meta and (child.users or child.is_computed):
         raise ArgumentError(
-            f"{PLAIN}: what {record_of(model)} keeps with {name} has no values on the meta device, nor in this"
+            f"{PLAIN_CHECKPOINT}: what {record_of(model)} keeps with {name} has no values on the meta device, nor in "
+            "this"
         )
 
 

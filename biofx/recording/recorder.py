@@ -255,7 +255,7 @@ class Recorder(TorchDispatchMode):
         """A function that an operator calls, such as a branch of `cond`, with what it does recorded."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with _Names(self), self:
+            with _CalledFunctions(self), self:
                 return function(*args, **kwargs)
 
         return call
@@ -366,7 +366,7 @@ class Recorder(TorchDispatchMode):
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
         try:
-            with _Names(self), _listing(model, self), questions:
+            with _CalledFunctions(self), _listing(model, self), questions:
                 yield
         finally:
             for handle in handles:
@@ -409,7 +409,7 @@ def _listing(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             attributes["_parameters"] = parameters
 
 
-class _Names(TorchFunctionMode):
+class _CalledFunctions(TorchFunctionMode):
     """Notes which function of PyTorch is called, before it becomes several operators."""
 
     def __init__(self, recorder: Recorder) -> None:

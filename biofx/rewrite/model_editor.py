@@ -30,7 +30,8 @@ class ModelEditor:
         excluded: parameters that no pass may touch, each with the reason.
         understood: the analysis of the model's last recorded run; None if the model could not be run.
         seed: seed of all random draws.
-        values_follow: whether all values are replaced afterwards, as by saved ones, so that initial ones do not matter.
+        values_will_be_loaded: whether all values are replaced afterwards, as by saved ones, so initial ones do not
+            matter.
     """
 
     def __init__(
@@ -41,12 +42,12 @@ class ModelEditor:
         excluded: dict[str, str],
         understood: Understanding | None,
         *,
-        values_follow: bool = False,
+        values_will_be_loaded: bool = False,
     ) -> None:
         self.bio = bio
         self.understood = understood
         self.seed = seed
-        self.values_follow = values_follow
+        self.values_will_be_loaded = values_will_be_loaded
         self.excluded = excluded
         self.all_sites = find_weights(bio).sites
         self.sites: dict[str, WeightSite] = {n: site for n, site in self.all_sites.items() if n not in excluded}

@@ -45,7 +45,7 @@ def run(
     check: bool,
     repeats: bool = True,
     print_between: Printer | None = None,
-    values_follow: bool = False,
+    values_will_be_loaded: bool = False,
 ) -> list[Tensor] | None:
     """Run passes on a captured model in canonical order: from the operator inwards.
 
@@ -64,7 +64,7 @@ def run(
         check: verify the model after each pass.
         repeats: whether two runs of the model return the same, as far as is known.
         print_between: called with the graph's text after each pass.
-        values_follow: whether the caller replaces all values afterwards.
+        values_will_be_loaded: whether the caller replaces all values afterwards.
 
     Returns:
         The model's outputs, if they are repeatable and every pass preserved them; else None.
@@ -85,7 +85,7 @@ def run(
         if run is not None and outputs is None and pass_.preserves_function:  # an earlier pass changed them
             outputs = _outputs(bio, pass_, run)
         with fixed_defaults():
-            editor = ModelEditor(bio, pass_, seed, excluded, understood, values_follow=values_follow)
+            editor = ModelEditor(bio, pass_, seed, excluded, understood, values_will_be_loaded=values_will_be_loaded)
             _run_one(bio, pass_, editor)
             understood = editor.understood
             if check:

@@ -25,18 +25,18 @@ from biofx.model.provenance import record_of, unwrapped
 from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment
 from biofx.signs.constraints import rectify_
-from biofx.training.acting import Acting, acting_with, undoes_writes
 from biofx.training.compiling import check_compiler
 from biofx.training.finite import Finite
+from biofx.training.gain_target import GainTarget, gain_target_for, undoes_writes
+from biofx.training.hook_switch import set_attached, synapses_with_hooks
 from biofx.training.lifecycle import Lifecycle, unprojected
 from biofx.training.parallelism import refuse_whole
 from biofx.training.ranks import data_parallel_groups, note_wrapper, stop_broadcasts, wrapper_of
-from biofx.training.sharding import check_shards, cut_state
-from biofx.training.sleeping import set_attached, with_hooks
-from biofx.training.wrappers import held, innermost, inside, named_inside
+from biofx.training.sharded_weights import check_shards, cut_state
+from biofx.training.wrappers import innermost, named_inside, parameter_ids, wrapped_optimizers
 
 _ACTING: WeakKeyDictionary[Synapses, Callable[[], Attachment | None]] = WeakKeyDictionary()  # whose rules act on them
-_ALIKE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")  # shaped as a weight
+_SHAPED_AS_WEIGHTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")
 
 
 def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> Attachment:  # noqa: A002 - torch's word
@@ -130,7 +130,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
         raise ArgumentError("attach: the arguments are swapped; write attach(bio, optimizer)")
     model, bio = bio, transformed(bio)
     optimizer = _followed(bio, optimizer)
-    sites, own = _sites_of(bio, optimizer), held(optimizer)
+    sites, own = _sites_of(bio, optimizer), parameter_ids(optimizer)
     refuse_whole(optimizer)
     check_shards(bio, sites)
     _check_runs_hooks(bio, optimizer)
@@ -140,9 +140,9 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
             check_compiler(device)
     _warn_of_torn_layers(bio, optimizer, sites)
     wrapper = wrapper_of(model)
-    acting = acting_with(optimizer)
-    attachment = Attachment(bio, optimizer, acting, wrapper, compiled=compile)
-    hooked, changed = with_hooks(bio), attachment.acted_on(Moment.UPDATE)
+    gain_target = gain_target_for(optimizer)
+    attachment = Attachment(bio, optimizer, gain_target, wrapper, compiled=compile)
+    hooked, changed = synapses_with_hooks(bio), attachment.acted_on(Moment.UPDATE)
     followed = {name: s for name, s in synapses_in(bio).items() if name in hooked or name in changed}
     learning = {name: synapses for name, synapses in followed.items() if id(synapses.stored) in own}
     _check_alone(bio, {name: site.known_synapses for name, site in sites.items() if site.learning} | learning)
@@ -183,11 +183,11 @@ def _followed(bio: fx.GraphModule, given: Any) -> Optimizer:
 
 def _refuse_undone(attachment: Attachment, names: Collection[str]) -> None:
     """Refuse rules whose changes of weights would be undone by an optimizer that keeps copies of them."""
-    optimizer, acting = attachment.optimizer, attachment.acting
-    if acting in (None, Acting.UPDATE):
+    optimizer, gain_target = attachment.optimizer, attachment.gain_target
+    if gain_target in (None, GainTarget.UPDATE):
         return
     undone, writing = attachment.acted_on(Moment.UPDATE), [attachment.acted_on(m) for m in Moment if m.writes]
-    if any(writing) and undoes_writes(optimizer, acting):
+    if any(writing) and undoes_writes(optimizer, gain_target):
         undone = {name: rule for each in (*writing, undone) for name, rule in each.items()}
     for name in sorted(names & undone.keys()):
         raise LifecycleError(
@@ -198,7 +198,7 @@ def _refuse_undone(attachment: Attachment, names: Collection[str]) -> None:
 
 def _sites_of(bio: fx.GraphModule, optimizer: Optimizer) -> dict[str, WeightSite]:
     """The weights on which rules act that an optimizer holds."""
-    own, record = held(optimizer), record_of(bio)
+    own, record = parameter_ids(optimizer), record_of(bio)
     sites = {name: site for name, site in find_weights(bio).sites.items() if id(site.raw) in own and site.passes}
     if not sites and not any(id(stored(bio, name)) in own for name in record.nonnegative):
         if not any(run.weights for run in record.passes):
@@ -242,7 +242,9 @@ def _attach_each_inside(bio: fx.GraphModule, container: Any) -> str:
     """Advice for somebody who gave a container of optimizers; empty if none of them holds a weight of the model."""
     weights = {id(each.stored) for each in synapses_in(bio).values()}
     weights |= {id(stored(bio, name)) for name in record_of(bio).nonnegative}
-    calls = [f"biofx.attach(bio, optimizer{at})" for at, x in named_inside(container).items() if held(x) & weights]
+    calls = [
+        f"biofx.attach(bio, optimizer{at})" for at, x in named_inside(container).items() if parameter_ids(x) & weights
+    ]
     return f"; attach each one in it: {'; '.join(calls)}" if calls else ""
 
 
@@ -250,7 +252,7 @@ def _check_state(optimizer: Optimizer, sites: Mapping[str, WeightSite]) -> None:
     """Refuse an optimizer that remembers something of the shape of another parameter."""
     for name, site in sites.items():
         for key, memory in optimizer.state.get(site.raw, {}).items():
-            if key in _ALIKE and isinstance(memory, Tensor) and memory.shape != site.raw.shape:
+            if key in _SHAPED_AS_WEIGHTS and isinstance(memory, Tensor) and memory.shape != site.raw.shape:
                 raise ArgumentError(
                     f"attach: the optimizer's {key} of {name} is {tuple(memory.shape)}, and {name} is "
                     f"{tuple(site.raw.shape)}; the state of an optimizer of the plain model belongs to other parameters"
@@ -299,7 +301,7 @@ class Attachment(Lifecycle):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has: it is detached, as copies of optimizers have no hooks."""
-        return {name: vars(self)[name] for name in ("bio", "optimizer", "acting", "_compiled")}
+        return {name: vars(self)[name] for name in ("bio", "optimizer", "gain_target", "_compiled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, held=set(), finite=Finite(), wrapper=None, _rules=[], _keys_of_copies=None)
@@ -336,7 +338,7 @@ class Attachment(Lifecycle):
 
     def acts_for(self, optimizer: Optimizer) -> bool:
         """Whether rules act at the steps of an optimizer: it is the attached one, around that, or inside of it."""
-        known = {id(each) for each in (self.optimizer, *inside(self.optimizer))}
+        known = {id(each) for each in (self.optimizer, *wrapped_optimizers(self.optimizer))}
         return not known.isdisjoint({id(optimizer), id(innermost(optimizer))})
 
     @property
@@ -404,7 +406,7 @@ class Attachment(Lifecycle):
         return MethodType(guarded, optimizer)
 
     def __repr__(self) -> str:
-        where = (self.acting or Acting.UPDATE).value
+        where = (self.gain_target or GainTarget.UPDATE).value
         return (
             f"<{type(self.optimizer).__name__} on {', '.join(self.weights) or 'no weights'}; gains act on the {where}>"
         )

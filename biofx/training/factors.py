@@ -39,7 +39,7 @@ class Hook:
 
 
 @dataclass(frozen=True)
-class Learning:
+class WeightHooks:
     """The gradient hooks of a weight.
 
     Attributes:
@@ -53,7 +53,7 @@ class Learning:
     counters: tuple[Counter, ...]
 
 
-def learning_of(synapses: Synapses, shard: Shard) -> Learning:
+def hooks_of(synapses: Synapses, shard: Shard) -> WeightHooks:
     """The gradient hooks of the part of a weight, except for the share of each of several synapses."""
     hooks: list[Hook] = []
     tensors: list[Tensor] = []
@@ -67,11 +67,11 @@ def learning_of(synapses: Synapses, shard: Shard) -> Learning:
         tensors.extend(local(x) if is_sharded(x) else shard.part(x) for x in others if isinstance(x, Tensor))
         own = tuple(None if isinstance(x, Tensor) else x for x in others)
         hooks.append(Hook(operators.name_of(link.target), own, None if counter is None else drawn_from))
-    return Learning(tuple(hooks), tuple(tensors), tuple(counters))
+    return WeightHooks(tuple(hooks), tuple(tensors), tuple(counters))
 
 
 def draw(
-    likes: Sequence[Tensor], places: Sequence[Place], members: Sequence[Learning], *, compiled: bool = False
+    likes: Sequence[Tensor], places: Sequence[Place], members: Sequence[WeightHooks], *, compiled: bool = False
 ) -> list[list[Tensor]]:
     """The noise of parts of weights, a list for each noisy hook.
 
@@ -126,7 +126,7 @@ def factors(synapses: Sequence[Synapses], shards: Sequence[Shard], weights: Sequ
     """
     result: list[Tensor | None] = []
     for each, shard, weight in zip(synapses, shards, weights, strict=True):
-        own = learning_of(each, shard)
+        own = hooks_of(each, shard)
         drawn = draw([weight], [Place(0, 0)], [own])
         tensors = [[x] for x in own.tensors]
         result.append(combined(own.hooks, [weight], [*tensors, *drawn])[0] if own.hooks else None)

@@ -125,7 +125,7 @@ class _Found:
 
 
 @contextlib.contextmanager
-def taken_back(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) -> Iterator[None]:
+def undone_unless_finite(finite: dict[torch.device, Tensor], tensors: Iterable[Tensor]) -> Iterator[None]:
     """Undo what the block does to tensors, except on devices on which everything is finite.
 
     Args:

@@ -16,12 +16,12 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.gains import CRYSTALLIZED
 from biofx.base.shards import is_sharded
-from biofx.base.tables import Cell, Report, Reported, Table, wrapped
+from biofx.base.tables import Cell, Report, ShownAsReport, Table, wrapped
 from biofx.base.torch_internals import runs_step_hooks
 from biofx.model.changes import transformed
 from biofx.training.blocks import wide
 from biofx.training.counting import is_captured
-from biofx.training.wrappers import held, innermost
+from biofx.training.wrappers import innermost, parameter_ids
 
 SAMPLE = 1 << 13  # connections of which quantiles are taken: their levels have a standard error of at most 0.6 %
 PART = 1 << 16  # values that are summed at once on a CPU
@@ -115,7 +115,7 @@ def record(bio: nn.Module, optimizer: Optimizer, *, every: int = 100, limit: int
     optimizer = innermost(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise ArgumentError(f"record: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    own = held(optimizer)
+    own = parameter_ids(optimizer)
     sites = {name: site for name, site in find_weights(transformed(bio)).sites.items() if id(site.raw) in own}
     if not runs_step_hooks(optimizer):
         raise ArgumentError(f"record: steps of {type(optimizer).__name__} run no hooks; record the optimizer inside")
@@ -137,7 +137,7 @@ class _Record:
     values: Tensor
 
 
-class History(Reported):
+class History(ShownAsReport):
     """How weights changed in training; `biofx.record` makes it, and as a string it is a table of start and end.
 
     Attributes:

@@ -22,15 +22,15 @@ from biofx.model.synapses import Synapses, is_parameter, observers_in, stored
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of, rectify_
 from biofx.signs.scales import project_scales
-from biofx.training.acting import Acting, keys_of_copies
 from biofx.training.copies import Copies
 from biofx.training.counting import Counters, is_captured
 from biofx.training.factors import factors
-from biofx.training.finite import Finite, taken_back
+from biofx.training.finite import Finite, undone_unless_finite
+from biofx.training.gain_target import GainTarget, keys_of_copies
 from biofx.training.plastic_weight import PlasticWeight
 from biofx.training.ranks import average_, data_parallel_groups, is_on_any
 from biofx.training.update import Update
-from biofx.training.wrappers import held
+from biofx.training.wrappers import parameter_ids
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -57,7 +57,7 @@ class Lifecycle:
     Attributes:
         bio: the model.
         optimizer: the optimizer.
-        acting: on what gains act; None if that is not known.
+        gain_target: on what gains act; None if that is not known.
         sites: the weights on which rules act, by name.
         learning: the synapses on whose learning gains act, by the weight's name.
         held: the parameters of the optimizer, by id.
@@ -69,19 +69,19 @@ class Lifecycle:
         self,
         bio: fx.GraphModule,
         optimizer: Optimizer,
-        acting: Acting | None,
+        gain_target: GainTarget | None,
         wrapper: nn.parallel.DistributedDataParallel | None,
         *,
         compiled: bool,
     ) -> None:
-        self.held = held(optimizer)
+        self.held = parameter_ids(optimizer)
         self.finite = Finite()
         self.bio = bio
         self.optimizer = optimizer
-        self.acting = acting
+        self.gain_target = gain_target
         self.wrapper = wrapper
         self._compiled = compiled
-        self._keys_of_copies = None if acting in (None, Acting.UPDATE) else keys_of_copies(optimizer)
+        self._keys_of_copies = None if gain_target in (None, GainTarget.UPDATE) else keys_of_copies(optimizer)
         self._observed = {
             (id(synapses), key) for path, key in observers_in(bio.graph) for synapses in [bio.get_submodule(path)]
         }
@@ -102,7 +102,7 @@ class Lifecycle:
         self._owned = {name for name, site in sites.items() if site.learning is not None}
         self._meshes = {name: p.device_mesh for name, p in self._parameters() if is_sharded(p)}  # type: ignore[attr-defined]
         self._copies = Copies(dict(self._changed()), self.optimizer, self._keys_of_copies)
-        copies = self._copies if self.acting is Acting.COPIES else None
+        copies = self._copies if self.gain_target is GainTarget.COPIES else None
         self._update = Update(learning.values(), copies=copies, compiled=self._compiled)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -223,7 +223,7 @@ class Lifecycle:
         for name, synapses in self.learning.items():  # biases that were split with their weights
             if name not in self.sites and synapses.shares > 1 and synapses.stored.grad is not None:
                 self._give(synapses.stored, gradient_of(synapses.stored) * synapses.shares**0.5)
-        if self.acting is Acting.GRADIENT:
+        if self.gain_target is GainTarget.GRADIENT:
             learning = [s for s in self.learning.values() if s.stored.grad is not None]
             shards = [shard_of(synapses.stored_name, synapses.stored) for synapses in learning]
             gains = factors(learning, shards, [local(synapses.stored.detach()) for synapses in learning])
@@ -289,23 +289,25 @@ class Lifecycle:
         if step is None or step.weights is None:
             self._update.undo()
             return
-        on_update = self.acting is not Acting.GRADIENT
+        on_update = self.gain_target is not GainTarget.GRADIENT
         self._update.end([on_update and s.stored.grad is not None for s in self.learning.values()], step.finite)
-        if self.acting is None:
+        if self.gain_target is None:
             self._refuse_copies()
         counters = {w.name: steps for w in step.weights if (steps := w.site.state("steps")) is not None}
         projected = self.acted_on(Moment.PROJECTION)
         others = [weight for weight in step.weights if weight.name not in projected]
         try:
-            with nullcontext() if self.acting is Acting.UPDATE else self._copies.following():
+            with nullcontext() if self.gain_target is GainTarget.UPDATE else self._copies.following():
                 try:
                     self._act(step.weights, step.finite, before_step=False)
                 except BaseException:  # such as Ctrl-C
                     self._project(weight.site for weight in step.weights)
                     raise
-                with taken_back(step.finite, (weight.raw for weight in others)):
+                with undone_unless_finite(step.finite, (weight.raw for weight in others)):
                     self._project(weight.site for weight in others)
-                with taken_back(step.finite, (local(stored(self.bio, n)) for n in record_of(self.bio).nonnegative)):
+                with undone_unless_finite(
+                    step.finite, (local(stored(self.bio, n)) for n in record_of(self.bio).nonnegative)
+                ):
                     project_scales(self.bio, self.held)
         finally:
             self._counters.add(counters)
@@ -334,7 +336,7 @@ class Lifecycle:
             changing = [x for w in chosen for x in w.own_state()] if finite else []
             changing += [w.raw for w in chosen] if not before_step else []
             changing += [w.gradient for w in chosen] if pass_.moment is Moment.GRADIENT else []
-            with fixed_defaults(), taken_back(finite, changing):
+            with fixed_defaults(), undone_unless_finite(finite, changing):
                 pass_.at_step(chosen)
 
     def _tell_unseen(self, read: Sequence[tuple[str, str, Tensor]]) -> None:
@@ -391,7 +393,7 @@ class Lifecycle:
                     else f"{name} is another tensor than the optimizer holds, as after load_state_dict(assign=True) or "
                     "fully_shard; detach, build the optimizer again, and attach"
                 )
-        if held(self.optimizer) != self.held:
+        if parameter_ids(self.optimizer) != self.held:
             raise LifecycleError(
                 "the optimizer holds other parameters than when it was attached; detach and attach again"
             )

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from biofx.base.shards import local, shard_of
 from biofx.training import blocks, compiling
-from biofx.training.factors import Hook, Learning, combined, draw, factors, learning_of
-from biofx.training.finite import taken_back
+from biofx.training.factors import Hook, WeightHooks, combined, draw, factors, hooks_of
+from biofx.training.finite import undone_unless_finite
 
 if TYPE_CHECKING:
     from biofx.model.synapses import Synapses
@@ -99,9 +99,9 @@ class Update:
         self._is_open = False
         if self._copies is not None:
             self._move_copies(self._copies, taking_part)
-        alike: dict[tuple[tuple[Hook, ...], int, torch.device], list[tuple[Tensor, Tensor, Learning]]] = {}
+        alike: dict[tuple[tuple[Hook, ...], int, torch.device], list[tuple[Tensor, Tensor, WeightHooks]]] = {}
         for synapses, shard, old, takes_part in zip(self._synapses, self._shards, self._old, taking_part, strict=True):
-            own = learning_of(synapses, shard) if takes_part else Learning((), (), ())
+            own = hooks_of(synapses, shard) if takes_part else WeightHooks((), (), ())
             if own.hooks or synapses.shares > 1:
                 row = local(synapses.stored), old, own
                 alike.setdefault((own.hooks, synapses.shares, old.device), []).append(row)
@@ -114,7 +114,7 @@ class Update:
 
     def _move(
         self,
-        rows: Sequence[tuple[Tensor, Tensor, Learning]],
+        rows: Sequence[tuple[Tensor, Tensor, WeightHooks]],
         hooks: tuple[Hook, ...],
         shares: int,
         finite: dict[torch.device, Tensor],
@@ -128,7 +128,7 @@ class Update:
         for block in blocks.blocks(weights, olds, *tensors, cpu=size):
             drawn = draw(block.parts[1], block.places, members, compiled=self._compiled) if is_noisy else []
             entries = *block.parts, *drawn
-            with taken_back(finite, block.parts[0]):
+            with undone_unless_finite(finite, block.parts[0]):
                 compiling.change(moved, move_, *entries, compiled=self._compiled, hooks=hooks, shares=shares)
 
     def _move_copies(self, copies: Copies, taking_part: Sequence[bool]) -> None:

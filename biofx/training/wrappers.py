@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 CLOSE = 0.1  # the relative distance from a weight below which what an optimizer remembers is a copy of the weight
 
 
-def held(optimizer: Any) -> set[int]:
+def parameter_ids(optimizer: Any) -> set[int]:
     """The parameters of an optimizer, by id."""
     groups = getattr(optimizer, "param_groups", ())  # some wrappers have none
     return {id(p) for group in groups for p in group["params"]}
 
 
-def inside(optimizer: Any) -> Iterator[Optimizer]:
+def wrapped_optimizers(optimizer: Any) -> Iterator[Optimizer]:
     """The optimizers that an optimizer keeps in its attributes."""
     attributes: dict[str, Any] = getattr(optimizer, "__dict__", {})
     return (value for value in attributes.values() if isinstance(value, Optimizer) and value is not optimizer)
@@ -48,7 +48,7 @@ def innermost(optimizer: Any) -> Any:
     Args:
         optimizer: an optimizer, or a wrapper, which need not be an `Optimizer` itself.
     """
-    alike = [each for each in inside(optimizer) if held(each) == held(optimizer)]
+    alike = [each for each in wrapped_optimizers(optimizer) if parameter_ids(each) == parameter_ids(optimizer)]
     return innermost(alike[0]) if len(alike) == 1 else optimizer
 
 
@@ -60,7 +60,7 @@ def memory_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
         parameter: the parameter.
     """
     memory: dict[str, Any] = {}
-    for each in inside(optimizer):
+    for each in wrapped_optimizers(optimizer):
         memory |= memory_of(each, parameter)
     memory.update(optimizer.state.get(parameter, {}))
     return memory

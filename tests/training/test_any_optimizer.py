@@ -239,7 +239,7 @@ def rectify_one_and_fail(weights, signs):
 
 
 STAGES = {
-    "trial": lambda m, o: m.setattr(attachment, "acting_with", fail),
+    "trial": lambda m, o: m.setattr(attachment, "gain_target_for", fail),
     "update": lambda m, o: m.setattr(lifecycle, "Update", fail),
     "first hook": lambda m, o: m.setattr(o, "register_step_pre_hook", fail),
     "second hook": lambda m, o: m.setattr(o, "register_step_post_hook", fail),

@@ -34,7 +34,7 @@ from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import ORIGINAL_HOOKS
 from biofx.model.provenance import RECORD, Record
 
-_OUR_SIDE = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
+_LIBRARIES = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
 
 
 def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
@@ -157,7 +157,7 @@ def _explain(model: nn.Module, error: BaseException, mode: str) -> str:
     if name == "GuardOnDataDependentSymNode: ":
         name = "it decides by the values of a tensor, or makes a Python number of them: "
         message = message.partition(" (unhinted")[0]
-    of_user = [line for line in lines_of(error) if line.text and line.module.partition(".")[0] not in _OUR_SIDE]
+    of_user = [line for line in lines_of(error) if line.text and line.module.partition(".")[0] not in _LIBRARIES]
     return "\n".join(
         [
             f"{type(model).__name__} cannot be exported in {mode} mode: {name}{message}",

@@ -1,4 +1,4 @@
-"""Sleeping: gradient hooks are switched off while an optimizer is attached."""
+"""Hook switch: gradient hooks are switched off while an optimizer is attached."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, synapses_in
 
 
-def use_hooks(bio: nn.Module) -> None:
+def switch_hooks_on(bio: nn.Module) -> None:
     """Make all gains act in the backward pass, as they do while no optimizer is attached."""
     set_attached(transformed(bio), synapses_in(bio), attached=False)
 
 
-def use_no_hooks(bio: nn.Module) -> None:
+def leave_rules_to_caller(bio: nn.Module) -> None:
     """Switch off all gradient hooks, for users who call the rules themselves."""
     bio = transformed(bio)
     record_of(bio).by_hand = True
@@ -27,7 +27,7 @@ def use_no_hooks(bio: nn.Module) -> None:
     chain.update_chains(bio)
 
 
-def with_hooks(bio: fx.GraphModule) -> dict[str, Synapses]:
+def synapses_with_hooks(bio: fx.GraphModule) -> dict[str, Synapses]:
     """The synapses with gains, of weights and of biases that were split with them, by the parameter's name."""
     return {n: s for n, s in synapses_in(bio).items() if any(is_hook(link.target) for link in s.links)}
 

@@ -21,13 +21,13 @@ from biofx.model.slots import Inserted, Slot
 from biofx.model.synapses import Link, State, Synapses
 from biofx.training.copies import Copies
 from biofx.training.update import Update
-from biofx.training.wrappers import inside
+from biofx.training.wrappers import wrapped_optimizers
 
 STEPS = 40
 TOLERANCE = 0.05  # of the slope of displacement on gain
 
 
-class Acting(enum.Enum):
+class GainTarget(enum.Enum):
     """On what gains act."""
 
     UPDATE = "update"
@@ -35,7 +35,7 @@ class Acting(enum.Enum):
     GRADIENT = "gradient"
 
 
-def acting_with(optimizer: Optimizer) -> Acting | None:
+def gain_target_for(optimizer: Optimizer) -> GainTarget | None:
     """Where gains have to act for a weight to move by gain times the distance that it would have moved without.
 
     Args:
@@ -47,55 +47,55 @@ def acting_with(optimizer: Optimizer) -> Acting | None:
     Raises:
         LifecycleError: none of them is right.
     """
-    optimizer = next(inside(optimizer), optimizer)  # such as that of a shard
+    optimizer = next(wrapped_optimizers(optimizer), optimizer)  # such as that of a shard
     if type(optimizer).__module__.startswith("torch.optim"):
-        return Acting.UPDATE
+        return GainTarget.UPDATE
     slopes = {}
     try:
         plain, _ = _trial(optimizer, None)
         if not plain.any():
             return None
-        for acting in Acting:
-            slopes[acting] = _slope(_trial(optimizer, acting)[0], plain)
-            if abs(slopes[acting] - 1) < TOLERANCE:
-                return acting
+        for target in GainTarget:
+            slopes[target] = _slope(_trial(optimizer, target)[0], plain)
+            if abs(slopes[target] - 1) < TOLERANCE:
+                return target
     except Exception:  # noqa: BLE001 - the class is anybody's code
         return None
     raise LifecycleError(
         f"attach: {type(optimizer).__name__} undoes gains, as it keeps copies of the weights: in {STEPS} steps on a "
-        f"small weight the slope of displacement on gain was {slopes[Acting.UPDATE]:.2f} with gains on its update, and "
-        f"{slopes[Acting.GRADIENT]:.2f} with gains on the gradient; use an optimizer that keeps no copy, "
-        "or one in a wrapper that keeps it (ScheduleFreeWrapper, Lookahead)"
+        f"small weight the slope of displacement on gain was {slopes[GainTarget.UPDATE]:.2f} with gains on its update "
+        f"and {slopes[GainTarget.GRADIENT]:.2f} with gains on the gradient; use an optimizer that keeps no copy, or one "
+        "in a wrapper that keeps it (ScheduleFreeWrapper, Lookahead)"
     )
 
 
 def keys_of_copies(optimizer: Optimizer) -> frozenset[str]:
     """The keys in the state of an optimizer under which a trial found copies of the weight."""
-    return _trial(next(inside(optimizer), optimizer), None)[1]
+    return _trial(next(wrapped_optimizers(optimizer), optimizer), None)[1]
 
 
-def undoes_writes(optimizer: Optimizer, acting: Acting) -> bool:
+def undoes_writes(optimizer: Optimizer, target: GainTarget) -> bool:
     """Whether an optimizer undoes what a rule does to a weight after a step, although its copies follow."""
-    optimizer = next(inside(optimizer), optimizer)
-    (written, _), (plain, _) = (_trial(optimizer, acting, write) for write in (1.0, 0.0))
+    optimizer = next(wrapped_optimizers(optimizer), optimizer)
+    (written, _), (plain, _) = (_trial(optimizer, target, write) for write in (1.0, 0.0))
     return not 0.5 < float((written - plain).mean()) < 1.5
 
 
-def _trial(optimizer: Optimizer, acting: Acting | None, write: float = 0.0) -> tuple[Tensor, frozenset[str]]:
+def _trial(optimizer: Optimizer, target: GainTarget | None, write: float = 0.0) -> tuple[Tensor, frozenset[str]]:
     """How far a small weight moves with random gradients that are the same at every call, and the keys of its copies.
 
     Args:
         optimizer: an optimizer of the class.
-        acting: on what gains act; None: without gains.
+        target: on what gains act; None: without gains.
         write: what is added to the weight after half of the steps.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)  # some optimizers draw numbers
-        return _trained(optimizer, acting, write)
+        return _trained(optimizer, target, write)
 
 
-def _trained(optimizer: Optimizer, acting: Acting | None, write: float) -> tuple[Tensor, frozenset[str]]:
+def _trained(optimizer: Optimizer, target: GainTarget | None, write: float) -> tuple[Tensor, frozenset[str]]:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(16, 16, generator=generator, dtype=torch.float64)  # some hardly move at first
     synapses = Synapses("weight", nn.Parameter(start.clone()))
@@ -107,14 +107,14 @@ def _trained(optimizer: Optimizer, acting: Acting | None, write: float) -> tuple
     if callable(train := getattr(one, "train", None)):
         train()  # schedule-free optimizers refuse to step before
     copies = Copies({weight: 1}, one)
-    update = Update([synapses], copies=copies if acting is Acting.COPIES else None)
+    update = Update([synapses], copies=copies if target is GainTarget.COPIES else None)
     for step in range(STEPS):
         weight.grad = 1 + 0.1 * torch.randn(16, 16, generator=generator, dtype=torch.float64)
-        if acting is Acting.GRADIENT:
+        if target is GainTarget.GRADIENT:
             weight.grad *= gain
         update.begin()
         one.step()
-        update.end([acting in (Acting.UPDATE, Acting.COPIES)])
+        update.end([target in (GainTarget.UPDATE, GainTarget.COPIES)])
         with torch.no_grad(), copies.following():
             weight.add_(write if step == STEPS // 2 else 0)
     return weight.detach() - start, copies.keys
