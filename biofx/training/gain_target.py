@@ -64,8 +64,8 @@ def gain_target_for(optimizer: Optimizer) -> GainTarget | None:
     raise LifecycleError(
         f"attach: {type(optimizer).__name__} undoes gains, as it keeps copies of the weights: in {STEPS} steps on a "
         f"small weight the slope of displacement on gain was {slopes[GainTarget.UPDATE]:.2f} with gains on its update "
-        f"and {slopes[GainTarget.GRADIENT]:.2f} with gains on the gradient; use an optimizer that keeps no copy, or one "
-        "in a wrapper that keeps it (ScheduleFreeWrapper, Lookahead)"
+        f"and {slopes[GainTarget.GRADIENT]:.2f} with gains on the gradient; use an optimizer that keeps no copy, or "
+        "one in a wrapper that keeps it (ScheduleFreeWrapper, Lookahead)"
     )
 
 
