@@ -113,7 +113,8 @@ class Units(ShownAsReport, UnitFacts):
 
         Inputs are left out: they are not units of the network. Of units that inhibit through interneurons, their own
         synapses count; `fold` adds up both. If it returns no unit, the model, transformed, folded or any other, obeys
-        Dale's principle in every weight.
+        Dale's principle in every weight. A parameter that multiplies activity entry by entry is no weight: `scales` and
+        `others` have those.
 
         Raises:
             NotJudgedError: no unit was found to be mixed, but some weights, or other parameters that act on units,

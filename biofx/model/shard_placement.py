@@ -1,4 +1,4 @@
-"""Sharding: the axis along which FSDP2 splits the stored tensor of a weight."""
+"""Shard placement: the axis along which FSDP2 splits the stored tensor of a weight."""
 
 from __future__ import annotations
 
