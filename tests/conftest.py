@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +20,7 @@ from models.islands import ISLANDS
 from models.small import ZOO
 
 torch.set_num_threads(1)
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # to start a pool takes longer than these kernels
 gc.freeze()  # what is imported lives as long as the process
 gc.set_threshold(20_000, 20, 20)  # a graph is many small objects, and by default collections take a tenth of the time
 

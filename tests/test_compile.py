@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import biofx
 from biofx.rewrite import registry
-from conftest import UNNOTICED, since
+from conftest import UNNOTICED, in_turn, since
 from models.islands import ISLANDS, Around
 from models.small import mlp
 
@@ -71,8 +71,9 @@ def compare(run, model, eager, training):
     torch.testing.assert_close(dict(model.named_buffers()), dict(eager.named_buffers()))
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("pipeline", [*registry.registered_passes(), *registry.recipes()])
+@pytest.mark.parametrize(
+    ("pipeline", "training"), in_turn([*registry.registered_passes(), *registry.recipes()], [False, True])
+)
 def test_every_pass_before_and_after_attach(pipeline, training):
     pair = transformed(mlp(3, 8, 4), pipeline)
     bio, eager = (model.train(training) for model in pair)

@@ -9,6 +9,7 @@ from torch import nn
 import biofx
 from biofx import passes
 from biofx.base import gains, noise
+from conftest import in_turn
 from second_device import CPU, SECOND, SecondDevice
 
 PIPELINES = [
@@ -80,10 +81,11 @@ def test_inputs_are_guessed_for_the_device_that_reads_them(pipeline, second_devi
         torch.testing.assert_close(value.cpu(), expected[name])
 
 
-@pytest.mark.parametrize(("devices", "optimizer_class"), [("one", torch.optim.SGD), ("two", torch.optim.AdamW)])
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_every_pass_on_other_devices(pipeline, devices, optimizer_class, second_device):
-    model, x = Network(), torch.randn(5, 4)
+@pytest.mark.parametrize(
+    ("pipeline", "setting"), in_turn(PIPELINES, [("one", torch.optim.SGD), ("two", torch.optim.AdamW)]), ids=str
+)
+def test_every_pass_on_other_devices(pipeline, setting, second_device):
+    (devices, optimizer_class), model, x = setting, Network(), torch.randn(5, 4)
     second_device.put(model if devices == "one" else model.there)
     x = x.to(model.first.weight.device)
     bio = biofx.transform(model, pipeline, example_inputs=x)

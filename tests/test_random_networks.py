@@ -38,7 +38,7 @@ def check(plan: dict[str, Any], recipe: str, frontend: str) -> None:
 
 
 @given(plan=plans, recipe=st.sampled_from(sorted(RECIPES)), frontend=st.sampled_from(sorted(FRONTENDS)))
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=20, derandomize=True)
 def test_every_network_has_every_property(plan, recipe, frontend):
     check(plan, recipe, frontend)
 
@@ -81,7 +81,7 @@ def check_python(plan: dict[str, Any], frontend: str) -> None:
 
 
 @given(plan=python_plans, frontend=st.sampled_from(["symbolic", "module"]))
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=20, derandomize=True)
 def test_networks_that_do_what_no_graph_holds(plan, frontend):
     check_python(plan, frontend)
 

@@ -170,7 +170,7 @@ def _changeable(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     seen = {id(x) for x in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name in _REGISTRIES or name in DERIVED:
+            if type(value) in _UNCHANGEABLE or name in _REGISTRIES or name in DERIVED:
                 continue
             for part in values_within(value, seen):
                 if (isinstance(part, Tensor) or is_generator(part)) and id(part) not in seen:
@@ -351,6 +351,7 @@ _DICTIONARIES = frozenset((dict, OrderedDict))
 _EMPTY: dict[type, Any] = {kind: kind() for kind in (*_DICTIONARIES, set)}
 _OF_TENSORS_AND_MODULES = frozenset(("_parameters", "_buffers", "_modules"))
 _REGISTRIES = frozenset(vars(nn.Module()))
+_UNCHANGEABLE = ATOMS - {Tensor, nn.Parameter}
 
 
 def _has_same(holder: dict[Any, Any], content: dict[Any, Any]) -> bool:

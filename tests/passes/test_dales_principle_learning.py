@@ -98,8 +98,8 @@ def accuracy(model):
         return float((model(images).argmax(1) == labels).float().mean())
 
 
-def mean_accuracy(network, pass_):
-    models = [trained(network, pass_, seed) for seed in SEEDS]
+def mean_accuracy(network, pass_, seeds=SEEDS):
+    models = [trained(network, pass_, seed) for seed in seeds]
     if pass_ is not None:
         for model in models:
             biofx.verify(model)
@@ -112,10 +112,14 @@ def unconstrained(network):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("pass_", [passes.DalesPrinciple(), passes.MirrorUnits()], ids=["balanced", "mirrored"])
-def test_it_learns_as_well_as_without_signs(network, pass_):
+@pytest.mark.parametrize(
+    ("pass_", "seeds"),  # a mirrored network begins as the plain one, whatever the seed
+    [(passes.DalesPrinciple(), SEEDS), (passes.MirrorUnits(), SEEDS[:1])],
+    ids=["balanced", "mirrored"],
+)
+def test_it_learns_as_well_as_without_signs(network, pass_, seeds):
     assert unconstrained(network) > 0.9
-    assert mean_accuracy(network, pass_) >= 0.97 * unconstrained(network)
+    assert mean_accuracy(network, pass_, seeds) >= 0.97 * unconstrained(network)
 
 
 def test_eight_layers_that_just_get_signs_stay_near_chance():
