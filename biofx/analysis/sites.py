@@ -334,7 +334,8 @@ class WeightSite:
 
     def state(self, key: str) -> Tensor | None:
         """State that a pass keeps for this weight, or None."""
-        return None if self.learning is None else self.learning.state(key)
+        synapses = self.learning
+        return None if synapses is None else synapses.state(key)
 
 
 def weight_sites(bio: nn.Module) -> dict[str, WeightSite]:

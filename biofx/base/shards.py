@@ -135,10 +135,12 @@ def _place(tensor: Any, axis: int) -> tuple[int, int]:
     return start, length
 
 
-@torch.no_grad()
 def local(tensor: Any) -> Tensor:
     """This process's part of a tensor. Writes into it reach the tensor."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[no-any-return]
 
 
 def part_along(tensor: Any, axis: int) -> tuple[Tensor, slice]:

@@ -111,8 +111,9 @@ class Synapses(nn.Module):
     @property
     def stored(self) -> nn.Parameter:
         """The stored tensor."""
-        # Not from `_parameters`: replicas of DataParallel hold a plain tensor instead.
-        return getattr(self, self._key)  # type: ignore[no-any-return]
+        parameter = self._parameters.get(self._key)
+        # Replicas of DataParallel have a plain tensor as an attribute instead. To look that up takes longer.
+        return getattr(self, self._key) if parameter is None else parameter
 
     @property
     def stored_name(self) -> str:
@@ -382,10 +383,8 @@ def replaced_weights(owner: nn.Module) -> Iterator[str]:
 def synapses_of(model: nn.Module, name: str) -> Synapses | None:
     """Return the synapses of a weight by its name in the original model, or None if it has none."""
     path, _, key = name.rpartition(".")
-    try:
-        return child_of(model.get_submodule(path), key)
-    except AttributeError:
-        return None
+    owner = _submodule(model, path)
+    return None if owner is None else child_of(owner, key)
 
 
 def stored(model: nn.Module, name: str) -> nn.Parameter:
@@ -394,23 +393,32 @@ def stored(model: nn.Module, name: str) -> nn.Parameter:
     Raises:
         AttributeError: there is no such parameter.
     """
-    path, _, key = name.rpartition(".")
-    owner = model.get_submodule(path)
-    child, parameter = child_of(owner, key), owner._parameters.get(key)
-    if child is not None:
-        return child.stored
-    if parameter is None:
-        raise AttributeError(f"{type(owner).__name__} has no parameter {key}")
-    return parameter
+    found = _find_stored(model, name)
+    if found is None:
+        raise AttributeError(f"{type(model).__name__} has no parameter {name}")
+    return found
 
 
 def is_parameter(model: nn.Module, name: str) -> bool:
     """Whether there is a parameter of a name in the original model."""
-    try:
-        stored(model, name)
-    except AttributeError:
-        return False
-    return True
+    return _find_stored(model, name) is not None
+
+
+def _find_stored(model: nn.Module, name: str) -> nn.Parameter | None:
+    path, _, key = name.rpartition(".")
+    owner = _submodule(model, path)
+    if owner is None:
+        return None
+    child = child_of(owner, key)
+    return owner._parameters.get(key) if child is None else child.stored
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """A submodule; None if there is none. `get_submodule` takes longer, and each step looks up every weight."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def stored_name(model: nn.Module, name: str) -> str:

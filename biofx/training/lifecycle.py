@@ -264,14 +264,15 @@ class Lifecycle:
 
     def _weight(self, site: WeightSite, step: int) -> PlasticWeight | None:
         """A weight that takes part in this step, by its number, or None if it has no gradient."""
-        raw, scale = site.raw, _gradient_scale(self.optimizer)
+        synapses, scale = site.learning, _gradient_scale(self.optimizer)
+        raw = site.raw if synapses is None else synapses.stored
         if raw.grad is None or not raw.requires_grad or raw.numel() == 0:
             return None
         if raw.grad.layout is not torch.strided:
             raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
         given = gradient_of(raw)
         gradient = given if scale is None else given.float() / scale
-        shares = site.known_synapses.shares if site.learning is not None else 1
+        shares = 1 if synapses is None else synapses.shares
         if shares > 1:
             gradient = gradient * shares**0.5  # hooks give each synapse 1/√Γ; the optimizer sees the connection's
         elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
@@ -293,7 +294,7 @@ class Lifecycle:
         self._update.end([on_update and s.stored.grad is not None for s in self.learning.values()], step.finite)
         if self.gain_target is None:
             self._refuse_copies()
-        counters = {w.name: steps for w in step.weights if (steps := w.site.state("steps")) is not None}
+        counters = {w.name: steps for w in step.weights if (steps := w.synapses.state("steps")) is not None}
         projected = self.acted_on(Moment.PROJECTION)
         others = [weight for weight in step.weights if weight.name not in projected]
         try:
@@ -323,7 +324,7 @@ class Lifecycle:
 
     def _act(self, weights: Sequence[PlasticWeight], finite: dict[torch.device, Tensor], *, before_step: bool) -> None:
         for pass_, names in self._rules:
-            chosen = [replace(w, by=pass_.name, finite=finite.get(w.raw.device)) for w in weights if w.name in names]
+            chosen = [w.seen_by(pass_, finite.get(w.raw.device)) for w in weights if w.name in names]
             if not chosen or pass_.moment is None or pass_.moment.before_step is not before_step:
                 continue
             _refuse_captured(pass_)
@@ -370,20 +371,21 @@ class Lifecycle:
 
     def _check_unchanged(self) -> None:
         """Refuse a step if the weights or the optimizer are not those of the attachment."""
-        moved = next(moved_synapses(self.bio), None) if any(self._assigned()) else None
-        if moved is not None:
-            raise LifecycleError(f"{moved}; {INSTEAD}")
         for name, what in self._assigned():
+            moved = next(moved_synapses(self.bio), None)
+            if moved is not None:
+                raise LifecycleError(f"{moved}; {INSTEAD}")
             raise LifecycleError(
                 f"{name} was {what} after it was attached; detach, build the optimizer again, and attach"
             )
-        for name, site in self.sites.items():
-            if site.raw.shape != self._shapes[name]:
+        parameters = [*self._parameters()]
+        for name, parameter in parameters[: len(self.sites)]:
+            if parameter.shape != self._shapes[name]:
                 raise LifecycleError(
-                    f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(site.raw.shape)}; "
+                    f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(parameter.shape)}; "
                     "detach, build the optimizer again, and attach"
                 )
-        for name, parameter in self._parameters():
+        for name, parameter in parameters:
             if id(parameter) not in self.held:
                 now = parameter.device_mesh.ndim if is_sharded(parameter) else 0  # type: ignore[attr-defined]
                 raise LifecycleError(
@@ -402,12 +404,15 @@ class Lifecycle:
         """The parameters that a user replaced since they were attached, each with what became of it."""
         first: dict[int, str] = {}
         for name, site in self.sites.items():
-            if site.is_gone:
+            synapses = site.learning
+            if synapses is None and site.is_gone:
                 yield name, "removed"
-            elif name in self._owned and site.learning is None and site.raw.shape == self._shapes[name]:
+                continue
+            raw = site.raw if synapses is None else synapses.stored
+            if name in self._owned and synapses is None and raw.shape == self._shapes[name]:
                 yield name, "replaced"
-            elif first.setdefault(id(site.raw), name) != name:
-                yield name, f"tied to {first[id(site.raw)]}"
+            elif first.setdefault(id(raw), name) != name:
+                yield name, f"tied to {first[id(raw)]}"
         for name in record_of(self.bio).nonnegative:
             if not is_parameter(self.bio, name):
                 yield name, "removed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from biofx.training.wrappers import CLOSE, memory_of
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
     from biofx.model.synapses import Synapses
+    from biofx.rewrite.registry import Pass
 
 
 @dataclass(eq=False)
@@ -60,6 +61,17 @@ class PlasticWeight:
     def synapses(self) -> Synapses:
         """What holds the stored parameter, its links and their state."""
         return self.site.known_synapses
+
+    def seen_by(self, pass_: Pass, finite: Tensor | None) -> PlasticWeight:
+        """The same weight for a rule.
+
+        Args:
+            pass_: the rule.
+            finite: whether gradients and weights are finite, on a device that is not waited for; else None.
+        """
+        result = replace(self, by=pass_.name, finite=finite)
+        result.synapses, result.shard = self.synapses, self.shard  # each takes a while to look up
+        return result
 
     @cached_property
     def shard(self) -> Shard:
@@ -111,7 +123,7 @@ class PlasticWeight:
 
         Example:
             >>> import biofx, torch
-            >>> from dataclasses import dataclass
+            >>> from dataclasses import dataclass, replace
             >>> from biofx import passes
             >>> @dataclass(frozen=True)
             ... class Look(passes.Pass):
@@ -217,7 +229,7 @@ class PlasticWeight:
 
         Example:
             >>> import biofx, torch
-            >>> from dataclasses import dataclass
+            >>> from dataclasses import dataclass, replace
             >>> from biofx import passes
             >>> @dataclass(frozen=True)
             ... class Prune(passes.Pass):

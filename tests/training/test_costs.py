@@ -4,6 +4,7 @@ A GPU computes while the host goes on, so what makes a step long there is what t
 launch, and every number that is read on the host is a wait.
 """
 
+import sys
 from collections import Counter
 
 import pytest
@@ -22,6 +23,13 @@ WAITS = (  # all but the first as the number of entries that a mask selects has 
     "aten.index.Tensor",
     "aten.index_put_.default",
 )
+PYTHON = {  # Python functions that are called for each weight at most: while they run, a GPU waits
+    "fuzzy-learning-rates": 120,
+    "crystallize": 200,
+    "volume-dependent-learning-rates": 150,
+    "dales-principle{balance=False}": 115,
+    "rejuvenate": 270,
+}
 COSTS = {  # what a step adds at most: operators, operators for each weight, waits
     "fuzzy-learning-rates": (5, 0, 0),
     "crystallize": (25, 1, 0),
@@ -86,3 +94,30 @@ def test_what_a_step_adds(pipeline, plain):
     added = sum(count.values()) - sum(plain.values())
     assert added <= once + for_each * LAYERS, count - plain
     assert sum(count[name] - plain[name] for name in WAITS) <= waits
+
+
+def python_calls_of_a_step(pipeline, count_of_layers):
+    model = nn.Sequential(*[layer for _ in range(count_of_layers) for layer in (nn.Linear(16, 16), nn.ReLU())])
+    bio = biofx.transform(model, pipeline, example_inputs=(torch.randn(4, 16),))
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.01, foreach=True)
+    biofx.attach(bio, optimizer)
+    count = Counter()
+
+    def note(frame, event, argument):
+        count[event] += 1
+
+    for profile in (None, None, note):
+        optimizer.zero_grad()
+        bio(torch.randn(4, 16)).square().mean().backward()
+        sys.setprofile(profile)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+    return count["call"]
+
+
+@pytest.mark.parametrize("pipeline", PYTHON)
+def test_python_that_a_step_runs_for_each_weight(pipeline):
+    few, many = (python_calls_of_a_step(pipeline, count) for count in (LAYERS // 2, LAYERS))
+    assert (many - few) / (LAYERS - LAYERS // 2) <= PYTHON[pipeline]
