@@ -15,6 +15,11 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10))
 
 
+def deep() -> nn.Module:
+    """Many weights with next to no arithmetic: what Python does for each."""
+    return nn.Sequential(*[layer for _ in range(50) for layer in (nn.Linear(8, 8), nn.Tanh())])
+
+
 class Block(nn.Module):
     """A residual block with two 3×3 convolutions."""
 
@@ -151,6 +156,7 @@ def resnet50(batch: int) -> Task:
 
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # of a small and of a large batch
     "mlp": ((16,), (128,)),
+    "deep": ((4,), (4,)),
     "resnet": ((4,), (32,)),
     "gpt": ((1, 64), (8, 64)),
     "vit": ((2,), (16,)),
@@ -158,6 +164,7 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {  # of a small and 
     "gpt2": ((1, 64), (8, 1024)),
 }
 MODELS: dict[str, Callable[..., Task]] = {
+    "deep": lambda batch: (deep(), torch.randn(batch, 8), torch.randint(8, (batch,))),
     "mlp": lambda batch: (mlp(), torch.randn(batch, 784), torch.randint(10, (batch,))),
     "resnet": lambda batch: images(ResNet(16), batch),
     "gpt": lambda batch, length: text(GPT(), batch, length, 1000),
