@@ -128,7 +128,7 @@ class UnitAnalysis:
         return _below(value) in self._of_network
 
     def _masks(self, operation: Operation) -> list[Value]:
-        """The comparisons of activity that alone decide what an operator makes of constants, as spikes are made."""
+        """The comparisons of activity, if nothing else decides what an operator makes of constants, as for spikes."""
         if operation.kind is Kind.CONSTANT or any(
             v.is_activity and v.depends is Depends.INPUTS and v not in operation.written for v in operation.operands
         ):

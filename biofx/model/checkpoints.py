@@ -182,8 +182,8 @@ def _is_close(computed: Tensor, weight: Tensor) -> bool:
 def _refuse_without_values(model: nn.Module, name: str, child: Synapses) -> None:
     if child.stored.is_meta and (child.users or child.is_computed):
         raise ArgumentError(
-            f"{PLAIN_CHECKPOINT}: what {record_of(model)} keeps with {name} has no values on the meta device, nor in "
-            "this"
+            f"{PLAIN_CHECKPOINT}: what {record_of(model)} keeps with {name} has values neither in this checkpoint nor "
+            "on the meta device"
         )
 
 

@@ -59,7 +59,7 @@ def cached(synapses: nn.Module, stored: Tensor, compute: Callable[[], Tensor]) -
     if _thread.cache is None or is_intercepted() or saves_by_hooks():
         return compute()
     version = None if stored.is_inference() else stored._version
-    learned = tuple(parameter.requires_grad for parameter in synapses.parameters())
+    learned = tuple(p is not None and p.requires_grad for p in synapses._parameters.values())  # `parameters()` is slow
     key = (id(stored), version, learned, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     entry = _thread.cache.get(synapses)
     if entry is None or entry[0] != key or entry[2]:

@@ -245,7 +245,7 @@ def test_a_plain_checkpoint_has_no_values_for_what_is_on_meta(pipeline):
     bio = biofx.transform(network(), pipeline)
     plain, own = biofx.fold(bio).state_dict(), copy.deepcopy(bio.state_dict())
     bio.to("meta")
-    with pytest.raises(biofx.ArgumentError, match="weight has no values on the meta device, nor in this"):
+    with pytest.raises(biofx.ArgumentError, match="values neither in this checkpoint nor on the meta device"):
         bio.load_state_dict(plain, assign=True)
     bio.load_state_dict(own, assign=True)
     assert_same_states(bio.state_dict(), own)
