@@ -137,14 +137,11 @@ def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
     """
     target = f"{str(start.target).rpartition('.')[0]}.{key}".rstrip(".")
     found = start.next
-    while found.op == "get_attr" and inserted(found) is not None:
-        if found.target == target:
+    while inserted(found) is not None:  # what passes inserted stands side by side: state, and the links of the chain
+        if found.op == "get_attr" and found.target == target:
+            start.append(found)
             return found
         found = found.next
-    read: fx.Node
-    for read in start.graph.find_nodes(op="get_attr", target=target):
-        start.append(read)  # an earlier pass reads it, behind the chain that has grown since
-        return read
     with start.graph.inserting_after(start):
         found = start.graph.get_attr(target)
     found.meta[RECORD] = origin
