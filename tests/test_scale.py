@@ -1,7 +1,7 @@
 """Scale: work grows with the number of layers, and not with its square.
 
-Work is counted in lines of biofx that run, which is the same on each machine: for each of them, as many more layers
-are as many more times.
+Work is counted in lines of biofx and of torch.fx that run, which is the same on each machine: for each of them, as many
+more layers are as many more times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from conftest import since
 
 LAYERS = 5
 X = torch.randn(2, 4)
-OWN = os.path.join(os.path.dirname(str(biofx.__file__)), "")
+COUNTED = tuple(os.path.join(os.path.dirname(str(package.__file__)), "") for package in (biofx, torch.fx))
 
 
 class Residual(nn.Module):
@@ -45,7 +45,7 @@ def chain(layers: int) -> nn.Module:
 
 
 def lines(function: Callable[[], Any]) -> Counter[tuple[str, int]]:
-    """How often each line of biofx runs, by file and number."""
+    """How often each line runs, by file and number."""
     count: Counter[tuple[str, int]] = Counter()
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:
@@ -53,7 +53,7 @@ def lines(function: Callable[[], Any]) -> Counter[tuple[str, int]]:
         return line
 
     def call(frame: FrameType, event: str, argument: Any) -> Any:
-        return line if frame.f_code.co_filename.startswith(OWN) else None
+        return line if frame.f_code.co_filename.startswith(COUNTED) else None
 
     before = sys.gettrace()
     sys.settrace(call)
