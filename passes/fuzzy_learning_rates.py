@@ -14,7 +14,7 @@ from biofx.base.errors import ArgumentError
 from biofx.base.gains import LARGEST, QUANTILES, coded, decoded
 from biofx.base.options import check_choice, check_integer, check_number
 from biofx.base.shards import extremes
-from biofx.model.operators import observer
+from biofx.model.observers import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.training.blocks import batches, blocks, wide

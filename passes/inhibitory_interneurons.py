@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.options import check_choice, check_number
-from biofx.model.operators import define_operator
+from biofx.model.definitions import define_operator
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
 from biofx.rewrite.registry import Moment, Pass, option, register

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from biofx.base.options import check_choice, check_integer, check_number
-from biofx.model.operators import observer
+from biofx.model.observers import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.training.statistics import magnitudes_along

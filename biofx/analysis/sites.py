@@ -15,8 +15,8 @@ from biofx.base.gains import decoded
 from biofx.model.chain import chain, parameter_nodes
 from biofx.model.changes import transformed
 from biofx.model.control_flow import control_flow_of, describe_control_flow
+from biofx.model.gradient_hooks import counter_of, is_hook
 from biofx.model.islands import describe_island, island_path
-from biofx.model.operators import counter_of, is_hook
 from biofx.model.provenance import inserted, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import Link, Synapses, is_parameter, stored, synapses_of

@@ -24,9 +24,9 @@ from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
 from biofx.model.changes import transformed
 from biofx.model.checkpoints import METADATA_KEY, converted_checkpoint, other_option, passes_of
+from biofx.model.definitions import written_name
 from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.islands import GUARD, ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
-from biofx.model.operators import written_name
 from biofx.model.owners import (
     HasSynapses,
     children_of,

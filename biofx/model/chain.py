@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from biofx.base.torch_internals import empty_like, qualified_name
-from biofx.model.operators import name_of, written_name
+from biofx.model.definitions import name_of, written_name
 from biofx.model.provenance import RECORD, inserted, is_transformed, record_of
 from biofx.model.synapses import State, Synapses, stored_name, stored_parameters, synapses_of
 

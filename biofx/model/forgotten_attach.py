@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from biofx.model.operators import is_hook
+from biofx.model.gradient_hooks import is_hook
 from biofx.model.provenance import is_transformed, record_of
 from biofx.model.synapses import synapses_in
 

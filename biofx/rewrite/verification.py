@@ -17,7 +17,7 @@ from biofx.base.gains import decoded
 from biofx.base.shards import extremes
 from biofx.model.chain import callee, chain, parameter_nodes
 from biofx.model.changes import follow, lost_parts
-from biofx.model.operators import NAMESPACE
+from biofx.model.definitions import NAMESPACE
 from biofx.model.provenance import inserted, inserted_nodes, record_of, unwrapped
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of

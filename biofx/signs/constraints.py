@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from biofx.base.shards import placed_like
 from biofx.base.torch_internals import is_transformed_by_functions
-from biofx.model.operators import define_operator
+from biofx.model.definitions import define_operator
 from biofx.model.slots import Slot
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import fx
 
 from biofx.base.errors import ArgumentError
 from biofx.base.shards import cut_like, is_placed_like, is_sharded, local, shard_of
-from biofx.model.operators import observe_shards
+from biofx.model.observers import observe_shards
 from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import State, observers_in
