@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -79,12 +80,8 @@ def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtyp
 
     signature = inspect.signature(bio.forward)
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
-    vars(bio)["forward"] = forward
-    try:
-        with weight_cache.substituted(known):
-            yield
-    finally:
-        del vars(bio)["forward"]
+    with patch.object(bio, "forward", forward), weight_cache.substituted(known):
+        yield
 
 
 def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], by: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -194,12 +195,11 @@ class _ExportMonitor:
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
         original: Any = CheckpointFunction.apply
-        CheckpointFunction.apply = apply  # type: ignore[method-assign]
         try:
-            with torch.compiler.set_stance("force_eager"):  # parts that were compiled, which would compile these hooks
+            # Also parts that were compiled, which would compile these hooks.
+            with patch.object(CheckpointFunction, "apply", apply), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            del CheckpointFunction.apply
             for handle in handles:
                 handle.remove()
 
