@@ -221,13 +221,9 @@ def _as_graph(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContex
 # --- reading it off ----------------------------------------------------------------------------------------------
 
 
+@fixed_defaults()
 def read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
     """What a recording shows about a model."""
-    with fixed_defaults():
-        return _read_off(model, recording, run, words)
-
-
-def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
     activity = Activity(recording)
     forms = Forms(recording, lambda value: not activity.of(value))
     unit_readings = Readings(recording, UnitAnalysis(recording, forms), activity)

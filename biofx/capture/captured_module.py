@@ -283,7 +283,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             if record_of(self).asked:
                 return _uncompiled(self, args, kwargs)
             follows = guard.compiles_graph and guard.replaced(self) is None
-            follows = follows and (guard.needs_graph or guard.still_holds is None or guard.still_holds())
+            follows = follows and (guard.needs is not None or guard.still_holds is None or guard.still_holds())
             if not follows and guard.widened_by is not None:
                 return _uncompiled(self, args, kwargs)  # which says what is not followed
             return (forward if follows else type(self).original_forward)(self, *args, **kwargs)
@@ -294,7 +294,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
                 try:
                     return forward(self, *args, **kwargs)
                 except InputError:  # checks of inputs come first in a graph, so nothing has changed yet
-                    if guard.needs_graph or guard.widened_by is not None:
+                    if guard.needs is not None or guard.widened_by is not None:
                         raise
             return self.original_forward(*args, **kwargs)
 

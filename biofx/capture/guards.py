@@ -95,6 +95,7 @@ class Guard:
         structures: the structures of the arguments on which it was checked; None for any.
 
     Attributes:
+        needs: why the model's Python cannot replace the graph; None if it can.
         compiles_graph: whether torch.compile gets the graph: it was checked, or a pass needs it.
         widened_by: the pass that changed the units of the model, or None. What the model's Python computes with these
             units is known of the run that was checked: of other ways through it, nothing is.
@@ -119,16 +120,6 @@ class Guard:
         self._tensors: list[_WatchedTensor] | None = None
         self._tensors_of(bio)
         self.watch(bio)
-
-    @property
-    def reason(self) -> str | None:
-        """Why the model's Python cannot replace the graph; None if it can."""
-        return self._needs
-
-    @property
-    def needs_graph(self) -> bool:
-        """Whether the model's Python cannot replace the graph."""
-        return self._needs is not None
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle cannot save generated functions; what is unpickled takes those that it finds.
@@ -155,10 +146,10 @@ class Guard:
 
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
-        self._needs = reason_for_graph(bio)
+        self.needs = reason_for_graph(bio)
         doubling = (run.pass_.name for run in record_of(bio).passes if run.pass_.changes_units and run.weights)
         self.widened_by: str | None = next(doubling, None)
-        self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
+        self.compiles_graph = self.needs is not None or self.structures is None or bool(self.structures)
         self._held: _LastComparison | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
@@ -179,8 +170,8 @@ class Guard:
         for path in self._owners:
             for key in replaced_weights(bio.get_submodule(path)):
                 name = f"{path}.{key}".lstrip(".")
-                if self._needs is not None:
-                    raise _not_followed(f"{name} was replaced", self._needs)
+                if self.needs is not None:
+                    raise _not_followed(f"{name} was replaced", self.needs)
                 return name
         return None
 
@@ -196,9 +187,9 @@ class Guard:
         for owner, helper in self._helpers_of(bio):
             if helper.training is not owner.training:  # which was set as an attribute
                 helper.train(owner.training)
-        if self._needs is not None:
+        if self.needs is not None:
             if changed is not None:
-                raise _not_followed(changed.what, self._needs)
+                raise _not_followed(changed.what, self.needs)
             return True
         if changed is None and self._wrote_tensors(bio):
             changed = _Change("a tensor in an attribute, or outside of the model, was written into")
