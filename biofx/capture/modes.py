@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from biofx.capture.tracer import HelperModule, NotTraceable, unused_name
 from biofx.capture.tracing import Trace, is_same, trace
+from biofx.model.chain import modules_around
 
 
 class ModeConstant(HelperModule):
@@ -183,7 +184,7 @@ def _owner(reads: dict[str, list[str]], node: fx.Node, ranks: dict[str, int], co
 
     It has the rank `code`, and one of the modules that ran when the node was created read its mode.
     """
-    stack = ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
+    stack = ["", *modules_around(node)]
     owners = [owner for path in reversed(stack) for owner in reversed(reads.get(path, ()))]
     # If no reader has that rank, the innermost reader decides; without readers, the innermost module.
     return next((owner for owner in owners if ranks[owner] == code), [*owners, stack[-1]][0])

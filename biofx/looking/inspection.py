@@ -12,7 +12,8 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError
 from biofx.base.tables import Cell, Report, Table, wrapped
 from biofx.looking.roles import role_of
-from biofx.model.chain import callee, parameter_nodes
+from biofx.looking.view import written_shape
+from biofx.model.chain import callee, module_of, parameter_nodes
 from biofx.model.changes import transformed
 from biofx.model.provenance import inserted, record_of
 from biofx.model.synapses import State, synapses_in
@@ -197,7 +198,7 @@ def _cells(row: Mapping[str, Any]) -> list[Cell]:
     return [
         row["weight"] + (" (frozen)" if row["frozen"] else ""),
         row["operator"] + times + inside,
-        " × ".join(map(str, row["shape"])),
+        written_shape(row["shape"]),
         str(row["synapses"]),
         _gain(row),
         _signs(row),
@@ -300,12 +301,11 @@ def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
     stored = {node: name for name, node in parameter_nodes(bio).items()}
     for node in bio.graph.nodes:
         origin = inserted(node)
-        stack = node.meta.get("nn_module_stack", {})
         graph.add_node(
             node.name,
             op=node.op,
             calls=callee(node),
-            module=next((path for path, _ in reversed(stack.values())), ""),
+            module=module_of(node),
             role=role_of(node, bio).value,
             weight=origin.parameter if origin else stored.get(node, ""),
             **{"pass": origin.by if origin else ""},

@@ -28,6 +28,7 @@ from biofx.base.errors import ArgumentError
 from biofx.base.gains import CRYSTALLIZED
 from biofx.base.packages import require
 from biofx.looking.vector import plain
+from biofx.looking.view import written_shape
 from biofx.model.provenance import is_transformed, without_wrappers
 
 if TYPE_CHECKING:
@@ -229,9 +230,9 @@ def eigenvalues(model: nn.Module | Units, name: str, *, ax: Axes | None = None) 
     """
     matrix = _matrix(model, name, "eigenvalues")
     if matrix.shape[0] != matrix.shape[1]:
-        size = " × ".join(map(str, matrix.shape))
         raise ArgumentError(
-            f"plot.eigenvalues: {name} is {size}, and only square matrices have eigenvalues; use plot.singular_values"
+            f"plot.eigenvalues: {name} is {written_shape(matrix.shape)}, and only square matrices have eigenvalues; "
+            "use plot.singular_values"
         )
     values = torch.linalg.eigvals(matrix)
     radius = values.abs().max().item() if len(values) else 0.0

@@ -27,6 +27,16 @@ def attribute(root: nn.Module, target: str) -> Any:
     return value
 
 
+def modules_around(node: fx.Node) -> list[str]:
+    """The paths of the modules whose forward made a node, from the model inwards."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the innermost of them; empty for the model, and if no forward made the node."""
+    return next(reversed(modules_around(node)), "")
+
+
 def parameter_nodes(bio: fx.GraphModule) -> dict[str, fx.Node]:
     """The `get_attr` node of every stored parameter that the graph reads, by the name in the original model."""
     nodes = {node.target: node for node in bio.graph.find_nodes(op="get_attr")}

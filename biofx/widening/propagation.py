@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.torch_internals import pytree
-from biofx.model.chain import attribute
+from biofx.model.chain import attribute, module_of
 from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.model.islands import island_path
 from biofx.recording.catalog import Kind
@@ -346,8 +346,7 @@ class Propagation:
     # --- reasons -----------------------------------------------------------------------------------------------
 
     def _name(self, node: fx.Node) -> str:
-        path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
-        name = self._execution.name(node)
+        path, name = module_of(node), self._execution.name(node)
         return f"{name} in {path}" if path else name
 
     def _why_incompatible(self, node: fx.Node) -> str:

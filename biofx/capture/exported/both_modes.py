@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from biofx.base.torch_internals import OpOverload, schema_of
 from biofx.capture.modes import ModeConstant, is_equal
 from biofx.capture.tracer import HelperModule, Tracer, unused_name
+from biofx.model.chain import modules_around
 from biofx.model.control_flow import ControlFlow
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class _Merger:
     def _key(self, node: fx.Node, program: Program) -> Any:
         """Return the key by which nodes of the two graphs match."""
         target = program.blocks[str(node.target)].fingerprint if node.op == "call_module" else node.target
-        return node.op, target, tuple(_stack(node)), _skeleton(_completed(node))
+        return node.op, target, tuple(modules_around(node)), _skeleton(_completed(node))
 
     # --- the graph -----------------------------------------------------------------------------------------------
 
@@ -146,14 +147,14 @@ class _Merger:
         """Merge an argument of a node that both graphs have."""
         if isinstance(a, fx.Node) or isinstance(b, fx.Node):
             x, y = self._value(0, a), self._value(1, b)
-            return x if x is y else self._select(x, y, _stack(node))
+            return x if x is y else self._select(x, y, modules_around(node))
         if type(a) is type(b) and isinstance(a, tuple | list) and len(a) == len(b):
             return type(a)(self._merge(x, y, node) for x, y in zip(a, b, strict=True))
         if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
             return {key: self._merge(a[key], b[key], node) for key in a}
         if type(a) is type(b) and a == b:
             return a
-        return self.graph.call_module(self._add(ModeConstant(a, b), "mode_constant", _stack(node)))
+        return self.graph.call_module(self._add(ModeConstant(a, b), "mode_constant", modules_around(node)))
 
     def _select(self, x: Any, y: Any, stack: Sequence[str]) -> fx.Node:
         """Return a node for one of two values."""
@@ -178,7 +179,7 @@ class _Merger:
         results = [[node for node in nodes if not set(node.users) <= set(nodes)] for nodes in (ts, es)]
         subgraphs = [self._subgraph(mode, nodes, results[mode], list(sources)) for mode, nodes in ((0, ts), (1, es))]
         branch = ModeBranch(subgraphs[0], subgraphs[1], (len(results[0]), len(results[1])))
-        stack = _common([_stack(node) for node in (*ts, *es)])
+        stack = _common([modules_around(node) for node in (*ts, *es)])
         call = self.graph.call_module(self._add(branch, "mode_branch", stack), tuple(sources))
         found = [(mode, node) for mode, nodes in enumerate(results) for node in nodes]
         for index, (mode, node) in enumerate(found):
@@ -236,11 +237,6 @@ class _Merger:
         return owner
 
 
-def _stack(node: fx.Node) -> list[str]:
-    """The paths of the modules whose forward made a node, from the model inwards."""
-    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-
-
 def _common(stacks: Sequence[list[str]]) -> list[str]:
     """Return the longest common prefix of stacks."""
     shortest = min(stacks, key=len)
@@ -255,7 +251,7 @@ def _runs(ts: list[fx.Node], es: list[fx.Node]) -> Iterator[tuple[list[fx.Node],
         return
     run: list[fx.Node] = []
     for node in ts or es:
-        if run and _stack(node) != _stack(run[-1]):
+        if run and modules_around(node) != modules_around(run[-1]):
             yield (run, []) if ts else ([], run)
             run = []
         run.append(node)
