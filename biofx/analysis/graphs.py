@@ -184,14 +184,7 @@ def _stacked(synapses: Synapses) -> tuple[Tensor, ...] | None:
 
 
 def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, weights: Mapping[str, WeightFacts]) -> None:
-    """Note at each node how it uses weights.
-
-    Args:
-        bio: the captured model.
-        recording: a run of its graph.
-        forms: the parameters in it, and what reads them.
-        weights: what is known of the weights.
-    """
+    """Note at each node how it uses weights, from a run of the graph and what reads parameters in it."""
     reads: dict[fx.Node, list[Read]] = {}
     for node in bio.graph.nodes:
         node.meta.pop(USES, None)

@@ -403,12 +403,7 @@ def _notes(recording: Recording) -> Iterator[str]:
 
 
 def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
-    """Keep the facts of weights with a captured model, and how nodes of its graph use them.
-
-    Args:
-        bio: the captured model.
-        understood: what a run showed about the model; None if it could not be run.
-    """
+    """Keep what a run showed of a model's weights with the captured model, and how nodes of its graph use them."""
     record = record_of(bio)
     if understood is None:
         if not record.weights:  # otherwise they are known from an earlier transform

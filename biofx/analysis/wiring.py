@@ -178,8 +178,7 @@ class _Wiring:
 def _spread(parts: Tensor) -> Tensor:
     """The units that act at several positions of a weight, each time with other units, as broadcast units do.
 
-    Args:
-        parts: the units at each position of a weight, shape (positions, units at a position).
+    `parts` has the units at each position, shape (positions, units at a position).
     """
     row_of = parts.sort(1).values.unique(dim=0, return_inverse=True)[1]
     pairs = torch.stack([parts, row_of[:, None].expand_as(parts)]).flatten(1).T.unique(dim=0)

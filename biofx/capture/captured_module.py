@@ -194,10 +194,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) -> CapturedModule:
     """Create a captured model; it shares the submodules, tensors and attributes of `model`.
 
-    Args:
-        model: the model.
-        graph: the graph.
-        is_one_island: whether the graph calls the model's own forward.
+    The graph of one that is one island calls the model's own forward.
 
     Raises:
         CaptureError: the class of the model does not allow subclasses.
@@ -210,12 +207,7 @@ def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) 
 
 
 def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
-    """Create a model of the original class; it shares the submodules and tensors of `bio`.
-
-    Args:
-        bio: the captured model.
-        model_class: the original class.
-    """
+    """Create a model of the original class; it shares the submodules and tensors of `bio`."""
     model: nn.Module = object.__new__(model_class)
     vars(model).update(_kept(bio))
     vars(model).pop(ORIGINAL_CLASS, None)

@@ -120,11 +120,7 @@ def _absent(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _trace(model: nn.Module, absent: Collection[str], synapses: Set[int], run: Run | None) -> Trace:
     """Trace a model again and again, with the modules that could not be traced as islands.
 
-    Args:
-        model: the model.
-        absent: optional arguments that are None.
-        synapses: ids of the parameters that get chains.
-        run: runs the model on inputs on which graph and Python have to agree; None if there are none.
+    If something runs the model, graph and Python have to agree on that run.
     """
     islands: dict[str, str] = {}
     children = {module: set(module._modules) for module in model.modules()}

@@ -70,13 +70,7 @@ def _is_link(node: fx.Node, previous: fx.Node) -> bool:
 
 
 def write_chain(start: fx.Node, target: str, synapses: Synapses) -> None:
-    """Write the active links of a weight into the graph, in place of its present chain.
-
-    Args:
-        start: the `get_attr` node of the weight.
-        target: the name of the stored tensor.
-        synapses: the synapses of the weight.
-    """
+    """Write the active links of a weight behind its `get_attr` node, in place of its present chain."""
     start.target = target
     old = chain(start)
     readers = [user for user in old[-1].users if user not in old]
@@ -115,12 +109,7 @@ def _is_current(start: fx.Node, synapses: Synapses) -> bool:
 
 
 def remove_chain(start: fx.Node, name: str) -> None:
-    """Replace a chain by a read of a plain parameter.
-
-    Args:
-        start: the `get_attr` node of the weight.
-        name: the parameter's name.
-    """
+    """Replace the chain that starts at a `get_attr` node by a read of the plain parameter of a name."""
     links = chain(start)[1:]
     if links:
         links[-1].replace_all_uses_with(start)

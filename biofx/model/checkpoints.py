@@ -79,12 +79,7 @@ def passes_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def other_option(model: nn.Module, metadata: Mapping[str, Any] | None) -> str | None:
-    """Describe the first option in which a checkpoint differs from a model; None if it has no metadata of biofx.
-
-    Args:
-        model: the transformed model.
-        metadata: the metadata that the checkpoint has of it.
-    """
+    """Describe the first option in which a checkpoint differs from a model, by its metadata; None if none does."""
     theirs = (metadata or {}).get(METADATA_KEY, ())
     for own, other in ((own, other) for own in passes_of(model) for other in theirs):
         shared = sorted({*own["weights"]}.intersection(other["weights"]))

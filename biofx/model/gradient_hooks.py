@@ -182,12 +182,7 @@ def is_hook(target: Any) -> bool:
 
 
 def counter_of(target: Any, arguments: Sequence[Any]) -> tuple[Counter | None, tuple[Any, ...], list[Any]]:
-    """The counter of a hook's noise, the other arguments of `draw`, and the arguments of its rule.
-
-    Args:
-        target: a hook.
-        arguments: the operator's arguments after the weight.
-    """
+    """The counter of a hook's noise, the other arguments of `draw`, and the arguments of its rule."""
     hook = HOOKS[name_of(target)]
     if hook.draw is None:
         return None, (), list(arguments)
@@ -199,15 +194,7 @@ def counter_of(target: Any, arguments: Sequence[Any]) -> tuple[Counter | None, t
 def draw_noise(
     name: str, likes: Sequence[Tensor], counters: Sequence[Counter], others: Sequence[Any], *, compiled: bool = False
 ) -> list[Tensor]:
-    """The noise of a hook, for many weights or parts of them.
-
-    Args:
-        name: the name of the hook (`name_of`).
-        likes: the weights.
-        counters: the counter of each.
-        others: the other arguments of `draw`.
-        compiled: whether to compile what is computed.
-    """
+    """The noise of the hook of a name (`name_of`) for many weights or parts of them, each with its counter."""
     draw = HOOKS[name].draw
     assert draw is not None, f"{name} takes no noise"
     return list(draw(likes, counters, *others, compiled=compiled))

@@ -100,11 +100,7 @@ def observer(name: str) -> Callable[[Observation], Observation]:
 def check_observer(target: Any, like: Tensor, units: int, unit_axis: int) -> None:
     """Refuse what is no observer, and an observer that returns no sum, judged by one trial.
 
-    Args:
-        target: the observer.
-        like: a tensor of the dtype and on the device of the activity.
-        units: the number of units.
-        unit_axis: their axis, counted from the end.
+    Its activity has the dtype and the device of `like`, and units on an axis that is counted from the end.
 
     Raises:
         ArgumentError: the observer is refused.

@@ -27,11 +27,7 @@ from biofx.model.weight_tensors import FOLD, LOST, WeightTensor
 
 
 def give_synapses(places: Iterable[tuple[nn.Module, str]], parameter: nn.Parameter) -> Synapses:
-    """Give a weight synapses: initially one for each connection, and no links.
-
-    Args:
-        places: all modules in which the weight is registered, with its name there.
-        parameter: the weight.
+    """Give a weight synapses in all modules that register it: initially one for each connection, and no links.
 
     Raises:
         CaptureError: a module cannot own synapses.

@@ -74,12 +74,7 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
 
 
 def refuse_violations(bio: fx.GraphModule, known: Sequence[str] = ()) -> None:
-    """Raise if an invariant is broken.
-
-    Args:
-        bio: the transformed model.
-        known: what is known to be broken.
-    """
+    """Raise if an invariant is broken; `known` says which are known to be."""
     violations = [*known] or [*lost_parts(bio)] or [*_graph(bio)] or [*_chains(bio), *_parameters(bio), *_passes(bio)]
     if violations:
         raise VerificationError(violations)

@@ -62,12 +62,7 @@ class ModeSelect(HelperModule, ControlFlow):
 
 
 def merged(model: nn.Module, training: Program, evaluation: Program) -> tuple[fx.Graph, dict[str, Tensor], list[Any]]:
-    """Merge the graphs of both modes.
-
-    Args:
-        model: the model; modules that depend on the mode are added to those whose mode they follow.
-        training: the graph in training mode.
-        evaluation: the graph in evaluation mode.
+    """Merge the graphs of both modes. Modules that depend on it are added to those whose mode they follow.
 
     Returns:
         The graph, without an output node; the constants that it reads; and the results in training and in evaluation
