@@ -80,7 +80,7 @@ def _is_even_power(operation: Operation) -> bool:
 
 def _is_clamped(operation: Operation) -> bool:
     low = operation.argument("min") if operation.name.startswith("clamp") else operation.argument("min_val")
-    return operation.name in ("clamp", "clamp_min", "hardtanh") and _is_number(low) and low >= 0
+    return operation.name in ("clamp", "clamp_min", "hardtanh") and isinstance(low, int | float) and low >= 0
 
 
 def _has_negative_number(operation: Operation) -> bool:
@@ -106,7 +106,3 @@ def _is_scale(value: Value) -> bool:
             return False
         value = made.operands[0]
     return value.kind == "parameter"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -30,9 +30,8 @@ from biofx.recording import inputs as guesses
 from biofx.recording.catalog import Kind
 from biofx.recording.questions import Questions
 from biofx.recording.recorder import Recorder, recording_of
-from biofx.weights.declared import declared
+from biofx.weights.declared import declared, why_unfit
 from biofx.weights.facts import NOT_A_SYNAPSE, Need, WeightFacts
-from biofx.weights.fitness import why_unfit
 
 if TYPE_CHECKING:
     from biofx.analysis.numbers import Population
@@ -161,7 +160,8 @@ def recorded(model: nn.Module, run: Run) -> Recording:
         except ArgumentError:
             raise
         except Exception as error:
-            raise ArgumentError(_failure(model, recorder, error)) from error
+            where = f", at {recorder.failed}" if recorder.failed else ""
+            raise ArgumentError(f"{type(model).__name__} fails on example_inputs{where}: {error}") from error
         if recorder.has_unused():
             recording = recorder.recording
             # Nodes keep what they computed in evaluation mode; the run in training mode only adds operators.
@@ -204,11 +204,6 @@ def _try_in_training(model: nn.Module, run: Run) -> None:
     with warnings.catch_warnings(), contextlib.suppress(Exception):  # such as batch norm of one sample
         warnings.simplefilter("ignore")
         run(model)
-
-
-def _failure(model: nn.Module, recorder: Recorder, error: Exception) -> str:
-    where = f", at {recorder.failed}" if recorder.failed else ""
-    return f"{type(model).__name__} fails on example_inputs{where}: {error}"
 
 
 def _as_graph(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContextManager[None]:

@@ -172,7 +172,9 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         if not (is_transformed(self) or "biofx" in imports or any(isinstance(m, HelperModule) for m in self.modules())):
             # It is folded and contains nothing of biofx, so it loads as a plain graph where biofx is not installed.
             attributes = {n: x for n, x in attributes.items() if n not in ("_tracer_cls", GUARD, ORIGINAL_HOOKS)}
-            return reduce_graph_module, (_without_hooks(attributes), imports), attributes
+            # Hooks may refer to the model.
+            hooks: dict[str, Any] = {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
+            return reduce_graph_module, (attributes | hooks, imports), attributes
         attributes["_code"] = _OPERATOR.sub(lambda found: written_name(found[0]), attributes["_code"])
         return _empty, (type(self).__name__, _model_class(self)), (attributes, imports, *_origins(self.graph))
 
@@ -266,7 +268,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         guard = vars(self).get(GUARD)
-        if _is_traced(args, kwargs):
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):  # it is traced again
             return forward(self, *args, **kwargs)
         if guard is None or "_is_replica" in vars(self):
             with nullcontext() if torch.compiler.is_compiling() else weight_cache.caching():
@@ -293,10 +295,6 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
     # torch.compile limits recompilations per code object, so each model needs a code object of its own.
     own = FunctionType(guarded.__code__.replace(), guarded.__globals__, closure=guarded.__closure__)
     return functools.wraps(forward)(own)
-
-
-def _is_traced(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
 
 
 def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
@@ -379,11 +377,6 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
     refresh_flat_weights(module)
     install_weight_properties(module)
     warn_if_unattached(module)
-
-
-def _without_hooks(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Replace hooks, which may refer to the model, by none."""
-    return attributes | {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:

@@ -107,7 +107,7 @@ class Guard:
         self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around), *_only_looked_at(bio)]))
         self.structures = structures
         self._assigned = {
-            (_target(node.args[0]), str(node.args[1]))
+            ("" if node.args[0].target == WHOLE_MODEL else str(node.args[0].target), str(node.args[1]))
             for node in bio.graph.nodes
             if node.op == "call_function" and node.target is assign_attribute
         }
@@ -333,10 +333,6 @@ def _not_followed(changed: str, needs: str) -> CaptureError:
 
 def _forward_of(module: nn.Module) -> Any:
     return type(module).forward
-
-
-def _target(node: Any) -> str:
-    return "" if node.target == WHOLE_MODEL else str(node.target)
 
 
 def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:

@@ -272,7 +272,8 @@ class Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         finally:
             self._path_stack.pop()
-        self.steps.append((path, "exit", fx.node.map_aggregate(result, _node_of)))
+        nodes = fx.node.map_aggregate(result, lambda value: value.node if isinstance(value, fx.Proxy) else value)
+        self.steps.append((path, "exit", nodes))
         return result
 
     @property
@@ -431,10 +432,6 @@ def _memory(tensor: torch.Tensor) -> int:
         return memory_of(tensor)
     except (NotImplementedError, RuntimeError):  # sparse and nested tensors
         return id(tensor)
-
-
-def _node_of(value: Any) -> Any:
-    return value.node if isinstance(value, fx.Proxy) else value
 
 
 def _gradient_mode() -> tuple[bool, bool]:

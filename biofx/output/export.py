@@ -168,10 +168,7 @@ def _onnx(program: torch.export.ExportedProgram, path: Path, given: Inputs) -> l
     with _export_error("torch.onnx cannot export the model; .pt2 holds all that torch.export can"):
         torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    return _run_onnx(path, dict(zip(names, pytree.tree_leaves(given), strict=True)))
-
-
-def _run_onnx(path: Path, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    inputs = dict(zip(names, pytree.tree_leaves(given), strict=True))
     with _export_error(f"ONNX Runtime cannot run {path.name}"):
         session = require("onnxruntime", "export").InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {port.name: inputs[port.name].detach().cpu().numpy() for port in session.get_inputs()}

@@ -168,14 +168,9 @@ def _drop_state(plain: fx.GraphModule) -> None:
     plain.meta.pop(RECORD, None)
     for node in plain.graph.nodes:
         node.meta.pop(RECORD, None)
-    own = [key for key, hook in plain._forward_pre_hooks.items() if _is_own_hook(hook)]
-    for key in own:
-        del plain._forward_pre_hooks[key]
-
-
-def _is_own_hook(hook: object) -> bool:
-    """Whether a hook is one of biofx, as of an attachment, and not of the user."""
-    return str(getattr(hook, "__module__", "")).partition(".")[0] == "biofx"
+    for key, hook in list(plain._forward_pre_hooks.items()):
+        if str(getattr(hook, "__module__", "")).partition(".")[0] == "biofx":  # as of an attachment, not of the user
+            del plain._forward_pre_hooks[key]
 
 
 def _fill(into: nn.Module, plain: nn.Module) -> nn.Module:

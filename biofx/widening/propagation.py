@@ -72,7 +72,8 @@ class Propagation:
             self._values[node] = self._value(node)
             for source in node.all_input_nodes:
                 waiting[source] -= 1
-                if not waiting[source] and source not in self._constant and _has_tensor(self._values[source].old):
+                has_tensor = any(isinstance(x, Tensor) for x in pytree.tree_leaves(self._values[source].old))
+                if not waiting[source] and source not in self._constant and has_tensor:
                     self._values[source] = NodeValue.unchanged(None)  # frees the memory
 
     def _value(self, node: fx.Node) -> NodeValue:
@@ -379,7 +380,3 @@ class Propagation:
 def _groups(count: int, groups: int) -> Tensor:
     """The group of each of a number of positions."""
     return torch.arange(count) * groups // count
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(x, Tensor) for x in pytree.tree_leaves(value))

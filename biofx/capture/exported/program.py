@@ -19,7 +19,7 @@ from biofx.base.errors import CaptureError
 from biofx.base.generators import global_states
 from biofx.base.isolation import Snapshot, parameters_kept
 from biofx.base.torch_internals import CheckpointFunction, any_batch_size, fast_export, guards_of, is_fake
-from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, parsed, without_duplicates
+from biofx.capture.exported.conditions import INSTEAD, Condition, text_of
 from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.monitoring import monitored
 from biofx.capture.outside_variables import OutsideVariables
@@ -311,7 +311,7 @@ def read(model: nn.Module, export: Export) -> Program:
     for name, value in zip(monitor.assigned, results[kept:], strict=True):
         graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
     graph.output(tuple(results[:kept]))
-    return Program(graph, monitor.outputs, constants, blocks, conditions_of(export), monitor.reads)
+    return Program(graph, monitor.outputs, constants, blocks, _conditions_of(export), monitor.reads)
 
 
 def _constant(value: Tensor) -> Tensor:
@@ -400,21 +400,21 @@ def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
     return {path: ("" if path == MODEL else _name(path), cls) for path, cls in inside}
 
 
-def conditions_of(export: Export) -> list[Condition]:
+def _conditions_of(export: Export) -> list[Condition]:
     """Return the conditions on input shapes under which a graph is correct.
 
     Raises:
         CaptureError: the graph has other conditions.
     """
     program = export.program
-    result = []
+    texts = []
     for leaf, node in enumerate(export.inputs):
         for axis, length in enumerate(node.meta["val"].shape):
             if isinstance(length, int):
-                result.append(has_length(leaf, axis, "==", length))
+                texts.append(f"{{{leaf}}}.shape[{axis}] == {length}")
                 continue
             allowed = program.range_constraints.get(length.node.expr)
             for relation, bound in ((">=", allowed.lower), ("<=", allowed.upper)) if allowed else ():
                 if bound.is_Integer and bound > 0:
-                    result.append(has_length(leaf, axis, relation, int(bound)))
-    return without_duplicates([*result, *(parsed(guard) for guard in guards_of(program))])
+                    texts.append(f"{{{leaf}}}.shape[{axis}] {relation} {int(bound)}")
+    return [Condition(text) for text in dict.fromkeys([*texts, *map(text_of, guards_of(program))])]
