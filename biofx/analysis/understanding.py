@@ -413,10 +413,10 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
             record.others[name] = reason
     if is_one_island(bio):  # one node uses all of them
         return
-    recording = understood.recording
+    recording, forms = understood.recording, understood.forms
     if not recording.nodes:  # the model ran before it was captured; its graph tells which node called which operator
         recording = recorded(bio, understood.run)
     with fixed_defaults():
-        activity = Activity(recording)
-        forms = Forms(recording, lambda value: not activity.of(value))
+        if recording is not understood.recording:
+            forms = Forms(recording, lambda value: True)  # the remarks on forms are those of the first run
         annotate(bio, recording, forms, record.weights)

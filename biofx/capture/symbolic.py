@@ -90,7 +90,7 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     record = Record(model, fingerprint(bio), trace.constants)
     record.islands = trace.tracer.islands
     if not is_one_island:
-        record.traced = ("", *dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter"))
+        record.traced = ("", *trace.traced)
     vars(bio)[RECORD] = record
     return bio
 
@@ -152,18 +152,16 @@ def _refuse_effects(model: nn.Module, trace: Trace, outside: OutsideVariables) -
     if effect is None:
         return
     name, what = effect
-    traced = dict.fromkeys(path for _, kind, path in trace.tracer.steps if kind == "enter")
-    reading = [path for path in traced if OutsideVariables({path: model.get_submodule(path)}).reads(name)]
+    reading = [path for path in trace.traced if OutsideVariables({path: model.get_submodule(path)}).reads(name)]
     raise NotTraceable(dict.fromkeys(reading or [""], f"its forward {what}, which a graph cannot represent"))
 
 
 def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, synapses: Set[int]) -> dict[str, str]:
     """Return the smallest modules whose graphs differ from their Python, with the differences; otherwise the model."""
     assert run is not None
-    traced = dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter")
-    given = first_calls(model, iter(traced), run)
+    given = first_calls(model, iter(trace.traced), run)
     result: dict[str, str] = {}
-    for path in reversed(traced):  # inner modules come after those around them
+    for path in reversed(trace.traced):  # inner modules come after those around them
         if path not in given or any(inner.startswith(f"{path}.") for inner in result):
             continue
         module, (args, kwargs) = model.get_submodule(path), given[path]

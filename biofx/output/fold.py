@@ -177,11 +177,11 @@ def _fill(into: nn.Module, plain: nn.Module) -> nn.Module:
     ours, theirs = _tensors(plain), _tensors(into)
     persistent = plain.state_dict().keys() | into.state_dict().keys()
     for name in dict.fromkeys([*ours, *theirs]):
-        shapes = [f"{tuple(tensors[name].shape)}" if name in tensors else "missing" for tensors in (ours, theirs)]
-        if shapes[0] != shapes[1] and (name in persistent or "missing" not in shapes):
+        here, there = (f"{tuple(x[name].shape)}" if name in x else "missing" for x in (ours, theirs))
+        if here != there and (name in persistent or "missing" not in (here, there)):
             raise ArgumentError(
                 f"fold: {type(into).__name__} is not the model that was transformed: "
-                f"{name} is {shapes[0]} in the folded model and {shapes[1]} in this one"
+                f"{name} is {here} in the folded model and {there} in this one"
             )
     into.load_state_dict(plain.state_dict(), strict=False)  # shapes were checked; extra state may be missing in one
     theirs = _tensors(into)
