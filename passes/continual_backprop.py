@@ -180,7 +180,7 @@ class ContinualBackprop(Pass):
             is_seen = (positions.amin() > 0).to(utility.device)
             looked = is_seen if looked is None else looked & is_seen
         assert looked is not None, f"no weight reads the units of {group.home.name}"
-        *now, mask = judged(
+        *now, mask = next_layer_state(
             utility, age, due, contribution,
             rate=self.replacement_rate, maturity=self.maturity, decay=self.decay,
         )  # fmt: skip
@@ -206,7 +206,7 @@ class ContinualBackprop(Pass):
             yield "the utility of its units is negative or not finite"
 
 
-def judged(
+def next_layer_state(
     utility: Tensor,
     age: Tensor,
     due: Tensor,
@@ -232,9 +232,9 @@ def judged(
 
     Example:
         >>> import torch
-        >>> from biofx.passes.continual_backprop import judged
+        >>> from biofx.passes.continual_backprop import next_layer_state
         >>> utility, age = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([9, 9, 1])
-        >>> *_, mask = judged(utility, age, torch.tensor(0.9), utility, rate=0.1, maturity=5, decay=0.5)
+        >>> *_, mask = next_layer_state(utility, age, torch.tensor(0.9), utility, rate=0.1, maturity=5, decay=0.5)
         >>> mask  # the third unit is too young
         tensor([False,  True, False])
     """

@@ -62,7 +62,7 @@ class _Wiring:
         self._unread = unread
         self._numbers = self._unit_readings.units.numbers
         units = self._unit_readings.units
-        self._own = {n: units.own(n, self._unit_readings.judged(n)) for n in understood.readings if n not in fixed}
+        self._own = {n: units.own(n, self._unit_readings.deciding(n)) for n in understood.readings if n not in fixed}
         self._parts = {name: self._parts_of(name) for name in understood.readings if name not in unread}
         self._origins = [population.origin for population in self._numbers.populations]
         self._feeds = {name: self._feeders(parts) for name, parts in self._parts.items()}
@@ -85,7 +85,7 @@ class _Wiring:
 
     def _parts_of(self, name: str) -> Tensor:
         """The base units at each position of a weight, shape (positions, units); nobody where there are no more."""
-        rows = self._unit_readings.units.rows(self._unit_readings.judged(name))
+        rows = self._unit_readings.units.rows(self._unit_readings.deciding(name))
         if rows is None:  # it reads tokens
             return torch.zeros(0, 1, dtype=torch.int64)
         parts = self._numbers.parts_of(rows.flatten())
