@@ -350,12 +350,10 @@ def _renew(weight: PlasticWeight, due: Tensor, places: Tensor) -> None:
 
 def _bias_nodes(site: WeightSite) -> Iterator[fx.Node]:
     """The nodes that read the biases of a weight's operators."""
-    for node in dict.fromkeys(call.bias for call in site.calls):
-        start = node
-        while start is not None and start.op == "call_function" and inserted(start) is not None:
-            start = start.args[0]  # type: ignore[assignment]
-        if start is not None:
-            yield start
+    for node in site.biases:
+        while node.op == "call_function" and inserted(node) is not None:
+            node = node.args[0]  # type: ignore[assignment]
+        yield node
 
 
 def _biases(site: WeightSite) -> list[nn.Parameter]:
@@ -377,7 +375,7 @@ def _why_fixed(model: ModelEditor, site: WeightSite) -> str | None:
         return "other units have a part in what they return"
     if not bool(site.synaptic().detach().any()):
         return "all its synapses are 0, so new ones would be, too"
-    if any(call.use.bias is not None and call.bias is None for call in site.calls):
+    if any(call.computes_bias for call in site.calls):
         return "its operator's bias is computed"
     operators = {call.node for call in site.calls}
     for node in _bias_nodes(site):

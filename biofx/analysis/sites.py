@@ -50,6 +50,11 @@ class Call:
         """The node that holds or computes the bias, if there is one."""
         return self.node.all_input_nodes[self.use.bias] if self.use.bias is not None and self.use.bias >= 0 else None
 
+    @property
+    def computes_bias(self) -> bool:
+        """Whether the node adds a bias that it computes itself, so that no other node holds it."""
+        return self.use.bias is not None and self.bias is None
+
 
 @dataclass(frozen=True, eq=False)
 class WeightSite:
@@ -91,6 +96,11 @@ class WeightSite:
     def uses(self) -> tuple[fx.Node, ...]:
         """The nodes that use it."""
         return tuple(dict.fromkeys((*(call.node for call in self.calls), *self.inside)))
+
+    @property
+    def biases(self) -> tuple[fx.Node, ...]:
+        """The nodes that hold or compute the biases of its operators."""
+        return tuple(dict.fromkeys(bias for call in self.calls if (bias := call.bias) is not None))
 
     @property
     def readers(self) -> tuple[fx.Node, ...]:

@@ -179,7 +179,7 @@ class Propagation:
     ) -> NodeValue:
         """The value of an operator whose postsynaptic units are doubled."""
         doubled, bias, weights = adjacent_twins(site.units), call.bias, own
-        if call.use.bias is not None and bias is None:
+        if call.computes_bias:
             self._fail(weights, "its bias cannot be doubled")
         elif bias is not None:
             is_vector = self._values[bias].old.dim() == 1
