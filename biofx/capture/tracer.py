@@ -37,10 +37,9 @@ from biofx.capture.reparametrized import (
     unparametrized_class,
     with_computing_hooks,
 )
+from biofx.weights.declared import CONVOLUTIONS, TRANSPOSED
 
-TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+WEIGHT_MODULES = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 _PLAIN_DICTS = ("builtins", "collections", "torch.fx.immutable_collections")  # the modules of their classes
 VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 ASSIGNS = "its forward assigns the {} of a tensor, which a graph cannot represent"

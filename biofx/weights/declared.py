@@ -12,16 +12,16 @@ from biofx.base.torch_internals import is_traceable_wrapper_subclass
 from biofx.weights.axes import GROUP, NEITHER, POST, PRE, Axes, Factor
 from biofx.weights.facts import NOT_A_SYNAPSE, NOT_RUN, Need, WeightFacts
 
-_CONVOLUTIONS = tuple(getattr(nn, f"Conv{n}d") for n in (1, 2, 3))
-_TRANSPOSED = tuple(getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3))
+CONVOLUTIONS = tuple(getattr(nn, f"Conv{n}d") for n in (1, 2, 3))
+TRANSPOSED = tuple(getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3))
 _ROLES = {"i": PRE, "o": POST, "g": GROUP, "k": NEITHER}
 
 # Classes, which of their parameters are weights, the operator, and letters for the factors of the weight's axes:
 # inputs, outputs, groups, and the kernel, which has all axes that are left.
 _RULES: tuple[tuple[type | tuple[type, ...], str, str, str], ...] = (
     (nn.Linear, "weight", "linear", "o i"),
-    (_CONVOLUTIONS, "weight", "convolution", "go i k"),
-    (_TRANSPOSED, "weight", "convolution", "gi o k"),
+    (CONVOLUTIONS, "weight", "convolution", "go i k"),
+    (TRANSPOSED, "weight", "convolution", "gi o k"),
     (nn.MultiheadAttention, ".*proj_weight", "attention", "o i"),
     ((nn.RNNBase, nn.RNNCellBase), "weight_.*", "recurrent layer", "o i"),
     (nn.Bilinear, "weight", "bilinear", "o i i"),
