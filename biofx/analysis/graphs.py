@@ -76,7 +76,7 @@ def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtyp
     known = _EffectiveWeights(bio, recorder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _run(bio, recorder, known, bound_to_graph(bio, args, kwargs), dtype)
+        return _run(bio, recorder, known, _bound(bio, args, kwargs), dtype)
 
     signature = inspect.signature(bio.forward)
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
@@ -84,8 +84,8 @@ def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtyp
         yield
 
 
-def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], by: str = "") -> dict[str, Any]:
-    """Arguments by the name of the placeholder; `by` begins the message of the error.
+def _bound(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the name of the placeholder.
 
     Raises:
         ArgumentError: the arguments do not fit.
@@ -93,7 +93,7 @@ def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str,
     try:
         bound = inspect.signature(type(bio).forward, follow_wrapped=not is_one_island(bio)).bind(bio, *args, **kwargs)
     except TypeError as error:
-        raise ArgumentError(f"{by}example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
+        raise ArgumentError(f"example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
     bound.apply_defaults()
     return dict(bound.arguments)
 
