@@ -138,34 +138,34 @@ class WeightSite:
         return not is_parameter(self.bio, self.name)
 
     @property
-    def learning(self) -> Synapses | None:
+    def child(self) -> Synapses | None:
         """What holds the stored parameter, its links and their state; None if no pass changed the weight."""
         return synapses_of(self.bio, self.name)
 
     @property
     def known_synapses(self) -> Synapses:
         """The same, for a weight that a pass changed."""
-        synapses = self.learning
+        synapses = self.child
         assert synapses is not None, f"{self.name} has no synapses"
         return synapses
 
     @property
     def links(self) -> tuple[Link, ...]:
         """The steps from what is stored to the weight."""
-        return () if self.learning is None else self.learning.links
+        return () if self.child is None else self.child.links
 
     def synaptic(self) -> Tensor:
         """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, differentiable."""
-        return self.raw if self.learning is None else self.learning(until=Slot.SIGN)
+        return self.raw if self.child is None else self.child(until=Slot.SIGN)
 
     def direct(self) -> Tensor:
         """What presynaptic units contribute themselves: the effective weight without that of interneurons."""
-        return self.raw if self.learning is None else self.learning(until=Slot.SUM)
+        return self.raw if self.child is None else self.child(until=Slot.SUM)
 
     @property
     def has_interneurons(self) -> bool:
         """Whether presynaptic units inhibit through interneurons."""
-        return self.learning is not None and self.learning.has_interneurons
+        return self.child is not None and self.child.has_interneurons
 
     def effective(self) -> Tensor:
         """What takes the parameter's place in the original model, differentiable in `raw`.
@@ -173,7 +173,7 @@ class WeightSite:
         That is what the operator receives, unless the original model itself transposes, casts or scales the parameter
         on the way.
         """
-        return self.raw if self.learning is None else self.learning()
+        return self.raw if self.child is None else self.child()
 
     @property
     def gain(self) -> Tensor | None:
@@ -226,7 +226,7 @@ class WeightSite:
     @property
     def is_split(self) -> bool:
         """Whether `raw` has a leading axis of synapses."""
-        return self.learning is not None and self.learning.is_split
+        return self.child is not None and self.child.is_split
 
     @property
     def shape(self) -> torch.Size:
@@ -344,7 +344,7 @@ class WeightSite:
 
     def state(self, key: str) -> Tensor | None:
         """State that a pass keeps for this weight, or None."""
-        synapses = self.learning
+        synapses = self.child
         return None if synapses is None else synapses.state(key)
 
 

@@ -78,7 +78,7 @@ def summary(bio: nn.Module) -> Report:
     unseen = {name: reason for name, reason in others.items() if reason != NOT_A_SYNAPSE}
     plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
     acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
-    acting |= {name for name, site in sites.items() if site.learning is not None and site.learning.attached}
+    acting |= {name for name, site in sites.items() if site.child is not None and site.child.attached}
     idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
     added, total = _memory(bio)
     rows = [_row(site) for site in sites.values()]

@@ -151,7 +151,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
     yield from sign_violations(sites)
     for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):
         if _lowest(sites[name].raw) is None:
-            state = None if sites[name].learning is None else sites[name].known_synapses.not_finite()
+            state = None if sites[name].child is None else sites[name].known_synapses.not_finite()
             yield f"{name}: the weight is not finite" + (f", nor is {state}" if state else "")
     for run in record.passes:
         for name in sorted(run.weights):

@@ -104,7 +104,7 @@ def _copy_in_double(model: ModelEditor, names: Iterable[str]) -> fx.GraphModule:
     Weights that only the graph reads share their memory with the model's: the graph reads copies, one after the other.
     """
     sites = [site for name in names if not (site := model.sites[name]).inside]
-    states = [state for site in sites if site.learning is not None for state in site.learning.buffers()]
+    states = [state for site in sites if site.child is not None for state in site.child.buffers()]
     return copied(model.bio, torch.float64, [*(site.raw for site in sites), *states])
 
 

@@ -99,7 +99,7 @@ class Lifecycle:
         self.sites = sites
         self.learning = learning
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
-        self._owned = {name for name, site in sites.items() if site.learning is not None}
+        self._owned = {name for name, site in sites.items() if site.child is not None}
         self._meshes = {name: p.device_mesh for name, p in self._parameters() if is_sharded(p)}  # type: ignore[attr-defined]
         self._copies = Copies(dict(self._changed()), self.optimizer, self._keys_of_copies)
         copies = self._copies if self.gain_target is GainTarget.COPIES else None
@@ -264,7 +264,7 @@ class Lifecycle:
 
     def _weight(self, site: WeightSite, step: int) -> PlasticWeight | None:
         """A weight that takes part in this step, by its number, or None if it has no gradient."""
-        synapses, scale = site.learning, _gradient_scale(self.optimizer)
+        synapses, scale = site.child, _gradient_scale(self.optimizer)
         raw = site.raw if synapses is None else synapses.stored
         if raw.grad is None or not raw.requires_grad or raw.numel() == 0:
             return None
@@ -404,7 +404,7 @@ class Lifecycle:
         """The parameters that a user replaced since they were attached, each with what became of it."""
         first: dict[int, str] = {}
         for name, site in self.sites.items():
-            synapses = site.learning
+            synapses = site.child
             if synapses is None and site.is_gone:
                 yield name, "removed"
                 continue
