@@ -267,7 +267,7 @@ class Guard:
             for key in replaced_weights(module):
                 return _Change(f"{path}.{key}".lstrip(".") + " was replaced", same_way=True)
             for name, value in self._saved[path].items():
-                if not _is_same(self._now(module, name), value):
+                if not _is_same(_compared(module, name), value):
                     is_hook, whole = name in HOOKS, f"{path}.{name}".lstrip(".")
                     return _Change(f"{path or 'the model'} got hooks" if is_hook else f"{whole} changed", is_hook)
         if self._forwards is None:
@@ -308,20 +308,10 @@ class Guard:
         return OutsideVariables(modules, frozenset(self._assigned))
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
-        kept = {name: _noted(value) for name, value in attributes_of(module) if (path, name) not in self._assigned}
-        # Those of the model itself run around its forward, whether that is the graph or the Python.
-        hooks = {name: [*getattr(module, name).values()] for name in HOOKS if path}
-        forward = {"forward": vars(module).get("forward")}
-        filled = {name: _filled(module, name) for name in _OF_TENSORS}
-        return {**kept, **hooks, **forward, **filled, "_modules": dict(module._modules)}
-
-    def _now(self, module: nn.Module, name: str) -> Any:
-        if name in HOOKS:
-            return [*getattr(module, name).values()]
-        if name in _OF_TENSORS:
-            return _filled(module, name)
-        value = vars(module).get(name)
-        return value if name == "_modules" else _noted(value)
+        own = [name for name, _ in attributes_of(module) if (path, name) not in self._assigned]
+        # Hooks of the model itself run around its forward, whether that is the graph or the Python.
+        names = (*own, *(HOOKS if path else ()), "forward", *_OF_TENSORS, "_modules")
+        return {name: _compared(module, name) for name in names}
 
 
 def _not_followed(changed: str, needs: str) -> CaptureError:
@@ -355,13 +345,15 @@ def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
             yield path
 
 
-def _filled(module: nn.Module, registry: str) -> dict[str, bool]:
-    """Which of a module's parameters or buffers exist, and which are None, like weights with synapses."""
-    return {name: tensor is not None for name, tensor in getattr(module, registry).items()}
-
-
-def _noted(value: Any) -> Any:
-    """Return what is compared of an attribute: its contents if it has any, otherwise the object itself."""
+def _compared(module: nn.Module, name: str) -> Any:
+    """What is compared of an attribute: its contents if it has any, otherwise the object itself."""
+    if name in HOOKS:
+        return [*getattr(module, name).values()]
+    if name in _OF_TENSORS:  # which of them exist, and which are None, like weights with synapses
+        return {key: tensor is not None for key, tensor in getattr(module, name).items()}
+    if name == "_modules":
+        return dict(module._modules)
+    value = vars(module).get(name)
     return contents_key(value) if is_holder(value) else value
 
 
