@@ -4,7 +4,7 @@
   feeds a functional operator. Their own forward is traced, so padding modes, groups and missing biases are handled
   as in PyTorch. Weights that `torch.nn.utils.prune` and the like compute are traced as well (`reparametrized.py`).
 - A constant that depends on `training` follows `.train()` and `.eval()` of the module that it was read from
-  (`ModeConstant`).
+  (`ModeSelect`).
 - A module whose forward cannot be traced, or does what a graph cannot represent, is an island: an untraced submodule,
   as small as possible, whose Python forward is called. So are leaf modules with weights, such as recurrent layers.
   Islands read the same effective weights as the graph (`biofx.model`). In the worst case, the model is one island.

@@ -1,6 +1,6 @@
 """Both modes: merge the graphs of training and evaluation mode into one that follows `.train()` and `.eval()`.
 
-Where the two differ only in a constant, the merged graph reads it from a `ModeConstant` module. Nodes that only one of
+Where the two differ only in a constant, the merged graph has it from a `ModeSelect` module. Nodes that only one of
 them has run in a `ModeBranch` module. In each mode, the merged graph executes the operators of that mode's graph in the
 same order. This holds for any matching of the nodes, so a poor match costs readability, not correctness.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.torch_internals import OpOverload, schema_of
-from biofx.capture.modes import ModeConstant, is_equal
+from biofx.capture.modes import ModeSelect, is_equal
 from biofx.capture.tracer import HelperModule, Tracer, unused_name
 from biofx.model.chain import modules_around
 from biofx.model.control_flow import ControlFlow
@@ -49,16 +49,6 @@ class ModeBranch(HelperModule, ControlFlow):
     def subgraphs(self) -> tuple[fx.GraphModule, ...]:
         """Both subgraphs."""
         return self.in_training, self.in_evaluation
-
-
-class ModeSelect(HelperModule, ControlFlow):
-    """Returns one of two values, depending on the mode."""
-
-    depends_on_mode = True
-
-    def forward(self, in_training: Any, in_evaluation: Any) -> Any:
-        """Return the value for the current mode."""
-        return in_training if self.training else in_evaluation
 
 
 def merged(model: nn.Module, training: Program, evaluation: Program) -> tuple[fx.Graph, dict[str, Tensor], list[Any]]:
@@ -149,7 +139,7 @@ class _Merger:
             return {key: self._merge(a[key], b[key], node) for key in a}
         if type(a) is type(b) and a == b:
             return a
-        return self.graph.call_module(self._add(ModeConstant(a, b), "mode_constant", modules_around(node)))
+        return self._select(a, b, modules_around(node))
 
     def _select(self, x: Any, y: Any, stack: Sequence[str]) -> fx.Node:
         """Return a node for one of two values."""

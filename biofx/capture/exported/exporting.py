@@ -23,11 +23,12 @@ from biofx.base.torch_internals import HOOKS, pytree
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.equivalence import disagreement
 from biofx.capture.explanation import lines_of
-from biofx.capture.exported.both_modes import ModeSelect, merged
+from biofx.capture.exported.both_modes import merged
 from biofx.capture.exported.conditions import INSTEAD, CheckInputs
 from biofx.capture.exported.devices import follow_device, names_dtype
 from biofx.capture.exported.program import Program, export, read
 from biofx.capture.exported.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
+from biofx.capture.modes import ModeSelect
 from biofx.capture.reparametrized import pop_computing_hooks
 from biofx.capture.tracer import HelperModule, KeywordOnly, NotTraceable, Tracer, unused_name
 from biofx.model.fingerprint import fingerprint
