@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from biofx.base.torch_internals import OpOverload, schema_of
 from biofx.capture.modes import ModeSelect, is_equal
@@ -51,33 +51,26 @@ class ModeBranch(HelperModule, ControlFlow):
         return self.in_training, self.in_evaluation
 
 
-def merged(model: nn.Module, training: Program, evaluation: Program) -> tuple[fx.Graph, dict[str, Tensor], list[Any]]:
-    """Merge the graphs of both modes. Modules that depend on it are added to those whose mode they follow.
+class Merged:
+    """The graphs of both modes as one. Where a method takes `mode`, 0 is training and 1 is evaluation.
 
-    Returns:
-        The graph, without an output node; the constants that it reads; and the results in training and in evaluation
-        mode, two lists of nodes.
+    Modules that depend on the mode are added to those of the model whose mode they follow.
+
+    Attributes:
+        graph: the graph, without an output node.
+        constants: the tensors that forward creates, by the name under which the graph reads them.
+        results: the results in training and in evaluation mode, two lists of nodes.
     """
-    merger = _Merger(model, training, evaluation)
-    merger.run()
-    return merger.graph, merger.constants, merger.results
-
-
-class _Merger:
-    """Merges two graphs. Where a method takes `mode`, 0 is training and 1 is evaluation."""
 
     def __init__(self, model: nn.Module, training: Program, evaluation: Program) -> None:
         self.graph = fx.Graph(tracer_cls=Tracer)
         self.constants = dict(training.constants)
-        self.results: list[Any] = []
         self._model = model
         self._programs = (training, evaluation)
         self._new: tuple[dict[fx.Node, Any], dict[fx.Node, Any]] = ({}, {})
         self._attributes: dict[str, fx.Node] = {}
         self._renamed: dict[str, str] = {}
         self._added: dict[str, str] = {}
-
-    def run(self) -> None:
         self._unify_constants()
         for pair in zip(*(p.graph.find_nodes(op="placeholder") for p in self._programs), strict=True):
             node = self.graph.placeholder(str(pair[0].target))
@@ -92,7 +85,7 @@ class _Merger:
             else:
                 for ts, es in _runs(calls[0][a:b], calls[1][c:d]):
                     self._branch(ts, es)
-        outputs = [next(iter(p.graph.find_nodes(op="output"))).args[0] for p in self._programs]
+        outputs: list[Any] = [p.graph.output_node().args[0] for p in self._programs]
         self.results = [[self._value(mode, value) for value in outputs[mode]] for mode in (0, 1)]
 
     def _unify_constants(self) -> None:
