@@ -123,10 +123,8 @@ class UnitReadings:
             return torch.zeros(0, dtype=torch.int64)
         own = self.units.own(name, orientation)
         found = torch.full((len(own),), -1)
-        if (
-            rows is None or sum(len(o.reads) for o in self.units.orientations[name]) < 2
-        ):  # what is used once comes before what it makes
-            return found
+        if rows is None or sum(len(o.reads) for o in self.units.orientations[name]) < 2:
+            return found  # what is used once comes before what it makes
         positions = torch.arange(len(rows))[:, None].expand_as(rows).flatten()
         for part in self._numbers.parts_of(rows.flatten()) if len(own) else ():
             is_own = (part >= own[0]) & (part <= own[-1])

@@ -58,9 +58,8 @@ class UnitAnalysis:
         self._recording = recording
         self._forms = forms
         self._held: dict[Value, Tensor] = {}  # numbers of tensors that are not views
-        self._views: dict[
-            Operation, tuple[Tensor, int, list[Tensor]]
-        ] = {}  # of all outputs of an operator that makes views
+        # Numbers of all outputs of an operator that makes views, with the tensor below and its version.
+        self._views: dict[Operation, tuple[Tensor, int, list[Tensor]]] = {}
         self._reads = {read.operation: read for read in (*forms.reads, *forms.computed)}
         self._place = {operation: index for index, operation in enumerate(recording.operations)}
         self._rows: dict[Orientation, Tensor | None] = {}  # of this pass

@@ -124,9 +124,9 @@ class Editor:
         synapses = self._synapses()
         synapses.insert(link)
         if is_hook(target) and not multiplies_entries(target, synapses.stored, *synapses.arguments(link)):
-            raise PipelineError(
-                f"{self._by.name}: {self.name}: {link.name} does not multiply every entry of a gradient by a "
-                "factor that does not depend on it, so it cannot act on the update of an optimizer (biofx.attach)"
+            raise self._error(
+                f"{link.name} does not multiply every entry of a gradient by a factor that does not depend on it, so "
+                "it cannot act on the update of an optimizer (biofx.attach)"
             )
         self._show()
 
