@@ -25,6 +25,7 @@ from biofx.model.chain import number_nodes, update_chains
 from biofx.model.changes import transformed
 from biofx.model.checkpoints import METADATA_KEY, converted_checkpoint, other_option, passes_of
 from biofx.model.definitions import written_name
+from biofx.model.fingerprint import fingerprint
 from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.islands import GUARD, ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
 from biofx.model.owners import (
@@ -35,7 +36,7 @@ from biofx.model.owners import (
     refresh_flat_weights,
     set_class,
 )
-from biofx.model.provenance import RECORD, is_transformed, record_of
+from biofx.model.provenance import RECORD, Record, is_transformed, record_of
 from biofx.model.synapses import observers_in
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -193,10 +194,13 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         update_chains(self)  # the pickled model may have been attached to an optimizer
 
 
-def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) -> CapturedModule:
-    """Create a captured model; it shares the submodules, tensors and attributes of `model`.
+def captured(
+    model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any], *, is_one_island: bool = False
+) -> CapturedModule:
+    """Create a captured model with its record; it shares the submodules, tensors and attributes of `model`.
 
-    The graph of one that is one island calls the model's own forward.
+    It gets the constants of forward, which the graph reads, as buffers. The graph of a model that is one island calls
+    the model's own forward.
 
     Raises:
         CaptureError: the class of the model does not allow subclasses.
@@ -205,6 +209,9 @@ def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) 
     _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_one_island else {}), graph)
     _bind_hooks(module, model)
     repoint(module, {id(model): module})
+    for name, constant in constants.items():
+        module.register_buffer(name, constant, persistent=False)
+    vars(module)[RECORD] = Record(model, fingerprint(module), constants)
     return module
 
 

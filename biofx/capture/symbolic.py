@@ -32,9 +32,8 @@ from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, pop_computing_hooks
 from biofx.capture.tracer import MustBeNone, NotTraceable
 from biofx.capture.tracing import Trace, trace_as_island
-from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import ORIGINAL_HOOKS
-from biofx.model.provenance import RECORD, Record
+from biofx.model.provenance import record_of
 from biofx.weights.declared import declared
 
 NOT_TRACED = 'with frontend="module", the model keeps its Python forward'
@@ -79,19 +78,16 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     is_one_island = "" in trace.tracer.islands
     _clone_constants(trace)
     detach_computed_attributes(model)
-    bio = captured(model, trace.graph, is_one_island=is_one_island)
+    bio = captured(model, trace.graph, trace.constants, is_one_island=is_one_island)
     # The graph computes what traceable hooks compute, so they must not run when the model is called; `original_forward`
     # runs them. If the model is one island, it runs all of them, inside of the weight cache.
     vars(bio)[ORIGINAL_HOOKS] = pop_computing_hooks(bio) if is_one_island else pop_computing_hooks(bio, TRACEABLE_HOOKS)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
-    for name, constant in trace.constants.items():
-        bio.register_buffer(name, constant, persistent=False)
-    record = Record(model, fingerprint(bio), trace.constants)
+    record = record_of(bio)
     record.islands = trace.tracer.islands
     if not is_one_island:
         record.traced = ("", *trace.traced)
-    vars(bio)[RECORD] = record
     return bio
 
 

@@ -31,9 +31,8 @@ from biofx.capture.exported.structure import CONSTANTS, Structure, describe, lea
 from biofx.capture.modes import ModeSelect
 from biofx.capture.reparametrized import pop_computing_hooks
 from biofx.capture.tracer import HelperModule, KeywordOnly, NotTraceable, Tracer, unused_name
-from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import ORIGINAL_HOOKS
-from biofx.model.provenance import RECORD, Record
+from biofx.model.provenance import record_of
 
 _LIBRARIES = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
 
@@ -67,13 +66,10 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     for node in graph.find_nodes(op="get_attr"):
         if node.target in names:
             node.target = names[node.target]
-    bio = captured(model, graph)
+    bio = captured(model, graph, {names[name]: constant for name, constant in constants.items()})
     vars(bio)[ORIGINAL_HOOKS] = pop_computing_hooks(bio)
-    for name, constant in constants.items():
-        bio.register_buffer(names[name], constant, persistent=False)
-    record = Record(model, fingerprint(bio), names.values())
-    record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, HelperModule))
-    vars(bio)[RECORD] = record
+    modules = model.named_modules()
+    record_of(bio).traced = tuple(path for path, module in modules if not isinstance(module, HelperModule))
     _check(bio, example_inputs)
     return bio
 
