@@ -29,11 +29,8 @@ class Activity(Interpreter[str]):
         """Why a tensor that no operator made can be negative."""
         if not value.is_activity:
             return ""
-        if value.kind == "input":
-            return f"input {value.name}"
-        if value.kind in ("parameter", "unknown"):
-            return {"parameter": "parameter", "unknown": "a tensor that no operator made"}[value.kind]
-        return value.kind if value.negative else ""
+        words = {"input": f"input {value.name}", "parameter": "parameter", "unknown": "a tensor that no operator made"}
+        return words.get(value.kind, value.kind if value.negative else "")
 
     def joined(self, before: str, written: str) -> str:
         """Why memory can be negative after a write into a part of it."""

@@ -127,8 +127,7 @@ def _trace(model: nn.Module, absent: Collection[str], synapses: Set[int], run: R
                 after.callback(outside.restore)
                 trace = trace_modes(model, absent, islands, synapses)
                 _refuse_effects(model, trace, outside)
-            found = None if run is None else _disagreement(model, trace, run)
-            if found is None:
+            if run is None or (found := _disagreement(model, trace, run)) is None:
                 return trace
             raise NotTraceable(_differing(model, trace, run, found, synapses))
         except NotTraceable as error:
@@ -152,9 +151,8 @@ def _refuse_effects(model: nn.Module, trace: Trace, outside: OutsideVariables) -
     raise NotTraceable(dict.fromkeys(reading or [""], f"its forward {what}, which a graph cannot represent"))
 
 
-def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, synapses: Set[int]) -> dict[str, str]:
+def _differing(model: nn.Module, trace: Trace, run: Run, found: str, synapses: Set[int]) -> dict[str, str]:
     """Return the smallest modules whose graphs differ from their Python, with the differences; otherwise the model."""
-    assert run is not None
     given = first_calls(model, iter(trace.traced), run)
     result: dict[str, str] = {}
     for path in reversed(trace.traced):  # inner modules come after those around them
