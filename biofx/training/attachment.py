@@ -329,12 +329,12 @@ class Attachment(Lifecycle):
     @property
     def holding(self) -> tuple[dict[str, WeightSite], dict[str, Synapses]]:
         """The weights on which rules act, and the synapses on which gains do."""
-        return self.sites, self.learning
+        return self.sites, self.with_gains
 
     def _acted_synapses(self) -> Iterator[Synapses]:
         """The synapses on which rules or gains act."""
         yield from (site.known_synapses for site in self.sites.values() if site.child is not None)
-        yield from self.learning.values()
+        yield from self.with_gains.values()
 
     def acts_for(self, optimizer: Optimizer) -> bool:
         """Whether rules act at the steps of an optimizer: it is the attached one, around that, or inside of it."""
