@@ -191,7 +191,7 @@ def build(
         if not is_one_island(bio):
             guard = Guard(bio, _checked(request.frontend, understood) if old is None else old.structures)
         if understood is not None and repeats:
-            refuse_other(bio, understood.run, outputs, replaces_graph=guard is not None and not guard.needs_graph)
+            refuse_other(bio, understood.run, outputs, replaces_graph=guard is not None and guard.needs is None)
         if guard is not None:
             vars(bio)[GUARD] = guard
     return bio

@@ -14,7 +14,7 @@ from biofx.analysis.sites import l1, weight_sites
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.capture.captured_module import CapturedModule
 from biofx.compiler import transform
-from biofx.model.operators import is_hook
+from biofx.model.gradient_hooks import is_hook
 from biofx.model.owners import set_class
 from biofx.model.provenance import record_of
 from biofx.rewrite.registry import Pass, registered_passes

@@ -180,7 +180,7 @@ class ContinualBackprop(Pass):
             is_seen = (positions.amin() > 0).to(utility.device)
             looked = is_seen if looked is None else looked & is_seen
         assert looked is not None, f"no weight reads the units of {group.home.name}"
-        *now, mask = judged(
+        *now, mask = next_layer_state(
             utility, age, due, contribution,
             rate=self.replacement_rate, maturity=self.maturity, decay=self.decay,
         )  # fmt: skip
@@ -206,7 +206,7 @@ class ContinualBackprop(Pass):
             yield "the utility of its units is negative or not finite"
 
 
-def judged(
+def next_layer_state(
     utility: Tensor,
     age: Tensor,
     due: Tensor,
@@ -232,9 +232,9 @@ def judged(
 
     Example:
         >>> import torch
-        >>> from biofx.passes.continual_backprop import judged
+        >>> from biofx.passes.continual_backprop import next_layer_state
         >>> utility, age = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([9, 9, 1])
-        >>> *_, mask = judged(utility, age, torch.tensor(0.9), utility, rate=0.1, maturity=5, decay=0.5)
+        >>> *_, mask = next_layer_state(utility, age, torch.tensor(0.9), utility, rate=0.1, maturity=5, decay=0.5)
         >>> mask  # the third unit is too young
         tensor([False,  True, False])
     """
@@ -350,12 +350,10 @@ def _renew(weight: PlasticWeight, due: Tensor, places: Tensor) -> None:
 
 def _bias_nodes(site: WeightSite) -> Iterator[fx.Node]:
     """The nodes that read the biases of a weight's operators."""
-    for node in dict.fromkeys(call.bias for call in site.calls):
-        start = node
-        while start is not None and start.op == "call_function" and inserted(start) is not None:
-            start = start.args[0]  # type: ignore[assignment]
-        if start is not None:
-            yield start
+    for node in site.biases:
+        while node.op == "call_function" and inserted(node) is not None:
+            node = node.args[0]  # type: ignore[assignment]
+        yield node
 
 
 def _biases(site: WeightSite) -> list[nn.Parameter]:
@@ -377,7 +375,7 @@ def _why_fixed(model: ModelEditor, site: WeightSite) -> str | None:
         return "other units have a part in what they return"
     if not bool(site.synaptic().detach().any()):
         return "all its synapses are 0, so new ones would be, too"
-    if any(call.use.bias is not None and call.bias is None for call in site.calls):
+    if any(call.computes_bias for call in site.calls):
         return "its operator's bias is computed"
     operators = {call.node for call in site.calls}
     for node in _bias_nodes(site):

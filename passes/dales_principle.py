@@ -22,7 +22,7 @@ from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
-    from biofx.analysis.units import Population, Reading, Units
+    from biofx.analysis.units import Population, PresynapticUnits, Units
     from biofx.rewrite.model_editor import ModelEditor
     from biofx.training.plastic_weight import PlasticWeight
 
@@ -208,7 +208,7 @@ class DalesPrinciple(Pass):
                 del chosen[name]
         return chosen
 
-    def _assign(self, model: ModelEditor, units: Units, readings: Mapping[str, Reading]) -> Tensor:
+    def _assign(self, model: ModelEditor, units: Units, readings: Mapping[str, PresynapticUnits]) -> Tensor:
         """Sign of every class of units, by the number that stands for it: +1, −1, or 0 if it is free."""
         signs = torch.zeros(len(units.classes))
         is_free = torch.zeros(len(units.classes), dtype=torch.bool)
@@ -309,7 +309,7 @@ def _fitting(name: str, signs: Sequence[int], count: int) -> Tensor:
     return torch.tensor(signs, dtype=torch.float32)
 
 
-def _energies(model: ModelEditor, readings: Mapping[str, Reading], count: int) -> Tensor:
+def _energies(model: ModelEditor, readings: Mapping[str, PresynapticUnits], count: int) -> Tensor:
     """Energy of the positive and of the negative outgoing weights of every class of units, shape (classes, 2)."""
     result = torch.zeros(count, 2, dtype=torch.float64)
     for name, reading in readings.items():

@@ -14,7 +14,7 @@ from biofx.base.errors import ArgumentError
 from biofx.base.gains import LARGEST, QUANTILES, coded, decoded
 from biofx.base.options import check_choice, check_integer, check_number
 from biofx.base.shards import extremes
-from biofx.model.operators import observer
+from biofx.model.observers import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.training.blocks import batches, blocks, wide
@@ -281,13 +281,7 @@ def count_active(activity: Tensor, positions: tuple[int, ...]) -> Tensor:
 
 
 def weight_adaptive_spread(nu: float, weights: list[Tensor], means: list[Tensor]) -> list[Tensor]:
-    """ν_w = ν·clamp(2 − |w|/mean|w|, 0.5, 1.5), elementwise, for each weight; one of zeros counts as average.
-
-    Args:
-        nu: ν.
-        weights: the weights.
-        means: the mean of |w| for each.
-    """
+    """ν_w = ν·clamp(2 − |w|/mean|w|, 0.5, 1.5), elementwise, for each weight; one of zeros counts as average."""
     mean = torch.stack(means)
     is_known = mean > 0
     slopes, tops = torch.where(is_known, -1 / mean, 0), torch.where(is_known, 2.0, 1.0).to(mean)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.options import check_choice, check_number
-from biofx.model.operators import define_operator
+from biofx.model.definitions import define_operator
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
 from biofx.rewrite.registry import Moment, Pass, option, register
@@ -21,7 +21,7 @@ from biofx.weights.facts import NOT_RUN, Need
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
-    from biofx.analysis.units import Reading
+    from biofx.analysis.units import PresynapticUnits
     from biofx.rewrite.editor import Editor
     from biofx.rewrite.model_editor import ModelEditor
     from biofx.training.plastic_weight import PlasticWeight
@@ -139,7 +139,7 @@ class InhibitoryInterneurons(Pass):
             self._insert(model.sites[name], model.edits[name], sign, units.readings[name])
             remark_on_units(model, units, name, signs.keys())
 
-    def _insert(self, site: WeightSite, edit: Editor, sign: Tensor, reading: Reading) -> None:
+    def _insert(self, site: WeightSite, edit: Editor, sign: Tensor, reading: PresynapticUnits) -> None:
         axis = site.postsynaptic_axis
         assert axis is not None
         count = max(1, round(self.fraction * site.units))
@@ -174,7 +174,7 @@ class InhibitoryInterneurons(Pass):
                 yield f"its synapses {key.replace('_', ' ')} are not finite"
 
 
-def _unfit(site: WeightSite, reading: Reading | None, known: Tensor) -> str | None:
+def _unfit(site: WeightSite, reading: PresynapticUnits | None, known: Tensor) -> str | None:
     """Why a weight cannot have interneurons, or None."""
     if reading is None:
         return site.unmet(Need.AXES) or NOT_RUN

@@ -94,7 +94,7 @@ class SplitSynapses(Pass):
         if self.activation is not None:
             assert site.postsynaptic_axis is not None
             _stack(edit, site.postsynaptic_axis, site.groups)
-            for bias in _biases(site):
+            for bias in site.biases:
                 self._split_bias(edit.on(bias), site.groups)
             for call in site.calls:
                 _sum_outputs(edit, call.node, call.use.output_axes[-1], site.groups, self.synapses, self.activation)
@@ -139,21 +139,17 @@ def _why_no_activation(site: WeightSite) -> str | None:
     own = [factor for factor in site.axes.factors if factor.postsynaptic and not factor.is_group]
     if len(own) != 1 or not all(call.use.output_axes for call in site.calls):
         return f"{site.operator} does not return its units on one axis"
-    if any(call.use.bias is not None and call.bias is None for call in site.calls):
+    if any(call.computes_bias for call in site.calls):
         return "its operator's bias is computed, so it cannot be split"
     if set(site.chain[-1].users) != set(site.uses):
         return "something else than its operator reads the weight, so it has no place for an activation"
-    biases = _biases(site)
-    readers = {reader for bias in biases for reader in bias.users}
-    is_plain = all(b.op == "get_attr" and attribute(site.bio, str(b.target)).shape == (site.units,) for b in biases)
-    if len(biases) > 1 or not is_plain or not readers <= set(site.uses):
+    readers = {reader for bias in site.biases for reader in bias.users}
+    is_plain = all(
+        b.op == "get_attr" and attribute(site.bio, str(b.target)).shape == (site.units,) for b in site.biases
+    )
+    if len(site.biases) > 1 or not is_plain or not readers <= set(site.uses):
         return "its operator's bias is computed, or shared with something else, so it cannot be split"
     return None
-
-
-def _biases(site: WeightSite) -> list[fx.Node]:
-    """The biases that belong to a weight."""
-    return list(dict.fromkeys(bias for call in site.calls if (bias := call.bias) is not None))
 
 
 def _stack(edit: Editor, axis: int, groups: int) -> None:

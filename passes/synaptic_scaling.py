@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from biofx.base.options import check_choice, check_integer, check_number
-from biofx.model.operators import observer
+from biofx.model.observers import observer
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.training.statistics import magnitudes_along
@@ -113,7 +113,7 @@ class SynapticScaling(Pass):
     def _scale(self, weights: Sequence[PlasticWeight]) -> None:
         """Act on weights of one device, on all units at once: nothing is decided on the host, which would wait."""
         means, seen = ([weight.state(key) for weight in weights] for key in ("activity", "seen"))
-        activity = moved(torch.cat(means), torch.cat(seen, -1), self.memory)
+        activity = updated_means(torch.cat(means), torch.cat(seen, -1), self.memory)
         sizes = [len(mean) for mean in means]
         torch._foreach_copy_(means, activity.split(sizes))
         torch._foreach_zero_(seen)
@@ -134,7 +134,7 @@ class SynapticScaling(Pass):
             weight.assign(weight.value * weight.part(own))
 
 
-def moved(activity: Tensor, seen: Tensor, memory: float) -> Tensor:
+def updated_means(activity: Tensor, seen: Tensor, memory: float) -> Tensor:
     """The running means of units, moved towards what was seen since the last step, shape (2, 2, units)."""
     sums, positions = seen.sum(0)
     mean = sums / positions

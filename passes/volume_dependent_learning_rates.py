@@ -12,7 +12,7 @@ from torch import Tensor
 
 from biofx.base.noise import normal
 from biofx.base.options import check_number
-from biofx.model.operators import gradient_hook
+from biofx.model.gradient_hooks import gradient_hook
 from biofx.model.slots import Slot
 from biofx.model.synapses import State
 from biofx.rewrite.registry import Pass, option, register

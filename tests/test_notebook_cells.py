@@ -13,7 +13,7 @@ from torch import nn
 import biofx
 from biofx.base import noise
 from biofx.base.rule_code import digest
-from biofx.model import operators
+from biofx.model import definitions, operators
 
 CELL = """
 import torch
@@ -166,7 +166,7 @@ def test_a_name_of_another_module_is_taken():
 def test_a_hook_that_is_not_defined_here_is_named(monkeypatch):
     file = saved(run_cell("elsewhere", 2.0))
     monkeypatch.delattr(torch.ops.biofx, "elsewhere_grad")
-    monkeypatch.setattr(operators, "written_name", lambda name: "elsewhere_2_grad" if "elsewhere" in name else name)
+    monkeypatch.setattr(definitions, "written_name", lambda name: "elsewhere_2_grad" if "elsewhere" in name else name)
     with pytest.raises(biofx.PipelineError, match="the operator biofx.elsewhere_2_grad, which nobody has defined here"):
         loaded(file)
 

@@ -29,11 +29,8 @@ class Activity(Interpreter[str]):
         """Why a tensor that no operator made can be negative."""
         if not value.is_activity:
             return ""
-        if value.kind == "input":
-            return f"input {value.name}"
-        if value.kind in ("parameter", "unknown"):
-            return {"parameter": "parameter", "unknown": "a tensor that no operator made"}[value.kind]
-        return value.kind if value.negative else ""
+        words = {"input": f"input {value.name}", "parameter": "parameter", "unknown": "a tensor that no operator made"}
+        return words.get(value.kind, value.kind if value.negative else "")
 
     def joined(self, before: str, written: str) -> str:
         """Why memory can be negative after a write into a part of it."""
@@ -80,7 +77,7 @@ def _is_even_power(operation: Operation) -> bool:
 
 def _is_clamped(operation: Operation) -> bool:
     low = operation.argument("min") if operation.name.startswith("clamp") else operation.argument("min_val")
-    return operation.name in ("clamp", "clamp_min", "hardtanh") and _is_number(low) and low >= 0
+    return operation.name in ("clamp", "clamp_min", "hardtanh") and isinstance(low, int | float) and low >= 0
 
 
 def _has_negative_number(operation: Operation) -> bool:
@@ -106,7 +103,3 @@ def _is_scale(value: Value) -> bool:
             return False
         value = made.operands[0]
     return value.kind == "parameter"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute
-from biofx.analysis.reads import Form, Mixture, Read, bias_of, form_of_parameter, looks_up, read_of
+from biofx.analysis.reads import Form, Mixture, WeightRead, bias_of, form_of_parameter, looks_up, read_of
 from biofx.recording.catalog import LAYERS, PRODUCTS_OF_ENTRIES, Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
 
 
 @dataclass(frozen=True, eq=False)
-class Use:
+class OtherRead:
     """One operator that reads a parameter, but not as a weight.
 
     Attributes:
@@ -51,11 +51,11 @@ class Forms:
 
     recording: Recording
     is_nonnegative: Callable[[Value], bool]
-    reads: list[Read] = field(default_factory=list)
+    reads: list[WeightRead] = field(default_factory=list)
     mixed: dict[str, tuple[str, Operation]] = field(default_factory=dict)
-    computed: list[Read] = field(default_factory=list)
+    computed: list[WeightRead] = field(default_factory=list)
     biases: dict[Operation, str] = field(default_factory=dict)
-    users: dict[str, list[Use]] = field(default_factory=dict)
+    users: dict[str, list[OtherRead]] = field(default_factory=dict)
     found: dict[Value, Form | Mixture] = field(default_factory=dict)
     _same: dict[Any, Any] = field(default_factory=dict)  # coordinates, which layers of one shape share
 
@@ -100,15 +100,15 @@ class Forms:
             form = self.found.get(value)
             made_by = form.made_by if isinstance(form, Mixture) else None
             for parameter in _parameters(form) if form is not None else ():
-                self.users.setdefault(parameter.name, []).append(Use(operation, made_by))
+                self.users.setdefault(parameter.name, []).append(OtherRead(operation, made_by))
 
-    def _is_computation(self, operation: Operation, read: Read) -> bool:
+    def _is_computation(self, operation: Operation, read: WeightRead) -> bool:
         """Whether an operator multiplies parameters with each other to compute a weight, and not one by activity."""
         depends = [v.depends for v in (read.source, *read.others) if v is not None]
         is_layer = operation.called in LAYERS or operation.kind is not Kind.PRODUCT
         return bool(depends) and max(depends) is not Depends.INPUTS and not is_layer
 
-    def _note_read(self, read: Read) -> None:
+    def _note_read(self, read: WeightRead) -> None:
         operation, bias = read.operation, bias_of(read.operation)
         (self.reads if read.mixture is None else self.computed).append(read)
         for mixture in filter(None, (read.mixture, read.form.joined_with)):
@@ -131,7 +131,7 @@ class Forms:
         is_layout = operation.kind is Kind.LAYOUT and operation.name not in _FILLING
         if is_layout and isinstance(main, Form) and len(forms) == 1:
             try:
-                return self._moved(operation, main)
+                return self._laid_out(operation, main)
             except CannotFollowError:
                 return None
         if operation.kind is Kind.KEEP and isinstance(main, Form) and len(forms) == 1:
@@ -151,15 +151,15 @@ class Forms:
         like: Form = self._same[value.shape]
         return replace(like, parameter=value)
 
-    def _moved(self, operation: Operation, form: Form) -> list[Form | Mixture]:
+    def _laid_out(self, operation: Operation, form: Form) -> list[Form | Mixture]:
         """The forms of the outputs of a layout operator on a form."""
         first, *others = operation.operands
         if others or operation.args[0] is not first:
-            return [*_moved(operation, form)]
+            return [*_rearranged(operation, form)]
         given = operation.operator, repr((operation.args[1:], operation.kwargs)), first.shape, first.stride
         key = given, tuple(map(id, form.coordinates))
         if key not in self._same:
-            moved = _moved(operation, form)
+            moved = _rearranged(operation, form)
             self._same[key] = form, moved  # kept alive: the key holds ids of its tensors
         return [replace(form, coordinates=made.coordinates) for made in self._same[key][1]]
 
@@ -225,7 +225,7 @@ def _times(factor: str) -> str:
     return f"its operator reads it times {factor}, which may be negative"
 
 
-def _moved(operation: Operation, form: Form) -> list[Form]:
+def _rearranged(operation: Operation, form: Form) -> list[Form]:
     first = operation.operands[0]
     moved = [
         execute(operation, lambda value, c=coordinate: c if value is first else None)  # type: ignore[misc]

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, varies
-from biofx.analysis.reads import Read, bias_of
+from biofx.analysis.reads import WeightRead, bias_of
 from biofx.base.errors import ArgumentError
 from biofx.base.torch_internals import pytree
 from biofx.model import weight_cache
@@ -75,20 +76,16 @@ def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtyp
     known = _EffectiveWeights(bio, recorder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _run(bio, recorder, known, bound_to_graph(bio, args, kwargs), dtype)
+        return _run(bio, recorder, known, _bound(bio, args, kwargs), dtype)
 
     signature = inspect.signature(bio.forward)
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
-    vars(bio)["forward"] = forward
-    try:
-        with weight_cache.substituted(known):
-            yield
-    finally:
-        del vars(bio)["forward"]
+    with patch.object(bio, "forward", forward), weight_cache.substituted(known):
+        yield
 
 
-def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], by: str = "") -> dict[str, Any]:
-    """Arguments by the name of the placeholder; `by` begins the message of the error.
+def _bound(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by the name of the placeholder.
 
     Raises:
         ArgumentError: the arguments do not fit.
@@ -96,7 +93,7 @@ def bound_to_graph(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str,
     try:
         bound = inspect.signature(type(bio).forward, follow_wrapped=not is_one_island(bio)).bind(bio, *args, **kwargs)
     except TypeError as error:
-        raise ArgumentError(f"{by}example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
+        raise ArgumentError(f"example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
     bound.apply_defaults()
     return dict(bound.arguments)
 
@@ -187,15 +184,8 @@ def _stacked(synapses: Synapses) -> tuple[Tensor, ...] | None:
 
 
 def annotate(bio: fx.GraphModule, recording: Recording, forms: Forms, weights: Mapping[str, WeightFacts]) -> None:
-    """Note at each node how it uses weights.
-
-    Args:
-        bio: the captured model.
-        recording: a run of its graph.
-        forms: the parameters in it, and what reads them.
-        weights: what is known of the weights.
-    """
-    reads: dict[fx.Node, list[Read]] = {}
+    """Note at each node how it uses weights, from a run of the graph and what reads parameters in it."""
+    reads: dict[fx.Node, list[WeightRead]] = {}
     for node in bio.graph.nodes:
         node.meta.pop(USES, None)
     for read in (*forms.reads, *forms.computed):
@@ -217,7 +207,7 @@ def uses_of(node: fx.Node) -> tuple[NodeUse, ...]:
     return found
 
 
-def _decides(read: Read, facts: WeightFacts | None) -> bool:
+def _decides(read: WeightRead, facts: WeightFacts | None) -> bool:
     """Whether a use is one of those that decide on its weight's signs."""
     if read.mixture is not None or facts is None or facts.axes is None:
         return True
@@ -225,7 +215,7 @@ def _decides(read: Read, facts: WeightFacts | None) -> bool:
     return axes is not None and facts.axes.agree(axes)
 
 
-def _use(node: fx.Node, recording: Recording, name: str, reads: list[Read], shows_units: bool) -> NodeUse:
+def _use(node: fx.Node, recording: Recording, name: str, reads: list[WeightRead], shows_units: bool) -> NodeUse:
     read = reads[0]
     lengths = [n for n, role in zip(read.lengths, read.roles, strict=True) if role[1]]
     axes = None if read.mixture is not None else read.axes()
@@ -258,7 +248,7 @@ def shown(operation: Operation) -> str:
     return SHOWN.get(name, name)
 
 
-def _axes_in_order(places: Tensor, read: Read) -> tuple[int, ...]:
+def _axes_in_order(places: Tensor, read: WeightRead) -> tuple[int, ...]:
     """The axes along which numbered units lie in order; none if they do not."""
     axes = [axis for axis in range(-places.dim(), 0) if varies(places, axis)]
     if read.count(1) == 1 and read.output_axes:  # nothing varies
@@ -268,7 +258,7 @@ def _axes_in_order(places: Tensor, read: Read) -> tuple[int, ...]:
     return tuple(axes) if torch.equal(small.flatten(), torch.arange(read.count(1))) else ()
 
 
-def _source(node: fx.Node, recording: Recording, read: Read) -> tuple[int | None, tuple[int, ...]]:
+def _source(node: fx.Node, recording: Recording, read: WeightRead) -> tuple[int | None, tuple[int, ...]]:
     """The input of a node that an operator in it multiplies by a weight, and its axes of presynaptic units."""
     position, way = _given(node, recording, read.source)
     if read.source is None or position is None:
@@ -278,7 +268,7 @@ def _source(node: fx.Node, recording: Recording, read: Read) -> tuple[int | None
     try:
         for value in way[1:]:
             assert value.producer is not None
-            place = _moved(value.producer, place)[value.producer.outputs.index(value)]
+            place = _rearranged(value.producer, place)[value.producer.outputs.index(value)]
     except CannotFollowError:
         return None, ()
     found: list[int] = []
@@ -309,14 +299,14 @@ def _moves(operation: Operation) -> bool:
     return operation.kind is Kind.LAYOUT or operation.name in COPIES
 
 
-def _moved(operation: Operation, below: Tensor) -> list[Tensor]:
+def _rearranged(operation: Operation, below: Tensor) -> list[Tensor]:
     """Entries of another tensor as an operator moves them."""
     if operation.name in COPIES:
         return [below]
     return [compressed(x) for x in execute(operation, lambda v: below if v is operation.operands[0] else None)]
 
 
-def _returned(node: fx.Node, recording: Recording, read: Read) -> tuple[Tensor | None, int | None]:
+def _returned(node: fx.Node, recording: Recording, read: WeightRead) -> tuple[Tensor | None, int | None]:
     """Where in the result of a node the units of a weight are, in numbers, and the input that it adds to them.
 
     The first is None if the node does something else to the units; the second if it adds nothing, and −1 if that is not
@@ -335,7 +325,7 @@ def _returned(node: fx.Node, recording: Recording, read: Read) -> tuple[Tensor |
             is_plain = False
         elif mine:
             try:
-                places.update(zip(operation.outputs, _moved(operation, places[mine[0]]), strict=True))
+                places.update(zip(operation.outputs, _rearranged(operation, places[mine[0]]), strict=True))
             except CannotFollowError:
                 is_plain = False
     position = _given(node, recording, added[0])[0] if len(added) == 1 else None

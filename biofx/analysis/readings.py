@@ -1,4 +1,4 @@
-"""Readings: whose units each weight reads, and why that is unknown for some."""
+"""Unit readings: whose units each weight reads, and why that is unknown for some."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from biofx.recording.operations import Depends, Recording
 
 if TYPE_CHECKING:
     from biofx.analysis.activity import Activity
-    from biofx.analysis.reads import Read
+    from biofx.analysis.reads import WeightRead
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class PresynapticUnits:
     """What a weight reads.
 
     Attributes:
@@ -43,7 +43,7 @@ class Reading:
     returns: Tensor
 
 
-class Readings:
+class UnitReadings:
     """What weights read, once the numbers of units have been sent to them.
 
     Attributes:
@@ -56,16 +56,16 @@ class Readings:
         self._activity = activity
         self._numbers = units.numbers
         self._neural = torch.zeros(0, dtype=torch.bool)
-        self._found: dict[str, Reading] = {}
+        self._found: dict[str, PresynapticUnits] = {}
 
-    def of(self, name: str) -> Reading:
+    def of(self, name: str) -> PresynapticUnits:
         """What a weight reads."""
         if name not in self._found:
             self._found[name] = self._read(name)
         return self._found[name]
 
-    def _read(self, name: str) -> Reading:
-        orientation = self.judged(name)
+    def _read(self, name: str) -> PresynapticUnits:
+        orientation = self.deciding(name)
         rows = self.units.rows(orientation)
         remark = self._why_not_judged(name, orientation, rows)
         first = orientation.reads[0]
@@ -85,15 +85,15 @@ class Readings:
                 numbers = torch.where(numbers == NOBODY, own, numbers)
         is_free = torch.ones(count, dtype=torch.bool) if first.source is None else ~self._is_neural[numbers]
         returns = self._returns(name, orientation, rows)
-        return Reading(
+        return PresynapticUnits(
             numbers, self._numbers.classes(numbers), signed, remark, sources, is_free & (not remark), returns
         )
 
-    def judged(self, name: str) -> Orientation:
+    def deciding(self, name: str) -> Orientation:
         """The uses of a weight that decide on its signs: those that read units, if others read tokens or inputs."""
-        return next(iter(self._deciding(name)), self.units.orientations[name][0])
+        return next(iter(self._of_units(name)), self.units.orientations[name][0])
 
-    def _deciding(self, name: str) -> list[Orientation]:
+    def _of_units(self, name: str) -> list[Orientation]:
         many = self.units.orientations[name]
         if len(many) == 1:
             return many
@@ -123,10 +123,8 @@ class Readings:
             return torch.zeros(0, dtype=torch.int64)
         own = self.units.own(name, orientation)
         found = torch.full((len(own),), -1)
-        if (
-            rows is None or sum(len(o.reads) for o in self.units.orientations[name]) < 2
-        ):  # what is used once comes before what it makes
-            return found
+        if rows is None or sum(len(o.reads) for o in self.units.orientations[name]) < 2:
+            return found  # what is used once comes before what it makes
         positions = torch.arange(len(rows))[:, None].expand_as(rows).flatten()
         for part in self._numbers.parts_of(rows.flatten()) if len(own) else ():
             is_own = (part >= own[0]) & (part <= own[-1])
@@ -135,7 +133,7 @@ class Readings:
 
     def _why_not_judged(self, name: str, orientation: Orientation, rows: Tensor | None) -> str:
         first = orientation.reads[0]
-        deciding = self._deciding(name)
+        deciding = self._of_units(name)
         remark = next((r.form.remark for o in deciding for r in o.reads if r.form.remark), "")
         if len(deciding) > 1:
             kinds = ", ".join(dict.fromkeys(f"{o.reads[0].operation.called} ({o.axes})" for o in deciding))
@@ -164,7 +162,7 @@ class Readings:
             )
         return ""
 
-    def _why_rows_act(self, read: Read) -> str:
+    def _why_rows_act(self, read: WeightRead) -> str:
         """Why rows that inputs look up act on units as weights; empty if they are activity, as in an embedding."""
         if len(read.weight.shape) < 3:
             return ""

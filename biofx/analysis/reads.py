@@ -58,7 +58,7 @@ class Mixture:
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
+class WeightRead:
     """One operator that reads a form as its weight.
 
     Attributes:
@@ -217,7 +217,7 @@ def form_of_parameter(value: Value, known: tuple[Tensor, ...] | None) -> Form:
     return Form(value, tuple(value.shape), tuple(axis.expand(value.shape) for axis in axes))
 
 
-def read_of(operation: Operation, found: Mapping[Value, Form | Mixture]) -> Read | None:
+def read_of(operation: Operation, found: Mapping[Value, Form | Mixture]) -> WeightRead | None:
     """How an operator reads a form, or what is computed from parameters in another way, as its weight."""
     for name, source, equation in _ways(operation):
         weight = operation.argument(name)
@@ -283,7 +283,9 @@ def _words(text: str, rank: int) -> list[str]:
     return [axis for word in words for axis in (["*"] * (rank - len(words) + 1) if word == "*" else [word])]
 
 
-def _read(operation: Operation, weight: Value, known: Form | Mixture, source: Value | None, equation: str) -> Read:
+def _read(
+    operation: Operation, weight: Value, known: Form | Mixture, source: Value | None, equation: str
+) -> WeightRead:
     form = known if isinstance(known, Form) else form_of_parameter(weight, None)
     given, _, returned = equation.partition("->")
     first, *activities = given.split(",")
@@ -302,7 +304,7 @@ def _read(operation: Operation, weight: Value, known: Form | Mixture, source: Va
             i - len(words) for i, word in enumerate(words) if not set(letters).isdisjoint(word) and word != "*"
         )
 
-    return Read(
+    return WeightRead(
         operation, weight, form, tuple(lengths), tuple(parts),
         roles=tuple((x in "".join(activities) and x != "*", x in returned and x != "*") for x in letters),
         source=source,

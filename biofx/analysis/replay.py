@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from biofx.analysis.reads import Form, Read, bias_of
+from biofx.analysis.reads import Form, WeightRead, bias_of
 from biofx.base.torch_internals import pytree
 from biofx.recording.operations import Recording, Value
 from biofx.recording.recorder import Recorder
@@ -29,7 +29,7 @@ class PendingRead:
         net_input: what it would return without its bias, given another weight in the shape of the parameter.
     """
 
-    read: Read
+    read: WeightRead
     source: Tensor
     net_input: Callable[[Tensor], Tensor]
 
@@ -41,7 +41,7 @@ Visitor = Callable[[PendingRead], Tensor | None]
 class Replay(Recorder):
     """Runs a model again on inputs on which it was recorded."""
 
-    def __init__(self, recording: Recording, forms: Forms, seen: Mapping[Read, Visitor]) -> None:
+    def __init__(self, recording: Recording, forms: Forms, seen: Mapping[WeightRead, Visitor]) -> None:
         super().__init__()
         self._seen = {recording.operations.index(read.operation): (read, see) for read, see in seen.items()}
         self._ways = {read: _way(read, forms) for read in seen}
@@ -90,7 +90,7 @@ class Replay(Recorder):
         now = [self.value(leaf).index if isinstance(leaf, Tensor) else None for leaf in given]
         return now == [leaf.index if isinstance(leaf, Value) else None for leaf in recorded]
 
-    def _laid_out(self, read: Read, weight: Tensor) -> Tensor:
+    def _laid_out(self, read: WeightRead, weight: Tensor) -> Tensor:
         """A weight in the shape of the parameter as an operator reads it."""
         tensors = {**self._tensors, read.parameter.index: weight}
         for made in self._ways[read]:
@@ -102,7 +102,7 @@ class Replay(Recorder):
         return tensors[read.weight.index]
 
 
-def _way(read: Read, forms: Forms) -> list[Value]:
+def _way(read: WeightRead, forms: Forms) -> list[Value]:
     """The tensors that are computed from a parameter, up to the one that is read as its weight."""
     way: list[Value] = []
     made = read.weight

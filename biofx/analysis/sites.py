@@ -15,8 +15,8 @@ from biofx.base.gains import decoded
 from biofx.model.chain import chain, parameter_nodes
 from biofx.model.changes import transformed
 from biofx.model.control_flow import control_flow_of, describe_control_flow
+from biofx.model.gradient_hooks import counter_of, is_hook
 from biofx.model.islands import describe_island, island_path
-from biofx.model.operators import counter_of, is_hook
 from biofx.model.provenance import inserted, record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import Link, Synapses, is_parameter, stored, synapses_of
@@ -49,6 +49,11 @@ class Call:
     def bias(self) -> fx.Node | None:
         """The node that holds or computes the bias, if there is one."""
         return self.node.all_input_nodes[self.use.bias] if self.use.bias is not None and self.use.bias >= 0 else None
+
+    @property
+    def computes_bias(self) -> bool:
+        """Whether the node adds a bias that it computes itself, so that no other node holds it."""
+        return self.use.bias is not None and self.bias is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +98,11 @@ class WeightSite:
         return tuple(dict.fromkeys((*(call.node for call in self.calls), *self.inside)))
 
     @property
+    def biases(self) -> tuple[fx.Node, ...]:
+        """The nodes that hold or compute the biases of its operators."""
+        return tuple(dict.fromkeys(bias for call in self.calls if (bias := call.bias) is not None))
+
+    @property
     def readers(self) -> tuple[fx.Node, ...]:
         """The nodes that read the stored parameter."""
         return () if self.node is None else tuple(self.node.users)
@@ -128,34 +138,34 @@ class WeightSite:
         return not is_parameter(self.bio, self.name)
 
     @property
-    def learning(self) -> Synapses | None:
+    def child(self) -> Synapses | None:
         """What holds the stored parameter, its links and their state; None if no pass changed the weight."""
         return synapses_of(self.bio, self.name)
 
     @property
     def known_synapses(self) -> Synapses:
         """The same, for a weight that a pass changed."""
-        synapses = self.learning
+        synapses = self.child
         assert synapses is not None, f"{self.name} has no synapses"
         return synapses
 
     @property
     def links(self) -> tuple[Link, ...]:
         """The steps from what is stored to the weight."""
-        return () if self.learning is None else self.learning.links
+        return () if self.child is None else self.child.links
 
     def synaptic(self) -> Tensor:
         """Weight of every synapse, in the shape of `raw`: the stored one under its sign constraint, differentiable."""
-        return self.raw if self.learning is None else self.learning(until=Slot.SIGN)
+        return self.raw if self.child is None else self.child(until=Slot.SIGN)
 
     def direct(self) -> Tensor:
         """What presynaptic units contribute themselves: the effective weight without that of interneurons."""
-        return self.raw if self.learning is None else self.learning(until=Slot.SUM)
+        return self.raw if self.child is None else self.child(until=Slot.SUM)
 
     @property
     def has_interneurons(self) -> bool:
         """Whether presynaptic units inhibit through interneurons."""
-        return self.learning is not None and self.learning.has_interneurons
+        return self.child is not None and self.child.has_interneurons
 
     def effective(self) -> Tensor:
         """What takes the parameter's place in the original model, differentiable in `raw`.
@@ -163,7 +173,7 @@ class WeightSite:
         That is what the operator receives, unless the original model itself transposes, casts or scales the parameter
         on the way.
         """
-        return self.raw if self.learning is None else self.learning()
+        return self.raw if self.child is None else self.child()
 
     @property
     def gain(self) -> Tensor | None:
@@ -216,7 +226,7 @@ class WeightSite:
     @property
     def is_split(self) -> bool:
         """Whether `raw` has a leading axis of synapses."""
-        return self.learning is not None and self.learning.is_split
+        return self.child is not None and self.child.is_split
 
     @property
     def shape(self) -> torch.Size:
@@ -334,7 +344,7 @@ class WeightSite:
 
     def state(self, key: str) -> Tensor | None:
         """State that a pass keeps for this weight, or None."""
-        synapses = self.learning
+        synapses = self.child
         return None if synapses is None else synapses.state(key)
 
 

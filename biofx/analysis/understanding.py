@@ -17,7 +17,7 @@ from biofx.analysis.activity import Activity
 from biofx.analysis.flow import Flow
 from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import annotate, as_recorded_graph, shown
-from biofx.analysis.readings import Reading, Readings
+from biofx.analysis.readings import PresynapticUnits, UnitReadings
 from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.errors import ArgumentError
 from biofx.base.isolation import is_function, parameters_kept, refuse_misfit, split_inputs, undisturbed
@@ -30,13 +30,12 @@ from biofx.recording import inputs as guesses
 from biofx.recording.catalog import Kind
 from biofx.recording.questions import Questions
 from biofx.recording.recorder import Recorder, recording_of
-from biofx.weights.declared import declared
+from biofx.weights.declared import declared, why_unfit
 from biofx.weights.facts import NOT_A_SYNAPSE, Need, WeightFacts
-from biofx.weights.fitness import why_unfit
 
 if TYPE_CHECKING:
     from biofx.analysis.numbers import Population
-    from biofx.analysis.reads import Read
+    from biofx.analysis.reads import WeightRead
     from biofx.recording.operations import Operation, Recording
 
 NOT_USED = "not used in forward"
@@ -65,7 +64,7 @@ class UnitFacts:
     populations: tuple[Population, ...]
     owner: Tensor
     classes: Tensor
-    readings: dict[str, Reading]
+    readings: dict[str, PresynapticUnits]
     scales: dict[str, set[str]]
     others: dict[str, str]
     acting: frozenset[str]
@@ -89,7 +88,7 @@ class Understanding(UnitFacts):
 
     recording: Recording
     forms: Forms
-    unit_readings: Readings
+    unit_readings: UnitReadings
     flow: Flow
     weights: dict[str, WeightFacts]
     run: Run
@@ -161,7 +160,8 @@ def recorded(model: nn.Module, run: Run) -> Recording:
         except ArgumentError:
             raise
         except Exception as error:
-            raise ArgumentError(_failure(model, recorder, error)) from error
+            where = f", at {recorder.failed}" if recorder.failed else ""
+            raise ArgumentError(f"{type(model).__name__} fails on example_inputs{where}: {error}") from error
         if recorder.has_unused():
             recording = recorder.recording
             # Nodes keep what they computed in evaluation mode; the run in training mode only adds operators.
@@ -206,11 +206,6 @@ def _try_in_training(model: nn.Module, run: Run) -> None:
         run(model)
 
 
-def _failure(model: nn.Module, recorder: Recorder, error: Exception) -> str:
-    where = f", at {recorder.failed}" if recorder.failed else ""
-    return f"{type(model).__name__} fails on example_inputs{where}: {error}"
-
-
 def _as_graph(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContextManager[None]:
     if is_transformed(model):
         assert isinstance(model, fx.GraphModule)
@@ -221,19 +216,15 @@ def _as_graph(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContex
 # --- reading it off ----------------------------------------------------------------------------------------------
 
 
+@fixed_defaults()
 def read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
     """What a recording shows about a model."""
-    with fixed_defaults():
-        return _read_off(model, recording, run, words)
-
-
-def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> Understanding:
     activity = Activity(recording)
     forms = Forms(recording, lambda value: not activity.of(value))
-    unit_readings = Readings(recording, UnitAnalysis(recording, forms), activity)
+    unit_readings = UnitReadings(recording, UnitAnalysis(recording, forms), activity)
     flow = Flow(recording, forms)
     parameters = dict(stored_parameters(model))
-    reads: dict[str, list[Read]] = {name: [] for name in parameters}
+    reads: dict[str, list[WeightRead]] = {name: [] for name in parameters}
     for read in forms.reads:
         reads[read.parameter.name].append(read)
     weights: dict[str, WeightFacts] = {}
@@ -271,7 +262,7 @@ def _read_off(model: nn.Module, recording: Recording, run: Run, words: str) -> U
     )
 
 
-def _acts(name: str, forms: Forms, unit_readings: Readings) -> bool:
+def _acts(name: str, forms: Forms, unit_readings: UnitReadings) -> bool:
     """Whether an operator that multiplies units by a parameter, or is not known, reads it."""
     sources = [r.source for r in (*forms.reads, *forms.computed) if name in r.names and r.source is not None]
     unknown = (use.operation for use in forms.users.get(name, ()) if use.operation.kind is Kind.UNKNOWN)
@@ -292,13 +283,13 @@ def _why_not_used(model: nn.Module, name: str) -> str:
     return NOT_USED
 
 
-def _facts(name: str, forms: Forms, reads: list[Read], readings: Readings, flow: Flow) -> WeightFacts:
+def _facts(name: str, forms: Forms, reads: list[WeightRead], readings: UnitReadings, flow: Flow) -> WeightFacts:
     depth, is_output = flow.depth.get(name, 0.0), name in flow.outputs
     if not reads:
         reason, operation = forms.mixed[name]
         return WeightFacts(shown(operation), 1, None, {Need.AXES: reason}, False, 1, None, depth, is_output)
     mixed = forms.mixed.get(name)
-    orientation, reading = readings.judged(name), readings.of(name)
+    orientation, reading = readings.deciding(name), readings.of(name)
     axes = orientation.axes if not mixed and not _differ(readings, name) else None
     unmet = {
         Need.AXES: _lost_axes(name, readings, reads) if axes is None else "",
@@ -318,13 +309,13 @@ def _facts(name: str, forms: Forms, reads: list[Read], readings: Readings, flow:
     )
 
 
-def _differ(readings: Readings, name: str) -> bool:
+def _differ(readings: UnitReadings, name: str) -> bool:
     """Whether uses of a weight need different axes, and it is not known which of them decide."""
     many = readings.units.orientations[name]
     return len(many) > 1 and (bool(readings.of(name).remark) or any(o.axes is None for o in many))
 
 
-def _lost_axes(name: str, readings: Readings, reads: list[Read]) -> str:
+def _lost_axes(name: str, readings: UnitReadings, reads: list[WeightRead]) -> str:
     many = readings.units.orientations[name]
     if len(many) > 1:
         kinds = dict.fromkeys(f"{shown(o.reads[0].operation)} ({o.axes})" for o in many)
@@ -333,7 +324,7 @@ def _lost_axes(name: str, readings: Readings, reads: list[Read]) -> str:
 
 
 def _why_no_weight(
-    name: str, parameter: nn.Parameter, recording: Recording, forms: Forms, reads: list[Read]
+    name: str, parameter: nn.Parameter, recording: Recording, forms: Forms, reads: list[WeightRead]
 ) -> str | None:
     """Why a parameter is not made of synapses, or None if it is."""
     is_used = bool(reads) or (name in forms.mixed and max(parameter.shape, default=1) < parameter.numel())
@@ -407,12 +398,7 @@ def _notes(recording: Recording) -> Iterator[str]:
 
 
 def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
-    """Keep the facts of weights with a captured model, and how nodes of its graph use them.
-
-    Args:
-        bio: the captured model.
-        understood: what a run showed about the model; None if it could not be run.
-    """
+    """Keep what a run showed of a model's weights with the captured model, and how nodes of its graph use them."""
     record = record_of(bio)
     if understood is None:
         if not record.weights:  # otherwise they are known from an earlier transform
@@ -427,10 +413,10 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
             record.others[name] = reason
     if is_one_island(bio):  # one node uses all of them
         return
-    recording = understood.recording
+    recording, forms = understood.recording, understood.forms
     if not recording.nodes:  # the model ran before it was captured; its graph tells which node called which operator
         recording = recorded(bio, understood.run)
     with fixed_defaults():
-        activity = Activity(recording)
-        forms = Forms(recording, lambda value: not activity.of(value))
+        if recording is not understood.recording:
+            forms = Forms(recording, lambda value: True)  # the remarks on forms are those of the first run
         annotate(bio, recording, forms, record.weights)

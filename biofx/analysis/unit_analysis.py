@@ -12,7 +12,7 @@ from torch import Tensor
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
 from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
-from biofx.analysis.reads import Read
+from biofx.analysis.reads import WeightRead
 from biofx.analysis.rules import Rules, nobody
 from biofx.recording.catalog import Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
@@ -34,7 +34,7 @@ class Orientation:
     """
 
     axes: Axes | None
-    reads: list[Read] = field(default_factory=list)
+    reads: list[WeightRead] = field(default_factory=list)
 
 
 class UnitAnalysis:
@@ -58,17 +58,16 @@ class UnitAnalysis:
         self._recording = recording
         self._forms = forms
         self._held: dict[Value, Tensor] = {}  # numbers of tensors that are not views
-        self._views: dict[
-            Operation, tuple[Tensor, int, list[Tensor]]
-        ] = {}  # of all outputs of an operator that makes views
+        # Numbers of all outputs of an operator that makes views, with the tensor below and its version.
+        self._views: dict[Operation, tuple[Tensor, int, list[Tensor]]] = {}
         self._reads = {read.operation: read for read in (*forms.reads, *forms.computed)}
         self._place = {operation: index for index, operation in enumerate(recording.operations)}
         self._rows: dict[Orientation, Tensor | None] = {}  # of this pass
-        self._units_of: dict[Read, Tensor] = {}
+        self._units_of: dict[WeightRead, Tensor] = {}
         self._positions: dict[Any, Tensor] = {}  # of a weight's units in its uses, which layers of one shape share
         self.orientations = self._oriented()
         self._of_read = {read: o for many in self.orientations.values() for o in many for read in o.reads}
-        self.columns: dict[Read, Tensor] = {}
+        self.columns: dict[WeightRead, Tensor] = {}
         self._rules = Rules(self.numbers, self._of, self._place)
         self._of_network = self._touched_by_weights()
         self._wanted = self._leading_to_weights()
@@ -179,7 +178,7 @@ class UnitAnalysis:
         for read in orientation.reads:
             columns = self.columns[read]
             placed = torch.zeros(axes.presynaptic_units, columns.shape[1], dtype=torch.int64)
-            placed[self._places(read, axes, Read.presynaptic_positions)] = columns
+            placed[self._places(read, axes, WeightRead.presynaptic_positions)] = columns
             rows.setdefault(placed.numpy().tobytes(), placed)
         return torch.cat(list(rows.values()), 1)
 
@@ -262,7 +261,7 @@ class UnitAnalysis:
 
     # --- operators -----------------------------------------------------------------------------------------------
 
-    def _after(self, operation: Operation, read: Read | None) -> list[Tensor]:
+    def _after(self, operation: Operation, read: WeightRead | None) -> list[Tensor]:
         """The unit numbers of what an operator returns."""
         outputs = operation.outputs
         if read is not None:
@@ -301,7 +300,7 @@ class UnitAnalysis:
 
     # --- weights -------------------------------------------------------------------------------------------------
 
-    def _read_columns(self, read: Read) -> Tensor:
+    def _read_columns(self, read: WeightRead) -> Tensor:
         """The units that a use multiplies by each of its columns, shape (positions, units), without repetitions."""
         if read.source is None:
             return torch.zeros(read.count(0), 1, dtype=torch.int64)
@@ -320,25 +319,25 @@ class UnitAnalysis:
             columns = different_columns(columns)
         return columns
 
-    def _postsynaptic(self, read: Read, value: Value, index: int) -> Tensor:
+    def _postsynaptic(self, read: WeightRead, value: Value, index: int) -> Tensor:
         """The units that an operator on weights returns."""
         if value is not read.output:
             return nobody(value.shape) if not value.is_activity else self._unknown(read.operation, value, index)
         return read.placed(self.units_of(read))
 
-    def units_of(self, read: Read) -> Tensor:
+    def units_of(self, read: WeightRead) -> Tensor:
         """The numbers of the postsynaptic units of a use, in order; the same in each pass."""
         if read not in self._units_of:
             self._units_of[read] = self._numbered(read)
         return self._units_of[read]
 
-    def _numbered(self, read: Read) -> Tensor:
+    def _numbered(self, read: WeightRead) -> Tensor:
         orientation = self._of_read.get(read)
         if orientation is None or orientation.axes is None:  # each of its uses has units of its own
             name = read.parameter.name if orientation is not None else ", ".join(read.names)
             return self.numbers.numbers_for(("use", self._place[read.operation]), name, "weight", read.count(1))
         own = self.own(read.parameter.name, orientation)
-        return own[self._places(read, orientation.axes, Read.postsynaptic_positions)]
+        return own[self._places(read, orientation.axes, WeightRead.postsynaptic_positions)]
 
     def own(self, name: str, orientation: Orientation) -> Tensor:
         """The numbers of the postsynaptic units that a weight has by the uses that agree on its axes."""
@@ -346,7 +345,7 @@ class UnitAnalysis:
         maker = ("weight", name, self.orientations[name].index(orientation))
         return self.numbers.numbers_for(maker, name, "weight", orientation.axes.units)
 
-    def _places(self, read: Read, axes: Axes, side: Callable[[Read, Axes], Tensor]) -> Tensor:
+    def _places(self, read: WeightRead, axes: Axes, side: Callable[[WeightRead, Axes], Tensor]) -> Tensor:
         """The parameter's unit at each position of a use, on one side."""
         key = side, axes, read.layout
         if key not in self._positions:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.analysis.numbers import NOBODY, Population
-from biofx.analysis.readings import Reading
+from biofx.analysis.readings import PresynapticUnits
 from biofx.analysis.sites import WeightSite, find_weights
 from biofx.analysis.understanding import Understanding, UnitFacts, understand
 from biofx.base.errors import ArgumentError, NotJudgedError
@@ -20,7 +20,7 @@ from biofx.model.changes import transformed
 from biofx.model.provenance import is_transformed, without_wrappers
 from biofx.weights.facts import NOT_RUN, Need
 
-__all__ = ["NOBODY", "Population", "Reading", "Units", "Verdict", "units"]
+__all__ = ["NOBODY", "Population", "PresynapticUnits", "Units", "Verdict", "units"]
 
 EFFECTS = ("silent", "excites", "inhibits", "mixed", "not judged")  # what the outgoing weights of a unit do
 HEADERS = ("weight", "operator", "positions", "presynaptic units", "activity", "note")

@@ -62,7 +62,7 @@ class _Wiring:
         self._unread = unread
         self._numbers = self._unit_readings.units.numbers
         units = self._unit_readings.units
-        self._own = {n: units.own(n, self._unit_readings.judged(n)) for n in understood.readings if n not in fixed}
+        self._own = {n: units.own(n, self._unit_readings.deciding(n)) for n in understood.readings if n not in fixed}
         self._parts = {name: self._parts_of(name) for name in understood.readings if name not in unread}
         self._origins = [population.origin for population in self._numbers.populations]
         self._feeds = {name: self._feeders(parts) for name, parts in self._parts.items()}
@@ -85,7 +85,7 @@ class _Wiring:
 
     def _parts_of(self, name: str) -> Tensor:
         """The base units at each position of a weight, shape (positions, units); nobody where there are no more."""
-        rows = self._unit_readings.units.rows(self._unit_readings.judged(name))
+        rows = self._unit_readings.units.rows(self._unit_readings.deciding(name))
         if rows is None:  # it reads tokens
             return torch.zeros(0, 1, dtype=torch.int64)
         parts = self._numbers.parts_of(rows.flatten())
@@ -178,8 +178,7 @@ class _Wiring:
 def _spread(parts: Tensor) -> Tensor:
     """The units that act at several positions of a weight, each time with other units, as broadcast units do.
 
-    Args:
-        parts: the units at each position of a weight, shape (positions, units at a position).
+    `parts` has the units at each position, shape (positions, units at a position).
     """
     row_of = parts.sort(1).values.unique(dim=0, return_inverse=True)[1]
     pairs = torch.stack([parts, row_of[:, None].expand_as(parts)]).flatten(1).T.unique(dim=0)

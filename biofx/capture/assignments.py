@@ -12,13 +12,7 @@ from biofx.model.islands import WHOLE_MODEL
 
 @fx.node.has_side_effect
 def assign_attribute(module: nn.Module, name: str, value: Any) -> None:
-    """Set an attribute of a module. One node in the graph.
-
-    Args:
-        module: the module.
-        name: the attribute's name.
-        value: the new value.
-    """
+    """Set an attribute of a module. One node in the graph."""
     tracer = next((leaf.tracer for leaf in pytree.tree_leaves(value) if isinstance(leaf, fx.Proxy)), None)
     if tracer is None:
         setattr(module, name, value)
@@ -29,13 +23,6 @@ def assign_attribute(module: nn.Module, name: str, value: Any) -> None:
 
 
 def add_assignment(tracer: fx.proxy.TracerBase, path: str, name: str, value: Any) -> fx.Node:
-    """Add a node that sets an attribute.
-
-    Args:
-        tracer: the tracer of the graph.
-        path: the path of the module; empty for the model itself.
-        name: the attribute's name.
-        value: the new value, of nodes and constants.
-    """
+    """Add a node that sets an attribute of the module at a path, to a value of nodes and constants."""
     module = tracer.create_node("get_attr", path or WHOLE_MODEL, (), {})
     return tracer.create_node("call_function", assign_attribute, (module, name, value), {})

@@ -24,9 +24,10 @@ from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
 from biofx.model.changes import transformed
 from biofx.model.checkpoints import METADATA_KEY, converted_checkpoint, other_option, passes_of
+from biofx.model.definitions import written_name
+from biofx.model.fingerprint import fingerprint
 from biofx.model.forgotten_attach import warn_if_unattached
 from biofx.model.islands import GUARD, ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
-from biofx.model.operators import written_name
 from biofx.model.owners import (
     HasSynapses,
     children_of,
@@ -35,7 +36,7 @@ from biofx.model.owners import (
     refresh_flat_weights,
     set_class,
 )
-from biofx.model.provenance import RECORD, is_transformed, record_of
+from biofx.model.provenance import RECORD, Record, is_transformed, record_of
 from biofx.model.synapses import observers_in
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
@@ -172,7 +173,9 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         if not (is_transformed(self) or "biofx" in imports or any(isinstance(m, HelperModule) for m in self.modules())):
             # It is folded and contains nothing of biofx, so it loads as a plain graph where biofx is not installed.
             attributes = {n: x for n, x in attributes.items() if n not in ("_tracer_cls", GUARD, ORIGINAL_HOOKS)}
-            return reduce_graph_module, (_without_hooks(attributes), imports), attributes
+            # Hooks may refer to the model.
+            hooks: dict[str, Any] = {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
+            return reduce_graph_module, (attributes | hooks, imports), attributes
         attributes["_code"] = _OPERATOR.sub(lambda found: written_name(found[0]), attributes["_code"])
         return _empty, (type(self).__name__, _model_class(self)), (attributes, imports, *_origins(self.graph))
 
@@ -191,13 +194,13 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         update_chains(self)  # the pickled model may have been attached to an optimizer
 
 
-def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) -> CapturedModule:
-    """Create a captured model; it shares the submodules, tensors and attributes of `model`.
+def captured(
+    model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any], *, is_one_island: bool = False
+) -> CapturedModule:
+    """Create a captured model with its record; it shares the submodules, tensors and attributes of `model`.
 
-    Args:
-        model: the model.
-        graph: the graph.
-        is_one_island: whether the graph calls the model's own forward.
+    It gets the constants of forward, which the graph reads, as buffers. The graph of a model that is one island calls
+    the model's own forward.
 
     Raises:
         CaptureError: the class of the model does not allow subclasses.
@@ -206,16 +209,14 @@ def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) 
     _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_one_island else {}), graph)
     _bind_hooks(module, model)
     repoint(module, {id(model): module})
+    for name, constant in constants.items():
+        module.register_buffer(name, constant, persistent=False)
+    vars(module)[RECORD] = Record(model, fingerprint(module), constants)
     return module
 
 
 def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
-    """Create a model of the original class; it shares the submodules and tensors of `bio`.
-
-    Args:
-        bio: the captured model.
-        model_class: the original class.
-    """
+    """Create a model of the original class; it shares the submodules and tensors of `bio`."""
     model: nn.Module = object.__new__(model_class)
     vars(model).update(_kept(bio))
     vars(model).pop(ORIGINAL_CLASS, None)
@@ -274,7 +275,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         guard = vars(self).get(GUARD)
-        if _is_traced(args, kwargs):
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):  # it is traced again
             return forward(self, *args, **kwargs)
         if guard is None or "_is_replica" in vars(self):
             with nullcontext() if torch.compiler.is_compiling() else weight_cache.caching():
@@ -283,7 +284,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             if record_of(self).asked:
                 return _uncompiled(self, args, kwargs)
             follows = guard.compiles_graph and guard.replaced(self) is None
-            follows = follows and (guard.needs_graph or guard.still_holds is None or guard.still_holds())
+            follows = follows and (guard.needs is not None or guard.still_holds is None or guard.still_holds())
             if not follows and guard.widened_by is not None:
                 return _uncompiled(self, args, kwargs)  # which says what is not followed
             return (forward if follows else type(self).original_forward)(self, *args, **kwargs)
@@ -294,17 +295,13 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
                 try:
                     return forward(self, *args, **kwargs)
                 except InputError:  # checks of inputs come first in a graph, so nothing has changed yet
-                    if guard.needs_graph or guard.widened_by is not None:
+                    if guard.needs is not None or guard.widened_by is not None:
                         raise
             return self.original_forward(*args, **kwargs)
 
     # torch.compile limits recompilations per code object, so each model needs a code object of its own.
     own = FunctionType(guarded.__code__.replace(), guarded.__globals__, closure=guarded.__closure__)
     return functools.wraps(forward)(own)
-
-
-def _is_traced(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
 
 
 def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
@@ -387,11 +384,6 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
     refresh_flat_weights(module)
     install_weight_properties(module)
     warn_if_unattached(module)
-
-
-def _without_hooks(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Replace hooks, which may refer to the model, by none."""
-    return attributes | {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:

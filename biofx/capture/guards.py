@@ -95,6 +95,7 @@ class Guard:
         structures: the structures of the arguments on which it was checked; None for any.
 
     Attributes:
+        needs: why the model's Python cannot replace the graph; None if it can.
         compiles_graph: whether torch.compile gets the graph: it was checked, or a pass needs it.
         widened_by: the pass that changed the units of the model, or None. What the model's Python computes with these
             units is known of the run that was checked: of other ways through it, nothing is.
@@ -106,7 +107,7 @@ class Guard:
         self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around), *_only_looked_at(bio)]))
         self.structures = structures
         self._assigned = {
-            (_target(node.args[0]), str(node.args[1]))
+            ("" if node.args[0].target == WHOLE_MODEL else str(node.args[0].target), str(node.args[1]))
             for node in bio.graph.nodes
             if node.op == "call_function" and node.target is assign_attribute
         }
@@ -119,16 +120,6 @@ class Guard:
         self._tensors: list[_WatchedTensor] | None = None
         self._tensors_of(bio)
         self.watch(bio)
-
-    @property
-    def reason(self) -> str | None:
-        """Why the model's Python cannot replace the graph; None if it can."""
-        return self._needs
-
-    @property
-    def needs_graph(self) -> bool:
-        """Whether the model's Python cannot replace the graph."""
-        return self._needs is not None
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle cannot save generated functions; what is unpickled takes those that it finds.
@@ -155,10 +146,10 @@ class Guard:
 
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
-        self._needs = reason_for_graph(bio)
+        self.needs = reason_for_graph(bio)
         doubling = (run.pass_.name for run in record_of(bio).passes if run.pass_.changes_units and run.weights)
         self.widened_by: str | None = next(doubling, None)
-        self.compiles_graph = self._needs is not None or self.structures is None or bool(self.structures)
+        self.compiles_graph = self.needs is not None or self.structures is None or bool(self.structures)
         self._held: _LastComparison | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
@@ -179,8 +170,8 @@ class Guard:
         for path in self._owners:
             for key in replaced_weights(bio.get_submodule(path)):
                 name = f"{path}.{key}".lstrip(".")
-                if self._needs is not None:
-                    raise _not_followed(f"{name} was replaced", self._needs)
+                if self.needs is not None:
+                    raise _not_followed(f"{name} was replaced", self.needs)
                 return name
         return None
 
@@ -196,9 +187,9 @@ class Guard:
         for owner, helper in self._helpers_of(bio):
             if helper.training is not owner.training:  # which was set as an attribute
                 helper.train(owner.training)
-        if self._needs is not None:
+        if self.needs is not None:
             if changed is not None:
-                raise _not_followed(changed.what, self._needs)
+                raise _not_followed(changed.what, self.needs)
             return True
         if changed is None and self._wrote_tensors(bio):
             changed = _Change("a tensor in an attribute, or outside of the model, was written into")
@@ -276,7 +267,7 @@ class Guard:
             for key in replaced_weights(module):
                 return _Change(f"{path}.{key}".lstrip(".") + " was replaced", same_way=True)
             for name, value in self._saved[path].items():
-                if not _is_same(self._now(module, name), value):
+                if not _is_same(_compared(module, name), value):
                     is_hook, whole = name in HOOKS, f"{path}.{name}".lstrip(".")
                     return _Change(f"{path or 'the model'} got hooks" if is_hook else f"{whole} changed", is_hook)
         if self._forwards is None:
@@ -317,20 +308,10 @@ class Guard:
         return OutsideVariables(modules, frozenset(self._assigned))
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
-        kept = {name: _noted(value) for name, value in attributes_of(module) if (path, name) not in self._assigned}
-        # Those of the model itself run around its forward, whether that is the graph or the Python.
-        hooks = {name: [*getattr(module, name).values()] for name in HOOKS if path}
-        forward = {"forward": vars(module).get("forward")}
-        filled = {name: _filled(module, name) for name in _OF_TENSORS}
-        return {**kept, **hooks, **forward, **filled, "_modules": dict(module._modules)}
-
-    def _now(self, module: nn.Module, name: str) -> Any:
-        if name in HOOKS:
-            return [*getattr(module, name).values()]
-        if name in _OF_TENSORS:
-            return _filled(module, name)
-        value = vars(module).get(name)
-        return value if name == "_modules" else _noted(value)
+        own = [name for name, _ in attributes_of(module) if (path, name) not in self._assigned]
+        # Hooks of the model itself run around its forward, whether that is the graph or the Python.
+        names = (*own, *(HOOKS if path else ()), "forward", *_OF_TENSORS, "_modules")
+        return {name: _compared(module, name) for name in names}
 
 
 def _not_followed(changed: str, needs: str) -> CaptureError:
@@ -342,10 +323,6 @@ def _not_followed(changed: str, needs: str) -> CaptureError:
 
 def _forward_of(module: nn.Module) -> Any:
     return type(module).forward
-
-
-def _target(node: Any) -> str:
-    return "" if node.target == WHOLE_MODEL else str(node.target)
 
 
 def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:
@@ -368,13 +345,15 @@ def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
             yield path
 
 
-def _filled(module: nn.Module, registry: str) -> dict[str, bool]:
-    """Which of a module's parameters or buffers exist, and which are None, like weights with synapses."""
-    return {name: tensor is not None for name, tensor in getattr(module, registry).items()}
-
-
-def _noted(value: Any) -> Any:
-    """Return what is compared of an attribute: its contents if it has any, otherwise the object itself."""
+def _compared(module: nn.Module, name: str) -> Any:
+    """What is compared of an attribute: its contents if it has any, otherwise the object itself."""
+    if name in HOOKS:
+        return [*getattr(module, name).values()]
+    if name in _OF_TENSORS:  # which of them exist, and which are None, like weights with synapses
+        return {key: tensor is not None for key, tensor in getattr(module, name).items()}
+    if name == "_modules":
+        return dict(module._modules)
+    value = vars(module).get(name)
     return contents_key(value) if is_holder(value) else value
 
 

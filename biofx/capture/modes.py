@@ -11,30 +11,22 @@ from torch import fx, nn
 
 from biofx.capture.tracer import HelperModule, NotTraceable, unused_name
 from biofx.capture.tracing import Trace, is_same, trace
+from biofx.model.chain import modules_around
+from biofx.model.control_flow import ControlFlow
 
 
-class ModeConstant(HelperModule):
-    """Returns one of two constants, depending on its mode; without it, the graph would contain that of the trace."""
+class ModeSelect(HelperModule, ControlFlow):
+    """Returns one of two values, depending on the mode; without it, the graph would contain that of the trace."""
 
-    def __init__(self, train: Any, eval: Any) -> None:  # noqa: A002 - the two modes are called train and eval
-        super().__init__()
-        for name, value in (("in_training", train), ("in_evaluation", eval)):
-            if isinstance(value, torch.Tensor):
-                self.register_buffer(name, value, persistent=False)
-            else:
-                setattr(self, name, value)
+    depends_on_mode = True
 
-    def forward(self) -> Any:
-        """Return the constant for the current mode."""
-        return self.in_training if self.training else self.in_evaluation
-
-    def extra_repr(self) -> str:
-        """Both constants."""
-        return f"train={self.in_training!r}, eval={self.in_evaluation!r}"
+    def forward(self, in_training: Any, in_evaluation: Any) -> Any:
+        """Return the value for the current mode."""
+        return in_training if self.training else in_evaluation
 
 
 def trace_modes(model: nn.Module, absent: Collection[str], islands: dict[str, str], synapses: Set[int]) -> Trace:
-    """Return one graph for all modes; it has a `ModeConstant` module where traces in different modes differ.
+    """Return one graph for all modes; it has a `ModeSelect` module where traces in different modes differ.
 
     A model has one mode for each module, so 2ⁿ combinations. Two traces find the constants that depend on a mode. To
     find the module whose mode each depends on, the modules that read their mode are numbered (`_ranks`), and one more
@@ -146,17 +138,16 @@ def _rebuilt(value: Any, parts: list[Any]) -> Any:
 
 
 def _follow_modes(model: nn.Module, traces: list[Trace], ranks: dict[str, int]) -> None:
-    """Replace the constants in which traces differ by `ModeConstant` modules, in the first trace."""
+    """Replace the constants in which traces differ by `ModeSelect` modules, in the first trace."""
     training = traces[0]
 
-    def by_mode(node: fx.Node, values: tuple[Any, ...]) -> fx.Node:
+    def by_mode(node: fx.Node, values: tuple[Any, ...], present: tuple[Any, Any]) -> fx.Node:
         code = sum((not is_equal(values[0], value)) << bit for bit, value in enumerate(values[2:]))
         path = _owner(training.tracer.reads, node, ranks, code)
         owner = model.get_submodule(path)  # whose .train() and .eval() decide
-        child = unused_name(owner, "mode_constant")
-        owner.add_module(child, ModeConstant(values[0], values[1]).train(owner.training))
-        with training.graph.inserting_before(node):
-            return training.graph.call_module(f"{path}.{child}".lstrip("."))
+        child = unused_name(owner, "mode_select")
+        owner.add_module(child, ModeSelect().train(owner.training))
+        return training.graph.call_module(f"{path}.{child}".lstrip("."), present)
 
     def merged(node: fx.Node, values: tuple[Any, ...]) -> Any:
         if isinstance(values[0], fx.Node):
@@ -164,16 +155,23 @@ def _follow_modes(model: nn.Module, traces: list[Trace], ranks: dict[str, int]) 
         if len({_shape(value) for value in values}) == 1 and _parts(values[0]):
             parts = zip(*map(_parts, values), strict=True)
             return _rebuilt(values[0], [merged(node, part) for part in parts])
-        return values[0] if is_equal(values[0], values[1]) else by_mode(node, values)
+        if is_equal(values[0], values[1]):
+            return values[0]
+        with training.graph.inserting_before(node):
+            return by_mode(node, values, (values[0], values[1]))
 
     for nodes in list(zip(*(other.graph.nodes for other in traces), strict=True)):
         node = nodes[0]
         if node.op == "get_attr" and node.target in training.constants:
             values = tuple(other.constants[node.target] for other in traces)
             if not is_equal(values[0], values[1]):
-                node.replace_all_uses_with(by_mode(node, values))
-                training.graph.erase_node(node)
-                del training.constants[node.target]
+                name = f"{node.target}_in_evaluation"
+                training.constants[name] = values[1]
+                with training.graph.inserting_after(node):
+                    other = training.graph.get_attr(name)
+                with training.graph.inserting_after(other):
+                    chosen = by_mode(node, values, (node, other))
+                node.replace_all_uses_with(chosen, delete_user_cb=lambda user, chosen=chosen: user is not chosen)
         node.args = merged(node, tuple(n.args for n in nodes))
         node.kwargs = merged(node, tuple(n.kwargs for n in nodes))
 
@@ -183,7 +181,7 @@ def _owner(reads: dict[str, list[str]], node: fx.Node, ranks: dict[str, int], co
 
     It has the rank `code`, and one of the modules that ran when the node was created read its mode.
     """
-    stack = ["", *(path for path, _ in node.meta.get("nn_module_stack", {}).values())]
+    stack = ["", *modules_around(node)]
     owners = [owner for path in reversed(stack) for owner in reversed(reads.get(path, ()))]
     # If no reader has that rank, the innermost reader decides; without readers, the innermost module.
     return next((owner for owner in owners if ranks[owner] == code), [*owners, stack[-1]][0])

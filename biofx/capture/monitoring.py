@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -41,13 +42,14 @@ def monitored(model: nn.Module, monitor: ForwardMonitor) -> Iterator[Snapshot]:
     Yields:
         A snapshot of the model before the block.
     """
-    with unchanged(model) as before, torch.set_grad_enabled(torch.is_grad_enabled()), _patched(monitor):
+    with unchanged(model) as before, torch.set_grad_enabled(torch.is_grad_enabled()), ExitStack() as stack:
+        for cls, name, value in _notifying(monitor):
+            stack.enter_context(patch.object(cls, name, value, create=True))
         yield before
 
 
-@contextmanager
-def _patched(monitor: ForwardMonitor) -> Iterator[None]:
-    """Patch `nn.Module.training` and the contexts so that they notify a monitor."""
+def _notifying(monitor: ForwardMonitor) -> Iterator[tuple[type, str, Any]]:
+    """What replaces `nn.Module.training` and the methods of contexts, and notifies a monitor."""
     tracing = threading.get_ident()  # other threads may run models at the same time
 
     def read(module: nn.Module) -> bool:
@@ -67,18 +69,7 @@ def _patched(monitor: ForwardMonitor) -> Iterator[None]:
         return call
 
     # `training` is an attribute of instances, but a property of their class takes precedence.
-    patches: dict[tuple[type, str], Any] = {(nn.Module, "training"): property(read, write)}
+    yield nn.Module, "training", property(read, write)
     for cls in CONTEXTS:
-        patches[cls, "__enter__"] = noted(monitor.enter_context, vars(cls)["__enter__"])
-        patches[cls, "__exit__"] = noted(monitor.exit_context, vars(cls)["__exit__"])
-    originals = {(cls, name): vars(cls).get(name) for cls, name in patches}
-    try:
-        for (cls, name), value in patches.items():
-            type.__setattr__(cls, name, value)
-        yield
-    finally:
-        for (cls, name), value in originals.items():
-            if value is None:
-                type.__delattr__(cls, name)
-            else:
-                type.__setattr__(cls, name, value)
+        yield cls, "__enter__", noted(monitor.enter_context, vars(cls)["__enter__"])
+        yield cls, "__exit__", noted(monitor.exit_context, vars(cls)["__exit__"])

@@ -12,12 +12,7 @@ import sys
 import sysconfig
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from types import (
-    CodeType,
-    FunctionType,
-    MappingProxyType,
-    ModuleType,
-)
+from types import CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 from torch import Tensor, fx, nn

@@ -85,9 +85,7 @@ def _check_names(model: nn.Module) -> None:
 def refuse_shared_memory(model: nn.Module, read: Collection[str]) -> None:
     """Refuse trained parameters in the memory of other tensors: they change as one, and the result would separate them.
 
-    Args:
-        model: the model.
-        read: the names of the attributes whose tensors forward reads.
+    Of tensors in attributes, those count whose names are in `read`, because forward reads them.
 
     Raises:
         ArgumentError: says what to do instead.

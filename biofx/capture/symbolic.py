@@ -4,7 +4,7 @@
   feeds a functional operator. Their own forward is traced, so padding modes, groups and missing biases are handled
   as in PyTorch. Weights that `torch.nn.utils.prune` and the like compute are traced as well (`reparametrized.py`).
 - A constant that depends on `training` follows `.train()` and `.eval()` of the module that it was read from
-  (`ModeConstant`).
+  (`ModeSelect`).
 - A module whose forward cannot be traced, or does what a graph cannot represent, is an island: an untraced submodule,
   as small as possible, whose Python forward is called. So are leaf modules with weights, such as recurrent layers.
   Islands read the same effective weights as the graph (`biofx.model`). In the worst case, the model is one island.
@@ -32,9 +32,8 @@ from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, pop_computing_hooks
 from biofx.capture.tracer import MustBeNone, NotTraceable
 from biofx.capture.tracing import Trace, trace_as_island
-from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import ORIGINAL_HOOKS
-from biofx.model.provenance import RECORD, Record
+from biofx.model.provenance import record_of
 from biofx.weights.declared import declared
 
 NOT_TRACED = 'with frontend="module", the model keeps its Python forward'
@@ -79,19 +78,16 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     is_one_island = "" in trace.tracer.islands
     _clone_constants(trace)
     detach_computed_attributes(model)
-    bio = captured(model, trace.graph, is_one_island=is_one_island)
+    bio = captured(model, trace.graph, trace.constants, is_one_island=is_one_island)
     # The graph computes what traceable hooks compute, so they must not run when the model is called; `original_forward`
     # runs them. If the model is one island, it runs all of them, inside of the weight cache.
     vars(bio)[ORIGINAL_HOOKS] = pop_computing_hooks(bio) if is_one_island else pop_computing_hooks(bio, TRACEABLE_HOOKS)
     for name, refusal in trace.tracer.refusals.items():
         bio.add_module(name, refusal.train(model.training))
-    for name, constant in trace.constants.items():
-        bio.register_buffer(name, constant, persistent=False)
-    record = Record(model, fingerprint(bio), trace.constants)
+    record = record_of(bio)
     record.islands = trace.tracer.islands
     if not is_one_island:
-        record.traced = ("", *dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter"))
-    vars(bio)[RECORD] = record
+        record.traced = ("", *trace.traced)
     return bio
 
 
@@ -120,11 +116,7 @@ def _absent(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _trace(model: nn.Module, absent: Collection[str], synapses: Set[int], run: Run | None) -> Trace:
     """Trace a model again and again, with the modules that could not be traced as islands.
 
-    Args:
-        model: the model.
-        absent: optional arguments that are None.
-        synapses: ids of the parameters that get chains.
-        run: runs the model on inputs on which graph and Python have to agree; None if there are none.
+    If something runs the model, graph and Python have to agree on that run.
     """
     islands: dict[str, str] = {}
     children = {module: set(module._modules) for module in model.modules()}
@@ -135,8 +127,7 @@ def _trace(model: nn.Module, absent: Collection[str], synapses: Set[int], run: R
                 after.callback(outside.restore)
                 trace = trace_modes(model, absent, islands, synapses)
                 _refuse_effects(model, trace, outside)
-            found = None if run is None else _disagreement(model, trace, run)
-            if found is None:
+            if run is None or (found := _disagreement(model, trace, run)) is None:
                 return trace
             raise NotTraceable(_differing(model, trace, run, found, synapses))
         except NotTraceable as error:
@@ -156,18 +147,15 @@ def _refuse_effects(model: nn.Module, trace: Trace, outside: OutsideVariables) -
     if effect is None:
         return
     name, what = effect
-    traced = dict.fromkeys(path for _, kind, path in trace.tracer.steps if kind == "enter")
-    reading = [path for path in traced if OutsideVariables({path: model.get_submodule(path)}).reads(name)]
+    reading = [path for path in trace.traced if OutsideVariables({path: model.get_submodule(path)}).reads(name)]
     raise NotTraceable(dict.fromkeys(reading or [""], f"its forward {what}, which a graph cannot represent"))
 
 
-def _differing(model: nn.Module, trace: Trace, run: Run | None, found: str, synapses: Set[int]) -> dict[str, str]:
+def _differing(model: nn.Module, trace: Trace, run: Run, found: str, synapses: Set[int]) -> dict[str, str]:
     """Return the smallest modules whose graphs differ from their Python, with the differences; otherwise the model."""
-    assert run is not None
-    traced = dict.fromkeys(what for _, kind, what in trace.tracer.steps if kind == "enter")
-    given = first_calls(model, iter(traced), run)
+    given = first_calls(model, iter(trace.traced), run)
     result: dict[str, str] = {}
-    for path in reversed(traced):  # inner modules come after those around them
+    for path in reversed(trace.traced):  # inner modules come after those around them
         if path not in given or any(inner.startswith(f"{path}.") for inner in result):
             continue
         module, (args, kwargs) = model.get_submodule(path), given[path]

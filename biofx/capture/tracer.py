@@ -7,9 +7,10 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx, nn
@@ -36,10 +37,9 @@ from biofx.capture.reparametrized import (
     unparametrized_class,
     with_computing_hooks,
 )
+from biofx.weights.declared import CONVOLUTIONS, TRANSPOSED
 
-TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-WEIGHT_MODULES: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+WEIGHT_MODULES = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 _PLAIN_DICTS = ("builtins", "collections", "torch.fx.immutable_collections")  # the modules of their classes
 VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 ASSIGNS = "its forward assigns the {} of a tensor, which a graph cannot represent"
@@ -271,7 +271,8 @@ class Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         finally:
             self._path_stack.pop()
-        self.steps.append((path, "exit", fx.node.map_aggregate(result, _node_of)))
+        nodes = fx.node.map_aggregate(result, lambda value: value.node if isinstance(value, fx.Proxy) else value)
+        self.steps.append((path, "exit", nodes))
         return result
 
     @property
@@ -379,8 +380,7 @@ class Tracer(fx.Tracer):
             raise NotTraceable({self.current_path: "its forward draws random numbers that do not depend on its input"})
 
 
-@contextmanager
-def _recorded_operators(tracer: Tracer) -> Iterator[None]:
+def _recorded_operators(tracer: Tracer) -> AbstractContextManager[Any]:
     """Make every call of a dispatcher operator a node, as graphs of `torch.export` need when they are traced again.
 
     By themselves, operators detect a proxy in place of a tensor, but not in place of a size.
@@ -393,15 +393,10 @@ def _recorded_operators(tracer: Tracer) -> Iterator[None]:
             return original(operator, *args, **kwargs)
         return tracer.create_proxy("call_function", operator, args, kwargs)
 
-    OpOverload.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        OpOverload.__call__ = original  # type: ignore[method-assign]
+    return patch.object(OpOverload, "__call__", call)
 
 
-@contextmanager
-def _recorded_parameters(tracer: Tracer) -> Iterator[None]:
+def _recorded_parameters(tracer: Tracer) -> AbstractContextManager[Any]:
     """Make `parameters()` and `named_parameters()` yield proxies, not the tensors, which would become constants."""
     original, thread = nn.Module.named_parameters, threading.get_ident()
 
@@ -409,11 +404,7 @@ def _recorded_parameters(tracer: Tracer) -> Iterator[None]:
         for name, parameter in original(module, *args, **kwargs):
             yield name, parameter if threading.get_ident() != thread else tracer.getattr(name, parameter, {})
 
-    nn.Module.named_parameters = named_parameters  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        nn.Module.named_parameters = original  # type: ignore[method-assign]
+    return patch.object(nn.Module, "named_parameters", named_parameters)
 
 
 class _RefuseValues(TorchDispatchMode):
@@ -440,10 +431,6 @@ def _memory(tensor: torch.Tensor) -> int:
         return memory_of(tensor)
     except (NotImplementedError, RuntimeError):  # sparse and nested tensors
         return id(tensor)
-
-
-def _node_of(value: Any) -> Any:
-    return value.node if isinstance(value, fx.Proxy) else value
 
 
 def _gradient_mode() -> tuple[bool, bool]:

@@ -36,6 +36,11 @@ class Trace:
     constants: dict[str, Any]
     tracer: Tracer
 
+    @property
+    def traced(self) -> list[str]:
+        """The paths of the submodules whose forward was traced, in the order of their first calls."""
+        return list(dict.fromkeys(what for _, kind, what in self.tracer.steps if kind == "enter"))
+
 
 def trace(
     model: nn.Module,

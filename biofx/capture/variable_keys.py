@@ -25,6 +25,14 @@ KEYED = (Tensor, FunctionType, type, Enum, ModuleType)  # also those that a user
 CONTAINERS = (dict, list, tuple, set, frozenset, deque, MappingProxyType)
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _VALUES = (Number, range, slice, date, timedelta, PurePath, *_OF_TORCH)  # told apart by their text
+_WRAPPED: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    ((functools.partial, functools.partialmethod), ("func", "args", "keywords")),
+    (MethodType, ("__func__", "__self__")),
+    (BuiltinFunctionType, ("__self__",)),
+    ((staticmethod, classmethod), ("__func__",)),
+    (property, ("fget",)),
+    (functools.cached_property, ("func",)),
+)
 _FEW = 2**20  # bytes of a tensor whose values are compared; of a larger one, only its version is
 _digest = functools.cache(digest)  # of code
 
@@ -109,15 +117,5 @@ def _plain_key(value: Any) -> Any:
 
 def wrapped_in(label: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What decorators and bound methods wrap."""
-    if isinstance(value, functools.partial | functools.partialmethod):
-        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
-    elif isinstance(value, MethodType):
-        yield from ((f"{label}.{name}", getattr(value, name)) for name in ("__func__", "__self__"))
-    elif isinstance(value, BuiltinFunctionType):
-        yield f"{label}.__self__", value.__self__
-    elif isinstance(value, staticmethod | classmethod):
-        yield f"{label}.__func__", value.__func__
-    elif isinstance(value, property):
-        yield f"{label}.fget", value.fget
-    elif isinstance(value, functools.cached_property):
-        yield f"{label}.func", value.func
+    names = next((names for kinds, names in _WRAPPED if isinstance(value, kinds)), ())
+    yield from ((f"{label}.{name}", getattr(value, name)) for name in names)

@@ -26,12 +26,7 @@ def transformed_in(model: nn.Module) -> list[fx.GraphModule]:
 
 
 def attach_all(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Attach every transformed model in a model to the optimizers that hold its parameters.
-
-    Args:
-        model: the model.
-        optimizers: the optimizers, at least one.
-    """
+    """Attach every transformed model in a model to those of the optimizers, at least one, that hold its parameters."""
     for bio in transformed_in(model):
         own = {id(parameter) for parameter in bio.parameters()}
         for optimizer in [each for each in optimizers if parameter_ids(each) & own] or optimizers:

@@ -18,8 +18,8 @@ from biofx.capture.symbolic import capture
 from biofx.looking.drawing import check_path, write
 from biofx.looking.inspection import written_arguments
 from biofx.looking.roles import Role
-from biofx.looking.view import CHANGES, Box, View, view_of
-from biofx.model.chain import attribute, callee, original_name
+from biofx.looking.view import CHANGES, Box, View, view_of, written_shape
+from biofx.model.chain import attribute, callee, module_of, original_name
 from biofx.model.provenance import inserted, is_transformed, unwrapped, without_wrappers
 
 
@@ -172,9 +172,9 @@ def _keys(model: fx.GraphModule, nodes: Sequence[fx.Node]) -> list[tuple[str, ..
     keys = []
     for node in nodes:
         origin = inserted(node)
-        path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
         name = original_name(model, node) if node.op == "get_attr" and origin is None else callee(node)
-        keys.append((node.op, name, path, *((origin.parameter, origin.slot.label, origin.by) if origin else ())))
+        own = (origin.parameter, origin.slot.label, origin.by) if origin else ()
+        keys.append((node.op, name, module_of(node), *own))
     return keys
 
 
@@ -195,7 +195,7 @@ def _arguments(node: fx.Node, same: Callable[[fx.Node], fx.Node]) -> Any:
 def _shape(model: fx.GraphModule, node: fx.Node) -> str:
     """The shape of the tensor that a node reads; empty for other nodes."""
     value = attribute(model, str(node.target)) if node.op == "get_attr" else None
-    return " × ".join(map(str, value.shape)) if isinstance(value, Tensor) else ""
+    return written_shape(value.shape) if isinstance(value, Tensor) else ""
 
 
 def _change(kind: str, node: fx.Node, arguments: str) -> Change:

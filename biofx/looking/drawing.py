@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from html import escape
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from biofx.base.errors import ArgumentError
+from biofx.base.files import completed, path_of_file
 from biofx.looking.page import page
 from biofx.looking.roles import Role
 from biofx.looking.vector import draw_vector
 from biofx.looking.view import Box, View, view_of
 from biofx.model.changes import transformed
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BOXES = 60  # the largest number of boxes that is shown if no depth is given
 SUFFIXES = (".html", ".svg", ".png", ".dot", ".mmd")
@@ -63,13 +65,7 @@ def draw(bio: nn.Module, path: str | Path, *, depth: int | None = None, example_
 
 def check_path(path: str | Path, depth: int | None) -> Path:
     """The path of a picture; raises if no picture can be written there, or if the depth is invalid."""
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ArgumentError(f"draw: unknown suffix {path.suffix!r} of {path.name}; known are {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"draw: there is no folder {path.parent}; create it first")
-    if path.is_dir():
-        raise ArgumentError(f"draw: {path} is a folder; give the path of a file")
+    path = path_of_file(path, SUFFIXES, "draw")
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
         raise ArgumentError(f"draw: depth must be an integer ≥ 1, got {depth!r}")
     return path
@@ -79,14 +75,12 @@ def write(view: View, path: Path, depth: int | None) -> None:
     """Write a view to a file, in the format of its suffix; the file appears when it is complete."""
     opened = view.opened_to_show(BOXES) if depth is None else view.opened(depth)
     try:
-        with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
-            unfinished = Path(folder) / path.name
+        with completed(path) as unfinished:
             if path.suffix in (".svg", ".png"):
                 draw_vector(opened, unfinished)
             else:
                 texts = {".html": lambda opened: page(view, depth or 1), ".dot": dot, ".mmd": mermaid}
                 unfinished.write_text(texts[path.suffix](opened), encoding="utf-8")
-            unfinished.replace(path)
     except OSError as error:
         raise ArgumentError(f"draw: cannot write {path}: {error.strerror}") from error
 

@@ -12,7 +12,8 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError
 from biofx.base.tables import Cell, Report, Table, wrapped
 from biofx.looking.roles import role_of
-from biofx.model.chain import callee, parameter_nodes
+from biofx.looking.view import written_shape
+from biofx.model.chain import callee, module_of, parameter_nodes
 from biofx.model.changes import transformed
 from biofx.model.provenance import inserted, record_of
 from biofx.model.synapses import State, synapses_in
@@ -77,7 +78,7 @@ def summary(bio: nn.Module) -> Report:
     unseen = {name: reason for name, reason in others.items() if reason != NOT_A_SYNAPSE}
     plain = [name for name, reason in others.items() if reason == NOT_A_SYNAPSE]
     acting = {name for run in record.passes if run.pass_.acts_at_step for name in run.weights}
-    acting |= {name for name, site in sites.items() if site.learning is not None and site.learning.attached}
+    acting |= {name for name, site in sites.items() if site.child is not None and site.child.attached}
     idle = [name for name in sites if name in acting - record.attached and not record.by_hand]
     added, total = _memory(bio)
     rows = [_row(site) for site in sites.values()]
@@ -197,7 +198,7 @@ def _cells(row: Mapping[str, Any]) -> list[Cell]:
     return [
         row["weight"] + (" (frozen)" if row["frozen"] else ""),
         row["operator"] + times + inside,
-        " × ".join(map(str, row["shape"])),
+        written_shape(row["shape"]),
         str(row["synapses"]),
         _gain(row),
         _signs(row),
@@ -300,12 +301,11 @@ def to_networkx(bio: nn.Module) -> networkx.MultiDiGraph[str]:
     stored = {node: name for name, node in parameter_nodes(bio).items()}
     for node in bio.graph.nodes:
         origin = inserted(node)
-        stack = node.meta.get("nn_module_stack", {})
         graph.add_node(
             node.name,
             op=node.op,
             calls=callee(node),
-            module=next((path for path, _ in reversed(stack.values())), ""),
+            module=module_of(node),
             role=role_of(node, bio).value,
             weight=origin.parameter if origin else stored.get(node, ""),
             **{"pass": origin.by if origin else ""},

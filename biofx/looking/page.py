@@ -72,15 +72,11 @@ def _box(box: Box, depth: int, numbers: Mapping[str, str], rows: Mapping[str, li
         yield '<div class="row">'
         for item in row:
             if isinstance(item, Gap):
-                yield f'<i class="way" data-way="{_step(item, numbers)}"></i>'
+                yield f'<i class="way" data-way="{escape(f"{numbers[item.source]} {numbers[item.target]}")}"></i>'
             else:
                 yield from _box(children[item], depth - 1, numbers, rows)
         yield "</div>"
     yield "</details>"
-
-
-def _step(way: Gap, numbers: Mapping[str, str]) -> str:
-    return escape(f"{numbers[way.source]} {numbers[way.target]}")
 
 
 def _search(box: Box) -> str:

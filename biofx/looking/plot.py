@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from biofx.base.errors import ArgumentError
 from biofx.base.gains import CRYSTALLIZED
 from biofx.base.packages import require
 from biofx.looking.vector import plain
+from biofx.looking.view import written_shape
 from biofx.model.provenance import is_transformed, without_wrappers
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", 
 COLOURS = dict(zip(EFFECTS, ("#DDDDDD", ORANGE, BLUE, "#F0E442", "#555555"), strict=True))
 LISTED = 12  # the largest number of names in a legend
 BINS = 100
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,7 @@ def history(
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         series.setdefault(row["weight"], []).append(row)
-    weights = [weights] if isinstance(weights, str) else weights
-    for name in [] if weights is None else weights:
-        _check_known(name, series, "history", "the history")
-    drawn = {name: own for name, own in series.items() if weights is None or name in weights}
+    drawn = _chosen(series, weights, "history", "the history")
     drawn = {name: own for name, own in drawn.items() if any(row[chosen.line] is not None for row in own)}
     if not drawn:
         needs = f"; it takes {chosen.needs}" if chosen.needs else ""
@@ -229,9 +229,9 @@ def eigenvalues(model: nn.Module | Units, name: str, *, ax: Axes | None = None) 
     """
     matrix = _matrix(model, name, "eigenvalues")
     if matrix.shape[0] != matrix.shape[1]:
-        size = " × ".join(map(str, matrix.shape))
         raise ArgumentError(
-            f"plot.eigenvalues: {name} is {size}, and only square matrices have eigenvalues; use plot.singular_values"
+            f"plot.eigenvalues: {name} is {written_shape(matrix.shape)}, and only square matrices have eigenvalues; "
+            "use plot.singular_values"
         )
     values = torch.linalg.eigvals(matrix)
     radius = values.abs().max().item() if len(values) else 0.0
@@ -372,16 +372,9 @@ def gains(bio: nn.Module, *, weights: str | Sequence[str] | None = None, ax: Axe
         >>> [label.get_text() for label in biofx.plot.gains(bio).get_yticklabels()]
         ['weight']
     """
-    sites = weight_sites(bio)
-    weights = [weights] if isinstance(weights, str) else weights
-    for name in [] if weights is None else weights:
-        _check_known(name, sites, "gains", "the model")
-    chosen = {name: site for name, site in sites.items() if weights is None or name in weights}
-    factors = {name: site.factor for name, site in chosen.items()}
-    found = {
-        name: _finite(_values(x).flatten(), name, "gains", "gains") for name, x in factors.items() if x is not None
-    }
-    found = {name: gain for name, gain in found.items() if gain.numel()}
+    chosen = _chosen(weight_sites(bio), weights, "gains", "the model")
+    factors = {name: x for name, site in chosen.items() if (x := site.factor) is not None and x.numel()}
+    found = {name: _finite(_values(x).flatten(), name, "gains", "gains") for name, x in factors.items()}
     if not found:
         raise ArgumentError("plot.gains: no pass gave these weights gains; passes.FuzzyLearningRates does")
     above = {name: gain[gain > 0].log10() for name, gain in found.items()}
@@ -449,6 +442,14 @@ def _colour(index: int, count: int) -> Any:
 def _check_known(name: str, known: Mapping[str, Any], figure: str, where: str, what: str = "weight") -> None:
     if name not in known:
         raise ArgumentError(f'plot.{figure}: {where} has no {what} "{name}"; it has {", ".join(known) or "none"}')
+
+
+def _chosen(known: Mapping[str, _T], weights: str | Sequence[str] | None, figure: str, where: str) -> dict[str, _T]:
+    """Those of the known weights that are to be drawn: all, or some by their names."""
+    names = known if weights is None else [weights] if isinstance(weights, str) else weights
+    for name in names:
+        _check_known(name, known, figure, where)
+    return {name: value for name, value in known.items() if name in names}
 
 
 def _rows_of(history: History) -> list[dict[str, Any]]:

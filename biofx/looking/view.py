@@ -9,17 +9,15 @@ from functools import cached_property, reduce
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from biofx.analysis.graphs import bound_to_graph
 from biofx.analysis.sites import find_weights
+from biofx.analysis.understanding import recorded, runner
 from biofx.base.errors import ArgumentError
-from biofx.base.isolation import run_in_mode, split_inputs
-from biofx.base.torch_internals import pytree
 from biofx.looking.roles import Role, role_of
-from biofx.model.chain import attribute, callee, parameter_nodes
+from biofx.model.chain import attribute, callee, modules_around, parameter_nodes
 from biofx.model.provenance import inserted, is_transformed, record_of
+from biofx.recording.operations import Value
 
 CHANGES = {"inserted": "+", "removed": "-", "changed": "~"}  # how pictures and tables of differences mark them
 AT_MOST = 200  # boxes at the start and at the end of a box that holds more than twice as many
@@ -127,24 +125,22 @@ def view_of(model: fx.GraphModule, example_inputs: Any = None, changes: Mapping[
     return View(_folded(_module(model, names, leaves, places)), values)
 
 
-def _size(shape: Sequence[int]) -> str:
+def written_shape(shape: Sequence[int]) -> str:
+    """A shape in pictures and tables."""
     return " × ".join(map(str, shape)) or "scalar"
 
 
 def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
     carried = {n.name: n.meta["val"].shape for n in model.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
-    found = {name: _size(shape) for name, shape in carried.items()}
+    found = {name: written_shape(shape) for name, shape in carried.items()}
     if example_inputs is not None:
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-        arguments = bound_to_graph(model, args, kwargs, by="draw: ")
-        interpreter = fx.Interpreter(model, garbage_collect_values=False)
-        inputs = model.graph.find_nodes(op="placeholder")
-        values: dict[fx.Node, Any] = {node: arguments[str(node.target).lstrip("*")] for node in inputs}
+        run = runner(model, example_inputs)
+        assert run is not None  # only inputs that are guessed may fit nothing
         try:
-            run_in_mode(model, lambda _: interpreter.run(initial_env=values))
-        except Exception as error:
-            raise ArgumentError(f"draw: the model fails on example_inputs: {error}") from error
-        found |= {node.name: _size(value.shape) for node, value in values.items() if isinstance(value, Tensor)}
+            values = recorded(model, run[0]).nodes
+        except ArgumentError as error:
+            raise ArgumentError(f"draw: {error}") from error
+        found |= {node.name: written_shape(value.shape) for node, value in values.items() if isinstance(value, Value)}
     return found
 
 
@@ -160,7 +156,7 @@ def _signs(model: fx.GraphModule) -> dict[str, tuple[int, ...]]:
 
 def _places(model: fx.GraphModule) -> dict[str, tuple[str, ...]]:
     """The paths of the modules around each node, outermost first."""
-    stacks = {n.name: tuple(p for p, _ in n.meta.get("nn_module_stack", {}).values() if p) for n in model.graph.nodes}
+    stacks = {n.name: tuple(filter(None, modules_around(n))) for n in model.graph.nodes}
     known = {stack[-1]: stack for stack in stacks.values() if stack}
     weights = parameter_nodes(model) if is_transformed(model) else {}
     for node in model.graph.nodes:
@@ -190,7 +186,7 @@ def _leaf(model: fx.GraphModule, node: fx.Node, shapes: Mapping[str, str], signs
     if node.op == "get_attr":
         value = attribute(model, str(node.target))
         if isinstance(value, Tensor):
-            facts["shape"] = _size(value.shape)
+            facts["shape"] = written_shape(value.shape)
     elif node.name in shapes:
         facts["shape"] = shapes[node.name]
     if origin is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from biofx.base.torch_internals import empty_like, qualified_name
-from biofx.model.operators import name_of, written_name
+from biofx.model.definitions import name_of, written_name
 from biofx.model.provenance import RECORD, inserted, is_transformed, record_of
 from biofx.model.synapses import State, Synapses, stored_name, stored_parameters, synapses_of
 
@@ -25,6 +25,16 @@ def attribute(root: nn.Module, target: str) -> Any:
     for atom in target.split("."):
         value = getattr(value, atom)
     return value
+
+
+def modules_around(node: fx.Node) -> list[str]:
+    """The paths of the modules whose forward made a node, from the model inwards."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the innermost of them; empty for the model, and if no forward made the node."""
+    return next(reversed(modules_around(node)), "")
 
 
 def parameter_nodes(bio: fx.GraphModule) -> dict[str, fx.Node]:
@@ -60,13 +70,7 @@ def _is_link(node: fx.Node, previous: fx.Node) -> bool:
 
 
 def write_chain(start: fx.Node, target: str, synapses: Synapses) -> None:
-    """Write the active links of a weight into the graph, in place of its present chain.
-
-    Args:
-        start: the `get_attr` node of the weight.
-        target: the name of the stored tensor.
-        synapses: the synapses of the weight.
-    """
+    """Write the active links of a weight behind its `get_attr` node, in place of its present chain."""
     start.target = target
     old = chain(start)
     readers = [user for user in old[-1].users if user not in old]
@@ -105,12 +109,7 @@ def _is_current(start: fx.Node, synapses: Synapses) -> bool:
 
 
 def remove_chain(start: fx.Node, name: str) -> None:
-    """Replace a chain by a read of a plain parameter.
-
-    Args:
-        start: the `get_attr` node of the weight.
-        name: the parameter's name.
-    """
+    """Replace the chain that starts at a `get_attr` node by a read of the plain parameter of a name."""
     links = chain(start)[1:]
     if links:
         links[-1].replace_all_uses_with(start)

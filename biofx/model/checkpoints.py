@@ -11,14 +11,9 @@ from torch import Tensor, nn
 
 from biofx.base.errors import ArgumentError
 from biofx.base.option_values import described_options
-from biofx.base.shards import placed_like
-from biofx.model.operators import inverse_of
+from biofx.model.plain_weights import PLAIN_CHECKPOINT, stored_for
 from biofx.model.provenance import record_of
-from biofx.model.slots import Slot
 from biofx.model.synapses import CHILD, Synapses, child_of
-
-PLAIN_CHECKPOINT = "this looks like a checkpoint of the plain model; load it into that, before transform"
-
 
 METADATA_KEY = "biofx"  # the key of `passes_of` in the metadata of a `state_dict`, which `torch.save` keeps
 
@@ -61,7 +56,7 @@ def converted_checkpoint(
         _rename(result, name, f"{place}.{child.stored_name}")
         given = result.get(f"{place}.{child.stored_name}")
         if isinstance(given, Tensor) and is_plain:
-            result[f"{place}.{child.stored_name}"] = distributed(name, child, given)
+            result[f"{place}.{child.stored_name}"] = stored_for(name, child, given)
     if assign:
         _refuse_untied(owned, result)
     if strict:
@@ -84,12 +79,7 @@ def passes_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def other_option(model: nn.Module, metadata: Mapping[str, Any] | None) -> str | None:
-    """Describe the first option in which a checkpoint differs from a model; None if it has no metadata of biofx.
-
-    Args:
-        model: the transformed model.
-        metadata: the metadata that the checkpoint has of it.
-    """
+    """Describe the first option in which a checkpoint differs from a model, by its metadata; None if none does."""
     theirs = (metadata or {}).get(METADATA_KEY, ())
     for own, other in ((own, other) for own in passes_of(model) for other in theirs):
         shared = sorted({*own["weights"]}.intersection(other["weights"]))
@@ -141,42 +131,6 @@ def _has_old_state(name: str, child: Synapses, state: Mapping[str, Any]) -> bool
 def _rename(state: dict[str, Any], old: str, new: str) -> None:
     if old in state and new not in state:
         state[new] = state.pop(old)
-
-
-@torch.no_grad()
-def distributed(name: str, child: Synapses, weight: Tensor) -> Tensor:
-    """Return the stored tensor from which synapses compute a weight of the original model."""
-    present = child.stored.detach()
-    if not child.is_computed or weight.shape != (present[0] if child.is_split else present).shape:
-        return weight
-    value = weight.to(present.device)
-    if child.has_interneurons:  # they inhibit as they do now
-        value = value + (child(until=Slot.SUM) - child()).to(value)
-    if child.is_split:
-        sizes = child(until=Slot.SIGN).abs().double()
-        total = sizes.sum(0)
-        value = value.double() * torch.where(total > 0, sizes / total.where(total > 0, 1.0), 1 / len(present))
-    stored = value.to(present)
-    for link in reversed([link for link in child.links if link.origin.slot is Slot.SIGN]):
-        inverse = inverse_of(link.target)
-        if inverse is not None:
-            stored = inverse(stored, *placed_like(child.arguments(link), stored))
-    computed = child.computed_from(stored)
-    if computed.shape != weight.shape:
-        raise ArgumentError(
-            f"{PLAIN_CHECKPOINT}: each synapse of {name} has an activation here, so no weight tells them all"
-        )
-    if not _is_close(computed, weight):
-        raise ArgumentError(f"{PLAIN_CHECKPOINT}: {name} violates the signs that its units have in this model")
-    return stored
-
-
-def _is_close(computed: Tensor, weight: Tensor) -> bool:
-    """Whether synapses compute a weight, up to the rounding of what is stored."""
-    precision = torch.finfo(computed.dtype).eps
-    largest = float(weight.abs().max()) if weight.numel() else 0.0
-    rtol, atol = max(1e-4, 16 * precision), max(1e-6, precision * largest)
-    return torch.allclose(computed.double(), weight.to(computed.device).double(), rtol=rtol, atol=atol)
 
 
 def _refuse_without_values(model: nn.Module, name: str, child: Synapses) -> None:

@@ -19,11 +19,7 @@ class ControlFlow(nn.Module):
         return ()
 
     def describe(self, owner: str) -> str:
-        """Describe it in a message.
-
-        Args:
-            owner: a description of the module that contains it.
-        """
+        """Describe it in a message, given a description of the module that contains it."""
         return f"the part of {owner} that depends on its mode"
 
 

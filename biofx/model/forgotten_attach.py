@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from biofx.model.operators import is_hook
+from biofx.model.gradient_hooks import is_hook
 from biofx.model.provenance import is_transformed, record_of
 from biofx.model.synapses import synapses_in
 
@@ -23,8 +23,7 @@ _told: WeakKeyDictionary[nn.Module, WeakSet[Optimizer]] = WeakKeyDictionary()  #
 def warn_if_unattached(bio: nn.Module) -> None:
     """Warn once at a step of each optimizer that trains a model, if it is not attached and rules need that.
 
-    Args:
-        bio: a captured model; it need not be transformed yet.
+    The model is captured, and need not be transformed yet.
     """
     if not _handles:
         _handles.append(register_optimizer_step_post_hook(_check_models))

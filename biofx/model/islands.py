@@ -29,11 +29,7 @@ def call_python(model: Any, args: Any, kwargs: Any) -> Any:
 
 
 def island_graph(tracer: Any) -> fx.Graph:
-    """Return the graph of a model that is one island: it passes all arguments on.
-
-    Args:
-        tracer: the class of the tracer that traces the graph again.
-    """
+    """Return the graph of a model that is one island: it passes all arguments on. `tracer` would trace it again."""
     graph = fx.Graph(tracer_cls=tracer)
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
     module = graph.get_attr(WHOLE_MODEL)

@@ -21,17 +21,13 @@ from biofx.base.copying import keep_attributes
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.shards import is_sharded
 from biofx.model import weight_cache
-from biofx.model.checkpoints import distributed
+from biofx.model.plain_weights import stored_for
 from biofx.model.synapses import CHILD, Synapses, child_of, synapses_read_as
 from biofx.model.weight_tensors import FOLD, LOST, WeightTensor
 
 
 def give_synapses(places: Iterable[tuple[nn.Module, str]], parameter: nn.Parameter) -> Synapses:
-    """Give a weight synapses: initially one for each connection, and no links.
-
-    Args:
-        places: all modules in which the weight is registered, with its name there.
-        parameter: the weight.
+    """Give a weight synapses in all modules that register it: initially one for each connection, and no links.
 
     Raises:
         CaptureError: a module cannot own synapses.
@@ -195,7 +191,7 @@ class HasSynapses:
                 for each in child.users:
                     state.setdefault(f"{place}.{each}", getattr(child, each))
                 try:
-                    state[f"{place}.{child.stored_name}"] = distributed(name, child, state[name])
+                    state[f"{place}.{child.stored_name}"] = stored_for(name, child, state[name])
                 except ArgumentError as error:
                     errors.append(str(error))
 

@@ -21,7 +21,8 @@ from biofx.base.gains import coded, decoded
 from biofx.base.shards import local, placed_like
 from biofx.base.torch_internals import qualified_name
 from biofx.model import weight_cache
-from biofx.model.operators import apply_rule, operator_of, tell_caches, written_name
+from biofx.model.definitions import operator_of, written_name
+from biofx.model.gradient_hooks import apply_rule, tell_caches
 from biofx.model.slots import Inserted, Slot
 from biofx.model.weight_tensors import WeightTensor, WriteProbe, as_weight_tensor
 

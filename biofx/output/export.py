@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from biofx.base.errors import ArgumentError, ExportError
+from biofx.base.files import completed, path_of_file
 from biofx.base.isolation import refuse_misfit, run_in_mode, split_inputs, tensors_in
 from biofx.base.packages import require
 from biofx.base.precision import amplification, outputs_differ
@@ -58,27 +58,17 @@ def export(bio: nn.Module, path: str | Path, example_inputs: Any = None) -> None
         >>> torch.allclose(torch.export.load(path).module()(x), bio(x), atol=1e-6)
         True
     """
-    path = Path(path)
-    if path.suffix not in {*PROGRAMS, *WEIGHTS}:
-        raise ArgumentError(
-            f"export: unknown suffix {path.suffix!r} of {path.name}; known are {', '.join([*PROGRAMS, *WEIGHTS])}"
-        )
-    if not path.parent.is_dir():
-        raise ArgumentError(f"export: there is no folder {path.parent}; create it first")
-    if path.is_dir():
-        raise ArgumentError(f"export: {path} is a folder; give the path of a file")
+    path = path_of_file(path, [*PROGRAMS, *WEIGHTS], "export")
     if path.suffix in PROGRAMS and example_inputs is None:
         raise ArgumentError(f"export: {path.suffix} needs example_inputs, such as example_inputs=(x,)")
     is_program = path.suffix in PROGRAMS
     plain = fold(bio) if is_program else folded_for_original(bio, "export", f"use {' or '.join(PROGRAMS)}")
     plain.eval()
-    with TemporaryDirectory(prefix=".biofx-", dir=path.parent) as folder:
-        unchecked = Path(folder) / path.name
+    with completed(path) as unchecked:
         if is_program:
             _write_program(plain, unchecked, example_inputs)
         else:
             WEIGHTS[path.suffix](plain, unchecked)
-        unchecked.replace(path)
 
 
 @contextmanager
@@ -178,10 +168,7 @@ def _onnx(program: torch.export.ExportedProgram, path: Path, given: Inputs) -> l
     with _export_error("torch.onnx cannot export the model; .pt2 holds all that torch.export can"):
         torch.onnx.export(program, (), path, dynamo=True, verbose=False, external_data=False)
     names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    return _run_onnx(path, dict(zip(names, pytree.tree_leaves(given), strict=True)))
-
-
-def _run_onnx(path: Path, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    inputs = dict(zip(names, pytree.tree_leaves(given), strict=True))
     with _export_error(f"ONNX Runtime cannot run {path.name}"):
         session = require("onnxruntime", "export").InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {port.name: inputs[port.name].detach().cpu().numpy() for port in session.get_inputs()}

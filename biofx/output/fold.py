@@ -168,25 +168,20 @@ def _drop_state(plain: fx.GraphModule) -> None:
     plain.meta.pop(RECORD, None)
     for node in plain.graph.nodes:
         node.meta.pop(RECORD, None)
-    own = [key for key, hook in plain._forward_pre_hooks.items() if _is_own_hook(hook)]
-    for key in own:
-        del plain._forward_pre_hooks[key]
-
-
-def _is_own_hook(hook: object) -> bool:
-    """Whether a hook is one of biofx, as of an attachment, and not of the user."""
-    return str(getattr(hook, "__module__", "")).partition(".")[0] == "biofx"
+    for key, hook in list(plain._forward_pre_hooks.items()):
+        if str(getattr(hook, "__module__", "")).partition(".")[0] == "biofx":  # as of an attachment, not of the user
+            del plain._forward_pre_hooks[key]
 
 
 def _fill(into: nn.Module, plain: nn.Module) -> nn.Module:
     ours, theirs = _tensors(plain), _tensors(into)
     persistent = plain.state_dict().keys() | into.state_dict().keys()
     for name in dict.fromkeys([*ours, *theirs]):
-        shapes = [f"{tuple(tensors[name].shape)}" if name in tensors else "missing" for tensors in (ours, theirs)]
-        if shapes[0] != shapes[1] and (name in persistent or "missing" not in shapes):
+        here, there = (f"{tuple(x[name].shape)}" if name in x else "missing" for x in (ours, theirs))
+        if here != there and (name in persistent or "missing" not in (here, there)):
             raise ArgumentError(
                 f"fold: {type(into).__name__} is not the model that was transformed: "
-                f"{name} is {shapes[0]} in the folded model and {shapes[1]} in this one"
+                f"{name} is {here} in the folded model and {there} in this one"
             )
     into.load_state_dict(plain.state_dict(), strict=False)  # shapes were checked; extra state may be missing in one
     theirs = _tensors(into)

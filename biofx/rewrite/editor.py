@@ -17,7 +17,10 @@ from biofx.base.gains import coded, decoded, drawn
 from biofx.base.noise import Counter
 from biofx.base.options import activation_function
 from biofx.model import chain
-from biofx.model.operators import check_observer, defined_by, is_hook, multiplies_entries, name_of
+from biofx.model.definitions import name_of
+from biofx.model.gradient_hooks import is_hook, multiplies_entries
+from biofx.model.observers import check_observer
+from biofx.model.operators import defined_by
 from biofx.model.owners import give_synapses
 from biofx.model.provenance import RECORD, inserted, record_of
 from biofx.model.slots import Inserted, Slot
@@ -121,9 +124,9 @@ class Editor:
         synapses = self._synapses()
         synapses.insert(link)
         if is_hook(target) and not multiplies_entries(target, synapses.stored, *synapses.arguments(link)):
-            raise PipelineError(
-                f"{self._by.name}: {self.name}: {link.name} does not multiply every entry of a gradient by a "
-                "factor that does not depend on it, so it cannot act on the update of an optimizer (biofx.attach)"
+            raise self._error(
+                f"{link.name} does not multiply every entry of a gradient by a factor that does not depend on it, so "
+                "it cannot act on the update of an optimizer (biofx.attach)"
             )
         self._show()
 
@@ -311,7 +314,7 @@ class Editor:
         """Insert an observer of the output of every use of the weight.
 
         Args:
-            operator: an observer, `torch.ops.biofx.<name>` (see `biofx.model.operators.observer`).
+            operator: an observer, `torch.ops.biofx.<name>` (see `biofx.operators.observer`).
             site: the weight, whose operator returns its units on one axis (`unmet(Need.OUTPUT)` is None).
             key: the name of the state in which it accumulates.
         """
@@ -323,7 +326,7 @@ class Editor:
         """Insert an observer of what every use of the weight multiplies it by: its presynaptic units.
 
         Args:
-            operator: an observer, `torch.ops.biofx.<name>` (see `biofx.model.operators.observer`).
+            operator: an observer, `torch.ops.biofx.<name>` (see `biofx.operators.observer`).
             site: the weight, whose operator reads its units on one axis (`unmet(Need.INPUT)` is None).
             key: the name of the state that it adds to.
         """

@@ -67,13 +67,7 @@ def _with_parameters(bio: fx.GraphModule, paths: Sequence[str]) -> Iterator[None
 
 
 def _refuse_other_islands(bio: fx.GraphModule, run: Run, *, training: bool) -> None:
-    """Refuse islands that compute something else than with plain parameters that have the values of their weights.
-
-    Args:
-        bio: the model.
-        run: runs it.
-        training: whether it runs in training mode.
-    """
+    """Refuse islands that compute something else than with plain parameters that have the values of their weights."""
     paths = _alone(bio)
     if not paths:
         return
@@ -175,13 +169,7 @@ def _of_stored(child: Synapses, gradient: Tensor) -> Tensor:
 
 
 def _refuse_other_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor]) -> None:
-    """Refuse a model whose Python has other outputs than its graph now that its weights have synapses.
-
-    Args:
-        bio: the model.
-        run: runs it.
-        graph: the outputs of its graph.
-    """
+    """Refuse a model whose Python has other outputs than its graph now that its weights have synapses."""
     python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
     try:
         with replaced_forward(bio, python), weight_cache.caching():

@@ -17,7 +17,7 @@ from biofx.base.gains import decoded
 from biofx.base.shards import extremes
 from biofx.model.chain import callee, chain, parameter_nodes
 from biofx.model.changes import follow, lost_parts
-from biofx.model.operators import NAMESPACE
+from biofx.model.definitions import NAMESPACE
 from biofx.model.provenance import inserted, inserted_nodes, record_of, unwrapped
 from biofx.model.slots import Slot
 from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
@@ -74,12 +74,7 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
 
 
 def refuse_violations(bio: fx.GraphModule, known: Sequence[str] = ()) -> None:
-    """Raise if an invariant is broken.
-
-    Args:
-        bio: the transformed model.
-        known: what is known to be broken.
-    """
+    """Raise if an invariant is broken; `known` says which are known to be."""
     violations = [*known] or [*lost_parts(bio)] or [*_graph(bio)] or [*_chains(bio), *_parameters(bio), *_passes(bio)]
     if violations:
         raise VerificationError(violations)
@@ -156,7 +151,7 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
     yield from sign_violations(sites)
     for name in sorted(frozenset[str]().union(*(run.weights for run in record.passes)) & sites.keys()):
         if _lowest(sites[name].raw) is None:
-            state = None if sites[name].learning is None else sites[name].known_synapses.not_finite()
+            state = None if sites[name].child is None else sites[name].known_synapses.not_finite()
             yield f"{name}: the weight is not finite" + (f", nor is {state}" if state else "")
     for run in record.passes:
         for name in sorted(run.weights):

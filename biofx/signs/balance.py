@@ -26,7 +26,7 @@ from biofx.signs.net_inputs import NetInput, NetInputRuns
 from biofx.signs.spectrum import balanced_recurrent, singular_entropy, spectral_radius
 
 if TYPE_CHECKING:
-    from biofx.analysis.units import Reading, Units
+    from biofx.analysis.units import PresynapticUnits, Units
     from biofx.rewrite.model_editor import ModelEditor
 
 MIN_SYNAPSES = 8  # of each sign in a row, if it has them: fewer cannot be balanced
@@ -104,11 +104,11 @@ def _copy_in_double(model: ModelEditor, names: Iterable[str]) -> fx.GraphModule:
     Weights that only the graph reads share their memory with the model's: the graph reads copies, one after the other.
     """
     sites = [site for name in names if not (site := model.sites[name]).inside]
-    states = [state for site in sites if site.learning is not None for state in site.learning.buffers()]
+    states = [state for site in sites if site.child is not None for state in site.child.buffers()]
     return copied(model.bio, torch.float64, [*(site.raw for site in sites), *states])
 
 
-def _recurrent_blocks(site: WeightSite, reading: Reading) -> list[Tensor] | None:
+def _recurrent_blocks(site: WeightSite, reading: PresynapticUnits) -> list[Tensor] | None:
     """The rows of a recurrent weight, in the order of the units that they feed; one block for each gate.
 
     None if a row feeds a unit that the weight does not read, and for a convolution, which has several synapses for each

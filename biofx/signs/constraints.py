@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from biofx.base.shards import placed_like
 from biofx.base.torch_internals import is_transformed_by_functions
-from biofx.model.operators import define_operator
+from biofx.model.definitions import define_operator
 from biofx.model.slots import Slot
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
-    from biofx.analysis.units import Reading, Units
+    from biofx.analysis.units import PresynapticUnits, Units
     from biofx.rewrite.editor import Editor
     from biofx.rewrite.model_editor import ModelEditor
 
@@ -202,7 +202,7 @@ def renumber(model: ModelEditor, units: Units) -> None:
             numbers.copy_(units.readings[name].classes)
 
 
-def why_free(units: Units, reading: Reading) -> str:
+def why_free(units: Units, reading: PresynapticUnits) -> str:
     """Why none of the units that a weight reads has a sign."""
     origins = {units.populations[index].origin for index in units.owner[reading.numbers].tolist()}
     if "constant" in origins:

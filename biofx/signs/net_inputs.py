@@ -19,7 +19,7 @@ from biofx.recording.operations import Depends, Recording, depends_of
 from biofx.recording.recorder import Recorder, recording_of
 
 if TYPE_CHECKING:
-    from biofx.analysis.reads import Read
+    from biofx.analysis.reads import WeightRead
     from biofx.analysis.sites import WeightSite
     from biofx.rewrite.model_editor import ModelEditor
 
@@ -65,7 +65,7 @@ class NetInputRuns:
         if self._recording is None:
             return
         self._forms = Forms(self._recording, lambda value: True)
-        self._first: dict[str, Read] = {}
+        self._first: dict[str, WeightRead] = {}
         for read in self._forms.reads:
             site = self._sites.get(read.parameter.name)
             if site is not None and _shows_net_input(site, read):
@@ -112,7 +112,7 @@ class NetInputRuns:
         return net.transpose(0, 2) if axis and net.shape[2] == samples else net
 
 
-def _shows_net_input(site: WeightSite, read: Read) -> bool:
+def _shows_net_input(site: WeightSite, read: WeightRead) -> bool:
     """Whether a use of a weight computes the net input of all its units for each sample."""
     if read.source is None or read.source.depends is not Depends.INPUTS or read.others:
         return False
@@ -121,7 +121,7 @@ def _shows_net_input(site: WeightSite, read: Read) -> bool:
     return units == site.units and has_samples and len(read.source.shape) > 1
 
 
-def _as_read(site: WeightSite, read: Read, weight: Tensor) -> Tensor:
+def _as_read(site: WeightSite, read: WeightRead, weight: Tensor) -> Tensor:
     """A weight in the shape that the operator reads; the effective weight if each synapse has an activation."""
     weight = weight if weight.shape == read.parameter.shape else site.effective()
     return weight if read.operation.operator in _PRODUCTS else weight.double()

@@ -145,7 +145,7 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     hooked, changed = synapses_with_hooks(bio), attachment.acted_on(Moment.UPDATE)
     followed = {name: s for name, s in synapses_in(bio).items() if name in hooked or name in changed}
     learning = {name: synapses for name, synapses in followed.items() if id(synapses.stored) in own}
-    _check_alone(bio, {name: site.known_synapses for name, site in sites.items() if site.learning} | learning)
+    _check_alone(bio, {name: site.known_synapses for name, site in sites.items() if site.child} | learning)
     _refuse_undone(attachment, sites.keys() | learning.keys())
     with ExitStack() as undo:
         for other in [*record_of(bio).attachments]:
@@ -329,12 +329,12 @@ class Attachment(Lifecycle):
     @property
     def holding(self) -> tuple[dict[str, WeightSite], dict[str, Synapses]]:
         """The weights on which rules act, and the synapses on which gains do."""
-        return self.sites, self.learning
+        return self.sites, self.with_gains
 
     def _acted_synapses(self) -> Iterator[Synapses]:
         """The synapses on which rules or gains act."""
-        yield from (site.known_synapses for site in self.sites.values() if site.learning is not None)
-        yield from self.learning.values()
+        yield from (site.known_synapses for site in self.sites.values() if site.child is not None)
+        yield from self.with_gains.values()
 
     def acts_for(self, optimizer: Optimizer) -> bool:
         """Whether rules act at the steps of an optimizer: it is the attached one, around that, or inside of it."""

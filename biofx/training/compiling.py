@@ -25,12 +25,12 @@ def over_blocks(
     compiled: bool,
     **options: Any,
 ) -> None:
-    """Change the entries of weights, block by block; arguments as of `change`."""
+    """Change the entries of weights, block by block; arguments as of `run_kernel`."""
     for block in blocks.blocks(*lists, cpu=CPU if compiled else blocks.CPU):
-        change(each, many_, *block.parts, compiled=compiled, **options)
+        run_kernel(each, many_, *block.parts, compiled=compiled, **options)
 
 
-def change(
+def run_kernel(
     each: Callable[..., Tensor],
     many_: Callable[..., None],
     *lists: list[Tensor],

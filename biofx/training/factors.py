@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from biofx.base.shards import Shard, is_sharded, local
-from biofx.model import operators
+from biofx.model.definitions import name_of
+from biofx.model.gradient_hooks import counter_of, draw_noise, factors_of, is_hook
 from biofx.training.blocks import Place
 
 if TYPE_CHECKING:
@@ -59,14 +60,14 @@ def hooks_of(synapses: Synapses, shard: Shard) -> WeightHooks:
     tensors: list[Tensor] = []
     counters: list[Counter] = []
     for link in synapses.links:
-        if not operators.is_hook(link.target) or link.target is torch.ops.biofx.share_grad:
+        if not is_hook(link.target) or link.target is torch.ops.biofx.share_grad:
             continue
-        counter, drawn_from, others = operators.counter_of(link.target, synapses.arguments(link))
+        counter, drawn_from, others = counter_of(link.target, synapses.arguments(link))
         if counter is not None:
             counters.append(shard.counter(counter))
         tensors.extend(local(x) if is_sharded(x) else shard.part(x) for x in others if isinstance(x, Tensor))
         own = tuple(None if isinstance(x, Tensor) else x for x in others)
-        hooks.append(Hook(operators.name_of(link.target), own, None if counter is None else drawn_from))
+        hooks.append(Hook(name_of(link.target), own, None if counter is None else drawn_from))
     return WeightHooks(tuple(hooks), tuple(tensors), tuple(counters))
 
 
@@ -82,7 +83,7 @@ def draw(
         compiled: whether to compile what is computed.
     """
     return [
-        operators.draw_noise(
+        draw_noise(
             hook.name,
             likes,
             [members[place.index].counters[which].at(place.start) for place in places],
@@ -110,7 +111,7 @@ def combined(
     for hook in hooks:
         arguments: list[Any] = [next(noises)] if hook.is_noisy else []
         arguments += [next(own) if x is None else x for x in hook.others]
-        given = operators.factors_of(hook.name, weights, arguments, one_by_one=one_by_one)
+        given = factors_of(hook.name, weights, arguments, one_by_one=one_by_one)
         factors = [factor.to(weight.dtype) for factor, weight in zip(given, weights, strict=True)]
         result = list(torch._foreach_mul(result, factors)) if result else factors
     return result

@@ -169,7 +169,7 @@ def _refuse(weights: Sequence[PlasticWeight]) -> None:
 def _advice(sites: Iterable[WeightSite]) -> str:
     """What to do: look at a rule, if what it keeps for a weight is not finite; else, what helps in general."""
     for site in sites:
-        state = None if site.learning is None else site.learning.not_finite()
+        state = None if site.child is None else site.child.not_finite()
         if state is not None:
             return f"State of a rule is not finite either, which may be why: {site.name}: {state}"
     return HELP

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from biofx.model import chain
 from biofx.model.changes import transformed
-from biofx.model.operators import is_hook
+from biofx.model.gradient_hooks import is_hook
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, synapses_in
 

@@ -59,7 +59,7 @@ class Lifecycle:
         optimizer: the optimizer.
         gain_target: on what gains act; None if that is not known.
         sites: the weights on which rules act, by name.
-        learning: the synapses on whose learning gains act, by the weight's name.
+        with_gains: the synapses on whose learning gains act, by the weight's name.
         held: the parameters of the optimizer, by id.
         finite: what is known of gradients and weights that were not finite.
         wrapper: the data-parallel wrapper of the model, if it is known.
@@ -94,21 +94,21 @@ class Lifecycle:
         self._rules = sorted((r for r in runs if r[0].moment and r[0].acts_at_step), key=lambda r: r[0].moment or 0)
         self.hold({}, {})
 
-    def hold(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
+    def hold(self, sites: dict[str, WeightSite], with_gains: dict[str, Synapses]) -> None:
         """Act on these weights from now on, with gains on these synapses."""
         self.sites = sites
-        self.learning = learning
+        self.with_gains = with_gains
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
-        self._owned = {name for name, site in sites.items() if site.learning is not None}
+        self._owned = {name for name, site in sites.items() if site.child is not None}
         self._meshes = {name: p.device_mesh for name, p in self._parameters() if is_sharded(p)}  # type: ignore[attr-defined]
         self._copies = Copies(dict(self._changed()), self.optimizer, self._keys_of_copies)
         copies = self._copies if self.gain_target is GainTarget.COPIES else None
-        self._update = Update(learning.values(), copies=copies, compiled=self._compiled)
+        self._update = Update(with_gains.values(), copies=copies, compiled=self._compiled)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The stored parameters on which rules or gains act, by name."""
         yield from ((name, site.raw) for name, site in self.sites.items())
-        yield from ((name, synapses.stored) for name, synapses in self.learning.items())
+        yield from ((name, synapses.stored) for name, synapses in self.with_gains.items())
 
     def _changed(self) -> Iterator[tuple[nn.Parameter, int]]:
         """The parameters that gains or rules change after a step, with the number of synapses of their connections."""
@@ -120,7 +120,7 @@ class Lifecycle:
         for name, site in self.sites.items():
             if name in written or constraint_of(site) is CONSTRAINTS["project"]:
                 yield site.raw, 1
-        yield from ((synapses.stored, synapses.shares) for synapses in self.learning.values())
+        yield from ((synapses.stored, synapses.shares) for synapses in self.with_gains.values())
 
     def acted_on(self, moment: Moment) -> dict[str, str]:
         """The rule that acts last at a moment, by the name of the weight."""
@@ -220,11 +220,11 @@ class Lifecycle:
         for weight in weights:
             if weight.gradient is not local(weight.site.raw.grad):
                 self._give(weight.site.raw, weight.gradient if scale is None else weight.gradient * scale)
-        for name, synapses in self.learning.items():  # biases that were split with their weights
+        for name, synapses in self.with_gains.items():  # biases that were split with their weights
             if name not in self.sites and synapses.shares > 1 and synapses.stored.grad is not None:
                 self._give(synapses.stored, gradient_of(synapses.stored) * synapses.shares**0.5)
         if self.gain_target is GainTarget.GRADIENT:
-            learning = [s for s in self.learning.values() if s.stored.grad is not None]
+            learning = [s for s in self.with_gains.values() if s.stored.grad is not None]
             shards = [shard_of(synapses.stored_name, synapses.stored) for synapses in learning]
             gains = factors(learning, shards, [local(synapses.stored.detach()) for synapses in learning])
             for synapses, gain in zip(learning, gains, strict=True):
@@ -234,14 +234,14 @@ class Lifecycle:
 
     def note_early_gradients(self) -> None:
         """Remember gradients that were computed while hooks were on, and therefore differ."""
-        for name, synapses in self.learning.items():
+        for name, synapses in self.with_gains.items():
             gradient = synapses.stored.grad
             if gradient is not None and not gradient.is_inference():
                 self._early[name] = gradient, gradient._version
 
     def _refuse_early_gradients(self) -> None:
         for name, (gradient, version) in self._early.items():
-            now = self.learning[name].stored.grad if name in self.learning else None
+            now = self.with_gains[name].stored.grad if name in self.with_gains else None
             if now is gradient and gradient._version == version and bool(local(gradient).any()):
                 raise LifecycleError(
                     f"{name}: its gradient was computed before the optimizer was attached, with gains; call "
@@ -264,7 +264,7 @@ class Lifecycle:
 
     def _weight(self, site: WeightSite, step: int) -> PlasticWeight | None:
         """A weight that takes part in this step, by its number, or None if it has no gradient."""
-        synapses, scale = site.learning, _gradient_scale(self.optimizer)
+        synapses, scale = site.child, _gradient_scale(self.optimizer)
         raw = site.raw if synapses is None else synapses.stored
         if raw.grad is None or not raw.requires_grad or raw.numel() == 0:
             return None
@@ -291,7 +291,7 @@ class Lifecycle:
             self._update.undo()
             return
         on_update = self.gain_target is not GainTarget.GRADIENT
-        self._update.end([on_update and s.stored.grad is not None for s in self.learning.values()], step.finite)
+        self._update.end([on_update and s.stored.grad is not None for s in self.with_gains.values()], step.finite)
         if self.gain_target is None:
             self._refuse_copies()
         counters = {w.name: steps for w in step.weights if (steps := w.synapses.state("steps")) is not None}
@@ -329,7 +329,7 @@ class Lifecycle:
                 continue
             _refuse_captured(pass_)
             if pass_.moment is Moment.UPDATE:
-                old = dict(zip(self.learning, self._update.old, strict=True))
+                old = dict(zip(self.with_gains, self._update.old, strict=True))
                 chosen = [replace(weight, stored_before=old[weight.name]) for weight in chosen]
             if pass_.moment is Moment.TURNOVER:
                 for weight in chosen:
@@ -404,7 +404,7 @@ class Lifecycle:
         """The parameters that a user replaced since they were attached, each with what became of it."""
         first: dict[int, str] = {}
         for name, site in self.sites.items():
-            synapses = site.learning
+            synapses = site.child
             if synapses is None and site.is_gone:
                 yield name, "removed"
                 continue

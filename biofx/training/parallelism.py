@@ -83,9 +83,9 @@ def _refuse_others(model: fx.GraphModule, mesh: DeviceMesh) -> None:
             "fully_shard(bio) over another dimension of the same mesh"
         )
     guard = vars(model).get(GUARD)
-    if guard is not None and guard.reason is not None:
+    if guard is not None and guard.needs is not None:
         raise ArgumentError(
-            f"parallelize: {guard.reason}, and the styles of a plan hook modules, which the graph does not call; leave "
+            f"parallelize: {guard.needs}, and the styles of a plan hook modules, which the graph does not call; leave "
             "that pass out, or let all parameters and the inputs be DTensors instead"
         )
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from biofx.base.errors import ArgumentError
 from biofx.base.shards import cut_like, is_placed_like, is_sharded, local, shard_of
-from biofx.model.operators import observe_shards
+from biofx.model.observers import observe_shards
 from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.model.synapses import State, observers_in
@@ -78,17 +78,17 @@ def cut_state(sites: Iterable[WeightSite], undo: ExitStack) -> None:
         undo: closing it makes the state whole again.
     """
     for site in sites:
-        if site.learning is None or not is_sharded(site.raw):
+        if site.child is None or not is_sharded(site.raw):
             continue
         # In forward, weights are whole, and what is read there stays so; a backward pass gathers what it needs.
         links = [link for link in site.links if link.origin.slot is not Slot.HOOK]
         read = {argument.key for link in links for argument in link.args if isinstance(argument, State)}
         shard = shard_of(site.name, site.raw)
-        for key in site.learning.users.keys() - read:
+        for key in site.child.users.keys() - read:
             value: Any = site.state(key)
             if value is None or value.shape != site.raw.shape or is_placed_like(value, site.raw):
                 continue
-            undo.callback(site.learning.register_buffer, key, value)
+            undo.callback(site.child.register_buffer, key, value)
             with torch.no_grad():
                 whole = value.full_tensor() if is_sharded(value) else value  # cut before the weight was cut again
-                site.learning.register_buffer(key, cut_like(site.raw, shard.part(whole).clone()))
+                site.child.register_buffer(key, cut_like(site.raw, shard.part(whole).clone()))

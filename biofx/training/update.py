@@ -129,7 +129,7 @@ class Update:
             drawn = draw(block.parts[1], block.places, members, compiled=self._compiled) if is_noisy else []
             entries = *block.parts, *drawn
             with undone_unless_finite(finite, block.parts[0]):
-                compiling.change(moved, move_, *entries, compiled=self._compiled, hooks=hooks, shares=shares)
+                compiling.run_kernel(after_gains, move_, *entries, compiled=self._compiled, hooks=hooks, shares=shares)
 
     def _move_copies(self, copies: Copies, taking_part: Sequence[bool]) -> None:
         gains = factors(self._synapses, self._shards, self._old)
@@ -142,7 +142,7 @@ class Update:
                 copy.copy_(before + gain.to(copy) * (copy - before))
 
 
-def moved(weight: Tensor, old: Tensor, *others: Tensor, hooks: tuple[Hook, ...], shares: int) -> Tensor:
+def after_gains(weight: Tensor, old: Tensor, *others: Tensor, hooks: tuple[Hook, ...], shares: int) -> Tensor:
     """A weight after its hooks acted on the change that an optimizer made.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -145,8 +145,3 @@ PRE: Role = (True, False)
 POST: Role = (False, True)
 GROUP: Role = (True, True)
 NEITHER: Role = (False, False)
-
-
-def axes_of(shape: Sequence[int], factors: Iterable[tuple[int, int, Role]]) -> Axes:
-    """Axes from the (axis, size, role) of each factor."""
-    return Axes(tuple(shape), tuple(Factor(axis, size, *role) for axis, size, role in factors))

@@ -1,26 +1,27 @@
-"""Declared weights: what the classes of modules say of their parameters, for a model that could not be run."""
+"""Declared weights: what parameters say of themselves, and the classes of their modules if a model could not be run."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
-from biofx.weights.axes import GROUP, NEITHER, POST, PRE, Axes, Role, axes_of
+from biofx.base.torch_internals import is_traceable_wrapper_subclass
+from biofx.weights.axes import GROUP, NEITHER, POST, PRE, Axes, Factor
 from biofx.weights.facts import NOT_A_SYNAPSE, NOT_RUN, Need, WeightFacts
-from biofx.weights.fitness import why_unfit
 
-_CONVOLUTIONS = tuple(getattr(nn, f"Conv{n}d") for n in (1, 2, 3))
-_TRANSPOSED = tuple(getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3))
+CONVOLUTIONS = tuple(getattr(nn, f"Conv{n}d") for n in (1, 2, 3))
+TRANSPOSED = tuple(getattr(nn, f"ConvTranspose{n}d") for n in (1, 2, 3))
 _ROLES = {"i": PRE, "o": POST, "g": GROUP, "k": NEITHER}
 
 # Classes, which of their parameters are weights, the operator, and letters for the factors of the weight's axes:
 # inputs, outputs, groups, and the kernel, which has all axes that are left.
 _RULES: tuple[tuple[type | tuple[type, ...], str, str, str], ...] = (
     (nn.Linear, "weight", "linear", "o i"),
-    (_CONVOLUTIONS, "weight", "convolution", "go i k"),
-    (_TRANSPOSED, "weight", "convolution", "gi o k"),
+    (CONVOLUTIONS, "weight", "convolution", "go i k"),
+    (TRANSPOSED, "weight", "convolution", "gi o k"),
     (nn.MultiheadAttention, ".*proj_weight", "attention", "o i"),
     ((nn.RNNBase, nn.RNNCellBase), "weight_.*", "recurrent layer", "o i"),
     (nn.Bilinear, "weight", "bilinear", "o i i"),
@@ -29,12 +30,25 @@ _RULES: tuple[tuple[type | tuple[type, ...], str, str, str], ...] = (
 
 
 def _axes(shape: Sequence[int], words: list[str], groups: int) -> Axes:
-    factors: list[tuple[int, int, Role]] = []
+    factors: list[Factor] = []
     for axis, length in enumerate(shape):
         letters = words[min(axis, len(words) - 1)]
         sizes = [length] if len(letters) == 1 else [groups, length // groups]
-        factors += [(axis, size, _ROLES[letter]) for letter, size in zip(letters, sizes, strict=True)]
-    return axes_of(shape, factors)
+        factors += [Factor(axis, size, *_ROLES[letter]) for letter, size in zip(letters, sizes, strict=True)]
+    return Axes(tuple(shape), tuple(factors))
+
+
+def why_unfit(parameter: nn.Parameter) -> str | None:
+    """Why a parameter's numbers cannot be those of synapses, or None if they can."""
+    if is_traceable_wrapper_subclass(parameter):
+        return f"it is a {type(parameter).__name__}, and biofx rewrites plain tensors only"
+    if parameter.is_nested or parameter.layout is not torch.strided:
+        return f"its layout is {'nested' if parameter.is_nested else parameter.layout}, and synapses need a dense one"
+    if not parameter.numel():
+        return "it has no entries"
+    if not parameter.is_floating_point():
+        return f"its dtype is {parameter.dtype}, and synapses are real numbers"
+    return None
 
 
 def declared(model: nn.Module) -> tuple[dict[str, WeightFacts], dict[str, str]]:

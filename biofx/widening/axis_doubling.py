@@ -64,12 +64,7 @@ class AxisDoubling:
 
 
 def adjacent_twins(units: int, positions: int = 1) -> AxisDoubling:
-    """All units doubled.
-
-    Args:
-        units: number of units.
-        positions: number of adjacent positions of each unit, such as those of a flattened feature map.
-    """
+    """All units doubled, each with a number of adjacent positions, as in a flattened feature map."""
     source = torch.arange(units * positions).view(units, 1, positions).expand(-1, 2, -1).flatten()
     sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(positions).repeat(units)
     return AxisDoubling(0, source, sign)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.torch_internals import pytree
-from biofx.model.chain import attribute
+from biofx.model.chain import attribute, module_of
 from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.model.islands import island_path
 from biofx.recording.catalog import Kind
@@ -72,7 +72,8 @@ class Propagation:
             self._values[node] = self._value(node)
             for source in node.all_input_nodes:
                 waiting[source] -= 1
-                if not waiting[source] and source not in self._constant and _has_tensor(self._values[source].old):
+                has_tensor = any(isinstance(x, Tensor) for x in pytree.tree_leaves(self._values[source].old))
+                if not waiting[source] and source not in self._constant and has_tensor:
                     self._values[source] = NodeValue.unchanged(None)  # frees the memory
 
     def _value(self, node: fx.Node) -> NodeValue:
@@ -178,7 +179,7 @@ class Propagation:
     ) -> NodeValue:
         """The value of an operator whose postsynaptic units are doubled."""
         doubled, bias, weights = adjacent_twins(site.units), call.bias, own
-        if call.use.bias is not None and bias is None:
+        if call.computes_bias:
             self._fail(weights, "its bias cannot be doubled")
         elif bias is not None:
             is_vector = self._values[bias].old.dim() == 1
@@ -346,8 +347,7 @@ class Propagation:
     # --- reasons -----------------------------------------------------------------------------------------------
 
     def _name(self, node: fx.Node) -> str:
-        path = next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
-        name = self._execution.name(node)
+        path, name = module_of(node), self._execution.name(node)
         return f"{name} in {path}" if path else name
 
     def _why_incompatible(self, node: fx.Node) -> str:
@@ -380,7 +380,3 @@ class Propagation:
 def _groups(count: int, groups: int) -> Tensor:
     """The group of each of a number of positions."""
     return torch.arange(count) * groups // count
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(x, Tensor) for x in pytree.tree_leaves(value))

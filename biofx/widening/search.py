@@ -25,14 +25,7 @@ if TYPE_CHECKING:
 def find_widening(
     bio: fx.GraphModule, sites: dict[str, WeightSite], excluded: dict[str, str], run: Run
 ) -> WideningPlan:
-    """The plan that doubles the units of as many weights as possible, among those whose units a weight reads.
-
-    Args:
-        bio: a captured model, which is not changed.
-        sites: all its weights.
-        excluded: the parameters that may not change, each with the reason.
-        run: runs the model.
-    """
+    """The plan that doubles the units of as many weights as possible, among those whose units a weight reads."""
     editable = [name for name in sites if name not in excluded]
     opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
     with callers_defaults():

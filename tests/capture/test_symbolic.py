@@ -474,10 +474,10 @@ class Named(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc, self.mask_must_be_none, self.mode_constant = nn.Linear(3, 3), 2.0, 3.0
+        self.fc, self.mask_must_be_none, self.mode_select = nn.Linear(3, 3), 2.0, 3.0
 
     def forward(self, x, mask=None):
-        x = F.dropout(self.fc(x), 0.5, self.training) * self.mask_must_be_none * self.mode_constant
+        x = F.dropout(self.fc(x), 0.5, self.training) * self.mask_must_be_none * self.mode_select
         return x if mask is None else x * mask
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import biofx
 from biofx import passes
 from biofx.model.synapses import stored_parameters
-from biofx.passes.continual_backprop import fresh, judged
+from biofx.passes.continual_backprop import fresh, next_layer_state
 
 RATE, MATURITY, DECAY = 0.03, 4, 0.9
 OPTIONS = {"replacement_rate": RATE, "maturity": MATURITY, "decay": DECAY}
@@ -220,7 +220,7 @@ def test_layers_are_judged_side_by_side():
         state = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[:-1])
         masks = []
         for contribution in contributions:
-            *state, mask = judged(*state, contribution, rate=rate, **options)
+            *state, mask = next_layer_state(*state, contribution, rate=rate, **options)
             masks.append(mask)
         return torch.stack(masks)
 

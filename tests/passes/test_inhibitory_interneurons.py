@@ -28,7 +28,7 @@ def network(*sizes):
 
 def parts(bio, name=NAME):
     """W^EX, W^EI and W^IX of a weight."""
-    synapses = biofx.weight_sites(bio)[name].learning
+    synapses = biofx.weight_sites(bio)[name].child
     return biofx.weight_sites(bio)[name].direct().detach(), synapses.from_interneurons, synapses.to_interneurons
 
 

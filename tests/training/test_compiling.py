@@ -77,7 +77,7 @@ def test_any_number_of_pipelines_is_compiled():
     counters.clear()
     for power in range(9):
         tensor = torch.full((8,), 2.0)
-        compiling.change(lambda x, name: x ** len(name), None, [tensor], compiled=True, name="x" * power)
+        compiling.run_kernel(lambda x, name: x ** len(name), None, [tensor], compiled=True, name="x" * power)
         assert torch.equal(tensor, torch.full((8,), 2.0**power))
     assert counters["stats"]["unique_graphs"] == 9
 

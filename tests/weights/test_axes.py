@@ -9,8 +9,13 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from biofx.analysis.understanding import understand
-from biofx.weights.axes import GROUP, NEITHER, POST, PRE, Axes, axes_of
+from biofx.weights.axes import GROUP, NEITHER, POST, PRE, Axes, Factor
 from models.weights import Layer
+
+
+def axes_of(shape, factors):
+    return Axes(tuple(shape), tuple(Factor(axis, size, *role) for axis, size, role in factors))
+
 
 LINEAR = axes_of((2, 3), [(0, 2, POST), (1, 3, PRE)])
 GROUPED = axes_of((4, 3), [(0, 2, GROUP), (0, 2, POST), (1, 3, PRE)])  # as of a convolution in 2 groups

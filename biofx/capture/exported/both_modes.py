@@ -1,6 +1,6 @@
 """Both modes: merge the graphs of training and evaluation mode into one that follows `.train()` and `.eval()`.
 
-Where the two differ only in a constant, the merged graph reads it from a `ModeConstant` module. Nodes that only one of
+Where the two differ only in a constant, the merged graph has it from a `ModeSelect` module. Nodes that only one of
 them has run in a `ModeBranch` module. In each mode, the merged graph executes the operators of that mode's graph in the
 same order. This holds for any matching of the nodes, so a poor match costs readability, not correctness.
 """
@@ -13,11 +13,12 @@ from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from biofx.base.torch_internals import OpOverload, schema_of
-from biofx.capture.modes import ModeConstant, is_equal
+from biofx.capture.modes import ModeSelect, is_equal
 from biofx.capture.tracer import HelperModule, Tracer, unused_name
+from biofx.model.chain import modules_around
 from biofx.model.control_flow import ControlFlow
 
 if TYPE_CHECKING:
@@ -50,48 +51,26 @@ class ModeBranch(HelperModule, ControlFlow):
         return self.in_training, self.in_evaluation
 
 
-class ModeSelect(HelperModule, ControlFlow):
-    """Returns one of two values, depending on the mode."""
+class Merged:
+    """The graphs of both modes as one. Where a method takes `mode`, 0 is training and 1 is evaluation.
 
-    depends_on_mode = True
+    Modules that depend on the mode are added to those of the model whose mode they follow.
 
-    def forward(self, in_training: Any, in_evaluation: Any) -> Any:
-        """Return the value for the current mode."""
-        return in_training if self.training else in_evaluation
-
-
-def merged(model: nn.Module, training: Program, evaluation: Program) -> tuple[fx.Graph, dict[str, Tensor], list[Any]]:
-    """Merge the graphs of both modes.
-
-    Args:
-        model: the model; modules that depend on the mode are added to those whose mode they follow.
-        training: the graph in training mode.
-        evaluation: the graph in evaluation mode.
-
-    Returns:
-        The graph, without an output node; the constants that it reads; and the results in training and in evaluation
-        mode, two lists of nodes.
+    Attributes:
+        graph: the graph, without an output node.
+        constants: the tensors that forward creates, by the name under which the graph reads them.
+        results: the results in training and in evaluation mode, two lists of nodes.
     """
-    merger = _Merger(model, training, evaluation)
-    merger.run()
-    return merger.graph, merger.constants, merger.results
-
-
-class _Merger:
-    """Merges two graphs. Where a method takes `mode`, 0 is training and 1 is evaluation."""
 
     def __init__(self, model: nn.Module, training: Program, evaluation: Program) -> None:
         self.graph = fx.Graph(tracer_cls=Tracer)
         self.constants = dict(training.constants)
-        self.results: list[Any] = []
         self._model = model
         self._programs = (training, evaluation)
         self._new: tuple[dict[fx.Node, Any], dict[fx.Node, Any]] = ({}, {})
         self._attributes: dict[str, fx.Node] = {}
         self._renamed: dict[str, str] = {}
         self._added: dict[str, str] = {}
-
-    def run(self) -> None:
         self._unify_constants()
         for pair in zip(*(p.graph.find_nodes(op="placeholder") for p in self._programs), strict=True):
             node = self.graph.placeholder(str(pair[0].target))
@@ -106,7 +85,7 @@ class _Merger:
             else:
                 for ts, es in _runs(calls[0][a:b], calls[1][c:d]):
                     self._branch(ts, es)
-        outputs = [next(iter(p.graph.find_nodes(op="output"))).args[0] for p in self._programs]
+        outputs: list[Any] = [p.graph.output_node().args[0] for p in self._programs]
         self.results = [[self._value(mode, value) for value in outputs[mode]] for mode in (0, 1)]
 
     def _unify_constants(self) -> None:
@@ -119,7 +98,7 @@ class _Merger:
     def _key(self, node: fx.Node, program: Program) -> Any:
         """Return the key by which nodes of the two graphs match."""
         target = program.blocks[str(node.target)].fingerprint if node.op == "call_module" else node.target
-        return node.op, target, tuple(_stack(node)), _skeleton(_completed(node))
+        return node.op, target, tuple(modules_around(node)), _skeleton(_completed(node))
 
     # --- the graph -----------------------------------------------------------------------------------------------
 
@@ -146,14 +125,14 @@ class _Merger:
         """Merge an argument of a node that both graphs have."""
         if isinstance(a, fx.Node) or isinstance(b, fx.Node):
             x, y = self._value(0, a), self._value(1, b)
-            return x if x is y else self._select(x, y, _stack(node))
+            return x if x is y else self._select(x, y, modules_around(node))
         if type(a) is type(b) and isinstance(a, tuple | list) and len(a) == len(b):
             return type(a)(self._merge(x, y, node) for x, y in zip(a, b, strict=True))
         if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
             return {key: self._merge(a[key], b[key], node) for key in a}
         if type(a) is type(b) and a == b:
             return a
-        return self.graph.call_module(self._add(ModeConstant(a, b), "mode_constant", _stack(node)))
+        return self._select(a, b, modules_around(node))
 
     def _select(self, x: Any, y: Any, stack: Sequence[str]) -> fx.Node:
         """Return a node for one of two values."""
@@ -178,7 +157,7 @@ class _Merger:
         results = [[node for node in nodes if not set(node.users) <= set(nodes)] for nodes in (ts, es)]
         subgraphs = [self._subgraph(mode, nodes, results[mode], list(sources)) for mode, nodes in ((0, ts), (1, es))]
         branch = ModeBranch(subgraphs[0], subgraphs[1], (len(results[0]), len(results[1])))
-        stack = _common([_stack(node) for node in (*ts, *es)])
+        stack = _common([modules_around(node) for node in (*ts, *es)])
         call = self.graph.call_module(self._add(branch, "mode_branch", stack), tuple(sources))
         found = [(mode, node) for mode, nodes in enumerate(results) for node in nodes]
         for index, (mode, node) in enumerate(found):
@@ -236,11 +215,6 @@ class _Merger:
         return owner
 
 
-def _stack(node: fx.Node) -> list[str]:
-    """The paths of the modules whose forward made a node, from the model inwards."""
-    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-
-
 def _common(stacks: Sequence[list[str]]) -> list[str]:
     """Return the longest common prefix of stacks."""
     shortest = min(stacks, key=len)
@@ -255,7 +229,7 @@ def _runs(ts: list[fx.Node], es: list[fx.Node]) -> Iterator[tuple[list[fx.Node],
         return
     run: list[fx.Node] = []
     for node in ts or es:
-        if run and _stack(node) != _stack(run[-1]):
+        if run and modules_around(node) != modules_around(run[-1]):
             yield (run, []) if ts else ([], run)
             run = []
         run.append(node)

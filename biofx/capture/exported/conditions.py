@@ -52,13 +52,8 @@ class Condition:
         return Condition, (self.text,)  # pickle cannot save the function
 
 
-def has_length(leaf: int, axis: int, relation: str, number: int) -> Condition:
-    """Return a condition on the length of one axis, such as `"=="` and 3."""
-    return Condition(f"{{{leaf}}}.shape[{axis}] {relation} {number}")
-
-
-def parsed(guard: str) -> Condition:
-    """Parse a guard of torch.export, such as `L['leaves'][0].size()[1] <= 16`.
+def text_of(guard: str) -> str:
+    """The text of a condition, from a guard of torch.export, such as `L['leaves'][0].size()[1] <= 16`.
 
     Raises:
         CaptureError: the guard is not a condition on shapes of inputs.
@@ -68,7 +63,7 @@ def parsed(guard: str) -> Condition:
     names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}  # it reads `{0}` as a set
     if not names <= _NAMES.keys():
         raise CaptureError(f"torch.export assumes {guard}, which biofx cannot check; {INSTEAD}")
-    return Condition(text)
+    return text
 
 
 class CheckInputs(HelperModule):
@@ -148,8 +143,3 @@ class CheckInputs(HelperModule):
     def extra_repr(self) -> str:
         """The conditions in evaluation mode."""
         return ", ".join(condition.text.format(*self.names) for condition in self.in_evaluation)
-
-
-def without_duplicates(conditions: Sequence[Condition]) -> list[Condition]:
-    """Return the conditions without duplicates."""
-    return list({condition.text: condition for condition in conditions}.values())

@@ -23,16 +23,16 @@ from biofx.base.torch_internals import HOOKS, pytree
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.equivalence import disagreement
 from biofx.capture.explanation import lines_of
-from biofx.capture.exported.both_modes import ModeSelect, merged
+from biofx.capture.exported.both_modes import Merged
 from biofx.capture.exported.conditions import INSTEAD, CheckInputs
 from biofx.capture.exported.devices import follow_device, names_dtype
-from biofx.capture.exported.program import Program, export, read
+from biofx.capture.exported.program import Program, export
 from biofx.capture.exported.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
+from biofx.capture.modes import ModeSelect
 from biofx.capture.reparametrized import pop_computing_hooks
 from biofx.capture.tracer import HelperModule, KeywordOnly, NotTraceable, Tracer, unused_name
-from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import ORIGINAL_HOOKS
-from biofx.model.provenance import RECORD, Record
+from biofx.model.provenance import record_of
 
 _LIBRARIES = ("torch", "biofx", "sympy", "contextlib")  # packages whose lines are not the user's
 
@@ -66,13 +66,10 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     for node in graph.find_nodes(op="get_attr"):
         if node.target in names:
             node.target = names[node.target]
-    bio = captured(model, graph)
+    bio = captured(model, graph, {names[name]: constant for name, constant in constants.items()})
     vars(bio)[ORIGINAL_HOOKS] = pop_computing_hooks(bio)
-    for name, constant in constants.items():
-        bio.register_buffer(names[name], constant, persistent=False)
-    record = Record(model, fingerprint(bio), names.values())
-    record.traced = tuple(path for path, module in model.named_modules() if not isinstance(module, HelperModule))
-    vars(bio)[RECORD] = record
+    modules = model.named_modules()
+    record_of(bio).traced = tuple(path for path, module in modules if not isinstance(module, HelperModule))
     _check(bio, example_inputs)
     return bio
 
@@ -139,7 +136,7 @@ def _bind(model: nn.Module, example_inputs: Any) -> inspect.BoundArguments:
 
 def _export(model: nn.Module, inputs: Structure, leaves: list[Tensor], training: bool) -> Program:
     try:
-        return read(model, export(model, inputs, leaves, training))
+        return export(model, inputs, leaves, training)
     except CaptureError:
         raise
     except (Exception, NotTraceable) as error:
@@ -180,7 +177,7 @@ def _assembled(
     model: nn.Module, arguments: dict[str, Structure], leaves: list[Tensor], training: Program, evaluation: Program
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Return the graph for both modes, with the signature and the result of forward, and its constants."""
-    body, constants, results = merged(model, training, evaluation)
+    merged = Merged(model, training, evaluation)
     graph = fx.Graph(tracer_cls=Tracer)
 
     def add_module(name: str, module: HelperModule) -> str:
@@ -195,9 +192,9 @@ def _assembled(
     sources: list[fx.Node] = []
     for name, structure in arguments.items():
         sources += unpacked(graph, structure, placeholders[name], add_module)
-    copies = dict(zip(body.find_nodes(op="placeholder"), sources, strict=True))
-    graph.graph_copy(body, copies)
-    returned = [fx.map_arg(tuple(values), copies.__getitem__) for values in results]
+    copies = dict(zip(merged.graph.find_nodes(op="placeholder"), sources, strict=True))
+    graph.graph_copy(merged.graph, copies)
+    returned = [fx.map_arg(tuple(values), copies.__getitem__) for values in merged.results]
     if training.outputs == evaluation.outputs:
         selected = [_select(graph, t, e, add_module) for t, e in zip(*returned, strict=True)]
         graph.output(packed(graph, training.outputs, iter(selected), add_module))
@@ -211,7 +208,7 @@ def _assembled(
     if like is not None:
         follow_device(model, graph, like.device)
         check.follow_dtype(like, names_dtype(model, graph, like.dtype))
-    return graph, constants
+    return graph, merged.constants
 
 
 def _select(graph: fx.Graph, t: Any, e: Any, add_module: Callable[[str, HelperModule], str]) -> Any:

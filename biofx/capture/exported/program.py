@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +19,7 @@ from biofx.base.errors import CaptureError
 from biofx.base.generators import global_states
 from biofx.base.isolation import Snapshot, parameters_kept
 from biofx.base.torch_internals import CheckpointFunction, any_batch_size, fast_export, guards_of, is_fake
-from biofx.capture.exported.conditions import INSTEAD, Condition, has_length, parsed, without_duplicates
+from biofx.capture.exported.conditions import INSTEAD, Condition, text_of
 from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.monitoring import monitored
 from biofx.capture.outside_variables import OutsideVariables
@@ -194,32 +195,16 @@ class _ExportMonitor:
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
         original: Any = CheckpointFunction.apply
-        CheckpointFunction.apply = apply  # type: ignore[method-assign]
         try:
-            with torch.compiler.set_stance("force_eager"):  # parts that were compiled, which would compile these hooks
+            # Also parts that were compiled, which would compile these hooks.
+            with patch.object(CheckpointFunction, "apply", apply), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            del CheckpointFunction.apply
             for handle in handles:
                 handle.remove()
 
 
-@dataclass(frozen=True)
-class Export:
-    """The result of torch.export, with what the monitor noted."""
-
-    program: torch.export.ExportedProgram
-    monitor: _ExportMonitor
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        """The node of each input tensor."""
-        nodes = self.program.graph.find_nodes(op="placeholder")
-        specs = self.program.graph_signature.input_specs
-        return [node for node, spec in zip(nodes, specs, strict=True) if spec.kind is InputKind.USER_INPUT]
-
-
-def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], training: bool) -> Export:
+def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], training: bool) -> Program:
     """Export a model in one mode.
 
     Two axes may have any length in later calls, if forward allows it: the first of every input, which is the batch, and
@@ -233,6 +218,7 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
 
     Raises:
         NotTraceable: forward does what a graph cannot represent.
+        CaptureError: the graph contains an assumption or an operator that biofx does not support.
         Exception: torch.export cannot export forward.
     """
     monitor = _ExportMonitor(model)
@@ -249,7 +235,7 @@ def export(model: nn.Module, inputs: Structure, leaves: Sequence[Tensor], traini
     if monitor.side_effect is not None:
         path, reason = monitor.side_effect
         raise NotTraceable({path: reason})
-    return Export(program, monitor)
+    return _read(model, program, monitor)
 
 
 @contextmanager
@@ -280,13 +266,8 @@ def _dynamic_axes(leaf: Tensor) -> range:
     return range(min(leaf.dim(), 2 if is_sequence else 1))
 
 
-def read(model: nn.Module, export: Export) -> Program:
-    """Convert an exported graph: its tensors get their names in the model, and its `meta` only what biofx reads.
-
-    Raises:
-        CaptureError: the graph contains an assumption or an operator that biofx does not support.
-    """
-    program, monitor = export.program, export.monitor
+def _read(model: nn.Module, program: torch.export.ExportedProgram, monitor: _ExportMonitor) -> Program:
+    """Convert an exported graph: its tensors get their names in the model, and its `meta` only what biofx reads."""
     first = {id(tensor): name for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
     graph, constants = fx.Graph(tracer_cls=Tracer), dict[str, Tensor]()
     nodes: dict[fx.Node, fx.Node] = {}
@@ -311,7 +292,7 @@ def read(model: nn.Module, export: Export) -> Program:
     for name, value in zip(monitor.assigned, results[kept:], strict=True):
         graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
     graph.output(tuple(results[:kept]))
-    return Program(graph, monitor.outputs, constants, blocks, conditions_of(export), monitor.reads)
+    return Program(graph, monitor.outputs, constants, blocks, _conditions_of(program), monitor.reads)
 
 
 def _constant(value: Tensor) -> Tensor:
@@ -400,21 +381,21 @@ def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
     return {path: ("" if path == MODEL else _name(path), cls) for path, cls in inside}
 
 
-def conditions_of(export: Export) -> list[Condition]:
+def _conditions_of(program: torch.export.ExportedProgram) -> list[Condition]:
     """Return the conditions on input shapes under which a graph is correct.
 
     Raises:
         CaptureError: the graph has other conditions.
     """
-    program = export.program
-    result = []
-    for leaf, node in enumerate(export.inputs):
+    nodes = zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True)
+    texts = []
+    for leaf, node in enumerate(node for node, spec in nodes if spec.kind is InputKind.USER_INPUT):
         for axis, length in enumerate(node.meta["val"].shape):
             if isinstance(length, int):
-                result.append(has_length(leaf, axis, "==", length))
+                texts.append(f"{{{leaf}}}.shape[{axis}] == {length}")
                 continue
             allowed = program.range_constraints.get(length.node.expr)
             for relation, bound in ((">=", allowed.lower), ("<=", allowed.upper)) if allowed else ():
                 if bound.is_Integer and bound > 0:
-                    result.append(has_length(leaf, axis, relation, int(bound)))
-    return without_duplicates([*result, *(parsed(guard) for guard in guards_of(program))])
+                    texts.append(f"{{{leaf}}}.shape[{axis}] {relation} {int(bound)}")
+    return [Condition(text) for text in dict.fromkeys([*texts, *map(text_of, guards_of(program))])]

@@ -15,7 +15,7 @@ from biofx.base.errors import CaptureError, InputError
 from biofx.base.torch_internals import pytree
 from biofx.capture.tracer import HelperModule
 
-LITERALS = (tuple, list, dict)  # containers that a graph can unpack and return without a helper module
+LITERALS = (tuple, list, dict)  # containers that a graph can return without a helper module
 CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -128,7 +128,7 @@ def _parts(value: Any) -> tuple[Any, dict[str, Any]] | None:
 
 
 class Unpack(HelperModule):
-    """Unpacks an argument of a type that a graph cannot unpack."""
+    """Unpacks an argument that is a container."""
 
     def __init__(self, structure: Structure, name: str) -> None:
         super().__init__()
@@ -160,19 +160,11 @@ def unpacked(graph: fx.Graph, structure: Structure, node: fx.Node, add_module: A
     """Add nodes that unpack an argument, and return those of its leaves."""
     if isinstance(structure, Leaf):
         return [node]
-    if isinstance(structure, Constant):
+    count = len(leaf_names(structure, ""))
+    if not count:
         return []
-    if structure.kind in LITERALS:
-        keys = structure.spec.context if structure.kind is dict else range(len(structure.items))
-        items = [
-            (item, graph.call_function(operator.getitem, (node, key)))
-            for key, item in zip(keys, structure.items, strict=True)
-            if not isinstance(item, Constant)
-        ]
-        return [leaf for item, source in items for leaf in unpacked(graph, item, source, add_module)]
-    module = Unpack(structure, node.name)
-    leaves = graph.call_module(add_module(f"unpack_{node.name}", module), (node,))
-    return [graph.call_function(operator.getitem, (leaves, i)) for i in range(len(leaf_names(structure, "")))]
+    leaves = graph.call_module(add_module(f"unpack_{node.name}", Unpack(structure, node.name)), (node,))
+    return [graph.call_function(operator.getitem, (leaves, index)) for index in range(count)]
 
 
 def packed(graph: fx.Graph, structure: Structure, leaves: Iterator[Any], add_module: AddModule) -> Any:
