@@ -19,7 +19,7 @@ from biofx.model.synapses import synapses_in
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import connections
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
-from biofx.training.plastic_weight import forget
+from biofx.training.plastic_weight import forget, memories_of
 from biofx.training.statistics import magnitudes_along
 from biofx.weights.facts import NOT_RUN, Need
 
@@ -345,7 +345,7 @@ def _renew(weight: PlasticWeight, due: Tensor, places: Tensor) -> None:
         if bias.requires_grad:
             own = (is_due if weight.finite is None else is_due & weight.finite).expand(bias.shape)
             bias.masked_fill_(own, 0)
-            forget(weight.optimizer, bias, own)
+            forget(weight.optimizer, bias, own, memories_of(weight.optimizer, bias))
 
 
 def _bias_nodes(site: WeightSite) -> Iterator[fx.Node]:

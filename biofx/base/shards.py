@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from biofx.base.errors import ArgumentError
 from biofx.base.noise import Counter, Rows
+
+_WHOLE = frozenset((Tensor, nn.Parameter))
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Shard:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
+    if type(tensor) in _WHOLE:  # a step asks often, and almost always of these
+        return False
     module = sys.modules.get("torch.distributed.tensor")  # slow to import; without, nobody has made one
     return module is not None and isinstance(tensor, module.DTensor)
 

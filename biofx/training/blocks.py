@@ -52,6 +52,9 @@ def blocks(*tensors: Sequence[Tensor], cpu: int = CPU) -> Iterator[Block]:
         >>> [[tuple(part.shape) for part in parts] for parts in next(blocks(weights, means)).parts]
         [[(2, 3), (4,)], [(), ()]]
     """
+    if tensors[0] and sum(x.numel() for x in tensors[0]) <= _size(tensors[0][0], cpu):  # one block, and no loop
+        yield Block(tuple(map(list, tensors)), [Place(index, 0) for index in range(len(tensors[0]))])
+        return
     found: list[tuple[Tensor, ...]] = []
     places: list[Place] = []
     count = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 from biofx.base import randomness
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.noise import Counter
-from biofx.base.shards import Shard, local, shard_of
+from biofx.base.shards import Shard, local
 from biofx.model.slots import Slot
 from biofx.signs.constraints import constraint_of
 from biofx.training.wrappers import CLOSE, memory_of
 
+# Options from which an optimizer starts what it remembers; momentum and moments, which are not here, start from 0.
+_STARTS_FROM = {"sum": "initial_accumulator_value", "step_size": "lr"}  # of Adagrad and Rprop
+
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
     from biofx.model.synapses import Synapses
-    from biofx.rewrite.registry import Pass
 
 
 @dataclass(eq=False)
@@ -57,26 +60,26 @@ class PlasticWeight:
         """The weight's name in the original model."""
         return self.site.name
 
-    @cached_property
+    @property
     def synapses(self) -> Synapses:
         """What holds the stored parameter, its links and their state."""
         return self.site.known_synapses
 
-    def seen_by(self, pass_: Pass, finite: Tensor | None) -> PlasticWeight:
+    def seen_by(self, rule: str, finite: Tensor | None, before: Tensor | None) -> PlasticWeight:
         """The same weight for a rule.
 
         Args:
-            pass_: the rule.
+            rule: the name of the pass.
             finite: whether gradients and weights are finite, on a device that is not waited for; else None.
+            before: what `raw` was before the step, if the rule needs it.
         """
-        result = replace(self, by=pass_.name, finite=finite)
-        result.synapses, result.shard = self.synapses, self.shard  # each takes a while to look up
-        return result
+        own = self.site, self.raw, self.gradient, self.optimizer, self.step  # `dataclasses.replace` is slow
+        return PlasticWeight(*own, rule, self.compiled, finite, before)
 
-    @cached_property
+    @property
     def shard(self) -> Shard:
         """Which part of the weight this process holds."""
-        return shard_of(self.name, self.site.raw)
+        return self.site.shard
 
     @property
     def size(self) -> int:
@@ -262,7 +265,7 @@ class PlasticWeight:
             mask: bool, of the shape of `raw`.
         """
         own = mask if self.finite is None else mask & self.finite
-        forget(self.optimizer, self.site.raw, own, shares=self.synapses.shares)
+        forget(self.optimizer, self.site.raw, own, self.memories, shares=self.synapses.shares)
 
     def check_can_forget(self) -> None:
         """Refuse optimizer state whose neutral value is not known, such as codes.
@@ -278,36 +281,40 @@ class PlasticWeight:
                     "optimizer whose state is in floating point"
                 )
 
-    @property
+    @cached_property
     def memories(self) -> dict[str, Tensor]:
         """What the optimizer remembers of every synapse, by its key."""
-        return _memories(self.optimizer, self.site.raw)
+        return memories_of(self.optimizer, self.site.raw)
 
 
-def forget(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, mask: Tensor, *, shares: int = 1) -> None:
+def forget(
+    optimizer: torch.optim.Optimizer | None,
+    parameter: nn.Parameter,
+    mask: Tensor,
+    memories: Mapping[str, Tensor],
+    *,
+    shares: int = 1,
+) -> None:
     """Reset what an optimizer remembers of some entries of a parameter, as if they were new.
 
     Args:
         optimizer: the optimizer.
         parameter: the parameter, with the new values.
         mask: bool, of the shape of the parameter, or of this process's part of it.
+        memories: what it remembers, by its key (`memories_of`).
         shares: Γ, by which the optimizer sees the parameter multiplied.
     """
-    group = _group(optimizer, parameter)
-    # What is not listed starts from 0: momentum and moments.
-    initial = {
-        "sum": group.get("initial_accumulator_value", 0.0),  # Adagrad
-        "step_size": group.get("lr", 0.0),  # Rprop
-    }
-    raw = local(parameter).detach()
-    for key, memory in _memories(optimizer, parameter).items():
+    for key, memory in memories.items():
+        option = _STARTS_FROM.get(key)
+        initial = 0.0 if option is None else _group(optimizer, parameter).get(option, 0.0)
         if key == "ax":  # ASGD: average of the weight
-            memory.copy_(torch.where(mask, raw * shares, memory))
+            memory.copy_(torch.where(mask, local(parameter).detach() * shares, memory))
         elif type(optimizer).__module__.startswith("torch.optim") or memory.dtype is torch.bool:
-            memory.masked_fill_(mask, initial.get(key, 0.0))
+            memory.masked_fill_(mask, initial)
         else:
             value = memory if type(memory).dequantize is Tensor.dequantize else memory.dequantize()
-            memory.copy_(torch.where(mask, _like_new(raw * shares, value, mask, initial.get(key, 0.0)), value))
+            seen = local(parameter).detach() * shares
+            memory.copy_(torch.where(mask, _like_new(seen, value, mask, initial), value))
 
 
 def _like_new(raw: Tensor, memory: Tensor, replaced: Tensor, initial: float) -> Tensor:
@@ -323,9 +330,9 @@ def _group(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> 
     return next((group for group in groups if any(p is parameter for p in group["params"])), {})
 
 
-def _memories(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+def memories_of(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
     """What an optimizer remembers of every entry of a parameter, by its key."""
     state = {} if optimizer is None else memory_of(optimizer, parameter)
-    own = ((key, local(memory)) for key, memory in state.items() if isinstance(memory, Tensor))
+    own = [(key, local(memory)) for key, memory in state.items() if isinstance(memory, Tensor)]
     shape = local(parameter).shape
     return {key: memory for key, memory in own if memory.shape == shape}
