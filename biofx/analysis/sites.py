@@ -351,31 +351,26 @@ class WeightSite:
 
     def bound(self) -> BoundSite:
         """The same, with what is looked up by name now; right as long as nothing is assigned to the model."""
-        own = {each.name: getattr(self, each.name) for each in fields(WeightSite)}
-        return BoundSite(**own, parameter=self.raw, found=self.learning)
+        return BoundSite(**{each.name: getattr(self, each.name) for each in fields(WeightSite)})
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
 class BoundSite(WeightSite):
-    """A weight site whose parameter and synapses are known, so that nobody looks them up by name.
+    """A weight site that looks up once what belongs to its name."""
 
-    Attributes:
-        parameter: the stored parameter.
-        found: what holds it, if a pass changed the weight.
-    """
-
-    parameter: nn.Parameter
-    found: Synapses | None
-
-    @property
+    @cached_property
     def raw(self) -> nn.Parameter:
         """The stored parameter."""
-        return self.parameter
+        return super().raw
 
-    @property
+    @cached_property
     def learning(self) -> Synapses | None:
-        """What holds it."""
-        return self.found
+        """What holds it, if a pass changed the weight."""
+        return super().learning
+
+    @cached_property
+    def known_synapses(self) -> Synapses:
+        """The same, for a weight that a pass changed."""
+        return super().known_synapses
 
     @cached_property
     def shard(self) -> Shard:

@@ -65,7 +65,9 @@ class Shard:
     def counter(self, counter: Counter) -> Counter:
         """The counter of the part, from that of the whole."""
         shape, rows = [*self.shape], list[Rows]()
-        if self.cuts and all(cut.axis == 0 for cut in self.cuts):  # entries lie side by side
+        if not self.cuts:
+            return counter
+        if all(cut.axis == 0 for cut in self.cuts):  # entries lie side by side
             return counter.at(self.cuts[0].start * math.prod(shape[1:]))
         for cut in self.cuts:  # the rows of the first cut lie in the whole, those of the second in what that leaves
             inner = math.prod(shape[cut.axis + 1 :])
@@ -76,8 +78,6 @@ class Shard:
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
-    if type(tensor) in _WHOLE:  # a step asks often, and almost always of these
-        return False
     module = sys.modules.get("torch.distributed.tensor")  # slow to import; without, nobody has made one
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -141,7 +141,7 @@ def _place(tensor: Any, axis: int) -> tuple[int, int]:
 
 def local(tensor: Any) -> Tensor:
     """This process's part of a tensor. Writes into it reach the tensor."""
-    if not is_sharded(tensor):
+    if type(tensor) in _WHOLE or not is_sharded(tensor):  # steps ask often, and almost always of these
         return tensor  # type: ignore[no-any-return]
     with torch.no_grad():
         return tensor.to_local()  # type: ignore[no-any-return]
@@ -175,7 +175,7 @@ def extremes(values: Tensor) -> tuple[float, float]:
 def gradient_of(parameter: Tensor) -> Tensor:
     """This process's part of a gradient, cut like its parameter; tensor parallelism may cut the two differently."""
     gradient: Any = parameter.grad
-    if is_sharded(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+    if type(gradient) is not Tensor and is_sharded(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
     return local(gradient)
 

@@ -108,7 +108,8 @@ def _inverse_softplus(weight: Tensor, sign: Tensor) -> Tensor:
     return torch.where(sign == 0, weight, magnitude + torch.log(-torch.expm1(-magnitude)))
 
 
-def _sign(stored: Tensor, sign: Tensor) -> Tensor:
+def sign_of_stored(stored: Tensor, sign: Tensor) -> Tensor:
+    """The slope where a synapse has the magnitude of what is stored for it."""
     return stored.sign()
 
 
@@ -122,8 +123,8 @@ define_operator("abs_sign", _SIGNATURE, _absolute, rectify)
 define_operator("softplus_sign", _SIGNATURE, _softplus, _inverse_softplus)
 
 CONSTRAINTS = {
-    "project": SignConstraint(torch.ops.biofx.project_sign, rectify, _sign),
-    "abs": SignConstraint(torch.ops.biofx.abs_sign, rectify, _sign),
+    "project": SignConstraint(torch.ops.biofx.project_sign, rectify, sign_of_stored),
+    "abs": SignConstraint(torch.ops.biofx.abs_sign, rectify, sign_of_stored),
     "softplus": SignConstraint(torch.ops.biofx.softplus_sign, _inverse_softplus, _logistic),
 }
 

@@ -27,7 +27,7 @@ from biofx.training.counting import Counters, is_captured
 from biofx.training.factors import factors
 from biofx.training.finite import Finite, undone_unless_finite
 from biofx.training.gain_target import GainTarget, keys_of_copies
-from biofx.training.plan import Plan
+from biofx.training.plan import Plan, period_of
 from biofx.training.plastic_weight import PlasticWeight
 from biofx.training.ranks import average_, data_parallel_groups, is_on_any
 from biofx.training.update import Update
@@ -205,9 +205,11 @@ class Lifecycle:
             self._refuse_unlearned()
         self._refuse_early_gradients()
         if self._rules and weights:
-            self._step.finite = self.finite.look(weights, lambda weight: any(self._acting_on(weight)))
+            periods = self.plan.periods
+            acted_on = [w for w in weights if any(w.step % period == 0 for period in periods[w.name])]
+            self._step.finite = self.finite.look(weights, acted_on)
             groups = data_parallel_groups(self.wrapper, [weight.site.raw for weight in weights])
-            if groups or not self._is_observing:
+            if self.plan.seen and (groups or not self._is_observing):
                 read = [*self._read_now(weights)]
                 average_((state for _, _, state in read), groups)
                 self._tell_unseen(read)
@@ -282,8 +284,8 @@ class Lifecycle:
             if raw.grad.layout is not torch.strided:
                 raise LifecycleError(f"{name}: its gradient is sparse, and rules act on every entry")
             gradient = gradient_of(raw) if scale is None else gradient_of(raw).float() / scale
-            step = counts.get(name, 0) + 1
-            weights.append(PlasticWeight(site, local(raw), gradient, self.optimizer, step, compiled=self._compiled))
+            own = local(raw), gradient, self.optimizer, counts.get(name, 0) + 1
+            weights.append(PlasticWeight(site, *own, compiled=self._compiled, options=self._groups[id(raw)]))
         # Hooks give each synapse 1/√Γ; the optimizer sees the connection's gradient. Rules add to a copy.
         other = [w for w in weights if w.site.shares > 1 or (scale is None and w.name in plan.pulled)]
         if other:
@@ -355,9 +357,9 @@ class Lifecycle:
 
     def _check_can_forget(self, pass_: Pass, weights: Sequence[PlasticWeight]) -> None:
         """Refuse optimizer state that a rule could not reset: at the first step, and whenever the rule acts."""
-        for weight in weights:
-            if pass_.name not in self.plan.turning or weight.step % _every(pass_) == 0:
-                weight.check_can_forget()
+        is_known, period = pass_.name in self.plan.turning, period_of(pass_)
+        for weight in weights if not is_known else [w for w in weights if w.step % period == 0]:
+            weight.check_can_forget()
         self.plan.turning.add(pass_.name)
 
     def _tell_unseen(self, read: Sequence[tuple[str, str, Tensor]]) -> None:
@@ -381,12 +383,8 @@ class Lifecycle:
         """What observers saw that a rule reads in this step, with the names of the rule and the weight."""
         for weight in weights:
             for pass_, key in self.plan.seen.get(weight.name, ()):
-                if weight.step % _every(pass_) == 0:
+                if weight.step % period_of(pass_) == 0:
                     yield pass_.name, weight.name, weight.state(key)
-
-    def _acting_on(self, weight: PlasticWeight) -> Iterator[Pass]:
-        """The rules that act on a weight in this step."""
-        return (pass_ for pass_ in self.plan.rules[weight.name] if weight.step % _every(pass_) == 0)
 
     @property
     def plan(self) -> Plan:
@@ -403,7 +401,8 @@ class Lifecycle:
         for name, site in self._plan.sites.items():
             if site.raw.shape != self._shapes[name]:
                 raise self._reshaped(name, site.raw)
-        if parameter_ids(self.optimizer) != self.held:
+        self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        if self._groups.keys() != self.held:
             raise LifecycleError(
                 "the optimizer holds other parameters than when it was attached; detach and attach again"
             )
@@ -458,17 +457,11 @@ class Lifecycle:
 
 def _refuse_captured(pass_: Pass) -> None:
     """Refuse a rule that does not act at every step while a CUDA graph is captured, which is one step for all."""
-    if _every(pass_) != 1 and is_captured():
+    if period_of(pass_) != 1 and is_captured():
         raise LifecycleError(
-            f"{pass_.name} acts every {_every(pass_)} steps, and a CUDA graph replays the step that was captured; "
+            f"{pass_.name} acts every {period_of(pass_)} steps, and a CUDA graph replays the step that was captured; "
             "use every=1, or do not capture the optimizer's step"
         )
-
-
-def _every(pass_: Pass) -> int:
-    """The number of steps from one action of a rule to the next."""
-    every: int = getattr(pass_, "every", 1)
-    return every
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

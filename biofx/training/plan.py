@@ -31,7 +31,7 @@ class Plan:
 
     Attributes:
         sites: the same sites, bound.
-        rules: the rules that act on a weight, in order, by its name.
+        periods: the numbers of steps from one action of a rule to the next, of the rules on a weight, by its name.
         counters: the counters of steps, by the weight's name.
         pulled: the names of the weights to whose gradients a rule adds.
         unprojected: the names of the weights whose signs no rule restores.
@@ -52,9 +52,10 @@ class Plan:
         self.sites = {name: site.bound() for name, site in sites.items()}
         names = dict.fromkeys((*sites, *learning, *record_of(bio).nonnegative))
         self._places = [place for name in names for place in places_of(bio, name)]
-        own = (site.found for site in self.sites.values() if site.found is not None)
+        own = (site.known_synapses for site in self.sites.values() if site.learning is not None)
         self._places += [place for synapses in dict.fromkeys((*own, *learning.values())) for place in synapses.places()]
-        self.rules = {name: tuple(rule for rule, own in rules if name in own) for name in sites}
+        self._rules = {name: [rule for rule, own in rules if name in own] for name in sites}
+        self.periods = {name: {period_of(rule) for rule in own} for name, own in self._rules.items()}
         found = ((name, site.state("steps")) for name, site in self.sites.items())
         self.counters: dict[str, Tensor] = {name: steps for name, steps in found if steps is not None}
         self.pulled = self._acted_on(Moment.GRADIENT)
@@ -70,11 +71,17 @@ class Plan:
         return all(container.get(key) is value for container, key, value in self._places)
 
     def _acted_on(self, moment: Moment) -> set[str]:
-        return {name for name, rules in self.rules.items() if any(rule.moment is moment for rule in rules)}
+        return {name for name, rules in self._rules.items() if any(rule.moment is moment for rule in rules)}
 
     def _seen_by_rules(self, name: str, observed: Collection[tuple[int, str]]) -> Iterator[tuple[Pass, str]]:
         synapses = self.sites[name].known_synapses
-        for rule in self.rules[name]:
+        for rule in self._rules[name]:
             for key, users in synapses.users.items():
                 if rule.name in users and (id(synapses), key) in observed:
                     yield rule, key
+
+
+def period_of(rule: Pass) -> int:
+    """The number of steps from one action of a rule to the next."""
+    every: int = getattr(rule, "every", 1)
+    return every

@@ -15,7 +15,7 @@ from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.noise import Counter
 from biofx.base.shards import Shard, local
 from biofx.model.slots import Slot
-from biofx.signs.constraints import constraint_of
+from biofx.signs.constraints import constraint_of, sign_of_stored
 from biofx.training.wrappers import CLOSE, memory_of
 
 # Options from which an optimizer starts what it remembers; momentum and moments, which are not here, start from 0.
@@ -43,6 +43,7 @@ class PlasticWeight:
         compiled: whether to compile what a rule does to entries.
         finite: whether gradients and weights are finite, on a device that is not waited for; else None.
         stored_before: what `raw` was before the step, for rules at `Moment.UPDATE`; else None.
+        options: the optimizer's options for it, if they are known.
     """
 
     site: WeightSite
@@ -54,6 +55,7 @@ class PlasticWeight:
     compiled: bool = False
     finite: Tensor | None = None
     stored_before: Tensor | None = None
+    options: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -74,7 +76,7 @@ class PlasticWeight:
             before: what `raw` was before the step, if the rule needs it.
         """
         own = self.site, self.raw, self.gradient, self.optimizer, self.step  # `dataclasses.replace` is slow
-        return PlasticWeight(*own, rule, self.compiled, finite, before)
+        return PlasticWeight(*own, rule, self.compiled, finite, before, self.options)
 
     @property
     def shard(self) -> Shard:
@@ -180,6 +182,12 @@ class PlasticWeight:
         return value
 
     @property
+    def stores_magnitude(self) -> bool:
+        """Whether a synapse has the magnitude of what is stored for it."""
+        constraint = constraint_of(self.site)
+        return constraint is None or constraint.slope is sign_of_stored
+
+    @property
     def slope(self) -> Tensor:
         """Derivative of every synapse's magnitude with respect to what is stored for it."""
         raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.sign
@@ -221,7 +229,7 @@ class PlasticWeight:
     @property
     def group(self) -> dict[str, Any]:
         """The optimizer's options for the weight; empty if rules are called by hand."""
-        return _group(self.optimizer, self.site.raw)
+        return _group(self.optimizer, self.site.raw) if self.options is None else self.options
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
         """Store new weights where a mask is True, and reset what the optimizer remembers of them.
