@@ -8,7 +8,7 @@ unit is kept with the weights that read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from biofx.analysis.units import Reading, Units
     from biofx.rewrite.editor import Editor
     from biofx.rewrite.model_editor import ModelEditor
+    from biofx.training.plastic_weight import PlasticWeight
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -68,6 +69,12 @@ def rectify_(weights: list[Tensor], signs: list[Tensor]) -> None:
     torch._foreach_add_(high, 0.0)  # −0 becomes 0
     for weight, least, most in zip(weights, low, high, strict=True):
         weight.clamp_(least, most)
+
+
+def project_(weights: Iterable[PlasticWeight]) -> None:
+    """The same for what is stored of weights, where their units have signs."""
+    signed = [(weight.raw, sign) for weight in weights if (sign := weight.sign) is not None]
+    rectify_([raw for raw, _ in signed], [sign for _, sign in signed])
 
 
 class _Rectify(torch.autograd.Function):

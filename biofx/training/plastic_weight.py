@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -193,14 +193,17 @@ class PlasticWeight:
         raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.sign
         return raw.sign() if constraint is None or sign is None else constraint.slope(raw, sign)
 
-    def by_unit(self, values: Tensor) -> Tensor:
-        """Sums of values, one for every synapse, over the incoming synapses of each postsynaptic unit in this part."""
+    def by_unit(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Sums of several values of synapses over the incoming synapses of each postsynaptic unit in this part."""
         units = self.site.units
-        unit = self.part(self.site.spread(torch.arange(units, device=values.device)))
-        outer = values.dim() - unit.dim()
+        unit = self.part(self.site.spread(torch.arange(units, device=values[0].device)))
+        outer = values[0].dim() - unit.dim()
         alike = [*range(outer), *(outer + axis for axis, length in enumerate(unit.shape) if length == 1)]
-        rows = values.sum(alike, keepdim=True) if alike else values
-        return values.new_zeros(units).index_add_(0, unit.expand(rows.shape).reshape(-1), rows.reshape(-1))
+        rows = [each.sum(alike, keepdim=True) if alike else each for each in values]
+        if unit.numel() == units:  # nothing is cut, so that the rows are those of all units in order
+            return [each.reshape(-1) for each in rows]
+        places = unit.expand(rows[0].shape).reshape(-1)
+        return [each.new_zeros(units).index_add_(0, places, each.reshape(-1)) for each in rows]
 
     def assign(self, value: Tensor) -> None:
         """Store weights, one for every synapse; those with another sign than their unit become zero."""
