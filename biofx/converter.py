@@ -18,7 +18,7 @@ from biofx.model.gradient_hooks import is_hook
 from biofx.model.owners import set_class
 from biofx.model.provenance import record_of
 from biofx.rewrite.registry import Pass, registered_passes
-from biofx.signs.scales import project_scales
+from biofx.signs.scales import project_scales, scales_of
 from biofx.training.hook_switch import leave_rules_to_caller
 from biofx.training.plastic_weight import PlasticWeight
 
@@ -234,7 +234,7 @@ class Converted(CapturedModule):
             raise LifecycleError("enforce_dales_principle: convert the model with apply_dales_principle=True")
         self._at_step("dales-principle")
         with torch.no_grad():
-            project_scales(self)
+            project_scales(scales_of(self))
 
     def l1_reg(self) -> Tensor:
         """Sum of the magnitudes of all weights, differentiable (`biofx.l1`)."""

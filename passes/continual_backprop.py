@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -19,7 +22,8 @@ from biofx.model.synapses import synapses_in
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import connections
 from biofx.signs.constraints import CONSTRAINTS, constraint_of
-from biofx.training.plastic_weight import forget
+from biofx.training.blocks import batches
+from biofx.training.plastic_weight import forget, memories_of
 from biofx.training.statistics import magnitudes_along
 from biofx.weights.facts import NOT_RUN, Need
 
@@ -157,38 +161,41 @@ class ContinualBackprop(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Age units, and replace those that are due."""
-        activity = {weight.name: _seen(weight) for weight in weights if ACTIVITY in weight.synapses.users}
-        found = [(group, self._due(group, activity)) for group in _groups(weights)]
-        found = _without_idle(found)
-        for group, due in found:
-            for weight, places in group.into:
-                _renew(weight, due.to(weight.raw.device), places)
-        for group, due in found:  # last, because outgoing synapses of one unit may be incoming ones of another
-            for weight, places in group.out_of:
-                is_due = _at_places(due.to(weight.raw.device), places, weight.site.presynaptic_units)
-                mask = weight.site.spread_presynaptic(is_due).expand(weight.raw.shape)
-                weight.replace(mask, torch.zeros_like(weight.raw))
+        layers = _layers(weights)
+        _look(layers, [weight for weight in weights if ACTIVITY in weight.synapses.users])
+        alike: dict[tuple[int, torch.device, torch.dtype], list[_Layer]] = {}
+        for layer in layers:
+            utility = layer.home.state(UTILITY)
+            alike.setdefault((len(utility), utility.device, utility.dtype), []).append(layer)
+        for own in alike.values():
+            self._judge(own)
+        due = [layer for layer in layers if layer.due is not None]
+        _renew([(layer, weight, places) for layer in due for weight, places in layer.into])
+        # Last, because outgoing synapses of one unit may be incoming ones of another.
+        parts = [(layer, weight, places) for layer in due for weight, places in layer.out_of]
+        for weight, is_due in _at_places(parts, {weight: weight.site.presynaptic_units for _, weight, _ in parts}):
+            mask = weight.site.spread_presynaptic(is_due).expand(weight.raw.shape)
+            weight.replace(mask, torch.zeros_like(weight.raw))
 
-    def _due(self, group: _Group, activity: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """Move the state of a layer on by a step; which of its units are to be replaced."""
-        utility, age, due, replaced = (group.home.state(key) for key in (UTILITY, AGE, DUE, REPLACED))
-        contribution, looked = torch.zeros_like(utility), None
-        for weight, places in group.out_of:
-            mean, positions = activity[weight.name]
-            own = torch.cat([mean * _outgoing(weight).to(mean), mean.new_zeros(1)])
-            contribution += own.index_select(0, places.flatten()).view(places.shape).sum(1).to(contribution)
-            is_seen = (positions.amin() > 0).to(utility.device)
-            looked = is_seen if looked is None else looked & is_seen
-        assert looked is not None, f"no weight reads the units of {group.home.name}"
+    def _judge(self, layers: list[_Layer]) -> None:
+        """Move the state of layers of one size on by a step, and find the units that are to be replaced."""
+        states = [[layer.home.state(key) for layer in layers] for key in (UTILITY, AGE, DUE)]
+        utility, age, due = map(torch.stack, states)
+        contributions = torch.stack([layer.contribution.to(utility) for layer in layers])
+        looked = torch.stack([layer.looked.to(utility.device) for layer in layers])
         *now, mask = next_layer_state(
-            utility, age, due, contribution,
+            utility, age, due, contributions,
             rate=self.replacement_rate, maturity=self.maturity, decay=self.decay,
         )  # fmt: skip
-        for old, new in zip((utility, age, due), now, strict=True):
-            old.copy_(torch.where(looked, new, old))
-        mask = mask & looked
-        replaced += mask.sum()
-        return mask
+        for own, old, new in zip(states, (utility, age, due), now, strict=True):
+            chosen = torch.where(looked if old.dim() == 1 else looked[:, None], new, old)
+            torch._foreach_copy_(own, list(chosen.unbind()))
+        mask = mask & looked[:, None]
+        torch._foreach_add_([layer.home.state(REPLACED) for layer in layers], list(mask.sum(-1).unbind()))
+        # Nobody waits for a device to tell which layers are idle.
+        is_due = mask.any(-1).tolist() if mask.device.type == "cpu" else [True] * len(layers)
+        for layer, own_mask, is_any in zip(layers, mask.unbind(), is_due, strict=True):
+            layer.due = own_mask if is_any else None
 
     def held_together(self, bio: nn.Module) -> Iterable[Collection[str]]:
         """The weights that lead into the units of each layer, and those that read them."""
@@ -279,12 +286,27 @@ def bounds_of(weight: Tensor, sign: Tensor | None = None, synapses: int = 1) -> 
 
 
 @dataclass(eq=False)
-class _Group:
-    """The weights of a layer, each with the places of its units."""
+class _Layer:
+    """The units of a layer at a step.
+
+    Attributes:
+        home: the weight that has its state.
+        into: the weights that lead into its units, each with their places.
+        out_of: the weights that read them, likewise.
+        contribution: |h|·Σ|w| of each unit.
+        looked: whether observers saw its activity.
+        due: which units are to be replaced; None if it is known that none is.
+    """
 
     home: PlasticWeight
     into: list[tuple[PlasticWeight, Tensor]] = field(default_factory=list)
     out_of: list[tuple[PlasticWeight, Tensor]] = field(default_factory=list)
+    contribution: Tensor = field(init=False)
+    looked: Tensor = field(init=False)
+    due: Tensor | None = None
+
+
+Part = tuple[_Layer, "PlasticWeight", Tensor]  # of a layer: a weight, and the places of the units there
 
 
 def _key(name: str) -> str:
@@ -292,35 +314,109 @@ def _key(name: str) -> str:
     return name.replace("_", "_1").replace(".", "_0")
 
 
-def _groups(weights: Sequence[PlasticWeight]) -> list[_Group]:
+@functools.cache
+def _side(key: str) -> tuple[str, str] | None:
+    """Where a state says that units are, and the key of their layer; None for other state."""
+    for side, prefix in (("into", INTO), ("out_of", OUT_OF)):
+        if key.startswith(prefix):
+            return side, key.removeprefix(prefix)
+    return None
+
+
+def _layers(weights: Sequence[PlasticWeight]) -> list[_Layer]:
     """The layers of which all weights take part in a step."""
-    groups = {_key(w.name): _Group(w) for w in weights if UTILITY in w.synapses.users}
+    layers = {_key(w.name): _Layer(w) for w in weights if UTILITY in w.synapses.users}
     for weight in weights:
         for key in weight.synapses.users:
-            for prefix, side in ((INTO, "into"), (OUT_OF, "out_of")):
-                if key.startswith(prefix) and (group := groups.get(key.removeprefix(prefix))) is not None:
-                    getattr(group, side).append((weight, weight.state(key)))
+            found = _side(key)
+            if found is not None and found[1] in layers:
+                getattr(layers[found[1]], found[0]).append((weight, weight.state(key)))
     runs = [run for run in record_of(weights[0].site.bio).passes if run.pass_.name == weights[0].by]
     if sum(len(run.weights) for run in runs) > len(weights):
         present = {weight.name for weight in weights}
         for name, synapses in synapses_in(weights[0].site.bio).items():
             for key in synapses.users if name not in present else ():
-                groups.pop(key.removeprefix(INTO).removeprefix(OUT_OF), None)
-    return list(groups.values())
+                layers.pop((_side(key) or ("", ""))[1], None)
+    return list(layers.values())
 
 
-def _without_idle(found: list[tuple[_Group, Tensor]]) -> list[tuple[_Group, Tensor]]:
-    """The layers of which some units are due, as far as that can be known without waiting for a device."""
-    known = [due.any() for _, due in found if due.device.type == "cpu"]
-    is_due = iter(torch.stack(known).tolist() if known else ())
-    return [(group, due) for group, due in found if due.device.type != "cpu" or next(is_due)]
+def _look(layers: Sequence[_Layer], weights: Sequence[PlasticWeight]) -> None:
+    """Take what was seen since the last step, and find out what the units of layers contribute."""
+    alike: dict[tuple[torch.device, torch.dtype], list[PlasticWeight]] = {}
+    for weight in weights:
+        state = weight.state(ACTIVITY)
+        alike.setdefault((state.device, state.dtype), []).append(weight)
+    parts = [(layer, weight, places) for layer in layers for weight, places in layer.out_of]
+    looked: dict[PlasticWeight, Tensor] = {}
+    contributions: dict[tuple[_Layer, PlasticWeight], Tensor] = {}
+    for own in alike.values():
+        states = [weight.state(ACTIVITY) for weight in own]
+        sizes = [state.shape[-1] for state in states]
+        sums, positions = torch.cat(states, -1).sum(0)
+        torch._foreach_zero_(states)
+        products = sums / positions.clamp(min=1) * torch.cat([_outgoing(weight) for weight in own]).to(sums)
+        values = dict(zip(own, products.split(sizes), strict=True))
+        contributions |= _sums_at_places([part for part in parts if part[1] in values], values)
+        fewest = torch._foreach_norm(positions.split(sizes), -math.inf)
+        looked |= zip(own, (torch.stack(fewest) > 0).unbind(), strict=True)
+    for layer in layers:
+        first, *others = [weight for weight, _ in layer.out_of]
+        layer.contribution, layer.looked = contributions[layer, first], looked[first]
+        for weight in others:
+            layer.contribution = layer.contribution + contributions[layer, weight].to(layer.contribution)
+            layer.looked = layer.looked & looked[weight].to(layer.looked.device)
 
 
-def _seen(weight: PlasticWeight) -> tuple[Tensor, Tensor]:
-    """The mean activity at the presynaptic positions of a weight since the last step, and over how many numbers."""
-    sums, positions = weight.state(ACTIVITY).sum(0)
-    weight.state(ACTIVITY).zero_()
-    return sums / positions.clamp(min=1), positions
+def _end_to_end(parts: Sequence[Part], sizes: Mapping[PlasticWeight, int]) -> Iterator[tuple[list[Part], Tensor]]:
+    """Where units are if weights are laid end to end, each with one place more, for units that have fewer places.
+
+    Args:
+        parts: the units, on one device.
+        sizes: the number of places in each weight.
+
+    Yields:
+        Parts with as many places for each unit, and the places of the units of all of them, shape (units, places).
+    """
+    starts = dict(zip(sizes, itertools.accumulate((size + 1 for size in sizes.values()), initial=0), strict=False))
+    moved = torch._foreach_add([places for *_, places in parts], [starts[weight] for _, weight, _ in parts])
+    widths: dict[int, list[int]] = {}
+    for index, places in enumerate(moved):
+        widths.setdefault(places.shape[1], []).append(index)
+    for own in widths.values():
+        yield [parts[index] for index in own], torch.cat([moved[index] for index in own])
+
+
+def _sums_at_places(
+    parts: Sequence[Part], values: Mapping[PlasticWeight, Tensor]
+) -> Iterator[tuple[tuple[_Layer, PlasticWeight], Tensor]]:
+    """For each unit of the layers the sum of values at its places in a weight."""
+    if not parts:
+        return
+    zero = next(iter(values.values())).new_zeros(1)
+    flat = torch.cat([x for own in values.values() for x in (own, zero)])
+    for alike, places in _end_to_end(parts, {weight: len(own) for weight, own in values.items()}):
+        sums = flat.index_select(0, places.flatten()).view(places.shape).sum(1)
+        for (layer, weight, _), own in zip(alike, sums.split([len(each) for *_, each in alike]), strict=True):
+            yield (layer, weight), own
+
+
+def _at_places(parts: Sequence[Part], sizes: Mapping[PlasticWeight, int]) -> Iterator[tuple[PlasticWeight, Tensor]]:
+    """Which units of each weight are due, from those of its layers that are.
+
+    Args:
+        parts: the units of these layers.
+        sizes: the number of units of each weight.
+    """
+    devices: dict[torch.device, list[Part]] = {}
+    for part in parts:
+        devices.setdefault(part[1].raw.device, []).append(part)
+    for device, own in devices.items():
+        held = {weight: sizes[weight] for _, weight, _ in own}
+        flat = torch.zeros(sum(held.values()) + len(held), dtype=torch.bool, device=device)
+        for alike, places in _end_to_end(own, held):
+            due = torch.cat([layer.due.to(device) for layer, *_ in alike if layer.due is not None])
+            flat.scatter_(0, places.flatten(), due[:, None].expand_as(places).flatten())
+        yield from zip(held, flat.split([n for size in held.values() for n in (size, 1)])[::2], strict=True)
 
 
 def _outgoing(weight: PlasticWeight) -> Tensor:
@@ -328,24 +424,21 @@ def _outgoing(weight: PlasticWeight) -> Tensor:
     return magnitudes_along(weight.site.outgoing(connections(weight.site, weight.value)), (1,))
 
 
-def _at_places(mask: Tensor, places: Tensor, count: int) -> Tensor:
-    """Values of units, at their places among others."""
-    spread = mask.new_zeros(count + 1)
-    return spread.scatter_(0, places.flatten(), mask[:, None].expand_as(places).flatten())[:count]
-
-
-def _renew(weight: PlasticWeight, due: Tensor, places: Tensor) -> None:
-    """Give units new incoming synapses, and no bias."""
-    site = weight.site
-    is_due = _at_places(due, places, site.units)
-    mask = weight.without_padding(site.spread(is_due).expand(weight.raw.shape).clone())
-    (uniform,) = noise.uniform([weight.raw], [weight.counter("fresh")])
-    weight.replace(mask, fresh(uniform, weight.sign, weight.state(BOUNDS).to(uniform)))
-    for bias in _biases(site):
-        if bias.requires_grad:
-            own = (is_due if weight.finite is None else is_due & weight.finite).expand(bias.shape)
-            bias.masked_fill_(own, 0)
-            forget(weight.optimizer, bias, own)
+def _renew(parts: Sequence[Part]) -> None:
+    """Give units that are due new incoming synapses, and no bias."""
+    due = dict(_at_places(parts, {weight: weight.site.units for _, weight, _ in parts}))
+    weights = list(due)
+    for batch in batches([weight.raw for weight in weights]):
+        own = [weights[index] for index in batch]
+        drawn = noise.uniform([weight.raw for weight in own], [weight.counter("fresh") for weight in own])
+        for weight, uniform in zip(own, drawn, strict=True):
+            mask = weight.without_padding(weight.site.spread(due[weight]).expand(weight.raw.shape).clone())
+            weight.replace(mask, fresh(uniform, weight.sign, weight.state(BOUNDS).to(uniform)))
+            for bias in _biases(weight.site):
+                if bias.requires_grad:
+                    mask = (due[weight] if weight.finite is None else due[weight] & weight.finite).expand(bias.shape)
+                    bias.masked_fill_(mask, 0)
+                    forget(weight.optimizer, bias, mask, memories_of(weight.optimizer, bias))
 
 
 def _bias_nodes(site: WeightSite) -> Iterator[fx.Node]:

@@ -16,7 +16,7 @@ from biofx.model.provenance import record_of
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import balance
-from biofx.signs.constraints import CONSTRAINTS, constrain, known_signs, rectify_, remark_on_units, renumber, why_free
+from biofx.signs.constraints import CONSTRAINTS, constrain, known_signs, project_, remark_on_units, renumber, why_free
 from biofx.signs.scales import keep_scales_nonnegative
 from biofx.weights.facts import NOT_RUN, Need
 
@@ -183,8 +183,7 @@ class DalesPrinciple(Pass):
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Project stored weights on their signs."""
         if self.constraint == "project":
-            signed = [(weight.raw, sign) for weight in weights if (sign := weight.sign) is not None]
-            rectify_([raw for raw, _ in signed], [sign for _, sign in signed])
+            project_(weights)
 
     def _chosen(self, model: ModelEditor, units: Units) -> dict[str, WeightSite]:
         patterns = (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)

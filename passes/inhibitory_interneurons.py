@@ -15,7 +15,7 @@ from biofx.model.slots import Slot
 from biofx.model.synapses import State
 from biofx.rewrite.registry import Moment, Pass, option, register
 from biofx.signs.balance import divided
-from biofx.signs.constraints import CONSTRAINTS, constrain, known_signs, remark_on_units, renumber, why_free
+from biofx.signs.constraints import CONSTRAINTS, constrain, known_signs, project_, remark_on_units, renumber, why_free
 from biofx.signs.scales import keep_scales_nonnegative
 from biofx.weights.facts import NOT_RUN, Need
 
@@ -161,10 +161,8 @@ class InhibitoryInterneurons(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Set negative synapses to 0: those of units, and those from and to interneurons."""
-        for weight in weights:
-            weight.assign(weight.value)
-            for key in (INHIBITION, DRIVE):
-                weight.state(key).clamp_(min=0)
+        project_(weights)
+        torch._foreach_clamp_min_([weight.state(key) for weight in weights for key in (INHIBITION, DRIVE)], 0)
 
     def violations(self, site: WeightSite) -> Iterator[str]:
         """Synapses of interneurons that are not numbers."""

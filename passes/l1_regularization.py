@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from biofx.base.options import check_number
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, option, register
+from biofx.training.blocks import batches
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
@@ -60,6 +63,10 @@ class L1Regularization(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Add the pull to the gradients."""
-        for weight in weights:
-            towards_zero = -1 if weight.group.get("maximize") else 1
-            weight.gradient.add_(weight.without_padding(weight.slope), alpha=towards_zero * self.strength)
+        for towards_zero in (-1, 1):
+            group = [w for w in weights if bool(w.group.get("maximize")) is (towards_zero == -1)]
+            for batch in batches([weight.gradient for weight in group]):
+                own = [group[index] for index in batch]
+                signs = zip(own, torch._foreach_sign([w.raw for w in own]), strict=True)
+                pulls = [w.without_padding(sign if w.stores_magnitude else w.slope) for w, sign in signs]
+                torch._foreach_add_([w.gradient for w in own], pulls, alpha=towards_zero * self.strength)

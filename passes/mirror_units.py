@@ -10,7 +10,7 @@ from torch import Tensor
 
 from biofx.model.slots import Slot
 from biofx.rewrite.registry import Moment, Pass, register
-from biofx.signs.constraints import constrain, rectify
+from biofx.signs.constraints import constrain, project_, rectify
 from biofx.signs.scales import keep_scales_nonnegative
 from biofx.weights.facts import NOT_RUN
 from biofx.widening.search import find_widening
@@ -115,9 +115,7 @@ class MirrorUnits(Pass):
 
     def at_step(self, weights: Sequence[PlasticWeight]) -> None:
         """Project stored weights on their signs."""
-        for weight in weights:
-            if weight.site.sign is not None:
-                weight.assign(weight.value)
+        project_(weights)
 
 
 def mirrored(site: WeightSite, doubling: AxisDoubling | None, *, doubled: bool) -> Tensor:

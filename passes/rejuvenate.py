@@ -219,8 +219,10 @@ def _give_signs(weights: list[PlasticWeight], old: list[Tensor], new: list[Tenso
 
 def _totals(weight: PlasticWeight, values: Sequence[Tensor], sign: Tensor) -> Tensor:
     """The excitation and inhibition of every postsynaptic unit under several values of a weight, in this part of it."""
-    both = [(value * has_sign).abs() for value in values for has_sign in (sign > 0, sign < 0)]
-    return torch.stack([weight.by_unit(each) for each in both]).view(len(values), 2, -1)
+    masks = sign > 0, sign < 0
+    parts = torch._foreach_mul([value for value in values for _ in masks], [mask for _ in values for mask in masks])
+    torch._foreach_abs_(parts)
+    return torch.stack(weight.by_unit(parts)).view(len(values), 2, -1)
 
 
 def lognormal_statistics(parts: list[Tensor]) -> Sequence[Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from biofx.analysis.graphs import NodeUse, uses_of
 from biofx.base.errors import ArgumentError
 from biofx.base.gains import decoded
+from biofx.base.shards import Shard, shard_of
 from biofx.model.chain import chain, parameter_nodes
 from biofx.model.changes import transformed
 from biofx.model.control_flow import control_flow_of, describe_control_flow
@@ -224,6 +226,11 @@ class WeightSite:
         return self.raw.shape[0] if self.is_split else 1
 
     @property
+    def shares(self) -> int:
+        """The number of synapses that share the gradient of their connection."""
+        return 1 if self.child is None else self.child.shares
+
+    @property
     def is_split(self) -> bool:
         """Whether `raw` has a leading axis of synapses."""
         return self.child is not None and self.child.is_split
@@ -346,6 +353,44 @@ class WeightSite:
         """State that a pass keeps for this weight, or None."""
         synapses = self.child
         return None if synapses is None else synapses.state(key)
+
+    @property
+    def shard(self) -> Shard:
+        """Which part of the weight this process holds."""
+        return shard_of(self.name, self.raw)
+
+    def bound(self) -> BoundSite:
+        """The same, with what is looked up by name now; right as long as nothing is assigned to the model."""
+        return BoundSite(**{each.name: getattr(self, each.name) for each in fields(WeightSite)})
+
+
+class BoundSite(WeightSite):
+    """A weight site that looks up once what belongs to its name."""
+
+    @cached_property
+    def raw(self) -> nn.Parameter:
+        """The stored parameter."""
+        return super().raw
+
+    @cached_property
+    def child(self) -> Synapses | None:
+        """What holds it, if a pass changed the weight."""
+        return super().child
+
+    @cached_property
+    def known_synapses(self) -> Synapses:
+        """The same, for a weight that a pass changed."""
+        return super().known_synapses
+
+    @cached_property
+    def shard(self) -> Shard:
+        """Which part of the weight this process holds."""
+        return super().shard
+
+    @cached_property
+    def shares(self) -> int:
+        """The number of synapses that share the gradient of their connection."""
+        return super().shares
 
 
 def weight_sites(bio: nn.Module) -> dict[str, WeightSite]:

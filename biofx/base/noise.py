@@ -60,7 +60,7 @@ class Counter:
 
     def at(self, start: int) -> Counter:
         """The counter of the part that begins at an entry."""
-        return replace(self, start=self.start + start)
+        return replace(self, start=self.start + start) if start else self
 
     def places(self, count: int) -> Tensor:
         """The indices of entries in the whole, int64."""
@@ -105,7 +105,7 @@ def pairs(likes: Sequence[Tensor], counters: Sequence[Counter]) -> tuple[list[Te
 
 
 def _of_dtype(drawn: list[Tensor], likes: Sequence[Tensor]) -> list[Tensor]:
-    return [x.to(like.dtype) for x, like in zip(drawn, likes, strict=True)]
+    return [x if x.dtype is like.dtype else x.to(like.dtype) for x, like in zip(drawn, likes, strict=True)]
 
 
 # --- On a CPU: tables
@@ -144,8 +144,8 @@ def _places(counter: Counter, count: int, seed: int, step: int) -> Iterator[tupl
         block, inside = divmod(place, BLOCK)
         length = min(BLOCK - inside, left)
         # A block that begins below `TABLE - BLOCK` ends within the table.
-        first, second = (word % (TABLE - BLOCK) + inside for word in words_of(seed, step, *counter.purpose, block))
-        yield (first, second), length
+        first, second = words_of(seed, step, *counter.purpose, block)
+        yield (first % (TABLE - BLOCK) + inside, second % (TABLE - BLOCK) + inside), length
         place, left = place + length, left - length
         if not left:
             return
@@ -160,6 +160,7 @@ def _scattered(counter: Counter, count: int, seed: int, step: int) -> Tensor:
     return (torch.tensor(words) % (TABLE - BLOCK))[block - first].T + inside
 
 
+@functools.lru_cache(maxsize=4096)
 def _strides(shape: Sequence[int]) -> list[int]:
     """The strides of a contiguous tensor."""
     return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

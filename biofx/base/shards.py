@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from biofx.base.errors import ArgumentError
 from biofx.base.noise import Counter, Rows
+
+_WHOLE = frozenset((Tensor, nn.Parameter))
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Shard:
     def counter(self, counter: Counter) -> Counter:
         """The counter of the part, from that of the whole."""
         shape, rows = [*self.shape], list[Rows]()
-        if self.cuts and all(cut.axis == 0 for cut in self.cuts):  # entries lie side by side
+        if not self.cuts:
+            return counter
+        if all(cut.axis == 0 for cut in self.cuts):  # entries lie side by side
             return counter.at(self.cuts[0].start * math.prod(shape[1:]))
         for cut in self.cuts:  # the rows of the first cut lie in the whole, those of the second in what that leaves
             inner = math.prod(shape[cut.axis + 1 :])
@@ -137,7 +141,7 @@ def _place(tensor: Any, axis: int) -> tuple[int, int]:
 
 def local(tensor: Any) -> Tensor:
     """This process's part of a tensor. Writes into it reach the tensor."""
-    if not is_sharded(tensor):
+    if type(tensor) in _WHOLE or not is_sharded(tensor):  # steps ask often, and almost always of these
         return tensor  # type: ignore[no-any-return]
     with torch.no_grad():
         return tensor.to_local()  # type: ignore[no-any-return]
@@ -171,7 +175,7 @@ def extremes(values: Tensor) -> tuple[float, float]:
 def gradient_of(parameter: Tensor) -> Tensor:
     """This process's part of a gradient, cut like its parameter; tensor parallelism may cut the two differently."""
     gradient: Any = parameter.grad
-    if is_sharded(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
+    if type(gradient) is not Tensor and is_sharded(gradient) and gradient.placements != parameter.placements:  # type: ignore[attr-defined]
         gradient = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
     return local(gradient)
 

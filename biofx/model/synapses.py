@@ -8,9 +8,9 @@ chain, and their state. Every reader of `module.weight` gets the end of the chai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -75,6 +75,20 @@ def _unpickled_link(target: Any, args: tuple[Any, ...], origin: Inserted) -> Lin
         target = operator_of(name) if namespace == "biofx" else getattr(getattr(torch.ops, namespace), name)
         tell_caches(target)
     return Link(target, args, origin)
+
+
+class Place(NamedTuple):
+    """Where something was found.
+
+    Attributes:
+        container: the dictionary that held it.
+        key: its key there.
+        value: what was found.
+    """
+
+    container: Mapping[str, Any]
+    key: str
+    value: Any
 
 
 class Synapses(nn.Module):
@@ -224,6 +238,12 @@ class Synapses(nn.Module):
             probe.raise_if_written()
             self._probe = probe
 
+    def places(self) -> Iterator[Place]:
+        """Where the links and all tensors are, and what is there."""
+        yield Place(vars(self), "links", self.links)
+        for container in (self._parameters, self._buffers):
+            yield from (Place(container, key, value) for key, value in container.items())
+
     def insert(self, link: Link) -> None:
         """Insert a link behind the links of the same slot.
 
@@ -289,7 +309,10 @@ class Synapses(nn.Module):
 
     def state(self, key: str) -> Tensor | None:
         """Return a state by its name, or None if there is none."""
-        return getattr(self, key) if key in self.users else None
+        if key not in self.users:
+            return None
+        buffer = self._buffers.get(key)
+        return getattr(self, key) if buffer is None else buffer
 
     def not_finite(self) -> str | None:
         """A state that is not finite, with the passes that keep it, in words; None if there is none."""
@@ -420,6 +443,18 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     for name in path.split(".") if path else ():
         module = None if module is None else module._modules.get(name)
     return module
+
+
+def places_of(model: nn.Module, name: str) -> Iterator[Place]:
+    """Where a parameter, or its synapses, are looked for by its name in the original model, and what is there."""
+    path, _, key = name.rpartition(".")
+    owner: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        if owner is not None:
+            yield Place(owner._modules, part, owner := owner._modules.get(part))
+    if owner is not None:
+        for container, own in ((owner._parameters, key), (owner._modules, CHILD.format(key))):
+            yield Place(container, own, container.get(own))
 
 
 def stored_name(model: nn.Module, name: str) -> str:

@@ -8,7 +8,7 @@ unit is kept with the weights that read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from biofx.analysis.units import PresynapticUnits, Units
     from biofx.rewrite.editor import Editor
     from biofx.rewrite.model_editor import ModelEditor
+    from biofx.training.plastic_weight import PlasticWeight
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,6 +71,12 @@ def rectify_(weights: list[Tensor], signs: list[Tensor]) -> None:
         weight.clamp_(least, most)
 
 
+def project_(weights: Iterable[PlasticWeight]) -> None:
+    """The same for what is stored of weights, where their units have signs."""
+    signed = [(weight.raw, sign) for weight in weights if (sign := weight.sign) is not None]
+    rectify_([raw for raw, _ in signed], [sign for _, sign in signed])
+
+
 class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, sign: Tensor) -> Tensor:
@@ -108,7 +115,8 @@ def _inverse_softplus(weight: Tensor, sign: Tensor) -> Tensor:
     return torch.where(sign == 0, weight, magnitude + torch.log(-torch.expm1(-magnitude)))
 
 
-def _sign(stored: Tensor, sign: Tensor) -> Tensor:
+def sign_of_stored(stored: Tensor, sign: Tensor) -> Tensor:
+    """The slope where a synapse has the magnitude of what is stored for it."""
     return stored.sign()
 
 
@@ -122,8 +130,8 @@ define_operator("abs_sign", _SIGNATURE, _absolute, rectify)
 define_operator("softplus_sign", _SIGNATURE, _softplus, _inverse_softplus)
 
 CONSTRAINTS = {
-    "project": SignConstraint(torch.ops.biofx.project_sign, rectify, _sign),
-    "abs": SignConstraint(torch.ops.biofx.abs_sign, rectify, _sign),
+    "project": SignConstraint(torch.ops.biofx.project_sign, rectify, sign_of_stored),
+    "abs": SignConstraint(torch.ops.biofx.abs_sign, rectify, sign_of_stored),
     "softplus": SignConstraint(torch.ops.biofx.softplus_sign, _inverse_softplus, _logistic),
 }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from biofx.model.chain import attribute, original_name
 from biofx.model.provenance import record_of
@@ -40,17 +40,15 @@ def keep_scales_nonnegative(model: ModelEditor, scales: Mapping[str, Collection[
             model.edits[weight].remark(f"{name} is negative for {negative} units, and inverts their signs")
 
 
-def project_scales(bio: fx.GraphModule, held: Collection[int] | None = None) -> None:
-    """Set negative entries to zero in the parameters that passes keep from being negative.
+def scales_of(bio: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a transformed model that passes keep from being negative."""
+    return [stored(bio, name) for name in record_of(bio).nonnegative]
 
-    Args:
-        bio: the transformed model.
-        held: ids of the parameters that may change; None for all.
-    """
-    scales = (stored(bio, name) for name in record_of(bio).nonnegative)
-    changed: list[torch.Tensor] = [scale for scale in scales if held is None or id(scale) in held]
-    if changed:
-        torch._foreach_clamp_min_(changed, 0)
+
+def project_scales(scales: Sequence[torch.Tensor]) -> None:
+    """Set negative entries to zero in parameters."""
+    if scales:
+        torch._foreach_clamp_min_(list(scales), 0)
 
 
 def _move_sign_into_weight(model: ModelEditor, scale: str) -> None:

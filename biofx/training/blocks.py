@@ -52,6 +52,9 @@ def blocks(*tensors: Sequence[Tensor], cpu: int = CPU) -> Iterator[Block]:
         >>> [[tuple(part.shape) for part in parts] for parts in next(blocks(weights, means)).parts]
         [[(2, 3), (4,)], [(), ()]]
     """
+    if tensors[0] and sum(x.numel() for x in tensors[0]) <= _size(tensors[0][0], cpu):  # one block, and no loop
+        yield Block(tuple(map(list, tensors)), [Place(index, 0) for index in range(len(tensors[0]))])
+        return
     found: list[tuple[Tensor, ...]] = []
     places: list[Place] = []
     count = 0
@@ -76,6 +79,9 @@ def batches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     Args:
         tensors: the tensors.
     """
+    if len({(x.device, x.dtype) for x in tensors}) == 1 and sum(x.numel() for x in tensors) <= _size(tensors[0], CPU):
+        yield [*range(len(tensors))]
+        return
     found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     counts: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for index, tensor in enumerate(tensors):
@@ -95,7 +101,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def wide(tensor: Tensor) -> Tensor:
     """A tensor in single precision if it has less; otherwise the tensor itself."""
-    return tensor.to(wide_dtype(tensor.dtype))
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
 
 
 def _size(tensor: Tensor, cpu: int) -> int:

@@ -21,14 +21,16 @@ class Counters:
 
     def read(self, counters: dict[str, Tensor]) -> dict[str, int]:
         """The numbers in some counters, by name."""
-        unknown = {name: counter for name, counter in counters.items() if not self._knows(name, counter)}
-        if unknown:
-            for (name, counter), number in zip(unknown.items(), on_host(unknown.values()), strict=True):
+        numbers = {name: self._known[name][2] for name, counter in counters.items() if self._knows(name, counter)}
+        unknown = {name: counter for name, counter in counters.items() if name not in numbers}
+        for (name, counter), number in zip(unknown.items(), on_host(unknown.values()), strict=True):
+            numbers[name] = int(number)
+            if not counter.is_cpu:
                 self._known[name] = counter, counter._version, int(number)
-        return {name: self._known[name][2] for name in counters}
+        return numbers
 
     def _knows(self, name: str, counter: Tensor) -> bool:
-        known = self._known.get(name) if counter.device.type != "cpu" else None
+        known = self._known.get(name)
         # A CUDA graph that is replayed counts unnoticed.
         return known is not None and not self._was_captured and known[0] is counter and known[1] == counter._version
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +54,9 @@ class WeightHooks:
     counters: tuple[Counter, ...]
 
 
+NO_HOOKS = WeightHooks((), (), ())
+
+
 def hooks_of(synapses: Synapses, shard: Shard) -> WeightHooks:
     """The gradient hooks of the part of a weight, except for the share of each of several synapses."""
     hooks: list[Hook] = []
@@ -69,6 +72,12 @@ def hooks_of(synapses: Synapses, shard: Shard) -> WeightHooks:
         own = tuple(None if isinstance(x, Tensor) else x for x in others)
         hooks.append(Hook(name_of(link.target), own, None if counter is None else drawn_from))
     return WeightHooks(tuple(hooks), tuple(tensors), tuple(counters))
+
+
+def alike(members: Sequence[WeightHooks]) -> list[WeightHooks]:
+    """The same, where equal hooks of several weights are one object, so that they are told apart by it."""
+    known: dict[tuple[Hook, ...], tuple[Hook, ...]] = {}
+    return [replace(each, hooks=known.setdefault(each.hooks, each.hooks)) for each in members]
 
 
 def draw(
@@ -112,7 +121,7 @@ def combined(
         arguments: list[Any] = [next(noises)] if hook.is_noisy else []
         arguments += [next(own) if x is None else x for x in hook.others]
         given = factors_of(hook.name, weights, arguments, one_by_one=one_by_one)
-        factors = [factor.to(weight.dtype) for factor, weight in zip(given, weights, strict=True)]
+        factors = [x if x.dtype is w.dtype else x.to(w.dtype) for x, w in zip(given, weights, strict=True)]
         result = list(torch._foreach_mul(result, factors)) if result else factors
     return result
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,15 +37,13 @@ class Finite:
     def __init__(self) -> None:
         self._found: dict[torch.device, _Found] = {}
 
-    def look(
-        self, weights: Sequence[PlasticWeight], is_acted_on: Callable[[PlasticWeight], bool]
-    ) -> dict[torch.device, Tensor]:
+    def look(self, weights: Sequence[PlasticWeight], acted_on: Sequence[PlasticWeight]) -> dict[torch.device, Tensor]:
         """Look at gradients and weights.
 
         Args:
             weights: the weights.
-            is_acted_on: whether a rule acts on a weight in this step. If none does, the weight is not checked where
-                the host waits for the answer; elsewhere the answer is late, so it has to be about the same weights.
+            acted_on: those on which a rule acts in this step. Others are not checked where the host waits for the
+                answer; elsewhere the answer is late, so it has to be about the same weights.
 
         Returns:
             For each device that is not waited for, whether all are finite.
@@ -53,16 +51,14 @@ class Finite:
         Raises:
             LifecycleError: something on another one is not finite.
         """
-        groups: dict[torch.device, list[PlasticWeight]] = {}
-        for weight in weights:
-            groups.setdefault(weight.raw.device, []).append(weight)
         result = {}
-        for device, group in groups.items():
-            if is_waited_for(device):
-                if acted_on := [*filter(is_acted_on, group)]:
-                    _refuse(acted_on)
-            else:
-                result[device] = self._found.setdefault(device, _Found(device)).look(group)
+        for device in dict.fromkeys(weight.raw.device for weight in weights):
+            waits = is_waited_for(device)
+            own = [weight for weight in (acted_on if waits else weights) if weight.raw.device == device]
+            if not waits:
+                result[device] = self._found.setdefault(device, _Found(device)).look(own)
+            elif own:
+                _refuse(own)
         return result
 
     def refuse_if_known(self) -> None:
@@ -132,6 +128,9 @@ def undone_unless_finite(finite: dict[torch.device, Tensor], tensors: Iterable[T
         finite: whether it is, for each device that is not waited for.
         tensors: the tensors.
     """
+    if not finite:
+        yield
+        return
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in dict.fromkeys(tensors):
         if tensor.device in finite:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,15 +18,16 @@ from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
 from biofx.base.torch_internals import steps_under_way
 from biofx.model.changes import INSTEAD, moved_synapses
 from biofx.model.provenance import record_of
-from biofx.model.synapses import Synapses, is_parameter, observers_in, stored
+from biofx.model.synapses import Synapses, is_parameter, observers_in
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of, rectify_
-from biofx.signs.scales import project_scales
+from biofx.signs.scales import project_scales, scales_of
 from biofx.training.copies import Copies
 from biofx.training.counting import Counters, is_captured
 from biofx.training.factors import factors
 from biofx.training.finite import Finite, undone_unless_finite
 from biofx.training.gain_target import GainTarget, keys_of_copies
+from biofx.training.plan import Plan, period_of
 from biofx.training.plastic_weight import PlasticWeight
 from biofx.training.ranks import average_, data_parallel_groups, is_on_any
 from biofx.training.update import Update
@@ -104,6 +105,7 @@ class Lifecycle:
         self._copies = Copies(dict(self._changed()), self.optimizer, self._keys_of_copies)
         copies = self._copies if self.gain_target is GainTarget.COPIES else None
         self._update = Update(with_gains.values(), copies=copies, compiled=self._compiled)
+        self._plan: Plan | None = None
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The stored parameters on which rules or gains act, by name."""
@@ -114,8 +116,7 @@ class Lifecycle:
         """The parameters that gains or rules change after a step, with the number of synapses of their connections."""
         if not self.held:  # a detached copy, of a model that may still be incomplete
             return
-        scales = (stored(self.bio, name) for name in record_of(self.bio).nonnegative)
-        yield from ((scale, 1) for scale in scales if id(scale) in self.held)
+        yield from ((scale, 1) for scale in scales_of(self.bio) if id(scale) in self.held)
         written = {name for moment in Moment if moment.writes for name in self.acted_on(moment)}
         for name, site in self.sites.items():
             if name in written or constraint_of(site) is CONSTRAINTS["project"]:
@@ -199,27 +200,29 @@ class Lifecycle:
         if self._step.weights is not None:
             name = type(self.optimizer).__name__
             raise LifecycleError(f"{name} evaluates its closure twice in a step, so there is no one gradient to act on")
-        counters = {name: steps for name, site in self.sites.items() if (steps := site.state("steps")) is not None}
-        counts = self._counters.read(counters)
-        found = (self._weight(site, counts.get(name, 0) + 1) for name, site in self.sites.items())
-        weights = [weight for weight in found if weight is not None]
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not weights and all(p.grad is None for p in held) and any(p.requires_grad for p in held):  # not all frozen
-            raise LifecycleError(
-                f"optimizer.step() without backward(): none of the {len(self.sites)} weights has a gradient"
-            )
+        weights = self._weights()
+        if not weights:
+            self._refuse_unlearned()
         self._refuse_early_gradients()
         if self._rules and weights:
-            self._step.finite = self.finite.look(weights, lambda weight: any(self._acting_on(weight)))
+            periods = self.plan.periods
+            acted_on = [w for w in weights if any(w.step % period == 0 for period in periods[w.name])]
+            self._step.finite = self.finite.look(weights, acted_on)
             groups = data_parallel_groups(self.wrapper, [weight.site.raw for weight in weights])
-            read = [*self._read_now(weights)]
-            average_((state for _, _, state in read), groups)
-            self._tell_unseen(read)
+            if self.plan.seen and (groups or not self._is_observing):
+                read = [*self._read_now(weights)]
+                average_((state for _, _, state in read), groups)
+                self._tell_unseen(read)
         self._act(weights, self._step.finite, before_step=True)
         scale = _gradient_scale(self.optimizer)
         for weight in weights:
             if weight.gradient is not local(weight.site.raw.grad):
                 self._give(weight.site.raw, weight.gradient if scale is None else weight.gradient * scale)
+        self._prepare_gains()
+        self._step.weights = weights
+
+    def _prepare_gains(self) -> None:
+        """Show the optimizer gradients of biases that were split, and gains where they act on gradients."""
         for name, synapses in self.with_gains.items():  # biases that were split with their weights
             if name not in self.sites and synapses.shares > 1 and synapses.stored.grad is not None:
                 self._give(synapses.stored, gradient_of(synapses.stored) * synapses.shares**0.5)
@@ -230,7 +233,14 @@ class Lifecycle:
             for synapses, gain in zip(learning, gains, strict=True):
                 if gain is not None and synapses.stored.grad is not None:
                     self._give(synapses.stored, gradient_of(synapses.stored) * gain)
-        self._step.weights = weights
+
+    def _refuse_unlearned(self) -> None:
+        """Refuse a step for which no gradient was computed, unless everything is frozen."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if all(p.grad is None for p in held) and any(p.requires_grad for p in held):
+            raise LifecycleError(
+                f"optimizer.step() without backward(): none of the {len(self.sites)} weights has a gradient"
+            )
 
     def note_early_gradients(self) -> None:
         """Remember gradients that were computed while hooks were on, and therefore differ."""
@@ -262,22 +272,27 @@ class Lifecycle:
         for parameter, gradient in reversed(self._step.gradients if self._step is not None else []):
             parameter.grad = gradient
 
-    def _weight(self, site: WeightSite, step: int) -> PlasticWeight | None:
-        """A weight that takes part in this step, by its number, or None if it has no gradient."""
-        synapses, scale = site.child, _gradient_scale(self.optimizer)
-        raw = site.raw if synapses is None else synapses.stored
-        if raw.grad is None or not raw.requires_grad or raw.numel() == 0:
-            return None
-        if raw.grad.layout is not torch.strided:
-            raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
-        given = gradient_of(raw)
-        gradient = given if scale is None else given.float() / scale
-        shares = 1 if synapses is None else synapses.shares
-        if shares > 1:
-            gradient = gradient * shares**0.5  # hooks give each synapse 1/√Γ; the optimizer sees the connection's
-        elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
-            gradient = gradient.clone()
-        return PlasticWeight(site, local(raw), gradient, self.optimizer, step, compiled=self._compiled)
+    def _weights(self) -> list[PlasticWeight]:
+        """The weights that take part in this step: those that have a gradient."""
+        plan, scale = self.plan, _gradient_scale(self.optimizer)
+        counts = self._counters.read(plan.counters)
+        weights: list[PlasticWeight] = []
+        for name, site in plan.sites.items():
+            raw = site.raw
+            if raw.grad is None or not raw.requires_grad or raw.numel() == 0:
+                continue
+            if raw.grad.layout is not torch.strided:
+                raise LifecycleError(f"{name}: its gradient is sparse, and rules act on every entry")
+            gradient = gradient_of(raw) if scale is None else gradient_of(raw).float() / scale
+            own = local(raw), gradient, self.optimizer, counts.get(name, 0) + 1
+            weights.append(PlasticWeight(site, *own, compiled=self._compiled, options=self._groups[id(raw)]))
+        # Hooks give each synapse 1/√Γ; the optimizer sees the connection's gradient. Rules add to a copy.
+        other = [w for w in weights if w.site.shares > 1 or (scale is None and w.name in plan.pulled)]
+        if other:
+            factors = [weight.site.shares**0.5 for weight in other]
+            for weight, gradient in zip(other, torch._foreach_mul([w.gradient for w in other], factors), strict=True):
+                weight.gradient = gradient
+        return weights
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -294,9 +309,9 @@ class Lifecycle:
         self._update.end([on_update and s.stored.grad is not None for s in self.with_gains.values()], step.finite)
         if self.gain_target is None:
             self._refuse_copies()
-        counters = {w.name: steps for w in step.weights if (steps := w.synapses.state("steps")) is not None}
-        projected = self.acted_on(Moment.PROJECTION)
-        others = [weight for weight in step.weights if weight.name not in projected]
+        plan = self.plan
+        counters = {w.name: plan.counters[w.name] for w in step.weights if w.name in plan.counters}
+        others = [weight for weight in step.weights if weight.name in plan.unprojected]
         try:
             with nullcontext() if self.gain_target is GainTarget.UPDATE else self._copies.following():
                 try:
@@ -304,12 +319,9 @@ class Lifecycle:
                 except BaseException:  # such as Ctrl-C
                     self._project(weight.site for weight in step.weights)
                     raise
-                with undone_unless_finite(step.finite, (weight.raw for weight in others)):
+                with undone_unless_finite(step.finite, [*(w.raw for w in others), *map(local, plan.scales)]):
                     self._project(weight.site for weight in others)
-                with undone_unless_finite(
-                    step.finite, (local(stored(self.bio, n)) for n in record_of(self.bio).nonnegative)
-                ):
-                    project_scales(self.bio, self.held)
+                    project_scales(plan.scales)
         finally:
             self._counters.add(counters)
 
@@ -324,21 +336,31 @@ class Lifecycle:
 
     def _act(self, weights: Sequence[PlasticWeight], finite: dict[torch.device, Tensor], *, before_step: bool) -> None:
         for pass_, names in self._rules:
-            chosen = [w.seen_by(pass_, finite.get(w.raw.device)) for w in weights if w.name in names]
-            if not chosen or pass_.moment is None or pass_.moment.before_step is not before_step:
+            if pass_.moment is None or pass_.moment.before_step is not before_step:
+                continue
+            old = dict(zip(self.with_gains, self._update.old, strict=True)) if pass_.moment is Moment.UPDATE else {}
+            chosen = [
+                weight.seen_by(pass_.name, finite.get(weight.raw.device) if finite else None, old.get(weight.name))
+                for weight in weights
+                if weight.name in names
+            ]
+            if not chosen:
                 continue
             _refuse_captured(pass_)
-            if pass_.moment is Moment.UPDATE:
-                old = dict(zip(self.with_gains, self._update.old, strict=True))
-                chosen = [replace(weight, stored_before=old[weight.name]) for weight in chosen]
             if pass_.moment is Moment.TURNOVER:
-                for weight in chosen:
-                    weight.check_can_forget()
+                self._check_can_forget(pass_, chosen)
             changing = [x for w in chosen for x in w.own_state()] if finite else []
-            changing += [w.raw for w in chosen] if not before_step else []
-            changing += [w.gradient for w in chosen] if pass_.moment is Moment.GRADIENT else []
+            changing += [w.raw for w in chosen] if finite and not before_step else []
+            changing += [w.gradient for w in chosen] if finite and pass_.moment is Moment.GRADIENT else []
             with fixed_defaults(), undone_unless_finite(finite, changing):
                 pass_.at_step(chosen)
+
+    def _check_can_forget(self, pass_: Pass, weights: Sequence[PlasticWeight]) -> None:
+        """Refuse optimizer state that a rule could not reset: at the first step, and whenever the rule acts."""
+        is_known, period = pass_.name in self.plan.turning, period_of(pass_)
+        for weight in weights if not is_known else [w for w in weights if w.step % period == 0]:
+            weight.check_can_forget()
+        self.plan.turning.add(pass_.name)
 
     def _tell_unseen(self, read: Sequence[tuple[str, str, Tensor]]) -> None:
         """Warn if observers saw nothing up to the first step at which a rule reads them; later ones do not wait."""
@@ -360,17 +382,39 @@ class Lifecycle:
     def _read_now(self, weights: Sequence[PlasticWeight]) -> Iterator[tuple[str, str, Tensor]]:
         """What observers saw that a rule reads in this step, with the names of the rule and the weight."""
         for weight in weights:
-            for pass_ in self._acting_on(weight):
-                for key, users in weight.synapses.users.items():
-                    if pass_.name in users and (id(weight.synapses), key) in self._observed:
-                        yield pass_.name, weight.name, weight.state(key)
+            for pass_, key in self.plan.seen.get(weight.name, ()):
+                if weight.step % period_of(pass_) == 0:
+                    yield pass_.name, weight.name, weight.state(key)
 
-    def _acting_on(self, weight: PlasticWeight) -> Iterator[Pass]:
-        """The rules that act on a weight in this step."""
-        return (pass_ for pass_, names in self._rules if weight.name in names and weight.step % _every(pass_) == 0)
+    @property
+    def plan(self) -> Plan:
+        """What was looked up for this step."""
+        assert self._plan is not None, "no step is under way"
+        return self._plan
 
     def _check_unchanged(self) -> None:
         """Refuse a step if the weights or the optimizer are not those of the attachment."""
+        if self._plan is None or not self._plan.is_right:
+            self._check_found()
+            self._update.look_again()
+            self._plan = Plan(self.bio, self.sites, self.with_gains, self._rules, self.held, self._observed)
+        for name, site in self._plan.sites.items():
+            if site.raw.shape != self._shapes[name]:
+                raise self._reshaped(name, site.raw)
+        self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        if self._groups.keys() != self.held:
+            raise LifecycleError(
+                "the optimizer holds other parameters than when it was attached; detach and attach again"
+            )
+
+    def _reshaped(self, name: str, raw: nn.Parameter) -> LifecycleError:
+        return LifecycleError(
+            f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(raw.shape)}; "
+            "detach, build the optimizer again, and attach"
+        )
+
+    def _check_found(self) -> None:
+        """Refuse a step if a weight is not the one that was attached."""
         for name, what in self._assigned():
             moved = next(moved_synapses(self.bio), None)
             if moved is not None:
@@ -381,10 +425,7 @@ class Lifecycle:
         parameters = [*self._parameters()]
         for name, parameter in parameters[: len(self.sites)]:
             if parameter.shape != self._shapes[name]:
-                raise LifecycleError(
-                    f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(parameter.shape)}; "
-                    "detach, build the optimizer again, and attach"
-                )
+                raise self._reshaped(name, parameter)
         for name, parameter in parameters:
             if id(parameter) not in self.held:
                 now = parameter.device_mesh.ndim if is_sharded(parameter) else 0  # type: ignore[attr-defined]
@@ -395,10 +436,6 @@ class Lifecycle:
                     else f"{name} is another tensor than the optimizer holds, as after load_state_dict(assign=True) or "
                     "fully_shard; detach, build the optimizer again, and attach"
                 )
-        if parameter_ids(self.optimizer) != self.held:
-            raise LifecycleError(
-                "the optimizer holds other parameters than when it was attached; detach and attach again"
-            )
 
     def _assigned(self) -> Iterator[tuple[str, str]]:
         """The parameters that a user replaced since they were attached, each with what became of it."""
@@ -420,17 +457,11 @@ class Lifecycle:
 
 def _refuse_captured(pass_: Pass) -> None:
     """Refuse a rule that does not act at every step while a CUDA graph is captured, which is one step for all."""
-    if _every(pass_) != 1 and is_captured():
+    if period_of(pass_) != 1 and is_captured():
         raise LifecycleError(
-            f"{pass_.name} acts every {_every(pass_)} steps, and a CUDA graph replays the step that was captured; "
+            f"{pass_.name} acts every {period_of(pass_)} steps, and a CUDA graph replays the step that was captured; "
             "use every=1, or do not capture the optimizer's step"
         )
-
-
-def _every(pass_: Pass) -> int:
-    """The number of steps from one action of a rule to the next."""
-    every: int = getattr(pass_, "every", 1)
-    return every
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 from biofx.base import randomness
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.noise import Counter
-from biofx.base.shards import Shard, local, shard_of
+from biofx.base.shards import Shard, local
 from biofx.model.slots import Slot
-from biofx.signs.constraints import constraint_of
+from biofx.signs.constraints import constraint_of, sign_of_stored
 from biofx.training.wrappers import CLOSE, memory_of
+
+# Options from which an optimizer starts what it remembers; momentum and moments, which are not here, start from 0.
+_STARTS_FROM = {"sum": "initial_accumulator_value", "step_size": "lr"}  # of Adagrad and Rprop
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
     from biofx.model.synapses import Synapses
-    from biofx.rewrite.registry import Pass
 
 
 @dataclass(eq=False)
@@ -40,6 +43,7 @@ class PlasticWeight:
         compiled: whether to compile what a rule does to entries.
         finite: whether gradients and weights are finite, on a device that is not waited for; else None.
         stored_before: what `raw` was before the step, for rules at `Moment.UPDATE`; else None.
+        options: the optimizer's options for it, if they are known.
     """
 
     site: WeightSite
@@ -51,32 +55,33 @@ class PlasticWeight:
     compiled: bool = False
     finite: Tensor | None = None
     stored_before: Tensor | None = None
+    options: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
         """The weight's name in the original model."""
         return self.site.name
 
-    @cached_property
+    @property
     def synapses(self) -> Synapses:
         """What holds the stored parameter, its links and their state."""
         return self.site.known_synapses
 
-    def seen_by(self, pass_: Pass, finite: Tensor | None) -> PlasticWeight:
+    def seen_by(self, rule: str, finite: Tensor | None, before: Tensor | None) -> PlasticWeight:
         """The same weight for a rule.
 
         Args:
-            pass_: the rule.
+            rule: the name of the pass.
             finite: whether gradients and weights are finite, on a device that is not waited for; else None.
+            before: what `raw` was before the step, if the rule needs it.
         """
-        result = replace(self, by=pass_.name, finite=finite)
-        result.synapses, result.shard = self.synapses, self.shard  # each takes a while to look up
-        return result
+        own = self.site, self.raw, self.gradient, self.optimizer, self.step  # `dataclasses.replace` is slow
+        return PlasticWeight(*own, rule, self.compiled, finite, before, self.options)
 
-    @cached_property
+    @property
     def shard(self) -> Shard:
         """Which part of the weight this process holds."""
-        return shard_of(self.name, self.site.raw)
+        return self.site.shard
 
     @property
     def size(self) -> int:
@@ -177,19 +182,28 @@ class PlasticWeight:
         return value
 
     @property
+    def stores_magnitude(self) -> bool:
+        """Whether a synapse has the magnitude of what is stored for it."""
+        constraint = constraint_of(self.site)
+        return constraint is None or constraint.slope is sign_of_stored
+
+    @property
     def slope(self) -> Tensor:
         """Derivative of every synapse's magnitude with respect to what is stored for it."""
         raw, constraint, sign = self.raw.detach(), constraint_of(self.site), self.sign
         return raw.sign() if constraint is None or sign is None else constraint.slope(raw, sign)
 
-    def by_unit(self, values: Tensor) -> Tensor:
-        """Sums of values, one for every synapse, over the incoming synapses of each postsynaptic unit in this part."""
+    def by_unit(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Sums of several values of synapses over the incoming synapses of each postsynaptic unit in this part."""
         units = self.site.units
-        unit = self.part(self.site.spread(torch.arange(units, device=values.device)))
-        outer = values.dim() - unit.dim()
+        unit = self.part(self.site.spread(torch.arange(units, device=values[0].device)))
+        outer = values[0].dim() - unit.dim()
         alike = [*range(outer), *(outer + axis for axis, length in enumerate(unit.shape) if length == 1)]
-        rows = values.sum(alike, keepdim=True) if alike else values
-        return values.new_zeros(units).index_add_(0, unit.expand(rows.shape).reshape(-1), rows.reshape(-1))
+        rows = [each.sum(alike, keepdim=True) if alike else each for each in values]
+        if unit.numel() == units:  # nothing is cut, so that the rows are those of all units in order
+            return [each.reshape(-1) for each in rows]
+        places = unit.expand(rows[0].shape).reshape(-1)
+        return [each.new_zeros(units).index_add_(0, places, each.reshape(-1)) for each in rows]
 
     def assign(self, value: Tensor) -> None:
         """Store weights, one for every synapse; those with another sign than their unit become zero."""
@@ -218,7 +232,7 @@ class PlasticWeight:
     @property
     def group(self) -> dict[str, Any]:
         """The optimizer's options for the weight; empty if rules are called by hand."""
-        return _group(self.optimizer, self.site.raw)
+        return _group(self.optimizer, self.site.raw) if self.options is None else self.options
 
     def replace(self, mask: Tensor, values: Tensor) -> None:
         """Store new weights where a mask is True, and reset what the optimizer remembers of them.
@@ -262,7 +276,7 @@ class PlasticWeight:
             mask: bool, of the shape of `raw`.
         """
         own = mask if self.finite is None else mask & self.finite
-        forget(self.optimizer, self.site.raw, own, shares=self.synapses.shares)
+        forget(self.optimizer, self.site.raw, own, self.memories, shares=self.synapses.shares)
 
     def check_can_forget(self) -> None:
         """Refuse optimizer state whose neutral value is not known, such as codes.
@@ -278,36 +292,40 @@ class PlasticWeight:
                     "optimizer whose state is in floating point"
                 )
 
-    @property
+    @cached_property
     def memories(self) -> dict[str, Tensor]:
         """What the optimizer remembers of every synapse, by its key."""
-        return _memories(self.optimizer, self.site.raw)
+        return memories_of(self.optimizer, self.site.raw)
 
 
-def forget(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, mask: Tensor, *, shares: int = 1) -> None:
+def forget(
+    optimizer: torch.optim.Optimizer | None,
+    parameter: nn.Parameter,
+    mask: Tensor,
+    memories: Mapping[str, Tensor],
+    *,
+    shares: int = 1,
+) -> None:
     """Reset what an optimizer remembers of some entries of a parameter, as if they were new.
 
     Args:
         optimizer: the optimizer.
         parameter: the parameter, with the new values.
         mask: bool, of the shape of the parameter, or of this process's part of it.
+        memories: what it remembers, by its key (`memories_of`).
         shares: Γ, by which the optimizer sees the parameter multiplied.
     """
-    group = _group(optimizer, parameter)
-    # What is not listed starts from 0: momentum and moments.
-    initial = {
-        "sum": group.get("initial_accumulator_value", 0.0),  # Adagrad
-        "step_size": group.get("lr", 0.0),  # Rprop
-    }
-    raw = local(parameter).detach()
-    for key, memory in _memories(optimizer, parameter).items():
+    for key, memory in memories.items():
+        option = _STARTS_FROM.get(key)
+        initial = 0.0 if option is None else _group(optimizer, parameter).get(option, 0.0)
         if key == "ax":  # ASGD: average of the weight
-            memory.copy_(torch.where(mask, raw * shares, memory))
+            memory.copy_(torch.where(mask, local(parameter).detach() * shares, memory))
         elif type(optimizer).__module__.startswith("torch.optim") or memory.dtype is torch.bool:
-            memory.masked_fill_(mask, initial.get(key, 0.0))
+            memory.masked_fill_(mask, initial)
         else:
             value = memory if type(memory).dequantize is Tensor.dequantize else memory.dequantize()
-            memory.copy_(torch.where(mask, _like_new(raw * shares, value, mask, initial.get(key, 0.0)), value))
+            seen = local(parameter).detach() * shares
+            memory.copy_(torch.where(mask, _like_new(seen, value, mask, initial), value))
 
 
 def _like_new(raw: Tensor, memory: Tensor, replaced: Tensor, initial: float) -> Tensor:
@@ -323,9 +341,9 @@ def _group(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> 
     return next((group for group in groups if any(p is parameter for p in group["params"])), {})
 
 
-def _memories(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
+def memories_of(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> dict[str, Tensor]:
     """What an optimizer remembers of every entry of a parameter, by its key."""
     state = {} if optimizer is None else memory_of(optimizer, parameter)
-    own = ((key, local(memory)) for key, memory in state.items() if isinstance(memory, Tensor))
+    own = [(key, local(memory)) for key, memory in state.items() if isinstance(memory, Tensor)]
     shape = local(parameter).shape
     return {key: memory for key, memory in own if memory.shape == shape}

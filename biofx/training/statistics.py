@@ -65,7 +65,7 @@ def magnitudes(parts: list[Tensor]) -> Sequence[Tensor]:
 
 def magnitudes_along(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The sums of magnitudes along some axes; as `magnitudes`."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
+    dtype = wide_dtype(values.dtype)
     if values.is_cpu:
         return values.abs().sum(axes, dtype=dtype)
     sums: Tensor = torch.linalg.vector_norm(values, 1, axes, dtype=dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from biofx.base.shards import local, shard_of
 from biofx.training import blocks, compiling
-from biofx.training.factors import Hook, WeightHooks, combined, draw, factors, hooks_of
+from biofx.training.factors import NO_HOOKS, Hook, WeightHooks, alike, combined, draw, factors, hooks_of
 from biofx.training.finite import undone_unless_finite
 
 if TYPE_CHECKING:
@@ -40,8 +40,15 @@ class Update:
         self._copies = copies
         self._compiled = compiled
         self._old: list[Tensor] = []
+        self._kinds: list[tuple[Any, ...]] = []
         self._copied: dict[tuple[nn.Parameter, str], Tensor] = {}  # the copies before, with their keys in the state
         self._is_open = False
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Look up the hooks again, since something was assigned to the synapses."""
+        self._hooks: list[WeightHooks] = []
+        self._shares = [synapses.shares for synapses in self._synapses]
 
     @property
     def _weights(self) -> list[Tensor]:
@@ -51,8 +58,10 @@ class Update:
     def begin(self) -> None:
         """Save the weights, and show them to the optimizer as if each connection were one synapse."""
         weights = self._weights
-        if [_kind(w) for w in weights] != [_kind(w) for w in self._old]:
+        kinds = [_kind(weight) for weight in weights]
+        if kinds != self._kinds:
             self._old = [torch.empty_like(w) for w in weights]  # kept, so that no step has to allocate memory
+            self._kinds = kinds
         if weights:
             torch._foreach_copy_(self._old, weights)
         self._scale_split(up=True)
@@ -67,10 +76,10 @@ class Update:
 
     @torch.no_grad()
     def _scale_split(self, *, up: bool) -> None:
-        split = [synapses for synapses in self._synapses if synapses.shares > 1]
+        split = [(s, shares) for s, shares in zip(self._synapses, self._shares, strict=True) if shares > 1]
         if split:
             scale = torch._foreach_mul_ if up else torch._foreach_div_
-            scale([local(synapses.stored) for synapses in split], [float(synapses.shares) for synapses in split])
+            scale([local(synapses.stored) for synapses, _ in split], [float(shares) for _, shares in split])
 
     def pause(self) -> None:
         """Put the weights back while a closure runs the model."""
@@ -99,18 +108,21 @@ class Update:
         self._is_open = False
         if self._copies is not None:
             self._move_copies(self._copies, taking_part)
-        alike: dict[tuple[tuple[Hook, ...], int, torch.device], list[tuple[Tensor, Tensor, WeightHooks]]] = {}
-        for synapses, shard, old, takes_part in zip(self._synapses, self._shards, self._old, taking_part, strict=True):
-            own = hooks_of(synapses, shard) if takes_part else WeightHooks((), (), ())
-            if own.hooks or synapses.shares > 1:
-                row = local(synapses.stored), old, own
-                alike.setdefault((own.hooks, synapses.shares, old.device), []).append(row)
-        for (hooks, shares, _), rows in alike.items():
+        if not self._hooks:
+            self._hooks = alike([hooks_of(*each) for each in zip(self._synapses, self._shards, strict=True)])
+        groups: dict[tuple[int, int, torch.device], list[tuple[Tensor, Tensor, WeightHooks]]] = {}
+        rows = zip(self._weights, self._old, self._hooks, self._shares, taking_part, strict=True)
+        for weight, old, known, shares, takes_part in rows:
+            own = known if takes_part else NO_HOOKS
+            if own.hooks or shares > 1:
+                groups.setdefault((id(own.hooks), shares, old.device), []).append((weight, old, own))
+        for (_, shares, _), members in groups.items():
+            hooks = members[0][2].hooks
             if finite and shares > 1:  # first the step of the optimizer, which stays, and then the gains on it
-                self._move(rows, (), shares, {})
-                self._move(rows, hooks, 1, finite)
+                self._move(members, (), shares, {})
+                self._move(members, hooks, 1, finite)
             else:
-                self._move(rows, hooks, shares, finite or {})
+                self._move(members, hooks, shares, finite or {})
 
     def _move(
         self,

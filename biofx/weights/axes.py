@@ -60,23 +60,23 @@ class Axes:
     def _named(self, own: list[int], side: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(own)) or tuple(dict.fromkeys(f.axis for f in self.factors if getattr(f, side)))
 
-    @property
+    @cached_property
     def units(self) -> int:
         """Number of postsynaptic units."""
         return math.prod(f.size for f in self.factors if f.postsynaptic)
 
-    @property
+    @cached_property
     def presynaptic_units(self) -> int:
         """Number of presynaptic units."""
         return math.prod(f.size for f in self.factors if f.presynaptic)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of the postsynaptic units, shape (units,), on the axes of the weight, to be broadcast against it."""
-        return self._spread(values, [f.postsynaptic for f in self.factors])
+        return self._spread(values, *self._spread_postsynaptic)
 
     def spread_presynaptic(self, values: Tensor) -> Tensor:
         """Values of the presynaptic units, shape (presynaptic_units,), on the axes of the weight, to be broadcast."""
-        return self._spread(values, [f.presynaptic for f in self.factors])
+        return self._spread(values, *self._spread_presynaptic)
 
     def incoming(self, values: Tensor) -> Tensor:
         """Values on the weight, by the postsynaptic unit: shape (units, incoming connections of each)."""
@@ -102,15 +102,31 @@ class Axes:
         shape = [math.prod(f.size for f in resized if f.axis == axis) for axis in range(len(self.shape))]
         return Axes(tuple(shape), tuple(resized))
 
-    def _spread(self, values: Tensor, chosen: Sequence[bool]) -> Tensor:
-        values = values.reshape([f.size if has else 1 for f, has in zip(self.factors, chosen, strict=True)])
+    @cached_property
+    def _spread_postsynaptic(self) -> tuple[tuple[int, ...], ...]:
+        return self._shapes([f.postsynaptic for f in self.factors])
+
+    @cached_property
+    def _spread_presynaptic(self) -> tuple[tuple[int, ...], ...]:
+        return self._shapes([f.presynaptic for f in self.factors])
+
+    def _shapes(self, chosen: Sequence[bool]) -> tuple[tuple[int, ...], ...]:
+        """The shapes of a value for each unit: on the factors of its own, on all factors of their axes, on the axes."""
         touched = {f.axis for f, has in zip(self.factors, chosen, strict=True) if has}
-        values = values.expand([f.size if f.axis in touched else 1 for f in self.factors])
-        return values.reshape([length if axis in touched else 1 for axis, length in enumerate(self.shape)])
+        return (
+            tuple(f.size if has else 1 for f, has in zip(self.factors, chosen, strict=True)),
+            tuple(f.size if f.axis in touched else 1 for f in self.factors),
+            tuple(length if axis in touched else 1 for axis, length in enumerate(self.shape)),
+        )
+
+    def _spread(self, values: Tensor, own: Sequence[int], expanded: Sequence[int], shape: Sequence[int]) -> Tensor:
+        return values.reshape(shape) if own == expanded else values.reshape(own).expand(expanded).reshape(shape)
 
     def _gather(self, values: Tensor, chosen: Sequence[bool], units: int) -> Tensor:
-        split = values.reshape([f.size for f in self.factors])
-        return split.permute(_first(chosen)).reshape(units, math.prod(self.shape) // units if units else 0)
+        order = _first(chosen)
+        split = _shaped(values, tuple(f.size for f in self.factors))
+        split = split if order == sorted(order) else split.permute(order)
+        return _shaped(split, (units, math.prod(self.shape) // units if units else 0))
 
     def _ungather(self, rows: Tensor, chosen: Sequence[bool]) -> Tensor:
         order = _first(chosen)
@@ -131,6 +147,10 @@ class Axes:
         pre, post = (", ".join(map(str, axes)) or "none" for axes in (self.presynaptic, self.postsynaptic))
         groups = [f"axis {f.axis} in {f.size} groups" for f in self.factors if f.is_group and f.size > 1]
         return ", ".join([f"presynaptic axis {pre}", f"postsynaptic axis {post}", *groups])
+
+
+def _shaped(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return values if values.shape == shape else values.reshape(shape)
 
 
 def _first(chosen: Sequence[bool]) -> list[int]:
