@@ -125,7 +125,10 @@ class ContinualBackprop(Pass):
             model.leave(f"it is not judged: {NOT_RUN}")
             return
         gone = dict.fromkeys(model.understood.readings.keys() - model.all_sites.keys(), "it is no weight any more")
-        fixed = {name: why for name, site in model.all_sites.items() if (why := _why_fixed(model, site))}
+        readers: dict[int, list[fx.Node]] = {}  # the nodes that use the value of a parameter, by its id
+        for node in model.bio.graph.find_nodes(op="get_attr"):
+            readers.setdefault(id(attribute(model.bio, str(node.target))), []).extend(_readers(node))
+        fixed = {name: why for name, site in model.all_sites.items() if (why := _why_fixed(model, site, readers))}
         unread = {name: why for name, site in model.all_sites.items() if (why := _why_unread(model, site))}
         layers, reasons = wire(model.understood, gone | fixed, gone | unread)
         reading: set[str] = set()
@@ -454,8 +457,14 @@ def _biases(site: WeightSite) -> list[nn.Parameter]:
     return [attribute(site.bio, str(node.target)) for node in _bias_nodes(site)]
 
 
-def _why_fixed(model: ModelEditor, site: WeightSite) -> str | None:
-    """Why the incoming synapses of a weight's units cannot be drawn anew, or None."""
+def _why_fixed(model: ModelEditor, site: WeightSite, readers: Mapping[int, Sequence[fx.Node]]) -> str | None:
+    """Why the incoming synapses of a weight's units cannot be drawn anew, or None.
+
+    Args:
+        model: the model.
+        site: the weight.
+        readers: the nodes that use the value of each parameter, by its id.
+    """
     assert model.understood is not None
     reason = _why_untouched(model, site) or site.unmet(Need.NODES) or site.unmet(Need.AXES)
     if reason is not None:
@@ -464,7 +473,7 @@ def _why_fixed(model: ModelEditor, site: WeightSite) -> str | None:
         return NOT_RUN
     if len(model.understood.unit_readings.units.orientations[site.name]) > 1:
         return "operators read it along different axes"
-    if any(run.pass_.slot is Slot.OUTPUT for run in record_of(model.bio).passes if site.name in run.weights):
+    if any(site.name in run.weights for run in record_of(model.bio).passes if run.pass_.slot is Slot.OUTPUT):
         return "other units have a part in what they return"
     if not bool(site.synaptic().detach().any()):
         return "all its synapses are 0, so new ones would be, too"
@@ -477,8 +486,7 @@ def _why_fixed(model: ModelEditor, site: WeightSite) -> str | None:
             return "its operator's bias is computed"
         if original_name(model.bio, node) in model.excluded:
             return f"its bias is excluded: {model.excluded[original_name(model.bio, node)]}"
-        others = (n for n in model.bio.graph.find_nodes(op="get_attr") if attribute(model.bio, str(n.target)) is bias)
-        if any(reader not in operators for each in others for reader in _readers(each)):
+        if not operators.issuperset(readers[id(bias)]):
             return "its operator's bias is also that of others"
     return None
 

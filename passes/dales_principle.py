@@ -165,7 +165,7 @@ class DalesPrinciple(Pass):
             constrained[name] = sign
             if reading.remark:
                 edit.remark(f"{reading.remark}, so its positions have signs of their own")
-            remark_on_units(model, units, name, chosen.keys())
+        remark_on_units(model, units, constrained)
         self._set_weights(model, units, constrained)
         renumber(model, units)
         for name, sign in constrained.items():

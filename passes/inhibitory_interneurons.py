@@ -137,7 +137,7 @@ class InhibitoryInterneurons(Pass):
         renumber(model, units)
         for name, sign in signs.items():
             self._insert(model.sites[name], model.edits[name], sign, units.readings[name])
-            remark_on_units(model, units, name, signs.keys())
+        remark_on_units(model, units, signs)
 
     def _insert(self, site: WeightSite, edit: Editor, sign: Tensor, reading: PresynapticUnits) -> None:
         axis = site.postsynaptic_axis

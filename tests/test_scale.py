@@ -44,6 +44,12 @@ def chain(layers: int) -> nn.Module:
     return nn.Sequential(*(layer for pair in pairs for layer in pair))
 
 
+PIPELINES = {
+    nn.Sequential: "fuzzy-learning-rates,dales-principle,synaptic-scaling,continual-backprop",
+    Residual: "fuzzy-learning-rates,dales-principle,synaptic-scaling",  # a unit of its stream is a sum over all layers
+}
+
+
 def lines(function: Callable[[], Any]) -> Counter[tuple[str, int]]:
     """How often each line runs, by file and number."""
     count: Counter[tuple[str, int]] = Counter()
@@ -66,7 +72,7 @@ def lines(function: Callable[[], Any]) -> Counter[tuple[str, int]]:
 
 OPERATIONS: dict[str, Callable[[nn.Module], Any]] = {
     "units": lambda model: str(biofx.units(model, X)),
-    "transform": lambda model: biofx.transform(model, "fuzzy-learning-rates", example_inputs=X),
+    "transform": lambda model: biofx.transform(model, PIPELINES[type(model)], example_inputs=X),
     "fold": lambda bio: biofx.fold(bio),
 }
 

@@ -139,26 +139,20 @@ class _Wiring:
         pairs = [joined[own[chosen[own]]] for own in self._own.values()]
         links = [torch.stack([units[:1].expand_as(units), units]) for units in pairs]
         layer_of = connected(layer_of, torch.cat([torch.zeros(2, 0).long(), *links], 1))[joined]
-        layers: list[Layer] = []
+        names: dict[int, str] = {}  # of the first weight that leads into each layer
         for name, own in self._own.items():
             mine = own[chosen[own]]
-            if not len(mine):
+            if len(mine):
+                names.setdefault(int(layer_of[mine[0]]), name)
+            else:
                 self._reasons.setdefault(name, self._why_merged(own, joined, spread))
-            elif not any(name in layer.incoming for layer in layers):
-                is_member = chosen & (layer_of == layer_of[mine[0]])
-                layers.append(self._layer(name, joined, joined[is_member].unique(), firsts))
+        members = joined[chosen].unique()
+        index, sizes = _index_within(layer_of[members])
+        place = torch.full_like(joined, -1).index_put((members,), index)[joined]
+        into = {name: own for name, own in self._own.items() if name not in self._reasons}
+        incoming, outgoing = (_by_layer(side, place, layer_of, sizes) for side in (into, firsts))
+        layers = [Layer(name, sizes[layer], incoming[layer], outgoing[layer]) for layer, name in names.items()]
         return layers, self._reasons
-
-    def _layer(self, name: str, joined: Tensor, members: Tensor, firsts: Mapping[str, Tensor]) -> Layer:
-        index = torch.full((len(joined),), -1)
-        index[members] = torch.arange(len(members))
-        incoming = {name: index[joined[own]] for name, own in self._own.items() if name not in self._reasons}
-        outgoing = {name: index[joined[first]] for name, first in firsts.items()}
-        incoming, outgoing = (
-            {name: _places(units, len(members)) for name, units in side.items() if bool((units >= 0).any())}
-            for side in (incoming, outgoing)
-        )
-        return Layer(name, len(members), incoming, outgoing)
 
     def _why_merged(self, own: Tensor, joined: Tensor, spread: Tensor) -> str:
         """Why a weight has units in no layer: what they merge with, or that no weight reads them."""
@@ -184,6 +178,34 @@ def _spread(parts: Tensor) -> Tensor:
     pairs = torch.stack([parts, row_of[:, None].expand_as(parts)]).flatten(1).T.unique(dim=0)
     units, counts = pairs[:, 0].unique(return_counts=True)
     found: Tensor = units[(counts > 1) & (units != NOBODY)]
+    return found
+
+
+def _index_within(groups: Tensor) -> tuple[Tensor, dict[int, int]]:
+    """The index of each of some things among those of its group, and the size of each group."""
+    ordered, order = groups.sort(stable=True)
+    index = torch.empty_like(groups)
+    index[order] = torch.arange(len(groups)) - torch.searchsorted(ordered, ordered)
+    kinds, counts = groups.unique(return_counts=True)
+    return index, dict(zip(kinds.tolist(), counts.tolist(), strict=True))
+
+
+def _by_layer(
+    side: Mapping[str, Tensor], place: Tensor, layer_of: Tensor, sizes: Mapping[int, int]
+) -> dict[int, dict[str, Tensor]]:
+    """The places of the units of each layer in each weight, as in `Layer`, by layer.
+
+    Args:
+        side: the base unit at each position of each weight.
+        place: the index of each base unit in its layer, or −1 if it is in none.
+        layer_of: the layer of each.
+        sizes: the number of units in each layer.
+    """
+    found: dict[int, dict[str, Tensor]] = {layer: {} for layer in sizes}
+    for name, units in side.items():
+        for layer in layer_of[units[place[units] >= 0]].unique().tolist():
+            own = place[units].masked_fill(layer_of[units] != layer, -1)
+            found[layer][name] = _places(own, sizes[layer])
     return found
 
 

@@ -12,6 +12,8 @@ sparse, because dense rows would all respond to the same common mode of their in
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -57,7 +59,7 @@ def balance(model: ModelEditor, units: Units, signs: Mapping[str, Tensor], densi
     sites = {name: found[name] for name in signs}
     signs = {name: sign.to(sites[name].raw.device) for name, sign in signs.items()}
     blocks = {name: _recurrent_blocks(site, units.readings[name]) for name, site in sites.items()}
-    biases = {name: bias for name, site in sites.items() if (bias := _bias(model, site)) is not None}
+    biases = _biases(model, sites)
     targets: dict[str, tuple[Tensor, Tensor]] = {}
 
     def original(name: str) -> Tensor:
@@ -255,13 +257,15 @@ def divided(site: WeightSite, weight: Tensor) -> Tensor:
     return torch.where(total > 0, size / total, 1 / len(size)) * weight
 
 
-def _bias(model: ModelEditor, site: WeightSite) -> str | None:
-    """Name of the bias of the postsynaptic units, if nothing else reads it."""
+def _biases(model: ModelEditor, sites: Mapping[str, WeightSite]) -> dict[str, str]:
+    """The names of the biases of postsynaptic units that nothing else reads, by the weight's name."""
     assert model.understood is not None
     forms = model.understood.forms
-    names = {forms.biases.get(read.operation) for read in forms.reads if read.parameter.name == site.name}
-    others = {forms.biases.get(read.operation) for read in forms.reads if read.parameter.name != site.name}
-    name = names.pop() if len(names) == 1 else None
-    if name is None or name in others or model.understood.forms.users.get(name):
-        return None
-    return name if attribute(site.bio, name).shape == (site.units,) else None
+    pairs = dict.fromkeys((read.parameter.name, forms.biases.get(read.operation)) for read in forms.reads)
+    count = Counter(itertools.chain.from_iterable(pairs))
+    return {
+        name: bias
+        for name, bias in pairs
+        if bias is not None and count[name] == count[bias] == 1 and not forms.users.get(bias)
+        if name in sites and attribute(sites[name].bio, bias).shape == (sites[name].units,)
+    }

@@ -8,7 +8,7 @@ unit is kept with the weights that read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -218,12 +218,20 @@ def why_free(units: Units, reading: PresynapticUnits) -> str:
     return "it reads the model's inputs, which are free"
 
 
-def remark_on_units(model: ModelEditor, units: Units, name: str, signed: Collection[str]) -> None:
-    """Remark on a weight that gets signs why the effect of its units may have another sign than theirs."""
-    own, edit = units.readings[name], model.edits[name]
-    if own.signed_by:
-        edit.remark(f"the activity of its units can be negative ({own.signed_by})")
-    free = {n: r for n, r in units.readings.items() if n not in signed and model.all_sites[n].sign is None}
-    others = [n for n, reading in free.items() if bool(torch.isin(reading.classes, own.classes).any())]
-    if others:
-        edit.remark(f"{', '.join(others)} read the same units with weights of either sign")
+def remark_on_units(model: ModelEditor, units: Units, signs: Mapping[str, Tensor]) -> None:
+    """Remark on weights why the effect of the units that they read may have another sign than theirs.
+
+    Args:
+        model: the model.
+        units: its units.
+        signs: sign of each presynaptic unit, 0 if it is free, by the name of each weight that gets signs.
+    """
+    free = {n: r for n, r in units.readings.items() if n not in signs and model.all_sites[n].sign is None}
+    for name, sign in signs.items():
+        own, edit = units.readings[name], model.edits[name]
+        if own.signed_by:
+            edit.remark(f"the activity of its units can be negative ({own.signed_by})")
+        signed = own.classes[sign != 0]
+        others = [n for n, reading in free.items() if bool(torch.isin(reading.classes, signed).any())]
+        if others:
+            edit.remark(f"{', '.join(others)} read the same units with weights of either sign")

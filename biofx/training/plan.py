@@ -53,7 +53,9 @@ class Plan:
         names = dict.fromkeys((*sites, *with_gains, *record_of(bio).nonnegative))
         self._places = [place for name in names for place in places_of(bio, name)]
         own = (site.known_synapses for site in self.sites.values() if site.child is not None)
-        self._places += [place for synapses in dict.fromkeys((*own, *with_gains.values())) for place in synapses.places()]
+        self._places += [
+            place for synapses in dict.fromkeys((*own, *with_gains.values())) for place in synapses.places()
+        ]
         self._rules = {name: [rule for rule, own in rules if name in own] for name in sites}
         self.periods = {name: {period_of(rule) for rule in own} for name, own in self._rules.items()}
         found = ((name, site.state("steps")) for name, site in self.sites.items())

@@ -37,6 +37,7 @@ class Execution:
     def __init__(self, bio: fx.GraphModule, recording: Recording) -> None:
         self.bio = bio
         self._recording = recording
+        self._names = {id(parameter): name for name, parameter in bio.named_parameters()}  # one for tied parameters
         self._random: dict[int, Tensor] = {}  # by the parameter's id
         self._generator = torch.Generator().manual_seed(0)
         self._in_islands = {
@@ -98,9 +99,8 @@ class Execution:
         """The parameters and buffers of such a module, by name; empty for other nodes."""
         if not self.has_unit_parameters(node):
             return {}
-        names = {id(parameter): name for name, parameter in self.bio.named_parameters()}  # one name for tied parameters
         own = own_tensors(self.bio.get_submodule(str(node.target)))
-        return {names.get(id(tensor), f"{node.target}.{key}"): tensor for key, tensor in own.items()}
+        return {self._names.get(id(tensor), f"{node.target}.{key}"): tensor for key, tensor in own.items()}
 
     def _module(self, node: fx.Node, doubling: AxisDoubling | None) -> nn.Module:
         module = self.bio.get_submodule(str(node.target))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +30,10 @@ def find_widening(
     opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
     with callers_defaults():
         execution = Execution(bio, recorded(bio, run))
-    reasons = {name: "something else reads it as well" for name in editable if _has_other_readers(bio, sites[name])}
+    called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")}
+    inside = {id(parameter) for path in called for parameter in bio.get_submodule(path).parameters()}
+    read_elsewhere = (name for name in editable if _has_other_readers(sites[name], inside))
+    reasons = dict.fromkeys(read_elsewhere, "something else reads it as well")
     reasons |= {name: reason for name, reason in opaque.items() if name in editable}
     fixed = {name: reasons.get(name, "it may not change") for name in sites if name not in editable or name in reasons}
     doubled = frozenset(editable) - reasons.keys()
@@ -73,9 +76,12 @@ def _why_opaque(site: WeightSite) -> str | None:
     return unmet and (site.unmet(Need.UNITS) or unmet)
 
 
-def _has_other_readers(bio: fx.GraphModule, site: WeightSite) -> bool:
-    """Whether a weight is read by something other than its operators, such as an embedding that is tied to it."""
-    called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")}
-    inside = {id(p) for path in called for p in bio.get_submodule(path).parameters()}
+def _has_other_readers(site: WeightSite, inside: Collection[int]) -> bool:
+    """Whether a weight is read by something other than its operators, such as an embedding that is tied to it.
+
+    Args:
+        site: the weight.
+        inside: the ids of the parameters that modules read which the graph calls.
+    """
     others = [user for user in site.readers if user not in site.uses]
     return id(site.raw) in inside or not all(n.target is getattr and n.args[1] in ("dtype", "device") for n in others)
