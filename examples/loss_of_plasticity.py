@@ -61,7 +61,7 @@ from torch import Tensor, nn
 
 from biofx import passes
 from biofx.base import noise
-from biofx.passes.continual_backprop import bounds_of, fresh, judged
+from biofx.passes.continual_backprop import bounds_of, fresh, next_layer_state
 from biofx.passes.rejuvenate import RULES, turn_over_
 from command_line import headline
 from evidence import Comparison, Estimate, Report, compare, in_processes, parse_arguments
@@ -229,7 +229,7 @@ class Networks:
         """What `ContinualBackprop` does, given the activity of the networks that have it."""
         outgoing = self.outgoing[self._renewing, :, :HIDDEN]
         maturity, decay = self._options[0].maturity, self._options[0].decay
-        self._utility, self._age, self._due, masks = judged(
+        self._utility, self._age, self._due, masks = next_layer_state(
             self._utility, self._age, self._due, hidden * outgoing.abs(),
             rate=self._replaced, maturity=maturity, decay=decay,
         )  # fmt: skip

@@ -135,7 +135,14 @@ def _run(
     for node in bio.graph.nodes:
         recorder.enter_node(node)
         synapses = ends.get(node)
-        result = _value(bio, node, given, values) if synapses is None else known.get(synapses)
+        if synapses is not None:
+            result = known.get(synapses)
+        elif node.op == "placeholder":
+            result = given[str(node.target).lstrip("*")]
+        elif node.op == "get_attr":
+            result = attribute(bio, str(node.target))
+        else:
+            result = compute(bio, node, *fx.map_arg((node.args, node.kwargs), values.__getitem__))
         if node in ends and dtype is not None:
             result = _converted(recorder, result, dtype)
         values[node] = result
@@ -155,15 +162,6 @@ def _converted(recorder: Recorder, weight: Tensor, dtype: torch.dtype) -> Tensor
         other = weight.detach().to(dtype)
     recorder.know_as(weight, other)
     return other
-
-
-def _value(bio: fx.GraphModule, node: fx.Node, given: dict[str, Any], values: dict[fx.Node, Any]) -> Any:
-    if node.op == "placeholder":
-        return given[str(node.target).lstrip("*")]
-    if node.op == "get_attr":
-        return attribute(bio, str(node.target))
-    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-    return compute(bio, node, args, kwargs)
 
 
 def _stacked(synapses: Synapses) -> tuple[Tensor, ...] | None:
