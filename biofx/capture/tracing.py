@@ -105,13 +105,13 @@ def _add_assignments(model: nn.Module, first: Trace, changes: Sequence[Change], 
     first trace wrote them: if it reads one, the second graph differs, or the trace fails.
     """
     reasons = {c.path: f"its forward changes the attribute {c.name}, which a graph cannot represent" for c in changes}
-    text, output = str(first.graph), first.graph.output_node()
+    lines, output = lines_of(first.graph), first.graph.output_node()
     try:
         with monitored(model, again):
             second = _run_once(model, again)
             second.graph.lint()
         # A forward that computes with an attribute gets a proxy of the first trace, and adds nodes to the first graph.
-        if not all(c.is_assigned for c in changes) or not is_same(first, second) or str(first.graph) != text:
+        if not all(c.is_assigned for c in changes) or not is_same(first, second) or lines_of(first.graph) != lines:
             raise NotTraceable(reasons)
         with first.graph.inserting_before(output):
             for change in changes:
@@ -125,11 +125,16 @@ def _add_assignments(model: nn.Module, first: Trace, changes: Sequence[Change], 
         raise NotTraceable(reasons) from error
 
 
+def lines_of(graph: fx.Graph) -> list[str | None]:
+    """A line of text for each node; the text of a graph takes time that grows with its square."""
+    return [node.format_node() for node in graph.nodes]
+
+
 def is_same(first: Trace, second: Trace) -> bool:
     """Whether two traces have the same graph and constants."""
     constants = zip(first.constants.values(), second.constants.values(), strict=False)
     return (
-        str(first.graph) == str(second.graph)
+        lines_of(first.graph) == lines_of(second.graph)
         and first.constants.keys() == second.constants.keys()
         and all(torch.equal(a, b) for a, b in constants)
     )
