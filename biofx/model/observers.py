@@ -153,13 +153,15 @@ def _from_behind(axis: int, activity: Tensor) -> int:
 
 def _add(state: Tensor, sums: Tensor, positions: int) -> None:
     """Add to the totals of an observer's state, and keep the rounding errors in its rest."""
-    total, rest = state
+    total, rest = state.unbind()
     seen = torch.stack((sums, torch.full_like(sums, positions)))
-    # A batch that is not finite ends in a step that is refused; what rules remember must not keep it.
-    seen = torch.where(seen.isfinite().all(), seen, 0.0)
-    added, before = rest + seen, total.clone()
-    total += added
-    torch.sub(added, total - before, out=rest)
+    # A batch that is not finite ends in a step that is refused; what rules remember must not keep it. If one sum is not
+    # finite, all become NaN, and then 0; to ask whether they are finite takes more operators.
+    seen += (sums * 0).sum()
+    rest += seen.nan_to_num_(0.0)
+    before = total.clone()
+    total += rest
+    rest -= total - before
 
 
 def _for_each_model(activity: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

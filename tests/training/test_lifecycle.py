@@ -290,6 +290,47 @@ def test_a_rule_whose_observers_see_is_not_told():
     train(bio, optimizer, 2)
 
 
+# --- what is assigned between steps ---------------------------------------------------------------------------
+
+
+def without_hook(synapses):
+    synapses.links = ()
+
+
+def with_another_gain(synapses):
+    synapses.register_buffer("gain", torch.zeros_like(synapses.gain))
+
+
+def with_gains_of_a_checkpoint(synapses):
+    state = {name: torch.zeros_like(value) if name == "gain" else value for name, value in synapses.named_buffers()}
+    synapses.load_state_dict(state, assign=True, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("assign", "gain"), [(without_hook, 1.0), (with_another_gain, 0.0), (with_gains_of_a_checkpoint, 0.0)]
+)
+def test_what_is_assigned_to_synapses_acts_at_the_next_step(assign, gain):
+    bio, optimizer, _ = start([passes.FuzzyLearningRates(nu=0.5)], "sgd")
+    train(bio, optimizer, 2)
+    assign(bio[0].weight_synapses)
+    site = biofx.weight_sites(bio)["0.weight"]
+    before = site.raw.detach().clone()
+    train(bio, optimizer, 1)
+    rate = optimizer.param_groups[0]["lr"]
+    torch.testing.assert_close(site.raw.detach(), before - gain * rate * site.raw.grad)
+
+
+def test_a_weight_that_is_moved_to_another_dtype_goes_on():
+    bio, optimizer, _ = start([*GAINS, passes.Rejuvenate(dre=2.0), passes.DalesPrinciple(balance=False)], "momentum")
+    train(bio, optimizer, 2)
+    bio.float()
+    optimizer.state.clear()
+    F.cross_entropy(bio(IMAGES[:64].float()), LABELS[:64]).backward()
+    optimizer.step()
+    biofx.verify(bio)
+    assert int(bio.get_buffer("0.weight_synapses.steps")) == 3
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
