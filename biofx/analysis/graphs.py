@@ -65,12 +65,8 @@ class NodeUse:
 def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Run a captured graph node by node, whoever calls it, for a recorder.
 
-    The recorder knows a weight that is computed from synapses as the parameter.
-
-    Args:
-        bio: the captured model.
-        recorder: the recorder.
-        dtype: the dtype in which nodes read parameters, as copies that are freed after the last of them; None: as is.
+    The recorder knows a weight that is computed from synapses as the parameter. Nodes read parameters in a dtype, if
+    one is given, as copies that are freed after the last of them.
     """
     known = _EffectiveWeights(bio, recorder)
 
