@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, varies
 from biofx.analysis.reads import WeightRead, bias_of
-from biofx.base.errors import ArgumentError
 from biofx.base.torch_internals import pytree
 from biofx.model import weight_cache
 from biofx.model.chain import attribute, chain, compute, parameter_nodes
@@ -66,36 +65,20 @@ class NodeUse:
 def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Run a captured graph node by node, whoever calls it, for a recorder.
 
-    The recorder knows a weight that is computed from synapses as the parameter.
-
-    Args:
-        bio: the captured model.
-        recorder: the recorder.
-        dtype: the dtype in which nodes read parameters, as copies that are freed after the last of them; None: as is.
+    The recorder knows a weight that is computed from synapses as the parameter. Nodes read parameters in a dtype, if
+    one is given, as copies that are freed after the last of them.
     """
     known = _EffectiveWeights(bio, recorder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _run(bio, recorder, known, _bound(bio, args, kwargs), dtype)
+        bound = inspect.signature(type(bio).forward, follow_wrapped=not is_one_island(bio)).bind(bio, *args, **kwargs)
+        bound.apply_defaults()
+        return _run(bio, recorder, known, bound.arguments, dtype)
 
     signature = inspect.signature(bio.forward)
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
     with patch.object(bio, "forward", forward), weight_cache.substituted(known):
         yield
-
-
-def _bound(bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by the name of the placeholder.
-
-    Raises:
-        ArgumentError: the arguments do not fit.
-    """
-    try:
-        bound = inspect.signature(type(bio).forward, follow_wrapped=not is_one_island(bio)).bind(bio, *args, **kwargs)
-    except TypeError as error:
-        raise ArgumentError(f"example_inputs do not fit {type(bio).__name__}.forward: {error}") from error
-    bound.apply_defaults()
-    return dict(bound.arguments)
 
 
 class _EffectiveWeights(dict[nn.Module, Tensor]):
@@ -125,7 +108,11 @@ class _EffectiveWeights(dict[nn.Module, Tensor]):
 
 
 def _run(
-    bio: fx.GraphModule, recorder: Recorder, known: _EffectiveWeights, given: dict[str, Any], dtype: torch.dtype | None
+    bio: fx.GraphModule,
+    recorder: Recorder,
+    known: _EffectiveWeights,
+    given: Mapping[str, Any],
+    dtype: torch.dtype | None,
 ) -> Any:
     known.clear()  # the weights may have changed since the last run
     ends = {chain(node)[-1]: synapses_of(bio, name) for name, node in parameter_nodes(bio).items()}

@@ -342,11 +342,7 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
 
 
 def _save_folded(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-    """Save the effective weights under their original names, so that the original class can load them.
-
-    Raises:
-        ExportError: the original class with these weights would compute something else.
-    """
+    """Save the effective weights under their original names, if the original class with these computes the same."""
     from biofx.output.fold import folded_for_original  # it imports this module
 
     if not is_transformed(bio):

@@ -118,10 +118,7 @@ def why_architecture_differs(bio: fx.GraphModule) -> str | None:
 def folded_for_original(bio: nn.Module, by: str, instead: str = "keep it with biofx.save(bio, folder)") -> nn.Module:
     """Fold a model whose weights will be loaded into the original model.
 
-    Args:
-        bio: the transformed model.
-        by: the function that needs it, for the message.
-        instead: what else to do, for the message.
+    The message of the error names the function that needs it (`by`), and says what to do `instead`.
 
     Raises:
         ExportError: the original model would compute something else, or its weights have other shapes.

@@ -211,11 +211,7 @@ class Propagation:
     # --- other nodes -------------------------------------------------------------------------------------------
 
     def _compatible(self, node: fx.Node, old: Any) -> NodeValue:
-        """The value of a node that reads doubled units.
-
-        Raises:
-            IncompatibleError: no attempt succeeds.
-        """
+        """The value of a node that reads doubled units; raises `IncompatibleError` if no attempt succeeds."""
         changed = [*self._changed(node).values()]
         # Sizes do not enter the result of the node, unless they are all that is changed: then it makes a tensor.
         weights = weights_of([value for value in changed if any(value.doublings)] or changed)

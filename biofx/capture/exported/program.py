@@ -382,11 +382,7 @@ def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
 
 
 def _conditions_of(program: torch.export.ExportedProgram) -> list[Condition]:
-    """Return the conditions on input shapes under which a graph is correct.
-
-    Raises:
-        CaptureError: the graph has other conditions.
-    """
+    """Return the conditions on input shapes under which a graph is correct; raise if it has others."""
     nodes = zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True)
     texts = []
     for leaf, node in enumerate(node for node, spec in nodes if spec.kind is InputKind.USER_INPUT):
