@@ -88,9 +88,10 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     use `load_state_dict` or `copy_`: a write through `.data` goes unnoticed there, and rules with `every=…` then act
     at other steps.
 
-    Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
-    later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
-    `attach` fails, model and optimizers are as they were.
+    Weights without a gradient (frozen, or not used) take no part in a step. What an optimizer does to a frozen weight
+    by a gradient that is still there, or by momentum, obeys gains and signs, and no other rule acts on it. Compile a
+    model after it is attached. A later attachment takes the weights that it holds over from earlier ones;
+    `biofx.detach(bio)` ends all of them. If `attach` fails, model and optimizers are as they were.
 
     Args:
         bio: a model made by `biofx.transform`, bare or inside `torch.compile` or a data-parallel wrapper.

@@ -263,21 +263,23 @@ class Lifecycle:
             parameter.grad = gradient
 
     def _weight(self, site: WeightSite, step: int) -> PlasticWeight | None:
-        """A weight that takes part in this step, by its number, or None if it has no gradient."""
+        """A weight that the optimizer moves in this step, by its number, or None if it has no gradient."""
         synapses, scale = site.learning, _gradient_scale(self.optimizer)
         raw = site.raw if synapses is None else synapses.stored
-        if raw.grad is None or not raw.requires_grad or raw.numel() == 0:
+        if raw.grad is None or raw.numel() == 0:
             return None
         if raw.grad.layout is not torch.strided:
             raise LifecycleError(f"{site.name}: its gradient is sparse, and rules act on every entry")
         given = gradient_of(raw)
-        gradient = given if scale is None else given.float() / scale
+        gradient = given if scale is None else given.to(torch.promote_types(given.dtype, torch.float32)) / scale
         shares = 1 if synapses is None else synapses.shares
         if shares > 1:
             gradient = gradient * shares**0.5  # hooks give each synapse 1/√Γ; the optimizer sees the connection's
         elif scale is None and any(r.moment is Moment.GRADIENT and site.name in names for r, names in self._rules):
             gradient = gradient.clone()
-        return PlasticWeight(site, local(raw), gradient, self.optimizer, step, compiled=self._compiled)
+        weight = PlasticWeight(site, local(raw), gradient, self.optimizer, step, compiled=self._compiled)
+        weight.is_frozen = not raw.requires_grad
+        return weight
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -294,7 +296,8 @@ class Lifecycle:
         self._update.end([on_update and s.stored.grad is not None for s in self.learning.values()], step.finite)
         if self.gain_target is None:
             self._refuse_copies()
-        counters = {w.name: steps for w in step.weights if (steps := w.synapses.state("steps")) is not None}
+        counted = ((w.name, w.synapses.state("steps")) for w in step.weights if not w.is_frozen)
+        counters = {name: steps for name, steps in counted if steps is not None}
         projected = self.acted_on(Moment.PROJECTION)
         others = [weight for weight in step.weights if weight.name not in projected]
         try:
@@ -324,7 +327,8 @@ class Lifecycle:
 
     def _act(self, weights: Sequence[PlasticWeight], finite: dict[torch.device, Tensor], *, before_step: bool) -> None:
         for pass_, names in self._rules:
-            chosen = [w.seen_by(pass_, finite.get(w.raw.device)) for w in weights if w.name in names]
+            own = [w for w in weights if w.name in names and _acts(pass_, w)]
+            chosen = [w.seen_by(pass_, finite.get(w.raw.device)) for w in own]
             if not chosen or pass_.moment is None or pass_.moment.before_step is not before_step:
                 continue
             _refuse_captured(pass_)
@@ -367,7 +371,8 @@ class Lifecycle:
 
     def _acting_on(self, weight: PlasticWeight) -> Iterator[Pass]:
         """The rules that act on a weight in this step."""
-        return (pass_ for pass_, names in self._rules if weight.name in names and weight.step % _every(pass_) == 0)
+        own = (rule for rule, names in self._rules if weight.name in names and _acts(rule, weight))
+        return (rule for rule in own if weight.step % _every(rule) == 0)
 
     def _check_unchanged(self) -> None:
         """Refuse a step if the weights or the optimizer are not those of the attachment."""
@@ -416,6 +421,11 @@ class Lifecycle:
         for name in record_of(self.bio).nonnegative:
             if not is_parameter(self.bio, name):
                 yield name, "removed"
+
+
+def _acts(pass_: Pass, weight: PlasticWeight) -> bool:
+    """Whether a rule acts on a weight: a frozen one only follows what an optimizer does to it, as by momentum."""
+    return not weight.is_frozen or (pass_.moment is not None and pass_.moment.follows)
 
 
 def _refuse_captured(pass_: Pass) -> None:

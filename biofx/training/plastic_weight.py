@@ -40,6 +40,7 @@ class PlasticWeight:
         compiled: whether to compile what a rule does to entries.
         finite: whether gradients and weights are finite, on a device that is not waited for; else None.
         stored_before: what `raw` was before the step, for rules at `Moment.UPDATE`; else None.
+        is_frozen: whether it does not require a gradient, and the optimizer moves it by an old one.
     """
 
     site: WeightSite
@@ -51,6 +52,7 @@ class PlasticWeight:
     compiled: bool = False
     finite: Tensor | None = None
     stored_before: Tensor | None = None
+    is_frozen: bool = False
 
     @property
     def name(self) -> str:
