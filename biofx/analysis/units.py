@@ -281,7 +281,7 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     understood = understand(model if bio is None else bio, example_inputs)
     if understood is None:
         raise ArgumentError(f"{type(model).__name__}: {NOT_RUN}")
-    if bio is not None:
-        return Units.of(understood, find_weights(bio).sites)
-    sites = {name: WeightSite(model, name, facts) for name, facts in understood.weights.items()}
+    sites = {n: WeightSite(model if bio is None else bio, n, facts) for n, facts in understood.weights.items()}
+    if bio is not None:  # what was assigned after the transform is judged as in any model
+        sites |= find_weights(bio).sites
     return Units.of(understood, sites)
