@@ -215,6 +215,8 @@ def remark_on_units(model: ModelEditor, units: Units, name: str, signed: Collect
     own, edit = units.readings[name], model.edits[name]
     if own.signed_by:
         edit.remark(f"the activity of its units can be negative ({own.signed_by})")
+    if own.inverted_by:
+        edit.remark(f"{own.inverted_by} subtracts or negates what it returns, so its synapses act with the other sign")
     free = {n: r for n, r in units.readings.items() if n not in signed and model.all_sites[n].sign is None}
     others = [n for n, reading in free.items() if bool(torch.isin(reading.classes, own.classes).any())]
     if others:
