@@ -29,12 +29,14 @@ def attach_all(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Attach every transformed model in a model to the optimizers that hold its parameters.
 
     Args:
-        model: the model.
+        model: the model. A transformed model in it that is frozen as a whole may be in no optimizer.
         optimizers: the optimizers, at least one.
     """
     for bio in transformed_in(model):
         own = {id(parameter) for parameter in bio.parameters()}
-        for optimizer in [each for each in optimizers if parameter_ids(each) & own] or optimizers:
+        holding = [each for each in optimizers if parameter_ids(each) & own]
+        is_frozen = not any(parameter.requires_grad for parameter in bio.parameters())
+        for optimizer in holding or (() if is_frozen else optimizers):
             attach(bio, optimizer)
 
 
