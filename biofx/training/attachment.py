@@ -204,10 +204,11 @@ def _sites_of(bio: fx.GraphModule, optimizer: Optimizer) -> dict[str, WeightSite
     if not sites and not any(id(stored(bio, name)) in own for name in record.nonnegative):
         if not any(run.weights for run in record.passes):
             raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
-        raise ArgumentError(
-            f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
-            "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
-        )
+        advice = "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
+        if any(id(parameter) in own for parameter in bio.parameters()):  # such as biases
+            advice = "the parameters of this model that it holds need no attach"
+        what = f"{type(optimizer).__name__} holds no weight of this model that a pass changed"
+        raise ArgumentError(f"attach: {what}; {advice}")
     return sites
 
 
