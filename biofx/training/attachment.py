@@ -20,7 +20,7 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.torch_internals import run_hooks_next_to_step, runs_step_hooks
 from biofx.model.changes import transformed
-from biofx.model.forgotten_attach import warn_if_unattached
+from biofx.model.forgotten_attach import note_gradients, warn_if_unattached
 from biofx.model.provenance import record_of, unwrapped
 from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment
@@ -377,6 +377,7 @@ class Attachment(Lifecycle):
         given = {name for name, synapses in learning.items() if id(synapses.stored) in parameters}
         given |= {name for name, site in sites.items() if site.is_gone or id(site.raw) in parameters}
         set_attached(self.bio, given, attached=False)
+        note_gradients(self.bio, {name: synapses for name, synapses in learning.items() if name in given})
         sites = {name: site for name, site in sites.items() if name not in given}
         learning = {name: synapses for name, synapses in learning.items() if name not in given}
         self.hold(sites, learning)
