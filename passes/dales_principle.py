@@ -62,9 +62,10 @@ class DalesPrinciple(Pass):
     *What can turn a sign over.* A parameter that multiplies units on their way, such as γ of a batch norm, is kept
     from being negative; one that is negative already, and cannot be turned over together with the weights before it, is
     left alone, and `summary` says so. Where a unit's activity can be negative (tanh, no activation), its *effect*
-    changes sign although its weights do not; `summary` says so. A weight that is used on different units would need
-    two signs: its positions get signs of their own. A weight that is not alone between two populations (a sum of two
-    parameters, a product with two activations, an embedding that is tied to an output layer) is left alone.
+    changes sign although its weights do not; `summary` says so, and also where forward subtracts or negates what a
+    weight returns, as in `excite(e) - inhibit(i)`: signs are those of weights. A weight that is used on different units
+    would need two signs: its positions get signs of their own. A weight that is not alone between two populations (a
+    sum of two parameters, a product with two activations, an embedding that is tied to an output layer) is left alone.
 
     The reference package gives signs to the rows of a linear weight, which are postsynaptic, and to single kernels of a
     convolution, so no unit ends up excitatory or inhibitory, and its rejuvenation overwrites them.

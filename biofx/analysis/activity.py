@@ -19,11 +19,23 @@ class Activity(Interpreter[str]):
     def __init__(self, recording: Recording) -> None:
         super().__init__()
         self._read: dict[tuple[Operation, Value], str] = {}
+        self._users: dict[Value, list[Operation]] = {}
         self.interpret(recording)
 
     def read(self, operation: Operation, value: Value) -> str:
         """Why an operand can be negative when an operator reads it."""
         return self._read.get((operation, value), "")
+
+    def inverted(self, value: Value) -> str:
+        """The operator that turns over the sign of a tensor before it meets another activity; empty if none does."""
+        for operation in self._users.get(value, ()):
+            if _turns_over(operation, value):
+                return operation.called
+            passed = operation.outputs[0] if _passes_on(operation, value) else value
+            found = "" if passed is value else self.inverted(passed)
+            if found:
+                return found
+        return ""
 
     def source(self, value: Value) -> str:
         """Why a tensor that no operator made can be negative."""
@@ -40,6 +52,7 @@ class Activity(Interpreter[str]):
         """Why an operator's result can be negative."""
         for value in operation.operands:
             self._read[operation, value] = self.of(value)
+            self._users.setdefault(value, []).append(operation)
         is_activity = any(value.is_activity for value in (*operation.outputs, *operation.written))
         return self._after(operation) if is_activity else ""
 
@@ -56,6 +69,24 @@ class Activity(Interpreter[str]):
             return ""
         source = next((found for v in _sources(operation) if (found := self.of(v))), "")
         return operation.called if source and sign is Sign.ODD else source
+
+
+def _turns_over(operation: Operation, value: Value) -> bool:
+    """Whether an operator negates or subtracts one of its operands, or multiplies it by a negative number."""
+    if operation.name in ("neg", "rsub"):
+        return operation.operands[0] is value
+    if operation.name in ("add", "sub") and operation.argument("other") is value:
+        factor = operation.numbers.get("alpha", 1)
+        return (factor < 0) is (operation.name == "add")
+    return operation.name in PRODUCTS_OF_ENTRIES and _has_negative_number(operation)
+
+
+def _passes_on(operation: Operation, value: Value) -> bool:
+    """Whether an operator moves or scales a tensor, or adds to it what does not depend on inputs."""
+    is_kept = operation.kind is Kind.LAYOUT or operation.name in COPIES | PRODUCTS_OF_ENTRIES | {"add", "sub"}
+    is_linear = operation.operands[0] is value or operation.name in ("add", "mul")
+    others = [v for v in operation.operands if v is not value and v.depends is Depends.INPUTS]
+    return is_kept and is_linear and bool(operation.outputs) and not others
 
 
 def _sources(operation: Operation) -> list[Value]:

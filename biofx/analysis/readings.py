@@ -27,6 +27,7 @@ class PresynapticUnits:
             several units has one of them.
         classes: the number that stands for all units that need one sign with it, in the same shape.
         signed_by: the operator that can make their activity negative, or an empty string if none can.
+        inverted_by: the operator that subtracts or negates what the weight's operator returns, or an empty string.
         remark: why the units are unknown, so that the positions are units of their own; empty if they are known.
         sources: the numbers of all units that reach the positions, also where the units are unknown.
         is_free: for each position, whether it reads the network's inputs or constants only.
@@ -37,6 +38,7 @@ class PresynapticUnits:
     numbers: Tensor
     classes: Tensor
     signed_by: str
+    inverted_by: str
     remark: str
     sources: Tensor
     is_free: Tensor
@@ -71,6 +73,7 @@ class UnitReadings:
         first = orientation.reads[0]
         reads = ((r.operation, r.source) for r in orientation.reads if r.source is not None)
         signed = next(filter(None, (self._activity.read(operation, source) for operation, source in reads)), "")
+        inverted = next(filter(None, (self._activity.inverted(each.output) for each in orientation.reads)), "")
         axes = orientation.axes
         count = axes.presynaptic_units if axes is not None else len(self.units.columns[first])
         sources = rows[rows != NOBODY].unique() if rows is not None else torch.zeros(0, dtype=torch.int64)
@@ -85,9 +88,8 @@ class UnitReadings:
                 numbers = torch.where(numbers == NOBODY, own, numbers)
         is_free = torch.ones(count, dtype=torch.bool) if first.source is None else ~self._is_neural[numbers]
         returns = self._returns(name, orientation, rows)
-        return PresynapticUnits(
-            numbers, self._numbers.classes(numbers), signed, remark, sources, is_free & (not remark), returns
-        )
+        classes = self._numbers.classes(numbers)
+        return PresynapticUnits(numbers, classes, signed, inverted, remark, sources, is_free & (not remark), returns)
 
     def deciding(self, name: str) -> Orientation:
         """The uses of a weight that decide on its signs: those that read units, if others read tokens or inputs."""

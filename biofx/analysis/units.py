@@ -205,6 +205,7 @@ class Units(ShownAsReport, UnitFacts):
             "positions": None if reading is None else len(reading.numbers),
             "units": [] if reason or reading is None else self._counted(reading.numbers),
             "signed_by": None if reading is None else reading.signed_by,
+            "inverted_by": None if reading is None else reading.inverted_by,
             "not_judged": reason,
         }
 
@@ -235,6 +236,7 @@ def _in_words(counted: Mapping[str, Any]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[Cell]:
     note = [f"not judged: {row['not_judged']}"] if row["not_judged"] else []
+    note += [f"{row['inverted_by']} subtracts or negates what it returns"] if row["inverted_by"] else []
     if row["positions"] is None:
         return [row["weight"], row["operator"], "", "", "", note]
     activity = f"any sign ({row['signed_by']})" if row["signed_by"] else "≥ 0"
@@ -281,7 +283,7 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     understood = understand(model if bio is None else bio, example_inputs)
     if understood is None:
         raise ArgumentError(f"{type(model).__name__}: {NOT_RUN}")
-    if bio is not None:
-        return Units.of(understood, find_weights(bio).sites)
-    sites = {name: WeightSite(model, name, facts) for name, facts in understood.weights.items()}
+    sites = {n: WeightSite(model if bio is None else bio, n, facts) for n, facts in understood.weights.items()}
+    if bio is not None:  # what was assigned after the transform is judged as in any model
+        sites |= find_weights(bio).sites
     return Units.of(understood, sites)

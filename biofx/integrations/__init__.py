@@ -26,10 +26,15 @@ def transformed_in(model: nn.Module) -> list[fx.GraphModule]:
 
 
 def attach_all(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Attach every transformed model in a model to those of the optimizers, at least one, that hold its parameters."""
+    """Attach every transformed model in a model to those of the optimizers, at least one, that hold its parameters.
+
+    A transformed model that is frozen as a whole may be in none.
+    """
     for bio in transformed_in(model):
         own = {id(parameter) for parameter in bio.parameters()}
-        for optimizer in [each for each in optimizers if parameter_ids(each) & own] or optimizers:
+        holding = [each for each in optimizers if parameter_ids(each) & own]
+        is_frozen = not any(parameter.requires_grad for parameter in bio.parameters())
+        for optimizer in holding or (() if is_frozen else optimizers):
             attach(bio, optimizer)
 
 

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from biofx.integrations import attach_all, detach_all
 from biofx.model.synapses import Synapses
+from biofx.training.wrappers import parameter_ids
 
 
 class BiofxCallback(Callback):
@@ -32,7 +33,16 @@ class BiofxCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach."""
+        self._attach(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Attach again if an optimizer got other parameters, such as those that `BackboneFinetuning` unfreezes."""
+        if self._held != [*map(parameter_ids, trainer.optimizers)]:
+            self._attach(trainer, pl_module)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         attach_all(pl_module, trainer.optimizers)
+        self._held = [*map(parameter_ids, trainer.optimizers)]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""

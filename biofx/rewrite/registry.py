@@ -58,6 +58,11 @@ class Moment(enum.IntEnum):
         """Whether the rule changes weights by itself, not the update of the optimizer."""
         return self in (Moment.TURNOVER, Moment.SCALING, Moment.PROJECTION)
 
+    @property
+    def follows(self) -> bool:
+        """Whether the rule only corrects what the optimizer did, so it acts on frozen weights that move as well."""
+        return self in (Moment.UPDATE, Moment.PROJECTION)
+
 
 @dataclass(frozen=True)
 class Pass:

@@ -16,7 +16,7 @@ from biofx.base.errors import ArgumentError, VerificationError
 from biofx.base.gains import decoded
 from biofx.base.shards import extremes
 from biofx.model.chain import callee, chain, parameter_nodes
-from biofx.model.changes import follow, lost_parts
+from biofx.model.changes import ASSIGNED, follow, lost_parts
 from biofx.model.definitions import NAMESPACE
 from biofx.model.provenance import inserted, inserted_nodes, record_of, unwrapped
 from biofx.model.slots import Slot
@@ -47,7 +47,8 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
     Returns:
         For each weight, whether it obeys Dale's principle: `"obeys"` was checked; `"free"` weights read inputs and
         constants; `"not constrained"` ones have no signs; for those that are `"not judged"`, the units that they read
-        are unknown. `Units.verdicts` judges weights without signs as well.
+        are unknown, as of those that were assigned after the transform. `Units.verdicts` runs the model, and judges
+        weights without signs as well.
 
     Raises:
         VerificationError: an invariant is broken; the message lists all, each with the pass and the parameter.
@@ -70,7 +71,9 @@ def verify(bio: nn.Module) -> dict[str, Verdict]:
         attachment.check()
     not_followed = follow(bio)
     refuse_violations(bio, [] if not_followed is None else [not_followed])
-    return {name: _verdict(site) for name, site in find_weights(bio).sites.items()}
+    assigned = {name for name, why in record_of(bio).others.items() if why == ASSIGNED and stored(bio, name).dim() > 1}
+    unjudged = {name: Verdict("not judged", reason=ASSIGNED) for name in sorted(assigned)}
+    return {name: _verdict(site) for name, site in find_weights(bio).sites.items()} | unjudged
 
 
 def refuse_violations(bio: fx.GraphModule, known: Sequence[str] = ()) -> None:

@@ -231,6 +231,9 @@ def remark_on_units(model: ModelEditor, units: Units, signs: Mapping[str, Tensor
         own, edit = units.readings[name], model.edits[name]
         if own.signed_by:
             edit.remark(f"the activity of its units can be negative ({own.signed_by})")
+        if own.inverted_by:
+            what = "subtracts or negates what it returns, so its synapses act with the other sign"
+            edit.remark(f"{own.inverted_by} {what}")
         signed = own.classes[sign != 0]
         others = [n for n, reading in free.items() if bool(torch.isin(reading.classes, signed).any())]
         if others:

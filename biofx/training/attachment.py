@@ -20,7 +20,7 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.torch_internals import run_hooks_next_to_step, runs_step_hooks
 from biofx.model.changes import transformed
-from biofx.model.forgotten_attach import warn_if_unattached
+from biofx.model.forgotten_attach import note_gradients, warn_if_unattached
 from biofx.model.provenance import record_of, unwrapped
 from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment
@@ -88,9 +88,10 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     use `load_state_dict` or `copy_`: a write through `.data` goes unnoticed there, and rules with `every=…` then act
     at other steps.
 
-    Weights without a gradient (frozen, or not used) take no part in a step. Compile a model after it is attached. A
-    later attachment takes the weights that it holds over from earlier ones; `biofx.detach(bio)` ends all of them. If
-    `attach` fails, model and optimizers are as they were.
+    Weights without a gradient (frozen, or not used) take no part in a step. What an optimizer does to a frozen weight
+    by a gradient that is still there, or by momentum, obeys gains and signs, and no other rule acts on it. Compile a
+    model after it is attached. A later attachment takes the weights that it holds over from earlier ones;
+    `biofx.detach(bio)` ends all of them. If `attach` fails, model and optimizers are as they were.
 
     Args:
         bio: a model made by `biofx.transform`, bare or inside `torch.compile` or a data-parallel wrapper.
@@ -203,10 +204,11 @@ def _sites_of(bio: fx.GraphModule, optimizer: Optimizer) -> dict[str, WeightSite
     if not sites and not any(id(stored(bio, name)) in own for name in record.nonnegative):
         if not any(run.weights for run in record.passes):
             raise ArgumentError("attach: no pass changed any weight of this model; biofx.summary(bio) says why")
-        raise ArgumentError(
-            f"attach: {type(optimizer).__name__} holds no weight of this model that a pass changed; "
-            "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
-        )
+        advice = "build it from bio.parameters(), after the transform, and after fully_shard if you use that"
+        if any(id(parameter) in own for parameter in bio.parameters()):  # such as biases
+            advice = "the parameters of this model that it holds need no attach"
+        what = f"{type(optimizer).__name__} holds no weight of this model that a pass changed"
+        raise ArgumentError(f"attach: {what}; {advice}")
     return sites
 
 
@@ -375,6 +377,7 @@ class Attachment(Lifecycle):
         given = {name for name, synapses in learning.items() if id(synapses.stored) in parameters}
         given |= {name for name, site in sites.items() if site.is_gone or id(site.raw) in parameters}
         set_attached(self.bio, given, attached=False)
+        note_gradients(self.bio, {name: synapses for name, synapses in learning.items() if name in given})
         sites = {name: site for name, site in sites.items() if name not in given}
         learning = {name: synapses for name, synapses in learning.items() if name not in given}
         self.hold(sites, learning)

@@ -273,19 +273,30 @@ class Lifecycle:
             parameter.grad = gradient
 
     def _weights(self) -> list[PlasticWeight]:
-        """The weights that take part in this step: those that have a gradient."""
+        """The weights that the optimizer moves in this step: those that have a gradient."""
         plan, scale = self.plan, _gradient_scale(self.optimizer)
         counts = self._counters.read(plan.counters)
         weights: list[PlasticWeight] = []
         for name, site in plan.sites.items():
             raw = site.raw
-            if raw.grad is None or not raw.requires_grad or raw.numel() == 0:
+            if raw.grad is None or raw.numel() == 0:
                 continue
             if raw.grad.layout is not torch.strided:
                 raise LifecycleError(f"{name}: its gradient is sparse, and rules act on every entry")
-            gradient = gradient_of(raw) if scale is None else gradient_of(raw).float() / scale
-            own = local(raw), gradient, self.optimizer, counts.get(name, 0) + 1
-            weights.append(PlasticWeight(site, *own, compiled=self._compiled, options=self._groups[id(raw)]))
+            gradient = gradient_of(raw)
+            if scale is not None:
+                gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
+            weight = PlasticWeight(
+                site,
+                local(raw),
+                gradient,
+                self.optimizer,
+                counts.get(name, 0) + 1,
+                compiled=self._compiled,
+                options=self._groups[id(raw)],
+                is_frozen=not raw.requires_grad,
+            )
+            weights.append(weight)
         # Hooks give each synapse 1/√Γ; the optimizer sees the connection's gradient. Rules add to a copy.
         other = [w for w in weights if w.site.shares > 1 or (scale is None and w.name in plan.pulled)]
         if other:
@@ -310,7 +321,8 @@ class Lifecycle:
         if self.gain_target is None:
             self._refuse_copies()
         plan = self.plan
-        counters = {w.name: plan.counters[w.name] for w in step.weights if w.name in plan.counters}
+        counted = (weight.name for weight in step.weights if not weight.is_frozen)
+        counters = {name: plan.counters[name] for name in counted if name in plan.counters}
         others = [weight for weight in step.weights if weight.name in plan.unprojected]
         try:
             with nullcontext() if self.gain_target is GainTarget.UPDATE else self._copies.following():
@@ -342,7 +354,7 @@ class Lifecycle:
             chosen = [
                 weight.seen_by(pass_.name, finite.get(weight.raw.device) if finite else None, old.get(weight.name))
                 for weight in weights
-                if weight.name in names
+                if weight.name in names and _acts(pass_, weight)
             ]
             if not chosen:
                 continue
@@ -383,7 +395,7 @@ class Lifecycle:
         """What observers saw that a rule reads in this step, with the names of the rule and the weight."""
         for weight in weights:
             for pass_, key in self.plan.seen.get(weight.name, ()):
-                if weight.step % period_of(pass_) == 0:
+                if weight.step % period_of(pass_) == 0 and _acts(pass_, weight):
                     yield pass_.name, weight.name, weight.state(key)
 
     @property
@@ -453,6 +465,11 @@ class Lifecycle:
         for name in record_of(self.bio).nonnegative:
             if not is_parameter(self.bio, name):
                 yield name, "removed"
+
+
+def _acts(pass_: Pass, weight: PlasticWeight) -> bool:
+    """Whether a rule acts on a weight: a frozen one only follows what an optimizer does to it, as by momentum."""
+    return not weight.is_frozen or (pass_.moment is not None and pass_.moment.follows)
 
 
 def _refuse_captured(pass_: Pass) -> None:

@@ -44,6 +44,7 @@ class PlasticWeight:
         finite: whether gradients and weights are finite, on a device that is not waited for; else None.
         stored_before: what `raw` was before the step, for rules at `Moment.UPDATE`; else None.
         options: the optimizer's options for it, if they are known.
+        is_frozen: whether it does not require a gradient, and the optimizer moves it by an old one.
     """
 
     site: WeightSite
@@ -56,6 +57,7 @@ class PlasticWeight:
     finite: Tensor | None = None
     stored_before: Tensor | None = None
     options: dict[str, Any] | None = None
+    is_frozen: bool = False
 
     @property
     def name(self) -> str:
@@ -76,7 +78,7 @@ class PlasticWeight:
             before: what `raw` was before the step, if the rule needs it.
         """
         own = self.site, self.raw, self.gradient, self.optimizer, self.step  # `dataclasses.replace` is slow
-        return PlasticWeight(*own, rule, self.compiled, finite, before, self.options)
+        return PlasticWeight(*own, rule, self.compiled, finite, before, self.options, self.is_frozen)
 
     @property
     def shard(self) -> Shard:

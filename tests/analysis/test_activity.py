@@ -110,6 +110,41 @@ def test_parameters_and_buffers_that_are_added(value, expected):
     assert biofx.units(model, torch.randn(2, 4)).readings["b.weight"].signed_by == expected
 
 
+# --- signs that are turned over -----------------------------------------------------------------------------------
+
+INVERTED_BY = {
+    "added": (lambda m, h: m.a(h) + m.b(h), ""),
+    "subtracted": (lambda m, h: m.a(h) - m.b(h), "sub"),
+    "subtracted in place": (lambda m, h: m.a(h).sub_(m.b(h)), "sub_"),
+    "reversed": (lambda m, h: torch.rsub(m.b(h), m.a(h)), "rsub"),
+    "negated": (lambda m, h: m.a(h) + (-m.b(h)), "neg"),
+    "times a negative number": (lambda m, h: m.a(h) + m.b(h) * -0.5, "mul"),
+    "with a negative factor": (lambda m, h: torch.add(m.a(h), m.b(h), alpha=-1), "add"),
+    "subtracted twice": (lambda m, h: torch.sub(m.a(h), m.b(h), alpha=-1), ""),
+    "scaled and moved before": (lambda m, h: m.a(h) - m.c * (m.b(h) + m.c).view(2, 2, 3).flatten(1), "sub"),
+    "a minuend": (lambda m, h: m.b(h) - m.c + m.a(h), ""),
+    "joined with others before": (lambda m, h: m.a(h) - 0.1 * (m.a(h) + m.b(h)), ""),
+    "behind an activation": (lambda m, h: m.a(h) - F.relu(m.b(h)), ""),
+}
+
+
+@pytest.mark.parametrize("name", INVERTED_BY)
+def test_where_forward_turns_over_what_a_weight_returns(name):
+    function, expected = INVERTED_BY[name]
+    layers = {"into": nn.Linear(4, 5), "a": nn.Linear(5, 6), "b": nn.Linear(5, 6), "last": nn.Linear(6, 3)}
+    model = Net(lambda m, x: m.last(F.relu(function(m, F.relu(m.into(x))))), **layers)
+    model.c = nn.Parameter(torch.ones(6))
+    found = biofx.units(model, torch.randn(2, 4))
+    assert {name: reading.inverted_by for name, reading in found.readings.items()} == {
+        **dict.fromkeys(("into.weight", "a.weight", "last.weight"), ""),
+        "b.weight": expected,
+    }
+    bio = biofx.transform(model, "dales-principle", example_inputs=torch.randn(2, 4))
+    text = f"{expected} subtracts or negates what it returns, so its synapses act with the other sign"
+    remarks = {row["weight"]: row["remarks"] for row in biofx.summary(bio).rows}
+    assert (text in str(remarks["b.weight"])) is bool(expected)
+
+
 # --- scales -------------------------------------------------------------------------------------------------------
 
 

@@ -256,6 +256,7 @@ def test_the_table_is_data():
         "positions": 144,
         "units": [{"population": "0.weight", "units": 4, "of": 4, "positions": 144}],
         "signed_by": "",
+        "inverted_by": "",
         "not_judged": "",
     }
     assert found.to_dict() == {"rows": [first, second], "inputs": "given", "notes": []}

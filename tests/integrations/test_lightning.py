@@ -13,7 +13,7 @@ from biofx import passes
 
 lightning = pytest.importorskip("lightning.pytorch")
 
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.tuner import Tuner  # noqa: E402
 
 from biofx.integrations.lightning import BiofxCallback  # noqa: E402
@@ -146,3 +146,28 @@ def test_a_module_without_a_transformed_model_is_refused(tmp_path):
     module.net = nn.Linear(8, 3)
     with pytest.raises(biofx.ArgumentError, match=r"no module of this Digits was made by biofx.transform"):
         trainer(tmp_path, BiofxCallback()).fit(module, data())
+
+
+class FrozenAtFirst(Digits):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = self.net, nn.Linear(3, 3)
+
+    def training_step(self, batch):
+        return F.cross_entropy(self.head(self.net(batch[0])), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+def test_a_part_that_is_trained_later_is_attached_then(tmp_path):
+    module = FrozenAtFirst()
+    frozen = biofx.fold(module.net).state_dict()
+    trainer(tmp_path, BiofxCallback(), BackboneFinetuning(unfreeze_backbone_at_epoch=1), epochs=1).fit(module, data())
+    assert steps_of(module) == [0, 0]
+    for name, value in biofx.fold(module.net).state_dict().items():
+        assert torch.equal(value, frozen[name]), name
+    module = FrozenAtFirst()
+    trainer(tmp_path, BackboneFinetuning(unfreeze_backbone_at_epoch=1), BiofxCallback()).fit(module, data())
+    assert steps_of(module) == [2 * STEPS, 2 * STEPS]
+    biofx.verify(module.net)

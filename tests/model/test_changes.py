@@ -144,6 +144,18 @@ def test_a_new_weight_is_left_alone_until_the_next_transform(change):
     assert biofx.weight_sites(again)["5.weight"].passes == ("volume-dependent-learning-rates",)
 
 
+@named([parameter, head, sequence, features, shorter, no_bias])
+def test_units_judge_what_was_assigned_as_in_any_model(change):
+    bio, plain = changed(change, "signs")
+    found, expected = biofx.units(bio, X), biofx.units(plain, X)
+    assert found.verdicts() == expected.verdicts()
+    assert len(found.mixed()) == len(expected.mixed())
+    reason = "it was assigned after the transform; transform the model again to give it synapses"
+    verdicts = biofx.verify(bio)
+    assert verdicts.keys() == found.verdicts().keys()
+    assert all(verdicts[n].reason == reason for n, verdict in found.verdicts().items() if verdict.kind == "breaks")
+
+
 @named(TIES)
 def test_ties_are_kept_and_not_judged(change):
     bio, _ = changed(change, "signs")

@@ -4,10 +4,11 @@ import copy
 import warnings
 
 import pytest
+from torch.nn import functional as F
 
 import biofx
 from biofx import passes
-from training_runs import GAINS, OPTIMIZERS, network, start, train
+from training_runs import GAINS, IMAGES, LABELS, OPTIMIZERS, network, start, train
 
 FORGOTTEN = {
     "gains cancel": (GAINS, "adamw", "fuzzy-learning-rates"),
@@ -83,3 +84,20 @@ def test_an_optimizer_that_lost_some_of_its_weights_is_told():
     biofx.attach(bio, second)
     assert len(warned(lambda: train(bio, first, 2))) == 1
     assert not warned(lambda: train(bio, second, 2))
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_gradient_that_outlives_its_attachment_is_told(cleared):
+    """It has the scale of an attached optimizer: split weights moved √Γ times as far, and others without gains."""
+    bio, optimizer, attachment = start("split-synapses,fuzzy-learning-rates", "sgd")
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    attachment.detach()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        if cleared:
+            optimizer.zero_grad()
+            F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+        optimizer.step()
+        optimizer.step()
+    messages = [w for w in seen if "its gradient was computed while an optimizer was attached" in str(w.message)]
+    assert len(messages) == (not cleared)

@@ -211,6 +211,8 @@ def test_what_cannot_be_attached():
         biofx.attach(bio, torch.optim.SparseAdam(list(bio.parameters())))
     with pytest.raises(biofx.ArgumentError, match="SGD holds no weight of this model that a pass changed"):
         biofx.attach(bio, torch.optim.SGD(network().parameters(), lr=0.1))
+    with pytest.raises(biofx.ArgumentError, match="the parameters of this model that it holds need no attach"):
+        biofx.attach(bio, torch.optim.SGD([bio.get_parameter("0.bias")], lr=0.1))
     with pytest.raises(biofx.ArgumentError, match="optimizer must be a torch.optim.Optimizer, got float"):
         biofx.attach(bio, 0.1)
     with pytest.raises(biofx.ArgumentError, match="expected a model made by biofx.transform"):

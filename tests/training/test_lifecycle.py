@@ -150,6 +150,17 @@ def test_a_skipped_overflow_leaves_no_trace_in_the_activity():
     assert int(bio.get_buffer("0.weight_synapses.steps")) == 3
 
 
+def test_a_loss_scale_costs_double_precision_no_digit():
+    results = []
+    for scale in (1.0, 3.0):
+        bio, optimizer, _ = start("split-synapses", "sgd-fused")
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(F.cross_entropy(bio(IMAGES[:64]), LABELS[:64])).backward()
+        scaler.step(optimizer)
+        results.append(states(bio, optimizer))
+    assert_same_states(*results, rtol=1e-12, atol=1e-14)
+
+
 def test_half_precision_survives_a_fused_optimizer_with_scaler():
     steps = []
     for attached in (True, False):
@@ -384,6 +395,47 @@ def test_frozen_weights_take_no_part_even_with_gradients_of_zero(pipeline):
     for name, value in kept.items():
         if not name.endswith((".seen", ".steps")):
             assert torch.equal(bio.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "dales-principle{balance=False}",
+        "split-synapses,dales-principle{balance=False}",
+        "exponentiated-gradient",
+        "inhibitory-interneurons",
+    ],
+)
+def test_frozen_weights_that_momentum_moves_keep_their_signs(pipeline):
+    """As with zero_grad(set_to_none=False), whose zeros let an optimizer go on."""
+    bio = biofx.transform(network(), pipeline)
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.5, momentum=0.9)
+    biofx.attach(bio, optimizer)
+    train(bio, optimizer, 3)
+    raw = biofx.weight_sites(bio)["2.weight"].raw
+    signs, before = raw.sign(), raw.detach().clone()
+    raw.requires_grad_(False)
+    for _ in range(5):
+        optimizer.zero_grad(set_to_none=False)
+        F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+        optimizer.step()
+    assert not torch.equal(raw, before)
+    assert not bool((raw * signs < 0).any()) or pipeline != "exponentiated-gradient"
+    biofx.verify(bio)
+
+
+def test_a_gradient_from_before_the_freeze_counts_in_full():
+    results = []
+    for pipeline in (None, "split-synapses{synapses=3}"):
+        model = network() if pipeline is None else biofx.transform(network(), pipeline)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        if pipeline is not None:
+            biofx.attach(model, optimizer)
+        F.cross_entropy(model(IMAGES[:64]), LABELS[:64]).backward()
+        model.requires_grad_(False)
+        optimizer.step()
+        results.append(model(IMAGES[:64]))
+    torch.testing.assert_close(*results)
 
 
 def test_gradients_from_before_the_attachment_are_refused():
