@@ -19,7 +19,7 @@ from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_mode
 from biofx.base.modules import why_without_modes
 from biofx.base.precision import outputs_differ
-from biofx.base.references import enclosed, held_parameters
+from biofx.base.references import enclosed, held_parameters, repoint
 from biofx.base.torch_internals import has_hooks, memory_of
 from biofx.capture import symbolic
 from biofx.capture.call_structure import CallStructure, structure
@@ -27,7 +27,7 @@ from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.exported import exporting
 from biofx.capture.guards import Guard
 from biofx.capture.outside_variables import OutsideVariables
-from biofx.capture.preconditions import check_model, refuse_sharded, refuse_shared_memory
+from biofx.capture.preconditions import check_model, refuse_replaced_forward, refuse_sharded, refuse_shared_memory
 from biofx.model.changes import transformed
 from biofx.model.islands import GUARD, is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class
@@ -150,7 +150,11 @@ def build(
     again = is_transformed(model)
     _check(model, inplace=inplace)
     outside = OutsideVariables(dict(model.named_modules()))
-    with torch.inference_mode(False), ExitStack() as after, _restored_on_error(model) if inplace else nullcontext():
+    with (
+        torch.inference_mode(False),
+        ExitStack() as after,
+        _restored_on_error(model) if inplace else nullcontext([]) as made,
+    ):
         after.callback(outside.restore_generators)
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
@@ -161,8 +165,10 @@ def build(
         if source is not model and understood is not None:
             _refuse_reads_of_original(model, understood)
         old: Guard | None = vars(source).pop(GUARD, None)  # of an earlier transform
+        vars(source).pop("forward", None)  # it is that of the class
         bio = source if again else _captured(source, request.frontend, example_inputs, understood)
         assert isinstance(bio, fx.GraphModule)
+        made.append(bio)
         remember(bio, understood)
         record_of(bio).notes += filter(None, [outside.note])
         if not record_of(bio).by_hand:
@@ -238,6 +244,7 @@ def _check(model: nn.Module, *, inplace: bool) -> None:
     """Refuse what cannot be transformed, whatever the inputs."""
     if is_transformed(model):
         refuse_sharded(transformed(model))
+        refuse_replaced_forward(transformed(model))
         if inplace and record_of(model).attached:
             raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     else:
@@ -284,8 +291,12 @@ def _refuse_reads_of_original(model: nn.Module, understood: Understanding) -> No
 
 
 @contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Restore the tensors, children, classes and graph of a model that is changed in place, if the block raises."""
+def _restored_on_error(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """Restore the tensors, children, classes and graph of a model that is changed in place, if the block raises.
+
+    The block gets a list for the models that it makes of this one, to which attributes of modules refer then.
+    """
+    made: list[nn.Module] = []
     saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
     # Passes replace weights, so the old tensors are intact, but they write into biases, scales and statistics.
     values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers()) if _is_vector(x)]
@@ -298,8 +309,9 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         fields = {k: copy.copy(v) for k, v in vars(record).items()}
         model.graph = copy.deepcopy(graph)
     try:
-        yield
+        yield made
     except BaseException:
+        repoint(model, {id(other): model for other in made})
         for module, contents, mode in saved:
             for registry, content in contents.items():
                 getattr(module, registry).clear()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from types import FunctionType, MethodType
+from contextlib import nullcontext, suppress
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
 from biofx.base.errors import ArgumentError, CaptureError, ExportError, InputError
 from biofx.base.references import repoint
-from biofx.base.torch_internals import DERIVED, HookWithModule, pytree, reduce_graph_module, tracer_class
+from biofx.base.torch_internals import DERIVED, pytree, reduce_graph_module, tracer_class
 from biofx.capture.tracer import HelperModule
 from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
@@ -56,6 +57,7 @@ RESERVED = frozenset(
         ORIGINAL_CLASS,
         ORIGINAL_HOOKS,
         "original_forward",
+        "present_forward",
     }
     - {*dir(nn.Module)}
     if not name.startswith("__")
@@ -83,6 +85,10 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     _ddp_params_and_buffers_to_ignore = _Unsynchronized()
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Create another model of the original's class, as `type(self)(…)` does in its methods."""
+        return cls.__mro__[cls.__mro__.index(fx.GraphModule) + 1](*args, **kwargs)
+
     @property
     def whole_model(self) -> CapturedModule:
         """The model itself, for nodes that refer to it."""
@@ -106,10 +112,11 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         finally:
             set_class(self, present)
         cls.forward = (
-            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward)
+            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward, cls)
             if is_one_island(self)
-            else _guarded(cls.forward)
+            else _guarded(cls.forward, cls)
         )
+        cls.present_forward = cls.forward
         if GUARD in vars(self):
             vars(self)[GUARD].refresh(self)
         return code
@@ -204,7 +211,6 @@ def captured(model: nn.Module, graph: fx.Graph, *, is_one_island: bool = False) 
     """
     module = _empty(type(model).__name__, _model_class(model), tracer_class(graph))
     _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_one_island else {}), graph)
-    _bind_hooks(module, model)
     repoint(module, {id(model): module})
     return module
 
@@ -224,7 +230,6 @@ def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Modul
         for name in [name for name, child in module._modules.items() if isinstance(child, HelperModule)]:
             del module._modules[name]
     refresh_flat_weights(model)
-    _bind_hooks(model, bio)
     repoint(model, {id(bio): model})
     return model
 
@@ -235,13 +240,6 @@ def _kept(model: nn.Module) -> dict[str, Any]:
     return {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}
 
 
-def _bind_hooks(module: nn.Module, model: nn.Module) -> None:
-    """Bind the hooks that are methods of `model` to `module`."""
-    for owner in module.modules():
-        for registry in (getattr(owner, name) for name in REGISTRIES if name.endswith("_hooks")):
-            registry.update({key: _bound_to(module, model, hook) for key, hook in registry.items()})
-
-
 def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
     """Return a container with only the children of the original model."""
     shell: nn.Module = object.__new__(container)
@@ -250,17 +248,37 @@ def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Modu
     return shell
 
 
-def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward with the original signature that computes each weight once."""
+def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
+    """Return a forward of `cls` with the original signature that computes each weight once."""
 
-    @functools.wraps(original.forward)
     def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, cls) or cls.present_forward is not own:
+            return _present_forward(self, cls)(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return _uncompiled(self, args, kwargs) if record_of(self).asked else forward(self, *args, **kwargs)
         with weight_cache.caching():
             return forward(self, *args, **kwargs)
 
-    return call
+    own = _named_like(original.forward, call)
+    return own
+
+
+def _present_forward(model: nn.Module, cls: Any) -> Callable[..., Any]:
+    """The forward in place of one of `cls` that a wrapper kept, in a model that was folded or transformed since."""
+    forward: Callable[..., Any] = cls.present_forward if isinstance(model, cls) else type(model).forward
+    return forward
+
+
+def _named_like(original: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a forward the name and the signature of another one.
+
+    Not `__wrapped__`: a trainer that takes its wrappers off a model would take off this forward, too.
+    """
+    functools.update_wrapper(forward, original)
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    with suppress(ValueError, TypeError):  # it has no Python signature
+        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return forward
 
 
 def _uncompiled(bio: CapturedModule, args: Any, kwargs: Any) -> Any:
@@ -269,10 +287,12 @@ def _uncompiled(bio: CapturedModule, args: Any, kwargs: Any) -> Any:
     return run(bio, *args, **kwargs)
 
 
-def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that runs the graph if the guard admits the arguments, and otherwise the model's Python."""
+def _guarded(forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
+    """Return a forward of `cls` that runs the graph if the guard admits the arguments, and else the model's Python."""
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, cls) or cls.present_forward is not own:
+            return _present_forward(self, cls)(self, *args, **kwargs)
         guard = vars(self).get(GUARD)
         if _is_traced(args, kwargs):
             return forward(self, *args, **kwargs)
@@ -299,22 +319,13 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             return self.original_forward(*args, **kwargs)
 
     # torch.compile limits recompilations per code object, so each model needs a code object of its own.
-    own = FunctionType(guarded.__code__.replace(), guarded.__globals__, closure=guarded.__closure__)
-    return functools.wraps(forward)(own)
+    code = guarded.__code__.replace()
+    own = _named_like(forward, FunctionType(code, guarded.__globals__, closure=guarded.__closure__))
+    return own
 
 
 def _is_traced(args: Any, kwargs: Any) -> bool:
     return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
-
-
-def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
-    """Return a hook, bound to `module` if it is a method of `model`."""
-    if isinstance(hook, HookWithModule):
-        given = hook.module() if hook.with_module else None
-        return HookWithModule(_bound_to(module, model, hook.hook), module if given is model else given)
-    if isinstance(hook, MethodType) and hook.__self__ is model:
-        return MethodType(hook.__func__, module)
-    return hook
 
 
 def _model_class(model: nn.Module) -> type[nn.Module]:
@@ -338,7 +349,7 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
             f"{model_class.__name__} does not allow subclasses, and a captured model is one: {error}; "
             "make it an attribute of a plain torch.nn.Module and transform that"
         ) from error
-    module = cls.__new__(cls)  # the constructor would run that of the model's class
+    module: Any = fx.GraphModule.__new__(cls)  # the constructor would create a model of the original's class
     type(module).__name__ = name
     vars(module).update(vars(fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=tracer))))
     return module
