@@ -167,8 +167,8 @@ def _outputs(bio: fx.GraphModule, pass_: Pass, run: Run | None) -> list[Tensor]:
     except Exception as error:
         raise VerificationError(
             [
-                f"{pass_.name}: {type(bio).__name__} fails after the pass: {error}; if forward needs parameters where a "
-                "weight is a computed tensor now, exclude these weights"
+                f"{pass_.name}: {type(bio).__name__} fails after the pass: {error}; if forward needs a parameter where "
+                "a weight is a computed tensor now, exclude the weight"
             ]
         ) from error
 
