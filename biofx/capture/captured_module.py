@@ -8,8 +8,8 @@ import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
-from types import FunctionType
+from contextlib import nullcontext
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -120,6 +120,12 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         if GUARD in vars(self):
             vars(self)[GUARD].refresh(self)
         return code
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and value == MethodType(inspect.unwrap(type(self).forward), self):
+            vars(self).pop(name, None)  # a trainer takes its wrappers off, and with them the guard
+            return
+        super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         copied = _empty(type(self).__name__, _model_class(self))
@@ -251,33 +257,21 @@ def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Modu
 def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
     """Return a forward of `cls` with the original signature that computes each weight once."""
 
+    @functools.wraps(original.forward)
     def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, cls) or cls.present_forward is not own:
+        if not isinstance(self, cls) or cls.present_forward is not call:
             return _present_forward(self, cls)(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return _uncompiled(self, args, kwargs) if record_of(self).asked else forward(self, *args, **kwargs)
         with weight_cache.caching():
             return forward(self, *args, **kwargs)
 
-    own = _named_like(original.forward, call)
-    return own
+    return call
 
 
 def _present_forward(model: nn.Module, cls: Any) -> Callable[..., Any]:
     """The forward in place of one of `cls` that a wrapper kept, in a model that was folded or transformed since."""
     forward: Callable[..., Any] = cls.present_forward if isinstance(model, cls) else type(model).forward
-    return forward
-
-
-def _named_like(original: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a forward the name and the signature of another one.
-
-    Not `__wrapped__`: a trainer that takes its wrappers off a model would take off this forward, too.
-    """
-    functools.update_wrapper(forward, original)
-    del forward.__wrapped__  # type: ignore[attr-defined]
-    with suppress(ValueError, TypeError):  # it has no Python signature
-        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return forward
 
 
@@ -320,7 +314,7 @@ def _guarded(forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
 
     # torch.compile limits recompilations per code object, so each model needs a code object of its own.
     code = guarded.__code__.replace()
-    own = _named_like(forward, FunctionType(code, guarded.__globals__, closure=guarded.__closure__))
+    own = functools.wraps(forward)(FunctionType(code, guarded.__globals__, closure=guarded.__closure__))
     return own
 
 

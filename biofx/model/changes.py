@@ -85,7 +85,12 @@ def follow(bio: fx.GraphModule) -> str | None:
 
     Returns:
         The change that they cannot follow, with the reason; nothing was done then. None if there is none.
+
+    Raises:
+        ArgumentError: a weight was written to, and the write is lost.
     """
+    for synapses in synapses_in(bio).values():
+        synapses.refuse_lost_writes()
     moved = next(moved_synapses(bio), None)
     if moved is not None:
         return moved
