@@ -19,7 +19,7 @@ from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_mode
 from biofx.base.modules import why_without_modes
 from biofx.base.precision import outputs_differ
-from biofx.base.references import enclosed, held_parameters
+from biofx.base.references import enclosed, held_parameters, repoint
 from biofx.base.torch_internals import has_hooks, memory_of
 from biofx.capture import symbolic
 from biofx.capture.call_structure import CallStructure, structure
@@ -27,7 +27,7 @@ from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.exported import exporting
 from biofx.capture.guards import Guard
 from biofx.capture.outside_variables import OutsideVariables
-from biofx.capture.preconditions import check_model, refuse_sharded, refuse_shared_memory
+from biofx.capture.preconditions import check_model, refuse_replaced_forward, refuse_sharded, refuse_shared_memory
 from biofx.model.changes import transformed
 from biofx.model.islands import GUARD, is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class
@@ -150,7 +150,9 @@ def build(
     again = is_transformed(model)
     _check(model, inplace=inplace)
     outside = OutsideVariables(dict(model.named_modules()))
-    with torch.inference_mode(False), ExitStack() as after, _restored_on_error(model) if inplace else nullcontext():
+    made: list[nn.Module] = []
+    restored = _restored_on_error(model, made) if inplace else nullcontext()
+    with torch.inference_mode(False), ExitStack() as after, restored:
         after.callback(outside.restore_generators)
         source = model if inplace else _copy(model)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
@@ -161,15 +163,16 @@ def build(
         if source is not model and understood is not None:
             _refuse_reads_of_original(model, understood)
         old: Guard | None = vars(source).pop(GUARD, None)  # of an earlier transform
+        vars(source).pop("forward", None)  # it is that of the class
         bio = source if again else _captured(source, request.frontend, example_inputs, understood)
         assert isinstance(bio, fx.GraphModule)
+        made.append(bio)
         remember(bio, understood)
         record_of(bio).notes += filter(None, [outside.note])
         if not record_of(bio).by_hand:
             switch_hooks_on(bio)  # a copy of an attached model has no optimizer
-        checked = None
-        if expected is not None and bio is not source and repeats:
-            checked = _checked_outputs(bio, example_inputs, expected)
+        if bio is source or not repeats:
+            expected = None
         excluded = _excluded(bio, request.exclude)
         _check_weights(bio, excluded)
         outputs = pipeline.run(
@@ -179,7 +182,7 @@ def build(
             request.seed,
             understood,
             None if inplace else model,
-            outputs=checked,
+            outputs=None if expected is None else _checked_outputs(bio, example_inputs, expected),
             check=verify,
             repeats=repeats,
             print_between=printer,
@@ -187,9 +190,7 @@ def build(
         )
         record_of(bio).requests.append(request)
         _note_questions(bio, understood)
-        guard = None
-        if not is_one_island(bio):
-            guard = Guard(bio, _checked(request.frontend, understood) if old is None else old.structures)
+        guard = _guard(bio, request.frontend, understood, old)
         if understood is not None and repeats:
             refuse_other(bio, understood.run, outputs, replaces_graph=guard is not None and guard.needs is None)
         if guard is not None:
@@ -203,6 +204,13 @@ def _captured(source: nn.Module, frontend: str, inputs: Any, understood: Underst
         return FRONTENDS[frontend](source, inputs, declared(source)[0], None)
     concrete = understood.arguments if is_function(inputs) else inputs
     return FRONTENDS[frontend](source, concrete, understood.weights, understood.run)
+
+
+def _guard(bio: fx.GraphModule, frontend: str, understood: Understanding | None, old: Guard | None) -> Guard | None:
+    """The guard of a captured model, which may have an old one; None if its graph is a call of its Python."""
+    if is_one_island(bio):
+        return None
+    return Guard(bio, _checked(frontend, understood) if old is None else old.structures)
 
 
 def _checked(frontend: str, understood: Understanding | None) -> frozenset[CallStructure] | None:
@@ -238,6 +246,7 @@ def _check(model: nn.Module, *, inplace: bool) -> None:
     """Refuse what cannot be transformed, whatever the inputs."""
     if is_transformed(model):
         refuse_sharded(transformed(model))
+        refuse_replaced_forward(transformed(model))
         if inplace and record_of(model).attached:
             raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     else:
@@ -284,8 +293,13 @@ def _refuse_reads_of_original(model: nn.Module, understood: Understanding) -> No
 
 
 @contextmanager
-def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Restore the tensors, children, classes and graph of a model that is changed in place, if the block raises."""
+def _restored_on_error(model: nn.Module, made: Sequence[nn.Module]) -> Iterator[None]:
+    """Restore the tensors, children, classes and graph of a model that is changed in place, if the block raises.
+
+    Args:
+        model: the model.
+        made: the models that the block makes of it, to which attributes of modules refer then.
+    """
     saved = [(m, {r: copy.copy(getattr(m, r)) for r in REGISTRIES}, m.training) for m in model.modules()]
     # Passes replace weights, so the old tensors are intact, but they write into biases, scales and statistics.
     values = [(x, x.detach().clone()) for x in (*model.parameters(), *model.buffers()) if _is_vector(x)]
@@ -300,6 +314,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        repoint(model, {id(other): model for other in made})
         for module, contents, mode in saved:
             for registry, content in contents.items():
                 getattr(module, registry).clear()
@@ -334,12 +349,16 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[torch.Tensor]:
         raise ArgumentError(f"{why}: {error}") from error
 
 
-def _checked_outputs(bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The outputs of a captured model, which are those of the model."""
+def _checked_outputs(
+    bio: fx.GraphModule, example_inputs: Any, expected: list[torch.Tensor]
+) -> list[torch.Tensor] | None:
+    """The outputs of a captured model, which are those of the model; None if each call returns others."""
     outputs = run_in_mode(bio, example_inputs)
     found = outputs_differ(bio, example_inputs, expected, outputs)
     if found is None:
         return outputs
+    if outputs_differ(bio, example_inputs, outputs, run_in_mode(bio, example_inputs)) is not None:
+        return None  # forward counts its calls in a variable outside of the model, for example
     why = (
         "Its forward asks for the class of the model, which is a subclass; use isinstance"
         if is_one_island(bio)

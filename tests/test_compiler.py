@@ -588,3 +588,26 @@ def test_forward_sees_what_a_user_noted_on_a_weight(frontend):
     bio = biofx.transform(model, "split-synapses", frontend=frontend)
     torch.testing.assert_close(bio(x), model(x))
     torch.testing.assert_close(biofx.fold(bio)(x), model(x))
+
+
+class CountsItsCalls(nn.Module):
+    """Counts its calls in a variable outside of the instance, so no call repeats another."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x):
+        CountsItsCalls.calls += 1
+        return self.layer(x) * CountsItsCalls.calls
+
+
+def test_a_model_of_which_no_call_repeats_another_is_transformed():
+    model, x = CountsItsCalls(), torch.randn(5, 3)
+    bio = biofx.transform(model, "split-synapses", example_inputs=(x,))
+    CountsItsCalls.calls = 0
+    found = [bio(x) for _ in range(3)]
+    CountsItsCalls.calls = 0
+    torch.testing.assert_close(found, [model(x) for _ in range(3)])

@@ -71,7 +71,9 @@ def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtyp
     known = _EffectiveWeights(bio, recorder)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(type(bio).forward, follow_wrapped=not is_one_island(bio)).bind(bio, *args, **kwargs)
+        if is_one_island(bio):  # its graph passes all arguments on
+            return _run(bio, recorder, known, {"args": args, "kwargs": kwargs}, dtype)
+        bound = inspect.signature(type(bio).forward).bind(bio, *args, **kwargs)
         bound.apply_defaults()
         return _run(bio, recorder, known, bound.arguments, dtype)
 

@@ -33,7 +33,7 @@ def copied(model: Model, dtype: torch.dtype | None = None, shared: Collection[Te
     kept: dict[int, Any] = {id(x): _like(x, x.detach()) for x in shared}
     memo = clones(model) | ({} if dtype is None else _converted(model, dtype, kept)) | kept
     result = copy.deepcopy(model, memo)
-    repoint(result, memo)
+    repoint(result, memo, is_copy=True)
     parameters = dict(result.named_parameters())
     for name, parameter in model.named_parameters():
         if name in parameters:

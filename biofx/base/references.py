@@ -5,6 +5,7 @@ They are in plain attributes, in lists, dictionaries and objects there, and in c
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections import deque
@@ -16,11 +17,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from biofx.base.contents import ATOMS, attributes_of, is_of_user
-from biofx.base.torch_internals import DERIVED, HOOKS
+from biofx.base.contents import ATOMS, Slots, attributes_of, is_of_user
+from biofx.base.torch_internals import DERIVED, HOOKS, HookWithModule
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {*HOOKS}
 _WITHOUT_PARTS = ATOMS - {nn.Parameter}
+_DEEPEST = 20  # levels of nesting in which references are replaced
 
 
 def held_parameters(model: nn.Module) -> dict[int, str]:
@@ -65,19 +67,96 @@ def enclosed(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def repoint(model: nn.Module, others: Mapping[int, Any]) -> None:
-    """Point weak references in attributes of modules, such as from a child to its parent, to other objects.
+def repoint(model: nn.Module, others: Mapping[int, Any], *, is_copy: bool = False) -> None:
+    """Let attributes and hooks of modules refer to other objects: bound methods, weak references, what holds a parent.
 
-    `copy.deepcopy` copies no weak reference, so a copied child would refer to the original parent.
+    `copy.deepcopy` copies no weak reference, so a copied child would refer to the original parent. Containers and
+    objects of users' classes are changed in place.
 
     Args:
         model: the model.
         others: the other objects, by the ids of those that are referred to now.
+        is_copy: whether the model is a copy of another one, with which it shares functions; they stay as they are.
     """
+    references = _References(others, is_copy)
     for module in model.modules():
-        for name, value in _attributes(module).items():
-            if isinstance(value, weakref.ref) and id(value()) in others:
-                vars(module)[name] = weakref.ref(others[id(value())])
+        hooks = {name: value for name, value in vars(module).items() if name.endswith("_hooks")}
+        for name, value in (_attributes(module) | hooks).items():
+            new = references.changed(value)
+            if new is not value:
+                vars(module)[name] = new
+
+
+class _References:
+    """Changes references; arguments as of `repoint`."""
+
+    def __init__(self, others: Mapping[int, Any], is_copy: bool) -> None:
+        self._others, self._is_copy = others, is_copy
+        self._seen: dict[int, Any] = {}  # by id; kept alive, so that no other object gets the id
+
+    def changed(self, value: Any, depth: int = _DEEPEST) -> Any:
+        """What takes the place of a value, which is the value itself unless it has to be made anew."""
+        if type(value) in ATOMS or not depth or (self._is_copy and isinstance(value, FunctionType)):
+            return value
+        if isinstance(value, nn.Module):
+            return self._others.get(id(value), value)
+        if isinstance(value, weakref.ref):
+            return weakref.ref(self._others[id(value())]) if id(value()) in self._others else value
+        made = _made_of(value)
+        if made is not None:
+            make, parts = made
+            new = [self.changed(part, depth - 1) for part in parts]
+            return value if all(a is b for a, b in zip(new, parts, strict=True)) else make(*new)
+        if id(value) not in self._seen:
+            self._seen[id(value)] = value
+            _repoint_inside(value, lambda part: self.changed(part, depth - 1))
+        return value
+
+
+def _made_of(value: Any) -> tuple[Callable[..., Any], list[Any]] | None:
+    """How a value that cannot be changed is made, and of which parts; None for another value."""
+    if isinstance(value, MethodType):
+        return MethodType, [value.__func__, value.__self__]
+    if isinstance(value, HookWithModule):
+        return HookWithModule, [value.hook, value.module() if value.with_module else None]
+    if type(value) is functools.partial:
+        return lambda function, args, options: functools.partial(function, *args, **options), [
+            value.func,
+            value.args,
+            dict(value.keywords),
+        ]
+    if isinstance(value, tuple):
+        return (lambda *parts: parts) if type(value) is tuple else type(value), [*value]
+    return None
+
+
+def _repoint_inside(value: Any, of: Callable[[Any], Any]) -> None:
+    """Replace each part of a container, a function's variables, or an object of a user's class."""
+    if isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # it is empty
+                cell.cell_contents = of(cell.cell_contents)
+        for name in ("__defaults__", "__kwdefaults__"):
+            if (new := of(getattr(value, name))) is not getattr(value, name):
+                setattr(value, name, new)
+        return
+    if isinstance(value, set):
+        parts, new = [*value], [of(part) for part in value]
+        if any(a is not b for a, b in zip(new, parts, strict=True)):
+            value.clear()
+            value.update(new)
+    elif isinstance(value, dict):
+        for key, part in [*dict.items(value)]:
+            if (new := of(part)) is not part:
+                dict.__setitem__(value, key, new)
+    elif isinstance(value, list | deque):
+        for place, part in enumerate([*value]):
+            if (new := of(part)) is not part:
+                value[place] = new
+    if is_of_user(value):
+        for name, part in [*getattr(value, "__dict__", {}).items(), *Slots(value).items()]:
+            if (new := of(part)) is not part:
+                object.__setattr__(value, name, new)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
 from biofx.base.errors import ArgumentError, CaptureError, ExportError, InputError
 from biofx.base.references import repoint
-from biofx.base.torch_internals import DERIVED, HookWithModule, pytree, reduce_graph_module, tracer_class
+from biofx.base.torch_internals import DERIVED, pytree, reduce_graph_module, tracer_class
 from biofx.capture.tracer import HelperModule
 from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
@@ -57,6 +58,7 @@ RESERVED = frozenset(
         ORIGINAL_CLASS,
         ORIGINAL_HOOKS,
         "original_forward",
+        "present_forward",
     }
     - {*dir(nn.Module)}
     if not name.startswith("__")
@@ -84,6 +86,10 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     _ddp_params_and_buffers_to_ignore = _Unsynchronized()
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Create another model of the original's class, as `type(self)(…)` does in its methods."""
+        return cls.__mro__[cls.__mro__.index(fx.GraphModule) + 1](*args, **kwargs)
+
     @property
     def whole_model(self) -> CapturedModule:
         """The model itself, for nodes that refer to it."""
@@ -107,19 +113,26 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         finally:
             set_class(self, present)
         cls.forward = (
-            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward)
+            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward, cls)
             if is_one_island(self)
-            else _guarded(cls.forward)
+            else _guarded(cls.forward, cls)
         )
+        cls.present_forward = cls.forward
         if GUARD in vars(self):
             vars(self)[GUARD].refresh(self)
         return code
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and value == MethodType(inspect.unwrap(type(self).forward), self):
+            vars(self).pop(name, None)  # a trainer takes its wrappers off, and with them the guard
+            return
+        super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         copied = _empty(type(self).__name__, _model_class(self))
         memo.update({id(self): copied, **{key: clone for key, clone in clones(self).items() if key not in memo}})
         _fill(copied, copy.deepcopy(_attributes(self), memo), copy.deepcopy(self.graph))
-        repoint(copied, memo)
+        repoint(copied, memo, is_copy=True)
         update_chains(copied)  # no optimizer is attached to a copy
         return copied
 
@@ -207,7 +220,6 @@ def captured(
     """
     module = _empty(type(model).__name__, _model_class(model), tracer_class(graph))
     _fill(module, _kept(model) | ({ORIGINAL_CLASS: type(model)} if is_one_island else {}), graph)
-    _bind_hooks(module, model)
     repoint(module, {id(model): module})
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
@@ -225,7 +237,6 @@ def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Modul
         for name in [name for name, child in module._modules.items() if isinstance(child, HelperModule)]:
             del module._modules[name]
     refresh_flat_weights(model)
-    _bind_hooks(model, bio)
     repoint(model, {id(bio): model})
     return model
 
@@ -236,13 +247,6 @@ def _kept(model: nn.Module) -> dict[str, Any]:
     return {name: copy.copy(value) if name in _OF_MODULES else value for name, value in kept.items()}
 
 
-def _bind_hooks(module: nn.Module, model: nn.Module) -> None:
-    """Bind the hooks that are methods of `model` to `module`."""
-    for owner in module.modules():
-        for registry in (getattr(owner, name) for name in REGISTRIES if name.endswith("_hooks")):
-            registry.update({key: _bound_to(module, model, hook) for key, hook in registry.items()})
-
-
 def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
     """Return a container with only the children of the original model."""
     shell: nn.Module = object.__new__(container)
@@ -251,11 +255,13 @@ def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Modu
     return shell
 
 
-def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward with the original signature that computes each weight once."""
+def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
+    """Return a forward of `cls` with the original signature that computes each weight once."""
 
     @functools.wraps(original.forward)
     def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, cls) or cls.present_forward is not call:
+            return _present_forward(self, cls)(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return _uncompiled(self, args, kwargs) if record_of(self).asked else forward(self, *args, **kwargs)
         with weight_cache.caching():
@@ -264,16 +270,24 @@ def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any]) -
     return call
 
 
+def _present_forward(model: nn.Module, cls: Any) -> Callable[..., Any]:
+    """The forward in place of one of `cls` that a wrapper kept, in a model that was folded or transformed since."""
+    forward: Callable[..., Any] = cls.present_forward if isinstance(model, cls) else type(model).forward
+    return forward
+
+
 def _uncompiled(bio: CapturedModule, args: Any, kwargs: Any) -> Any:
     """Run a model whose forward asks about weights what torch.compile does not answer as for parameters."""
     run = torch.compiler.disable(type(bio).forward)  # not by a decorator, which would import the compiler
     return run(bio, *args, **kwargs)
 
 
-def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that runs the graph if the guard admits the arguments, and otherwise the model's Python."""
+def _guarded(forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
+    """Return a forward of `cls` that runs the graph if the guard admits the arguments, and else the model's Python."""
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, cls) or cls.present_forward is not own:
+            return _present_forward(self, cls)(self, *args, **kwargs)
         guard = vars(self).get(GUARD)
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):  # it is traced again
             return forward(self, *args, **kwargs)
@@ -300,18 +314,9 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
             return self.original_forward(*args, **kwargs)
 
     # torch.compile limits recompilations per code object, so each model needs a code object of its own.
-    own = FunctionType(guarded.__code__.replace(), guarded.__globals__, closure=guarded.__closure__)
-    return functools.wraps(forward)(own)
-
-
-def _bound_to(module: nn.Module, model: nn.Module, hook: Any) -> Any:
-    """Return a hook, bound to `module` if it is a method of `model`."""
-    if isinstance(hook, HookWithModule):
-        given = hook.module() if hook.with_module else None
-        return HookWithModule(_bound_to(module, model, hook.hook), module if given is model else given)
-    if isinstance(hook, MethodType) and hook.__self__ is model:
-        return MethodType(hook.__func__, module)
-    return hook
+    code = guarded.__code__.replace()
+    own = functools.wraps(forward)(FunctionType(code, guarded.__globals__, closure=guarded.__closure__))
+    return own
 
 
 def _model_class(model: nn.Module) -> type[nn.Module]:
@@ -335,7 +340,7 @@ def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | No
             f"{model_class.__name__} does not allow subclasses, and a captured model is one: {error}; "
             "make it an attribute of a plain torch.nn.Module and transform that"
         ) from error
-    module = cls.__new__(cls)  # the constructor would run that of the model's class
+    module: CapturedModule = object.__new__(cls)  # the constructor would create a model of the original's class
     type(module).__name__ = name
     vars(module).update(vars(fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=tracer))))
     return module

@@ -118,13 +118,14 @@ class Guard:
         self._outside: OutsideVariables | None = self._outside_of(bio)
         self._keys, self._changed_name = self._outside.keys, ""
         self._tensors: list[_WatchedTensor] | None = None
+        self._equal_tensors: list[_WatchedTensor] = []  # that took the places of some outside of the model
         self._tensors_of(bio)
         self.watch(bio)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle cannot save generated functions; what is unpickled takes those that it finds.
         found = ("still_holds", "_held", "_helpers", "_synapses", "_outside", "_forwards", "_tensors")
-        return vars(self) | dict.fromkeys(found)
+        return vars(self) | dict.fromkeys(found) | {"_equal_tensors": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         guard = object.__new__(Guard)
@@ -224,7 +225,7 @@ class Guard:
 
     def _wrote_tensors(self, bio: nn.Module) -> bool:
         """Whether a tensor with which the trace computed, in an attribute or outside, was written to."""
-        return any(tensor.is_written() for tensor in self._tensors_of(bio))
+        return any(tensor.is_written() for tensor in (*self._tensors_of(bio), *self._equal_tensors))
 
     def _tensors_of(self, bio: nn.Module) -> list[_WatchedTensor]:
         """The tensors in attributes of traced modules and outside of the model."""
@@ -296,6 +297,9 @@ class Guard:
         if self._outside is None or not self._outside.is_same():
             self._outside = self._outside_of(bio)
             self._changed_name = first_difference(self._keys, self._outside.keys) or ""
+            known = {id(watched.tensor) for watched in self._tensors_of(bio)}
+            new = {id(x): x for x in self._outside.tensors if id(x) not in known and not x.is_inference()}
+            self._equal_tensors = [_WatchedTensor.now(x) for x in new.values()]
         if not self._changed_name:
             return None
         return _Change(f"the variable {self._changed_name}, which forward reads, changed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from types import MethodType
 from typing import Any
 
 import torch
@@ -48,9 +49,21 @@ def check_model(model: Any) -> None:
             raise ArgumentError(f"{name} is lazy and has no shape yet; call the model once, then transform it")
         if tensor.is_meta:
             raise ArgumentError(f"{name} is on the meta device and has no values; use model.to_empty(device=...) first")
-    if "forward" in vars(model):
-        raise ArgumentError("model.forward was replaced on the instance, and only its class can be traced; subclass it")
+    refuse_replaced_forward(model)
     _check_names(model)
+
+
+def refuse_replaced_forward(model: nn.Module) -> None:
+    """Raise for a model that has another forward than its class.
+
+    Raises:
+        ArgumentError: says what to do instead.
+    """
+    if "forward" in vars(model) and model.forward != MethodType(type(model).forward, model):
+        raise ArgumentError(
+            "model.forward was replaced on the instance, and only that of the class can be traced; subclass it, or "
+            "take the wrapper off, as accelerator.unwrap_model(model, keep_fp32_wrapper=False) does"
+        )
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -85,7 +85,12 @@ def follow(bio: fx.GraphModule) -> str | None:
 
     Returns:
         The change that they cannot follow, with the reason; nothing was done then. None if there is none.
+
+    Raises:
+        ArgumentError: a weight was written to, and the write is lost.
     """
+    for synapses in synapses_in(bio).values():
+        synapses.refuse_lost_writes()
     moved = next(moved_synapses(bio), None)
     if moved is not None:
         return moved
@@ -126,7 +131,7 @@ def _lost_weights(bio: nn.Module) -> dict[str, str]:
         if _is_hidden(bio, name):
             continue
         if name not in present:
-            if not _is_deleted(bio, name, known):
+            if facts is not None or not _is_deleted(bio, name, known):
                 lost[name] = "removed"
         elif name in record.synapses or name in record.ties:
             # A tied name that has a tensor of its own again, or a weight that has lost its synapses.
@@ -146,7 +151,9 @@ def _is_hidden(bio: nn.Module, name: str) -> bool:
 def _is_deleted(bio: nn.Module, name: str, known: Iterable[str]) -> bool:
     """Whether a parameter was taken from a module that keeps others, so that its forward fails."""
     owner, key = _owner(bio, name)
-    if owner is None or key in owner._parameters:
+    if owner is None or any(key in names for names in (owner._parameters, owner._buffers, vars(owner))):
+        return False  # it is None, or another attribute took its place, as `prune` leaves it
+    if hasattr(type(owner), key):  # it is parametrized
         return False
     path = name.rpartition(".")[0]
     return any(each.rpartition(".")[0] == path and each.rpartition(".")[2] in owner._parameters for each in known)

@@ -310,6 +310,8 @@ def _weight(key: str) -> property:
     def read(self: nn.Module) -> Any:
         child = child_of(self, key)
         if child is None:
+            if key not in self._parameters:  # `type(layer)(…)` makes another one, which registers it next
+                raise AttributeError(f"{type(self).__name__} has no attribute {key}")
             return self._parameters[key]
         try:
             return child.read()

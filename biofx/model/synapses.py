@@ -118,7 +118,7 @@ class Synapses(nn.Module):
         self.paused: tuple[str, ...] = ()  # a constant for torch.compile, which keeps one graph for each
         self.users: dict[str, tuple[str, ...]] = {}
         self.output_rewritten_by = ""
-        self._probe: WriteProbe | None = None
+        self._probes: tuple[WriteProbe, ...] = ()
         # A parameter cannot have the name of an attribute of modules, such as `forward`.
         self._key = f"{key}_" if hasattr(self, key) else key
         self.register_parameter(self._key, stored)
@@ -206,7 +206,7 @@ class Synapses(nn.Module):
         weight is computed from it.
 
         Raises:
-            ArgumentError: the computed weight that was read last was written to, so the write is lost.
+            ArgumentError: a computed weight that was read earlier was written to, so the write is lost.
         """
         if torch.compiler.is_compiling():
             return self.forward()
@@ -223,7 +223,9 @@ class Synapses(nn.Module):
     def _compute(self) -> Tensor:
         weight = as_weight_tensor(self.forward(), self)
         if self.is_computed:
-            self._probe = WriteProbe.of(weight)
+            probe = WriteProbe.of(weight)
+            kept = tuple(each for each in self._probes if not each.is_over)
+            self._probes = kept if probe is None else (*kept, probe)
         return weight
 
     def refuse_lost_writes(self) -> None:
@@ -232,11 +234,12 @@ class Synapses(nn.Module):
         Raises:
             ArgumentError: it was.
         """
-        probe = self._probe
-        if probe is not None:
-            self._probe = None  # raise only once
-            probe.raise_if_written()
-            self._probe = probe
+        probes = self._probes
+        if probes:
+            self._probes = ()  # raise only once
+            for probe in probes:
+                probe.raise_if_written()
+            self._probes = probes
 
     def places(self) -> Iterator[Place]:
         """Where the links and all tensors are, and what is there."""
@@ -323,7 +326,12 @@ class Synapses(nn.Module):
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_probe": None, "attached": False, "paused": ()}
+        self.refuse_lost_writes()
+        return vars(self) | {"_probes": (), "attached": False, "paused": ()}
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.refuse_lost_writes()
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         given, own = state.get(f"{prefix}gain"), self.state("gain")

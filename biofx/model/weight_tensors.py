@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from biofx.base.errors import ArgumentError
-from biofx.base.torch_internals import ASKED_OF_LEAVES, NO_TORCH_FUNCTION, is_intercepted
+from biofx.base.torch_internals import ASKED_OF_LEAVES, NO_TORCH_FUNCTION, StorageWeakRef, is_intercepted
 from biofx.model.weight_cache import is_active
 
 FOLD = "fold the model first (biofx.fold), and transform the result again"
@@ -143,9 +143,15 @@ class WriteProbe:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._counter = weight.detach().as_subclass(Tensor)
+        self._counter = weight.as_subclass(Tensor).detach()  # in this order, or it would keep the memory
         self._counter.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
         self._version = self._counter._version
+        self._memory = StorageWeakRef(weight.untyped_storage())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the weight and all its views are gone, so that nobody can write to it any more."""
+        return bool(self._memory.expired())
 
     @classmethod
     def of(cls, weight: Tensor) -> WriteProbe | None:

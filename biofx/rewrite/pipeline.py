@@ -165,7 +165,12 @@ def _outputs(bio: fx.GraphModule, pass_: Pass, run: Run | None) -> list[Tensor]:
     try:
         return run_in_mode(bio, run)
     except Exception as error:
-        raise VerificationError([f"{pass_.name}: {type(bio).__name__} fails after the pass: {error}"]) from error
+        raise VerificationError(
+            [
+                f"{pass_.name}: {type(bio).__name__} fails after the pass: {error}; if forward needs a parameter where "
+                "a weight is a computed tensor now, exclude the weight"
+            ]
+        ) from error
 
 
 def _unchanged(

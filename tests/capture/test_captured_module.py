@@ -1,6 +1,8 @@
 """A captured model is the model: an instance of its class, with its methods, hooks and state, through all copies."""
 
+import collections
 import copy
+import functools
 import io
 
 import pytest
@@ -199,3 +201,80 @@ def test_a_transform_in_place_that_fails_leaves_the_hooks():
         biofx.transform(model, NEUTRAL, inplace=True, exclude="fc.weight")
     model(x)
     assert model.hits == 1
+
+
+class Sampler:
+    """Holds the model, as solvers do."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x):
+        return x * self.model.scale * self.model.gain
+
+
+class RefersToItself(nn.Module):
+    def __init__(self, refer):
+        super().__init__()
+        self.fc, self.gain, self.scale = nn.Linear(3, 3), nn.Parameter(torch.ones(3)), 1.0
+        self.kept = refer(self)
+
+    def scaled(self, x):
+        return x * self.scale * self.gain
+
+    def forward(self, x):
+        return self.fc(self.kept[0](x))
+
+
+REFERENCES = {
+    "a method": lambda m: [m.scaled],
+    "in a tuple": lambda m: (m.scaled,),
+    "a partial": lambda m: [functools.partial(RefersToItself.scaled, m)],
+    "an object": lambda m: [Sampler(m)],
+    "in a deque": lambda m: collections.deque([m.scaled]),
+    "a closure": lambda m: [lambda x: m.scaled(x)],
+    "a default": lambda m: [lambda x, own=m: own.scaled(x)],
+}
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+def test_what_refers_to_the_model_follows_it(case):
+    """An attribute that is set, and a parameter that is assigned, act on what the model kept of itself."""
+    model, x = RefersToItself(REFERENCES[case]), torch.randn(4, 3)
+    plain = RefersToItself(REFERENCES[case])
+    plain.load_state_dict(model.state_dict())
+    inplace = case in ("a closure", "a default")
+    bio = biofx.transform(model, NEUTRAL, inplace=inplace)
+    copies = (bio,) if inplace else (bio, copy.deepcopy(bio), reloaded(bio), biofx.fold(bio))
+    plain.scale, plain.gain = 2.0, nn.Parameter(torch.zeros(3) + 3)
+    for other in copies:
+        other.scale, other.gain = 2.0, nn.Parameter(torch.zeros(3) + 3)
+        torch.testing.assert_close(other(x), plain(x))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_transform_in_place_that_fails_leaves_references(frontend):
+    model, x = RefersToItself(REFERENCES["an object"]), torch.randn(4, 3)
+    with pytest.raises(biofx.ArgumentError):
+        biofx.transform(model, NEUTRAL, inplace=True, exclude="*", frontend=frontend, example_inputs=x)
+    assert model.kept[0].model is model
+
+
+class MakesTwin(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.fc = nn.Linear(size, size)
+
+    def forward(self, x):
+        twin, layer = type(self)(3), type(self.fc)(3, 3)
+        nn.init.eye_(twin.fc.weight)
+        layer.weight, layer.bias = self.fc.weight, self.fc.bias
+        return self.fc(x) - layer(x) + twin.fc(x) - twin.fc.bias
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_the_class_makes_models_of_the_original_class(frontend):
+    bio, x = biofx.transform(MakesTwin(3), "split-synapses", frontend=frontend), torch.randn(4, 3)
+    assert type(type(bio)(2)) is MakesTwin
+    for other in (bio, copy.deepcopy(bio), biofx.fold(bio)):
+        torch.testing.assert_close(other(x), x)

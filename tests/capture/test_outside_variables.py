@@ -296,6 +296,17 @@ def test_a_written_tensor_in_an_attribute_is_seen(write):
     torch.testing.assert_close(bio(X), model(X))
 
 
+@pytest.mark.parametrize("write", [lambda t: t.data.mul_(0), lambda t: t.numpy().fill(0), lambda t: t.mul_(0)])
+def test_an_equal_tensor_that_is_written_later_is_seen(monkeypatch, write):
+    """Equal values keep the graph, which holds another tensor then."""
+    model = network(lambda h: h * V.tensor.clamp(0, 3))
+    bio = biofx.transform(model, "split-synapses", example_inputs=(X,))
+    monkeypatch.setattr(V, "tensor", V.tensor.clone())
+    torch.testing.assert_close(bio(X), model(X))
+    write(V.tensor)
+    torch.testing.assert_close(bio(X), model(X))
+
+
 class Batch:
     """An argument that keeps its parts in slots."""
 

@@ -103,3 +103,33 @@ def test_what_accelerate_saves_resumes_bit_for_bit(tmp_path):
     accelerator.load_state(tmp_path)
     train(model, optimizer, range(3, 6), accelerator.backward)
     assert_same(bio.state_dict(), by_hand())
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("unwrap", [lambda a, m: m, accelerate.Accelerator.unwrap_model, lambda a, m: bare(a, m)])
+def test_a_model_in_half_precision_folds(frontend, unwrap):
+    """Accelerate replaces the forward of the model by a wrapper around it, and a folded model has another forward."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+    bio = biofx.transform(model, PIPELINE, frontend=frontend)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped = unwrap(accelerator, accelerator.prepare(bio))
+    plain, x = biofx.fold(wrapped), torch.randn(4, 8)
+    torch.testing.assert_close(plain(x), wrapped(x), rtol=2e-2, atol=2e-2)
+    for each in (plain, wrapped):
+        each[0].register_forward_hook(lambda module, args, output: output * 0)
+        torch.testing.assert_close(each(x), each[2].bias.expand(4, 3), rtol=2e-2, atol=2e-2)
+
+
+def bare(accelerator, model):
+    """The model without what Accelerate wraps it in."""
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+
+def test_a_model_is_transformed_again_without_the_wrapper():
+    bio = biofx.transform(nn.Linear(8, 3), "split-synapses")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped = accelerator.prepare(bio)
+    with pytest.raises(biofx.ArgumentError, match=r"forward was replaced .* keep_fp32_wrapper=False"):
+        biofx.transform(wrapped, "rejuvenate")
+    again, x = biofx.transform(bare(accelerator, wrapped), "rejuvenate"), torch.randn(2, 8)
+    torch.testing.assert_close(again(x), bio(x))

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import biofx
 from biofx import passes
@@ -263,3 +264,33 @@ def test_a_wrapped_layer_is_refused_until_it_is_moved_back():
     setattr(bio, "0", layer)
     optimizer.step()
     torch.testing.assert_close(biofx.fold(bio)(x), bio(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: prune.l1_unstructured(m[0], "weight", 0.5),
+        lambda m: prune.l1_unstructured(m[0], "bias", 1),
+        lambda m: parametrizations.weight_norm(m[0]),
+        lambda m: spectral_norm(m[0]),
+        lambda m: delattr(m[0], "bias") or setattr(m[0], "bias", torch.zeros(4)),
+    ],
+)
+def test_a_weight_without_synapses_may_be_pruned(change):
+    """A pruned or parametrized layer has an attribute of that name, which is no parameter any more."""
+    bio = biofx.transform(network(), PIPELINES["synapses"], exclude="0.weight", example_inputs=X)
+    plain = biofx.fold(bio)
+    for each in (bio, plain):
+        torch.manual_seed(0)
+        change(each)
+    torch.testing.assert_close(bio(X), plain(X))
+    biofx.verify(trained(bio))
+    torch.testing.assert_close(biofx.fold(bio)(X), bio(X))
+
+
+def test_a_weight_that_was_deleted_is_left_alone():
+    bio = biofx.transform(network(), PIPELINES["synapses"], exclude="0.weight", example_inputs=X)
+    del bio[0].weight
+    assert "0.weight" not in biofx.weight_sites(bio)
+    with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+        bio(X)

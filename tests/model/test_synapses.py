@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -453,6 +454,31 @@ def test_a_write_into_a_weight_that_is_computed_raises(write):
     with pytest.raises((BiofxError, ValueError), match="would be lost|read-only"):
         written_then_read(fc, write)
     assert torch.equal(fc.weight_synapses(), weight)
+
+
+def read_again(bio):
+    return bio.fc.weight
+
+
+@pytest.mark.parametrize(
+    "then", [read_again, biofx.fold, biofx.verify, copy.deepcopy, pickle.dumps, nn.Module.state_dict, biofx.summary]
+)
+@pytest.mark.parametrize("write", ["[0].zero_", "foreach", "out"])
+def test_a_write_into_an_earlier_read_is_noticed(write, then):
+    """Whatever asks for the weight next says so, however often it was read since."""
+    bio = biofx.transform(nn.Sequential(OrderedDict(fc=nn.Linear(4, 3))), "split-synapses")
+    weights = [bio.fc.weight for _ in range(3)]
+    without_gradients(WRITES[write], weights[0])
+    with pytest.raises(ArgumentError, match="would be lost"):
+        then(bio)
+    then(bio)
+
+
+def test_weights_that_are_gone_are_not_watched():
+    bio = biofx.transform(nn.Sequential(OrderedDict(fc=nn.Linear(4, 3))), "split-synapses")
+    for _ in range(5):
+        bio.fc.weight.norm()
+    assert len(vars(bio.fc.weight_synapses)["_probes"]) <= 2
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from biofx.analysis.understanding import call
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import split_inputs
+from biofx.base.references import repoint
 from biofx.base.torch_internals import HOOKS, pytree
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.equivalence import disagreement
@@ -70,7 +71,11 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     vars(bio)[ORIGINAL_HOOKS] = pop_computing_hooks(bio)
     modules = model.named_modules()
     record_of(bio).traced = tuple(path for path, module in modules if not isinstance(module, HelperModule))
-    _check(bio, example_inputs)
+    try:
+        _check(bio, example_inputs)
+    except CaptureError:
+        repoint(model, {id(bio): model})
+        raise
     return bio
 
 
