@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import cache
@@ -24,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from biofx.base.isolation import parameters_kept, undisturbed
 from biofx.base.torch_internals import (
     HigherOrderOperator,
-    OpOverload,
     StorageWeakRef,
     TorchDispatchMode,
     WeakTensorKeyDictionary,
@@ -34,6 +30,7 @@ from biofx.base.torch_internals import (
     schema_of,
 )
 from biofx.model.synapses import stored_parameters
+from biofx.recording.call_sites import place_in_source, short_name
 from biofx.recording.catalog import MAKES_CONSTANTS, Kind, decomposed, kind_of, name_of
 from biofx.recording.operations import Depends, Operation, Recording, Value, depends_of
 from biofx.recording.questions import Questions
@@ -244,7 +241,7 @@ class Recorder(TorchDispatchMode):
             outputs=(),
             called=self.called[-1] if self.called else name,
             path=self._running[-1] if self._running else "",
-            place=_place_in_source(),
+            place=place_in_source(),
             node=self.node,
             operands=operands,
             written=tuple(_written(func, args, kwargs)),
@@ -417,7 +414,7 @@ class _CalledFunctions(TorchFunctionMode):
         self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = _short_name(func)
+        name = short_name(func)
         called = self._recorder.called
         called.append(name)
         if name in _HANDS_OUT:
@@ -585,31 +582,3 @@ def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
 
 def _returns_view(operator: Any) -> bool:
     return _aliases(operator)[1]
-
-
-# --- names for people --------------------------------------------------------------------------------------------
-
-_REFLECTED = {f"r{name}": name for name in ("add", "sub", "mul", "truediv", "matmul", "pow", "floordiv", "mod")}
-_OWN = tuple(
-    os.path.join(os.path.dirname(str(package.__file__)), "")
-    for package in (torch, sys.modules[str(__package__).partition(".")[0]])
-)
-
-
-def _short_name(function: Any) -> str:
-    if isinstance(function, OpOverload):
-        return str(schema_of(function).name).rpartition("::")[2]
-    name = str(getattr(function, "__name__", function)).strip("_")
-    is_operator = str(getattr(function, "__name__", "")).startswith("__")
-    if is_operator:
-        return _REFLECTED.get(name, name)
-    return str(getattr(function, "__name__", function))
-
-
-def _place_in_source() -> tuple[str, int] | None:
-    """The innermost line outside of PyTorch and biofx that runs."""
-    for frame, line in traceback.walk_stack(None):
-        file = frame.f_code.co_filename
-        if not file.startswith(("<", *_OWN)) and not file.endswith(("contextlib.py",)):
-            return file, line
-    return None
