@@ -149,6 +149,8 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     _check_alone(bio, {name: site.known_synapses for name, site in sites.items() if site.child} | learning)
     _refuse_undone(attachment, sites.keys() | learning.keys())
     with ExitStack() as undo:
+        undo.callback(attachment.forget_early_gradients)
+        attachment.note_early_gradients(learning)
         for other in [*record_of(bio).attachments]:
             undo.callback(other.take, *other.holding)
             other.give_up(own)
@@ -306,7 +308,9 @@ class Attachment(Lifecycle):
         return {name: vars(self)[name] for name in ("bio", "optimizer", "gain_target", "_compiled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, held=set(), finite=Finite(), wrapper=None, _rules=[], _keys_of_copies=None)
+        vars(self).update(
+            state, held=set(), finite=Finite(), wrapper=None, _rules=[], _keys_of_copies=None, _early={}, _watches=[]
+        )
         self.hold({}, {})
 
     def take(self, sites: dict[str, WeightSite], learning: dict[str, Synapses]) -> None:
@@ -319,7 +323,6 @@ class Attachment(Lifecycle):
             self._hooks += (self.optimizer.register_step_post_hook(after),)  # if this fails, the first is known
             if data_parallel_groups(None, ()):
                 self._hooks_of_model = (self.bio.register_forward_pre_hook(note_wrapper),)
-            self.note_early_gradients()
             self._step_before = vars(self.optimizer).get("step")
             self._guarded = self._with_undo(self.optimizer)
             self.optimizer.step = self._guarded  # type: ignore[method-assign]  # no hook runs after a step that fails
@@ -385,6 +388,7 @@ class Attachment(Lifecycle):
             for hook in (*self._hooks, *self._hooks_of_model):
                 hook.remove()
             self._hooks = self._hooks_of_model = ()
+            self.forget_early_gradients()
             if self._guarded is not None and vars(self.optimizer).get("step") is self._guarded:
                 del self.optimizer.step
                 if self._step_before is not None:

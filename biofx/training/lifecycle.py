@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from biofx.base.errors import LifecycleError
 from biofx.base.randomness import fixed_defaults
@@ -86,7 +88,8 @@ class Lifecycle:
         self._observed = {
             (id(synapses), key) for path, key in observers_in(bio.graph) for synapses in [bio.get_submodule(path)]
         }
-        self._early: dict[str, tuple[Tensor, int]] = {}  # gradients from before the attachment, with their versions
+        self._early: dict[str, tuple[Tensor, int | None]] = {}  # see `note_early_gradients`
+        self._watches: list[RemovableHandle] = []
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._is_observing = False  # whether it is known that observers see something
@@ -242,22 +245,39 @@ class Lifecycle:
                 f"optimizer.step() without backward(): none of the {len(self.sites)} weights has a gradient"
             )
 
-    def note_early_gradients(self) -> None:
-        """Remember gradients that were computed while hooks were on, and therefore differ."""
-        for name, synapses in self.with_gains.items():
-            gradient = synapses.stored.grad
-            if gradient is not None and not gradient.is_inference():
-                self._early[name] = gradient, gradient._version
+    def note_early_gradients(self, with_gains: Mapping[str, Synapses]) -> None:
+        """Remember gradients that were computed while hooks were on, and therefore differ.
+
+        A hook sees whether they were cleared before backward adds to them. Without one, their version tells.
+
+        Args:
+            with_gains: the synapses that will be attached, by the weight's name.
+        """
+        for name, synapses in with_gains.items():
+            stored, gradient = synapses.stored, synapses.stored.grad
+            if synapses.attached or gradient is None or gradient.is_inference() or not bool(local(gradient).any()):
+                continue
+            is_watched = stored.requires_grad and not is_sharded(stored)
+            self._early[name] = gradient, None if is_watched else gradient._version
+            if is_watched:
+                self._watches.append(stored.register_hook(functools.partial(_note_cleared, self._early, name, stored)))
+
+    def forget_early_gradients(self) -> None:
+        """Stop watching gradients from before the attachment."""
+        for watch in self._watches:
+            watch.remove()
+        self._watches.clear()
+        self._early.clear()
 
     def _refuse_early_gradients(self) -> None:
         for name, (gradient, version) in self._early.items():
             now = self.with_gains[name].stored.grad if name in self.with_gains else None
-            if now is gradient and gradient._version == version and bool(local(gradient).any()):
+            if now is gradient and version in (None, gradient._version) and bool(local(gradient).any()):
                 raise LifecycleError(
                     f"{name}: its gradient was computed before the optimizer was attached, with gains; call "
                     "zero_grad() after attach, and backward() again"
                 )
-        self._early.clear()
+        self.forget_early_gradients()
 
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Show the optimizer another gradient than the backward pass computed."""
@@ -465,6 +485,12 @@ class Lifecycle:
         for name in record_of(self.bio).nonnegative:
             if not is_parameter(self.bio, name):
                 yield name, "removed"
+
+
+def _note_cleared(early: dict[str, Any], name: str, parameter: nn.Parameter, _: Tensor) -> None:
+    """Forget the early gradient of a parameter if backward is about to add to another one, or to zeros."""
+    if name in early and (parameter.grad is not early[name][0] or not bool(parameter.grad.any())):
+        del early[name]
 
 
 def _acts(pass_: Pass, weight: PlasticWeight) -> bool:

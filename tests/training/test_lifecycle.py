@@ -450,6 +450,28 @@ def test_gradients_from_before_the_attachment_are_refused():
     train(bio, optimizer, 1)
 
 
+@pytest.mark.parametrize("change", ["accumulated", "clipped"])
+def test_gradients_from_before_the_attachment_are_known_by_sight(change):
+    """Whatever was added to them, or done to them in place."""
+    bio = biofx.transform(network(), "split-synapses,fuzzy-learning-rates")
+    optimizer = OPTIMIZERS["sgd"](bio.parameters())
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    attachment = biofx.attach(bio, optimizer)
+    for _ in range(2):
+        if change == "accumulated":
+            F.cross_entropy(bio(IMAGES[64:128]), LABELS[64:128]).backward()
+        nn.utils.clip_grad_norm_(bio.parameters(), 0.1)
+        with pytest.raises(biofx.LifecycleError, match=r"computed before the optimizer was attached.*zero_grad\(\)"):
+            optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    for _ in range(2):
+        F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    attachment.detach()
+    assert not any(parameter._backward_hooks for parameter in bio.parameters())
+
+
 def test_zeros_from_before_the_attachment_are_no_gradients():
     bio = biofx.transform(network(), GAINS)
     optimizer = OPTIMIZERS["sgd"](bio.parameters())
