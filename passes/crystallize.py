@@ -31,9 +31,10 @@ class Crystallize(Pass):
     $$c \leftarrow \max(d\,c,\ \mathrm{floor}) \quad\text{where}\quad |g| < \theta\,|w| \ \text{ or }\
     |g| > \overline{|w|}$$
 
-    with c the gain, g the gradient as the optimizer sees it, w the stored weight, $\overline{|w|}$ its mean magnitude
-    over the site, θ `threshold` and d `dampening`. It acts before the optimizer's step (`biofx.attach`), so already on
-    that step. The gain is the one of `FuzzyLearningRates`, or a neutral one if there is none.
+    with c the gain, g the gradient as the optimizer sees it, w the synapse under its sign constraint, $\overline{|w|}$
+    the mean magnitude over the site, θ `threshold` and d `dampening`. It acts before the optimizer's step
+    (`biofx.attach`), so already on that step. The gain is the one of `FuzzyLearningRates`, or a neutral one if there is
+    none.
 
     A gain that another rule has set below the floor stays where it is, and so does one in 8 bits that would move by
     less than half a level: one below (1/(256·(1−√d)))², which is 3e-4 for d = 0.6 and 6e-3 for d = 0.9. With

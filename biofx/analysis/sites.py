@@ -418,12 +418,12 @@ def weight_sites(bio: nn.Module) -> dict[str, WeightSite]:
 
 
 def l1(bio: nn.Module) -> Tensor:
-    r"""Sum of the magnitudes of all effective weights, a differentiable scalar to add to a loss.
+    r"""Sum of the magnitudes of the effective weights of all sites, a differentiable scalar to add to a loss.
 
     $$L_1 = \sum_{\text{sites}} \sum_{ij} |w_{ij}|$$
 
     with $w$ the tensor that the operator receives, not the synapses that it is made of. The reference package sums its
-    own learning-rate factors instead, and under `no_grad`.
+    own learning-rate factors instead, and under `no_grad`. Weights that were assigned after the transform are no sites.
 
     Raises:
         ArgumentError: `bio` was not made by `biofx.transform`, or has no weight site any more.

@@ -421,16 +421,17 @@ class Lifecycle:
     @property
     def plan(self) -> Plan:
         """What was looked up for this step."""
-        assert self._plan is not None, "no step is under way"
+        if self._plan is None:
+            self._update.look_again()
+            self._plan = Plan(self.bio, self.sites, self.with_gains, self._rules, self.held, self._observed)
         return self._plan
 
     def _check_unchanged(self) -> None:
         """Refuse a step if the weights or the optimizer are not those of the attachment."""
         if self._plan is None or not self._plan.is_right:
             self._check_found()
-            self._update.look_again()
-            self._plan = Plan(self.bio, self.sites, self.with_gains, self._rules, self.held, self._observed)
-        for name, site in self._plan.sites.items():
+            self._plan = None
+        for name, site in self.plan.sites.items():
             if site.raw.shape != self._shapes[name]:
                 raise self._reshaped(name, site.raw)
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
