@@ -155,9 +155,10 @@ class UnitAnalysis:
                 found = self._after(operation, read)
                 for output, numbers in zip(operation.outputs, found, strict=True):
                     self._hold(operation, output, numbers)
-                for value in operation.written:
-                    if value not in operation.outputs:
-                        self._hold(operation, value, found[0] if found else self._unknown(operation, value, 0))
+                for place, value in enumerate(operation.written, len(operation.outputs)):
+                    if value not in operation.outputs:  # as of operators on lists, which return nothing
+                        is_like = bool(found) and value.shape == operation.outputs[0].shape
+                        self._hold(operation, value, found[0] if is_like else self._unknown(operation, value, place))
 
     def _unite(self, rows: Tensor | None) -> None:
         """Make one class of what each position of a weight reads, unless it mixes positions."""

@@ -24,7 +24,7 @@ from biofx.base.comparison import difference, difference_of
 from biofx.base.isolation import gradients, parameters_kept, tensors_in, undisturbed
 from biofx.base.lazy_copies import lazy_copy
 from biofx.base.precision import coarsest_dtype
-from biofx.base.torch_internals import pytree
+from biofx.base.torch_internals import is_transformed_by_functions, pytree
 from biofx.model.chain import attribute, compute
 from biofx.model.islands import WHOLE_MODEL
 
@@ -157,7 +157,11 @@ def _outputs_of(model: nn.Module, paths: Collection[str]) -> Iterator[list[tuple
     found: list[tuple[str, list[Tensor]]] = []
 
     def note(path: str) -> Callable[..., None]:
-        return lambda module, args, result: found.append((path, [x.detach().clone() for x in tensors_in(result)]))
+        def hook(module: nn.Module, args: Any, result: Any) -> None:
+            if not is_transformed_by_functions():  # no tensor may leave these
+                found.append((path, [x.detach().clone() for x in tensors_in(result)]))
+
+        return hook
 
     with contextlib.ExitStack() as stack:
         for path in paths:

@@ -550,3 +550,23 @@ def test_attention_over_inputs_reads_inputs():
 
     found = analysed(forward, torch.randn(2, 5, 4), q=nn.Linear(4, 3), k=nn.Linear(4, 3), b=nn.Linear(4, 2))
     assert feeds(found, "b.weight") == run("input x", *range(4))
+
+
+@pytest.mark.parametrize("size", [6, 3])
+def test_tensors_that_one_operator_changes_keep_units_apart(size):
+    """An operator on a list returns nothing, and each tensor that it changes has units of its own."""
+
+    class Lists(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(4, size)
+            self.c, self.d = nn.Linear(6, 2), nn.Linear(size, 2)
+
+        def forward(self, x):
+            hidden = [self.a(x), self.b(x)]
+            torch._foreach_tanh_(hidden)
+            return self.c(hidden[0]) + self.d(hidden[1])
+
+    text = str(biofx.units(Lists(), torch.randn(3, 4)))
+    assert "6: _foreach_tanh_ " in text
+    assert f"{size}: _foreach_tanh_ (2)" in text

@@ -568,3 +568,9 @@ def test_models_can_be_transformed_in_threads():
             assert all(pool.map(work, [nn.Sequential(Residual(), nn.Linear(4, 4)).eval() for _ in range(6)]))
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_example_inputs_may_run_the_model_in_vmap():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), torch.randn(5, 4)
+    bio = biofx.transform(model, "split-synapses", example_inputs=lambda m: torch.vmap(m)(x))
+    torch.testing.assert_close(bio(x), model(x))
