@@ -131,7 +131,8 @@ def _lost_weights(bio: nn.Module) -> dict[str, str]:
         if _is_hidden(bio, name):
             continue
         if name not in present:
-            if facts is not None or not _is_deleted(bio, name, known):
+            is_needed = facts is None or name in record.synapses
+            if not is_needed or not _is_deleted(bio, name, known):
                 lost[name] = "removed"
         elif name in record.synapses or name in record.ties:
             # A tied name that has a tensor of its own again, or a weight that has lost its synapses.
@@ -153,7 +154,7 @@ def _is_deleted(bio: nn.Module, name: str, known: Iterable[str]) -> bool:
     owner, key = _owner(bio, name)
     if owner is None or any(key in names for names in (owner._parameters, owner._buffers, vars(owner))):
         return False  # it is None, or another attribute took its place, as `prune` leaves it
-    if hasattr(type(owner), key):  # it is parametrized
+    if hasattr(type(owner), key) and name not in record_of(bio).synapses:  # it is parametrized
         return False
     path = name.rpartition(".")[0]
     return any(each.rpartition(".")[0] == path and each.rpartition(".")[2] in owner._parameters for each in known)
