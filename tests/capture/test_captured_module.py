@@ -252,6 +252,16 @@ def test_what_refers_to_the_model_follows_it(case):
         torch.testing.assert_close(other(x), plain(x))
 
 
+@pytest.mark.parametrize("case", ["a closure", "a default"])
+def test_a_copy_does_not_take_over_functions(case):
+    """A copy shares functions with its original, as any copy of a module does."""
+    bio = biofx.transform(RefersToItself(REFERENCES[case]), NEUTRAL, inplace=True)
+    x = torch.randn(4, 3)
+    copy.deepcopy(bio).scale = 5.0
+    bio.scale = 2.0
+    torch.testing.assert_close(bio(x), bio.fc(bio.scaled(x)))
+
+
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
 def test_a_transform_in_place_that_fails_leaves_references(frontend):
     model, x = RefersToItself(REFERENCES["an object"]), torch.randn(4, 3)
