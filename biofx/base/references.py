@@ -120,11 +120,14 @@ def _made_of(value: Any) -> tuple[Callable[..., Any], list[Any]] | None:
     if isinstance(value, HookWithModule):
         return HookWithModule, [value.hook, value.module() if value.with_module else None]
     if type(value) is functools.partial:
-        return lambda function, args, options: functools.partial(function, *args, **options), [
-            value.func,
-            value.args,
-            dict(value.keywords),
-        ]
+        names = [*value.keywords]
+
+        def make(function: Any, args: Any, *options: Any) -> Any:
+            return functools.partial(function, *args, **dict(zip(names, options, strict=True)))
+
+        return make, [value.func, value.args, *value.keywords.values()]
+    if isinstance(value, frozenset):
+        return lambda *parts: frozenset(parts), [*value]
     if isinstance(value, tuple):
         return (lambda *parts: parts) if type(value) is tuple else type(value), [*value]
     return None

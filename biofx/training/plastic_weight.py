@@ -202,7 +202,7 @@ class PlasticWeight:
         outer = values[0].dim() - unit.dim()
         alike = [*range(outer), *(outer + axis for axis, length in enumerate(unit.shape) if length == 1)]
         rows = [each.sum(alike, keepdim=True) if alike else each for each in values]
-        if unit.numel() == units:  # nothing is cut, so that the rows are those of all units in order
+        if unit.numel() == units and not self.shard.cuts:  # the rows are those of all units in order
             return [each.reshape(-1) for each in rows]
         places = unit.expand(rows[0].shape).reshape(-1)
         return [each.new_zeros(units).index_add_(0, places, each.reshape(-1)) for each in rows]

@@ -226,10 +226,15 @@ class RefersToItself(nn.Module):
         return self.fc(self.kept[0](x))
 
 
+def scaled_by(x, owner):
+    return owner.scaled(x)
+
+
 REFERENCES = {
     "a method": lambda m: [m.scaled],
     "in a tuple": lambda m: (m.scaled,),
     "a partial": lambda m: [functools.partial(RefersToItself.scaled, m)],
+    "a partial by keyword": lambda m: [functools.partial(scaled_by, owner=m)],
     "an object": lambda m: [Sampler(m)],
     "in a deque": lambda m: collections.deque([m.scaled]),
     "a closure": lambda m: [lambda x: m.scaled(x)],

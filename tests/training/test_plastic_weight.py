@@ -7,6 +7,7 @@ from torch import nn
 import biofx
 from biofx import passes
 from biofx.base import noise
+from biofx.base.shards import Cut, Shard
 from biofx.training.plastic_weight import PlasticWeight
 
 CONSTRAINTS = ["project", "abs", "softplus"]
@@ -113,3 +114,20 @@ def test_the_slope_is_the_derivative_of_the_stored_magnitude(weight):
     weight.raw.grad = None
     weight.site.effective().abs().sum().backward()
     torch.testing.assert_close(weight.slope, weight.raw.grad)
+
+
+def test_sums_by_unit_of_shards_add_up_to_those_of_the_whole():
+    """A part of a grouped transposed convolution may have as many entries as the whole has units."""
+    layer = nn.ConvTranspose1d(4, 6, 1, groups=2)
+    bio = biofx.transform(nn.Sequential(layer, nn.ReLU()), "rejuvenate", example_inputs=torch.randn(2, 4, 5))
+    site = biofx.weight_sites(bio)["0.weight"]
+
+    def sums(*cuts):
+        own, part = site.bound(), site.raw.detach()
+        vars(own)["shard"] = Shard(part.shape, cuts)
+        for cut in cuts:
+            part = part.narrow(cut.axis, cut.start, cut.length)
+        return PlasticWeight(own, part, part, None, 1).by_unit([part])[0]
+
+    torch.testing.assert_close(sums(Cut(0, 0, 2)) + sums(Cut(0, 2, 2)), sums())
+    torch.testing.assert_close(sums(), site.incoming(site.raw.detach()).sum(1))
