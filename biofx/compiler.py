@@ -41,6 +41,8 @@ from biofx.weights.declared import declared
 
 HOOKED = "has a hook of yours on its gradient (register_hook)"
 
+DIFFERENT_CALLS = "two calls on the same inputs return different outputs, so passes were not checked on outputs"
+
 FRONTENDS: dict[str, Callable[[nn.Module, Any, Collection[str], Run | None], fx.GraphModule]] = {
     "symbolic": symbolic.capture,
     "module": lambda model, example_inputs, synapses, run: symbolic.capture_as_island(model),
@@ -358,6 +360,7 @@ def _checked_outputs(
     if found is None:
         return outputs
     if outputs_differ(bio, example_inputs, outputs, run_in_mode(bio, example_inputs)) is not None:
+        record_of(bio).notes.append(DIFFERENT_CALLS)
         return None  # forward counts its calls in a variable outside of the model, for example
     why = (
         "Its forward asks for the class of the model, which is a subclass; use isinstance"

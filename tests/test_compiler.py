@@ -607,6 +607,7 @@ class CountsItsCalls(nn.Module):
 def test_a_model_of_which_no_call_repeats_another_is_transformed():
     model, x = CountsItsCalls(), torch.randn(5, 3)
     bio = biofx.transform(model, "split-synapses", example_inputs=(x,))
+    assert "two calls on the same inputs return different outputs" in str(biofx.summary(bio)).replace("\n", " ")
     CountsItsCalls.calls = 0
     found = [bio(x) for _ in range(3)]
     CountsItsCalls.calls = 0

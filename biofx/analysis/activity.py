@@ -6,6 +6,8 @@ from biofx.recording.catalog import BOUNDS, COPIES, PRODUCTS_OF_ENTRIES, Kind, S
 from biofx.recording.interpreter import Interpreter
 from biofx.recording.operations import Depends, Operation, Recording, Value
 
+_SUMS = frozenset(("add", "sub", "rsub", "neg"))  # of one activity with what does not depend on inputs
+
 WEIGHTED = (Kind.PRODUCT, Kind.CONVOLUTION, Kind.EMBEDDING)
 
 
@@ -28,13 +30,19 @@ class Activity(Interpreter[str]):
 
     def inverted(self, value: Value) -> str:
         """The operator that turns over the sign of a tensor before it meets another activity; empty if none does."""
-        for operation in self._users.get(value, ()):
-            if _turns_over(operation, value):
-                return operation.called
-            passed = operation.outputs[0] if _passes_on(operation, value) else value
-            found = "" if passed is value else self.inverted(passed)
-            if found:
-                return found
+        pending, seen = [(value, "")], {value}
+        while pending:
+            current, by = pending.pop()
+            users = self._users.get(current, ())
+            if by and not users:
+                return by
+            for operation in users:
+                now = by if not _turns_over(operation, current) else "" if by else operation.called
+                if _passes_on(operation, current) and operation.outputs[0] not in seen:
+                    seen.add(operation.outputs[0])
+                    pending.append((operation.outputs[0], now))
+                elif now:
+                    return now
         return ""
 
     def source(self, value: Value) -> str:
@@ -82,9 +90,9 @@ def _turns_over(operation: Operation, value: Value) -> bool:
 
 
 def _passes_on(operation: Operation, value: Value) -> bool:
-    """Whether an operator moves or scales a tensor, or adds to it what does not depend on inputs."""
-    is_kept = operation.kind is Kind.LAYOUT or operation.name in COPIES | PRODUCTS_OF_ENTRIES | {"add", "sub"}
-    is_linear = operation.operands[0] is value or operation.name in ("add", "mul")
+    """Whether an operator moves, scales or negates a tensor, or adds to it what does not depend on inputs."""
+    is_kept = operation.kind is Kind.LAYOUT or operation.name in COPIES | PRODUCTS_OF_ENTRIES | _SUMS
+    is_linear = operation.operands[0] is value or operation.name in _SUMS | {"mul"}
     others = [v for v in operation.operands if v is not value and v.depends is Depends.INPUTS]
     return is_kept and is_linear and bool(operation.outputs) and not others
 

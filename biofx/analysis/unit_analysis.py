@@ -127,7 +127,7 @@ class UnitAnalysis:
         return _below(value) in self._of_network
 
     def _masks(self, operation: Operation) -> list[Value]:
-        """The comparisons of activity, if nothing else decides what an operator makes of constants, as for spikes."""
+        """The comparisons of activity by which alone an operator selects constants, as spikes do."""
         if operation.kind is Kind.CONSTANT or any(
             v.is_activity and v.depends is Depends.INPUTS and v not in operation.written for v in operation.operands
         ):

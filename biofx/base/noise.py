@@ -161,9 +161,9 @@ def _scattered(counter: Counter, count: int, seed: int, step: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def _strides(shape: Sequence[int]) -> list[int]:
+def _strides(shape: torch.Size) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
-    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 @functools.cache

@@ -76,7 +76,7 @@ def repoint(model: nn.Module, others: Mapping[int, Any], *, is_copy: bool = Fals
     Args:
         model: the model.
         others: the other objects, by the ids of those that are referred to now.
-        is_copy: whether the model is a copy of another one, with which it shares functions; they stay as they are.
+        is_copy: whether the model is a copy. It shares functions with its original, so they are not changed.
     """
     references = _References(others, is_copy)
     for module in model.modules():

@@ -19,8 +19,6 @@ _models: WeakSet[nn.Module] = WeakSet()
 _handles: list[Any] = []  # of the hook on all optimizers, since any of them may train a model
 _checked: WeakSet[Optimizer] = WeakSet()  # since a model or an attachment changed last
 _told: WeakKeyDictionary[nn.Module, WeakSet[Optimizer]] = WeakKeyDictionary()  # of which optimizers, by model
-
-
 _left: WeakKeyDictionary[nn.Module, dict[str, tuple[ref[Tensor], int]]] = WeakKeyDictionary()  # see `note_gradients`
 
 

@@ -18,7 +18,7 @@ class Slot(enum.IntEnum):
         HOOK: the identity, with a factor for each entry of the gradient; any number of passes.
         SIGN: what keeps the shape, such as a projection onto signs.
         SUM: the sum over the synapses of each connection.
-        INTERNEURONS: what follows the sum; it keeps the shape, and may have parameters of its own.
+        INTERNEURONS: what follows the sum and keeps the shape. It may have its own parameters.
         OUTPUT: behind the operator.
         OBSERVER: nothing is changed.
     """

@@ -422,7 +422,7 @@ class _CalledFunctions(TorchFunctionMode):
         try:
             with _without(torch.backends.mkldnn) if name in _RECURRENT else contextlib.nullcontext():
                 return func(*args, **(kwargs or {}))
-        except Exception:
+        except Exception:  # whatever it is, it goes on, and the recorder tells where
             self._recorder.failed = self._recorder.failed or self._recorder.described
             raise
         finally:

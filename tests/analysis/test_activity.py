@@ -120,6 +120,8 @@ INVERTED_BY = {
     "negated": (lambda m, h: m.a(h) + (-m.b(h)), "neg"),
     "times a negative number": (lambda m, h: m.a(h) + m.b(h) * -0.5, "mul"),
     "with a negative factor": (lambda m, h: torch.add(m.a(h), m.b(h), alpha=-1), "add"),
+    "negated and subtracted": (lambda m, h: m.a(h) - (-m.b(h)), ""),
+    "negated twice": (lambda m, h: m.a(h) + -1 * (m.c - m.b(h)), ""),
     "subtracted twice": (lambda m, h: torch.sub(m.a(h), m.b(h), alpha=-1), ""),
     "scaled and moved before": (lambda m, h: m.a(h) - m.c * (m.b(h) + m.c).view(2, 2, 3).flatten(1), "sub"),
     "a minuend": (lambda m, h: m.b(h) - m.c + m.a(h), ""),
@@ -143,6 +145,17 @@ def test_where_forward_turns_over_what_a_weight_returns(name):
     text = f"{expected} subtracts or negates what it returns, so its synapses act with the other sign"
     remarks = {row["weight"]: row["remarks"] for row in biofx.summary(bio).rows}
     assert (text in str(remarks["b.weight"])) is bool(expected)
+
+
+def test_what_a_weight_returns_may_pass_many_operators():
+    def decays(m, x):
+        h = m.a(x)
+        for _ in range(1500):
+            h = h * 0.999
+        return m.b(-h)
+
+    found = biofx.units(Net(decays, a=nn.Linear(3, 4), b=nn.Linear(4, 2)), torch.randn(2, 3))
+    assert found.readings["a.weight"].inverted_by == "neg"
 
 
 # --- scales -------------------------------------------------------------------------------------------------------

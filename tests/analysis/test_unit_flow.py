@@ -554,7 +554,7 @@ def test_attention_over_inputs_reads_inputs():
 
 @pytest.mark.parametrize("size", [6, 3])
 def test_tensors_that_one_operator_changes_keep_units_apart(size):
-    """An operator on a list returns nothing, and each tensor that it changes has units of its own."""
+    """An operator on a list returns nothing. Each tensor that it changes has its own units."""
 
     class Lists(nn.Module):
         def __init__(self):

@@ -73,7 +73,7 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     record_of(bio).traced = tuple(path for path, module in modules if not isinstance(module, HelperModule))
     try:
         _check(bio, example_inputs)
-    except CaptureError:
+    except BaseException:  # nobody else knows `bio` yet
         repoint(model, {id(bio): model})
         raise
     return bio
