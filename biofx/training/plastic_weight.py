@@ -18,12 +18,12 @@ from biofx.model.slots import Slot
 from biofx.signs.constraints import constraint_of, sign_of_stored
 from biofx.training.wrappers import CLOSE, memory_of
 
-# Options from which an optimizer starts what it remembers; momentum and moments, which are not here, start from 0.
-_STARTS_FROM = {"sum": "initial_accumulator_value", "step_size": "lr"}  # of Adagrad and Rprop
-
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
     from biofx.model.synapses import Synapses
+
+# Options from which an optimizer starts what it remembers; momentum and moments, which are not here, start from 0.
+_STARTS_FROM = {"sum": "initial_accumulator_value", "step_size": "lr"}  # of Adagrad and Rprop
 
 
 @dataclass(eq=False)
@@ -130,7 +130,7 @@ class PlasticWeight:
 
         Example:
             >>> import biofx, torch
-            >>> from dataclasses import dataclass, replace
+            >>> from dataclasses import dataclass
             >>> from biofx import passes
             >>> @dataclass(frozen=True)
             ... class Look(passes.Pass):
@@ -245,7 +245,7 @@ class PlasticWeight:
 
         Example:
             >>> import biofx, torch
-            >>> from dataclasses import dataclass, replace
+            >>> from dataclasses import dataclass
             >>> from biofx import passes
             >>> @dataclass(frozen=True)
             ... class Prune(passes.Pass):
