@@ -5,48 +5,40 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from biofx.model.gradient_hooks import is_hook
 from biofx.model.provenance import is_transformed, record_of
+from biofx.model.stale_gradients import StaleGradients
 from biofx.model.synapses import Synapses, synapses_in
 
 _models: WeakSet[nn.Module] = WeakSet()
 _handles: list[Any] = []  # of the hook on all optimizers, since any of them may train a model
 _checked: WeakSet[Optimizer] = WeakSet()  # since a model or an attachment changed last
 _told: WeakKeyDictionary[nn.Module, WeakSet[Optimizer]] = WeakKeyDictionary()  # of which optimizers, by model
-_left: WeakKeyDictionary[nn.Module, dict[str, tuple[ref[Tensor], int]]] = WeakKeyDictionary()  # see `note_gradients`
+_stale: WeakKeyDictionary[nn.Module, StaleGradients] = WeakKeyDictionary()  # see `note_stale_gradients`
 
 
-def note_gradients(bio: nn.Module, synapses: Mapping[str, Synapses]) -> None:
-    """Remember gradients that were computed while an optimizer was attached: hooks slept, so they differ.
-
-    Args:
-        bio: the model, of which these synapses are not attached any more.
-        synapses: the synapses with hooks, by the weight's name.
-    """
-    gradients = {name: each.stored.grad for name, each in synapses.items()}
-    found = {name: (ref(g), g._version) for name, g in gradients.items() if g is not None and not g.is_inference()}
-    _left.setdefault(bio, {}).update(found)
+def note_stale_gradients(bio: nn.Module, synapses: Mapping[str, Synapses]) -> None:
+    """Remember gradients that were computed while an optimizer was attached to these synapses, without their hooks."""
+    _stale.setdefault(bio, StaleGradients()).note(synapses, watch=False)  # a hook would show when the model is pickled
 
 
-def _warn_of_gradients(bio: nn.Module, optimizer: Optimizer, weights: Mapping[str, Synapses]) -> None:
+def _warn_of_stale_gradients(bio: nn.Module, optimizer: Optimizer, synapses: Mapping[str, Synapses]) -> None:
     """Warn if the optimizer has just used gradients that were computed while another, or it, was attached."""
-    for name, (gradient, version) in _left.pop(bio, {}).items():
-        now = weights[name].stored.grad if name in weights else None
-        if now is not None and now is gradient() and now._version == version and bool(now.any()):
-            warnings.warn(
-                f"{name}: its gradient was computed while an optimizer was attached, so this step of "
-                f"{type(optimizer).__name__} had no gains, and moved split weights further; call zero_grad() after "
-                "detach, and backward() again",
-                UserWarning,
-                stacklevel=3,
-            )
-            return
+    name = _stale.pop(bio, StaleGradients()).first(synapses)
+    if name is not None:
+        warnings.warn(
+            f"{name}: its gradient was computed while an optimizer was attached, so this step of "
+            f"{type(optimizer).__name__} had no gains, and moved split weights further; call zero_grad() after "
+            "detach, and backward() again",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def warn_if_unattached(bio: nn.Module) -> None:
@@ -76,7 +68,7 @@ def _check_models(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         weights = {name: s for name, s in found if id(s.stored) in trained and name not in acted_on}
         if not weights or record.by_hand:
             continue
-        _warn_of_gradients(bio, optimizer, weights)
+        _warn_of_stale_gradients(bio, optimizer, weights)
         idle = [run.pass_.name for run in record.passes if run.pass_.acts_at_step and run.weights & weights.keys()]
         hooks = [link for s in weights.values() for link in s.links if is_hook(link.target)]
         # Plain SGD is linear in the gradient, so hooks that scale gradients have their full effect without `attach`.

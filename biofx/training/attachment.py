@@ -20,8 +20,9 @@ from biofx.analysis.sites import WeightSite, find_weights
 from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.base.torch_internals import run_hooks_next_to_step, runs_step_hooks
 from biofx.model.changes import transformed
-from biofx.model.forgotten_attach import note_gradients, warn_if_unattached
+from biofx.model.forgotten_attach import note_stale_gradients, warn_if_unattached
 from biofx.model.provenance import record_of, unwrapped
+from biofx.model.stale_gradients import StaleGradients
 from biofx.model.synapses import Synapses, stored, synapses_in
 from biofx.rewrite.registry import Moment
 from biofx.signs.constraints import rectify_
@@ -149,8 +150,8 @@ def attach(bio: nn.Module, optimizer: Optimizer, *, compile: bool = False) -> At
     _check_alone(bio, {name: site.known_synapses for name, site in sites.items() if site.child} | learning)
     _refuse_undone(attachment, sites.keys() | learning.keys())
     with ExitStack() as undo:
-        undo.callback(attachment.forget_early_gradients)
-        attachment.note_early_gradients(learning)
+        undo.callback(attachment.stale.forget)
+        attachment.stale.note({name: each for name, each in learning.items() if not each.attached}, watch=True)
         for other in [*record_of(bio).attachments]:
             undo.callback(other.take, *other.holding)
             other.give_up(own)
@@ -309,7 +310,7 @@ class Attachment(Lifecycle):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(
-            state, held=set(), finite=Finite(), wrapper=None, _rules=[], _keys_of_copies=None, _early={}, _watches=[]
+            state, held=set(), finite=Finite(), wrapper=None, _rules=[], _keys_of_copies=None, stale=StaleGradients()
         )
         self.hold({}, {})
 
@@ -380,7 +381,7 @@ class Attachment(Lifecycle):
         given = {name for name, synapses in learning.items() if id(synapses.stored) in parameters}
         given |= {name for name, site in sites.items() if site.is_gone or id(site.raw) in parameters}
         set_attached(self.bio, given, attached=False)
-        note_gradients(self.bio, {name: synapses for name, synapses in learning.items() if name in given})
+        note_stale_gradients(self.bio, {name: each for name, each in learning.items() if name in given})
         sites = {name: site for name, site in sites.items() if name not in given}
         learning = {name: synapses for name, synapses in learning.items() if name not in given}
         self.hold(sites, learning)
@@ -388,7 +389,7 @@ class Attachment(Lifecycle):
             for hook in (*self._hooks, *self._hooks_of_model):
                 hook.remove()
             self._hooks = self._hooks_of_model = ()
-            self.forget_early_gradients()
+            self.stale.forget()
             if self._guarded is not None and vars(self.optimizer).get("step") is self._guarded:
                 del self.optimizer.step
                 if self._step_before is not None:

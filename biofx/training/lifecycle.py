@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from biofx.base.errors import LifecycleError
 from biofx.base.randomness import fixed_defaults
@@ -20,6 +18,7 @@ from biofx.base.shards import cut_like, gradient_of, is_sharded, local, shard_of
 from biofx.base.torch_internals import steps_under_way
 from biofx.model.changes import INSTEAD, moved_synapses
 from biofx.model.provenance import record_of
+from biofx.model.stale_gradients import StaleGradients
 from biofx.model.synapses import Synapses, is_parameter, observers_in
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of, rectify_
@@ -66,6 +65,7 @@ class Lifecycle:
         held: the parameters of the optimizer, by id.
         finite: what is known of gradients and weights that were not finite.
         wrapper: the data-parallel wrapper of the model, if it is known.
+        stale: gradients from before the attachment, which hooks changed.
     """
 
     def __init__(
@@ -83,13 +83,12 @@ class Lifecycle:
         self.optimizer = optimizer
         self.gain_target = gain_target
         self.wrapper = wrapper
+        self.stale = StaleGradients()
         self._compiled = compiled
         self._keys_of_copies = None if gain_target in (None, GainTarget.UPDATE) else keys_of_copies(optimizer)
         self._observed = {
             (id(synapses), key) for path, key in observers_in(bio.graph) for synapses in [bio.get_submodule(path)]
         }
-        self._early: dict[str, tuple[Tensor, int | None]] = {}  # see `note_early_gradients`
-        self._watches: list[RemovableHandle] = []
         self._step: _Step | None = None
         self._nested = 0  # steps of a base class in a step
         self._is_observing = False  # whether it is known that observers see something
@@ -206,7 +205,7 @@ class Lifecycle:
         weights = self._weights()
         if not weights:
             self._refuse_unlearned()
-        self._refuse_early_gradients()
+        self._refuse_stale_gradients()
         if self._rules and weights:
             periods = self.plan.periods
             acted_on = [w for w in weights if any(w.step % period == 0 for period in periods[w.name])]
@@ -245,39 +244,14 @@ class Lifecycle:
                 f"optimizer.step() without backward(): none of the {len(self.sites)} weights has a gradient"
             )
 
-    def note_early_gradients(self, with_gains: Mapping[str, Synapses]) -> None:
-        """Remember gradients that were computed while hooks were on, and therefore differ.
-
-        A hook sees whether they were cleared before backward adds to them. Without one, their version tells.
-
-        Args:
-            with_gains: the synapses that will be attached, by the weight's name.
-        """
-        for name, synapses in with_gains.items():
-            stored, gradient = synapses.stored, synapses.stored.grad
-            if synapses.attached or gradient is None or gradient.is_inference() or not bool(local(gradient).any()):
-                continue
-            is_watched = stored.requires_grad and not is_sharded(stored)
-            self._early[name] = gradient, None if is_watched else gradient._version
-            if is_watched:
-                self._watches.append(stored.register_hook(functools.partial(_note_cleared, self._early, name, stored)))
-
-    def forget_early_gradients(self) -> None:
-        """Stop watching gradients from before the attachment."""
-        for watch in self._watches:
-            watch.remove()
-        self._watches.clear()
-        self._early.clear()
-
-    def _refuse_early_gradients(self) -> None:
-        for name, (gradient, version) in self._early.items():
-            now = self.with_gains[name].stored.grad if name in self.with_gains else None
-            if now is gradient and version in (None, gradient._version) and bool(local(gradient).any()):
-                raise LifecycleError(
-                    f"{name}: its gradient was computed before the optimizer was attached, with gains; call "
-                    "zero_grad() after attach, and backward() again"
-                )
-        self.forget_early_gradients()
+    def _refuse_stale_gradients(self) -> None:
+        name = self.stale.first(self.with_gains)
+        if name is not None:
+            raise LifecycleError(
+                f"{name}: its gradient was computed before the optimizer was attached, with gains; call "
+                "zero_grad() after attach, and backward() again"
+            )
+        self.stale.forget()
 
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Show the optimizer another gradient than the backward pass computed."""
@@ -486,12 +460,6 @@ class Lifecycle:
         for name in record_of(self.bio).nonnegative:
             if not is_parameter(self.bio, name):
                 yield name, "removed"
-
-
-def _note_cleared(early: dict[str, Any], name: str, parameter: nn.Parameter, _: Tensor) -> None:
-    """Forget the early gradient of a parameter if backward is about to add to another one, or to zeros."""
-    if name in early and (parameter.grad is not early[name][0] or not bool(parameter.grad.any())):
-        del early[name]
 
 
 def _acts(pass_: Pass, weight: PlasticWeight) -> bool:
