@@ -72,10 +72,9 @@ def transform(
     inside. `biofx.summary` names each island with the reason. Passes that need an operator's output, such as
     `GroupUnits`, leave weights in islands alone.
 
-    The model's Python is the truth. Its graph is checked against it in two calls, on the example inputs or on guessed
-    ones, in each mode that forward distinguishes. The graph runs on arguments of the same types and numbers of axes, as
-    long as modules, their attributes and their hooks have not changed; otherwise the Python runs, with the same
-    effective weights. If only the graph is right, because of a pass or an edit of the graph, a change is an error.
+    The model's Python is the truth, and runs with the effective weights. Its graph is checked against it in two calls,
+    on the example inputs or on guessed ones, in each mode that forward distinguishes. The graph runs where a pass needs
+    it, or after somebody has edited it; what it does not follow is an error then.
 
     Args:
         model: a module with values (not lazy, not on the meta device), or a model that was transformed before.
@@ -84,7 +83,7 @@ def transform(
         example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`; or
             a function that runs the model, once or several times, with state carried from call to call. The model runs
             on them to find the units that each weight reads. The graph, and every pass that preserves the function, are
-            checked on them. Without them, arguments are guessed (`summary` shows which); if none fit, the Python runs.
+            checked on them. Without them, arguments are guessed (`summary` shows which); if none fit, nothing is.
         frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands.
             `"module"`: the whole model is one island, which keeps all of its Python code and changes only weights, as
             for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which
@@ -191,10 +190,10 @@ def build(
         record_of(bio).requests.append(request)
         _note_questions(bio, understood)
         guard = _guard(bio, request.frontend, understood, old)
-        if understood is not None and repeats:
-            refuse_other(bio, understood.run, outputs, replaces_graph=guard is not None and guard.needs is None)
         if guard is not None:
             vars(bio)[GUARD] = guard
+        if understood is not None and repeats:
+            refuse_other(bio, understood.run, outputs, runs_python=guard is None or guard.needs is None)
     return bio
 
 

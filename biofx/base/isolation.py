@@ -161,7 +161,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             settle(buffer)
 
 
-def _changeable(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+def changeable(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     """The tensors and random number generators in attributes of modules, which a forward may change in place.
 
     Yields:
@@ -262,9 +262,9 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
         The saved attributes.
     """
     with LOCK:
-        changeable = [*_changeable(model)]
-        tensors = [SavedTensor.now(x) for _, _, x in changeable if isinstance(x, Tensor)]
-        generators = [(path, name, x, state_of(x)) for path, name, x in changeable if is_generator(x)]
+        held = [*changeable(model)]
+        tensors = [SavedTensor.now(x) for _, _, x in held if isinstance(x, Tensor)]
+        generators = [(path, name, x, state_of(x)) for path, name, x in held if is_generator(x)]
         before, states = Snapshot(model, generators), global_states()
         with torch.random.fork_rng(devices=[]):
             try:

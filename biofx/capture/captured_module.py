@@ -8,7 +8,6 @@ import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import fx, nn
 
 from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
-from biofx.base.errors import ArgumentError, CaptureError, ExportError, InputError
+from biofx.base.errors import ArgumentError, CaptureError, ExportError
 from biofx.base.references import repoint
 from biofx.base.torch_internals import DERIVED, pytree, reduce_graph_module, tracer_class
 from biofx.capture.tracer import HelperModule
@@ -77,8 +76,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     """The result of `biofx.transform` and `biofx.fold`.
 
     It is also an instance of the model's class, so methods, properties and overrides such as `train` stay. Forward runs
-    the graph if the guard admits the arguments (`guards.py`), and otherwise the model's Python, with the same effective
-    weights. If the model is one island, its graph calls its original forward.
+    the model's Python, with the effective weights. Where a pass needs the graph, or somebody has edited it, the graph
+    runs, under a guard (`guards.py`). If the model is one island, its graph calls its original forward.
 
     Copying or pickling a plain `torch.fx.GraphModule` loses its `meta`, the hooks and attributes of the root, which of
     its buffers are persistent, and the `meta` of nodes. This class keeps them.
@@ -138,7 +137,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     def __copy__(self) -> CapturedModule:
         copied = _empty(type(self).__name__, _model_class(self))
-        shared = {n: value if n == RECORD else copy.copy(value) for n, value in _attributes(self).items()}
+        own = {*_OF_MODULES, GUARD, ORIGINAL_HOOKS}
+        shared = {name: copy.copy(x) if name in own else x for name, x in _attributes(self).items()}
         _fill(copied, shared, copy.deepcopy(self.graph))
         return copied
 
@@ -249,9 +249,12 @@ def _kept(model: nn.Module) -> dict[str, Any]:
 
 def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Module:
     """Return a container with only the children of the original model."""
+    children = {name: child for name, child in children_of(bio).items() if not isinstance(child, HelperModule)}
+    if len(children) == len(bio._modules):
+        return bio
     shell: nn.Module = object.__new__(container)
     vars(shell).update(vars(bio))
-    vars(shell)["_modules"] = {n: m for n, m in children_of(bio).items() if not isinstance(m, HelperModule)}
+    vars(shell)["_modules"] = children
     return shell
 
 
@@ -283,7 +286,7 @@ def _uncompiled(bio: CapturedModule, args: Any, kwargs: Any) -> Any:
 
 
 def _guarded(forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
-    """Return a forward of `cls` that runs the graph if the guard admits the arguments, and else the model's Python."""
+    """Return a forward of `cls` that runs the model's Python, or the graph if something needs it."""
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, cls) or cls.present_forward is not own:
@@ -291,27 +294,16 @@ def _guarded(forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
         guard = vars(self).get(GUARD)
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):  # it is traced again
             return forward(self, *args, **kwargs)
-        if guard is None or "_is_replica" in vars(self):
-            with nullcontext() if torch.compiler.is_compiling() else weight_cache.caching():
-                return forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():  # torch.compile has guards of its own
-            if record_of(self).asked:
+        if torch.compiler.is_compiling():
+            if guard is not None and (record_of(self).asked or not guard.holds_while_compiling(self)):
                 return _uncompiled(self, args, kwargs)
-            follows = guard.compiles_graph and guard.replaced(self) is None
-            follows = follows and (guard.needs is not None or guard.still_holds is None or guard.still_holds())
-            if not follows and guard.widened_by is not None:
-                return _uncompiled(self, args, kwargs)  # which says what is not followed
-            return (forward if follows else type(self).original_forward)(self, *args, **kwargs)
-        for child in guard.synapses(self):
-            child.refuse_lost_writes()
+            runs_graph = guard is None or not guard.is_idle
+            return (forward if runs_graph else type(self).original_forward)(self, *args, **kwargs)
         with weight_cache.caching():
-            if guard.admits(self, args, kwargs):
-                try:
-                    return forward(self, *args, **kwargs)
-                except InputError:  # checks of inputs come first in a graph, so nothing has changed yet
-                    if guard.needs is not None or guard.widened_by is not None:
-                        raise
-            return self.original_forward(*args, **kwargs)
+            if guard is not None and not guard.is_idle and "_is_replica" not in vars(self):
+                guard.check(self, args, kwargs)
+            runs_graph = guard is None or guard.needs is not None
+            return (forward if runs_graph else type(self).original_forward)(self, *args, **kwargs)
 
     # torch.compile limits recompilations per code object, so each model needs a code object of its own.
     code = guarded.__code__.replace()

@@ -14,14 +14,14 @@ import inspect
 import random
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.comparison import difference, difference_of
-from biofx.base.isolation import gradients, parameters_kept, tensors_in, undisturbed
+from biofx.base.isolation import changeable, gradients, parameters_kept, tensors_in, undisturbed
 from biofx.base.lazy_copies import lazy_copy
 from biofx.base.precision import coarsest_dtype
 from biofx.base.torch_internals import is_transformed_by_functions, pytree
@@ -47,6 +47,7 @@ def disagreement(
     python: Forward | None = None,
     by_mode: bool = True,
     submodules: Collection[str] = (),
+    outside: Sequence[Tensor] = (),
 ) -> str | None:
     """Describe how a graph differs from the Python from which it was traced; None if it does not.
 
@@ -57,6 +58,7 @@ def disagreement(
         python: a forward that runs the Python; None for the model's own.
         by_mode: whether forward reads the mode.
         submodules: paths of submodules to compare; `graph` has to call their forward hooks.
+        outside: tensors outside of the model, into which forward may write.
     """
     saves_more = False
     for training in (False, True):
@@ -64,13 +66,13 @@ def disagreement(
             continue
         try:
             with replaced_forward(model, python):
-                expected = _behaviour(model, run, training, submodules)
+                expected = _behaviour(model, run, training, submodules, outside)
         except Exception:  # noqa: BLE001 - the model cannot run in this mode, as batch norm on one sample
             continue
         where = f"in {'training' if training else 'evaluation'} mode"
         try:
             with replaced_forward(model, graph()):
-                actual = _behaviour(model, run, training, submodules)
+                actual = _behaviour(model, run, training, submodules, outside)
         except Exception as error:  # noqa: BLE001 - forward is anybody's code
             return f"its graph fails {where}: {' '.join(str(error).split())[:120]}"
         found = _difference(expected, actual)
@@ -112,19 +114,25 @@ class _Behaviour(NamedTuple):
     """The effects of three calls of a model, the last without gradients.
 
     Attributes:
-        tensors: the outputs, with and without gradients, and the buffers afterwards.
+        tensors: the outputs, with and without gradients.
+        state: afterwards, the buffers and the tensors in attributes, by name.
+        writes: how often each tensor outside of the model was written to.
         slopes: sketches of the gradients of parameters, by call; None if they cannot be computed.
         saved: the number of values that autograd saves for the backward pass.
         inside: the outputs of submodules in the last call, in order, each with the path.
     """
 
     tensors: list[Tensor]
+    state: list[tuple[str, Tensor]]
+    writes: list[int]
     slopes: list[dict[str, Tensor] | None]
     saved: int
     inside: list[tuple[str, list[Tensor]]]
 
 
-def _behaviour(model: nn.Module, run: Run, training: bool, submodules: Collection[str]) -> _Behaviour:
+def _behaviour(
+    model: nn.Module, run: Run, training: bool, submodules: Collection[str], outside: Sequence[Tensor]
+) -> _Behaviour:
     parameters = {name: parameter for name, parameter in model.named_parameters() if not parameter.is_inference()}
     saved = 0
 
@@ -137,6 +145,8 @@ def _behaviour(model: nn.Module, run: Run, training: bool, submodules: Collectio
         warnings.simplefilter("ignore")
         model.train(training)
         _seed()
+        versions = _versions(outside)
+        held = [(f"{path}.{name}".lstrip("."), x) for path, name, x in changeable(model) if isinstance(x, Tensor)]
         tensors, slopes = [], []
         for _ in range(2):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -147,8 +157,13 @@ def _behaviour(model: nn.Module, run: Run, training: bool, submodules: Collectio
         with torch.no_grad(), contextlib.suppress(Exception), _outputs_of(model, submodules) as inside:
             tensors += [x.detach().clone() for x in tensors_in(run(model))]
         with torch.no_grad():
-            tensors += map(lazy_copy, model.buffers())
-    return _Behaviour(tensors, slopes, saved, inside)
+            state = [(name, lazy_copy(tensor)) for name, tensor in (*model.named_buffers(), *held)]
+    writes = [after - before for after, before in zip(_versions(outside), versions, strict=True)]
+    return _Behaviour(tensors, state, writes, slopes, saved, inside)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 @contextlib.contextmanager
@@ -183,9 +198,21 @@ def _difference(expected: _Behaviour, actual: _Behaviour, coarsest: torch.dtype 
     """Describe how two behaviours differ by more than rounding; None if they do not."""
     return (
         difference(expected.tensors, actual.tensors, coarsest)
+        or _difference_of_state(expected.state, actual.state, coarsest)
+        or (None if expected.writes == actual.writes else "a tensor outside of the model is not written to")
         or _difference_of(expected.slopes, actual.slopes, coarsest)
         or _difference_inside(expected.inside, actual.inside, coarsest)
     )
+
+
+def _difference_of_state(
+    expected: list[tuple[str, Tensor]], actual: list[tuple[str, Tensor]], coarsest: torch.dtype | None
+) -> str | None:
+    """Describe how buffers and tensors in attributes differ; None if they do not."""
+    if [name for name, _ in expected] != [name for name, _ in actual]:
+        return "it has other buffers"
+    pairs = ((name, difference_of(old, new, coarsest)) for (name, old), (_, new) in zip(expected, actual, strict=True))
+    return next((f"{name} {found}" for name, found in pairs if found is not None), None)
 
 
 _Slopes = list[dict[str, Tensor] | None]

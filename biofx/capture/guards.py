@@ -1,8 +1,8 @@
-"""Guards: whether the conditions under which a graph was checked still hold.
+"""Guards: whether the conditions under which a model was checked still hold, where its Python is not all that matters.
 
-A graph is a specialization of a model's Python. It runs on arguments like those of the check, as long as the modules,
-their attributes and their hooks have not changed. Otherwise the Python runs, with the same effective weights. If a pass
-needs the graph, the guard raises instead.
+A graph is a specialization of a model's Python, so the Python runs, with the effective weights, and needs no guard. Two
+kinds of models need one. If a pass needs the graph, or somebody has edited it, the graph runs, and follows no change of
+modules, attributes and variables. If a pass doubled units, the Python was checked on one way through the model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import Tensor, fx, nn
 
 from biofx.base.contents import contents_key, copy_of, holders, is_holder, values_within
 from biofx.base.errors import CaptureError
-from biofx.base.torch_internals import GLOBAL_HOOKS, HOOKS
+from biofx.base.torch_internals import HOOKS
 from biofx.capture.assignments import assign_attribute
 from biofx.capture.call_structure import CallStructure, is_plain, structure
 from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
 from biofx.capture.tracer import HelperModule
 from biofx.capture.variable_keys import can_be_compared
+from biofx.model.chain import attribute
 from biofx.model.changes import reason_for_graph
 from biofx.model.islands import WHOLE_MODEL
 from biofx.model.provenance import record_of
@@ -95,8 +96,7 @@ class Guard:
         structures: the structures of the arguments on which it was checked; None for any.
 
     Attributes:
-        needs: why the model's Python cannot replace the graph; None if it can.
-        compiles_graph: whether torch.compile gets the graph: it was checked, or a pass needs it.
+        needs: why the graph runs in place of the model's Python; None if it does not.
         widened_by: the pass that changed the units of the model, or None. What the model's Python computes with these
             units is known of the run that was checked: of other ways through it, nothing is.
     """
@@ -119,7 +119,6 @@ class Guard:
         self._keys, self._changed_name = self._outside.keys, ""
         self._tensors: list[_WatchedTensor] | None = None
         self._equal_tensors: list[_WatchedTensor] = []  # that took the places of some outside of the model
-        self._tensors_of(bio)
         self.watch(bio)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,28 +128,43 @@ class Guard:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         guard = object.__new__(Guard)
+        values = (value for state in self._saved.values() for value in state.values())
+        for value in values:  # what a hook computed, which `copy.deepcopy` refuses, and which the model has no more
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value)
         vars(guard).update(copy.deepcopy(self.__getstate__(), memo) | {"_forwards": self._forwards})
         return guard
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to guard, because the model's Python runs, whatever changes."""
+        return self.needs is None and self.widened_by is None
+
     def watch(self, bio: fx.GraphModule) -> None:
-        """Make `still_holds`, which torch.compile calls at compile time to learn whether the graph may run."""
+        """Begin with a model, which may be a copy: note the tensors that it has now, and make `still_holds`."""
         guard, model = weakref.ref(self), weakref.ref(bio)
 
         @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it is not compiled
         def still_holds() -> bool:
             mine, it = guard(), model()
-            if mine is None or it is None:
-                return True
-            return not (mine._changed(it) or mine._changed_outside(it) or mine._wrote_tensors(it))
+            return mine is None or it is None or mine._first_change(it) is None
 
         self.still_holds: Callable[[], bool] | None = still_holds
+        self._tensors_of(bio)
+
+    def holds_while_compiling(self, bio: fx.GraphModule) -> bool:
+        """Whether torch.compile may compile the graph; it calls this at compile time."""
+        if self.is_idle:
+            return True
+        if self.replaced(bio) is not None or (self.needs is None and self.structures == frozenset()):
+            return False
+        return self.still_holds is None or self.still_holds()
 
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self.needs = reason_for_graph(bio)
         doubling = (run.pass_.name for run in record_of(bio).passes if run.pass_.changes_units and run.weights)
         self.widened_by: str | None = next(doubling, None)
-        self.compiles_graph = self.needs is not None or self.structures is None or bool(self.structures)
         self._held: _LastComparison | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
@@ -176,41 +190,40 @@ class Guard:
                 return name
         return None
 
-    def admits(self, bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the graph may run on the given arguments.
+    def check(self, bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check a call.
 
         Raises:
-            CaptureError: something changed that the graph does not follow, and a pass needs the graph.
+            ArgumentError: a weight was written to, and the write is lost.
+            CaptureError: something changed that the graph does not follow; or arguments take a way through the model on
+                which the units were not checked that a pass doubled.
         """
-        changed = None if self._holds() else self._changed(bio)
-        if changed is None:
-            changed = self._changed_outside(bio)
-        for owner, helper in self._helpers_of(bio):
-            if helper.training is not owner.training:  # which was set as an attribute
-                helper.train(owner.training)
+        for child in self.synapses(bio):
+            child.refuse_lost_writes()
+        changed = self._first_change(bio)
         if self.needs is not None:
             if changed is not None:
                 raise _not_followed(changed.what, self.needs)
-            return True
-        if changed is None and self._wrote_tensors(bio):
-            changed = _Change("a tensor in an attribute, or outside of the model, was written into")
-        is_checked = is_plain(args, kwargs) if self.structures is None else structure(args, kwargs) in self.structures
-        if self.widened_by is not None:
-            self._refuse_unchecked(changed, is_checked)
-        is_autocast = torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu")
-        if changed is not None or any(GLOBAL_HOOKS) or is_autocast or torch.is_inference_mode_enabled():
-            return False
-        return is_checked
-
-    def _refuse_unchecked(self, changed: _Change | None, is_checked: bool) -> None:
-        """Refuse a way through the model's Python on which units were not checked that a pass made."""
+            for owner, helper in self._helpers_of(bio):
+                if helper.training is not owner.training:  # which was set as an attribute
+                    helper.train(owner.training)
+            return
         if changed is not None and not changed.same_way:
             raise _not_followed(changed.what, f"{self.widened_by} doubled units")
-        if not is_checked:
+        if not (is_plain(args, kwargs) if self.structures is None else structure(args, kwargs) in self.structures):
             raise CaptureError(
                 f"{self.widened_by} doubled units, which was checked on arguments of another structure (types, numbers "
                 "of axes, keys, values that are no tensors); transform the model with example_inputs like these"
             )
+
+    def _first_change(self, bio: fx.GraphModule) -> _Change | None:
+        """Describe the first change of modules, variables outside of the model, and tensors that either hold."""
+        changed = None if self._holds() else self._changed(bio)
+        if changed is None:
+            changed = self._changed_outside(bio)
+        if changed is None and any(x.is_written() for x in (*self._tensors_of(bio), *self._equal_tensors)):
+            changed = _Change("a tensor in an attribute, or outside of the model, was written into")
+        return changed
 
     def _helpers_of(self, bio: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         """The modules that stand for a mode in the graph, each with the module whose mode it is."""
@@ -223,23 +236,22 @@ class Guard:
             ]
         return self._helpers
 
-    def _wrote_tensors(self, bio: nn.Module) -> bool:
-        """Whether a tensor with which the trace computed, in an attribute or outside, was written to."""
-        return any(tensor.is_written() for tensor in (*self._tensors_of(bio), *self._equal_tensors))
-
     def _tensors_of(self, bio: nn.Module) -> list[_WatchedTensor]:
         """The tensors in attributes of traced modules and outside of the model."""
         if self._tensors is None:
             seen: set[int] = set()
             own = (
                 value
-                for path in self.traced
-                for _, attribute in attributes_of(bio.get_submodule(path))
-                for value in values_within(attribute, seen)
+                for module in self._modules_of(bio).values()
+                for _, held in attributes_of(module)
+                for value in values_within(held, seen)
                 if isinstance(value, Tensor)
             )
             outside = self._outside_of(bio) if self._outside is None else self._outside
             found = {id(tensor): tensor for tensor in (*own, *outside.tensors)}
+            for name in record_of(bio).followed:
+                with contextlib.suppress(AttributeError, KeyError):  # it was removed, or replaced
+                    del found[id(attribute(bio, name))]
             self._tensors = [_WatchedTensor.now(x) for x in found.values() if not x.is_inference()]
         return self._tensors
 
@@ -305,11 +317,15 @@ class Guard:
         return _Change(f"the variable {self._changed_name}, which forward reads, changed")
 
     def _outside_of(self, bio: nn.Module) -> OutsideVariables:
+        return OutsideVariables(self._modules_of(bio), frozenset(self._assigned))
+
+    def _modules_of(self, bio: nn.Module) -> dict[str, nn.Module]:
+        """The traced modules that are still there, by path."""
         modules = {}
         for path in self.traced:
             with contextlib.suppress(AttributeError):  # it was removed
                 modules[path] = bio.get_submodule(path)
-        return OutsideVariables(modules, frozenset(self._assigned))
+        return modules
 
     def _state(self, path: str, module: nn.Module) -> dict[str, Any]:
         own = [name for name, _ in attributes_of(module) if (path, name) not in self._assigned]

@@ -16,12 +16,12 @@ The front end `"module"` does not trace: the model is one island, and all of its
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from biofx.analysis.understanding import call
 from biofx.base.isolation import split_inputs
@@ -30,9 +30,10 @@ from biofx.capture.equivalence import Run, compared_submodules, disagreement, fi
 from biofx.capture.modes import trace_modes
 from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.reparametrized import TRACEABLE_HOOKS, detach_computed_attributes, pop_computing_hooks
-from biofx.capture.tracer import MustBeNone, NotTraceable
+from biofx.capture.tracer import MustBeNone, NotTraceable, memory_key
 from biofx.capture.tracing import Trace, trace_as_island
-from biofx.model.islands import ORIGINAL_HOOKS
+from biofx.model.chain import attribute
+from biofx.model.islands import ORIGINAL_HOOKS, WHOLE_MODEL
 from biofx.model.provenance import record_of
 from biofx.weights.declared import declared
 
@@ -88,7 +89,17 @@ def _assembled(model: nn.Module, trace: Trace) -> CapturedModule:
     record.islands = trace.tracer.islands
     if not is_one_island:
         record.traced = ("", *trace.traced)
+        record.followed = tuple(_followed(model, trace))
     return bio
+
+
+def _followed(model: nn.Module, trace: Trace) -> Iterator[str]:
+    """The tensors in attributes of which the graph reads the present values, everywhere."""
+    known = {WHOLE_MODEL, *trace.constants, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))}
+    for name in dict.fromkeys(str(node.target) for node in trace.graph.find_nodes(op="get_attr")):
+        value = None if name in known else attribute(model, name)
+        if isinstance(value, Tensor) and memory_key(value) not in trace.tracer.computed:
+            yield name
 
 
 def _clone_constants(trace: Trace) -> None:
@@ -127,9 +138,9 @@ def _trace(model: nn.Module, absent: Collection[str], synapses: Set[int], run: R
                 after.callback(outside.restore)
                 trace = trace_modes(model, absent, islands, synapses)
                 _refuse_effects(model, trace, outside)
-            if run is None or (found := _disagreement(model, trace, run)) is None:
+            if run is None or (found := _disagreement(model, trace, run, outside.tensors)) is None:
                 return trace
-            raise NotTraceable(_differing(model, trace, run, found, synapses))
+            raise NotTraceable(_differing(model, trace, run, found, synapses, outside.tensors))
         except NotTraceable as error:
             _remove_helpers(children)
             for path, reason in error.reasons.items():
@@ -151,7 +162,9 @@ def _refuse_effects(model: nn.Module, trace: Trace, outside: OutsideVariables) -
     raise NotTraceable(dict.fromkeys(reading or [""], f"its forward {what}, which a graph cannot represent"))
 
 
-def _differing(model: nn.Module, trace: Trace, run: Run, found: str, synapses: Set[int]) -> dict[str, str]:
+def _differing(
+    model: nn.Module, trace: Trace, run: Run, found: str, synapses: Set[int], outside: Sequence[Tensor]
+) -> dict[str, str]:
     """Return the smallest modules whose graphs differ from their Python, with the differences; otherwise the model."""
     given = first_calls(model, iter(trace.traced), run)
     result: dict[str, str] = {}
@@ -164,7 +177,7 @@ def _differing(model: nn.Module, trace: Trace, run: Run, found: str, synapses: S
                   if inner.startswith(f"{path}.")}  # fmt: skip
         try:
             alone = trace_modes(module, _absent(module, args, kwargs), inside, synapses)
-            difference = _disagreement(module, alone, call(args, kwargs))
+            difference = _disagreement(module, alone, call(args, kwargs), outside)
         except NotTraceable:
             continue
         finally:
@@ -174,9 +187,9 @@ def _differing(model: nn.Module, trace: Trace, run: Run, found: str, synapses: S
     return result or {"": found}
 
 
-def _disagreement(model: nn.Module, trace: Trace, run: Run) -> str | None:
+def _disagreement(model: nn.Module, trace: Trace, run: Run, outside: Sequence[Tensor]) -> str | None:
     graph, by_mode = partial(forward_of, model, trace), bool(trace.tracer.reads)
-    return disagreement(model, run, graph, by_mode=by_mode, submodules=compared_submodules(trace))
+    return disagreement(model, run, graph, None, by_mode, compared_submodules(trace), outside)
 
 
 def _remove_helpers(children: Mapping[nn.Module, Set[str]]) -> None:

@@ -166,6 +166,7 @@ class Tracer(fx.Tracer):
         steps: the events of the trace in order, as (path of the module whose forward runs, kind, subject). The kinds
             are "enter" with the path of a module, "node" with a node, and "exit" with the result.
         reads: the modules whose `training` was read, by the path of the module whose forward read it.
+        computed: keys of the memory of other tensors with whose values forward computed; the results are constants.
         runs_forward: whether a trace is under way.
     """
 
@@ -184,6 +185,7 @@ class Tracer(fx.Tracer):
         self.refusals: dict[str, MustBeNone] = {}
         self.steps: list[tuple[str, str, Any]] = []
         self.reads: dict[str, list[str]] = {}
+        self.computed: set[int] = set()
         self._path_stack = [""]  # paths of the modules whose forward runs, the innermost last
         self._open_contexts: list[tuple[str, str]] = []  # contexts such as `torch.no_grad`, with the module's path
 
@@ -408,24 +410,27 @@ def _recorded_parameters(tracer: Tracer) -> AbstractContextManager[Any]:
 
 
 class _RefuseValues(TorchDispatchMode):
-    """Raises if forward computes with the values of a parameter or buffer: the results would become constants."""
+    """Raises if forward computes with the values of a parameter or buffer: the results would become constants.
+
+    With other tensors it may, which are noted.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tracer = tracer
         stored = [*tracer.root.named_buffers(), *tracer.root.named_parameters()]
-        self._stored = {_memory(tensor): name for name, tensor in stored if isinstance(tensor, torch.Tensor)}
+        self._stored = {memory_key(tensor): name for name, tensor in stored if isinstance(tensor, torch.Tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, unless one of its arguments shares memory with a parameter or buffer."""
-        for value in pytree.tree_leaves((args, kwargs)):
-            name = self._stored.get(_memory(value)) if isinstance(value, torch.Tensor) else None
-            if name is not None:
-                self._tracer.refuse_value(name)
+        read = {memory_key(value) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        for key in read & self._stored.keys():
+            self._tracer.refuse_value(self._stored[key])
+        self._tracer.computed |= read
         return call_untraced(func, args, kwargs or {})  # not `func()`, which `_recorded_operators` makes a node
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def memory_key(tensor: torch.Tensor) -> int:
     """Return a key for the memory of a tensor; its views have the same key."""
     try:
         return memory_of(tensor)

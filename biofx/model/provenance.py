@@ -96,6 +96,7 @@ class Record:
         captured: fingerprint of the graph as it was captured.
         constants: names of the buffers for tensors that forward itself creates.
         traced: paths of the modules whose forward is part of the graph.
+        followed: the tensors in plain attributes whose present values the graph reads, by name.
         islands: untraced submodules by path, each with the reason; the path of the model itself is empty.
         weights: facts about every parameter that is a weight, by name.
         others: the reason why another parameter is not a weight, by name.
@@ -120,6 +121,7 @@ class Record:
         self.captured = captured
         self.constants = tuple(constants)
         self.traced: tuple[str, ...] = ()
+        self.followed: tuple[str, ...] = ()
         self.islands: dict[str, str] = {}
         self.weights: dict[str, WeightFacts] = {}
         self.others: dict[str, str] = {}
@@ -147,7 +149,9 @@ class Record:
                 "and load that into a model that this version transformed"
             )
         own = {name: value for name, value in state.items() if name != "format"}
-        vars(self).update({"changed": {}, "ties": {}, "empty": [], "asked": "", **own}, attachments=WeakSet())
+        vars(self).update(
+            {"changed": {}, "ties": {}, "empty": [], "asked": "", "followed": (), **own}, attachments=WeakSet()
+        )
 
     @property
     def attached(self) -> set[str]:

@@ -1,13 +1,13 @@
 """Checks of Python that runs with synapses: does it compute what it computes with parameters, and what the graph does?
 
-Where a graph was traced, what Python asked of weights was asked of parameters. Untraced Python, and the Python that
-replaces a graph, asks weights with synapses.
+While a graph was traced, what Python asked of weights was asked of parameters. Python that runs asks weights with
+synapses.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,7 @@ from biofx.base.comparison import difference
 from biofx.base.errors import CaptureError
 from biofx.base.isolation import parameters_kept, run_in_mode, seeds_of, tensors_in, undisturbed
 from biofx.base.precision import outputs_differ
-from biofx.capture.equivalence import replaced_forward
-from biofx.model import weight_cache
+from biofx.capture.tracer import HelperModule
 from biofx.model.islands import is_one_island
 from biofx.model.owners import without_synapses
 from biofx.model.provenance import record_of
@@ -31,22 +30,25 @@ if TYPE_CHECKING:
     from biofx.analysis.understanding import Run
 
 
-def refuse_other(bio: fx.GraphModule, run: Run, outputs: list[Tensor] | None, *, replaces_graph: bool) -> None:
+def refuse_other(bio: fx.GraphModule, run: Run, outputs: list[Tensor] | None, *, runs_python: bool) -> None:
     """Refuse a model whose Python computes something else now that its weights have synapses.
 
     Args:
         bio: the model.
         run: runs it.
         outputs: the outputs of its graph, if they are those of its Python with parameters.
-        replaces_graph: whether all of its Python runs in place of the graph after a change.
+        runs_python: whether all of its Python runs, not only its islands.
     """
+    islands = _alone(bio)
+    paths = [""] if runs_python else islands
     if outputs is None:
         outputs = repeated_outputs(bio, run)
-        _refuse_other_islands(bio, run, training=False)
-    _refuse_other_islands(bio, run, training=True)
-    _refuse_other_gradients(bio, run)
-    if replaces_graph and outputs is not None:
+        _refuse_other_values(bio, run, paths, training=False)
+    elif runs_python and not is_one_island(bio):
         _refuse_other_python(bio, run, outputs)
+    if islands or any(isinstance(module, HelperModule) for module in bio.modules()):  # it distinguishes the modes
+        _refuse_other_values(bio, run, paths, training=True)
+    _refuse_other_gradients(bio, run, islands)
 
 
 def _alone(bio: fx.GraphModule) -> list[str]:
@@ -66,9 +68,8 @@ def _with_parameters(bio: fx.GraphModule, paths: Sequence[str]) -> Iterator[None
         yield
 
 
-def _refuse_other_islands(bio: fx.GraphModule, run: Run, *, training: bool) -> None:
-    """Refuse islands that compute something else than with plain parameters that have the values of their weights."""
-    paths = _alone(bio)
+def _refuse_other_values(bio: fx.GraphModule, run: Run, paths: Sequence[str], *, training: bool) -> None:
+    """Refuse modules that compute something else than with plain parameters that have the values of their weights."""
     if not paths:
         return
     try:
@@ -86,19 +87,19 @@ def _refuse_other_islands(bio: fx.GraphModule, run: Run, *, training: bool) -> N
         names = ", ".join(path or "the model" for path in paths)
         raise CaptureError(
             f"{type(bio).__name__} computes something else with weights that have synapses than with parameters of the "
-            f"same values{' in training mode' if training else ''}: {found}. Some untraced module ({names}) decides by "
-            "the types, the identity or the number of its weights or submodules; decide by their values or names, or "
-            "exclude these weights"
+            f"same values{' in training mode' if training else ''}: {found}. A module ({names}) decides by the types, "
+            "the identity or the number of its weights or submodules, or reads weights from parameters(), "
+            "get_parameter() or _parameters, which hold stored values; read weights as attributes, decide by their "
+            "values or names, or exclude these weights"
         )
 
 
-def _refuse_other_gradients(bio: fx.GraphModule, run: Run) -> None:
+def _refuse_other_gradients(bio: fx.GraphModule, run: Run, paths: Sequence[str]) -> None:
     """Refuse islands in which a function that defines its own backward gives synapses other gradients than parameters.
 
     Such a function may be given a weight, run its module again in the backward pass, and differentiate by the weight
     that it was given. The module reads another tensor then, so the gradient would be 0.
     """
-    paths = _alone(bio)
     inside = {path: bio.get_submodule(path) for path in paths}
     found = {
         child: f"{path}.{name}".lstrip(".") for path, m in inside.items() for name, child in synapses_in(m).items()
@@ -170,10 +171,8 @@ def _of_stored(child: Synapses, gradient: Tensor) -> Tensor:
 
 def _refuse_other_python(bio: fx.GraphModule, run: Run, graph: list[torch.Tensor]) -> None:
     """Refuse a model whose Python has other outputs than its graph now that its weights have synapses."""
-    python: Callable[..., Any] = bio.original_forward  # type: ignore[assignment]  # what a module has may be anything
     try:
-        with replaced_forward(bio, python), weight_cache.caching():
-            found = outputs_differ(bio, run, graph, run_in_mode(bio, run))
+        found = outputs_differ(bio, run, graph, run_in_mode(bio, run))
     except Exception as error:
         raise CaptureError(_why_python_differs(bio, f"it fails: {error}")) from error
     if found is not None:

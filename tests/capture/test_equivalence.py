@@ -280,3 +280,40 @@ def test_dropout_and_batch_norm_stay_in_the_graph():
         torch.manual_seed(0)
         results.append(F.relu(one(x)))
     torch.testing.assert_close(*results)
+
+
+OUTSIDE, KEPT = torch.zeros(4), [torch.zeros(4)]
+WRITES = {
+    "a variable": lambda m, y: OUTSIDE.copy_(y),
+    "a variable by out": lambda m, y: torch.add(y, 1, out=OUTSIDE),
+    "in a list": lambda m, y: KEPT[0].copy_(y),
+    "in a list of the model": lambda m, y: m.kept[0].copy_(y),
+    "several": lambda m, y: torch._foreach_copy_([OUTSIDE, m.kept[0]], [y, y]),
+}
+
+
+@pytest.mark.parametrize("pipeline", ["split-synapses", "synaptic-scaling"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_forward_writes_into_tensors_is_not_lost(write, pipeline):
+    """The graph wrote into a copy, which it made of the tensor as of a constant."""
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.kept = nn.Linear(4, 4), [torch.zeros(4)]
+
+        def forward(self, x):
+            y = self.layer(x)
+            write(self, y[0].detach())
+            return y
+
+    x = torch.randn(3, 4)
+    model = Writes()
+    bio = biofx.transform(model, pipeline, example_inputs=(x,))
+    written = []
+    for one in (model, bio):
+        OUTSIDE.zero_(), KEPT[0].zero_()
+        one(2 * x)
+        written.append((OUTSIDE.clone(), KEPT[0].clone(), one.kept[0]))
+    torch.testing.assert_close(written[1], written[0])
+    assert any(tensor.any() for tensor in written[0])

@@ -1,4 +1,4 @@
-"""Checks of Python: a function with a backward of its own gives synapses the gradients that parameters get."""
+"""Checks of Python: with synapses, it computes what it does with parameters, and has the same gradients."""
 
 import pytest
 import torch
@@ -73,3 +73,28 @@ def test_what_the_error_says_to_do_works(given, exclude, frontend, pipeline):
     plain(X).square().sum().backward()
     torch.testing.assert_close(bio.layer.bias.grad, plain.layer.bias.grad)
     assert bio.get_parameter("layer.weight").grad.count_nonzero() == bio.get_parameter("layer.weight").numel()
+
+
+ASKS = {
+    "parameters": lambda m: sum(p.norm() for p in m.parameters()),
+    "its registry": lambda m: m.layer._parameters["weight"].norm(),
+    "its class": lambda m: type(m.layer) is nn.Linear,
+    "by name": lambda m: m.get_parameter("layer.weight").norm(),
+    "its children": lambda m: len([*m.layer.children()]),
+}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+@pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
+def test_what_only_training_asks_of_stored_values_is_refused(ask, frontend):
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y + ask(self) if self.training else y
+
+    with pytest.raises(biofx.CaptureError, match="in training mode.*read weights as attributes"):
+        biofx.transform(Asks(), "split-synapses", example_inputs=X, frontend=frontend)

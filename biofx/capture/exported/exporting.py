@@ -30,6 +30,7 @@ from biofx.capture.exported.devices import follow_device, names_dtype
 from biofx.capture.exported.program import Program, export
 from biofx.capture.exported.structure import CONSTANTS, Structure, describe, leaf_names, packed, unpacked
 from biofx.capture.modes import ModeSelect
+from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.reparametrized import pop_computing_hooks
 from biofx.capture.tracer import HelperModule, KeywordOnly, NotTraceable, Tracer, unused_name
 from biofx.model.islands import ORIGINAL_HOOKS
@@ -81,12 +82,13 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
 
 def _check(bio: CapturedModule, example_inputs: Any) -> None:
     """Raise if the exported graph differs from the model, also on inputs with other strides that require gradients."""
-    inputs = split_inputs(example_inputs)
+    inputs, outside = split_inputs(example_inputs), OutsideVariables(dict(bio.named_modules())).tensors
+    graph = MethodType(type(bio).forward, bio)
     for given, where in (
         (inputs, ""),
         (pytree.tree_map_only(Tensor, _held_otherwise, inputs), " for inputs that need gradients or are transposed"),
     ):
-        found = disagreement(bio, call(*given), lambda: MethodType(type(bio).forward, bio), bio.original_forward)
+        found = disagreement(bio, call(*given), lambda: graph, bio.original_forward, outside=outside)
         if found is not None:
             why = (
                 "Its forward takes decisions, draws random numbers, has side effects, or has gradients of its own "
