@@ -244,9 +244,6 @@ class Converted(CapturedModule):
         build, arguments, state = super().__reduce__()
         return _build, (build, arguments), state
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Converted:
-        return _with_methods(super().__deepcopy__(memo))
-
     def _weights(self, by: str, *, with_gradients: bool = False) -> list[PlasticWeight]:
         changed = {name for run in record_of(self).passes if run.pass_.name == by for name in run.weights}
         sites = [site for name, site in weight_sites(self).items() if name in changed]

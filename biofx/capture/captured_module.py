@@ -127,12 +127,18 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             return
         super().__setattr__(name, value)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
-        copied = _empty(type(self).__name__, _model_class(self))
-        memo.update({id(self): copied, **{key: clone for key, clone in clones(self).items() if key not in memo}})
-        _fill(copied, copy.deepcopy(_attributes(self), memo), copy.deepcopy(self.graph))
-        repoint(copied, memo, is_copy=True)
-        update_chains(copied)  # no optimizer is attached to a copy
+    @property
+    def __deepcopy__(self) -> Callable[[dict[int, Any]], nn.Module] | None:  # type: ignore[override]
+        """None, so that `copy.deepcopy` uses `__reduce__`.
+
+        A wrapper that passes attributes on, such as `PeftModel`, would pass on a method as well: its copy would be one of
+        the model inside.
+        """
+        return None if is_transformed(self) else self._deep_copy
+
+    def _deep_copy(self, memo: dict[int, Any]) -> CapturedModule:
+        memo[id(self)] = copied = _empty(type(self).__name__, _model_class(self))
+        copy.deepcopy(_State(self), memo)
         return copied
 
     def __copy__(self) -> CapturedModule:
@@ -179,20 +185,20 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             unexpected.append(f"{prefix}: {found}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if is_transformed(self):
-            transformed(self)  # so that the graph reads what is there now
-        _, (_, imports) = super().__reduce__()
-        attributes = _attributes(self)
-        if not (is_transformed(self) or "biofx" in imports or any(isinstance(m, HelperModule) for m in self.modules())):
-            # It is folded and contains nothing of biofx, so it loads as a plain graph where biofx is not installed.
-            attributes = {n: x for n, x in attributes.items() if n not in ("_tracer_cls", GUARD, ORIGINAL_HOOKS)}
-            # Hooks may refer to the model.
-            hooks: dict[str, Any] = {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
-            return reduce_graph_module, (attributes | hooks, imports), attributes
-        attributes["_code"] = _OPERATOR.sub(lambda found: written_name(found[0]), attributes["_code"])
-        return _empty, (type(self).__name__, _model_class(self)), (attributes, imports, *_origins(self.graph))
+        if not (is_transformed(self) or any(isinstance(module, HelperModule) for module in self.modules())):
+            _, (_, imports) = super().__reduce__()
+            if "biofx" not in imports:
+                # It is folded and contains nothing of biofx, so it loads as a plain graph where biofx is not installed.
+                kept = _attributes(self)
+                attributes = {n: x for n, x in kept.items() if n not in ("_tracer_cls", GUARD, ORIGINAL_HOOKS)}
+                # Hooks may refer to the model.
+                hooks: dict[str, Any] = {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
+                return reduce_graph_module, (attributes | hooks, imports), attributes
+        return _empty, (type(self).__name__, _model_class(self)), _State(self)
 
-    def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]]) -> None:
+    def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]] | None) -> None:
+        if state is None:  # copy.deepcopy has filled it
+            return
         # torch.fx pickles the code, not the graph. Tracing it gives the same calls in the same order, without `meta`.
         attributes, imports, reads, calls = state
         vars(self).update(attributes)  # first, because the code below is traced with this model in it
@@ -205,6 +211,29 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         _fill(self, attributes, traced.graph)
         number_nodes(self)
         update_chains(self)  # the pickled model may have been attached to an optimizer
+
+
+class _State:
+    """The state of a captured model in `__reduce__`: `copy.deepcopy` copies its graph, and pickle writes its code."""
+
+    def __init__(self, model: CapturedModule) -> None:
+        self._model = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        model, copied = self._model, memo[id(self._model)]
+        memo.update({key: clone for key, clone in clones(model).items() if key not in memo})
+        _fill(copied, copy.deepcopy(_attributes(model), memo), copy.deepcopy(model.graph))
+        repoint(copied, memo, is_copy=True)
+        update_chains(copied)  # no optimizer is attached to a copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        model = self._model
+        if is_transformed(model):
+            transformed(model)  # so that the graph reads what is there now
+        _, (_, imports) = fx.GraphModule.__reduce__(model)
+        attributes = _attributes(model)
+        attributes["_code"] = _OPERATOR.sub(lambda found: written_name(found[0]), attributes["_code"])
+        return tuple, ([attributes, imports, *_origins(model.graph)],)
 
 
 def captured(

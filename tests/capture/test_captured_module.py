@@ -293,3 +293,33 @@ def test_the_class_makes_models_of_the_original_class(frontend):
     assert type(type(bio)(2)) is MakesTwin
     for other in (bio, copy.deepcopy(bio), biofx.fold(bio)):
         torch.testing.assert_close(other(x), x)
+
+
+class PassesOn(nn.Module):
+    """A wrapper with what the model inside does not have, such as a `PeftModel`."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(3, 2)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        return self.head(self.inner(x))
+
+
+def test_a_copy_of_what_passes_on_attributes_is_one():
+    wrapped, x = PassesOn(biofx.transform(Model(), "split-synapses")), torch.randn(4, 3)
+    copied = copy.deepcopy(wrapped)
+    assert type(copied) is PassesOn
+    assert copied.inner is not wrapped.inner
+    torch.testing.assert_close(copied(x), wrapped(x))
+
+
+def test_a_copy_of_a_compiled_model_is_compiled():
+    compiled = torch.compile(biofx.transform(Model(), "split-synapses"), backend="eager")
+    assert type(copy.deepcopy(compiled)) is type(compiled)
