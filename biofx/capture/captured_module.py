@@ -131,8 +131,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     def __deepcopy__(self) -> Callable[[dict[int, Any]], nn.Module] | None:  # type: ignore[override]
         """None, so that `copy.deepcopy` uses `__reduce__`.
 
-        A wrapper that passes attributes on, such as `PeftModel`, would pass on a method as well: its copy would be one of
-        the model inside.
+        A wrapper that passes attributes on, such as `PeftModel`, would pass on a method as well, and its copy would be
+        one of the model inside.
         """
         return None if is_transformed(self) else self._deep_copy
 
