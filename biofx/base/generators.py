@@ -48,3 +48,13 @@ def global_states() -> list[tuple[Any, Any]]:
 
         functions.append(numpy.get_state)
     return [(function.__self__, state_of(function.__self__)) for function in functions]
+
+
+def seed_global() -> None:
+    """Seed the generators that functions of PyTorch, Python and, if it is imported, of NumPy draw from."""
+    torch.manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        from numpy import random as numpy
+
+        numpy.seed(0)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import random
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.comparison import difference, difference_of
+from biofx.base.generators import seed_global
 from biofx.base.isolation import changeable, gradients, parameters_kept, tensors_in, undisturbed
 from biofx.base.lazy_copies import lazy_copy
 from biofx.base.precision import coarsest_dtype
@@ -144,7 +143,7 @@ def _behaviour(
     with parameters_kept(model), undisturbed(model), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.train(training)
-        _seed()
+        seed_global()
         versions = _versions(outside)
         held = [(f"{path}.{name}".lstrip("."), x) for path, name, x in changeable(model) if isinstance(x, Tensor)]
         tensors, slopes = [], []
@@ -241,15 +240,6 @@ def _difference_inside(expected: _Inside, actual: _Inside, coarsest: torch.dtype
         return "other submodules run"
     pairs = ((path, difference(old, new, coarsest)) for (path, old), (_, new) in zip(expected, actual, strict=True))
     return next((f"{found} in {path}" for path, found in pairs if found is not None), None)
-
-
-def _seed() -> None:
-    torch.manual_seed(0)
-    random.seed(0)
-    if "numpy" in sys.modules:
-        from numpy import random as numpy
-
-        numpy.seed(0)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from biofx.base.generators import seed_global
 from biofx.base.isolation import parameters_kept, undisturbed
 from biofx.base.torch_internals import (
     HigherOrderOperator,
@@ -458,6 +459,7 @@ def recording_of(
         for context in (parameters_kept(model, but), undisturbed(model), torch.no_grad(), _operator_by_operator()):
             stack.enter_context(context)
         model.train(training)
+        seed_global()  # forward may draw which layers it runs
         recorder.declare_model(model)
         try:
             with recorder.watching(model), recorder:

@@ -283,3 +283,31 @@ def test_a_run_that_fails_says_where():
 def test_a_forward_that_asks_for_a_device_that_is_not_there():
     with pytest.raises(biofx.ArgumentError, match="Between fails on example_inputs, at cuda"):
         biofx.units(Between(lambda _, y: y.cuda()), torch.randn(3, 4))
+
+
+class DropsLayers(nn.Module):
+    """Draws the layers that it runs, in evaluation mode as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            if torch.rand(()) + random.random() + numpy.random.rand() < 1.5:
+                x = layer(x).relu()
+        return self.head(x)
+
+
+def test_what_a_run_draws_does_not_depend_on_global_seeds(tmp_path):
+    model, found = DropsLayers(), set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        bio = biofx.transform(model, "split-synapses", example_inputs=torch.randn(2, 4))
+        found.add(tuple(biofx.weight_sites(bio)))
+        biofx.save(bio, tmp_path)
+        torch.manual_seed(seed + 1)
+        biofx.load(tmp_path, model)
+    assert len(found) == 1
