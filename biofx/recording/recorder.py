@@ -207,7 +207,8 @@ class Recorder(TorchDispatchMode):
         returned = list(leaves(Tensor, result))
         if calls_functions and all(self._known(tensor) for tensor in returned):  # by operators in these functions
             return result
-        operation.outputs = tuple(self._returned(tensor, operation, depends) for tensor in returned)
+        source = next(leaves(Tensor, args), None)
+        operation.outputs = tuple(self._returned(tensor, operation, depends, source) for tensor in returned)
         for value in operation.written:
             self._note_write(value, operation, depends)
         self.recording.operations.append(operation)
@@ -273,7 +274,7 @@ class Recorder(TorchDispatchMode):
         """
         return func(*args, **kwargs)
 
-    def _returned(self, tensor: Tensor, operation: Operation, depends: Depends) -> Value:
+    def _returned(self, tensor: Tensor, operation: Operation, depends: Depends, source: Tensor | None) -> Value:
         value: Value | None = self._values.get(tensor)
         if value is not None and value in operation.operands and _has_form(value, tensor):  # changed, or as it was
             if not value.is_activity and value.data is not None:
@@ -284,7 +285,8 @@ class Recorder(TorchDispatchMode):
         value.producer = operation
         value.depends = depends
         value.is_inside = bool(self._running) or any(operand.is_inside for operand in operation.operands)
-        if _returns_view(operation.operator) or (operation.kind is Kind.LAYOUT and operation.written):
+        is_view = _returns_view(operation.operator) and not _is_copy(tensor, source)
+        if is_view or (operation.kind is Kind.LAYOUT and operation.written):
             operation.written = ()  # transpose_ and the like do not change the entries
             value.view_of = operation.operands[0]
             value.depends = depends_of(operation.operands[0])
@@ -580,6 +582,14 @@ def _written(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
     for name, position in _aliases(operator)[0]:
         argument = args[position] if position < len(args) else kwargs.get(name)
         yield from leaves(Value, argument)
+
+
+def _is_copy(tensor: Tensor, source: Tensor | None) -> bool:
+    """Whether an operator that may return a view, such as `to`, has copied."""
+    if source is None:
+        return False
+    places = _place_in_memory(tensor)[0], _place_in_memory(source)[0]
+    return all(places) and places[0] != places[1]
 
 
 def _returns_view(operator: Any) -> bool:

@@ -147,6 +147,7 @@ KEEP = {
     "constants": lambda x: 1 - 2 * x / 3 + 1,
     "masked_fill in place": lambda x: x.clone().masked_fill_(x > 0, 0.0),
     "masked_fill": lambda x: x.masked_fill(x > 0, 0.0),
+    "masked_fill by a tensor": lambda x: x.masked_fill(x > 0, torch.tensor(-1.0, dtype=torch.float16)),
     "cast": lambda x: x.double().float().to(x.dtype).contiguous().clone().detach(),
     "data": lambda x: x.data,
     "identity": nn.Identity(),
