@@ -218,7 +218,7 @@ class DalesPrinciple(Pass):
         energies = _energies(model, readings, len(units.classes)) if self.assign == "closest" else None
         given = dict(self.assign) if isinstance(self.assign, Mapping) else {}
         known = known_signs(model, units)
-        for index, population in enumerate(units.populations):
+        for index, population in enumerate(units.populations[1:], 1):  # the first is nobody
             members = units.classes[units.members(index)]
             numbers = read[torch.isin(read, members)]
             if population.name in given:

@@ -29,21 +29,26 @@ class Activity(Interpreter[str]):
         return self._read.get((operation, value), "")
 
     def inverted(self, value: Value) -> str:
-        """The operator that turns over the sign of a tensor before it meets another activity; empty if none does."""
-        pending, seen = [(value, "")], {value}
+        """The operator that turns over the sign of a tensor before it meets another activity, wherever it does.
+
+        Empty if none does, or not in every use: a leak subtracts from a tensor a part of the same tensor.
+        """
+        pending, seen, found = [(value, "")], {value}, ""
         while pending:
             current, by = pending.pop()
             users = self._users.get(current, ())
-            if by and not users:
-                return by
+            ends = [] if users else [by]
             for operation in users:
                 now = by if not _turns_over(operation, current) else "" if by else operation.called
-                if _passes_on(operation, current) and operation.outputs[0] not in seen:
+                if not _passes_on(operation, current):
+                    ends.append(now)
+                elif operation.outputs[0] not in seen:
                     seen.add(operation.outputs[0])
                     pending.append((operation.outputs[0], now))
-                elif now:
-                    return now
-        return ""
+            if not all(ends):
+                return ""
+            found = next(iter(ends), found)
+        return found
 
     def source(self, value: Value) -> str:
         """Why a tensor that no operator made can be negative."""

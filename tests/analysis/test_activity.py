@@ -112,6 +112,15 @@ def test_parameters_and_buffers_that_are_added(value, expected):
 
 # --- signs that are turned over -----------------------------------------------------------------------------------
 
+
+def leaky(h, drive):
+    return h + 0.1 * (drive - h)
+
+
+def both_ways(h, other):
+    return torch.maximum(other + h, other - h)
+
+
 INVERTED_BY = {
     "added": (lambda m, h: m.a(h) + m.b(h), ""),
     "subtracted": (lambda m, h: m.a(h) - m.b(h), "sub"),
@@ -127,6 +136,8 @@ INVERTED_BY = {
     "a minuend": (lambda m, h: m.b(h) - m.c + m.a(h), ""),
     "joined with others before": (lambda m, h: m.a(h) - 0.1 * (m.a(h) + m.b(h)), ""),
     "behind an activation": (lambda m, h: m.a(h) - F.relu(m.b(h)), ""),
+    "leaking": (lambda m, h: leaky(m.b(h), m.a(h)), ""),
+    "negated in one of two uses": (lambda m, h: both_ways(m.b(h), m.a(h)), ""),
 }
 
 

@@ -75,6 +75,25 @@ def test_the_fraction_is_exact_for_the_units_that_are_read():
     assert int((biofx.weight_sites(bio)["out.weight"].sign > 0).sum()) == 8
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_fraction_is_exact_for_units_that_carry_on(seed):
+    """The units that merge in each step are of one class, though only those of the last are counted."""
+
+    class Unjudged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.recurrent, self.out = nn.Linear(3, 10), nn.Linear(10, 10), nn.Linear(10, 2)
+
+        def forward(self, x):
+            h = torch.zeros(2, 10)
+            for now in x:
+                h = 0.8 * h + torch.relu(h @ self.recurrent.weight.abs() @ torch.eye(10) + self.into(now))
+            return self.out(h)
+
+    bio = biofx.transform(Unjudged(), [passes.DalesPrinciple()], example_inputs=torch.randn(4, 2, 3), seed=seed)
+    assert int((biofx.weight_sites(bio)["out.weight"].sign > 0).sum()) == 8
+
+
 def test_a_flattened_map_has_one_sign_for_each_channel():
     model = nn.Sequential(nn.Conv2d(1, 10, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(90, 4))
     for example_inputs in (None, torch.randn(2, 1, 8, 8)):
