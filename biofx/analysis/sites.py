@@ -467,8 +467,8 @@ def find_weights(bio: fx.GraphModule) -> Weights:
         parameter = stored(bio, name)
         readers = chain(nodes[name])[-1].users if name in nodes else ()
         inside = (*(node for node in readers if control_flow_of(bio, node)), *callers.get(id(parameter), ()))
-        if not readers and not inside:
-            others[name] = "no operator uses it any more" if name in nodes else "not used in the graph"
+        if name in nodes and not readers and not inside:
+            others[name] = "no operator uses it any more"
         else:
             own = tuple(call for call in calls.get(name, ()) if call.node not in inside)
             sites[name] = WeightSite(bio, name, facts, nodes.get(name), own, inside)

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set, tuple})
 _KINDS = (OrderedDict, dict, list, set, deque)  # a class comes before its base
@@ -199,4 +200,6 @@ def is_of_user(value: Any) -> bool:
     """Whether a value is an instance of a user's class, such as a configuration or a counter."""
     if isinstance(value, (nn.Module, Tensor, type, ModuleType)):
         return False
+    if isinstance(value, (Distribution, Transform)):  # policies and autoencoders keep the last one
+        return True
     return type(value) in NAMESPACES or type(value).__module__.partition(".")[0] not in _NOT_OF_USERS

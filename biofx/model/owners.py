@@ -179,6 +179,12 @@ class HasSynapses:
             raise ArgumentError(f"{name} of {type(self).__name__} has synapses, so it cannot be deleted; {FOLD}")
         super().__delattr__(name)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        for key in vars(self)["_parameters"]:
+            if _synapses_of(self, key) is not None:  # a class that writes by its own code writes what is computed
+                destination.pop(f"{prefix}{key}", None)
+
     def _load_from_state_dict(
         self, state: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: list[str], errors: Any
     ) -> None:
@@ -188,6 +194,8 @@ class HasSynapses:
             if child is not None and isinstance(state.get(name), Tensor):  # of a plain module, as its own code left it
                 unexpected[:] = [each for each in unexpected if each != name]
                 place = f"{prefix}{CHILD.format(key)}"
+                if f"{place}.{child.stored_name}" in state:  # of a model with synapses, beside what is computed
+                    continue
                 for each in child.users:
                     state.setdefault(f"{place}.{each}", getattr(child, each))
                 try:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import biofx
+from biofx import passes
 from biofx.base.copying import copied
 from conftest import flat, loss
 
@@ -76,6 +77,27 @@ def test_a_state_with_a_history_is_copied():
     torch.testing.assert_close(bio(x), expected)
     assert not torch.equal(expected, first)
     torch.testing.assert_close(biofx.fold(bio)(x), model(x))
+
+
+def test_a_distribution_that_forward_keeps_is_copied():
+    """… as policies and variational autoencoders keep the last one, with its history."""
+
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.last = nn.Linear(3, 2), None
+
+        def forward(self, x):
+            normal = torch.distributions.Normal(self.mean(x), torch.ones(2))
+            self.last = torch.distributions.TransformedDistribution(normal, [torch.distributions.TanhTransform()])
+            return self.last.log_prob(self.last.rsample())
+
+    bio, x = biofx.transform(Policy(), [passes.SplitSynapses()]), torch.randn(4, 3)
+    loss(bio(x)).backward()
+    for same in (copied(bio), biofx.fold(bio)):
+        assert torch.equal(same.last.base_dist.loc, bio.last.base_dist.loc)
+        assert same.last.base_dist.loc is not bio.last.base_dist.loc
+
 
 
 def test_a_parameter_in_two_places_stays_one():

@@ -266,3 +266,39 @@ def test_assigning_tied_weights_does_not_lose_one(own, around):
         (biofx.ArgumentError, RuntimeError), match="2.weight is tied to 0.weight in this model, and has o"
     ):
         whole.load_state_dict(state, assign=True)
+
+
+class Writing(nn.Linear):
+    """Writes its weight into a checkpoint by its own code, as lazy layers do; or in another form, and reads it back."""
+
+    in_parts = False
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        weight = self.weight if keep_vars else self.weight.detach()
+        parts = {"upper": weight[:2], "lower": weight[2:]} if self.in_parts else {"weight": weight}
+        destination.update({f"{prefix}{name}": part for name, part in parts.items()})
+        destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        if f"{prefix}upper" in state:
+            state[f"{prefix}weight"] = torch.cat([state.pop(f"{prefix}upper"), state.pop(f"{prefix}lower")])
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_code_that_writes_a_weight_leaves_its_synapses_alone(in_parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(Writing, "in_parts", in_parts)
+    model, x = nn.Sequential(Writing(3, 4), nn.ReLU(), Writing(4, 4)), torch.randn(5, 3)
+    bio, other = (biofx.transform(model, "split-synapses", seed=seed) for seed in range(2))
+    state = bio.state_dict()
+    assert ("0.weight" in state, "0.upper" in state) == (False, in_parts)
+    other.load_state_dict(state)
+    assert_same_states(bio.state_dict(), other.state_dict())
+    early = biofx.transform(model, "split-synapses", seed=2)
+    early.load_state_dict(state | {"0.weight": bio[0].weight.detach()})  # as one that was saved with both
+    assert_same_states(bio.state_dict(), early.state_dict())
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), model(x))
+    if not in_parts:
+        biofx.save(bio, tmp_path / "kept")
+        assert_same_states(bio.state_dict(), biofx.load(tmp_path / "kept", model).state_dict())
