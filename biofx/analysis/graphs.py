@@ -258,6 +258,8 @@ def _source(node: fx.Node, recording: Recording, read: WeightRead) -> tuple[int 
             place = _rearranged(value.producer, place)[value.producer.outputs.index(value)]
     except CannotFollowError:
         return None, ()
+    if not place.numel():  # an empty tensor shows no axis
+        return None, ()
     found: list[int] = []
     for axis in read.source_axes:
         line = place.movedim(axis, -1)[tuple(n // 2 for i, n in enumerate(place.shape) if i != axis % place.dim())]

@@ -148,6 +148,8 @@ class UnitReadings:
             return remark
         if rows is None:
             return self._why_rows_act(first)
+        if not rows.shape[1]:
+            return "it read only empty tensors in the run; give example_inputs in which it reads some activity"
         if self._numbers.mix_positions(rows):
             return "reads different units by the same synapses"
         owner = self._numbers.owner()

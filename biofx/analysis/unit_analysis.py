@@ -220,8 +220,9 @@ class UnitAnalysis:
         return self.numbers.numbers_for(maker, operation.described, origin, value.shape.numel()).view(value.shape)
 
     def _is_made_of_inputs(self, operation: Operation) -> bool:
-        """Whether an operator receives no unit of the network."""
-        return operation not in self._reads and not any(map(self.is_of_network, operation.operands))
+        """Whether an operator receives no unit of the network, except for the places from which it takes entries."""
+        taken = self.carried(operation) if operation.kind is Kind.LAYOUT else operation.operands
+        return operation not in self._reads and not any(map(self.is_of_network, taken))
 
     def _touched_by_weights(self) -> set[Value]:
         """The tensors that depend on a weight, or on one that no operator made, which may do so."""
@@ -280,7 +281,9 @@ class UnitAnalysis:
         ]
 
     def _is_constant(self, operation: Operation) -> bool:
-        """Whether an operator receives neither units nor inputs."""
+        """Whether an operator receives neither units nor inputs, or only empty tensors."""
+        if not any(v.shape.numel() for v in operation.operands if v.is_activity):
+            return any(v.is_activity for v in operation.operands)
         if operation.depends is Depends.INPUTS:
             return False
         return all(_is_nobody(self._of(v)) for v in operation.operands if v.is_activity)

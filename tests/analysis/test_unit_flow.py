@@ -571,3 +571,41 @@ def test_tensors_that_one_operator_changes_keep_units_apart(size):
     text = str(biofx.units(Lists(), torch.randn(3, 4)))
     assert "6: _foreach_tanh_ " in text
     assert f"{size}: _foreach_tanh_ (2)" in text
+
+
+def test_inputs_that_units_choose_are_inputs():
+    def forward(m, x):
+        kept = m.gate(x)[:, 0] > 0
+        return m.a(x[kept]).sum(0) + m.b(x[kept.nonzero()[:, 0]]).sum(0)
+
+    x = torch.tensor([[1.0, 2], [-1, 3], [2, -1]])
+    gate, layers = nn.Linear(2, 1, bias=False), {"a": nn.Linear(2, 3), "b": nn.Linear(2, 3)}
+    nn.init.ones_(gate.weight)
+    found = analysed(forward, x, gate=gate, **layers)
+    assert {str(verdict) for verdict in found.verdicts().values()} == {"free"}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_what_reads_only_empty_tensors_is_not_judged(frontend):
+    """… as experts to which no token went."""
+
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 2), nn.Conv1d(6, 2, 1)
+            self.own = nn.Parameter(torch.randn(6, 2))
+
+        def forward(self, x):
+            h = self.a(x)
+            none = torch.relu(h[:0])
+            product = torch.einsum("bi,ij->bj", none, self.own)
+            return self.b(h) + self.b(none).sum() + self.c(none[..., None]).mean(0).nan_to_num()[:, 0] + product.sum(0)
+
+    bio = biofx.transform(Empty(), "dales-principle", example_inputs=torch.randn(3, 4), frontend=frontend)
+    reason = "not judged: it read only empty tensors in the run; give example_inputs in which it reads some activity"
+    assert {name: str(verdict) for name, verdict in biofx.verify(bio).items()} == {
+        "own": reason,
+        "a.weight": "free",
+        "b.weight": "obeys",
+        "c.weight": reason,
+    }

@@ -212,3 +212,35 @@ def test_wrappers_are_looked_through():
     bio = biofx.transform(nn.Linear(2, 2), SPLIT)
     assert list(biofx.weight_sites(torch.compile(bio))) == ["weight"]
     assert biofx.summary(nn.DataParallel(bio)) == biofx.summary(bio)
+
+
+def test_weights_that_other_methods_use_are_sites():
+    """The graph of forward lacks them, but a run of the methods shows them."""
+
+    class Autoencoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head, self.decoder = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.encoder(x)))
+
+        def reconstruct(self, x):
+            return self.decoder(torch.relu(self.encoder(x)))
+
+    x = torch.randn(5, 4)
+
+    def run(m):
+        return m(x), m.reconstruct(x)
+
+    model = Autoencoder()
+    bio = biofx.transform(model, [passes.SplitSynapses(), passes.DalesPrinciple()], example_inputs=run)
+    assert {name: str(verdict) for name, verdict in biofx.verify(bio).items()} == {
+        "encoder.weight": "free",
+        "head.weight": "obeys",
+        "decoder.weight": "obeys",
+    }
+    assert not len(biofx.units(biofx.fold(bio), run).mixed())
+    bio = biofx.transform(model, "split-synapses,crystallize,synaptic-scaling", example_inputs=run)
+    torch.testing.assert_close(run(bio), run(model))
+    assert "synaptic-scaling: no node of the graph is known to use it" in flat(biofx.summary(bio))
