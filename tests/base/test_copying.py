@@ -99,7 +99,6 @@ def test_a_distribution_that_forward_keeps_is_copied():
         assert same.last.base_dist.loc is not bio.last.base_dist.loc
 
 
-
 def test_a_parameter_in_two_places_stays_one():
     model = Unusual("coo")
     model.tied, model.fixed.requires_grad = model.fixed, False
