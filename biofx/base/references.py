@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from biofx.base.contents import ATOMS, Slots, attributes_of, is_of_user
+from biofx.base.contents import ATOMS, Slots, attributes_of, is_of_user, items_of
 from biofx.base.torch_internals import DERIVED, HOOKS, HookWithModule
 
 _REGISTRIES = frozenset(vars(nn.Module())) - {*HOOKS}
@@ -127,9 +127,9 @@ def _made_of(value: Any) -> tuple[Callable[..., Any], list[Any]] | None:
 
         return make, [value.func, value.args, *value.keywords.values()]
     if isinstance(value, frozenset):
-        return lambda *parts: frozenset(parts), [*value]
+        return lambda *parts: frozenset(parts), [*items_of(value)]
     if isinstance(value, tuple):
-        return (lambda *parts: parts) if type(value) is tuple else type(value), [*value]
+        return (lambda *parts: parts) if type(value) is tuple else type(value), [*items_of(value)]
     return None
 
 
@@ -144,7 +144,8 @@ def _repoint_inside(value: Any, of: Callable[[Any], Any]) -> None:
                 setattr(value, name, new)
         return
     if isinstance(value, set):
-        parts, new = [*value], [of(part) for part in value]
+        parts = [*items_of(value)]
+        new = [of(part) for part in parts]
         if any(a is not b for a, b in zip(new, parts, strict=True)):
             value.clear()
             value.update(new)
@@ -153,7 +154,7 @@ def _repoint_inside(value: Any, of: Callable[[Any], Any]) -> None:
             if (new := of(part)) is not part:
                 dict.__setitem__(value, key, new)
     elif isinstance(value, list | deque):
-        for place, part in enumerate([*value]):
+        for place, part in enumerate([*items_of(value)]):
             if (new := of(part)) is not part:
                 value[place] = new
     if is_of_user(value):
@@ -214,9 +215,9 @@ def _parts(
 
 def _contents(value: Any) -> list[Any]:
     if isinstance(value, list | tuple | set | frozenset | deque):
-        return [*value]
+        return [*items_of(value)]
     if isinstance(value, dict):
-        return [*value, *value.values()]
+        return [*dict.keys(value), *dict.values(value)]
     if isinstance(value, weakref.ref):
         return [value()]
     if isinstance(value, MethodType):

@@ -122,3 +122,20 @@ def test_it_is_said_whether_an_optimizer_holds_a_parameter():
     held = held_parameters(block)
     assert held[id(block[0].layer.weight)].startswith("the optimizer in the attribute 0.learner holds it")
     assert held[id(block[1].layer.weight)].startswith("the attribute 1.average holds it as well")
+
+
+class Irrep(tuple):
+    """A tuple that hides its length, as those of e3nn do."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+def test_what_containers_hold_is_read_without_their_methods():
+    block = nn.Linear(2, 2)
+    block.irreps = Irrep((Irrep((1, 0)), (lambda: block,)))
+    assert references.enclosed(block) == ("irreps", "Linear")
+    block.irreps = Irrep((Irrep((1, 0)), 2))
+    assert references.enclosed(block) is None
+    references.repoint(block, {})
+    assert type(block.irreps) is Irrep
