@@ -231,13 +231,23 @@ class Owner(HasSynapses):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_unpickled_owner, (self._biofx_class, self._biofx_keys, *reduced[1][1:]), *reduced[2:])
-        return reduced
+        if not isinstance(reduced, tuple):
+            return reduced
+        make, given, *state = reduced
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_unpickled_owner, (self._biofx_class, self._biofx_keys, *given[1:]), *state)
+        return (_made_owner, (self._biofx_keys, make, *given), *state)
 
 
 def _unpickled_owner(cls: Any, keys: tuple[str, ...], *args: Any) -> Any:
     return cls.__new__(_owner_class(cls, keys), *args)
+
+
+def _made_owner(keys: tuple[str, ...], make: Any, *args: Any) -> Any:
+    """An owner whose class says by its own `__reduce__` how instances are made."""
+    made = make(*args)
+    set_class(made, _owner_class(_own_class(made), keys))
+    return made
 
 
 def _synapses_of(owner: Any, key: str) -> Synapses | None:

@@ -293,3 +293,28 @@ def test_folded_layers_have_their_class_after_an_assignment():
         bio[2].weight_hh_l0.zero_()
         plain[2].weight_hh_l0.zero_()
     torch.testing.assert_close(plain(x), bio(x))
+
+
+def _made(size):
+    return Remade(size)
+
+
+class Remade(nn.Linear):
+    """Says by its own code how a copy of it is made."""
+
+    def __init__(self, size):
+        super().__init__(size, size)
+
+    def __reduce__(self):
+        return _made, (self.in_features,), self.__dict__
+
+
+@pytest.mark.parametrize("model", [Remade(3), nn.Sequential(Remade(3), nn.ReLU())])
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_layers_that_are_made_by_their_own_code_are_copied(model, frontend):
+    bio, x = biofx.transform(model, [passes.SplitSynapses()], frontend=frontend), torch.randn(4, 3)
+    file = io.BytesIO()
+    torch.save(bio, file)
+    file.seek(0)
+    for same in (copy.deepcopy(bio), torch.load(file, weights_only=False), biofx.fold(bio)):
+        torch.testing.assert_close(same(x), model(x))
