@@ -67,6 +67,11 @@ def enclosed(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def made_anew(module: nn.Module) -> set[str]:
+    """The attributes that a module's class leaves out of copies and files, and makes anew, such as wrapped methods."""
+    return _attributes(module).keys() - _copied_attributes(module).keys()
+
+
 def repoint(model: nn.Module, others: Mapping[int, Any], *, is_copy: bool = False) -> None:
     """Let attributes and hooks of modules refer to other objects: bound methods, weak references, what holds a parent.
 

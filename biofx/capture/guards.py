@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.contents import contents_key, copy_of, holders, is_holder, values_within
 from biofx.base.errors import CaptureError
+from biofx.base.references import made_anew
 from biofx.base.torch_internals import HOOKS
 from biofx.capture.assignments import assign_attribute
 from biofx.capture.call_structure import CallStructure, is_plain, structure
@@ -113,6 +114,8 @@ class Guard:
         }
         self._owners = tuple(path for path in self.traced if has_synapses(bio.get_submodule(path)))
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
+        plain = {p: m for p in self.traced if not isinstance(m := bio.get_submodule(p), fx.GraphModule)}
+        self._made_anew = {path: made_anew(module) for path, module in plain.items()}
         self._forwards: dict[str, Any] | None = self._forwards_of_classes(bio)
         self.refresh(bio)
         self._outside: OutsideVariables | None = self._outside_of(bio)
@@ -124,7 +127,11 @@ class Guard:
     def __getstate__(self) -> dict[str, Any]:
         # Pickle cannot save generated functions; what is unpickled takes those that it finds.
         found = ("still_holds", "_held", "_helpers", "_synapses", "_outside", "_forwards", "_tensors")
-        return vars(self) | dict.fromkeys(found) | {"_equal_tensors": []}
+        saved = {
+            path: {name: value for name, value in state.items() if name not in self._made_anew.get(path, ())}
+            for path, state in self._saved.items()
+        }
+        return vars(self) | dict.fromkeys(found) | {"_equal_tensors": [], "_saved": saved}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         guard = object.__new__(Guard)

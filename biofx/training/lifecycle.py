@@ -206,6 +206,7 @@ class Lifecycle:
         if not weights:
             self._refuse_unlearned()
         self._refuse_stale_gradients()
+        self._refuse_gradients_of_copies()
         if self._rules and weights:
             periods = self.plan.periods
             acted_on = [w for w in weights if any(w.step % period == 0 for period in periods[w.name])]
@@ -252,6 +253,15 @@ class Lifecycle:
                 "zero_grad() after attach, and backward() again"
             )
         self.stale.forget()
+
+    def _refuse_gradients_of_copies(self) -> None:
+        """Refuse per-sample gradients of opacus, which it computes on copies of layers, where hooks act."""
+        for name, synapses in self.with_gains.items():
+            if getattr(synapses.stored, "grad_sample", None) is not None:
+                raise LifecycleError(
+                    f"{name}: its gradient for each sample was computed on a copy of its layer, to which no optimizer "
+                    "is attached, so gains would act twice; train without attach, where they act in the backward pass"
+                )
 
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Show the optimizer another gradient than the backward pass computed."""

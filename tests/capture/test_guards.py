@@ -549,3 +549,28 @@ def test_a_needed_graph_follows_a_tensor_that_it_reads():
     for one in (model, bio):
         one.gain.fill_(3.0)
     torch.testing.assert_close(bio(X), model(X))
+class Metric(nn.Module):
+    """Wraps a method for each instance, and leaves it out of copies and files, as torchmetrics does."""
+
+    def __init__(self):
+        super().__init__()
+        self.__setstate__({})
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "update"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.update = lambda value: value
+
+
+def test_attributes_that_copies_make_anew_are_left_to_them():
+    model = Network()
+    model.metric = Metric()
+    bio = biofx.transform(model, SPLIT, example_inputs=X)
+    for same in (copy.deepcopy(bio), pickle.loads(pickle.dumps(bio))):
+        model.task = 0
+        torch.testing.assert_close(same(X), model(X))
+        assert same.metric.update(3) == 3
+        same.task = model.task = 1
+        torch.testing.assert_close(same(X), model(X))

@@ -286,3 +286,14 @@ def test_weights_that_were_assigned_are_noticed():
     bio.load_state_dict({name: value.clone() for name, value in bio.state_dict().items()}, assign=True)
     with pytest.raises(biofx.LifecycleError, match="another tensor than the optimizer holds"):
         train(bio, optimizer, 1)
+
+
+def test_gradients_of_copies_are_refused():
+    """Opacus computes the gradient for each sample on a copy of a layer, in which gains act."""
+    bio = biofx.transform(network(), "split-synapses")
+    optimizer = OPTIMIZERS["sgd"](bio.parameters())
+    biofx.attach(bio, optimizer)
+    F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
+    biofx.weight_sites(bio)["0.weight"].raw.grad_sample = torch.ones(64, 1)
+    with pytest.raises(biofx.LifecycleError, match="computed on a copy of its layer.*; train without attach"):
+        optimizer.step()
