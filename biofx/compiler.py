@@ -19,7 +19,7 @@ from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_mode
 from biofx.base.modules import why_without_modes
 from biofx.base.precision import outputs_differ
-from biofx.base.references import enclosed, held_parameters, repoint
+from biofx.base.references import enclosed, held_parameters, listed_by_classes, repoint
 from biofx.base.torch_internals import has_hooks, memory_of
 from biofx.capture import symbolic
 from biofx.capture.call_structure import CallStructure, structure
@@ -169,7 +169,7 @@ def build(
         assert isinstance(bio, fx.GraphModule)
         made.append(bio)
         remember(bio, understood)
-        record_of(bio).notes += filter(None, [outside.note])
+        record_of(bio).notes += filter(None, [outside.note, None if inplace else _note_on_lists(model)])
         if not record_of(bio).by_hand:
             switch_hooks_on(bio)  # a copy of an attached model has no optimizer
         excluded = _excluded(bio, request.exclude)
@@ -276,6 +276,15 @@ def _copy(model: nn.Module) -> nn.Module:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}; transform it with inplace=True"
         ) from error
+
+
+def _note_on_lists(model: nn.Module) -> str | None:
+    """What `summary` says if a class lists modules of a model that was copied."""
+    listed = listed_by_classes(model)
+    return listed and (
+        f"{listed} lists modules of the original, not their copies in this model; what acts on all that it lists, such "
+        "as a reset of their states, does not reach this model: transform with inplace=True for that"
+    )
 
 
 def _refuse_reads_of_original(model: nn.Module, understood: Understanding) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -64,6 +64,18 @@ def enclosed(model: nn.Module) -> tuple[str, str] | None:
                     part = next((paths[id(part)] for part in parts if id(part) in paths), None)
                     if part is not None:
                         return f"{path}.{name}".lstrip("."), part or type(model).__name__
+    return None
+
+
+def listed_by_classes(model: nn.Module) -> str | None:
+    """The first attribute of a class that lists modules of the model, such as all instances: copies are not in it."""
+    modules = {id(module) for module in model.modules()}
+    for cls in dict.fromkeys(base for module in model.modules() for base in type(module).__mro__):
+        for name, value in vars(cls).items():
+            listed = [*value.values()] if isinstance(value, Mapping | weakref.WeakValueDictionary) else value
+            parts = [*listed] if isinstance(listed, list | tuple | Set | deque | weakref.WeakSet) else []
+            if any(id(part) in modules for part in _parts(parts, nn.Module, {})):
+                return f"{cls.__qualname__}.{name}"
     return None
 
 

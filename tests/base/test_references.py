@@ -1,6 +1,7 @@
 """References: what a module reaches that is not its child."""
 
 import functools
+import weakref
 from collections import deque
 from types import SimpleNamespace
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+import biofx
 from biofx.base import contents, references
-from biofx.base.references import held_parameters
+from biofx.base.references import held_parameters, listed_by_classes
+from conftest import flat
 
 
 class Average:
@@ -139,3 +142,24 @@ def test_what_containers_hold_is_read_without_their_methods():
     assert references.enclosed(block) is None
     references.repoint(block, {})
     assert type(block.irreps) is Irrep
+
+
+@pytest.mark.parametrize("kind", [list, weakref.WeakSet, weakref.WeakValueDictionary])
+def test_a_class_that_lists_its_instances_is_found(kind):
+    """… as neurons of snntorch do, so that one call resets the states of all."""
+
+    class Neuron(nn.ReLU):
+        instances = kind()
+
+    model = nn.Sequential(nn.Linear(2, 2), Neuron())
+    assert listed_by_classes(model) is None
+    if kind is list:
+        Neuron.instances.append(model[1])
+    elif kind is weakref.WeakSet:
+        Neuron.instances.add(model[1])
+    else:
+        Neuron.instances["first"] = model[1]
+    assert listed_by_classes(model).endswith("Neuron.instances")
+    text = "Neuron.instances lists modules of the original, not their copies in this model"
+    assert text in flat(biofx.summary(biofx.transform(model, "split-synapses", frontend="module")))
+    assert text not in flat(biofx.summary(biofx.transform(model, "split-synapses", frontend="module", inplace=True)))
