@@ -35,6 +35,9 @@ def find_widening(
     read_elsewhere = (name for name in editable if _has_other_readers(sites[name], inside))
     reasons = dict.fromkeys(read_elsewhere, "something else reads it as well")
     reasons |= {name: reason for name, reason in opaque.items() if name in editable}
+    unseen = next((name for name, site in sites.items() if site.node is None and not site.inside), None)
+    if unseen is not None:
+        reasons |= dict.fromkeys(editable, f"{unseen} is used by other methods than forward, which may read its units")
     fixed = {name: reasons.get(name, "it may not change") for name in sites if name not in editable or name in reasons}
     doubled = frozenset(editable) - reasons.keys()
     while True:

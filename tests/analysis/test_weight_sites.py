@@ -244,3 +244,5 @@ def test_weights_that_other_methods_use_are_sites():
     bio = biofx.transform(model, "split-synapses,crystallize,synaptic-scaling", example_inputs=run)
     torch.testing.assert_close(run(bio), run(model))
     assert "synaptic-scaling: no node of the graph is known to use it" in flat(biofx.summary(bio))
+    bio = biofx.transform(model, "mirror-units", example_inputs=run)
+    assert "decoder.weight is used by other methods than forward, which may read its units" in flat(biofx.summary(bio))
