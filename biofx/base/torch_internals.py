@@ -123,6 +123,12 @@ def below_transform(*tensors: Tensor) -> Iterator[list[tuple[Tensor, int | None]
         yield unwrapped
 
 
+def has_global_hooks() -> bool:
+    """Whether the user registered hooks for all modules; no public API reports it."""
+    hooks = [hook for registry in GLOBAL_HOOKS for hook in [*registry.values()]]  # other threads may add some
+    return not all(str(getattr(hook, "__module__", "")).startswith("biofx.") for hook in hooks)
+
+
 # --- operators -------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from biofx.base.contents import contents_key, copy_of, holders, is_holder, values_within
 from biofx.base.errors import CaptureError
 from biofx.base.references import made_anew
-from biofx.base.torch_internals import HOOKS
+from biofx.base.torch_internals import HOOKS, has_global_hooks
 from biofx.capture.assignments import assign_attribute
 from biofx.capture.call_structure import CallStructure, is_plain, structure
 from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
@@ -154,7 +154,9 @@ class Guard:
         @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it is not compiled
         def still_holds() -> bool:
             mine, it = guard(), model()
-            return mine is None or it is None or mine._first_change(it) is None
+            if mine is None or it is None:
+                return True
+            return mine._first_change(it) is None and not (mine.needs is not None and has_global_hooks())
 
         self.still_holds: Callable[[], bool] | None = still_holds
         self._tensors_of(bio)
@@ -211,6 +213,8 @@ class Guard:
         if self.needs is not None:
             if changed is not None:
                 raise _not_followed(changed.what, self.needs)
+            if has_global_hooks():
+                raise CaptureError(f"hooks for all modules are registered, and {self.needs}; remove them for this call")
             for owner, helper in self._helpers_of(bio):
                 if helper.training is not owner.training:  # which was set as an attribute
                     helper.train(owner.training)

@@ -25,6 +25,7 @@ from biofx.base.torch_internals import (
     OpOverload,
     TorchDispatchMode,
     call_untraced,
+    has_global_hooks,
     memory_of,
     pytree,
     without_dispatch_modes,
@@ -469,7 +470,7 @@ def _is_weight_module(module: nn.Module) -> bool:
 
 def why_untraceable(module: nn.Module) -> str | None:
     """Return the reason why a module has to be a leaf, or None if its forward may be traced."""
-    if has_untraceable_hooks(module, HOOKS):
+    if has_untraceable_hooks(module, HOOKS) or has_global_hooks():
         return "it has hooks, which only run when the module itself is called"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"

@@ -253,6 +253,13 @@ def test_global_hooks():
     assert not any(internals.GLOBAL_HOOKS)
 
 
+def test_has_global_hooks():
+    handle = nn.modules.module.register_module_forward_hook(print)
+    assert internals.has_global_hooks()
+    handle.remove()
+    assert not internals.has_global_hooks()
+
+
 def test_derived():
     layer = nn.LSTM(1, 1)
     layer.compile(backend="eager")

@@ -264,6 +264,67 @@ def test_a_global_hook_sees_all_modules():
     assert seen.count("Linear") == 2
 
 
+@pytest.fixture
+def global_hook():
+    """A hook for all modules, which changes what linear layers return."""
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: output + 1 if isinstance(module, nn.Linear) else output
+    )
+    yield handle
+    handle.remove()
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_a_global_hook_is_no_part_of_the_graph(global_hook, frontend):
+    model = Network()
+    bio = biofx.transform(model, SPLIT, example_inputs=X, frontend=frontend)
+    torch.testing.assert_close(bio(X), model(X))
+    global_hook.remove()
+    torch.testing.assert_close(bio(X), model(X))
+
+
+def test_an_export_under_a_global_hook_is_refused(global_hook):
+    with pytest.raises(biofx.CaptureError, match="hooks for all modules are registered"):
+        biofx.transform(nn.Linear(4, 2), SPLIT, example_inputs=X, frontend="export")
+
+
+@pytest.mark.parametrize("run", [lambda bio: bio, lambda bio: torch.compile(bio, backend="eager")])
+def test_a_global_hook_is_refused_by_a_needed_graph(run, request):
+    bio = biofx.transform(Network(), [passes.SynapticScaling()], example_inputs=X)
+    request.getfixturevalue("global_hook")
+    with pytest.raises(biofx.CaptureError, match="hooks for all modules .* synaptic-scaling needs the graph"):
+        run(bio)(X)
+
+
+@pytest.mark.parametrize("pipeline", ["synaptic-scaling", "group-units", "split-synapses{activation=relu}"])
+@pytest.mark.parametrize("change", [task, scale, factor], ids=lambda change: change.__name__)
+def test_a_needed_graph_is_not_compiled_after_a_change(change, pipeline):
+    bio = biofx.transform(Network(), pipeline, example_inputs=X)
+    change(bio)
+    with pytest.raises(biofx.CaptureError, match="changed since the transform, and .* needs the graph"):
+        torch.compile(bio, backend="eager")(X)
+
+
+class DecidesByTensor(Network):
+    """Decides by the values of a tensor in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates = {"open": torch.ones(4)}
+
+    def forward(self, x):
+        return super().forward(x) * (2 if self.gates["open"].sum() > 3 else 1)
+
+
+@pytest.mark.parametrize("write", [lambda gate: gate.zero_(), lambda gate: gate.data.mul_(0)])
+def test_a_written_tensor_is_refused_by_a_needed_graph(write):
+    bio = biofx.transform(DecidesByTensor(), [passes.SynapticScaling()], example_inputs=X)
+    bio(X)
+    write(bio.gates["open"])
+    with pytest.raises(biofx.CaptureError, match="was written into since the transform, and synaptic-scaling needs"):
+        bio(X)
+
+
 def test_attributes_that_are_new_change_nothing():
     bio = biofx.transform(Network(), [passes.SynapticScaling()])
     before = bio(X)

@@ -20,7 +20,7 @@ from biofx.analysis.understanding import call
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import split_inputs
 from biofx.base.references import repoint
-from biofx.base.torch_internals import HOOKS, pytree
+from biofx.base.torch_internals import HOOKS, has_global_hooks, pytree
 from biofx.capture.captured_module import CapturedModule, captured
 from biofx.capture.equivalence import disagreement
 from biofx.capture.explanation import lines_of
@@ -118,6 +118,11 @@ def _on_nested(model: nn.Module) -> str | None:
 
 
 def _refuse_hooks(model: nn.Module) -> None:
+    if has_global_hooks():
+        raise CaptureError(
+            "hooks for all modules are registered, which run when a module is called, and torch.export calls "
+            f"operators; remove them, or {INSTEAD}"
+        )
     for name, module in model.named_modules():
         hooks = [hook for registry in HOOKS for hook in getattr(module, registry).values()]
         kept = [hook for hook in hooks if not type(hook).__module__.startswith("torch.nn.utils")]
