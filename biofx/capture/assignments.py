@@ -22,7 +22,7 @@ def assign_attribute(module: nn.Module, name: str, value: Any) -> None:
     add_assignment(tracer, paths.get(id(module), ""), name, tracer.create_arg(value))
 
 
-def add_assignment(tracer: fx.proxy.TracerBase, path: str, name: str, value: Any) -> fx.Node:
+def add_assignment(tracer: fx.proxy.TracerBase | fx.Graph, path: str, name: str, value: Any) -> fx.Node:
     """Add a node that sets an attribute of the module at a path, to a value of nodes and constants."""
     module = tracer.create_node("get_attr", path or WHOLE_MODEL, (), {})
     return tracer.create_node("call_function", assign_attribute, (module, name, value), {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,10 +64,12 @@ def trace(
     first = Tracer(absent, islands, synapses)
     with _in_modes(model, set(evaluating)), monitored(model, first) as before:
         result = _run_once(model, first)
-        computed = computed_names(model)
-        changes = [change for change in before.changes() if change[:2] not in computed]
+        computed, changed = computed_names(model), [*before.changes()]
+        by_hooks = _values(model, [change for change in changed if change[:2] in computed])
+        changes = [change for change in changed if change[:2] not in computed]
         if changes:
             _add_assignments(model, result, changes, Tracer(absent, islands, synapses))
+        _keep(result, by_hooks)
     return result
 
 
@@ -105,7 +107,7 @@ def _add_assignments(model: nn.Module, first: Trace, changes: Sequence[Change], 
     first trace wrote them: if it reads one, the second graph differs, or the trace fails.
     """
     reasons = {c.path: f"its forward changes the attribute {c.name}, which a graph cannot represent" for c in changes}
-    lines, output = lines_of(first.graph), first.graph.output_node()
+    lines = lines_of(first.graph)
     try:
         with monitored(model, again):
             second = _run_once(model, again)
@@ -113,16 +115,26 @@ def _add_assignments(model: nn.Module, first: Trace, changes: Sequence[Change], 
         # A forward that computes with an attribute gets a proxy of the first trace, and adds nodes to the first graph.
         if not all(c.is_assigned for c in changes) or not is_same(first, second) or lines_of(first.graph) != lines:
             raise NotTraceable(reasons)
-        with first.graph.inserting_before(output):
-            for change in changes:
-                value = getattr(model.get_submodule(change.path), change.name)
-                if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value)):
-                    raise NotTraceable(reasons)  # a constant, such as a flag or a counter
-                node = add_assignment(first.tracer, change.path, change.name, first.tracer.create_arg(value))
-                first.tracer.steps.append((change.path, "node", node))
-        merge_reads(first.graph)
+        values = _values(model, changes)
+        if not all(any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(each)) for each in values.values()):
+            raise NotTraceable(reasons)  # a constant, such as a flag or a counter
+        _keep(first, values)
     except (Exception, NotTraceable) as error:
         raise NotTraceable(reasons) from error
+
+
+def _values(model: nn.Module, changes: Sequence[Change]) -> dict[tuple[str, str], Any]:
+    """The values of changed attributes, by the path of the module and the name."""
+    return {(path, name): getattr(model.get_submodule(path), name) for path, name, _ in changes}
+
+
+def _keep(trace: Trace, values: Mapping[tuple[str, str], Any]) -> None:
+    """Let a graph assign values of its trace to attributes, given by the path of the module and the name."""
+    with trace.graph.inserting_before(trace.graph.output_node()):
+        for (path, name), value in values.items():
+            node = add_assignment(trace.tracer, path, name, trace.tracer.create_arg(value))
+            trace.tracer.steps.append((path, "node", node))
+    merge_reads(trace.graph)
 
 
 def lines_of(graph: fx.Graph) -> list[str | None]:

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune, weight_norm
 
 import biofx
 from biofx import passes
@@ -344,3 +345,28 @@ def test_example_inputs_leave_the_state_of_the_model(build):
 def test_the_summary_says_which_attribute():
     bio = biofx.transform(nn.Sequential(Residual(), Counts()), NEUTRAL)
     assert "its forward changes the attribute calls" in flat(biofx.summary(bio))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("frontend", ["symbolic", "export", "module"])
+@pytest.mark.parametrize("compute", [lambda layer: prune.l1_unstructured(layer, "weight", 0.3), weight_norm])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_weight_that_a_hook_computes_can_be_penalized(compute, frontend, training):
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.0), nn.Linear(3, 2)).train(training), torch.randn(2, 3)
+    compute(model[0])
+    bio = biofx.transform(model, NEUTRAL, frontend=frontend, example_inputs=(x,))
+    for each in (model, bio):
+        optimizer = torch.optim.SGD(each.parameters(), 0.1)
+        for _ in range(2):
+            (each(x).square().sum() + each[0].weight.abs().sum()).backward()
+            optimizer.step()
+    close(bio(x), model(x))
+    close(bio[0].weight, model[0].weight)
+
+
+def test_a_root_keeps_the_weight_that_its_hook_computes():
+    model, x = prune.l1_unstructured(nn.Linear(3, 3), "weight", 0.3), torch.randn(2, 3)
+    bio = biofx.transform(model, NEUTRAL, example_inputs=(x,))
+    biofx.weight_sites(bio)["weight_orig"].raw.data.mul_(2)
+    bio(x)
+    close(bio.weight, 2 * model.weight)

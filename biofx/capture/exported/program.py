@@ -19,6 +19,7 @@ from biofx.base.errors import CaptureError
 from biofx.base.generators import global_states
 from biofx.base.isolation import Snapshot, parameters_kept
 from biofx.base.torch_internals import CheckpointFunction, any_batch_size, fast_export, guards_of, is_fake
+from biofx.capture.assignments import add_assignment
 from biofx.capture.exported.conditions import INSTEAD, Condition, text_of
 from biofx.capture.exported.structure import Structure, build, describe
 from biofx.capture.monitoring import monitored
@@ -122,9 +123,11 @@ class _OnTensors(nn.Module):
         effect = outside.effect()
         if effect is not None:
             monitor.note_side_effect("", effect[1])
-        computed = computed_names(self.model)
+        computed, by_hooks = computed_names(self.model), dict[tuple[str, str], Any]()
         for path, name, _ in held.changes():
-            if (path, name) not in computed and f"{path}.{name}".lstrip(".") not in before:
+            if (path, name) in computed:
+                by_hooks[path, name] = vars(self.model.get_submodule(path))[name]
+            elif f"{path}.{name}".lstrip(".") not in before:
                 monitor.note_side_effect(path, f"changes the attribute {name}")
         if global_states() != drawn:
             monitor.note_side_effect("", "draws random numbers from Python or NumPy")
@@ -134,7 +137,8 @@ class _OnTensors(nn.Module):
         for name in monitor.assigned:
             if name not in after or after[name].shape != before[name].shape:
                 monitor.note_side_effect(name.rpartition(".")[0], f"gives the buffer {name} another shape")
-        return *results, *(after[name] for name in monitor.assigned)
+        monitor.computed = [*by_hooks]
+        return *results, *(after[name] for name in monitor.assigned), *by_hooks.values()
 
 
 class _ExportMonitor:
@@ -145,6 +149,7 @@ class _ExportMonitor:
         outputs: the structure of the result, which is built from tensors.
         side_effect: the path of a module whose forward does what a graph cannot represent, and the reason.
         assigned: the buffers to which forward assigns a new tensor.
+        computed: the weights that hooks compute and leave as attributes: the path of the module, and the name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -152,6 +157,7 @@ class _ExportMonitor:
         self.outputs: Structure
         self.side_effect: tuple[str, str] | None = None
         self.assigned: list[str] = []
+        self.computed: list[tuple[str, str]] = []
         self._paths = {module: path for path, module in model.named_modules()}
         self._running: list[nn.Module] = []
 
@@ -287,10 +293,12 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram, monitor: _Exp
     blocks: dict[str, ContextBlock] = {}
     reader = _Reader(graph, program.graph_module, nodes, targets, blocks)
     results = reader.copy(program.graph)
-    kept = len(results) - len(monitor.assigned)
+    kept = len(results) - len(monitor.assigned) - len(monitor.computed)
     # Where forward assigns a new tensor to a buffer, the graph writes the values into the buffer that is there.
-    for name, value in zip(monitor.assigned, results[kept:], strict=True):
+    for name, value in zip(monitor.assigned, results[kept:], strict=False):
         graph.call_function(torch.ops.aten.copy_.default, (reader.attribute(name), value))
+    for (path, name), value in zip(monitor.computed, results[kept + len(monitor.assigned) :], strict=True):
+        add_assignment(graph, path, name, value)
     graph.output(tuple(results[:kept]))
     return Program(graph, monitor.outputs, constants, blocks, _conditions_of(program), monitor.reads)
 
