@@ -113,6 +113,7 @@ class Guard:
             if node.op == "call_function" and node.target is assign_attribute
         }
         self._owners = tuple(path for path in self.traced if has_synapses(bio.get_submodule(path)))
+        self._tied = _tied_names(bio)
         self._saved = {path: self._state(path, bio.get_submodule(path)) for path in self.traced}
         plain = {p: m for p in self.traced if not isinstance(m := bio.get_submodule(p), fx.GraphModule)}
         self._made_anew = {path: made_anew(module) for path, module in plain.items()}
@@ -228,12 +229,13 @@ class Guard:
             )
 
     def _first_change(self, bio: fx.GraphModule) -> _Change | None:
-        """Describe the first change of modules, variables outside of the model, and tensors that either hold."""
-        changed = None if self._holds() else self._changed(bio)
-        if changed is None:
-            changed = self._changed_outside(bio)
+        """Describe the first change of modules, ties, variables outside of the model, and tensors that either hold."""
+        changed = (None if self._holds() else self._changed(bio)) or self._changed_outside(bio)
+        for name, first in self._tied if changed is None else ():
+            if _tensor(bio, name) is not _tensor(bio, first):
+                return _Change(f"{name}, which was tied to {first}, changed", same_way=True)
         if changed is None and any(x.is_written() for x in (*self._tensors_of(bio), *self._equal_tensors)):
-            changed = _Change("a tensor in an attribute, or outside of the model, was written into")
+            return _Change("a tensor in an attribute, or outside of the model, was written into")
         return changed
 
     def _helpers_of(self, bio: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -374,6 +376,28 @@ def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
         around = accumulate(path.split("."), "{}.{}".format)
         if not isinstance(module, Synapses | HelperModule | fx.GraphModule) and called.isdisjoint(around):
             yield path
+
+
+def _tied_names(bio: fx.GraphModule) -> list[tuple[str, str]]:
+    """The names of parameters and buffers that the graph reads under the name of the same tensor elsewhere."""
+    read, names = {str(node.target) for node in bio.graph.find_nodes(op="get_attr")}, dict[int, list[str]]()
+    for path, module in bio.named_modules():
+        for key, tensor in chain.from_iterable(getattr(module, name).items() for name in _OF_TENSORS):
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append(f"{path}.{key}".lstrip("."))
+    return [
+        (name, first) for same in names.values() for first in read.intersection(same) for name in same if name != first
+    ]
+
+
+def _tensor(bio: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer, or None if there is none of that name."""
+    path, _, key = name.rpartition(".")
+    try:
+        module = bio.get_submodule(path)
+    except AttributeError:
+        return None
+    return next((held[key] for held in (module._parameters, module._buffers) if key in held), None)
 
 
 def _compared(module: nn.Module, name: str) -> Any:

@@ -325,6 +325,59 @@ def test_a_written_tensor_is_refused_by_a_needed_graph(write):
         bio(X)
 
 
+class Tied(nn.Module):
+    """Has parameters and a buffer that are tied and have no synapses."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm, self.other = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.LayerNorm(4)
+        self.register_buffer("shift", torch.ones(4))
+        self.register_buffer("same_shift", self.shift)
+        self.b.bias, self.other.weight = self.a.bias, self.norm.weight
+
+    def forward(self, x):
+        return self.other(self.b(self.norm(self.a(x)).tanh() + self.shift)) + self.same_shift
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize("name", ["a.bias", "b.bias", "norm.weight", "other.weight", "shift", "same_shift"])
+@pytest.mark.parametrize("value", [torch.full((4,), 0.5), None])
+def test_tensors_that_are_no_longer_tied_are_seen(name, value, frontend):
+    model = Tied()
+    bio = biofx.transform(model, "fuzzy-learning-rates", example_inputs=X, frontend=frontend)
+    path, _, key = name.rpartition(".")
+    for each in (model, bio):
+        owner = each.get_submodule(path)
+        new = getattr(owner, key).detach().clone() if value is None else value.clone()
+        setattr(owner, key, nn.Parameter(new) if path else new)
+        getattr(owner, key).data.mul_(2)
+    torch.testing.assert_close(bio(X), model(X))
+    bio = biofx.transform(Tied(), [passes.SynapticScaling()], example_inputs=X, frontend=frontend)
+    setattr(bio.get_submodule(path), key, nn.Parameter(torch.ones(4)) if path else torch.ones(4))
+    if frontend == "export" or path not in ("norm", "other"):
+        with pytest.raises(biofx.CaptureError, match="which was tied to .*, changed since the transform"):
+            bio(X)
+
+
+class TiedNumbers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.a = nn.Linear(4, 4), nn.Parameter(torch.ones(()))
+        self.b = self.a
+
+    def forward(self, x):
+        return self.fc(x) * self.a + self.b
+
+
+def test_an_equal_number_that_is_no_longer_tied_is_seen():
+    """Shallow copies of what modules hold are equal then."""
+    bio = biofx.transform(TiedNumbers(), SPLIT, example_inputs=X)
+    bio(X)
+    bio.b = nn.Parameter(torch.ones(()))
+    bio.b.data.fill_(2)
+    torch.testing.assert_close(bio(X), bio.fc(X) + 2)
+
+
 def test_attributes_that_are_new_change_nothing():
     bio = biofx.transform(Network(), [passes.SynapticScaling()])
     before = bio(X)
