@@ -142,7 +142,8 @@ class HasSynapses:
             vars(self)["_modules"][CHILD.format(name)] = shared
             install_weight_properties(self)  # type: ignore[arg-type]  # an owner is a module
             return
-        child = _synapses_of(self, name)
+        # Also if its name was taken from `_parameters`, as the older `weight_norm` does before it assigns a tensor.
+        child = child_of(self, name) if vars(self).get("_modules") else None  # type: ignore[arg-type]  # an owner is one
         if child is not None and not isinstance(value, nn.Parameter):
             raise ArgumentError(f"{name} of {type(self).__name__} cannot become a {type(value).__name__}: {LOST}")
         super().__setattr__(name, value)  # which calls `register_parameter` for a parameter

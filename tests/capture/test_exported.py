@@ -220,3 +220,10 @@ def test_example_inputs_are_needed_and_have_to_fit():
         export(model, x(2, 5))
     with pytest.raises(biofx.ArgumentError, match="example_inputs do not fit Sequential.forward"):
         export(model, (x(), x()))
+
+
+def test_it_maps_over_a_batch_of_batches():
+    """Operators that ask a tensor for its size have no rule for vmap."""
+    model, value = ConvNet().eval(), x(3, 2, 1, 8, 8)
+    bio = export(model, value[0], [passes.SplitSynapses(2)])
+    torch.testing.assert_close(torch.func.vmap(bio)(value), torch.func.vmap(model)(value))

@@ -230,6 +230,14 @@ def test_save_pretrained_refuses_what_the_class_cannot_load(pipeline, reason, tm
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("pipeline", ["fuzzy-learning-rates", "split-synapses"])
+def test_the_older_weight_norm_says_fold_first(pipeline):
+    bio = biofx.transform(nn.Sequential(nn.Linear(4, 4)), pipeline)
+    with pytest.raises(biofx.ArgumentError, match="fold the model first"):
+        torch.nn.utils.weight_norm(bio[0])
+
+
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x
