@@ -12,6 +12,7 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -232,7 +233,7 @@ class Owner(HasSynapses):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        if not isinstance(reduced, tuple):
+        if not isinstance(reduced, tuple) or "_biofx_class" not in vars(type(self)):  # a class that a user derived since
             return reduced
         make, given, *state = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -278,7 +279,20 @@ def _without_owner(cls: Any) -> Any:
         return vars(cls).get("_biofx_class", cls)
     # A class that was derived since, as `parametrize` does.
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__, tuple(map(_without_owner, cls.__bases__)), own)
+    result = type(cls)(cls.__name__, tuple(map(_without_owner, cls.__bases__)), own)
+    for name, value in own.items():
+        if isinstance(value, FunctionType) and "__class__" in value.__code__.co_freevars:  # it calls `super()`
+            setattr(result, name, _defined_in(result, value))
+    return result
+
+
+def _defined_in(cls: type, function: FunctionType) -> FunctionType:
+    """A copy of a function whose `super()` is that of another class."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    closure = tuple(CellType(cls) if name == "__class__" else cell for name, cell in cells)
+    copied = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.errors import PipelineError
 from biofx.base.gains import coded, decoded
-from biofx.base.shards import local, placed_like
+from biofx.base.shards import is_sharded, local, placed_like
 from biofx.base.torch_internals import qualified_name
 from biofx.model import weight_cache
 from biofx.model.definitions import operator_of, written_name
@@ -324,6 +324,15 @@ class Synapses(nn.Module):
             if state.is_floating_point() and not bool(state.isfinite().all()):
                 return f"{key} of {', '.join(users)}"
         return None
+
+    def _apply(self, fn: Callable[[Tensor], Any], recurse: bool = True) -> Any:
+        def apply(tensor: Tensor) -> Any:
+            # Each synapse is a weight of a 2-D convolution, which may become `channels_last`; five axes may not.
+            if not self.is_split or tensor.dim() != 5 or is_sharded(tensor):
+                return fn(tensor)
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
+
+        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         self.refuse_lost_writes()

@@ -238,6 +238,23 @@ def test_the_older_weight_norm_says_fold_first(pipeline):
         torch.nn.utils.weight_norm(bio[0])
 
 
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("follow", [biofx.fold, copy.deepcopy])
+def test_a_class_that_a_user_derives_and_assigns_stays(follow, frontend):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    bio = biofx.transform(model, "split-synapses", frontend=frontend)
+    for each in (model, bio):
+
+        class Twice(type(each[2])):
+            def forward(self, x, *, factor=2.0):
+                return super().forward(x) * factor
+
+        each[2].__class__ = Twice
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(bio(x), model(x))
+    torch.testing.assert_close(follow(bio)(x), model(x))
+
+
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x

@@ -683,3 +683,14 @@ def test_state_is_kept_by_name():
         child.keep("gain", torch.ones(1), "mine")
     child.insert(Link(torch.ops.biofx.scale_grad, (State("gain"),), Inserted(("mine",), "weight", Slot.HOOK)))
     assert "scale_grad" in repr(child)
+
+
+@pytest.mark.parametrize("pipeline", ["split-synapses", "split-synapses,fuzzy-learning-rates,dales-principle"])
+def test_split_weights_of_convolutions_become_channels_last(pipeline):
+    bio = biofx.transform(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), pipeline)
+    x = torch.randn(2, 3, 8, 8)
+    before = bio(x)
+    bio.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(bio(x.to(memory_format=torch.channels_last)), before)
+    assert bio[0].weight_synapses.weight[1].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(bio.double()(x.double()), before.double(), rtol=1e-5, atol=1e-5)
