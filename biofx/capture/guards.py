@@ -28,7 +28,7 @@ from biofx.capture.tracer import HelperModule
 from biofx.capture.variable_keys import can_be_compared
 from biofx.model.chain import attribute
 from biofx.model.changes import reason_for_graph
-from biofx.model.islands import WHOLE_MODEL
+from biofx.model.islands import ORIGINAL_CLASS, WHOLE_MODEL
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 
@@ -355,7 +355,8 @@ def _not_followed(changed: str, needs: str) -> CaptureError:
 
 
 def _forward_of(module: nn.Module) -> Any:
-    return type(module).forward
+    cls = type(module)
+    return vars(cls).get(ORIGINAL_CLASS, cls).forward  # a class that owns synapses calls the original's
 
 
 def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:

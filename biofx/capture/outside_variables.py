@@ -22,6 +22,7 @@ from biofx.base.generators import is_generator, set_state, state_of
 from biofx.base.rule_code import codes_in, globals_in, names_in
 from biofx.base.torch_internals import DERIVED
 from biofx.capture.variable_keys import CONTAINERS, KEYED, PLAIN, Opaque, key_of, wrapped_in
+from biofx.model.islands import ORIGINAL_CLASS
 from biofx.model.provenance import RECORD
 
 _MISSING = object()
@@ -142,7 +143,7 @@ class OutsideVariables:
         self._seen: dict[int, Any] = {}
         for path, module in self._modules.items():
             self._walk(self._of_class(type(module)))  # the guard compares the classes themselves
-            if any(self._follows(cls.__module__) for cls in type(module).__mro__):
+            if self._classes(type(module)):
                 for name, value in attributes_of(module):
                     if name in names and (path, name) not in self._but and type(value) not in ATOMS:
                         self._walk([(f"{path}.{name}".lstrip("."), value)])
@@ -165,7 +166,11 @@ class OutsideVariables:
 
     def _names_of_class(self, cls: type) -> set[str]:
         """The names that a class or one of the followed classes that it inherits from gives to its instances."""
-        return {name for each in cls.__mro__ if self._follows(each.__module__) for name in vars(each)}
+        return {name for each in self._classes(cls) for name in vars(each)}
+
+    def _classes(self, cls: type) -> list[type]:
+        """The followed classes that a class inherits from, without those that biofx generates for owners of weights."""
+        return [each for each in cls.__mro__ if self._follows(each.__module__) and ORIGINAL_CLASS not in vars(each)]
 
     def _key(self, value: Any) -> Any:
         """The key of a value. Of an object that is followed, it is the class: its attributes have their own keys."""
@@ -221,7 +226,7 @@ class OutsideVariables:
 
     def _of_class(self, cls: type) -> Iterator[tuple[str, Any]]:
         hidden: set[str] = set()  # by classes that come first, unless code asks for the next
-        for each in (each for each in cls.__mro__ if self._follows(each.__module__)):
+        for each in self._classes(cls):
             # Operators and calls run special methods that no code names.
             special = {name for name, value in vars(each).items() if _is_special(name, value)}
             names = (self._names & self._names_of_class(cls) | special) - hidden

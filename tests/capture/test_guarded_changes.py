@@ -1,5 +1,6 @@
 """Changes that a graph could miss: what a trace took as fixed, and what may be another thing in the next call."""
 
+import copy
 import io
 
 import pytest
@@ -239,3 +240,42 @@ def test_a_model_pickles_whose_example_input_was_a_function():
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     torch.testing.assert_close(loaded(X, torch.relu), model(X, torch.relu))
+
+
+FACTOR, FACTORS = 1.0, {"k": 1.0}
+
+
+class OwnsWeight(nn.Linear):
+    """A layer whose own code, not only that of the model, reads what lies outside of the model."""
+
+    shift = 0.0
+
+    def activation(self, x):
+        return x.relu()
+
+    def forward(self, x):
+        return self.activation(super().forward(x)) * FACTOR * FACTORS["k"] + self.shift
+
+
+CHANGES_AROUND_LAYERS = {
+    "global": lambda patch: patch.setitem(globals(), "FACTOR", 2.0),
+    "content": lambda patch: patch.setitem(FACTORS, "k", 2.0),
+    "class_attribute": lambda patch: patch.setattr(OwnsWeight, "shift", 2.0),
+    "method": lambda patch: patch.setattr(OwnsWeight, "activation", lambda self, x: x.tanh()),
+    "forward": lambda patch: patch.setattr(OwnsWeight, "forward", lambda self, x: nn.Linear.forward(self, x)),
+    "forward_of_torch": lambda patch: patch.setattr(nn.Linear, "forward", lambda self, x: x @ self.weight.t() * 3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_AROUND_LAYERS.values(), ids=CHANGES_AROUND_LAYERS)
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_what_a_layer_with_synapses_reads_is_followed(change, frontend, monkeypatch):
+    model, x = nn.Sequential(OwnsWeight(4, 4), nn.Linear(4, 2)), torch.randn(5, 4)
+    bio = biofx.transform(model, "split-synapses", example_inputs=x, frontend=frontend)
+    needed = biofx.transform(model, "synaptic-scaling", example_inputs=x, frontend=frontend)
+    torch.testing.assert_close(bio(x), model(x))
+    change(monkeypatch)
+    torch.testing.assert_close(bio(x), model(x))
+    torch.testing.assert_close(copy.deepcopy(bio)(x), model(x))
+    with pytest.raises(biofx.CaptureError, match="changed since the transform"):
+        needed(x)
