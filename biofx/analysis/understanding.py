@@ -19,10 +19,10 @@ from biofx.analysis.forms import Forms
 from biofx.analysis.graphs import annotate, as_recorded_graph, shown
 from biofx.analysis.readings import PresynapticUnits, UnitReadings
 from biofx.analysis.unit_analysis import UnitAnalysis
+from biofx.base.contents import tensors_in
 from biofx.base.errors import ArgumentError
-from biofx.base.isolation import is_function, parameters_kept, refuse_misfit, split_inputs, undisturbed
+from biofx.base.isolation import arguments_kept, is_function, parameters_kept, refuse_misfit, split_inputs, undisturbed
 from biofx.base.randomness import fixed_defaults
-from biofx.base.torch_internals import pytree
 from biofx.model.islands import is_one_island
 from biofx.model.provenance import is_transformed, record_of
 from biofx.model.synapses import stored_parameters
@@ -140,12 +140,12 @@ def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
     """Runs a model on copies of some arguments."""
 
     def run(model: nn.Module) -> Any:
-        own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-        try:
-            return model(*own_args, **own_kwargs)
-        except TypeError:
-            refuse_misfit(model, args, kwargs)
-            raise
+        with arguments_kept((args, kwargs)) as (own_args, own_kwargs):
+            try:
+                return tensors_in(model(*own_args, **own_kwargs))  # before what it keeps in arguments is undone
+            except TypeError:
+                refuse_misfit(model, args, kwargs)
+                raise
 
     return run
 

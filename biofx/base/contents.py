@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
-from types import ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # the most frequent values, 
 NAMESPACES = (SimpleNamespace, Namespace, UserDict, UserList)
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "biofx"})  # their objects are opaque
 _DEEPEST = 20  # levels of nesting that are searched
+_SHALLOW = 6  # the same, in objects of any class
+_WITHOUT_TENSORS = (nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, partial)
 
 
 def is_holder(value: Any) -> bool:
@@ -48,6 +51,22 @@ def values_within(value: Any, seen: set[int]) -> Iterator[Any]:
     """A value, and all values in the containers inside it; arguments as of `holders`."""
     for part, _ in _searched(value, seen):
         yield part
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in arguments, results or an attribute: in containers, and in objects such as distributions."""
+    return [*_tensors_in(value, {}, _SHALLOW)]
+
+
+def _tensors_in(value: Any, seen: dict[int, Any], depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and not isinstance(value, (*_PLAIN, *_WITHOUT_TENSORS)) and id(value) not in seen:
+        seen[id(value)] = value  # kept alive, so that its id stays unique
+        is_sequence = isinstance(value, (list, *_IMMUTABLE, set, deque))
+        parts = value.values() if isinstance(value, Mapping) else value if is_sequence else attributes_of(value)
+        for part in list(parts):
+            yield from _tensors_in(part, seen, depth - 1)
 
 
 def _searched(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[tuple[Any, tuple[Any, ...]]]:

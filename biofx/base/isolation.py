@@ -14,11 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from biofx.base.contents import ATOMS, copy_of, holders, is_array, is_holder, put_back, values_within
+from biofx.base.contents import (
+    ATOMS,
+    copy_of,
+    holders,
+    is_array,
+    is_holder,
+    is_of_user,
+    put_back,
+    tensors_in,
+    values_within,
+)
 from biofx.base.errors import ArgumentError
 from biofx.base.generators import global_states, is_generator, set_state, state_of
 from biofx.base.lazy_copies import is_plain, is_untouched, lazy_copy, settle
-from biofx.base.torch_internals import DERIVED, pytree
+from biofx.base.torch_internals import DERIVED, pytree, without_dispatch_modes
 
 LOCK = threading.RLock()  # random number generators and torch.nn.Module, which tracing patches, are global
 
@@ -72,8 +82,36 @@ def run_in_mode(model: nn.Module, example_inputs: Any, *, training: bool = False
         model.train(training)
         if is_function(example_inputs):
             return tensors_in(example_inputs(model))
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(example_inputs))
-        return tensors_in(model(*args, **kwargs))
+        with arguments_kept(split_inputs(example_inputs)) as (args, kwargs):
+            return tensors_in(model(*args, **kwargs))
+
+
+@contextmanager
+def arguments_kept(arguments: Any) -> Iterator[Any]:
+    """Restore what a run of a model changes in the objects among its arguments, such as `data.x = …` in forward.
+
+    Yields:
+        The arguments for the run, with copies of the tensors that are in no object.
+    """
+    found: set[int] = set()
+    copies = pytree.tree_map_only(Tensor, torch.clone, arguments)
+    objects = [leaf for leaf in pytree.tree_leaves(copies) if is_of_user(leaf)]
+    parts = [part for each in objects for part in values_within(each, found) if type(part) is Tensor]
+    found.clear()
+    held = [(holder, copy_of(holder)) for each in objects for holder in holders(each, found)]
+    with without_dispatch_modes():
+        tensors = [(SavedTensor.now(x), x.requires_grad) for x in parts if not x.is_inference()]
+    try:
+        yield copies
+    finally:
+        for holder, content in held:
+            if not (isinstance(holder, dict) and _has_same(holder, content)):
+                put_back(holder, content)
+        with torch.no_grad(), without_dispatch_modes():
+            for saved, is_learned in tensors:
+                saved.restore()
+                if saved.tensor.is_leaf:
+                    saved.tensor.requires_grad_(is_learned)
 
 
 def is_function(example_inputs: Any) -> bool:
@@ -134,11 +172,6 @@ def _sketch(tensor: Tensor) -> Tensor:
     factors = (drawn + drawn.sign()).to(flat)
     deep = len(flat) - len(flat) % DEEP
     return torch.cat([factors @ flat[:deep].view(DEEP, -1), flat[deep:]])
-
-
-def tensors_in(outputs: Any) -> list[Tensor]:
-    """The tensors that a model returns."""
-    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
 
 
 @contextmanager

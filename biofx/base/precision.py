@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from biofx.base.comparison import difference
-from biofx.base.isolation import is_function, parameters_kept, run_in_mode, split_inputs, tensors_in
-from biofx.base.torch_internals import TorchDispatchMode, WeakTensorKeyDictionary, pytree
+from biofx.base.contents import tensors_in
+from biofx.base.isolation import arguments_kept, is_function, parameters_kept, run_in_mode, split_inputs
+from biofx.base.torch_internals import TorchDispatchMode, WeakTensorKeyDictionary
 
 
 def outputs_differ(model: nn.Module, inputs: Any, expected: Sequence[Tensor], actual: Sequence[Tensor]) -> str | None:
@@ -62,8 +63,8 @@ def coarsest_dtype(model: nn.Module, inputs: Any) -> torch.dtype | None:
         with noted:  # only here: `run_in_mode` also copies tensors with which the model does not compute
             if is_function(inputs):
                 return inputs(model)
-            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, split_inputs(inputs))
-            return model(*args, **kwargs)
+            with arguments_kept(split_inputs(inputs)) as (args, kwargs):
+                return model(*args, **kwargs)
 
     run_in_mode(model, run)
     return max(noted.found, key=_epsilon, default=None)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.comparison import difference, difference_of
+from biofx.base.contents import tensors_in
 from biofx.base.generators import seed_global
-from biofx.base.isolation import changeable, gradients, parameters_kept, tensors_in, undisturbed
+from biofx.base.isolation import changeable, gradients, parameters_kept, undisturbed
 from biofx.base.lazy_copies import lazy_copy
 from biofx.base.precision import coarsest_dtype
 from biofx.base.torch_internals import is_transformed_by_functions, pytree

@@ -233,7 +233,7 @@ class Owner(HasSynapses):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        if not isinstance(reduced, tuple) or "_biofx_class" not in vars(type(self)):  # a class that a user derived since
+        if not isinstance(reduced, tuple) or "_biofx_class" not in vars(type(self)):  # it is derived
             return reduced
         make, given, *state = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]

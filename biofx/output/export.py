@@ -12,9 +12,10 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
+from biofx.base.contents import tensors_in
 from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.files import completed, path_of_file
-from biofx.base.isolation import refuse_misfit, run_in_mode, split_inputs, tensors_in
+from biofx.base.isolation import refuse_misfit, run_in_mode, split_inputs
 from biofx.base.packages import require
 from biofx.base.precision import amplification, outputs_differ
 from biofx.base.torch_internals import pytree

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from biofx.base.contents import tensors_in
 from biofx.base.generators import seed_global
 from biofx.base.isolation import parameters_kept, undisturbed
 from biofx.base.torch_internals import (
@@ -108,7 +109,7 @@ class Recorder(TorchDispatchMode):
     def declare_inputs(self, named: Mapping[str, Any]) -> None:
         """Register the tensors in some arguments as inputs, unless the model itself made them in an earlier call."""
         for name, argument in named.items():
-            tensors = list(_tensors_in(argument))
+            tensors = tensors_in(argument)
             for index, tensor in enumerate(tensors):
                 known = self._known(tensor)
                 if known is None or (known.kind in ("unknown", "result") and not known.is_inside):
@@ -349,7 +350,7 @@ class Recorder(TorchDispatchMode):
             if threading.get_ident() == thread and self._running:
                 self._running.pop()
                 if module is model:
-                    self.recording.outputs += map(self.value, _tensors_in(result))
+                    self.recording.outputs += map(self.value, tensors_in(result))
 
         def name_inputs(module: nn.Module, args: Any, kwargs: Any) -> None:
             # `enter` has pushed the model already: this is the outermost call, not one inside it.
@@ -516,7 +517,6 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 # --- tensors -----------------------------------------------------------------------------------------------------
 
 _REGISTRIES = frozenset(vars(nn.Module()))
-_DEEPEST = 6  # levels of nested objects that are searched for tensors
 
 
 def tensors_in_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -524,21 +524,7 @@ def tensors_in_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for key, attribute in vars(module).items():
             if key not in _REGISTRIES:
-                yield from ((f"{path}.{key}".lstrip("."), tensor) for tensor in _tensors_in(attribute))
-
-
-def _tensors_in(value: Any, depth: int = _DEEPEST) -> Iterator[Tensor]:
-    """The tensors in an argument or attribute, in containers and in objects such as dataclasses and caches."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, Mapping):
-        for item in list(value.values()):
-            yield from _tensors_in(item, depth - 1)
-    elif depth and isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors_in(item, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value):
-        yield from _tensors_in(vars(value), depth - 1)
+                yield from ((f"{path}.{key}".lstrip("."), tensor) for tensor in tensors_in(attribute))
 
 
 def _has_form(value: Value, tensor: Tensor) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from torch.autograd.function import BackwardCFunction
 
 from biofx.base.comparison import difference
+from biofx.base.contents import tensors_in
 from biofx.base.errors import CaptureError
-from biofx.base.isolation import parameters_kept, run_in_mode, seeds_of, tensors_in, undisturbed
+from biofx.base.isolation import parameters_kept, run_in_mode, seeds_of, undisturbed
 from biofx.base.precision import outputs_differ
 from biofx.capture.tracer import HelperModule
 from biofx.model.islands import is_one_island

@@ -364,3 +364,42 @@ def test_what_reads_the_same_afterwards_is_no_change(change):
 )
 def test_example_inputs_are_the_arguments_of_a_call(example_inputs, expected):
     assert split_inputs(example_inputs) == expected
+
+
+class Graph:
+    """Inputs in one object, as graph networks take them."""
+
+    def __init__(self, x):
+        self.x, self.size, self.steps = x, x.clone(), [0]
+
+
+class Widening(nn.Module):
+    """Writes into the object that it is given and returns it; a second run on the same object would fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, graph):
+        graph.size.requires_grad_().data.mul_(2)
+        graph.x = self.head(torch.tanh(self.inner(graph.x)))
+        graph.steps[0] += 1
+        graph.new = True
+        return graph
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_objects_among_arguments_stay_as_they_are(frontend):
+    x = torch.randn(4, 3)
+    graph, model = Graph(x), Widening()
+    bio = biofx.transform(model, "split-synapses", example_inputs=(graph,), frontend=frontend)
+    assert (graph.x is x, torch.equal(graph.size, x), graph.size.requires_grad) == (True, True, False)
+    assert (graph.steps, hasattr(graph, "new")) == ([0], False)
+    other = torch.randn(4, 3)
+    torch.testing.assert_close(bio(Graph(other)).x, model(Graph(other)).x)
+
+
+def test_results_in_objects_are_results():
+    model = Widening()
+    expected = model(Graph(torch.ones(4, 3))).x
+    assert any(torch.equal(x, expected) for x in run_in_mode(model, (Graph(torch.ones(4, 3)),)))

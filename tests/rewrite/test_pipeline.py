@@ -136,6 +136,18 @@ def test_a_false_claim_to_preserve_the_function_is_caught():
     biofx.transform(nn.Linear(2, 2), [Negate()], example_inputs=torch.ones(1, 2), verify=False)
 
 
+class Policy(nn.Linear):
+    """Returns a distribution."""
+
+    def forward(self, x):
+        return torch.distributions.Categorical(logits=super().forward(x))
+
+
+def test_so_is_one_about_results_in_an_object():
+    with pytest.raises(biofx.VerificationError, match="negate says that it preserves the function"):
+        biofx.transform(Policy(2, 3), [Negate()], example_inputs=torch.ones(1, 2))
+
+
 def chaotic():
     torch.manual_seed(0)
     return Chaotic(), torch.randn(8, 200)

@@ -62,6 +62,19 @@ def test_so_is_one_for_which_the_backward_fails(frontend):
         biofx.transform(Network(attributes, allow_unused=False), "split-synapses", example_inputs=X, frontend=frontend)
 
 
+class Policy(Network):
+    """Returns a distribution."""
+
+    def forward(self, x):
+        return torch.distributions.Normal(super().forward(x), 1.0)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_so_is_one_behind_results_in_an_object(frontend):
+    with pytest.raises(biofx.CaptureError, match=r"layer.weight gets another gradient"):
+        biofx.transform(Policy(attributes), "split-synapses", example_inputs=X, frontend=frontend)
+
+
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 @pytest.mark.parametrize(("given", "exclude"), [(parameters, ()), (attributes, "layer.weight")])

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from biofx.analysis.understanding import call
 from biofx.base.errors import ArgumentError, CaptureError
-from biofx.base.isolation import split_inputs
+from biofx.base.isolation import arguments_kept, split_inputs
 from biofx.base.references import repoint
 from biofx.base.torch_internals import HOOKS, has_global_hooks, pytree
 from biofx.capture.captured_module import CapturedModule, captured
@@ -61,8 +61,9 @@ def capture(model: nn.Module, example_inputs: Any) -> CapturedModule:
     inputs = describe((given.args, given.kwargs), leaves)
     given.apply_defaults()
     arguments = {name: describe(value, []) for name, value in given.arguments.items()}
-    training = _export(model, inputs, leaves, training=True)
-    evaluation = _export(model, inputs, leaves, training=False) if training.reads else training
+    with arguments_kept((given.args, given.kwargs)):
+        training = _export(model, inputs, leaves, training=True)
+        evaluation = _export(model, inputs, leaves, training=False) if training.reads else training
     graph, constants = _assembled(model, arguments, leaves, training, evaluation)
     names = {name: unused_name(model, name) for name in constants}
     for node in graph.find_nodes(op="get_attr"):
