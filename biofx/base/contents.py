@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from argparse import Namespace
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ _KINDS = (OrderedDict, dict, list, set, deque)  # a class comes before its base
 _IMMUTABLE = (tuple, frozenset)  # what they hold may be mutable
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # the most frequent values, checked first for speed
-NAMESPACES = (SimpleNamespace, Namespace, UserDict, UserList)
+NAMESPACES = (SimpleNamespace, Namespace, UserDict, UserList, threading.local)
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "biofx"})  # their objects are opaque
 _DEEPEST = 20  # levels of nesting that are searched
 _SHALLOW = 6  # the same, in objects of any class
@@ -123,8 +124,8 @@ def attributes_of(value: Any) -> list[Any]:
 
 def items_of(container: Any) -> Iterable[Any]:
     """The items of a container, by the methods of its built-in class: a subclass may return something else."""
-    if isinstance(container, dict):
-        return dict.items(container)
+    if isinstance(container, dict):  # only the method of its own class knows the order of an `OrderedDict`
+        return (OrderedDict if isinstance(container, OrderedDict) else dict).items(container)
     kinds = (list, tuple, set, frozenset, deque)
     kind: Any = next((kind for kind in kinds if isinstance(container, kind)), None)
     found: Iterable[Any] = container.items() if kind is None else kind.__iter__(container)

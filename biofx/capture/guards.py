@@ -121,6 +121,7 @@ class Guard:
         self.refresh(bio)
         self._outside: OutsideVariables | None = self._outside_of(bio)
         self._keys, self._changed_name = self._outside.keys, ""
+        self._names = self._outside.names
         self._tensors: list[_WatchedTensor] | None = None
         self._equal_tensors: list[_WatchedTensor] = []  # that took the places of some outside of the model
         self.watch(bio)
@@ -296,6 +297,9 @@ class Guard:
                 if not _is_same(_compared(module, name), value):
                     is_hook, whole = name in HOOKS, f"{path}.{name}".lstrip(".")
                     return _Change(f"{path or 'the model'} got hooks" if is_hook else f"{whole} changed", is_hook)
+            new = next((name for name, _ in attributes_of(module) if self._reads_new(path, name)), None)
+            if new is not None:
+                return _Change(f"{path}.{new}".lstrip(".") + " was set")
         if self._forwards is None:
             self._forwards = self._forwards_of_classes(bio)
         for path, forward in self._forwards.items():
@@ -311,6 +315,10 @@ class Guard:
         orders = [(each, [*each]) for each in found if isinstance(each, dict)]
         self._held = _LastComparison(held, [copy_of(holder) for holder in held], forwards, orders)
         return None
+
+    def _reads_new(self, path: str, name: str) -> bool:
+        """Whether forward may read an attribute that was not there, as by `getattr(self, name, None)`."""
+        return name in self._names and name not in self._saved[path] and (path, name) not in self._assigned
 
     def _forwards_of_classes(self, bio: nn.Module) -> dict[str, Any]:
         modules = ((path, bio.get_submodule(path)) for path in self.traced)

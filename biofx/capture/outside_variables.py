@@ -56,22 +56,23 @@ class OutsideVariables:
 
     def __init__(self, modules: Mapping[str, nn.Module], but: frozenset[tuple[str, str]] = frozenset()) -> None:
         self._modules, self._but, self._packages = dict(modules), but, _packages_of(modules.values())
-        names, self._texts = frozenset({"forward"}), frozenset[str]()
+        names = frozenset({"forward"})
         while True:  # the code that is reached names attributes, in which more code is found
             self._begin(names)
             more = names.union(*(_names_in(function.__code__) for function in self._functions))
             if more == names:
                 return
             names = more
-            self._texts = frozenset().union(*(_texts_in(function.__code__) for function in self._functions))
 
     def is_same(self) -> bool:
         """Whether each variable has the very same value as before, with the same contents; a fast test."""
         try:
             return (
                 all(where.get(key, _MISSING) is value for where, key, value in self._lookups)
+                and all(where.keys() == names for _, where, names in self._present.values())
                 and all(_attribute(where, key) is value for where, key, value in self._attributes)
                 and all(list(now) == before if isinstance(now, deque) else now == before for now, before in self._held)
+                and all([*now] == keys for now, keys in self._orders)
                 and all(_bytes(array) == _bytes(before) for array, before in self._arrays)
             )
         except Exception:  # noqa: BLE001 - a changed tensor or array has no truth value, and other objects may raise
@@ -101,6 +102,11 @@ class OutsideVariables:
         drawn = (name for name, generator, state in self._generators if state_of(generator) != state)
         return next(drawn, None) or next(iter(self._names & _OF_THE_SYSTEM), None)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All names in the code that is reached, and the texts that may be names, as for `getattr`."""
+        return self._names
+
     def reads(self, name: str) -> bool:
         """Whether a variable, or a name in code, is among what is read."""
         return name in self.keys or name in self._names
@@ -113,6 +119,9 @@ class OutsideVariables:
         for owner, key, value in (*self._of_classes, *self._attributes):
             if not key.startswith("__") and value is not _MISSING and _attribute(owner, key) is not value:
                 setattr(owner, key, value)
+        for owner, where, names in self._present.values():
+            for name in (where.keys() - names) & self._names:
+                delattr(owner, name) if isinstance(owner, type) else where.pop(name)
         for holder, content in self._held:
             if not _holds_same(holder, content):
                 put_back(holder, content)
@@ -134,30 +143,22 @@ class OutsideVariables:
         self.keys: dict[str, Any] = {}
         self._functions: list[FunctionType] = []
         self._lookups: list[tuple[Any, str, Any]] = []  # in dictionaries: where, the name, and the value
+        self._present: dict[int, tuple[Any, Any, set[str]]] = {}  # the owners of dictionaries, and all names there
         self._of_classes: list[tuple[type, str, Any]] = []  # the same, of classes
         self._attributes: list[tuple[Any, str, Any]] = []  # the same, of objects without a dictionary
         self._held: list[tuple[Any, Any]] = []  # containers, and copies of them
+        self._orders: list[tuple[Any, list[Any]]] = []  # dictionaries, and their keys, whose order equality ignores
         self._arrays: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
         self._generators: list[tuple[str, Any, Any]] = []
         self._seen: dict[int, Any] = {}
+        for cls in dict.fromkeys(map(type, self._modules.values())):  # the guard compares the classes themselves
+            self._walk(self._of_class(cls))
         for path, module in self._modules.items():
-            self._walk(self._of_class(type(module)))  # the guard compares the classes themselves
             if self._classes(type(module)):
                 for name, value in attributes_of(module):
                     if name in names and (path, name) not in self._but and type(value) not in ATOMS:
                         self._walk([(f"{path}.{name}".lstrip("."), value)])
-                self._note_presence(path, module)
-
-    def _note_presence(self, path: str, module: nn.Module) -> None:
-        """Note which attributes a module has of those that code asks for, or that its class has in any case."""
-        for name in self._names & (self._names_of_class(type(module)) | self._texts):
-            if (path, name) in self._but:
-                continue
-            if name in vars(module):
-                self.keys[f"{path}.{name} exists".lstrip(".")] = True
-            else:
-                self._lookups.append((vars(module), name, _MISSING))
 
     def _follows(self, module: Any) -> bool:
         """Whether the code of a Python module is followed: a script, a project, or the package of a model."""
@@ -202,7 +203,9 @@ class OutsideVariables:
             self._arrays.append((value, value.copy()))
         elif isinstance(value, ModuleType):
             if self._follows(value.__name__):
-                yield from self._look_up(value.__name__, vars(value), self._names & vars(value).keys())
+                yield from self._look_up(
+                    value.__name__, vars(value), (self._names | {"__getattr__"}) & vars(value).keys()
+                )
         elif isinstance(value, type):
             yield from self._of_class(value)
         elif not isinstance(value, nn.Module):
@@ -225,13 +228,15 @@ class OutsideVariables:
         yield from self._look_up(label, vars(function), self._names & vars(function).keys())
 
     def _of_class(self, cls: type) -> Iterator[tuple[str, Any]]:
+        if self._follows(type(cls).__module__):  # its metaclass
+            yield _label(type(cls)), type(cls)
         hidden: set[str] = set()  # by classes that come first, unless code asks for the next
         for each in self._classes(cls):
             # Operators and calls run special methods that no code names.
             special = {name for name, value in vars(each).items() if _is_special(name, value)}
             names = (self._names & self._names_of_class(cls) | special) - hidden
             self._of_classes += [(each, name, each.__dict__.get(name, _MISSING)) for name in names - special]
-            yield from self._look_up(_label(each), each.__dict__, names)
+            yield from self._look_up(_label(each), each.__dict__, names, each)
             if "super" not in self._names:
                 hidden |= vars(each).keys()
 
@@ -241,6 +246,8 @@ class OutsideVariables:
         if isinstance(value, (dict, list, set, deque)):
             kind = dict if isinstance(value, dict) else set if isinstance(value, set) else list
             self._held.append((value, kind(items_of(value))))
+        if isinstance(value, dict):
+            self._orders.append((value, [*value]))
         is_mapping = isinstance(value, (dict, MappingProxyType))
         for place, each in enumerate(items_of(value)):
             key, item = each if is_mapping else (place, each)
@@ -258,8 +265,11 @@ class OutsideVariables:
         for name in self._names & {*slots_of(cls)}:
             yield from self._attribute_of(f"{label}.{name}", value, name)
 
-    def _look_up(self, label: str, where: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-        """Note names of a dictionary, also absent ones: once set, they may hide what a class has."""
+    def _look_up(
+        self, label: str, where: Mapping[str, Any], names: Iterable[str], owner: type | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Note names of a dictionary, or of a class; also absent ones: once set, they may hide what a class has."""
+        self._present.setdefault(id(where), (owner, where, {*where}))
         for name in sorted(names):
             value = where.get(name, _MISSING)
             self._lookups.append((where, name, value))
@@ -287,7 +297,8 @@ def first_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str
 @functools.cache
 def _names_in(code: CodeType) -> frozenset[str]:
     """The names in some code, and in the functions that are defined inside it; also those for `getattr`."""
-    return _texts_in(code).union(names_in(code))
+    constants = (each for one in codes_in(code) for each in one.co_consts)
+    return frozenset(each for each in constants if isinstance(each, str) and each.isidentifier()).union(names_in(code))
 
 
 @functools.cache
@@ -295,13 +306,6 @@ def _globals_in(code: CodeType) -> frozenset[str]:
     """The global variables in some code. Attributes, as in `self.model`, may be some where code looks variables up."""
     names = _names_in(code)
     return frozenset(globals_in(code)) if names.isdisjoint(_LOOK_UP) else names
-
-
-@functools.cache
-def _texts_in(code: CodeType) -> frozenset[str]:
-    """The strings in some code that may be names, as for `hasattr`."""
-    constants = (each for one in codes_in(code) for each in one.co_consts)
-    return frozenset(each for each in constants if isinstance(each, str) and each.isidentifier())
 
 
 def _label(cls: type) -> str:

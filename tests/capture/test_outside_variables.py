@@ -5,7 +5,8 @@ import functools
 import math
 import pickle
 import random
-from collections import deque, namedtuple
+import threading
+from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType, SimpleNamespace
@@ -61,6 +62,16 @@ class Schedule:
         return other * self.t
 
 
+class Meta(type):
+    @property
+    def beta(cls):
+        return cls.hidden
+
+
+class WithMeta(metaclass=Meta):
+    hidden = 1.0
+
+
 class Base:
     scale = 1.0
 
@@ -103,6 +114,13 @@ def decorated(function):
     return call
 
 
+def has_new():
+    try:
+        return NEW_VARIABLE
+    except NameError:
+        return 1.0
+
+
 Pair = namedtuple("Pair", "scale")
 V = SimpleNamespace()
 NEW = {
@@ -113,6 +131,7 @@ NEW = {
     "partial": functools.partial(times, k=1.0), "closure": constant(1.0), "function": times, "list": lambda: [1.0],
     "nested": lambda: {"a": [Schedule()]}, "array": lambda: numpy.ones(4), "queue": lambda: deque([1.0]),
     "lambda": constant(1.0), "decorated": decorated(torch.relu), "tensor": lambda: torch.ones(4),
+    "dictionary": lambda: {"a": 1.0, "b": 2.0}, "ordered": lambda: OrderedDict(a=1.0, b=2.0), "thread": threading.local,
 }  # fmt: skip
 
 
@@ -125,6 +144,12 @@ def _variables():
         setattr(V, name, value() if is_made and not keep else value)
     Base.scale = OfClass.scale = 1.0
     Schedule.current, times.__defaults__, times.k = None, (1.0,), 1.0
+    WithMeta.hidden, V.thread.scale = 1.0, 1.0
+    for where in (vars(times), globals()):
+        where.pop("NEW_VARIABLE", None)
+    for cls in (OfClass, Base):
+        if hasattr(cls, "new"):
+            del cls.new
 
 
 CHANGES = {
@@ -162,6 +187,22 @@ CHANGES = {
     "another operator": (lambda h: getattr(V, "lambda")(h), lambda: setattr(V, "lambda", lambda x: x.tanh())),
     "a default": (lambda h: times(h), lambda: setattr(times, "__defaults__", (2.0,))),
     "of a function": (lambda h: h * times.k, lambda: setattr(times, "k", 2.0)),
+    "a new attribute": (lambda h: h * getattr(V.schedule, "new", 1.0), lambda: setattr(V.schedule, "new", 2.0)),
+    "a new one of a class": (lambda h: h * getattr(OfClass, "new", 1.0), lambda: setattr(OfClass, "new", 2.0)),
+    "a new one of a base": (lambda h: h * getattr(Inherits, "new", 1.0), lambda: setattr(Base, "new", 2.0)),
+    "a new one of a function": (
+        lambda h: h * getattr(times, "NEW_VARIABLE", 1.0),
+        lambda: setattr(times, "NEW_VARIABLE", 2.0),
+    ),
+    "a new variable": (lambda h: h * has_new(), lambda: globals().update(NEW_VARIABLE=2.0)),
+    "a new variable by name": (
+        lambda h: h * globals().get("NEW_VARIABLE", 1.0),
+        lambda: globals().update(NEW_VARIABLE=2.0),
+    ),
+    "an order": (lambda h: h * next(iter(V.dictionary.values())), lambda: V.dictionary.update(a=V.dictionary.pop("a"))),
+    "another order": (lambda h: h * next(iter(V.ordered.values())), lambda: V.ordered.move_to_end("a")),
+    "of a metaclass": (lambda h: h * WithMeta.beta, lambda: setattr(WithMeta, "hidden", 2.0)),
+    "of a thread": (lambda h: h * V.thread.scale, lambda: setattr(V.thread, "scale", 2.0)),
     "a tensor": (lambda h: h * V.tensor.clamp(0, 3), lambda: V.tensor.mul_(2)),
     "a tensor by data": (lambda h: h * V.tensor.clamp(0, 3), lambda: V.tensor.data.mul_(2)),
     "a tensor by NumPy": (lambda h: h * V.tensor.clamp(0, 3), lambda: V.tensor.numpy().__setitem__(0, 2.0)),
@@ -234,6 +275,43 @@ def test_an_attribute_that_was_not_there_is_seen(value, frontend, pipeline):
     bio(X)
     for each in (model, bio):
         each.mask = value
+    follows_or_refuses(bio, model)
+
+
+def looks(layer):
+    try:
+        return layer.new
+    except AttributeError:
+        return 1.0
+
+
+READS = [
+    lambda m: getattr(m, "new", 1.0), looks, lambda m: vars(m).get("new", 1.0), lambda m: next(iter(m.ordered.values()))
+]  # fmt: skip
+
+
+@PIPELINES
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_what_is_set_on_a_module_later_is_seen(read, inside, frontend, pipeline):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            for module in self.modules():
+                module.ordered = OrderedDict(a=1.0, b=2.0)
+
+        def forward(self, x):
+            return self.layer(x) * read(self.layer if inside else self)
+
+    model = Network()
+    bio = biofx.transform(model, pipeline, example_inputs=(X,), frontend=frontend)
+    bio(X)
+    for each in (model, bio):
+        changed = each.layer if inside else each
+        changed.new = 2.0
+        changed.ordered.move_to_end("a")
     follows_or_refuses(bio, model)
 
 
