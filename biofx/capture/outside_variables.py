@@ -11,10 +11,11 @@ import functools
 import sys
 import sysconfig
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.contents import ATOMS, NAMESPACES, is_array, items_of, put_back, slots_of
@@ -35,6 +36,18 @@ _OF_GRAPH_MODULES = frozenset(
     {*vars(fx.GraphModule(nn.Module(), fx.Graph())), *DERIVED, RECORD}
 )  # attributes of modules
 _LOOK_UP = frozenset(("globals", "vars", "eval", "exec", "modules", "import_module", "__globals__", "__dict__"))
+_SETTINGS: dict[str, Callable[[], Any]] = {  # of PyTorch, by names in code
+    **{
+        name: getattr(torch, name)
+        for name in ("get_default_dtype", "get_default_device", "are_deterministic_algorithms_enabled",
+                     "is_deterministic_algorithms_warn_only_enabled", "get_deterministic_debug_mode", "get_num_threads",
+                     "get_num_interop_threads", "get_float32_matmul_precision", "is_anomaly_enabled", "initial_seed")
+    },
+    "enabled": lambda: (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled),
+    "benchmark": lambda: torch.backends.cudnn.benchmark,
+    "deterministic": lambda: torch.backends.cudnn.deterministic,
+}  # fmt: skip
+_ALWAYS_READ = "get_default_dtype"  # by what creates tensors
 _COMPARISONS = frozenset(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "hash"))
 _NOT_IN_FORWARD = frozenset(
     f"__{name}__"
@@ -69,6 +82,7 @@ class OutsideVariables:
         try:
             return (
                 all(where.get(key, _MISSING) is value for where, key, value in self._lookups)
+                and all(_SETTINGS[name]() == value for name, value in self._settings.items())
                 and all(where.keys() == names for _, where, names in self._present.values())
                 and all(_attribute(where, key) is value for where, key, value in self._attributes)
                 and all(list(now) == before if isinstance(now, deque) else now == before for now, before in self._held)
@@ -140,7 +154,8 @@ class OutsideVariables:
 
     def _begin(self, names: frozenset[str]) -> None:
         self._names = names
-        self.keys: dict[str, Any] = {}
+        self._settings = {name: get() for name, get in _SETTINGS.items() if name in {*names, _ALWAYS_READ}}
+        self.keys: dict[str, Any] = {f"torch.{name}": str(value) for name, value in self._settings.items()}
         self._functions: list[FunctionType] = []
         self._lookups: list[tuple[Any, str, Any]] = []  # in dictionaries: where, the name, and the value
         self._present: dict[int, tuple[Any, Any, set[str]]] = {}  # the owners of dictionaries, and all names there
