@@ -187,16 +187,22 @@ def _run_with_gradients_if_it_must(model: nn.Module, run: Run, recorder: Recorde
 
 def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:
     """The parameters that a run in training mode changes, each with the reason why it is not made of synapses."""
-    with parameters_kept(model) as kept, undisturbed(model), torch.no_grad():
-        before = set(map(id, model.parameters()))
-        _try_in_training(model, run)
-        is_replaced = not before.issuperset(map(id, model.parameters()))
-        if not (is_replaced or any(parameter.is_changed() for parameter in kept)):
-            return {}
-    recorder = Recorder()
-    with recording_of(recorder, model, training=True), _as_graph(model, recorder):
-        _try_in_training(model, run)
-    return {name: _change(operation) for name, operation in recorder.recording.changed.items()}
+    found: dict[str, str] = {}
+    for learning in (True, False):  # a forward may change a weight in one case, and fail in the other
+        with parameters_kept(model) as kept, undisturbed(model), torch.set_grad_enabled(learning):
+            before = {id(parameter): name for name, parameter in model.named_parameters()}
+            _try_in_training(model, run)
+            is_replaced = not before.keys() >= {*map(id, model.parameters())}
+            changed = [before[id(parameter.tensor)] for parameter in kept if parameter.is_changed()]
+            if not (is_replaced or changed):
+                continue
+        recorder = Recorder()
+        with recording_of(recorder, model, training=True), torch.set_grad_enabled(learning), _as_graph(model, recorder):
+            _try_in_training(model, run)
+        # A recording does not see what an optimizer in forward does: there, `parameters()` yields copies.
+        found |= dict.fromkeys(changed, "forward changes it in training mode")
+        found |= {name: _change(operation) for name, operation in recorder.recording.changed.items()}
+    return found
 
 
 def _try_in_training(model: nn.Module, run: Run) -> None:

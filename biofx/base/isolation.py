@@ -68,8 +68,10 @@ def refuse_misfit(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
         raise ArgumentError(f"{by}example_inputs do not fit {name}.forward{signature}: {error}") from error
 
 
-def run_in_mode(model: nn.Module, example_inputs: Any, *, training: bool = False) -> list[Tensor]:
-    """The tensors that a model returns in evaluation or in training mode, without gradients.
+def run_in_mode(
+    model: nn.Module, example_inputs: Any, *, training: bool = False, learning: bool = False
+) -> list[Tensor]:
+    """The tensors that a model returns in evaluation or in training mode, detached.
 
     Neither the model's mode and buffers, nor the inputs, nor the global random number generators change.
 
@@ -77,13 +79,16 @@ def run_in_mode(model: nn.Module, example_inputs: Any, *, training: bool = False
         model: any module.
         example_inputs: arguments of the model, as for `transform`.
         training: whether it runs in training mode.
+        learning: whether gradients are enabled.
     """
-    with parameters_kept(model), undisturbed(model), torch.no_grad():
+    with parameters_kept(model), undisturbed(model), torch.set_grad_enabled(learning):
         model.train(training)
         if is_function(example_inputs):
-            return tensors_in(example_inputs(model))
-        with arguments_kept(split_inputs(example_inputs)) as (args, kwargs):
-            return tensors_in(model(*args, **kwargs))
+            found = tensors_in(example_inputs(model))
+        else:
+            with arguments_kept(split_inputs(example_inputs)) as (args, kwargs):
+                found = tensors_in(model(*args, **kwargs))
+        return [tensor.detach() for tensor in found] if learning else found
 
 
 @contextmanager

@@ -44,11 +44,12 @@ def refuse_other(bio: fx.GraphModule, run: Run, outputs: list[Tensor] | None, *,
     paths = [""] if runs_python else islands
     if outputs is None:
         outputs = repeated_outputs(bio, run)
-        _refuse_other_values(bio, run, paths, training=False)
+        _refuse_other_values(bio, run, paths)
     elif runs_python and not is_one_island(bio):
         _refuse_other_python(bio, run, outputs)
     if islands or any(isinstance(module, HelperModule) for module in bio.modules()):  # it distinguishes the modes
-        _refuse_other_values(bio, run, paths, training=True)
+        for learning in (False, True):
+            _refuse_other_values(bio, run, paths, training=True, learning=learning)
     _refuse_other_gradients(bio, run, islands)
 
 
@@ -69,29 +70,32 @@ def _with_parameters(bio: fx.GraphModule, paths: Sequence[str]) -> Iterator[None
         yield
 
 
-def _refuse_other_values(bio: fx.GraphModule, run: Run, paths: Sequence[str], *, training: bool) -> None:
+def _refuse_other_values(
+    bio: fx.GraphModule, run: Run, paths: Sequence[str], *, training: bool = False, learning: bool = False
+) -> None:
     """Refuse modules that compute something else than with plain parameters that have the values of their weights."""
     if not paths:
         return
     try:
         with _with_parameters(bio, paths):
-            expected, again = (run_in_mode(bio, run, training=training) for _ in range(2))
+            expected, again = (run_in_mode(bio, run, training=training, learning=learning) for _ in range(2))
     except Exception:  # noqa: BLE001 - the model cannot run in this mode, as batch norm on one sample
         return
     if difference(expected, again) is not None:  # it draws from a random number generator that nothing restores
         return
     try:
-        found = outputs_differ(bio, run, expected, run_in_mode(bio, run, training=training))
+        actual = run_in_mode(bio, run, training=training, learning=learning)
+        found = outputs_differ(bio, run, expected, actual)
     except Exception as error:  # noqa: BLE001 - forward is anybody's code
         found = f"it fails: {error}"
     if found is not None:
         names = ", ".join(path or "the model" for path in paths)
+        mode = f"{' in training mode' if training else ''}{' with gradients' if learning else ''}"
         raise CaptureError(
             f"{type(bio).__name__} computes something else with weights that have synapses than with parameters of the "
-            f"same values{' in training mode' if training else ''}: {found}. A module ({names}) decides by the types, "
-            "the identity or the number of its weights or submodules, or reads weights from parameters(), "
-            "get_parameter() or _parameters, which hold stored values; read weights as attributes, decide by their "
-            "values or names, or exclude these weights"
+            f"same values{mode}: {found}. A module ({names}) decides by the types, the identity or the number of its "
+            "weights or submodules, or reads weights from parameters(), get_parameter() or _parameters, which hold "
+            "stored values; read weights as attributes, decide by their values or names, or exclude these weights"
         )
 
 

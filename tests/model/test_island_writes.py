@@ -185,3 +185,26 @@ def test_an_optimizer_of_a_part_holds_only_its_weights():
     before = [each.clone() for each in bio[0].parameters()]
     bio[0].learn(x)
     assert not any(map(torch.equal, bio[0].parameters(), before))
+
+
+class LearnsInside(nn.Module):
+    """Trains a layer in forward, where gradients are enabled, by an optimizer that it makes there."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            optimizer = torch.optim.SGD(self.inner.parameters(), 0.1)
+            (self.inner(x) - x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return self.head(self.inner(x).detach())
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_weights_that_learn_in_forward_are_left_alone(frontend):
+    bio = biofx.transform(LearnsInside(), SPLIT, example_inputs=torch.randn(3, 4), frontend=frontend)
+    assert list(biofx.weight_sites(bio)) == ["head.weight"]
+    assert "inner.weight: forward changes it" in flat(str(biofx.summary(bio)))

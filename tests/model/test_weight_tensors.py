@@ -79,6 +79,18 @@ def test_so_is_one_that_would_in_training_only(question, frontend, pipeline):
         biofx.transform(model, pipeline, example_inputs=(X,), frontend=frontend)
 
 
+def with_gradients(question: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
+    return lambda model: torch.is_grad_enabled() and question(model)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+@pytest.mark.parametrize("question", REFUSED)
+def test_so_is_one_that_would_with_gradients_only(question, frontend):
+    model = Deciding(with_gradients(REFUSED[question]))
+    with pytest.raises(biofx.CaptureError, match="in training mode with gradients: output 0 differs by"):
+        biofx.transform(model, "split-synapses", example_inputs=(X,), frontend=frontend)
+
+
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])
 @pytest.mark.parametrize("question", ANSWERED)
 def test_questions_in_training_only_are_noticed(question, frontend):
