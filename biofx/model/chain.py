@@ -93,18 +93,22 @@ def update_chains(bio: fx.GraphModule) -> None:
     has_changed = False
     for name, start in parameter_nodes(bio).items():
         synapses = synapses_of(bio, name)
-        if synapses is not None and not _is_current(start, synapses):
+        if synapses is not None and not is_current(start, synapses):
             write_chain(start, stored_name(bio, name), synapses)
             has_changed = True
     if has_changed:
         number_nodes(bio)
 
 
-def _is_current(start: fx.Node, synapses: Synapses) -> bool:
-    """Whether the chain of a weight shows its active links."""
-    written = [(n.target, tuple(a for a in n.args[1:] if not isinstance(a, fx.Node))) for n in chain(start)[1:]]
+def is_current(start: fx.Node, synapses: Synapses | None) -> bool:
+    """Whether the chain of a weight shows its active links, with their state and their other arguments."""
+    written = [
+        (node.target, [str(a.target) if isinstance(a, fx.Node) else a for a in node.args[1:]], node.kwargs)
+        for node in chain(start)[1:]
+    ]
     return written == [
-        (ln.target, tuple(a for a in ln.args if not isinstance(a, State))) for ln in synapses.active_links
+        (link.target, [_state_target(start, a.key) if isinstance(a, State) else a for a in link.args], {})
+        for link in (synapses.active_links if synapses else ())
     ]
 
 
@@ -134,7 +138,7 @@ def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
         key: the state's name; empty for the synapses themselves.
         origin: the passes that read the state.
     """
-    target = f"{str(start.target).rpartition('.')[0]}.{key}".rstrip(".")
+    target = _state_target(start, key)
     found = start.next
     while inserted(found) is not None:  # what passes inserted stands side by side: state, and the links of the chain
         if found.op == "get_attr" and found.target == target:
@@ -145,6 +149,10 @@ def state_node(start: fx.Node, key: str, origin: Inserted) -> fx.Node:
         found = start.graph.get_attr(target)
     found.meta[RECORD] = origin
     return found
+
+
+def _state_target(start: fx.Node, key: str) -> str:
+    return f"{str(start.target).rpartition('.')[0]}.{key}".rstrip(".")
 
 
 def compute(bio: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:

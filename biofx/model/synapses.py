@@ -8,7 +8,7 @@ chain, and their state. Every reader of `module.weight` gets the end of the chai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -264,14 +264,15 @@ class Synapses(nn.Module):
         slot, value = link.origin.slot, self._run(before, self.stored)
         for arg in link.args if slot is not Slot.INTERNEURONS else ():  # whose state is between other units
             shape = getattr(self, arg.key).shape if isinstance(arg, State) else ()
-            if len(shape) > value.dim() or any(
-                n not in (1, m) for n, m in zip(shape[::-1], value.shape[::-1], strict=False)
-            ):
+            if not broadcasts(shape, value.shape):
                 raise _broken(
                     link,
                     f"its {arg.key} of shape {tuple(shape)} does not broadcast to the weight's {tuple(value.shape)}",
                 )
         result = link.target(value, *self.arguments(link))
+        if not isinstance(result, Tensor) or result.dtype is not value.dtype:
+            found = getattr(result, "dtype", type(result).__name__)
+            raise _broken(link, f"it returns {found} for a weight of {value.dtype}")
         if slot is not Slot.SUM and result.shape != value.shape:
             raise _broken(link, f"it changes the shape from {tuple(value.shape)} to {tuple(result.shape)}")
         if slot is Slot.HOOK and not (result.is_set_to(value) or _are_equal(result, value)):
@@ -387,6 +388,12 @@ def observers_in(graph: fx.Graph) -> set[tuple[str, str]]:
 
 def _are_equal(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of a shape broadcasts to another shape."""
+    pairs = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, other) for size, other in pairs)
 
 
 def _broken(link: Link, what: str) -> PipelineError:

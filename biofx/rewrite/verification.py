@@ -15,12 +15,12 @@ from biofx.analysis.units import Verdict
 from biofx.base.errors import ArgumentError, VerificationError
 from biofx.base.gains import decoded
 from biofx.base.shards import extremes
-from biofx.model.chain import callee, chain, parameter_nodes
+from biofx.model.chain import callee, chain, is_current, parameter_nodes
 from biofx.model.changes import ASSIGNED, follow, lost_parts
 from biofx.model.definitions import NAMESPACE
 from biofx.model.provenance import inserted, inserted_nodes, record_of, unwrapped
 from biofx.model.slots import Slot
-from biofx.model.synapses import stored, stored_parameters, synapses_in, synapses_of
+from biofx.model.synapses import broadcasts, stored, stored_parameters, synapses_in, synapses_of
 from biofx.signs.constraints import sign_violations
 from biofx.weights.facts import Need
 
@@ -107,12 +107,12 @@ def _chains(bio: fx.GraphModule) -> Iterator[str]:
             yield f"{name}: read by {count} nodes, must be read by one"
     on_chain: set[fx.Node] = set()
     for name, start in parameter_nodes(bio).items():
-        nodes, synapses = chain(start), synapses_of(bio, name)
+        nodes = chain(start)
         on_chain.update(nodes)
         slots = [origin.slot for n in nodes if (origin := inserted(n)) is not None]
         if slots != sorted(slots):
             yield f"{name}: its chain is not in canonical order: {', '.join(s.label for s in slots)}"
-        if [node.target for node in nodes[1:]] != [link.target for link in (synapses.active_links if synapses else ())]:
+        if not is_current(start, synapses_of(bio, name)):
             yield f"{name}: the graph does not compute it from its synapses as its module does"
     for node, origin in inserted_nodes(bio.graph):
         where = f"{origin.by}: {origin.parameter}: {node.name}"
@@ -141,6 +141,9 @@ def _passes(bio: fx.GraphModule) -> Iterator[str]:
     for weight, synapses in synapses_in(bio).items():
         gain, by = synapses.state("gain"), ", ".join(synapses.users.get("gain", ()))
         if gain is not None:
+            shape = synapses.stored.shape
+            if not broadcasts(gain.shape, shape):
+                yield f"{by}: {weight}: gain has the shape {tuple(gain.shape)}, and what is stored {tuple(shape)}"
             lowest = _lowest(decoded(gain))
             if lowest is None:
                 yield f"{by}: {weight}: gain is not finite"

@@ -66,6 +66,19 @@ def test_a_chain_out_of_order(bio):
     assert "0.weight: its chain is not in canonical order: sum over synapses, gradient hook" in violations(bio)
 
 
+def test_a_link_with_another_argument(bio):
+    node = find(bio, torch.sum)
+    node.args = (node.args[0], 1)
+    assert "0.weight: the graph does not compute it from its synapses as its module does" in violations(bio)
+
+
+def test_states_that_were_exchanged():
+    bio = biofx.transform(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), [passes.FuzzyLearningRates()])
+    one, two = (node for node in bio.graph.find_nodes(op="get_attr") if str(node.target).endswith("gain"))
+    one.target, two.target = two.target, one.target
+    assert "1.weight: the graph does not compute it from its synapses as its module does" in violations(bio)
+
+
 def test_a_chain_that_branches(bio):
     site = biofx.weight_sites(bio)["0.weight"]
     hook = find(bio, torch.ops.biofx.scale_grad)
@@ -99,6 +112,11 @@ def test_gains(bio, value, message):
     biofx.weight_sites(bio)["0.weight"].gain[0, 0, 0] = value
     with pytest.raises(biofx.VerificationError, match=message):
         biofx.verify(bio)
+
+
+def test_a_gain_of_another_shape(bio):
+    bio.get_submodule("0").weight_synapses.gain = torch.ones(7)
+    assert "0.weight: gain has the shape (7,), and what is stored (" in violations(bio)
 
 
 def test_a_parameter_that_is_gone():
