@@ -28,8 +28,8 @@ from biofx.capture.exported import exporting
 from biofx.capture.guards import Guard
 from biofx.capture.outside_variables import OutsideVariables
 from biofx.capture.preconditions import check_model, refuse_replaced_forward, refuse_sharded, refuse_shared_memory
-from biofx.model.changes import transformed
-from biofx.model.islands import GUARD, is_one_island
+from biofx.model.changes import run_python, transformed
+from biofx.model.islands import GUARD, ORIGINAL_CLASS, is_one_island
 from biofx.model.owners import obstacle_to_synapses, restore_class
 from biofx.model.provenance import Request, is_transformed, record_of
 from biofx.model.synapses import Synapses, stored_parameters, synapses_in
@@ -156,6 +156,7 @@ def build(
     with torch.inference_mode(False), ExitStack() as after, restored:
         after.callback(outside.restore_generators)
         source = model if inplace else _copy(model)
+        _follow_attributes(source)
         expected = None if example_inputs is None else _outputs(source, example_inputs)
         understood = understand(source, example_inputs)
         if not again:
@@ -163,7 +164,7 @@ def build(
         repeats = outside.random() is None
         if source is not model and understood is not None:
             _refuse_reads_of_original(model, understood)
-        old: Guard | None = vars(source).pop(GUARD, None)  # of an earlier transform
+        old = vars(source).pop(GUARD, None)
         vars(source).pop("forward", None)  # it is that of the class
         bio = source if again else _captured(source, request.frontend, example_inputs, understood)
         assert isinstance(bio, fx.GraphModule)
@@ -195,6 +196,14 @@ def build(
         if understood is not None and repeats:
             refuse_other(bio, understood.run, outputs, runs_python=guard is None or guard.needs is None)
     return bio
+
+
+def _follow_attributes(source: nn.Module) -> None:
+    """Let the Python run of a model that was transformed before, and whose graph no longer does what it does."""
+    guard: Guard | None = vars(source).get(GUARD)
+    changed = guard and guard.change(source)
+    if changed:
+        run_python(source, f"{changed} since the transform")
 
 
 def _captured(source: nn.Module, frontend: str, inputs: Any, understood: Understanding | None) -> fx.GraphModule:
@@ -316,7 +325,7 @@ def _restored_on_error(model: nn.Module, made: Sequence[nn.Module]) -> Iterator[
     graph: fx.Graph | None = None
     guard = vars(model).get(GUARD)
     if is_transformed(model) and isinstance(model, fx.GraphModule):
-        graph, record = model.graph, record_of(model)
+        graph, record, was_island = model.graph, record_of(model), is_one_island(model)
         fields = {k: copy.copy(v) for k, v in vars(record).items()}
         model.graph = copy.deepcopy(graph)
     try:
@@ -341,6 +350,8 @@ def _restored_on_error(model: nn.Module, made: Sequence[nn.Module]) -> Iterator[
             vars(record).update(fields)
             if guard is not None:
                 vars(model)[GUARD] = guard
+            if not was_island:
+                vars(model).pop(ORIGINAL_CLASS, None)
             model.graph = graph
         raise
 

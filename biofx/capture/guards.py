@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -75,6 +75,10 @@ class _WatchedTensor(NamedTuple):
         """Watch a tensor."""
         return cls(tensor, tensor._version, tensor.detach().clone() if _is_at_hand(tensor) else None)
 
+    def in_copy(self) -> _WatchedTensor:
+        """The same for a copy of the tensor, which has a version of its own."""
+        return self._replace(version=self.tensor._version)
+
     def is_written(self) -> bool:
         """Whether it was written to since; writes through `data` or NumPy do not raise the version."""
         if self.tensor._version != self.version:
@@ -122,18 +126,28 @@ class Guard:
         self._outside: OutsideVariables | None = self._outside_of(bio)
         self._keys, self._changed_name = self._outside.keys, ""
         self._names = self._outside.names
-        self._tensors: list[_WatchedTensor] | None = None
+        followed = {id(attribute(bio, name)) for name in record_of(bio).followed}
+        own = _tensors_in_attributes(bio.get_submodule(path) for path in self.traced)
+        self._own_tensors = [_WatchedTensor.now(x) for x in own if id(x) not in followed]
+        self._was_written = False
+        self._outside_tensors: list[_WatchedTensor] | None = None
         self._equal_tensors: list[_WatchedTensor] = []  # that took the places of some outside of the model
+        self._tensors_outside(bio)
         self.watch(bio)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle cannot save generated functions; what is unpickled takes those that it finds.
-        found = ("still_holds", "_held", "_helpers", "_synapses", "_outside", "_forwards", "_tensors")
+        found = ("still_holds", "_held", "_helpers", "_synapses", "_outside", "_forwards", "_outside_tensors")
         saved = {
             path: {name: value for name, value in state.items() if name not in self._made_anew.get(path, ())}
             for path, state in self._saved.items()
         }
-        return vars(self) | dict.fromkeys(found) | {"_equal_tensors": [], "_saved": saved}
+        was_written = self._was_written or any(tensor.is_written() for tensor in self._own_tensors)
+        return vars(self) | dict.fromkeys(found) | {"_equal_tensors": [], "_saved": saved, "_was_written": was_written}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._own_tensors = [tensor.in_copy() for tensor in self._own_tensors]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         guard = object.__new__(Guard)
@@ -141,7 +155,7 @@ class Guard:
         for value in values:  # what a hook computed, which `copy.deepcopy` refuses, and which the model has no more
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value)
-        vars(guard).update(copy.deepcopy(self.__getstate__(), memo) | {"_forwards": self._forwards})
+        guard.__setstate__(copy.deepcopy(self.__getstate__(), memo) | {"_forwards": self._forwards})
         return guard
 
     @property
@@ -150,7 +164,7 @@ class Guard:
         return self.needs is None and self.widened_by is None
 
     def watch(self, bio: fx.GraphModule) -> None:
-        """Begin with a model, which may be a copy: note the tensors that it has now, and make `still_holds`."""
+        """Begin with a model, which may be a copy: note the tensors outside of it, and make `still_holds`."""
         guard, model = weakref.ref(self), weakref.ref(bio)
 
         @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it is not compiled
@@ -161,7 +175,8 @@ class Guard:
             return mine._first_change(it) is None and not (mine.needs is not None and has_global_hooks())
 
         self.still_holds: Callable[[], bool] | None = still_holds
-        self._tensors_of(bio)
+        if not self.is_idle:
+            self._tensors_outside(bio)
 
     def holds_while_compiling(self, bio: fx.GraphModule) -> bool:
         """Whether torch.compile may compile the graph; it calls this at compile time."""
@@ -186,6 +201,17 @@ class Guard:
         if self._synapses is None:
             self._synapses = tuple(synapses_in(bio).values())
         return self._synapses
+
+    def change(self, bio: fx.GraphModule) -> str | None:
+        """What changed since the graph was checked, in words; None if it may run.
+
+        Raises:
+            CaptureError: something changed, and a pass needs the graph.
+        """
+        changed = self._first_change(bio)
+        if changed is not None and self.needs is not None:
+            raise _not_followed(changed.what, self.needs)
+        return None if changed is None else changed.what
 
     def replaced(self, bio: nn.Module) -> str | None:
         """Return the name of a weight that was replaced, as by `torch.func.functional_call`; None if there is none.
@@ -235,7 +261,7 @@ class Guard:
         for name, first in self._tied if changed is None else ():
             if _tensor(bio, name) is not _tensor(bio, first):
                 return _Change(f"{name}, which was tied to {first}, changed", same_way=True)
-        if changed is None and any(x.is_written() for x in (*self._tensors_of(bio), *self._equal_tensors)):
+        if changed is None and self._wrote_tensors(bio):
             return _Change("a tensor in an attribute, or outside of the model, was written into")
         return changed
 
@@ -250,24 +276,19 @@ class Guard:
             ]
         return self._helpers
 
-    def _tensors_of(self, bio: nn.Module) -> list[_WatchedTensor]:
-        """The tensors in attributes of traced modules and outside of the model."""
-        if self._tensors is None:
-            seen: set[int] = set()
-            own = (
-                value
-                for module in self._modules_of(bio).values()
-                for _, held in attributes_of(module)
-                for value in values_within(held, seen)
-                if isinstance(value, Tensor)
-            )
+    def _wrote_tensors(self, bio: nn.Module) -> bool:
+        """Whether a tensor with which the trace computed, in an attribute or outside, was written to."""
+        watched = (*self._own_tensors, *self._tensors_outside(bio), *self._equal_tensors)
+        return self._was_written or any(tensor.is_written() for tensor in watched)
+
+    def _tensors_outside(self, bio: nn.Module) -> list[_WatchedTensor]:
+        """The tensors outside of the model."""
+        if self._outside_tensors is None:
             outside = self._outside_of(bio) if self._outside is None else self._outside
-            found = {id(tensor): tensor for tensor in (*own, *outside.tensors)}
-            for name in record_of(bio).followed:
-                with contextlib.suppress(AttributeError, KeyError):  # it was removed, or replaced
-                    del found[id(attribute(bio, name))]
-            self._tensors = [_WatchedTensor.now(x) for x in found.values() if not x.is_inference()]
-        return self._tensors
+            own = {id(watched.tensor) for watched in self._own_tensors}
+            found = {id(x): x for x in outside.tensors if id(x) not in own and not x.is_inference()}
+            self._outside_tensors = [_WatchedTensor.now(x) for x in found.values()]
+        return self._outside_tensors
 
     def _holds(self) -> bool:
         """Whether the shallow copies of the last full comparison still equal their originals; a fast test."""
@@ -330,7 +351,7 @@ class Guard:
         if self._outside is None or not self._outside.is_same():
             self._outside = self._outside_of(bio)
             self._changed_name = first_difference(self._keys, self._outside.keys) or ""
-            known = {id(watched.tensor) for watched in self._tensors_of(bio)}
+            known = {id(watched.tensor) for watched in (*self._own_tensors, *self._tensors_outside(bio))}
             new = {id(x): x for x in self._outside.tensors if id(x) not in known and not x.is_inference()}
             self._equal_tensors = [_WatchedTensor.now(x) for x in new.values()]
         if not self._changed_name:
@@ -353,6 +374,15 @@ class Guard:
         # Hooks of the model itself run around its forward, whether that is the graph or the Python.
         names = (*own, *(HOOKS if path else ()), "forward", *_OF_TENSORS, "_modules")
         return {name: _compared(module, name) for name in names}
+
+
+def _tensors_in_attributes(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The tensors in attributes of modules, and in the containers there."""
+    seen: set[int] = set()
+    attributes = (held for module in modules for _, held in attributes_of(module))
+    values = (value for held in attributes for value in values_within(held, seen))
+    found = {id(value): value for value in values if isinstance(value, Tensor)}
+    return [tensor for tensor in found.values() if not tensor.is_inference()]
 
 
 def _not_followed(changed: str, needs: str) -> CaptureError:

@@ -106,7 +106,7 @@ def follow(bio: fx.GraphModule) -> str | None:
     if record.changed:
         _list_new_parameters(bio)
     if unfit is not None:
-        _run_python(bio, f"{unfit} since the transform")
+        run_python(bio, f"{unfit} since the transform")
     return None
 
 
@@ -256,7 +256,7 @@ def _renamed(run: PassRun, tied: set[str], kept: str, first: str) -> PassRun:
     return replace(run, weights=weights, left=of_first(run.left), remarks=of_first(run.remarks))
 
 
-def _run_python(bio: fx.GraphModule, reason: str) -> None:
+def run_python(bio: fx.GraphModule, reason: str) -> None:
     """Replace the graph of a model by a call of its Python."""
     record = record_of(bio)
     vars(bio)[ORIGINAL_CLASS] = record.model_class

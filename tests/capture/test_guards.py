@@ -110,6 +110,76 @@ def test_a_copy_of_a_changed_result_runs(change, copy_):
     torch.testing.assert_close(copy_(bio)(X), bio(X))
 
 
+def rate(m):
+    m.config.p = 0.9
+
+
+def hook_in_training(m):
+    m.body[0].register_forward_hook(lambda module, args, output: output * 2 if module.training else None)
+
+
+def written(m):
+    m.offset.data.fill_(3.0)
+
+
+class Offset(Network):
+    """Computes with a tensor in an attribute that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = torch.ones(4)
+
+    def forward(self, x):
+        return super().forward(x + (self.offset + 1))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("change", [scale, factor, rate, hook, hook_in_training, written])
+def test_a_second_transform_follows_what_changed_after_the_first(change, inplace):
+    model = Offset()
+    bio = biofx.transform(model, [passes.SplitSynapses(2)], example_inputs=X)
+    for one in (model, bio):
+        change(one)
+    again = biofx.transform(bio, [passes.FuzzyLearningRates()], example_inputs=X, inplace=inplace)
+    for training in (True, False):
+        outputs = []
+        for one in (model.train(training), again.train(training)):
+            torch.manual_seed(0)
+            outputs.append(one(X))
+        torch.testing.assert_close(*outputs)
+
+
+def test_a_second_transform_that_needs_the_graph_names_the_change():
+    bio = biofx.transform(Network(), [passes.GroupUnits(2)], example_inputs=X)
+    bio.scale = 3.0
+    with pytest.raises(biofx.CaptureError, match="scale changed since the transform, and group-units needs the graph"):
+        biofx.transform(bio, [passes.FuzzyLearningRates()], example_inputs=X)
+
+
+def test_a_second_transform_in_place_that_fails_leaves_the_graph():
+    bio = biofx.transform(Network(), [passes.SplitSynapses(2)], example_inputs=X)
+    bio.scale = 3.0
+    with pytest.raises(biofx.BiofxError):
+        biofx.transform(bio, [passes.SplitSynapses(2)], example_inputs=X, inplace=True)
+    bio.scale = 1.0
+    torch.testing.assert_close(bio(X), biofx.fold(bio)(X))
+    assert "body" in str(bio.graph)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, copy.copy, reloaded], ids=["", "deep", "copy", "file"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_written_tensor_acts_in_copies(before, copied):
+    model = Offset()
+    bio = biofx.transform(model, SPLIT, example_inputs=X)
+    if before:
+        written(bio)
+    bio = copied(bio)
+    if not before:
+        written(bio)
+    written(model)
+    torch.testing.assert_close(bio(X), model(X))
+
+
 class Doubling(nn.ReLU):
     def forward(self, x):
         return 2 * super().forward(x)
