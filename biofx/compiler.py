@@ -201,8 +201,10 @@ def build(
 def _follow_attributes(source: nn.Module) -> None:
     """Let the Python run of a model that was transformed before, and whose graph no longer does what it does."""
     guard: Guard | None = vars(source).get(GUARD)
-    changed = guard and guard.change(source)
-    if changed:
+    if guard is None or not isinstance(source, fx.GraphModule):
+        return
+    changed = guard.change(source)
+    if changed is not None:
         run_python(source, f"{changed} since the transform")
 
 

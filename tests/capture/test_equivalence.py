@@ -317,3 +317,30 @@ def test_what_forward_writes_into_tensors_is_not_lost(write, pipeline):
         written.append((OUTSIDE.clone(), KEPT[0].clone(), one.kept[0]))
     torch.testing.assert_close(written[1], written[0])
     assert any(tensor.any() for tensor in written[0])
+
+
+STAYS = torch.ones(4)
+
+
+class Keeps(nn.Module):
+    """Returns tensors that it keeps: an attribute, one in a list, one outside of it, and a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.state, self.states = nn.Linear(4, 4), torch.ones(4), [torch.ones(4)]
+
+    def forward(self, x):
+        return self.fc(x) * self.state, self.state, self.states[0][:2], STAYS.view(2, 2)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module", "export"])
+def test_what_a_caller_writes_into_a_returned_tensor_stays(frontend):
+    x, found = torch.randn(3, 4), []
+    for model in (plain := Keeps(), biofx.transform(plain, "split-synapses", example_inputs=x, frontend=frontend)):
+        for _ in range(2):
+            for tensor in model(x)[1:]:
+                tensor += 1
+        found.append(model(x))
+        STAYS.fill_(1)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
