@@ -262,6 +262,8 @@ class Synapses(nn.Module):
     def _refuse_broken_promise(self, link: Link, before: tuple[Link, ...]) -> None:
         """Run a link: a gradient hook has to be the identity, and only the sum over synapses may change the shape."""
         slot, value = link.origin.slot, self._run(before, self.stored)
+        if not value.is_inference():
+            value = value.detach().requires_grad_()
         for arg in link.args if slot is not Slot.INTERNEURONS else ():  # whose state is between other units
             shape = getattr(self, arg.key).shape if isinstance(arg, State) else ()
             if not broadcasts(shape, value.shape):
@@ -269,7 +271,8 @@ class Synapses(nn.Module):
                     link,
                     f"its {arg.key} of shape {tuple(shape)} does not broadcast to the weight's {tuple(value.shape)}",
                 )
-        result = link.target(value, *self.arguments(link))
+        with torch.enable_grad():
+            result = link.target(value, *self.arguments(link))
         if not isinstance(result, Tensor) or result.dtype is not value.dtype:
             found = getattr(result, "dtype", type(result).__name__)
             raise _broken(link, f"it returns {found} for a weight of {value.dtype}")
@@ -277,6 +280,8 @@ class Synapses(nn.Module):
             raise _broken(link, f"it changes the shape from {tuple(value.shape)} to {tuple(result.shape)}")
         if slot is Slot.HOOK and not (result.is_set_to(value) or _are_equal(result, value)):
             raise _broken(link, "it changes the weight, but a gradient hook may only change gradients")
+        if value.requires_grad and not result.requires_grad:
+            raise _broken(link, "what it returns has no gradient, so the weight would not learn")
 
     def keep(self, key: str, value: Tensor, by: str) -> None:
         """Add a tensor as state; one that is a parameter is trained, unless the stored tensor is frozen.

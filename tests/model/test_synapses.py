@@ -194,6 +194,8 @@ def test_a_tensor_that_a_functional_call_left_is_an_error():
             r"its gain of shape \(4, 3\) does not broadcast to the weight.s \(3, 4\)",
         ),
         (Slot.HOOK, torch.Tensor.float, (), "it returns torch.float32 for a weight of torch.float64"),
+        (Slot.HOOK, torch.detach, (), "what it returns has no gradient, so the weight would not learn"),
+        (Slot.SIGN, torch.detach, (), "what it returns has no gradient, so the weight would not learn"),
         (Slot.HOOK, torch.Tensor.tolist, (), "it returns list for a weight of torch.float64"),
         (Slot.INTERNEURONS, torch.sum, (0,), r"cannot be a pool of interneurons: it changes the shape"),
     ],
