@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from biofx.analysis.sites import find_weights
 from biofx.analysis.understanding import Run, Understanding, remember, understand
+from biofx.base.contents import slots_of
 from biofx.base.copying import copied, has_strides
 from biofx.base.errors import ArgumentError, CaptureError
 from biofx.base.isolation import is_function, run_in_mode
@@ -261,6 +262,12 @@ def _check(model: nn.Module, *, inplace: bool) -> None:
             raise ArgumentError("model is attached to an optimizer; detach() it before transforming it in place")
     else:
         check_model(model)
+    for name in slots_of(type(model)) if inplace else ():
+        if hasattr(model, name):
+            raise ArgumentError(
+                f"model.{name} is in __slots__; keep it in a plain attribute: the result is another object, which only "
+                "shares those"
+            )
     for name, module in model.named_modules():
         if module is not model and is_transformed(module):
             raise ArgumentError(

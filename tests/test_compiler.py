@@ -465,6 +465,34 @@ def test_a_model_with_slots_is_transformed_in_place():
     torch.testing.assert_close(bio(x), y)
     with pytest.raises(biofx.ArgumentError, match="is in __slots__"):
         biofx.fold(bio)
+    bio[0].factor = 6.0
+    torch.testing.assert_close(bio(x), 3 * y)
+
+
+def test_a_transform_leaves_slots_as_they_were():
+    class Counts(nn.Module):
+        __slots__ = ("calls",)
+
+        def __init__(self):
+            super().__init__()
+            self.fc, self.calls = nn.Linear(3, 3), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.fc(x) * self.calls
+
+    bio = biofx.transform(nn.Sequential(Counts()), [passes.SplitSynapses()], inplace=True)
+    assert bio[0].calls == 0
+
+
+def test_a_model_that_has_slots_itself_is_refused_in_place():
+    class Slots(nn.Linear):
+        __slots__ = ("factor",)
+
+    model = Slots(3, 3)
+    model.factor = 2.0
+    with pytest.raises(biofx.ArgumentError, match="model.factor is in __slots__; keep it in a plain attribute"):
+        biofx.transform(model, [passes.SplitSynapses()], inplace=True)
 
 
 def test_an_import_does_not_import_the_compiler():

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from biofx.base.contents import (
     ATOMS,
+    Slots,
     copy_of,
     holders,
     is_array,
     is_holder,
     is_of_user,
     put_back,
+    slots_of,
     tensors_in,
     values_within,
 )
@@ -347,6 +349,8 @@ class Snapshot:
         for path, module in model.named_modules():
             attributes = vars(module)
             self._held.append((path, "", attributes, attributes.copy()))
+            if slots_of(type(module)):
+                self._held.append((path, "__slots__", Slots(module), copy_of(Slots(module))))
             for name, value in attributes.items():
                 kind = type(value)
                 if kind in ATOMS:  # like most attributes

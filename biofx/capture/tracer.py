@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
 
-from biofx.base.contents import is_array
+from biofx.base.contents import is_array, slots_of
 from biofx.base.errors import InputError
 from biofx.base.generators import global_states, set_state, state_of
 from biofx.base.isolation import LOCK
@@ -474,4 +474,6 @@ def why_untraceable(module: nn.Module) -> str | None:
         return "it has hooks, which only run when the module itself is called"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
+    if any(hasattr(module, name) for name in slots_of(type(module))):
+        return "it has attributes in __slots__, whose changes a graph does not follow"
     return None

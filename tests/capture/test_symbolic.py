@@ -418,9 +418,10 @@ def test_a_sharded_model_is_refused():
         dist.destroy_process_group()
 
 
-def test_a_root_whose_forward_was_replaced_is_refused():
-    model = nn.Linear(2, 2)
-    model.forward = lambda x: x
+@pytest.mark.parametrize("forward", [lambda x: x, nn.Tanh()], ids=["function", "module"])
+def test_a_root_whose_forward_was_replaced_is_refused(forward):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.forward = forward
     with pytest.raises(biofx.ArgumentError, match="forward was replaced on the instance"):
         biofx.transform(model, NEUTRAL)
 
