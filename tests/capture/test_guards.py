@@ -149,7 +149,7 @@ def test_a_second_transform_follows_what_changed_after_the_first(change, inplace
         torch.testing.assert_close(*outputs)
 
 
-def test_a_second_transform_that_needs_the_graph_names_the_change():
+def test_a_second_transform_names_a_change_it_cannot_follow():
     bio = biofx.transform(Network(), [passes.GroupUnits(2)], example_inputs=X)
     bio.scale = 3.0
     with pytest.raises(biofx.CaptureError, match="scale changed since the transform, and group-units needs the graph"):
