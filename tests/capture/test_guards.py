@@ -733,6 +733,8 @@ def test_a_needed_graph_follows_a_tensor_that_it_reads():
     for one in (model, bio):
         one.gain.fill_(3.0)
     torch.testing.assert_close(bio(X), model(X))
+
+
 class Metric(nn.Module):
     """Wraps a method for each instance, and leaves it out of copies and files, as torchmetrics does."""
 
