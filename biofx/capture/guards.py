@@ -151,8 +151,9 @@ class Guard:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
         guard = object.__new__(Guard)
-        values = (value for state in self._saved.values() for value in state.values())
-        for value in values:  # what a hook computed, which `copy.deepcopy` refuses, and which the model has no more
+        saved = (value for state in self._saved.values() for value in state.values())
+        for value in (*saved, *(watched.tensor for watched in self._own_tensors)):
+            # What a hook computed, which `copy.deepcopy` refuses, and which the model may have no more.
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value)
         guard.__setstate__(copy.deepcopy(self.__getstate__(), memo) | {"_forwards": self._forwards})
