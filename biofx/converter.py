@@ -280,7 +280,8 @@ def _count_call(weights: list[PlasticWeight]) -> None:
 
 
 def _with_methods(bio: nn.Module) -> Converted:
-    set_class(bio, type(type(bio).__name__, (Converted, type(bio)), {}))
+    names = {name: getattr(type(bio), name) for name in ("__module__", "__qualname__")}
+    set_class(bio, type(type(bio).__name__, (Converted, type(bio)), names))
     assert isinstance(bio, Converted)
     return bio
 

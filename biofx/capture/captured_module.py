@@ -349,7 +349,9 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
-    methods = container_methods(model_class)
+    # Libraries note classes by these names: transformers, which of them return hidden states.
+    methods = {name: getattr(model_class, name) for name in ("__module__", "__qualname__")}
+    methods |= container_methods(model_class)
     if issubclass(model_class, nn.Sequential):
         methods["__getitem__"] = _item
     if hasattr(model_class, "save_pretrained"):  # of transformers, diffusers and the like

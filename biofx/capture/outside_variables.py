@@ -24,6 +24,7 @@ from biofx.base.rule_code import codes_in, globals_in, names_in
 from biofx.base.torch_internals import DERIVED
 from biofx.capture.variable_keys import CONTAINERS, KEYED, PLAIN, Opaque, key_of, wrapped_in
 from biofx.model.islands import ORIGINAL_CLASS
+from biofx.model.owners import HasSynapses
 from biofx.model.provenance import RECORD
 
 _MISSING = object()
@@ -185,8 +186,8 @@ class OutsideVariables:
         return {name for each in self._classes(cls) for name in vars(each)}
 
     def _classes(self, cls: type) -> list[type]:
-        """The followed classes that a class inherits from, without those that biofx generates for owners of weights."""
-        return [each for each in cls.__mro__ if self._follows(each.__module__) and ORIGINAL_CLASS not in vars(each)]
+        """The followed classes that a class inherits from, without those that biofx generates."""
+        return [each for each in cls.__mro__ if self._follows(each.__module__) and not _is_generated(each)]
 
     def _key(self, value: Any) -> Any:
         """The key of a value. Of an object that is followed, it is the class: its attributes have their own keys."""
@@ -321,6 +322,11 @@ def _globals_in(code: CodeType) -> frozenset[str]:
     """The global variables in some code. Attributes, as in `self.model`, may be some where code looks variables up."""
     names = _names_in(code)
     return frozenset(globals_in(code)) if names.isdisjoint(_LOOK_UP) else names
+
+
+def _is_generated(cls: type) -> bool:
+    """Whether biofx generated a class: that of an owner of weights, or of a captured model."""
+    return ORIGINAL_CLASS in vars(cls) or (issubclass(cls, HasSynapses) and issubclass(cls, fx.GraphModule))
 
 
 def _label(cls: type) -> str:

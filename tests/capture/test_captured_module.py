@@ -323,3 +323,22 @@ def test_a_copy_of_what_passes_on_attributes_is_one():
 def test_a_copy_of_a_compiled_model_is_compiled():
     compiled = torch.compile(biofx.transform(Model(), "split-synapses"), backend="eager")
     assert type(copy.deepcopy(compiled)) is type(compiled)
+
+
+ROWS = {}
+
+
+class NotesItsClass(nn.Linear):
+    """Finds what it returns by the name of its class, as models of transformers do."""
+
+    def forward(self, x):
+        result = super().forward(x)
+        return {"y": result, "x": x} if ROWS.get(str(type(self))) else {"y": result}
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "module"])
+def test_a_class_is_found_by_its_name(frontend, monkeypatch):
+    monkeypatch.setitem(ROWS, str(NotesItsClass), True)
+    bio, x = biofx.transform(NotesItsClass(3, 3), "split-synapses", frontend=frontend), torch.randn(4, 3)
+    for other in (bio, copy.deepcopy(bio), reloaded(bio), biofx.fold(bio)):
+        assert [*other(x)] == ["y", "x"]
