@@ -199,14 +199,13 @@ class CapturedModule(HasSynapses, fx.GraphModule):
     def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]] | None) -> None:
         if state is None:  # copy.deepcopy has filled it
             return
-        # torch.fx pickles the code, not the graph. Tracing it gives the same calls in the same order, without `meta`.
+        # torch.fx pickles the code, not the graph. Tracing it gives the same calls, without `meta`.
         attributes, imports, reads, calls = state
         vars(self).update(attributes)  # first, because the code below is traced with this model in it
         traced = reduce_graph_module({**attributes, WHOLE_MODEL: self}, imports)
         assert isinstance(traced, fx.GraphModule)
-        others = [node for node in traced.graph.nodes if node.op != "get_attr"]
         origins = [(node, reads.get(str(node.target))) for node in traced.graph.find_nodes(op="get_attr")]
-        for node, kept in [*origins, *zip(others, calls, strict=True)]:
+        for node, kept in [*origins, *zip(_in_order(traced.graph), calls, strict=True)]:
             node.meta.update(kept or {})
         _fill(self, attributes, traced.graph)
         number_nodes(self)
@@ -411,12 +410,18 @@ def _fill(module: CapturedModule, attributes: dict[str, Any], graph: fx.Graph) -
 
 
 def _origins(graph: fx.Graph) -> tuple[dict[str, Any], list[Any]]:
-    """Return the metadata of nodes: of `get_attr` nodes by target, of others in order.
-
-    Retracing moves `get_attr` nodes, but keeps the order of all others.
-    """
+    """Return the metadata of nodes: of `get_attr` nodes by target, of others in order."""
     reads = {str(node.target): _own_meta(node) for node in graph.find_nodes(op="get_attr")}
-    return reads, [_own_meta(node) for node in graph.nodes if node.op != "get_attr"]
+    return reads, [_own_meta(node) for node in _in_order(graph)]
+
+
+def _in_order(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes whose order retracing keeps, followed by those that read an attribute of a result.
+
+    It moves `get_attr` nodes, and reads an attribute when it is used.
+    """
+    others = [node for node in graph.nodes if node.op != "get_attr"]
+    return sorted(others, key=lambda node: node.target is getattr)
 
 
 def _own_meta(node: fx.Node) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import collections
 import copy
 import functools
 import io
+import types
 
 import pytest
 import torch
@@ -342,3 +343,34 @@ def test_a_class_is_found_by_its_name(frontend, monkeypatch):
     bio, x = biofx.transform(NotesItsClass(3, 3), "split-synapses", frontend=frontend), torch.randn(4, 3)
     for other in (bio, copy.deepcopy(bio), reloaded(bio), biofx.fold(bio)):
         assert [*other(x)] == ["y", "x"]
+
+
+class TwoResults(nn.Module):
+    """Decides by values, and returns an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return types.SimpleNamespace(y=self.fc(x) if x.sum() < 1e9 else x, extra=2 * x)
+
+
+class ReadsAttributesOfAResult(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = TwoResults(), nn.Linear(3, 2)
+
+    def forward(self, x):
+        both = self.inner(x)
+        return self.head(both.y), both.extra
+
+
+def test_an_attribute_may_be_read_long_before_its_use():
+    model, x = ReadsAttributesOfAResult(), torch.randn(4, 3)
+    bio = biofx.transform(model, "split-synapses", example_inputs=x)
+    island = next(iter(bio.graph.find_nodes(op="call_module")))
+    read = next(node for node in bio.graph.nodes if node.target is getattr and node.args[1] == "extra")
+    island.append(read)  # as what computed with it, and was removed, leaves it
+    bio.recompile()
+    torch.testing.assert_close(reloaded(bio)(x), model(x))
