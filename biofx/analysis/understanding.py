@@ -189,13 +189,9 @@ def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:
     """The parameters that a run in training mode changes, each with the reason why it is not made of synapses."""
     found: dict[str, str] = {}
     for learning in (True, False):  # a forward may change a weight in one case, and fail in the other
-        with parameters_kept(model) as kept, undisturbed(model), torch.set_grad_enabled(learning):
-            before = {id(parameter): name for name, parameter in model.named_parameters()}
-            _try_in_training(model, run)
-            is_replaced = not before.keys() >= {*map(id, model.parameters())}
-            changed = [before[id(parameter.tensor)] for parameter in kept if parameter.is_changed()]
-            if not (is_replaced or changed):
-                continue
+        changed = _changed(model, run, learning)
+        if changed is None:
+            continue
         recorder = Recorder()
         with recording_of(recorder, model, training=True), torch.set_grad_enabled(learning), _as_graph(model, recorder):
             _try_in_training(model, run)
@@ -203,6 +199,16 @@ def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:
         found |= dict.fromkeys(changed, "forward changes it in training mode")
         found |= {name: _change(operation) for name, operation in recorder.recording.changed.items()}
     return found
+
+
+def _changed(model: nn.Module, run: Run, learning: bool) -> list[str] | None:
+    """The parameters that a run in training mode writes into; None if it does not replace any either."""
+    with parameters_kept(model) as kept, undisturbed(model), torch.set_grad_enabled(learning):
+        before = {id(parameter): name for name, parameter in model.named_parameters()}
+        _try_in_training(model, run)
+        is_replaced = not before.keys() >= {*map(id, model.parameters())}
+        changed = [before[id(parameter.tensor)] for parameter in kept if parameter.is_changed()]
+        return changed if changed or is_replaced else None
 
 
 def _try_in_training(model: nn.Module, run: Run) -> None:
