@@ -59,8 +59,8 @@ def refuse_replaced_forward(model: nn.Module) -> None:
     Raises:
         ArgumentError: says what to do instead.
     """
-    is_own = "forward" in vars(model) or "forward" in model._modules
-    if is_own and model.forward != MethodType(type(model).forward, model):
+    is_other = "forward" in vars(model) and model.forward != MethodType(type(model).forward, model)
+    if is_other or "forward" in model._modules:
         raise ArgumentError(
             "model.forward was replaced on the instance, and only that of the class can be traced; subclass it, or "
             "take the wrapper off, as accelerator.unwrap_model(model, keep_fp32_wrapper=False) does"
