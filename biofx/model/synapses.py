@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.base.errors import PipelineError
+from biofx.base.errors import ArgumentError, PipelineError
 from biofx.base.gains import coded, decoded
 from biofx.base.shards import is_sharded, local, placed_like
 from biofx.base.torch_internals import qualified_name
@@ -24,7 +24,7 @@ from biofx.model import weight_cache
 from biofx.model.definitions import operator_of, written_name
 from biofx.model.gradient_hooks import apply_rule, tell_caches
 from biofx.model.slots import Inserted, Slot
-from biofx.model.weight_tensors import WeightTensor, WriteProbe, as_weight_tensor
+from biofx.model.weight_tensors import LOST, WeightTensor, WriteProbe, as_weight_tensor
 
 CHILD = "{}_synapses"  # name of the child, by the name of the weight in its module
 _READ: WeakValueDictionary[int, Synapses] = WeakValueDictionary()  # by the id of the stored tensor that a read returned
@@ -91,6 +91,35 @@ class Place(NamedTuple):
     value: Any
 
 
+class _Derived(NamedTuple):
+    """What follows from the links of some synapses, and from who acts for their hooks."""
+
+    links: tuple[Link, ...]
+    attached: bool
+    by_hand: bool
+    active: tuple[Link, ...]
+    is_computed: bool
+
+    @classmethod
+    def of(cls, synapses: Synapses) -> _Derived:
+        """Derive it."""
+        links, attached, by_hand = synapses.links, synapses.attached, synapses.by_hand
+        if attached:
+            active = tuple(
+                replace(link, args=(link.args[0] ** 0.5,)) if link.target is torch.ops.biofx.share_grad else link
+                for link in links
+                if link.origin.slot is not Slot.HOOK and link.target is not torch.ops.biofx.project_sign
+            )
+        else:
+            active = tuple(link for link in links if not by_hand or link.origin.slot is not Slot.HOOK)
+        return cls(links, attached, by_hand, active, any(link.origin.slot > Slot.HOOK for link in links))
+
+    def is_of(self, synapses: Synapses) -> bool:
+        """Whether it is what follows now."""
+        is_same = self.links is synapses.links and self.attached is synapses.attached
+        return is_same and self.by_hand is synapses.by_hand
+
+
 class Synapses(nn.Module):
     """The synapses of one weight; their state is in buffers, and in parameters if it is trained.
 
@@ -138,7 +167,7 @@ class Synapses(nn.Module):
     @property
     def is_computed(self) -> bool:
         """Whether the weight differs from the stored tensor; gradient hooks alone leave it the same."""
-        return any(link.origin.slot > Slot.HOOK for link in self.links)
+        return self._derived.is_computed
 
     @property
     def is_split(self) -> bool:
@@ -162,13 +191,17 @@ class Synapses(nn.Module):
         While an optimizer is attached, each of Γ synapses gets 1/√Γ of the gradient of its connection. Together they
         then have the norm of that gradient, so `clip_grad_norm_` clips as in the plain model.
         """
-        if not self.attached:
-            return tuple(link for link in self.links if not self.by_hand or link.origin.slot is not Slot.HOOK)
-        return tuple(
-            replace(link, args=(link.args[0] ** 0.5,)) if link.target is torch.ops.biofx.share_grad else link
-            for link in self.links
-            if link.origin.slot is not Slot.HOOK and link.target is not torch.ops.biofx.project_sign
-        )
+        return self._derived.active
+
+    @property
+    def _derived(self) -> _Derived:
+        """What follows from the links, which a forward asks for at every read."""
+        if torch.compiler.is_compiling():  # which would have to put the result where later calls look
+            return _Derived.of(self)
+        known: _Derived | None = vars(self).get("_known")
+        if known is None or not known.is_of(self):
+            known = vars(self)["_known"] = _Derived.of(self)
+        return known
 
     def forward(self, *, until: Slot = Slot.INTERNEURONS, stored: Tensor | None = None) -> Tensor:
         """Compute the weight, or an intermediate value of its chain; differentiable in the stored tensor.
@@ -225,7 +258,7 @@ class Synapses(nn.Module):
         if self.is_computed:
             probe = WriteProbe.of(weight)
             kept = tuple(each for each in self._probes if not each.is_over)
-            self._probes = kept if probe is None else (*kept, probe)
+            vars(self)["_probes"] = kept if probe is None else (*kept, probe)  # modules set attributes slowly
         return weight
 
     def refuse_lost_writes(self) -> None:
@@ -234,12 +267,9 @@ class Synapses(nn.Module):
         Raises:
             ArgumentError: it was.
         """
-        probes = self._probes
-        if probes:
+        if any(probe.is_written for probe in self._probes):
             self._probes = ()  # raise only once
-            for probe in probes:
-                probe.raise_if_written()
-            self._probes = probes
+            raise ArgumentError(f"a weight was written to, and {LOST}")
 
     def places(self) -> Iterator[Place]:
         """Where the links and all tensors are, and what is there."""
@@ -342,7 +372,7 @@ class Synapses(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.refuse_lost_writes()
-        return vars(self) | {"_probes": (), "attached": False, "paused": ()}
+        return vars(self) | {"_probes": (), "_known": None, "attached": False, "paused": ()}
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.refuse_lost_writes()

@@ -158,11 +158,7 @@ class WriteProbe:
         """Return a probe of a computed weight; None for other weights and for inference tensors."""
         return None if not isinstance(weight, ComputedWeight) or weight.is_inference() else cls(weight)
 
-    def raise_if_written(self) -> None:
-        """Raise if the weight was written to.
-
-        Raises:
-            ArgumentError: it was.
-        """
-        if self._counter._version != self._version:
-            raise ArgumentError(f"a weight was written to, and {LOST}")
+    @property
+    def is_written(self) -> bool:
+        """Whether the weight was written to."""
+        return self._counter._version != self._version
