@@ -148,6 +148,8 @@ class UnitNumbers:
 
     def unite(self, rows: Tensor) -> None:
         """Make one class of the units in each row, shape (rows, units)."""
+        if not rows.numel():
+            return
         rows = self.classes(rows.reshape(rows.shape[0], -1))
         lowest = torch.where(rows == NOBODY, _HIGHEST, rows).amin(1, keepdim=True).expand_as(rows)
         differ = (rows != NOBODY) & (rows != lowest)

@@ -149,7 +149,7 @@ class UnitReadings:
         if rows is None:
             return self._why_rows_act(first)
         if not rows.shape[1]:
-            return "it read only empty tensors in the run; give example_inputs in which it reads some activity"
+            return "the run gives it nothing to read, such as an expert without tokens; give other example_inputs"
         if self._numbers.mix_positions(rows):
             return "reads different units by the same synapses"
         owner = self._numbers.owner()

@@ -213,7 +213,8 @@ class Rules:
         """Merge the units along some axes, which keep size 1."""
         (small,) = once(numbers)
         kept = [axis for axis in range(small.dim()) if axis not in axes]
-        columns = small.permute(*kept, *axes).reshape(math.prod(small.shape[a] for a in kept), -1)
+        size, length = (math.prod(small.shape[a] for a in some) for some in (kept, axes))  # each may be 0
+        columns = small.permute(*kept, *axes).reshape(size, length)
         if columns.shape[-1] > 1:
             columns = self._numbers.classes(columns)
         result = _lowest(columns, (1,)) if columns.numel() else columns.new_zeros(len(columns), 1)

@@ -288,3 +288,39 @@ def test_a_bias_of_learned_queries_is_no_weight(last):
     assert found.sites.keys() == {"q.weight", "k.weight", "v.weight"}
     biases = {name for name in found.others if name.endswith(("bias", "scale"))}
     assert {found.others[name] for name in biases} == {"one value for each unit, not a synapse"}
+
+
+# --- nothing to read -------------------------------------------------------------------------------------------------
+
+
+class SometimesReads(nn.Module):
+    """An expert gets the samples whose first number is above 5."""
+
+    def __init__(self, of=lambda x: x):
+        super().__init__()
+        self.a, self.expert, self.b, self.of = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2), of
+
+    def forward(self, x):
+        hidden, chosen = self.a(x).relu(), (x[:, 0] > 5).nonzero()[:, 0]
+        return self.b(hidden.index_add(0, chosen, self.of(self.expert(hidden[chosen]))))
+
+
+@pytest.mark.parametrize("passes_", ["split-synapses", "dales-principle", "mirror-units", "continual-backprop"])
+def test_an_expert_without_samples_is_not_judged(passes_):
+    model, x = SometimesReads(), torch.randn(5, 3)
+    bio = biofx.transform(model, passes_, example_inputs=x)
+    verdicts = biofx.verify(bio)
+    assert verdicts["expert.weight"].kind == "not judged"
+    assert "nothing to read" in verdicts["expert.weight"].reason
+    plain = biofx.fold(bio)
+    for inputs in (x, torch.full((2, 3), 9.0)):
+        torch.testing.assert_close(bio(inputs), plain(inputs))
+
+
+@pytest.mark.parametrize(
+    "of",
+    [lambda x: F.normalize(x), lambda x: x - x.mean(1, keepdim=True), lambda x: F.avg_pool1d(x[:, None], 1)[:, 0]],
+)
+def test_sums_over_no_samples_are_followed(of):
+    model, x = SometimesReads(of), torch.randn(5, 3)
+    torch.testing.assert_close(biofx.transform(model, "split-synapses", example_inputs=x)(x), model(x))
