@@ -59,8 +59,7 @@ def refuse_replaced_forward(model: nn.Module) -> None:
     Raises:
         ArgumentError: says what to do instead.
     """
-    is_other = "forward" in vars(model) and model.forward != MethodType(type(model).forward, model)
-    if is_other or "forward" in model._modules:
+    if "forward" in vars(model) and model.forward != MethodType(type(model).forward, model):
         raise ArgumentError(
             "model.forward was replaced on the instance, and only that of the class can be traced; subclass it, or "
             "take the wrapper off, as accelerator.unwrap_model(model, keep_fp32_wrapper=False) does"

@@ -418,10 +418,9 @@ def test_a_sharded_model_is_refused():
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("forward", [lambda x: x, nn.Tanh()], ids=["function", "module"])
-def test_a_root_whose_forward_was_replaced_is_refused(forward):
-    model = nn.Sequential(nn.Linear(2, 2))
-    model.forward = forward
+def test_a_root_whose_forward_was_replaced_is_refused():
+    model = nn.Linear(2, 2)
+    model.forward = lambda x: x
     with pytest.raises(biofx.ArgumentError, match="forward was replaced on the instance"):
         biofx.transform(model, NEUTRAL)
 
