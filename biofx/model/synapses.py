@@ -92,11 +92,17 @@ class Place(NamedTuple):
 
 
 class _Derived(NamedTuple):
-    """What follows from the links of some synapses, and from who acts for their hooks."""
+    """What follows from the links of some synapses, and from who acts for their hooks.
+
+    Attributes:
+        links: the links, and `acts`: where these are others, it is derived anew.
+        acts: whether rules act at the steps of an optimizer, and whether the user calls them.
+        active: the active links.
+        is_computed: whether the weight differs from the stored tensor.
+    """
 
     links: tuple[Link, ...]
-    attached: bool
-    by_hand: bool
+    acts: tuple[bool, bool]
     active: tuple[Link, ...]
     is_computed: bool
 
@@ -112,12 +118,8 @@ class _Derived(NamedTuple):
             )
         else:
             active = tuple(link for link in links if not by_hand or link.origin.slot is not Slot.HOOK)
-        return cls(links, attached, by_hand, active, any(link.origin.slot > Slot.HOOK for link in links))
-
-    def is_of(self, synapses: Synapses) -> bool:
-        """Whether it is what follows now."""
-        is_same = self.links is synapses.links and self.attached is synapses.attached
-        return is_same and self.by_hand is synapses.by_hand
+        is_computed = any(link.origin.slot > Slot.HOOK for link in links)
+        return cls(links, (attached, by_hand), active, is_computed)
 
 
 class Synapses(nn.Module):
@@ -196,10 +198,8 @@ class Synapses(nn.Module):
     @property
     def _derived(self) -> _Derived:
         """What follows from the links, which a forward asks for at every read."""
-        if torch.compiler.is_compiling():  # which would have to put the result where later calls look
-            return _Derived.of(self)
         known: _Derived | None = vars(self).get("_known")
-        if known is None or not known.is_of(self):
+        if known is None or known.links is not self.links or known.acts != (self.attached, self.by_hand):
             known = vars(self)["_known"] = _Derived.of(self)
         return known
 
@@ -210,7 +210,9 @@ class Synapses(nn.Module):
             until: the last slot whose links are applied.
             stored: a tensor to use instead of the stored one.
         """
-        return self._run([link for link in self.active_links if link.origin.slot <= until], stored)
+        is_compiling = torch.compiler.is_compiling()  # which must not keep what it derives
+        active = _Derived.of(self).active if is_compiling else self.active_links
+        return self._run([link for link in active if link.origin.slot <= until], stored)
 
     def computed_from(self, stored: Tensor) -> Tensor:
         """Compute the weight from a tensor in the place of the stored one, with all links, active or not."""

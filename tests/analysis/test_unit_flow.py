@@ -602,7 +602,8 @@ def test_what_reads_only_empty_tensors_is_not_judged(frontend):
             return self.b(h) + self.b(none).sum() + self.c(none[..., None]).mean(0).nan_to_num()[:, 0] + product.sum(0)
 
     bio = biofx.transform(Empty(), "dales-principle", example_inputs=torch.randn(3, 4), frontend=frontend)
-    reason = "not judged: it read only empty tensors in the run; give example_inputs in which it reads some activity"
+    advice = "such as an expert without tokens; give other example_inputs"
+    reason = f"not judged: the run gives it nothing to read, {advice}"
     assert {name: str(verdict) for name, verdict in biofx.verify(bio).items()} == {
         "own": reason,
         "a.weight": "free",
