@@ -403,7 +403,7 @@ def _note_questions(bio: fx.GraphModule, understood: Understanding | None) -> No
     """Note a weight with synapses if forward asks about more than its numbers."""
     record = record_of(bio)
     asked = set() if understood is None else understood.recording.asked & set(synapses_in(bio))
-    if record.islands and asked and not record.asked:
+    if asked and not record.asked:
         record.asked = min(asked)
         record.notes.append(
             f"torch.compile leaves the model uncompiled, as forward asks more about {record.asked} than its numbers, "
