@@ -84,7 +84,7 @@ def transform(
         example_inputs: positional arguments (a tuple), keyword arguments (a dict) or one tensor for `model.forward`; or
             a function that runs the model, once or several times, with state carried from call to call. The model runs
             on them to find the units that each weight reads. The graph, and every pass that preserves the function, are
-            checked on them. Without them, arguments are guessed (`summary` shows which); if none fit, nothing is.
+            checked on them. Without them, arguments are guessed, as `summary` shows; if none fit, nothing is checked.
         frontend: how the graph is captured. `"symbolic"`: symbolic tracing, with islands.
             `"module"`: the whole model is one island, which keeps all of its Python code and changes only weights, as
             for models of transformers and their `generate`. `"export"`: `torch.export` on the example inputs, which

@@ -199,7 +199,7 @@ def _difference(expected: _Behaviour, actual: _Behaviour, coarsest: torch.dtype 
     return (
         difference(expected.tensors, actual.tensors, coarsest)
         or _difference_of_state(expected.state, actual.state, coarsest)
-        or (None if expected.writes == actual.writes else "a tensor outside of the model is not written to")
+        or (None if expected.writes == actual.writes else "it writes into a tensor outside of the model otherwise")
         or _difference_of(expected.slopes, actual.slopes, coarsest)
         or _difference_inside(expected.inside, actual.inside, coarsest)
     )

@@ -76,7 +76,7 @@ class _WatchedTensor(NamedTuple):
         return cls(tensor, tensor._version, tensor.detach().clone() if _is_at_hand(tensor) else None)
 
     def in_copy(self) -> _WatchedTensor:
-        """The same for a copy of the tensor, which has a version of its own."""
+        """Watch on from the present version: after copying, the tensor is the copy, which counts its own writes."""
         return self._replace(version=self.tensor._version)
 
     def is_written(self) -> bool:

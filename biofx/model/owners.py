@@ -196,7 +196,7 @@ class HasSynapses:
             if child is not None and isinstance(state.get(name), Tensor):  # of a plain module, as its own code left it
                 unexpected[:] = [each for each in unexpected if each != name]
                 place = f"{prefix}{CHILD.format(key)}"
-                if f"{place}.{child.stored_name}" in state:  # of a model with synapses, beside what is computed
+                if f"{place}.{child.stored_name}" in state:  # the stored values are there too, so they load as they are
                     continue
                 for each in child.users:
                     state.setdefault(f"{place}.{each}", getattr(child, each))
