@@ -20,7 +20,6 @@ from biofx.base.errors import ArgumentError, CaptureError, ExportError
 from biofx.base.references import repoint
 from biofx.base.torch_internals import DERIVED, pytree, reduce_graph_module, tracer_class
 from biofx.capture.tracer import HelperModule
-from biofx.model import weight_cache
 from biofx.model.chain import number_nodes, update_chains
 from biofx.model.changes import transformed
 from biofx.model.checkpoints import METADATA_KEY, converted_checkpoint, other_option, passes_of
@@ -38,6 +37,7 @@ from biofx.model.owners import (
 )
 from biofx.model.provenance import RECORD, Record, is_transformed, record_of
 from biofx.model.synapses import observers_in
+from biofx.model.tied_weights import TiedWeights
 
 REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 
@@ -112,9 +112,9 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         finally:
             set_class(self, present)
         cls.forward = (
-            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward, cls)
+            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward, cls, TiedWeights(self))
             if is_one_island(self)
-            else _guarded(cls.forward, cls)
+            else _guarded(cls.forward, cls, TiedWeights(self))
         )
         cls.present_forward = cls.forward
         if GUARD in vars(self):
@@ -286,7 +286,9 @@ def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Modu
     return shell
 
 
-def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
+def _with_signature_of(
+    original: type[nn.Module], forward: Callable[..., Any], cls: Any, tied: TiedWeights
+) -> Callable[..., Any]:
     """Return a forward of `cls` with the original signature that computes each weight once."""
 
     @functools.wraps(original.forward)
@@ -294,8 +296,9 @@ def _with_signature_of(original: type[nn.Module], forward: Callable[..., Any], c
         if not isinstance(self, cls) or cls.present_forward is not call:
             return _present_forward(self, cls)(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            return _uncompiled(self, args, kwargs) if record_of(self).asked else forward(self, *args, **kwargs)
-        with weight_cache.caching():
+            is_compiled = not record_of(self).asked and not tied.replaced(self)
+            return (forward if is_compiled else _uncompiled)(self, *args, **kwargs)
+        with tied.computed_once(self):
             return forward(self, *args, **kwargs)
 
     return call
@@ -307,13 +310,13 @@ def _present_forward(model: nn.Module, cls: Any) -> Callable[..., Any]:
     return forward
 
 
-def _uncompiled(bio: CapturedModule, args: Any, kwargs: Any) -> Any:
+def _uncompiled(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
     """Run a model whose forward asks about weights what torch.compile does not answer as for parameters."""
     run = torch.compiler.disable(type(bio).forward)  # not by a decorator, which would import the compiler
     return run(bio, *args, **kwargs)
 
 
-def _guarded(forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
+def _guarded(forward: Callable[..., Any], cls: Any, tied: TiedWeights) -> Callable[..., Any]:
     """Return a forward of `cls` that runs the model's Python, or the graph if something needs it."""
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
@@ -324,10 +327,12 @@ def _guarded(forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             if guard is not None and (record_of(self).asked or not guard.holds_while_compiling(self)):
-                return _uncompiled(self, args, kwargs)
+                return _uncompiled(self, *args, **kwargs)
+            if tied.replaced(self):
+                return _uncompiled(self, *args, **kwargs)
             runs_graph = guard is None or not guard.is_idle
             return (forward if runs_graph else type(self).original_forward)(self, *args, **kwargs)
-        with weight_cache.caching():
+        with tied.computed_once(self):
             if guard is not None and not guard.is_idle and "_is_replica" not in vars(self):
                 guard.check(self, args, kwargs)
             runs_graph = guard is None or guard.needs is not None

@@ -24,6 +24,7 @@ from biofx.base.shards import is_sharded
 from biofx.model import weight_cache
 from biofx.model.plain_weights import stored_for
 from biofx.model.synapses import CHILD, Synapses, child_of, synapses_read_as
+from biofx.model.tied_weights import note_owner
 from biofx.model.weight_tensors import FOLD, LOST, WeightTensor
 
 
@@ -110,6 +111,7 @@ def set_class(module: Any, cls: type[nn.Module]) -> None:
 
 def install_weight_properties(owner: nn.Module) -> None:
     """Make the weights of a module that have synapses properties of its class."""
+    note_owner()
     keys = tuple(key for key in owner._parameters if child_of(owner, key) is not None)
     if not keys:
         if isinstance(owner, Owner):  # it had some, and still takes weights to share
