@@ -6,10 +6,9 @@ import sys
 import threading
 from argparse import Namespace
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator
 from itertools import chain
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +22,6 @@ ATOMS = frozenset({*_PLAIN, Tensor, nn.Parameter})  # the most frequent values, 
 NAMESPACES = (SimpleNamespace, Namespace, UserDict, UserList, threading.local)
 _NOT_OF_USERS = frozenset({*sys.stdlib_module_names, "torch", "biofx"})  # their objects are opaque
 _DEEPEST = 20  # levels of nesting that are searched
-_SHALLOW = 6  # the same, in objects of any class
-_WITHOUT_TENSORS = (nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, partial)
 
 
 def is_holder(value: Any) -> bool:
@@ -56,18 +53,7 @@ def values_within(value: Any, seen: set[int]) -> Iterator[Any]:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in arguments, results or an attribute: in containers, and in objects such as distributions."""
-    return [*_tensors_in(value, {}, _SHALLOW)]
-
-
-def _tensors_in(value: Any, seen: dict[int, Any], depth: int) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and not isinstance(value, (*_PLAIN, *_WITHOUT_TENSORS)) and id(value) not in seen:
-        seen[id(value)] = value  # kept alive, so that its id stays unique
-        is_sequence = isinstance(value, (list, *_IMMUTABLE, set, deque))
-        parts = value.values() if isinstance(value, Mapping) else value if is_sequence else attributes_of(value)
-        for part in list(parts):
-            yield from _tensors_in(part, seen, depth - 1)
+    return [part for part in values_within(value, set()) if isinstance(part, Tensor)]
 
 
 def _searched(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[tuple[Any, tuple[Any, ...]]]:
