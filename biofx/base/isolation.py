@@ -201,8 +201,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             settle(buffer)
 
 
-def changeable(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """The tensors and random number generators in attributes of modules, which a forward may change in place.
+def kept_in_attributes(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """The tensors and random number generators in attributes of modules, which are neither parameters nor buffers.
 
     Yields:
         The path of the module, the attribute, and the tensor or generator.
@@ -210,13 +210,12 @@ def changeable(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     seen = {id(x) for x in (*model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if type(value) in _UNCHANGEABLE or name in _REGISTRIES or name in DERIVED:
+            if type(value) in _WITHOUT_PARTS or name in _REGISTRIES or name in DERIVED:
                 continue
             for part in values_within(value, seen):
                 if (isinstance(part, Tensor) or is_generator(part)) and id(part) not in seen:
                     seen.add(id(part))
-                    if not (isinstance(part, Tensor) and part.is_inference()):
-                        yield path, name, part
+                    yield path, name, part
 
 
 def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
@@ -302,8 +301,8 @@ def unchanged(model: nn.Module) -> Iterator[Snapshot]:
         The saved attributes.
     """
     with LOCK:
-        held = [*changeable(model)]
-        tensors = [SavedTensor.now(x) for _, _, x in held if isinstance(x, Tensor)]
+        held = [*kept_in_attributes(model)]
+        tensors = [SavedTensor.now(x) for _, _, x in held if isinstance(x, Tensor) and not x.is_inference()]
         generators = [(path, name, x, state_of(x)) for path, name, x in held if is_generator(x)]
         before, states = Snapshot(model, generators), global_states()
         with torch.random.fork_rng(devices=[]):
@@ -393,7 +392,7 @@ _DICTIONARIES = frozenset((dict, OrderedDict))
 _EMPTY: dict[type, Any] = {kind: kind() for kind in (*_DICTIONARIES, set)}
 _OF_TENSORS_AND_MODULES = frozenset(("_parameters", "_buffers", "_modules"))
 _REGISTRIES = frozenset(vars(nn.Module()))
-_UNCHANGEABLE = ATOMS - {Tensor, nn.Parameter}
+_WITHOUT_PARTS = ATOMS - {Tensor, nn.Parameter}
 
 
 def _has_same(holder: dict[Any, Any], content: dict[Any, Any]) -> bool:

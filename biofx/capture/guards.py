@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.base.contents import contents_key, copy_of, holders, is_holder, values_within
+from biofx.base.contents import contents_key, copy_of, holders, is_holder
 from biofx.base.errors import CaptureError
+from biofx.base.isolation import kept_in_attributes
 from biofx.base.references import made_anew
 from biofx.base.torch_internals import HOOKS, has_global_hooks
 from biofx.capture.assignments import assign_attribute
@@ -88,6 +89,13 @@ class _WatchedTensor(NamedTuple):
         return not _is_at_hand(self.tensor) or not torch.equal(self.values, self.tensor.detach())
 
 
+def _watched(tensors: Iterable[Tensor], but: Iterable[Tensor]) -> list[_WatchedTensor]:
+    """Watch tensors, except for some, and for inference tensors, which do not count writes."""
+    left_out = set(map(id, but))
+    found = {id(x): x for x in tensors if id(x) not in left_out and not x.is_inference()}
+    return [_WatchedTensor.now(x) for x in found.values()]
+
+
 def _is_at_hand(tensor: Tensor) -> bool:
     """Whether the values of a tensor can be compared quickly, and without waiting for a device."""
     return tensor.device.type == "cpu" and can_be_compared(tensor)
@@ -127,8 +135,8 @@ class Guard:
         self._keys, self._changed_name = self._outside.keys, ""
         self._names = self._outside.names
         followed = {id(attribute(bio, name)) for name in record_of(bio).followed}
-        own = _tensors_in_attributes(bio.get_submodule(path) for path in self.traced)
-        self._own_tensors = [_WatchedTensor.now(x) for x in own if id(x) not in followed]
+        own = (x for path, _, x in kept_in_attributes(bio) if path in self.traced and isinstance(x, Tensor))
+        self._own_tensors = _watched((x for x in own if id(x) not in followed), ())
         self._was_written = False
         self._outside_tensors: list[_WatchedTensor] | None = None
         self._equal_tensors: list[_WatchedTensor] = []  # that took the places of some outside of the model
@@ -286,10 +294,12 @@ class Guard:
         """The tensors outside of the model."""
         if self._outside_tensors is None:
             outside = self._outside_of(bio) if self._outside is None else self._outside
-            own = {id(watched.tensor) for watched in self._own_tensors}
-            found = {id(x): x for x in outside.tensors if id(x) not in own and not x.is_inference()}
-            self._outside_tensors = [_WatchedTensor.now(x) for x in found.values()]
+            self._outside_tensors = _watched(outside.tensors, self._registered(bio))
         return self._outside_tensors
+
+    def _registered(self, bio: nn.Module) -> list[Tensor]:
+        """The tensors of the model, which the graph reads anew, and those in its attributes, which are watched."""
+        return [*bio.parameters(), *bio.buffers(), *(watched.tensor for watched in self._own_tensors)]
 
     def _holds(self) -> bool:
         """Whether the shallow copies of the last full comparison still equal their originals; a fast test."""
@@ -352,9 +362,8 @@ class Guard:
         if self._outside is None or not self._outside.is_same():
             self._outside = self._outside_of(bio)
             self._changed_name = first_difference(self._keys, self._outside.keys) or ""
-            known = {id(watched.tensor) for watched in (*self._own_tensors, *self._tensors_outside(bio))}
-            new = {id(x): x for x in self._outside.tensors if id(x) not in known and not x.is_inference()}
-            self._equal_tensors = [_WatchedTensor.now(x) for x in new.values()]
+            known = (watched.tensor for watched in self._tensors_outside(bio))
+            self._equal_tensors = _watched(self._outside.tensors, [*self._registered(bio), *known])
         if not self._changed_name:
             return None
         return _Change(f"the variable {self._changed_name}, which forward reads, changed")
@@ -375,15 +384,6 @@ class Guard:
         # Hooks of the model itself run around its forward, whether that is the graph or the Python.
         names = (*own, *(HOOKS if path else ()), "forward", *_OF_TENSORS, "_modules")
         return {name: _compared(module, name) for name in names}
-
-
-def _tensors_in_attributes(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """The tensors in attributes of modules, and in the containers there."""
-    seen: set[int] = set()
-    attributes = (held for module in modules for _, held in attributes_of(module))
-    values = (value for held in attributes for value in values_within(held, seen))
-    found = {id(value): value for value in values if isinstance(value, Tensor)}
-    return [tensor for tensor in found.values() if not tensor.is_inference()]
 
 
 def _not_followed(changed: str, needs: str) -> CaptureError:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from biofx.base.contents import tensors_in
 from biofx.base.generators import seed_global
-from biofx.base.isolation import parameters_kept, undisturbed
+from biofx.base.isolation import kept_in_attributes, parameters_kept, undisturbed
 from biofx.base.torch_internals import (
     HigherOrderOperator,
     StorageWeakRef,
@@ -102,9 +102,9 @@ class Recorder(TorchDispatchMode):
             self.declare(parameter, "parameter", name)
         for name, buffer in model.named_buffers():
             self.declare(buffer, "buffer", name)
-        for name, tensor in tensors_in_attributes(model):
-            if tensor not in self._values:
-                self.declare(tensor, "constant", name)
+        for path, name, tensor in kept_in_attributes(model):
+            if isinstance(tensor, Tensor) and tensor not in self._values:
+                self.declare(tensor, "constant", f"{path}.{name}".lstrip("."))
 
     def declare_inputs(self, named: Mapping[str, Any]) -> None:
         """Register the tensors in some arguments as inputs, unless the model itself made them in an earlier call."""
@@ -515,16 +515,6 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 
 # --- tensors -----------------------------------------------------------------------------------------------------
-
-_REGISTRIES = frozenset(vars(nn.Module()))
-
-
-def tensors_in_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that modules keep in attributes, neither as parameters nor as buffers, by name of the attribute."""
-    for path, module in model.named_modules():
-        for key, attribute in vars(module).items():
-            if key not in _REGISTRIES:
-                yield from ((f"{path}.{key}".lstrip("."), tensor) for tensor in tensors_in(attribute))
 
 
 def _has_form(value: Value, tensor: Tensor) -> bool:

@@ -573,6 +573,29 @@ def test_a_call_with_other_weights_by_the_names_of_the_original(frontend):
         functional_call(bio, others, (X,))
 
 
+class WeightsInAList(nn.Module):
+    """Reads a weight from a list of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.readout = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.weights = [self.hidden.weight]
+
+    def forward(self, x):
+        return self.readout(torch.relu(nn.functional.linear(x, self.weights[0])))
+
+
+def test_weights_that_a_list_holds_as_well_are_trained():
+    """The step of the optimizer was called a write that the graph does not follow."""
+    bio = biofx.transform(WeightsInAList(), [passes.SynapticScaling()], example_inputs=(X,))
+    optimizer = torch.optim.SGD(bio.parameters(), lr=0.1)
+    biofx.attach(bio, optimizer)
+    before = bio(X)
+    before.sum().backward()
+    optimizer.step()
+    assert not torch.equal(bio(X), before)
+
+
 class Settings:
     """A configuration: an object in an attribute, or outside of the model."""
 
