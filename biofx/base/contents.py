@@ -52,8 +52,9 @@ def values_within(value: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in arguments, results or an attribute: in containers, and in objects such as distributions."""
-    return [part for part in values_within(value, set()) if isinstance(part, Tensor)]
+    """The tensors in arguments or results, each once: in containers, and in objects such as distributions."""
+    found = {id(part): part for part in values_within(value, set()) if isinstance(part, Tensor)}
+    return [*found.values()]
 
 
 def _searched(value: Any, seen: set[int], depth: int = _DEEPEST) -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -111,12 +111,8 @@ class CapturedModule(HasSynapses, fx.GraphModule):
             code = super().recompile()
         finally:
             set_class(self, present)
-        cls.forward = (
-            _with_signature_of(vars(self)[ORIGINAL_CLASS], cls.forward, cls, TiedWeights(self))
-            if is_one_island(self)
-            else _guarded(cls.forward, cls, TiedWeights(self))
-        )
-        cls.present_forward = cls.forward
+        signature = vars(self)[ORIGINAL_CLASS].forward if is_one_island(self) else cls.forward
+        cls.forward = cls.present_forward = _guarded(cls.forward, signature, cls, TiedWeights(self))
         if GUARD in vars(self):
             vars(self)[GUARD].refresh(self)
         return code
@@ -286,24 +282,6 @@ def _without_helpers(bio: CapturedModule, container: type[nn.Module]) -> nn.Modu
     return shell
 
 
-def _with_signature_of(
-    original: type[nn.Module], forward: Callable[..., Any], cls: Any, tied: TiedWeights
-) -> Callable[..., Any]:
-    """Return a forward of `cls` with the original signature that computes each weight once."""
-
-    @functools.wraps(original.forward)
-    def call(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self, cls) or cls.present_forward is not call:
-            return _present_forward(self, cls)(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            is_compiled = not record_of(self).asked and not tied.replaced(self)
-            return (forward if is_compiled else _uncompiled)(self, *args, **kwargs)
-        with tied.computed_once(self):
-            return forward(self, *args, **kwargs)
-
-    return call
-
-
 def _present_forward(model: nn.Module, cls: Any) -> Callable[..., Any]:
     """The forward in place of one of `cls` that a wrapper kept, in a model that was folded or transformed since."""
     forward: Callable[..., Any] = cls.present_forward if isinstance(model, cls) else type(model).forward
@@ -316,7 +294,9 @@ def _uncompiled(bio: CapturedModule, *args: Any, **kwargs: Any) -> Any:
     return run(bio, *args, **kwargs)
 
 
-def _guarded(forward: Callable[..., Any], cls: Any, tied: TiedWeights) -> Callable[..., Any]:
+def _guarded(
+    forward: Callable[..., Any], signature: Callable[..., Any], cls: Any, tied: TiedWeights
+) -> Callable[..., Any]:
     """Return a forward of `cls` that runs the model's Python, or the graph if something needs it."""
 
     def guarded(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
@@ -326,9 +306,7 @@ def _guarded(forward: Callable[..., Any], cls: Any, tied: TiedWeights) -> Callab
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):  # it is traced again
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            if guard is not None and (record_of(self).asked or not guard.holds_while_compiling(self)):
-                return _uncompiled(self, *args, **kwargs)
-            if tied.replaced(self):
+            if not _compiles(self, guard, tied):
                 return _uncompiled(self, *args, **kwargs)
             runs_graph = guard is None or not guard.is_idle
             return (forward if runs_graph else type(self).original_forward)(self, *args, **kwargs)
@@ -340,8 +318,14 @@ def _guarded(forward: Callable[..., Any], cls: Any, tied: TiedWeights) -> Callab
 
     # torch.compile limits recompilations per code object, so each model needs a code object of its own.
     code = guarded.__code__.replace()
-    own = functools.wraps(forward)(FunctionType(code, guarded.__globals__, closure=guarded.__closure__))
+    own = functools.wraps(signature)(FunctionType(code, guarded.__globals__, closure=guarded.__closure__))
     return own
+
+
+def _compiles(bio: CapturedModule, guard: Any, tied: TiedWeights) -> bool:
+    """Whether torch.compile may compile a model: its forward asks about weights nothing that is answered otherwise."""
+    is_asked = is_transformed(bio) and record_of(bio).asked
+    return not is_asked and (guard is None or guard.holds_while_compiling(bio)) and not tied.replaced(bio)
 
 
 def _model_class(model: nn.Module) -> type[nn.Module]:
