@@ -19,7 +19,7 @@ from biofx.base.torch_internals import steps_under_way
 from biofx.model.changes import INSTEAD, moved_synapses
 from biofx.model.provenance import record_of
 from biofx.model.stale_gradients import StaleGradients
-from biofx.model.synapses import Synapses, is_parameter, observers_in
+from biofx.model.synapses import Synapses, is_parameter, observers_in, stored, synapses_of
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of, rectify_
 from biofx.signs.scales import project_scales, scales_of
@@ -36,6 +36,8 @@ from biofx.training.wrappers import parameter_ids
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
+
+AGAIN = "detach, build the optimizer again, and attach"
 
 
 @dataclass(eq=False)
@@ -102,7 +104,7 @@ class Lifecycle:
         self.sites = sites
         self.with_gains = with_gains
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
-        self._owned = {name for name, site in sites.items() if site.child is not None}
+        self._attached = {name: self._found(name) for name in (*sites, *with_gains)}
         self._meshes = {name: p.device_mesh for name, p in self._parameters() if is_sharded(p)}  # type: ignore[attr-defined]
         self._copies = Copies(dict(self._changed()), self.optimizer, self._keys_of_copies)
         copies = self._copies if self.gain_target is GainTarget.COPIES else None
@@ -417,59 +419,39 @@ class Lifecycle:
             self._plan = None
         for name, site in self.plan.sites.items():
             if site.raw.shape != self._shapes[name]:
-                raise self._reshaped(name, site.raw)
+                before, now = tuple(self._shapes[name]), tuple(site.raw.shape)
+                raise LifecycleError(f"{name} was {before} when it was attached and is {now}; {AGAIN}")
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         if self._groups.keys() != self.held:
             raise LifecycleError(
                 "the optimizer holds other parameters than when it was attached; detach and attach again"
             )
 
-    def _reshaped(self, name: str, raw: nn.Parameter) -> LifecycleError:
-        return LifecycleError(
-            f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(raw.shape)}; "
-            "detach, build the optimizer again, and attach"
-        )
+    def _found(self, name: str) -> tuple[Any, Synapses | None]:
+        """The parameter that has a name now, and its synapses."""
+        return stored(self.bio, name) if is_parameter(self.bio, name) else None, synapses_of(self.bio, name)
 
     def _check_found(self) -> None:
-        """Refuse a step if a weight is not the one that was attached."""
-        for name, what in self._assigned():
+        """Refuse a step if a parameter is not the one that was attached."""
+        for name in (*self._attached, *record_of(self.bio).nonnegative):
+            now, synapses = self._found(name)
+            before = self._attached.get(name, (now, synapses))
+            if now is not None and now is before[0] and synapses is before[1]:
+                continue
             moved = next(moved_synapses(self.bio), None)
             if moved is not None:
                 raise LifecycleError(f"{moved}; {INSTEAD}")
-            raise LifecycleError(
-                f"{name} was {what} after it was attached; detach, build the optimizer again, and attach"
-            )
-        parameters = [*self._parameters()]
-        for name, parameter in parameters[: len(self.sites)]:
-            if parameter.shape != self._shapes[name]:
-                raise self._reshaped(name, parameter)
-        for name, parameter in parameters:
-            if id(parameter) not in self.held:
-                now = parameter.device_mesh.ndim if is_sharded(parameter) else 0  # type: ignore[attr-defined]
+            if now is None:
+                raise LifecycleError(f"{name} was removed after it was attached; {AGAIN}")
+            if name in self._meshes and (now.device_mesh.ndim if is_sharded(now) else 0) < self._meshes[name].ndim:
                 raise LifecycleError(
                     f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
                     "reshard() of the model before optimizer.step()"
-                    if name in self._meshes and now < self._meshes[name].ndim
-                    else f"{name} is another tensor than the optimizer holds, as after load_state_dict(assign=True) or "
-                    "fully_shard; detach, build the optimizer again, and attach"
                 )
-
-    def _assigned(self) -> Iterator[tuple[str, str]]:
-        """The parameters that a user replaced since they were attached, each with what became of it."""
-        first: dict[int, str] = {}
-        for name, site in self.sites.items():
-            synapses = site.child
-            if synapses is None and site.is_gone:
-                yield name, "removed"
-                continue
-            raw = site.raw if synapses is None else synapses.stored
-            if name in self._owned and synapses is None and raw.shape == self._shapes[name]:
-                yield name, "replaced"
-            elif first.setdefault(id(raw), name) != name:
-                yield name, f"tied to {first[id(raw)]}"
-        for name in record_of(self.bio).nonnegative:
-            if not is_parameter(self.bio, name):
-                yield name, "removed"
+            raise LifecycleError(
+                f"{name} is another tensor than the optimizer holds, as after an assignment, "
+                f"load_state_dict(assign=True) or fully_shard; {AGAIN}"
+            )
 
 
 def _acts(pass_: Pass, weight: PlasticWeight) -> bool:
