@@ -105,16 +105,10 @@ class Lifecycle:
         self.with_gains = with_gains
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
         self._attached = {name: self._found(name) for name in (*sites, *with_gains)}
-        self._meshes = {name: p.device_mesh for name, p in self._parameters() if is_sharded(p)}  # type: ignore[attr-defined]
         self._copies = Copies(dict(self._changed()), self.optimizer, self._keys_of_copies)
         copies = self._copies if self.gain_target is GainTarget.COPIES else None
         self._update = Update(with_gains.values(), copies=copies, compiled=self._compiled)
         self._plan: Plan | None = None
-
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The stored parameters on which rules or gains act, by name."""
-        yield from ((name, site.raw) for name, site in self.sites.items())
-        yield from ((name, synapses.stored) for name, synapses in self.with_gains.items())
 
     def _changed(self) -> Iterator[tuple[nn.Parameter, int]]:
         """The parameters that gains or rules change after a step, with the number of synapses of their connections."""
@@ -194,8 +188,8 @@ class Lifecycle:
             return False
         gradients = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
         learns = any(bool(gradient.any()) for gradient in gradients)
-        ranks = data_parallel_groups(None, (parameter for _, parameter in self._parameters()))
-        return bool(gradients) and not (is_on_any(learns, ranks) if self._meshes else learns)
+        sharded = [parameter for parameter, _ in self._attached.values() if is_sharded(parameter)]
+        return bool(gradients) and not (is_on_any(learns, data_parallel_groups(None, sharded)) if sharded else learns)
 
     @torch.no_grad()
     def _prepare(self) -> None:
@@ -443,7 +437,7 @@ class Lifecycle:
                 raise LifecycleError(f"{moved}; {INSTEAD}")
             if now is None:
                 raise LifecycleError(f"{name} was removed after it was attached; {AGAIN}")
-            if name in self._meshes and (now.device_mesh.ndim if is_sharded(now) else 0) < self._meshes[name].ndim:
+            if _dimensions(now) < _dimensions(before[0]):
                 raise LifecycleError(
                     f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
                     "reshard() of the model before optimizer.step()"
@@ -452,6 +446,11 @@ class Lifecycle:
                 f"{name} is another tensor than the optimizer holds, as after an assignment, "
                 f"load_state_dict(assign=True) or fully_shard; {AGAIN}"
             )
+
+
+def _dimensions(parameter: Any) -> int:
+    """The number of dimensions of the mesh over which a parameter is cut."""
+    return parameter.device_mesh.ndim if is_sharded(parameter) else 0
 
 
 def _acts(pass_: Pass, weight: PlasticWeight) -> bool:
