@@ -293,7 +293,7 @@ class Lifecycle:
                 self.optimizer,
                 counts.get(name, 0) + 1,
                 compiled=self._compiled,
-                options=self._groups[id(raw)],
+                group=self._groups[id(raw)],
                 is_frozen=not raw.requires_grad,
             )
             weights.append(weight)
