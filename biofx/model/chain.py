@@ -6,6 +6,7 @@ nodes are generated from them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
@@ -17,6 +18,7 @@ from biofx.model.synapses import State, Synapses, stored_name, stored_parameters
 
 if TYPE_CHECKING:
     from biofx.model.slots import Inserted
+    from biofx.model.synapses import Link
 
 
 def attribute(root: nn.Module, target: str) -> Any:
@@ -69,8 +71,8 @@ def _is_link(node: fx.Node, previous: fx.Node) -> bool:
     return origin is not None and origin.slot.on_chain and node.op != "get_attr" and node.args[0] is previous
 
 
-def write_chain(start: fx.Node, target: str, synapses: Synapses) -> None:
-    """Write the active links of a weight behind its `get_attr` node, in place of its present chain."""
+def write_chain(start: fx.Node, target: str, links: Sequence[Link]) -> None:
+    """Write links behind the `get_attr` node of a weight, in place of its present chain; it reads `target` from now."""
     start.target = target
     old = chain(start)
     readers = [user for user in old[-1].users if user not in old]
@@ -78,7 +80,7 @@ def write_chain(start: fx.Node, target: str, synapses: Synapses) -> None:
         reader.replace_input_with(old[-1], start)
     _erase(old[1:])
     end = start
-    for link in synapses.active_links:
+    for link in links:
         args = tuple(state_node(start, a.key, link.origin) if isinstance(a, State) else a for a in link.args)
         latest = max([end, *(arg for arg in args if isinstance(arg, fx.Node))])  # nodes compare by their position
         with start.graph.inserting_after(latest):
@@ -94,7 +96,7 @@ def update_chains(bio: fx.GraphModule) -> None:
     for name, start in parameter_nodes(bio).items():
         synapses = synapses_of(bio, name)
         if synapses is not None and not is_current(start, synapses):
-            write_chain(start, stored_name(bio, name), synapses)
+            write_chain(start, stored_name(bio, name), synapses.active_links)
             has_changed = True
     if has_changed:
         number_nodes(bio)
@@ -110,15 +112,6 @@ def is_current(start: fx.Node, synapses: Synapses | None) -> bool:
         (link.target, [_state_target(start, a.key) if isinstance(a, State) else a for a in link.args], {})
         for link in (synapses.active_links if synapses else ())
     ]
-
-
-def remove_chain(start: fx.Node, name: str) -> None:
-    """Replace the chain that starts at a `get_attr` node by a read of the plain parameter of a name."""
-    links = chain(start)[1:]
-    if links:
-        links[-1].replace_all_uses_with(start)
-    _erase(links)
-    start.target = name
 
 
 def _erase(links: list[fx.Node]) -> None:

@@ -10,7 +10,7 @@ from biofx.base.errors import ArgumentError, ExportError
 from biofx.base.references import enclosed
 from biofx.base.shards import is_sharded
 from biofx.capture.captured_module import CapturedModule, original_form
-from biofx.model.chain import number_nodes, parameter_nodes, remove_chain
+from biofx.model.chain import number_nodes, parameter_nodes, write_chain
 from biofx.model.changes import transformed
 from biofx.model.fingerprint import fingerprint
 from biofx.model.islands import GUARD
@@ -78,7 +78,7 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
         plain = _copy(bio)
         _drop_observers(plain.graph)
         for name, start in parameter_nodes(plain).items():
-            remove_chain(start, name)
+            write_chain(start, name, ())
         with torch.no_grad():
             remove_synapses(plain)
         record = record_of(plain)

@@ -100,7 +100,7 @@ class Editor:
     def _show(self) -> None:
         synapses = synapses_of(self._bio, self.name)
         if self._start is not None and synapses is not None:
-            chain.write_chain(self._start, stored_name(self._bio, self.name), synapses)
+            chain.write_chain(self._start, stored_name(self._bio, self.name), synapses.active_links)
 
     def on(self, start: fx.Node) -> Editor:
         """An editor for another parameter, given by its `get_attr` node, such as the bias of a weight's operator."""

@@ -19,7 +19,7 @@ from biofx.base.torch_internals import steps_under_way
 from biofx.model.changes import INSTEAD, moved_synapses
 from biofx.model.provenance import record_of
 from biofx.model.stale_gradients import StaleGradients
-from biofx.model.synapses import Synapses, is_parameter, observers_in
+from biofx.model.synapses import Synapses, is_parameter, observers_in, stored, synapses_of
 from biofx.rewrite.registry import Moment, Pass
 from biofx.signs.constraints import CONSTRAINTS, constraint_of, rectify_
 from biofx.signs.scales import project_scales, scales_of
@@ -36,6 +36,8 @@ from biofx.training.wrappers import parameter_ids
 
 if TYPE_CHECKING:
     from biofx.analysis.sites import WeightSite
+
+AGAIN = "detach, build the optimizer again, and attach"
 
 
 @dataclass(eq=False)
@@ -102,17 +104,11 @@ class Lifecycle:
         self.sites = sites
         self.with_gains = with_gains
         self._shapes = {name: site.raw.shape for name, site in sites.items()}
-        self._owned = {name for name, site in sites.items() if site.child is not None}
-        self._meshes = {name: p.device_mesh for name, p in self._parameters() if is_sharded(p)}  # type: ignore[attr-defined]
+        self._attached = {name: self._found(name) for name in (*sites, *with_gains)}
         self._copies = Copies(dict(self._changed()), self.optimizer, self._keys_of_copies)
         copies = self._copies if self.gain_target is GainTarget.COPIES else None
         self._update = Update(with_gains.values(), copies=copies, compiled=self._compiled)
         self._plan: Plan | None = None
-
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The stored parameters on which rules or gains act, by name."""
-        yield from ((name, site.raw) for name, site in self.sites.items())
-        yield from ((name, synapses.stored) for name, synapses in self.with_gains.items())
 
     def _changed(self) -> Iterator[tuple[nn.Parameter, int]]:
         """The parameters that gains or rules change after a step, with the number of synapses of their connections."""
@@ -192,8 +188,8 @@ class Lifecycle:
             return False
         gradients = [local(p.grad) for group in groups for p in group["params"] if p.grad is not None]
         learns = any(bool(gradient.any()) for gradient in gradients)
-        ranks = data_parallel_groups(None, (parameter for _, parameter in self._parameters()))
-        return bool(gradients) and not (is_on_any(learns, ranks) if self._meshes else learns)
+        sharded = [parameter for parameter, _ in self._attached.values() if is_sharded(parameter)]
+        return bool(gradients) and not (is_on_any(learns, data_parallel_groups(None, sharded)) if sharded else learns)
 
     @torch.no_grad()
     def _prepare(self) -> None:
@@ -297,7 +293,7 @@ class Lifecycle:
                 self.optimizer,
                 counts.get(name, 0) + 1,
                 compiled=self._compiled,
-                options=self._groups[id(raw)],
+                group=self._groups[id(raw)],
                 is_frozen=not raw.requires_grad,
             )
             weights.append(weight)
@@ -417,59 +413,44 @@ class Lifecycle:
             self._plan = None
         for name, site in self.plan.sites.items():
             if site.raw.shape != self._shapes[name]:
-                raise self._reshaped(name, site.raw)
+                before, now = tuple(self._shapes[name]), tuple(site.raw.shape)
+                raise LifecycleError(f"{name} was {before} when it was attached and is {now}; {AGAIN}")
         self._groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         if self._groups.keys() != self.held:
             raise LifecycleError(
                 "the optimizer holds other parameters than when it was attached; detach and attach again"
             )
 
-    def _reshaped(self, name: str, raw: nn.Parameter) -> LifecycleError:
-        return LifecycleError(
-            f"{name} was {tuple(self._shapes[name])} when it was attached and is {tuple(raw.shape)}; "
-            "detach, build the optimizer again, and attach"
-        )
+    def _found(self, name: str) -> tuple[Any, Synapses | None]:
+        """The parameter that has a name now, and its synapses."""
+        return stored(self.bio, name) if is_parameter(self.bio, name) else None, synapses_of(self.bio, name)
 
     def _check_found(self) -> None:
-        """Refuse a step if a weight is not the one that was attached."""
-        for name, what in self._assigned():
+        """Refuse a step if a parameter is not the one that was attached."""
+        for name in (*self._attached, *record_of(self.bio).nonnegative):
+            now, synapses = self._found(name)
+            before = self._attached.get(name, (now, synapses))
+            if now is not None and now is before[0] and synapses is before[1]:
+                continue
             moved = next(moved_synapses(self.bio), None)
             if moved is not None:
                 raise LifecycleError(f"{moved}; {INSTEAD}")
-            raise LifecycleError(
-                f"{name} was {what} after it was attached; detach, build the optimizer again, and attach"
-            )
-        parameters = [*self._parameters()]
-        for name, parameter in parameters[: len(self.sites)]:
-            if parameter.shape != self._shapes[name]:
-                raise self._reshaped(name, parameter)
-        for name, parameter in parameters:
-            if id(parameter) not in self.held:
-                now = parameter.device_mesh.ndim if is_sharded(parameter) else 0  # type: ignore[attr-defined]
+            if now is None:
+                raise LifecycleError(f"{name} was removed after it was attached; {AGAIN}")
+            if _dimensions(now) < _dimensions(before[0]):
                 raise LifecycleError(
                     f"{name} is whole on every rank, as no backward pass followed the last forward pass; call "
                     "reshard() of the model before optimizer.step()"
-                    if name in self._meshes and now < self._meshes[name].ndim
-                    else f"{name} is another tensor than the optimizer holds, as after load_state_dict(assign=True) or "
-                    "fully_shard; detach, build the optimizer again, and attach"
                 )
+            raise LifecycleError(
+                f"{name} is another tensor than the optimizer holds, as after an assignment, "
+                f"load_state_dict(assign=True) or fully_shard; {AGAIN}"
+            )
 
-    def _assigned(self) -> Iterator[tuple[str, str]]:
-        """The parameters that a user replaced since they were attached, each with what became of it."""
-        first: dict[int, str] = {}
-        for name, site in self.sites.items():
-            synapses = site.child
-            if synapses is None and site.is_gone:
-                yield name, "removed"
-                continue
-            raw = site.raw if synapses is None else synapses.stored
-            if name in self._owned and synapses is None and raw.shape == self._shapes[name]:
-                yield name, "replaced"
-            elif first.setdefault(id(raw), name) != name:
-                yield name, f"tied to {first[id(raw)]}"
-        for name in record_of(self.bio).nonnegative:
-            if not is_parameter(self.bio, name):
-                yield name, "removed"
+
+def _dimensions(parameter: Any) -> int:
+    """The number of dimensions of the mesh over which a parameter is cut."""
+    return parameter.device_mesh.ndim if is_sharded(parameter) else 0
 
 
 def _acts(pass_: Pass, weight: PlasticWeight) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +44,8 @@ def parallelize(bio: nn.Module, mesh: DeviceMesh, plan: Any) -> None:
         plan: as for `parallelize_module`: a style, such as `ColwiseParallel()`, for each module by its name.
 
     Raises:
-        ArgumentError: `bio` was not made by `biofx.transform`, is attached, or needs its graph; a layer hands unequal
-            parts of its features on as local tensors; or a tied weight would be cut in two ways.
+        ArgumentError: `bio` was not made by `biofx.transform`, is attached, or needs its graph; or a tied weight would
+            be cut in two ways.
         Whatever `parallelize_module` raises, after which some modules are cut: make the model again.
     """
     from torch.distributed.tensor.parallel import parallelize_module  # slow to import
@@ -54,7 +53,6 @@ def parallelize(bio: nn.Module, mesh: DeviceMesh, plan: Any) -> None:
     model = transformed(bio)
     _refuse_others(model, mesh)
     with _in_their_modules(model) as placeholders:
-        _refuse_uneven(_styled(model, mesh, plan), mesh.size())
         parallelize_module(model, mesh, plan)
     for synapses, own in placeholders.items():
         placed = {(each.device_mesh, each.placements) for each in own if is_sharded(each)}
@@ -88,59 +86,6 @@ def _refuse_others(model: fx.GraphModule, mesh: DeviceMesh) -> None:
             f"parallelize: {guard.needs}, and the styles of a plan hook modules, which the graph does not call; leave "
             "that pass out, or let all parameters and the inputs be DTensors instead"
         )
-
-
-def _styled(model: nn.Module, mesh: DeviceMesh, plan: Any) -> dict[str, tuple[nn.Module, Any]]:
-    """The modules on which `parallelize_module` puts the styles of a plan, by name, each with its style."""
-    from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
-
-    found: list[tuple[nn.Module, Any]] = []
-
-    class Noted(ParallelStyle):
-        def __init__(self, style: Any) -> None:
-            self.style = style
-
-        def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-            found.append((module, self.style))
-            return module
-
-    styles: Any = {key: Noted(style) for key, style in plan.items()} if isinstance(plan, dict) else {"": Noted(plan)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that no module has, which it gives again
-        parallelize_module(model, mesh, styles)
-    names = {module: name for name, module in model.named_modules()}
-    return {names[module]: (module, style) for module, style in found}
-
-
-def _refuse_uneven(styled: Mapping[str, tuple[nn.Module, Any]], ranks: int) -> None:
-    """Refuse a layer that takes unequal parts of features for equal ones, as all layers do with local tensors.
-
-    Raises:
-        ArgumentError: names the layer, and what to do instead.
-    """
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-    parts = (Shard(-1),)
-    if not all(getattr(style, "use_local_output", False) for _, style in styled.values()):
-        return  # the layer may be given DTensors, which know their sizes
-    given = {
-        getattr(module, "out_features", None) or getattr(module, "embedding_dim", None): name
-        for name, (module, style) in styled.items()
-        if isinstance(style, ColwiseParallel) and style.output_layouts == parts
-    }
-    for name, (module, style) in styled.items():
-        if not isinstance(module, nn.Linear) or not isinstance(style, RowwiseParallel) or style.input_layouts != parts:
-            continue
-        size = module.in_features
-        if size in given and size % ranks:
-            raise ArgumentError(
-                f"parallelize: {name} takes the {size} features of {given[size]} in parts, which are not equal on "
-                f"{ranks} ranks, and PyTorch takes local tensors for equal parts; use a multiple of {ranks} features, "
-                f"or let {given[size]} return DTensors, by ColwiseParallel(use_local_output=False), or whole features, "
-                f"by ColwiseParallel(output_layouts=Replicate()), and {name} take them, by "
-                "RowwiseParallel(input_layouts=Replicate())"
-            )
 
 
 @contextmanager

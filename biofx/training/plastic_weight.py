@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ class PlasticWeight:
         compiled: whether to compile what a rule does to entries.
         finite: whether gradients and weights are finite, on a device that is not waited for; else None.
         stored_before: what `raw` was before the step, for rules at `Moment.UPDATE`; else None.
-        options: the optimizer's options for it, if they are known.
+        group: the optimizer's options for the weight; empty if rules are called by hand.
         is_frozen: whether it does not require a gradient, and the optimizer moves it by an old one.
     """
 
@@ -56,7 +56,7 @@ class PlasticWeight:
     compiled: bool = False
     finite: Tensor | None = None
     stored_before: Tensor | None = None
-    options: dict[str, Any] | None = None
+    group: dict[str, Any] = field(default_factory=dict)
     is_frozen: bool = False
 
     @property
@@ -78,7 +78,7 @@ class PlasticWeight:
             before: what `raw` was before the step, if the rule needs it.
         """
         own = self.site, self.raw, self.gradient, self.optimizer, self.step  # `dataclasses.replace` is slow
-        return PlasticWeight(*own, rule, self.compiled, finite, before, self.options, self.is_frozen)
+        return PlasticWeight(*own, rule, self.compiled, finite, before, self.group, self.is_frozen)
 
     @property
     def shard(self) -> Shard:
@@ -130,7 +130,7 @@ class PlasticWeight:
 
         Example:
             >>> import biofx, torch
-            >>> from dataclasses import dataclass
+            >>> from dataclasses import dataclass, field
             >>> from biofx import passes
             >>> @dataclass(frozen=True)
             ... class Look(passes.Pass):
@@ -231,11 +231,6 @@ class PlasticWeight:
         """A CPU generator that follows from the same as `counter`; it waits for the device."""
         return randomness.generator(int(self.state("seed")), self.by, self.name, self.step)
 
-    @property
-    def group(self) -> dict[str, Any]:
-        """The optimizer's options for the weight; empty if rules are called by hand."""
-        return _group(self.optimizer, self.site.raw) if self.options is None else self.options
-
     def replace(self, mask: Tensor, values: Tensor) -> None:
         """Store new weights where a mask is True, and reset what the optimizer remembers of them.
 
@@ -245,7 +240,7 @@ class PlasticWeight:
 
         Example:
             >>> import biofx, torch
-            >>> from dataclasses import dataclass
+            >>> from dataclasses import dataclass, field
             >>> from biofx import passes
             >>> @dataclass(frozen=True)
             ... class Prune(passes.Pass):

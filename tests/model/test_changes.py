@@ -35,6 +35,11 @@ def head(m):
     m[5] = nn.Linear(4, 7)
 
 
+def same_parameter(m):
+    own, m[5] = m[5].weight_synapses.weight, nn.Linear(4, 4)
+    m[5].weight = own
+
+
 def sequence(m):
     torch.manual_seed(5)
     m[5] = nn.Sequential(nn.Dropout(0.0), nn.Linear(4, 3))
@@ -194,7 +199,7 @@ def test_a_tie_while_attached_shares_the_synapses():
     assert bio[3].weight_synapses is bio[5].weight_synapses
 
 
-@named([parameter, head, sequence, features, shorter, tie, share])
+@named([parameter, head, same_parameter, sequence, features, shorter, tie, share])
 def test_a_step_after_a_change_says_to_attach_again(change):
     bio = biofx.transform(network(), [passes.FuzzyLearningRates(), passes.Rejuvenate()])
     optimizer = torch.optim.SGD(bio.parameters(), 0.1)

@@ -364,7 +364,7 @@ def test_a_step_of_frozen_weights_does_nothing():
 def test_a_parameter_whose_shape_changed_is_refused():
     bio, optimizer, _ = start()
     F.cross_entropy(bio(IMAGES[:64]), LABELS[:64]).backward()
-    bio.get_submodule("0").weight = nn.Parameter(torch.zeros(2, 32, 65))
+    bio.get_parameter("0.weight").data = torch.zeros(2, 32, 65)
     with pytest.raises(biofx.LifecycleError, match=r"0.weight was \(2, 32, 64\) when .* and is \(2, 32, 65\)"):
         optimizer.step()
 
