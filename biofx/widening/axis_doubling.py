@@ -77,20 +77,6 @@ def is_same_doubling(a: AxisDoubling | None, b: AxisDoubling | None) -> bool:
     return torch.equal(a.source, b.source) and torch.equal(a.sign, b.sign)
 
 
-def with_size(doubling: AxisDoubling, size: int) -> AxisDoubling | None:
-    """The doubling of the same units on an axis of another size, as of a feature map that is larger and flattened.
-
-    Returns:
-        None if the size is not a multiple of the number of units, or if not all units are doubled.
-    """
-    units = len(torch.unique_consecutive(doubling.sign)) // 2
-    if not units or doubling.size % units or size % units:
-        return None
-    if not is_same_doubling(doubling, adjacent_twins(units, doubling.size // units)):
-        return None
-    return adjacent_twins(units, size // units)
-
-
 # Labels show where an operator moves entries: the operator is executed on labels in place of values. The label of an
 # entry is a multiple of 3, so that it leaves room for +1 and +2 to mark the twins.
 
