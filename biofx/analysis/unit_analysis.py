@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
 from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
-from biofx.analysis.reads import WeightRead
 from biofx.analysis.rules import Rules, nobody
 from biofx.recording.catalog import Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
 
 if TYPE_CHECKING:
     from biofx.analysis.forms import Forms
+    from biofx.analysis.reads import WeightRead
     from biofx.weights.axes import Axes
 
 PASSES = 8  # times that numbers are sent through a recording, at most: if classes still change, the last pass counts
@@ -64,7 +64,6 @@ class UnitAnalysis:
         self._place = {operation: index for index, operation in enumerate(recording.operations)}
         self._rows: dict[Orientation, Tensor | None] = {}  # of this pass
         self._units_of: dict[WeightRead, Tensor] = {}
-        self._positions: dict[Any, Tensor] = {}  # of a weight's units in its uses, which layers of one shape share
         self.orientations = self._oriented()
         self._of_read = {read: o for many in self.orientations.values() for o in many for read in o.reads}
         self.columns: dict[WeightRead, Tensor] = {}
@@ -84,12 +83,8 @@ class UnitAnalysis:
 
     def _oriented(self) -> dict[str, list[Orientation]]:
         found: dict[str, list[Orientation]] = {}
-        axes_of: dict[Any, Axes | None] = {}  # by layout, which layers of one shape share
         for read in self._forms.reads:
-            layout = read.layout
-            if layout not in axes_of:
-                axes_of[layout] = read.axes()
-            axes = axes_of[layout]
+            axes = read.axes()
             known = found.setdefault(read.parameter.name, [])
             same = next((o for o in known if axes is not None and o.axes is not None and o.axes.agree(axes)), None)
             if same is None:
@@ -179,7 +174,7 @@ class UnitAnalysis:
         for read in orientation.reads:
             columns = self.columns[read]
             placed = torch.zeros(axes.presynaptic_units, columns.shape[1], dtype=torch.int64)
-            placed[self._places(read, axes, WeightRead.presynaptic_positions)] = columns
+            placed[read.presynaptic_positions(axes)] = columns
             rows.setdefault(placed.numpy().tobytes(), placed)
         return torch.cat(list(rows.values()), 1)
 
@@ -341,20 +336,13 @@ class UnitAnalysis:
             name = read.parameter.name if orientation is not None else ", ".join(read.names)
             return self.numbers.numbers_for(("use", self._place[read.operation]), name, "weight", read.count(1))
         own = self.own(read.parameter.name, orientation)
-        return own[self._places(read, orientation.axes, WeightRead.postsynaptic_positions)]
+        return own[read.postsynaptic_positions(orientation.axes)]
 
     def own(self, name: str, orientation: Orientation) -> Tensor:
         """The numbers of the postsynaptic units that a weight has by the uses that agree on its axes."""
         assert orientation.axes is not None
         maker = ("weight", name, self.orientations[name].index(orientation))
         return self.numbers.numbers_for(maker, name, "weight", orientation.axes.units)
-
-    def _places(self, read: WeightRead, axes: Axes, side: Callable[[WeightRead, Axes], Tensor]) -> Tensor:
-        """The parameter's unit at each position of a use, on one side."""
-        key = side, axes, read.layout
-        if key not in self._positions:
-            self._positions[key] = side(read, axes)
-        return self._positions[key]
 
 
 def maker_of(value: Value) -> tuple[object, ...]:
