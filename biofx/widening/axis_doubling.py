@@ -63,11 +63,10 @@ class AxisDoubling:
         return True
 
 
-def adjacent_twins(units: int, positions: int = 1) -> AxisDoubling:
-    """All units doubled, each with a number of adjacent positions, as in a flattened feature map."""
-    source = torch.arange(units * positions).view(units, 1, positions).expand(-1, 2, -1).flatten()
-    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(positions).repeat(units)
-    return AxisDoubling(0, source, sign)
+def adjacent_twins(units: int) -> AxisDoubling:
+    """All units of an axis doubled."""
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(units)
+    return AxisDoubling(0, torch.arange(units).repeat_interleave(2), sign)
 
 
 def is_same_doubling(a: AxisDoubling | None, b: AxisDoubling | None) -> bool:
