@@ -87,17 +87,12 @@ class NetInputRuns:
         self._recorded(replay, self._batch.run)
 
     def _recorded(self, recorder: Recorder, run: Run) -> Recording:
-        generator = torch.random.get_rng_state()
-        recording = recording_of(recorder, self._bio, but=self._changing)
         with (
-            recording,
+            recording_of(recorder, self._bio, but=self._changing),
             as_recorded_graph(self._bio, recorder, torch.float64),
             self._bio.register_forward_pre_hook(_in_double, with_kwargs=True, prepend=True),
         ):
-            torch.manual_seed(0)
             run(self._bio)
-        # The seed is for this run only: `recording_of` has restored the user's generator.
-        assert torch.equal(generator, torch.random.get_rng_state())
         return recorder.recording
 
     def _by_sample(self, pending: PendingRead, net: Tensor) -> Tensor:
