@@ -1,4 +1,4 @@
-"""Graphs under a recording: a captured graph runs node by node, so that each operator is known to belong to a node."""
+"""Captured models under a recording: a graph runs node by node, so that each operator is known to belong to a node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from biofx.analysis.reads import WeightRead, bias_of
 from biofx.base.torch_internals import pytree
 from biofx.model import weight_cache
 from biofx.model.chain import attribute, chain, compute, parameter_nodes
+from biofx.model.changes import reason_for_graph
 from biofx.model.islands import is_one_island
+from biofx.model.provenance import is_transformed
 from biofx.model.synapses import Synapses, synapses_in, synapses_of
 from biofx.recording.catalog import COPIES, Kind
 from biofx.recording.operations import Value
@@ -62,15 +64,28 @@ class NodeUse:
 
 
 @contextlib.contextmanager
-def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Run a captured graph node by node, whoever calls it, for a recorder.
+def as_recorded(
+    bio: nn.Module, recorder: Recorder, dtype: torch.dtype | None = None, *, by_node: bool = False
+) -> Iterator[None]:
+    """Run a captured model, whoever calls it, for a recorder, which knows a weight of synapses as the parameter.
 
-    The recorder knows a weight that is computed from synapses as the parameter. Nodes read parameters in a dtype, if
-    one is given, as copies that are freed after the last of them.
+    Args:
+        bio: the model. One that is not captured runs as ever.
+        recorder: the recorder.
+        dtype: that in which nodes read parameters, as copies that are freed after the last of them; None for their own.
+        by_node: run its graph, node by node. Otherwise its Python runs, unless only the graph does what calls do.
     """
+    if not is_transformed(bio):
+        yield
+        return
+    assert isinstance(bio, fx.GraphModule)
     known = _EffectiveWeights(bio, recorder)
+    python: Any = None if by_node or reason_for_graph(bio) is not None else bio.original_forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        known.clear()  # the weights may have changed since the last run
+        if python is not None:
+            return python(*args, **kwargs)
         if is_one_island(bio):  # its graph passes all arguments on
             return _run(bio, recorder, known, {"args": args, "kwargs": kwargs}, dtype)
         bound = inspect.signature(type(bio).forward).bind(bio, *args, **kwargs)
@@ -116,7 +131,6 @@ def _run(
     given: Mapping[str, Any],
     dtype: torch.dtype | None,
 ) -> Any:
-    known.clear()  # the weights may have changed since the last run
     ends = {chain(node)[-1]: synapses_of(bio, name) for name, node in parameter_nodes(bio).items()}
     waiting = Counter(source for node in bio.graph.nodes for source in node.all_input_nodes)
     values: dict[fx.Node, Any] = {}

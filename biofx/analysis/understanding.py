@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from biofx.analysis.activity import Activity
 from biofx.analysis.flow import Flow
 from biofx.analysis.forms import Forms
-from biofx.analysis.graphs import annotate, as_recorded_graph, shown
+from biofx.analysis.graphs import annotate, as_recorded, shown
 from biofx.analysis.readings import PresynapticUnits, UnitReadings
 from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.contents import tensors_in
@@ -24,7 +24,7 @@ from biofx.base.errors import ArgumentError
 from biofx.base.isolation import arguments_kept, is_function, parameters_kept, refuse_misfit, split_inputs, undisturbed
 from biofx.base.randomness import fixed_defaults
 from biofx.model.islands import is_one_island
-from biofx.model.provenance import is_transformed, record_of
+from biofx.model.provenance import record_of
 from biofx.model.synapses import stored_parameters
 from biofx.recording import inputs as guesses
 from biofx.recording.catalog import Kind
@@ -150,10 +150,16 @@ def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
     return run
 
 
-def recorded(model: nn.Module, run: Run) -> Recording:
-    """A run in evaluation mode, followed by one in training mode if weights were left unused."""
+def recorded(model: nn.Module, run: Run, *, by_node: bool = False) -> Recording:
+    """A run in evaluation mode, followed by one in training mode if weights were left unused.
+
+    Args:
+        model: any module.
+        run: runs it.
+        by_node: run the graph of a captured model node by node, so that it is known what each node computed.
+    """
     recorder = Recorder()
-    with recording_of(recorder, model), _as_graph(model, recorder), warnings.catch_warnings():
+    with recording_of(recorder, model), as_recorded(model, recorder, by_node=by_node), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             _run_with_gradients_if_it_must(model, run, recorder)
@@ -193,7 +199,11 @@ def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:
         if changed is None:
             continue
         recorder = Recorder()
-        with recording_of(recorder, model, training=True), torch.set_grad_enabled(learning), _as_graph(model, recorder):
+        with (
+            recording_of(recorder, model, training=True),
+            torch.set_grad_enabled(learning),
+            as_recorded(model, recorder),
+        ):
             _try_in_training(model, run)
         # A recording does not see what an optimizer in forward does: there, `parameters()` yields copies.
         found |= dict.fromkeys(changed, "forward changes it in training mode")
@@ -216,13 +226,6 @@ def _try_in_training(model: nn.Module, run: Run) -> None:
     with warnings.catch_warnings(), contextlib.suppress(Exception):  # such as batch norm of one sample
         warnings.simplefilter("ignore")
         run(model)
-
-
-def _as_graph(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContextManager[None]:
-    if is_transformed(model):
-        assert isinstance(model, fx.GraphModule)
-        return as_recorded_graph(model, recorder)
-    return contextlib.nullcontext()
 
 
 # --- reading it off ----------------------------------------------------------------------------------------------
@@ -425,10 +428,7 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
             record.others[name] = reason
     if is_one_island(bio):  # one node uses all of them
         return
-    recording, forms = understood.recording, understood.forms
-    if not recording.nodes:  # the model ran before it was captured; its graph tells which node called which operator
-        recording = recorded(bio, understood.run)
+    recording = recorded(bio, understood.run, by_node=True)
     with fixed_defaults():
-        if recording is not understood.recording:
-            forms = Forms(recording, lambda value: True)  # the remarks on forms are those of the first run
+        forms = Forms(recording, lambda value: True)  # the remarks on forms are those of the first run
         annotate(bio, recording, forms, record.weights)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.analysis.forms import Forms
-from biofx.analysis.graphs import as_recorded_graph
+from biofx.analysis.graphs import as_recorded
 from biofx.analysis.replay import PendingRead, Replay
 from biofx.analysis.understanding import Run, Understanding, call
 from biofx.base.torch_internals import pytree
@@ -89,7 +89,7 @@ class NetInputRuns:
     def _recorded(self, recorder: Recorder, run: Run) -> Recording:
         with (
             recording_of(recorder, self._bio, but=self._changing),
-            as_recorded_graph(self._bio, recorder, torch.float64),
+            as_recorded(self._bio, recorder, torch.float64, by_node=True),
             self._bio.register_forward_pre_hook(_in_double, with_kwargs=True, prepend=True),
         ):
             run(self._bio)

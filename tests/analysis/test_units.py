@@ -160,6 +160,17 @@ def test_groups_of_units_are_units():
     assert feeds(found, "2.weight") == run("sum", *range(4), times=2)
 
 
+def test_a_transformed_model_is_run_as_it_is_now():
+    model = Net(lambda m, x: m.b(m.act(m.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    model.act = torch.relu
+    bio, x = biofx.transform(model, "dales-principle", example_inputs=(torch.randn(2, 3),)), torch.randn(2, 3)
+    assert biofx.units(bio, x).rows[1]["signed_by"] == ""
+    bio.act = torch.tanh
+    assert biofx.units(bio, x).rows[1]["signed_by"] == "tanh"
+    bio.a.register_forward_hook(lambda module, args, output: output.flip(-1))
+    assert feeds(biofx.units(bio, x), "b.weight") == run("a.weight", 3, 2, 1, 0)
+
+
 def test_wrappers_are_looked_through():
     bio = biofx.transform(mlp(4, 8, 2), [passes.SplitSynapses()])
     assert str(biofx.units(nn.DataParallel(bio))) == str(biofx.units(bio)) == str(biofx.units(mlp(4, 8, 2)))
