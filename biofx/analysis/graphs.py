@@ -79,11 +79,10 @@ def as_recorded(
         yield
         return
     assert isinstance(bio, fx.GraphModule)
-    known = _EffectiveWeights(bio, recorder)
+    known = _effective_weights(bio, recorder)  # once: in all calls of a run, they are the same parameters
     python: Any = None if by_node or reason_for_graph(bio) is not None else bio.original_forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        known.clear()  # the weights may have changed since the last run
         if python is not None:
             return python(*args, **kwargs)
         if is_one_island(bio):  # its graph passes all arguments on
@@ -98,36 +97,24 @@ def as_recorded(
         yield
 
 
-class _EffectiveWeights(dict[nn.Module, Tensor]):
-    """Weights by their synapses, computed when they are read; a recorder knows them as the parameters."""
-
-    def __init__(self, bio: fx.GraphModule, recorder: Recorder) -> None:
-        super().__init__()
-        self._names = {synapses: name for name, synapses in synapses_in(bio).items()}
-        self._recorder = recorder
-
-    def get(self, synapses: Any, default: Any = None) -> Any:
-        """A weight."""
-        if synapses in self._names and synapses not in self:
-            self[synapses] = self.declare(synapses)
-        return super().get(synapses, default)
-
-    def declare(self, synapses: Synapses) -> Tensor:
-        """Compute a weight, and register it with the recorder."""
+def _effective_weights(bio: nn.Module, recorder: Recorder) -> dict[nn.Module, Tensor]:
+    """Weights by their synapses; a recorder knows them as the parameters."""
+    found: dict[nn.Module, Tensor] = {}
+    for name, synapses in synapses_in(bio).items():
         with unrecorded():
-            weight: Tensor = synapses()
+            found[synapses] = synapses()
         if synapses.links:
-            value = self._recorder.declare(weight, "parameter", self._names[synapses])
+            value = recorder.declare(found[synapses], "parameter", name)
             coordinates = _stacked(synapses)
             if coordinates is not None:
-                self._recorder.recording.coordinates[value] = coordinates
-        return weight
+                recorder.recording.coordinates[value] = coordinates
+    return found
 
 
 def _run(
     bio: fx.GraphModule,
     recorder: Recorder,
-    known: _EffectiveWeights,
+    known: Mapping[nn.Module, Tensor],
     given: Mapping[str, Any],
     dtype: torch.dtype | None,
 ) -> Any:
@@ -139,7 +126,7 @@ def _run(
         recorder.enter_node(node)
         synapses = ends.get(node)
         if synapses is not None:
-            result = known.get(synapses)
+            result = known[synapses]
         elif node.op == "placeholder":
             result = given[str(node.target).lstrip("*")]
         elif node.op == "get_attr":

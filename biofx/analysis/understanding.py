@@ -158,18 +158,32 @@ def recorded(model: nn.Module, run: Run, *, by_node: bool = False) -> Recording:
         run: runs it.
         by_node: run the graph of a captured model node by node, so that it is known what each node computed.
     """
+    try:
+        return _recorded(model, run, by_node=by_node, learning=False)
+    except ArgumentError as error:
+        if not isinstance(error.__cause__, RuntimeError) or "grad" not in str(error.__cause__):
+            raise
+    return _recorded(model, run, by_node=by_node, learning=True)  # forward needs gradients
+
+
+def _recorded(model: nn.Module, run: Run, *, by_node: bool, learning: bool) -> Recording:
     recorder = Recorder()
-    with recording_of(recorder, model), as_recorded(model, recorder, by_node=by_node), warnings.catch_warnings():
+    recording = recorder.recording
+    with (
+        recording_of(recorder, model),
+        torch.set_grad_enabled(learning),
+        as_recorded(model, recorder, by_node=by_node),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
-            _run_with_gradients_if_it_must(model, run, recorder)
+            run(model)
         except ArgumentError:
             raise
         except Exception as error:
             where = f", at {recorder.failed}" if recorder.failed else ""
             raise ArgumentError(f"{type(model).__name__} fails on example_inputs{where}: {error}") from error
         if recorder.has_unused():
-            recording = recorder.recording
             # Nodes keep what they computed in evaluation mode; the run in training mode only adds operators.
             before, nodes = len(recording.operations), dict(recording.nodes)
             of_nodes = {node: list(operations) for node, operations in recording.operations_of.items()}
@@ -177,18 +191,7 @@ def recorded(model: nn.Module, run: Run, *, by_node: bool = False) -> Recording:
             recording.again.update(recording.operations[before:])
             recording.nodes.update(nodes)
             recording.operations_of.update(of_nodes)
-    return recorder.recording
-
-
-def _run_with_gradients_if_it_must(model: nn.Module, run: Run, recorder: Recorder) -> None:
-    try:
-        run(model)
-    except RuntimeError as error:
-        if "grad" not in str(error):
-            raise
-        recorder.restart(model)
-        with torch.enable_grad():
-            run(model)
+    return recording
 
 
 def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:

@@ -14,7 +14,7 @@ from biofx.analysis.units import EFFECTS
 from conftest import tensors
 from models.architectures import ARCHITECTURES
 from models.small import mlp
-from unit_tracing import Net, analysed, feeds, run
+from unit_tracing import Net, Net2, analysed, feeds, run
 
 # --- whole architectures ------------------------------------------------------------------------------------------
 
@@ -169,6 +169,30 @@ def test_a_transformed_model_is_run_as_it_is_now():
     assert biofx.units(bio, x).rows[1]["signed_by"] == "tanh"
     bio.a.register_forward_hook(lambda module, args, output: output.flip(-1))
     assert feeds(biofx.units(bio, x), "b.weight") == run("a.weight", 3, 2, 1, 0)
+
+
+@pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "synaptic-scaling{on=weight}"])
+def test_transformed_models_carry_state_from_call_to_call(pipeline):
+    def steps(model):
+        state = torch.zeros(2, 5)
+        for _ in range(3):
+            state = model(torch.randn(2, 3), state)
+
+    layers = {"a": nn.Linear(3, 5), "b": nn.Linear(5, 5)}
+    model = Net2(lambda m, x, state: torch.relu(m.a(x) + m.b(state)), **layers)
+    bio = biofx.transform(model, pipeline, example_inputs=steps)
+    original, found = (biofx.units(each, steps) for each in (model, bio))
+    assert feeds(found, "b.weight") == feeds(original, "b.weight")
+    assert torch.equal(found.mixed(), original.mixed())
+
+
+def test_a_forward_may_need_gradients():
+    def slope(m, x):
+        x = x.detach().requires_grad_()
+        return m.b(torch.autograd.grad(m.a(x).relu().sum(), x)[0])
+
+    found = analysed(slope, torch.randn(2, 3), a=nn.Linear(3, 4), b=nn.Linear(3, 2))
+    assert [row["operator"] for row in found.rows] == ["linear, grad", "linear"]
 
 
 def test_wrappers_are_looked_through():
