@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from biofx.analysis.layouts import CannotFollowError, compressed, execute
+from biofx.analysis.layouts import CannotFollowError, rearranged
 from biofx.analysis.reads import Form, Mixture, WeightRead, bias_of, form_of_parameter, looks_up, read_of
 from biofx.recording.catalog import LAYERS, PRODUCTS_OF_ENTRIES, Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
@@ -129,7 +129,7 @@ class Forms:
         is_layout = operation.kind is Kind.LAYOUT and operation.name not in _FILLING
         if is_layout and isinstance(main, Form) and len(forms) == 1:
             try:
-                return _rearranged(operation, main)
+                return _laid_out(operation, main)
             except CannotFollowError:
                 return None
         if operation.kind is Kind.KEEP and isinstance(main, Form) and len(forms) == 1:
@@ -202,15 +202,10 @@ def _times(factor: str) -> str:
     return f"its operator reads it times {factor}, which may be negative"
 
 
-def _rearranged(operation: Operation, form: Form) -> list[Form | Mixture]:
+def _laid_out(operation: Operation, form: Form) -> list[Form | Mixture]:
     """The forms of the outputs of a layout operator on a form."""
-    first = operation.operands[0]
-    moved = [
-        execute(operation, lambda value, c=coordinate: c if value is first else None)  # type: ignore[misc]
-        for coordinate in form.coordinates
-    ]
-    results = [tuple(compressed(m[i]) for m in moved) for i in range(len(operation.outputs))]
-    return [replace(form, coordinates=coordinates) for coordinates in results]
+    moved = [rearranged(operation, coordinate) for coordinate in form.coordinates]
+    return [replace(form, coordinates=tuple(m[i] for m in moved)) for i in range(len(operation.outputs))]
 
 
 def _parameters(form: Form | Mixture) -> frozenset[Value]:

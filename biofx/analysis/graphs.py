@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.analysis.layouts import CannotFollowError, compressed, execute, varies
+from biofx.analysis.layouts import CannotFollowError, rearranged, varies
 from biofx.analysis.reads import WeightRead, bias_of
 from biofx.base.torch_internals import pytree
 from biofx.model import weight_cache
@@ -256,7 +256,7 @@ def _source(node: fx.Node, recording: Recording, read: WeightRead) -> tuple[int 
     try:
         for value in way[1:]:
             assert value.producer is not None
-            place = _rearranged(value.producer, place)[value.producer.outputs.index(value)]
+            place = _moved(value.producer, place)[value.producer.outputs.index(value)]
     except CannotFollowError:
         return None, ()
     if not place.numel():  # an empty tensor shows no axis
@@ -289,11 +289,9 @@ def _moves(operation: Operation) -> bool:
     return operation.kind is Kind.LAYOUT or operation.name in COPIES
 
 
-def _rearranged(operation: Operation, below: Tensor) -> list[Tensor]:
+def _moved(operation: Operation, below: Tensor) -> list[Tensor]:
     """Entries of another tensor as an operator moves them."""
-    if operation.name in COPIES:
-        return [below]
-    return [compressed(x) for x in execute(operation, lambda v: below if v is operation.operands[0] else None)]
+    return [below] if operation.name in COPIES else rearranged(operation, below)
 
 
 def _returned(node: fx.Node, recording: Recording, read: WeightRead) -> tuple[Tensor | None, int | None]:
@@ -315,7 +313,7 @@ def _returned(node: fx.Node, recording: Recording, read: WeightRead) -> tuple[Te
             is_plain = False
         elif mine:
             try:
-                places.update(zip(operation.outputs, _rearranged(operation, places[mine[0]]), strict=True))
+                places.update(zip(operation.outputs, _moved(operation, places[mine[0]]), strict=True))
             except CannotFollowError:
                 is_plain = False
     position = _given(node, recording, added[0])[0] if len(added) == 1 else None

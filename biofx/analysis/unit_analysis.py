@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
+from biofx.analysis.layouts import CannotFollowError, moved, once, rearranged
 from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
 from biofx.analysis.rules import Rules, nobody
 from biofx.recording.catalog import Kind
@@ -63,7 +62,6 @@ class UnitAnalysis:
         self._reads = {read.operation: read for read in (*forms.reads, *forms.computed)}
         self._place = {operation: index for index, operation in enumerate(recording.operations)}
         self._rows: dict[Orientation, Tensor | None] = {}  # of this pass
-        self._units_of: dict[WeightRead, Tensor] = {}
         self.orientations = self._oriented()
         self._of_read = {read: o for many in self.orientations.values() for o in many for read in o.reads}
         self.columns: dict[WeightRead, Tensor] = {}
@@ -191,7 +189,7 @@ class UnitAnalysis:
         known = self._views.get(operation)
         if known is None or known[0] is not below or known[1] != below._version:
             try:
-                found = [compressed(x) for x in execute(operation, _in_place_of(value.view_of, below))]
+                found = rearranged(operation, below)
             except CannotFollowError:
                 found = [self._unknown(operation, v, i) for i, v in enumerate(operation.outputs)]
             self._views[operation] = known = below, below._version, found
@@ -247,7 +245,7 @@ class UnitAnalysis:
             made = view.producer
             assert made is not None
             try:
-                target = execute(made, _in_place_of(view.view_of, target))[made.outputs.index(view)]
+                target = moved(made, target)[made.outputs.index(view)]
             except CannotFollowError:
                 self._held[root] = self._unknown(operation, root, len(operation.outputs))
                 return
@@ -322,15 +320,10 @@ class UnitAnalysis:
         """The units that an operator on weights returns."""
         if value is not read.output:
             return nobody(value.shape) if not value.is_activity else self._unknown(read.operation, value, index)
-        return read.placed(self.units_of(read))
+        return read.placed(self._units_of(read))
 
-    def units_of(self, read: WeightRead) -> Tensor:
+    def _units_of(self, read: WeightRead) -> Tensor:
         """The numbers of the postsynaptic units of a use, in order; the same in each pass."""
-        if read not in self._units_of:
-            self._units_of[read] = self._numbered(read)
-        return self._units_of[read]
-
-    def _numbered(self, read: WeightRead) -> Tensor:
         orientation = self._of_read.get(read)
         if orientation is None or orientation.axes is None:  # each of its uses has units of its own
             name = read.parameter.name if orientation is not None else ", ".join(read.names)
@@ -348,10 +341,6 @@ class UnitAnalysis:
 def maker_of(value: Value) -> tuple[object, ...]:
     """What made the units of a tensor that is there before the run: an input of several calls is the same each time."""
     return (value.kind, value.name, value.shape) if value.kind == "input" else (value.kind, value.index)
-
-
-def _in_place_of(value: Value | None, tensor: Tensor) -> Callable[[Value], Tensor | None]:
-    return lambda other: tensor if other is value else None
 
 
 def _makes_views(operation: Operation) -> bool:
