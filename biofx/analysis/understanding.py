@@ -129,7 +129,7 @@ def understand_again(model: nn.Module, understood: Understanding) -> Understandi
 def runner(model: nn.Module, example_inputs: Any) -> tuple[Run, str] | None:
     """How a model is run, and its inputs in words."""
     if is_function(example_inputs):
-        return example_inputs, getattr(example_inputs, "words", BY_FUNCTION)
+        return example_inputs, BY_FUNCTION
     if example_inputs is not None:
         return call(*split_inputs(example_inputs)), "given"
     guess = guesses.guess(model)

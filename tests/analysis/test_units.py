@@ -186,6 +186,14 @@ def test_transformed_models_carry_state_from_call_to_call(pipeline):
     assert torch.equal(found.mixed(), original.mixed())
 
 
+def test_a_function_may_have_attributes_of_its_own():
+    def run(model):
+        return model(torch.randn(2, 3))
+
+    run.words = "the vocabulary of the user"
+    assert biofx.units(nn.Linear(3, 2), run).inputs == "given by a function"
+
+
 def test_a_forward_may_need_gradients():
     def slope(m, x):
         x = x.detach().requires_grad_()
