@@ -60,12 +60,11 @@ class UnitAnalysis:
         # Numbers of all outputs of an operator that makes views, with the tensor below and its version.
         self._views: dict[Operation, tuple[Tensor, int, list[Tensor]]] = {}
         self._reads = {read.operation: read for read in (*forms.reads, *forms.computed)}
-        self._place = {operation: index for index, operation in enumerate(recording.operations)}
         self._rows: dict[Orientation, Tensor | None] = {}  # of this pass
         self.orientations = self._oriented()
         self._of_read = {read: o for many in self.orientations.values() for o in many for read in o.reads}
         self.columns: dict[WeightRead, Tensor] = {}
-        self._rules = Rules(self.numbers, self._of, self._place)
+        self._rules = Rules(self.numbers, self._of)
         self._of_network = self._touched_by_weights()
         self._wanted = self._leading_to_weights()
         for _ in range(PASSES):
@@ -209,7 +208,7 @@ class UnitAnalysis:
         if not value.is_activity or value.shape.numel() > MOST:
             return nobody(value.shape)
         origin = "input" if self._is_made_of_inputs(operation) else "unknown"
-        maker = (self._place[operation], index, origin)
+        maker = (operation, index, origin)
         return self.numbers.numbers_for(maker, operation.described, origin, value.shape.numel()).view(value.shape)
 
     def _is_made_of_inputs(self, operation: Operation) -> bool:
@@ -327,15 +326,14 @@ class UnitAnalysis:
         orientation = self._of_read.get(read)
         if orientation is None or orientation.axes is None:  # each of its uses has units of its own
             name = read.parameter.name if orientation is not None else ", ".join(read.names)
-            return self.numbers.numbers_for(("use", self._place[read.operation]), name, "weight", read.count(1))
+            return self.numbers.numbers_for(("use", read.operation), name, "weight", read.count(1))
         own = self.own(read.parameter.name, orientation)
         return own[read.postsynaptic_positions(orientation.axes)]
 
     def own(self, name: str, orientation: Orientation) -> Tensor:
         """The numbers of the postsynaptic units that a weight has by the uses that agree on its axes."""
         assert orientation.axes is not None
-        maker = ("weight", name, self.orientations[name].index(orientation))
-        return self.numbers.numbers_for(maker, name, "weight", orientation.axes.units)
+        return self.numbers.numbers_for(orientation, name, "weight", orientation.axes.units)
 
 
 def maker_of(value: Value) -> tuple[object, ...]:
