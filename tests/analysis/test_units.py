@@ -171,6 +171,16 @@ def test_a_transformed_model_is_run_as_it_is_now():
     assert feeds(biofx.units(bio, x), "b.weight") == run("a.weight", 3, 2, 1, 0)
 
 
+def test_a_graph_that_does_not_follow_tells_no_units():
+    model, x = Net(lambda m, x: m.b(m.act(m.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), torch.randn(2, 3)
+    model.act = torch.relu
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=(x,))
+    assert biofx.units(bio, x).rows[1]["signed_by"] == ""
+    bio.act = torch.tanh
+    with pytest.raises(biofx.CaptureError, match="act.*synaptic-scaling needs the graph"):
+        biofx.units(bio, x)
+
+
 @pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "synaptic-scaling{on=weight}"])
 def test_transformed_models_carry_state_from_call_to_call(pipeline):
     def steps(model):
