@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
-from biofx.analysis.layouts import CannotFollowError, compressed, execute
+from biofx.analysis.layouts import CannotFollowError, rearranged
 from biofx.analysis.reads import Form, Mixture, WeightRead, bias_of, form_of_parameter, looks_up, read_of
 from biofx.recording.catalog import LAYERS, PRODUCTS_OF_ENTRIES, Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
@@ -57,12 +56,11 @@ class Forms:
     biases: dict[Operation, str] = field(default_factory=dict)
     users: dict[str, list[OtherRead]] = field(default_factory=dict)
     found: dict[Value, Form | Mixture] = field(default_factory=dict)
-    _same: dict[Any, Any] = field(default_factory=dict)  # coordinates, which layers of one shape share
 
     def __post_init__(self) -> None:
         for value in self.recording.parameters.values():
             if value.shape.numel():
-                self.found[value] = self._of_parameter(value)
+                self.found[value] = form_of_parameter(value, self.recording.coordinates.get(value))
         for operation in self.recording.operations:
             if any(value in self.found for value in operation.operands):
                 self._follow(operation)
@@ -131,7 +129,7 @@ class Forms:
         is_layout = operation.kind is Kind.LAYOUT and operation.name not in _FILLING
         if is_layout and isinstance(main, Form) and len(forms) == 1:
             try:
-                return self._laid_out(operation, main)
+                return _laid_out(operation, main)
             except CannotFollowError:
                 return None
         if operation.kind is Kind.KEEP and isinstance(main, Form) and len(forms) == 1:
@@ -141,27 +139,6 @@ class Forms:
         if operation.kind is Kind.MERGE and count == 1 and (merged := self._merged(operation)) is not None:
             return [merged]
         return [_mixture(operation, forms)] * count
-
-    def _of_parameter(self, value: Value) -> Form:
-        known = self.recording.coordinates.get(value)
-        if known is not None:
-            return form_of_parameter(value, known)
-        if value.shape not in self._same:
-            self._same[value.shape] = form_of_parameter(value, None)
-        like: Form = self._same[value.shape]
-        return replace(like, parameter=value)
-
-    def _laid_out(self, operation: Operation, form: Form) -> list[Form | Mixture]:
-        """The forms of the outputs of a layout operator on a form."""
-        first, *others = operation.operands
-        if others or operation.args[0] is not first:
-            return [*_rearranged(operation, form)]
-        given = operation.operator, repr((operation.args[1:], operation.kwargs)), first.shape, first.stride
-        key = given, tuple(map(id, form.coordinates))
-        if key not in self._same:
-            moved = _rearranged(operation, form)
-            self._same[key] = form, moved  # kept alive: the key holds ids of its tensors
-        return [replace(form, coordinates=made.coordinates) for made in self._same[key][1]]
 
     def _kept(self, operation: Operation, form: Form) -> Form:
         if operation.name in _COPIES or form.remark:
@@ -225,14 +202,10 @@ def _times(factor: str) -> str:
     return f"its operator reads it times {factor}, which may be negative"
 
 
-def _rearranged(operation: Operation, form: Form) -> list[Form]:
-    first = operation.operands[0]
-    moved = [
-        execute(operation, lambda value, c=coordinate: c if value is first else None)  # type: ignore[misc]
-        for coordinate in form.coordinates
-    ]
-    results = [tuple(compressed(m[i]) for m in moved) for i in range(len(operation.outputs))]
-    return [replace(form, coordinates=coordinates) for coordinates in results]
+def _laid_out(operation: Operation, form: Form) -> list[Form | Mixture]:
+    """The forms of the outputs of a layout operator on a form."""
+    moved = [rearranged(operation, coordinate) for coordinate in form.coordinates]
+    return [replace(form, coordinates=tuple(m[i] for m in moved)) for i in range(len(operation.outputs))]
 
 
 def _parameters(form: Form | Mixture) -> frozenset[Value]:

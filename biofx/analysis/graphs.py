@@ -1,4 +1,4 @@
-"""Graphs under a recording: a captured graph runs node by node, so that each operator is known to belong to a node."""
+"""Captured models under a recording: a graph runs node by node, so that each operator is known to belong to a node."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 
-from biofx.analysis.layouts import CannotFollowError, compressed, execute, varies
+from biofx.analysis.layouts import CannotFollowError, rearranged, varies
 from biofx.analysis.reads import WeightRead, bias_of
 from biofx.base.torch_internals import pytree
 from biofx.model import weight_cache
 from biofx.model.chain import attribute, chain, compute, parameter_nodes
+from biofx.model.changes import reason_for_graph
 from biofx.model.islands import is_one_island
+from biofx.model.provenance import is_transformed
 from biofx.model.synapses import Synapses, synapses_in, synapses_of
 from biofx.recording.catalog import COPIES, Kind
 from biofx.recording.operations import Value
@@ -62,15 +64,27 @@ class NodeUse:
 
 
 @contextlib.contextmanager
-def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Run a captured graph node by node, whoever calls it, for a recorder.
+def as_recorded(
+    bio: nn.Module, recorder: Recorder, dtype: torch.dtype | None = None, *, by_node: bool = False
+) -> Iterator[None]:
+    """Run a captured model, whoever calls it, for a recorder, which knows a weight of synapses as the parameter.
 
-    The recorder knows a weight that is computed from synapses as the parameter. Nodes read parameters in a dtype, if
-    one is given, as copies that are freed after the last of them.
+    Args:
+        bio: the model. One that is not captured runs as ever.
+        recorder: the recorder.
+        dtype: that in which nodes read parameters, as copies that are freed after the last of them; None for their own.
+        by_node: run its graph, node by node. Otherwise its Python runs, unless only the graph does what calls do.
     """
-    known = _EffectiveWeights(bio, recorder)
+    if not is_transformed(bio):
+        yield
+        return
+    assert isinstance(bio, fx.GraphModule)
+    known = _effective_weights(bio, recorder)  # once: in all calls of a run, they are the same parameters
+    python: Any = None if by_node or reason_for_graph(bio) is not None else bio.original_forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if python is not None:
+            return python(*args, **kwargs)
         if is_one_island(bio):  # its graph passes all arguments on
             return _run(bio, recorder, known, {"args": args, "kwargs": kwargs}, dtype)
         bound = inspect.signature(type(bio).forward).bind(bio, *args, **kwargs)
@@ -83,40 +97,27 @@ def as_recorded_graph(bio: fx.GraphModule, recorder: Recorder, dtype: torch.dtyp
         yield
 
 
-class _EffectiveWeights(dict[nn.Module, Tensor]):
-    """Weights by their synapses, computed when they are read; a recorder knows them as the parameters."""
-
-    def __init__(self, bio: fx.GraphModule, recorder: Recorder) -> None:
-        super().__init__()
-        self._names = {synapses: name for name, synapses in synapses_in(bio).items()}
-        self._recorder = recorder
-
-    def get(self, synapses: Any, default: Any = None) -> Any:
-        """A weight."""
-        if synapses in self._names and synapses not in self:
-            self[synapses] = self.declare(synapses)
-        return super().get(synapses, default)
-
-    def declare(self, synapses: Synapses) -> Tensor:
-        """Compute a weight, and register it with the recorder."""
+def _effective_weights(bio: nn.Module, recorder: Recorder) -> dict[nn.Module, Tensor]:
+    """Weights by their synapses; a recorder knows them as the parameters."""
+    found: dict[nn.Module, Tensor] = {}
+    for name, synapses in synapses_in(bio).items():
         with unrecorded():
-            weight: Tensor = synapses()
+            found[synapses] = synapses()
         if synapses.links:
-            value = self._recorder.declare(weight, "parameter", self._names[synapses])
+            value = recorder.declare(found[synapses], "parameter", name)
             coordinates = _stacked(synapses)
             if coordinates is not None:
-                self._recorder.recording.coordinates[value] = coordinates
-        return weight
+                recorder.recording.coordinates[value] = coordinates
+    return found
 
 
 def _run(
     bio: fx.GraphModule,
     recorder: Recorder,
-    known: _EffectiveWeights,
+    known: Mapping[nn.Module, Tensor],
     given: Mapping[str, Any],
     dtype: torch.dtype | None,
 ) -> Any:
-    known.clear()  # the weights may have changed since the last run
     ends = {chain(node)[-1]: synapses_of(bio, name) for name, node in parameter_nodes(bio).items()}
     waiting = Counter(source for node in bio.graph.nodes for source in node.all_input_nodes)
     values: dict[fx.Node, Any] = {}
@@ -125,7 +126,7 @@ def _run(
         recorder.enter_node(node)
         synapses = ends.get(node)
         if synapses is not None:
-            result = known.get(synapses)
+            result = known[synapses]
         elif node.op == "placeholder":
             result = given[str(node.target).lstrip("*")]
         elif node.op == "get_attr":
@@ -255,7 +256,7 @@ def _source(node: fx.Node, recording: Recording, read: WeightRead) -> tuple[int 
     try:
         for value in way[1:]:
             assert value.producer is not None
-            place = _rearranged(value.producer, place)[value.producer.outputs.index(value)]
+            place = _moved(value.producer, place)[value.producer.outputs.index(value)]
     except CannotFollowError:
         return None, ()
     if not place.numel():  # an empty tensor shows no axis
@@ -288,11 +289,9 @@ def _moves(operation: Operation) -> bool:
     return operation.kind is Kind.LAYOUT or operation.name in COPIES
 
 
-def _rearranged(operation: Operation, below: Tensor) -> list[Tensor]:
+def _moved(operation: Operation, below: Tensor) -> list[Tensor]:
     """Entries of another tensor as an operator moves them."""
-    if operation.name in COPIES:
-        return [below]
-    return [compressed(x) for x in execute(operation, lambda v: below if v is operation.operands[0] else None)]
+    return [below] if operation.name in COPIES else rearranged(operation, below)
 
 
 def _returned(node: fx.Node, recording: Recording, read: WeightRead) -> tuple[Tensor | None, int | None]:
@@ -314,7 +313,7 @@ def _returned(node: fx.Node, recording: Recording, read: WeightRead) -> tuple[Te
             is_plain = False
         elif mine:
             try:
-                places.update(zip(operation.outputs, _rearranged(operation, places[mine[0]]), strict=True))
+                places.update(zip(operation.outputs, _moved(operation, places[mine[0]]), strict=True))
             except CannotFollowError:
                 is_plain = False
     position = _given(node, recording, added[0])[0] if len(added) == 1 else None

@@ -37,6 +37,17 @@ def execute(operation: Operation, look: Look) -> list[Tensor]:
     return list(leaves(Tensor, result))
 
 
+def moved(operation: Operation, entries: Tensor) -> list[Tensor]:
+    """What a layout operator returns if its first operand has other entries; errors as of `execute`."""
+    first = operation.operands[0]
+    return execute(operation, lambda value: entries if value is first else None)
+
+
+def rearranged(operation: Operation, entries: Tensor) -> list[Tensor]:
+    """The same, compressed."""
+    return [compressed(tensor) for tensor in moved(operation, entries)]
+
+
 def _without_numbers(operation: Operation) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of an operator, with nobody in place of numbers that it puts among the entries."""
     args, kwargs = list(operation.args), dict(operation.kwargs)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,12 +117,6 @@ class WeightRead:
         own = [] if self.mixture is not None else [self.parameter.name]
         mixtures = filter(None, (self.mixture, self.form.joined_with))
         return (*own, *sorted({parameter.name for mixture in mixtures for parameter in mixture.parameters}))
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """A key that uses of one layout share. It holds ids of their coordinates, so it is valid while these exist."""
-        places = map(id, self.form.coordinates)
-        return self.form.shape, self.form.is_stacked, self.lengths, self.parts, self.roles, *places
 
     def axes(self) -> Axes | None:
         """The axes of the parameter, as this operator sees them, or None if they are unknown."""

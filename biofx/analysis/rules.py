@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,13 +32,11 @@ class Rules:
     Args:
         numbers: where new units get their numbers; units that turn out to be one are united there.
         of: the numbers of an operand.
-        place: the place of each operator in the run.
     """
 
-    def __init__(self, numbers: UnitNumbers, of: Callable[[Value], Tensor], place: Mapping[Operation, int]) -> None:
+    def __init__(self, numbers: UnitNumbers, of: Callable[[Value], Tensor]) -> None:
         self._numbers = numbers
         self._of = of
-        self._place = place
 
     def __call__(self, operation: Operation) -> list[Tensor | None]:
         """The numbers of each tensor that an operator returns; None where they are unknown."""
@@ -102,7 +100,7 @@ class Rules:
         """The numbers of entries that an operator makes of two others each."""
         shape = torch.broadcast_shapes(a.shape, b.shape)
         a, b = once(a.expand(shape), b.expand(shape))
-        return compressed(self._numbers.merge(self._place[operation], operation.described, a, b)).expand(shape)
+        return compressed(self._numbers.merge(operation, operation.described, a, b)).expand(shape)
 
     def _reduce(self, operation: Operation) -> list[Tensor | None]:
         numbers = self._first(operation)
@@ -225,7 +223,7 @@ class Rules:
             else:
                 result = different[:, 0]
                 for other in different.unbind(1)[1:]:
-                    result = self._numbers.merge(self._place[operation], operation.described, result, other)
+                    result = self._numbers.merge(operation, operation.described, result, other)
         shape = [1 if axis in axes else small.shape[axis] for axis in range(small.dim())]
         full = [1 if axis in axes else numbers.shape[axis] for axis in range(numbers.dim())]
         return result.reshape(shape).expand(full)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from biofx.analysis.activity import Activity
 from biofx.analysis.flow import Flow
 from biofx.analysis.forms import Forms
-from biofx.analysis.graphs import annotate, as_recorded_graph, shown
+from biofx.analysis.graphs import annotate, as_recorded, shown
 from biofx.analysis.readings import PresynapticUnits, UnitReadings
 from biofx.analysis.unit_analysis import UnitAnalysis
 from biofx.base.contents import tensors_in
@@ -24,7 +24,7 @@ from biofx.base.errors import ArgumentError
 from biofx.base.isolation import arguments_kept, is_function, parameters_kept, refuse_misfit, split_inputs, undisturbed
 from biofx.base.randomness import fixed_defaults
 from biofx.model.islands import is_one_island
-from biofx.model.provenance import is_transformed, record_of
+from biofx.model.provenance import record_of
 from biofx.model.synapses import stored_parameters
 from biofx.recording import inputs as guesses
 from biofx.recording.catalog import Kind
@@ -129,7 +129,7 @@ def understand_again(model: nn.Module, understood: Understanding) -> Understandi
 def runner(model: nn.Module, example_inputs: Any) -> tuple[Run, str] | None:
     """How a model is run, and its inputs in words."""
     if is_function(example_inputs):
-        return example_inputs, getattr(example_inputs, "words", BY_FUNCTION)
+        return example_inputs, BY_FUNCTION
     if example_inputs is not None:
         return call(*split_inputs(example_inputs)), "given"
     guess = guesses.guess(model)
@@ -150,20 +150,40 @@ def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
     return run
 
 
-def recorded(model: nn.Module, run: Run) -> Recording:
-    """A run in evaluation mode, followed by one in training mode if weights were left unused."""
+def recorded(model: nn.Module, run: Run, *, by_node: bool = False) -> Recording:
+    """A run in evaluation mode, followed by one in training mode if weights were left unused.
+
+    Args:
+        model: any module.
+        run: runs it.
+        by_node: run the graph of a captured model node by node, so that it is known what each node computed.
+    """
+    try:
+        return _recorded(model, run, by_node=by_node, learning=False)
+    except ArgumentError as error:
+        if not isinstance(error.__cause__, RuntimeError) or "grad" not in str(error.__cause__):
+            raise
+    return _recorded(model, run, by_node=by_node, learning=True)  # forward needs gradients
+
+
+def _recorded(model: nn.Module, run: Run, *, by_node: bool, learning: bool) -> Recording:
     recorder = Recorder()
-    with recording_of(recorder, model), _as_graph(model, recorder), warnings.catch_warnings():
+    recording = recorder.recording
+    with (
+        recording_of(recorder, model),
+        torch.set_grad_enabled(learning),
+        as_recorded(model, recorder, by_node=by_node),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
-            _run_with_gradients_if_it_must(model, run, recorder)
+            run(model)
         except ArgumentError:
             raise
         except Exception as error:
             where = f", at {recorder.failed}" if recorder.failed else ""
             raise ArgumentError(f"{type(model).__name__} fails on example_inputs{where}: {error}") from error
         if recorder.has_unused():
-            recording = recorder.recording
             # Nodes keep what they computed in evaluation mode; the run in training mode only adds operators.
             before, nodes = len(recording.operations), dict(recording.nodes)
             of_nodes = {node: list(operations) for node, operations in recording.operations_of.items()}
@@ -171,18 +191,7 @@ def recorded(model: nn.Module, run: Run) -> Recording:
             recording.again.update(recording.operations[before:])
             recording.nodes.update(nodes)
             recording.operations_of.update(of_nodes)
-    return recorder.recording
-
-
-def _run_with_gradients_if_it_must(model: nn.Module, run: Run, recorder: Recorder) -> None:
-    try:
-        run(model)
-    except RuntimeError as error:
-        if "grad" not in str(error):
-            raise
-        recorder.restart(model)
-        with torch.enable_grad():
-            run(model)
+    return recording
 
 
 def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:
@@ -193,7 +202,11 @@ def changed_in_training(model: nn.Module, run: Run) -> dict[str, str]:
         if changed is None:
             continue
         recorder = Recorder()
-        with recording_of(recorder, model, training=True), torch.set_grad_enabled(learning), _as_graph(model, recorder):
+        with (
+            recording_of(recorder, model, training=True),
+            torch.set_grad_enabled(learning),
+            as_recorded(model, recorder),
+        ):
             _try_in_training(model, run)
         # A recording does not see what an optimizer in forward does: there, `parameters()` yields copies.
         found |= dict.fromkeys(changed, "forward changes it in training mode")
@@ -216,13 +229,6 @@ def _try_in_training(model: nn.Module, run: Run) -> None:
     with warnings.catch_warnings(), contextlib.suppress(Exception):  # such as batch norm of one sample
         warnings.simplefilter("ignore")
         run(model)
-
-
-def _as_graph(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContextManager[None]:
-    if is_transformed(model):
-        assert isinstance(model, fx.GraphModule)
-        return as_recorded_graph(model, recorder)
-    return contextlib.nullcontext()
 
 
 # --- reading it off ----------------------------------------------------------------------------------------------
@@ -425,10 +431,7 @@ def remember(bio: fx.GraphModule, understood: Understanding | None) -> None:
             record.others[name] = reason
     if is_one_island(bio):  # one node uses all of them
         return
-    recording, forms = understood.recording, understood.forms
-    if not recording.nodes:  # the model ran before it was captured; its graph tells which node called which operator
-        recording = recorded(bio, understood.run)
+    recording = recorded(bio, understood.run, by_node=True)
     with fixed_defaults():
-        if recording is not understood.recording:
-            forms = Forms(recording, lambda value: True)  # the remarks on forms are those of the first run
+        forms = Forms(recording, lambda value: True)  # the remarks on forms are those of the first run
         annotate(bio, recording, forms, record.weights)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from biofx.analysis.layouts import CannotFollowError, compressed, execute, once
+from biofx.analysis.layouts import CannotFollowError, moved, once, rearranged
 from biofx.analysis.numbers import MOST, NOBODY, UnitNumbers, different_columns
-from biofx.analysis.reads import WeightRead
 from biofx.analysis.rules import Rules, nobody
 from biofx.recording.catalog import Kind
 from biofx.recording.operations import Depends, Operation, Recording, Value
 
 if TYPE_CHECKING:
     from biofx.analysis.forms import Forms
+    from biofx.analysis.reads import WeightRead
     from biofx.weights.axes import Axes
 
 PASSES = 8  # times that numbers are sent through a recording, at most: if classes still change, the last pass counts
@@ -61,14 +60,11 @@ class UnitAnalysis:
         # Numbers of all outputs of an operator that makes views, with the tensor below and its version.
         self._views: dict[Operation, tuple[Tensor, int, list[Tensor]]] = {}
         self._reads = {read.operation: read for read in (*forms.reads, *forms.computed)}
-        self._place = {operation: index for index, operation in enumerate(recording.operations)}
         self._rows: dict[Orientation, Tensor | None] = {}  # of this pass
-        self._units_of: dict[WeightRead, Tensor] = {}
-        self._positions: dict[Any, Tensor] = {}  # of a weight's units in its uses, which layers of one shape share
         self.orientations = self._oriented()
         self._of_read = {read: o for many in self.orientations.values() for o in many for read in o.reads}
         self.columns: dict[WeightRead, Tensor] = {}
-        self._rules = Rules(self.numbers, self._of, self._place)
+        self._rules = Rules(self.numbers, self._of)
         self._of_network = self._touched_by_weights()
         self._wanted = self._leading_to_weights()
         for _ in range(PASSES):
@@ -84,12 +80,8 @@ class UnitAnalysis:
 
     def _oriented(self) -> dict[str, list[Orientation]]:
         found: dict[str, list[Orientation]] = {}
-        axes_of: dict[Any, Axes | None] = {}  # by layout, which layers of one shape share
         for read in self._forms.reads:
-            layout = read.layout
-            if layout not in axes_of:
-                axes_of[layout] = read.axes()
-            axes = axes_of[layout]
+            axes = read.axes()
             known = found.setdefault(read.parameter.name, [])
             same = next((o for o in known if axes is not None and o.axes is not None and o.axes.agree(axes)), None)
             if same is None:
@@ -179,7 +171,7 @@ class UnitAnalysis:
         for read in orientation.reads:
             columns = self.columns[read]
             placed = torch.zeros(axes.presynaptic_units, columns.shape[1], dtype=torch.int64)
-            placed[self._places(read, axes, WeightRead.presynaptic_positions)] = columns
+            placed[read.presynaptic_positions(axes)] = columns
             rows.setdefault(placed.numpy().tobytes(), placed)
         return torch.cat(list(rows.values()), 1)
 
@@ -196,7 +188,7 @@ class UnitAnalysis:
         known = self._views.get(operation)
         if known is None or known[0] is not below or known[1] != below._version:
             try:
-                found = [compressed(x) for x in execute(operation, _in_place_of(value.view_of, below))]
+                found = rearranged(operation, below)
             except CannotFollowError:
                 found = [self._unknown(operation, v, i) for i, v in enumerate(operation.outputs)]
             self._views[operation] = known = below, below._version, found
@@ -216,7 +208,7 @@ class UnitAnalysis:
         if not value.is_activity or value.shape.numel() > MOST:
             return nobody(value.shape)
         origin = "input" if self._is_made_of_inputs(operation) else "unknown"
-        maker = (self._place[operation], index, origin)
+        maker = (operation, index, origin)
         return self.numbers.numbers_for(maker, operation.described, origin, value.shape.numel()).view(value.shape)
 
     def _is_made_of_inputs(self, operation: Operation) -> bool:
@@ -252,7 +244,7 @@ class UnitAnalysis:
             made = view.producer
             assert made is not None
             try:
-                target = execute(made, _in_place_of(view.view_of, target))[made.outputs.index(view)]
+                target = moved(made, target)[made.outputs.index(view)]
             except CannotFollowError:
                 self._held[root] = self._unknown(operation, root, len(operation.outputs))
                 return
@@ -327,43 +319,26 @@ class UnitAnalysis:
         """The units that an operator on weights returns."""
         if value is not read.output:
             return nobody(value.shape) if not value.is_activity else self._unknown(read.operation, value, index)
-        return read.placed(self.units_of(read))
+        return read.placed(self._units_of(read))
 
-    def units_of(self, read: WeightRead) -> Tensor:
+    def _units_of(self, read: WeightRead) -> Tensor:
         """The numbers of the postsynaptic units of a use, in order; the same in each pass."""
-        if read not in self._units_of:
-            self._units_of[read] = self._numbered(read)
-        return self._units_of[read]
-
-    def _numbered(self, read: WeightRead) -> Tensor:
         orientation = self._of_read.get(read)
         if orientation is None or orientation.axes is None:  # each of its uses has units of its own
             name = read.parameter.name if orientation is not None else ", ".join(read.names)
-            return self.numbers.numbers_for(("use", self._place[read.operation]), name, "weight", read.count(1))
+            return self.numbers.numbers_for(("use", read.operation), name, "weight", read.count(1))
         own = self.own(read.parameter.name, orientation)
-        return own[self._places(read, orientation.axes, WeightRead.postsynaptic_positions)]
+        return own[read.postsynaptic_positions(orientation.axes)]
 
     def own(self, name: str, orientation: Orientation) -> Tensor:
         """The numbers of the postsynaptic units that a weight has by the uses that agree on its axes."""
         assert orientation.axes is not None
-        maker = ("weight", name, self.orientations[name].index(orientation))
-        return self.numbers.numbers_for(maker, name, "weight", orientation.axes.units)
-
-    def _places(self, read: WeightRead, axes: Axes, side: Callable[[WeightRead, Axes], Tensor]) -> Tensor:
-        """The parameter's unit at each position of a use, on one side."""
-        key = side, axes, read.layout
-        if key not in self._positions:
-            self._positions[key] = side(read, axes)
-        return self._positions[key]
+        return self.numbers.numbers_for(orientation, name, "weight", orientation.axes.units)
 
 
 def maker_of(value: Value) -> tuple[object, ...]:
     """What made the units of a tensor that is there before the run: an input of several calls is the same each time."""
     return (value.kind, value.name, value.shape) if value.kind == "input" else (value.kind, value.index)
-
-
-def _in_place_of(value: Value | None, tensor: Tensor) -> Callable[[Value], Tensor | None]:
-    return lambda other: tensor if other is value else None
 
 
 def _makes_views(operation: Operation) -> bool:

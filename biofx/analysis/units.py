@@ -17,6 +17,7 @@ from biofx.base.errors import ArgumentError, NotJudgedError
 from biofx.base.modules import check_module
 from biofx.base.tables import Cell, Report, ShownAsReport, Table, wrapped
 from biofx.model.changes import transformed
+from biofx.model.islands import GUARD
 from biofx.model.provenance import is_transformed, without_wrappers
 from biofx.weights.facts import NOT_RUN, Need
 
@@ -266,6 +267,7 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
 
     Raises:
         ArgumentError: the example inputs do not fit the model, or none were given and none that were tried fit.
+        CaptureError: a pass needs the graph of the model, which does not follow what was changed since the transform.
 
     Example:
         >>> import biofx, torch
@@ -280,6 +282,8 @@ def units(model: nn.Module, example_inputs: Any = None) -> Units:
     bio = transformed(model) if is_transformed(without_wrappers(model)) else None
     if bio is None:
         check_module(model)
+    elif (guard := vars(bio).get(GUARD)) is not None:
+        guard.change(bio)  # which raises if only the graph does what calls do, and does not follow
     understood = understand(model if bio is None else bio, example_inputs)
     if understood is None:
         raise ArgumentError(f"{type(model).__name__}: {NOT_RUN}")

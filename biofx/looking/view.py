@@ -137,7 +137,7 @@ def _shapes(model: fx.GraphModule, example_inputs: Any) -> dict[str, str]:
         run = runner(model, example_inputs)
         assert run is not None  # only inputs that are guessed may fit nothing
         try:
-            values = recorded(model, run[0]).nodes
+            values = recorded(model, run[0], by_node=True).nodes
         except ArgumentError as error:
             raise ArgumentError(f"draw: {error}") from error
         found |= {node.name: written_shape(value.shape) for node, value in values.items() if isinstance(value, Value)}

@@ -22,11 +22,11 @@ def short_name(function: Any) -> str:
     """The name of a function or an operator, without underscores around it."""
     if isinstance(function, OpOverload):
         return str(schema_of(function).name).rpartition("::")[2]
-    name = str(getattr(function, "__name__", function)).strip("_")
-    is_operator = str(getattr(function, "__name__", "")).startswith("__")
-    if is_operator:
-        return _REFLECTED.get(name, name)
-    return str(getattr(function, "__name__", function))
+    name = str(getattr(function, "__name__", function))
+    if not name.startswith("__"):
+        return name
+    name = name.strip("_")
+    return _REFLECTED.get(name, name)
 
 
 def place_in_source() -> tuple[str, int] | None:

@@ -56,14 +56,13 @@ _LAYOUT = _names(
     "split_with_sizes unsafe_split unsafe_split_with_sizes unsafe_chunk unbind flip roll repeat repeat_interleave "
     "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
     "replication_pad3d unfold im2col diagonal pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle "
-    "tril "
-    "triu rot90 as_strided index index_select gather take view_as_real view_as_complex real imag diag_embed "
+    "tril triu rot90 as_strided index index_select gather take view_as_real view_as_complex real imag diag_embed "
     "_pack_padded_sequence _pad_packed_sequence"
 )
 _CONCATENATIONS = _names("cat stack")
 COPIES = _names(
-    "alias detach clone _to_copy lift_fresh lift_fresh_copy lift contiguous _conj _neg_view resolve_conj "
-    "resolve_neg to _to_dense"
+    "alias detach clone _to_copy lift_fresh lift_fresh_copy lift contiguous _conj _neg_view resolve_conj resolve_neg "
+    "to _to_dense"
 )
 _NORMS = _names(
     "native_layer_norm native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
@@ -72,8 +71,7 @@ _NORMS = _names(
 )
 _KEEP = COPIES | _names(
     "native_dropout _softmax _safe_softmax softmax _log_softmax log_softmax rrelu_with_noise _prelu_kernel "
-    "_fused_dropout "
-    "_weight_norm_interface leaky_relu"
+    "_fused_dropout _weight_norm_interface leaky_relu"
 )
 _REDUCTIONS = _names(
     "mean sum nansum amax amin max min median nanmedian var std var_mean std_mean prod logsumexp linalg_vector_norm "
@@ -90,8 +88,7 @@ _WINDOWS = _names(
 )
 _WRITES = _names(
     "copy index_put _index_put_impl index_add index_copy scatter scatter_add scatter_reduce masked_scatter "
-    "slice_scatter "
-    "select_scatter diagonal_scatter _unsafe_index_put"
+    "slice_scatter select_scatter diagonal_scatter _unsafe_index_put"
 )
 _PRODUCTS = _names("mm bmm addmm baddbmm addbmm mv addmv dot vdot linear matmul _trilinear")
 _ATTENTIONS = _names(
@@ -101,17 +98,16 @@ _ATTENTIONS = _names(
     "scaled_dot_product_attention"
 )
 _GATES = _names("_thnn_fused_lstm_cell _thnn_fused_gru_cell")
-_CONSTANTS = _names(
-    "zeros ones full empty empty_strided arange range linspace logspace eye scalar_tensor rand randn randint randperm "
-    "new_zeros new_ones new_full new_empty new_empty_strided zeros_like ones_like full_like empty_like rand_like "
-    "randn_like randint_like normal uniform bernoulli random exponential cauchy log_normal geometric zero fill "
-    "tril_indices triu_indices one_hot multinomial"
-)
 MAKES_CONSTANTS = _names(
     "zeros ones full empty empty_strided new_zeros new_ones new_full new_empty new_empty_strided zeros_like ones_like "
     "full_like empty_like rand_like randn_like randint_like"
 )
 """Operators that take no more than the shape, dtype and device of their operands."""
+
+_CONSTANTS = MAKES_CONSTANTS | _names(
+    "arange range linspace logspace eye scalar_tensor rand randn randint randperm normal uniform bernoulli random "
+    "exponential cauchy log_normal geometric zero fill tril_indices triu_indices one_hot multinomial"
+)
 
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(_LAYOUT, Kind.LAYOUT),
@@ -149,12 +145,10 @@ _ODD = _names(
     "sinh asinh asin erfinv"
 )
 _PASSED = _names(
-    "add mul div true_divide maximum minimum fmax fmin where glu pow clamp clamp_min clamp_max hardtanh log1p sgn sign "
-    "reciprocal nan_to_num round floor ceil trunc masked_fill native_dropout _fused_dropout cumsum cumprod cummax "
-    "cummin sort topk kthvalue mode mean sum nansum amax amin max min median nanmedian prod lerp aminmax remainder "
-    "fmod "
-    "addcmul "
-    "mm bmm addmm baddbmm addbmm mv addmv dot matmul max_unpool2d max_unpool3d relu6 ldexp"
+    "add mul div true_divide maximum minimum fmax fmin where glu pow clamp clamp_min clamp_max hardtanh log1p sgn "
+    "sign reciprocal nan_to_num round floor ceil trunc masked_fill native_dropout _fused_dropout cumsum cumprod "
+    "cummax cummin sort topk kthvalue mode mean sum nansum amax amin max min median nanmedian prod lerp aminmax "
+    "remainder fmod addcmul mm bmm addmm baddbmm addbmm mv addmv dot matmul max_unpool2d max_unpool3d relu6 ldexp"
 ) | (_LAYOUT | COPIES - _names("_conj _neg_view") | _WRITES | _CONCATENATIONS | _ATTENTIONS)
 _OVERSHOOTING = _names("upsample_bicubic2d _upsample_bicubic2d_aa")
 _SIGNS: dict[str, Sign] = {

@@ -141,13 +141,9 @@ def _guesses(forward: Forward) -> Iterator[_Guess]:
     """All combinations of extents and of what the arguments may be, the cheapest first."""
     names = forward.required()
     choices: list[Sequence[Any]] = [EXTENTS, *map(forward.options, names)]
-    yielded = set()
     for cost in range(sum(map(len, choices))):
         for extents, *options in _combinations(choices, cost):
-            candidate = _Guess(tuple(zip(names, options, strict=True)), extents)
-            if candidate.resolved() not in yielded:
-                yielded.add(candidate.resolved())
-                yield candidate
+            yield _Guess(tuple(zip(names, options, strict=True)), extents)
 
 
 def _combinations(choices: Sequence[Sequence[Any]], cost: int) -> Iterator[tuple[Any, ...]]:

@@ -169,12 +169,6 @@ class Recorder(TorchDispatchMode):
             value.data = None if tensor.is_meta else tensor.detach().to("cpu", copy=True)
         return value
 
-    def restart(self, model: nn.Module) -> None:
-        """Forget what was recorded."""
-        self.recording = Recording()
-        self._running.clear()
-        self.declare_model(model)
-
     def has_unused(self) -> bool:
         """Whether a parameter with more than one axis was not read."""
         used = {value for operation in self.recording.operations for value in operation.operands}

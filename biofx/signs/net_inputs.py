@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.analysis.forms import Forms
-from biofx.analysis.graphs import as_recorded_graph
+from biofx.analysis.graphs import as_recorded
 from biofx.analysis.replay import PendingRead, Replay
 from biofx.analysis.understanding import Run, Understanding, call
 from biofx.base.torch_internals import pytree
@@ -87,17 +87,12 @@ class NetInputRuns:
         self._recorded(replay, self._batch.run)
 
     def _recorded(self, recorder: Recorder, run: Run) -> Recording:
-        generator = torch.random.get_rng_state()
-        recording = recording_of(recorder, self._bio, but=self._changing)
         with (
-            recording,
-            as_recorded_graph(self._bio, recorder, torch.float64),
+            recording_of(recorder, self._bio, but=self._changing),
+            as_recorded(self._bio, recorder, torch.float64, by_node=True),
             self._bio.register_forward_pre_hook(_in_double, with_kwargs=True, prepend=True),
         ):
-            torch.manual_seed(0)
             run(self._bio)
-        # The seed is for this run only: `recording_of` has restored the user's generator.
-        assert torch.equal(generator, torch.random.get_rng_state())
         return recorder.recording
 
     def _by_sample(self, pending: PendingRead, net: Tensor) -> Tensor:

@@ -63,11 +63,10 @@ class AxisDoubling:
         return True
 
 
-def adjacent_twins(units: int, positions: int = 1) -> AxisDoubling:
-    """All units doubled, each with a number of adjacent positions, as in a flattened feature map."""
-    source = torch.arange(units * positions).view(units, 1, positions).expand(-1, 2, -1).flatten()
-    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(positions).repeat(units)
-    return AxisDoubling(0, source, sign)
+def adjacent_twins(units: int) -> AxisDoubling:
+    """All units of an axis doubled."""
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(units)
+    return AxisDoubling(0, torch.arange(units).repeat_interleave(2), sign)
 
 
 def is_same_doubling(a: AxisDoubling | None, b: AxisDoubling | None) -> bool:
@@ -75,20 +74,6 @@ def is_same_doubling(a: AxisDoubling | None, b: AxisDoubling | None) -> bool:
     if a is None or b is None:
         return a is b
     return torch.equal(a.source, b.source) and torch.equal(a.sign, b.sign)
-
-
-def with_size(doubling: AxisDoubling, size: int) -> AxisDoubling | None:
-    """The doubling of the same units on an axis of another size, as of a feature map that is larger and flattened.
-
-    Returns:
-        None if the size is not a multiple of the number of units, or if not all units are doubled.
-    """
-    units = len(torch.unique_consecutive(doubling.sign)) // 2
-    if not units or doubling.size % units or size % units:
-        return None
-    if not is_same_doubling(doubling, adjacent_twins(units, doubling.size // units)):
-        return None
-    return adjacent_twins(units, size // units)
 
 
 # Labels show where an operator moves entries: the operator is executed on labels in place of values. The label of an

@@ -22,7 +22,7 @@ from biofx.model.chain import attribute, module_of
 from biofx.model.control_flow import control_flow_of, describe_control_flow
 from biofx.model.islands import island_path
 from biofx.recording.catalog import Kind
-from biofx.widening.axis_doubling import AxisDoubling, adjacent_twins, is_same_doubling, with_size
+from biofx.widening.axis_doubling import AxisDoubling, adjacent_twins, is_same_doubling
 from biofx.widening.matching import NO_WEIGHTS, REARRANGING, Arguments, IncompatibleError, NodeValue, match, weights_of
 from biofx.widening.plan import WideningPlan
 from biofx.widening.sizes import doubled_sizes, scaled_arguments, unit_axis
@@ -122,7 +122,7 @@ class Propagation:
             try:
                 old_inputs = fx.map_arg((node.args, node.kwargs), lambda n: self._values[n].old)
                 return self._execution.run(node, *old_inputs)
-            except Exception:  # noqa: BLE001 - the recorded shapes are of guessed inputs, which need not fit together
+            except Exception:  # noqa: BLE001 - an operator may refuse random numbers
                 pass
         return self._execution.recorded(node)
 
@@ -193,14 +193,10 @@ class Propagation:
         return NodeValue.doubled(old, doubled.on(channel), weights)
 
     def _presynaptic(self, site: WeightSite, doubling: AxisDoubling, weights: frozenset[str]) -> AxisDoubling | None:
-        """The doubling of the presynaptic axis of a weight."""
-        # The recorded inputs may be guessed: a flattened feature map may have another size than the weight.
-        fits = doubling.size == site.presynaptic_units
-        result = doubling.on(0) if fits else with_size(doubling, site.presynaptic_units)
+        """The doubling of the presynaptic axis of a weight; None if it cannot be doubled."""
+        result = doubling.on(0)
         if site.name in self._fixed:
             reason = f", and {self._fixed[site.name]}"
-        elif result is None:
-            reason = ", whose positions are not all doubled in the same way"
         elif not torch.equal(result.source * site.groups // result.size, _groups(len(result.source), site.groups)):
             reason = ", whose groups are not all doubled in the same way"
         else:

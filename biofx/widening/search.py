@@ -29,7 +29,7 @@ def find_widening(
     editable = [name for name in sites if name not in excluded]
     opaque = {name: reason for name, site in sites.items() if (reason := _why_opaque(site)) is not None}
     with callers_defaults():
-        execution = Execution(bio, recorded(bio, run))
+        execution = Execution(bio, recorded(bio, run, by_node=True))
     called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")}
     inside = {id(parameter) for path in called for parameter in bio.get_submodule(path).parameters()}
     read_elsewhere = (name for name in editable if _has_other_readers(sites[name], inside))

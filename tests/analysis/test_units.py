@@ -14,7 +14,7 @@ from biofx.analysis.units import EFFECTS
 from conftest import tensors
 from models.architectures import ARCHITECTURES
 from models.small import mlp
-from unit_tracing import Net, analysed, feeds, run
+from unit_tracing import Net, Net2, analysed, feeds, run
 
 # --- whole architectures ------------------------------------------------------------------------------------------
 
@@ -158,6 +158,59 @@ def test_groups_of_units_are_units():
     bio = biofx.transform(mlp(4, 8, 2), [passes.GroupUnits(size=2)])
     found = biofx.units(bio, torch.randn(3, 4))
     assert feeds(found, "2.weight") == run("sum", *range(4), times=2)
+
+
+def test_a_transformed_model_is_run_as_it_is_now():
+    model = Net(lambda m, x: m.b(m.act(m.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    model.act = torch.relu
+    bio, x = biofx.transform(model, "dales-principle", example_inputs=(torch.randn(2, 3),)), torch.randn(2, 3)
+    assert biofx.units(bio, x).rows[1]["signed_by"] == ""
+    bio.act = torch.tanh
+    assert biofx.units(bio, x).rows[1]["signed_by"] == "tanh"
+    bio.a.register_forward_hook(lambda module, args, output: output.flip(-1))
+    assert feeds(biofx.units(bio, x), "b.weight") == run("a.weight", 3, 2, 1, 0)
+
+
+def test_a_graph_that_does_not_follow_tells_no_units():
+    model, x = Net(lambda m, x: m.b(m.act(m.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, 2)), torch.randn(2, 3)
+    model.act = torch.relu
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=(x,))
+    assert biofx.units(bio, x).rows[1]["signed_by"] == ""
+    bio.act = torch.tanh
+    with pytest.raises(biofx.CaptureError, match="act.*synaptic-scaling needs the graph"):
+        biofx.units(bio, x)
+
+
+@pytest.mark.parametrize("pipeline", ["split-synapses", "fuzzy-learning-rates", "synaptic-scaling{on=weight}"])
+def test_transformed_models_carry_state_from_call_to_call(pipeline):
+    def steps(model):
+        state = torch.zeros(2, 5)
+        for _ in range(3):
+            state = model(torch.randn(2, 3), state)
+
+    layers = {"a": nn.Linear(3, 5), "b": nn.Linear(5, 5)}
+    model = Net2(lambda m, x, state: torch.relu(m.a(x) + m.b(state)), **layers)
+    bio = biofx.transform(model, pipeline, example_inputs=steps)
+    original, found = (biofx.units(each, steps) for each in (model, bio))
+    assert feeds(found, "b.weight") == feeds(original, "b.weight")
+    assert torch.equal(found.mixed(), original.mixed())
+
+
+def test_a_function_may_have_attributes_of_its_own():
+    def run(model):
+        return model(torch.randn(2, 3))
+
+    run.words = "the vocabulary of the user"
+    assert biofx.units(nn.Linear(3, 2), run).inputs == "given by a function"
+
+
+def test_a_forward_may_need_gradients():
+    def slope(m, x):
+        x = x.detach().requires_grad_()
+        return m.b(torch.autograd.grad(m.a(x).relu().sum(), x)[0])
+
+    found = analysed(slope, torch.randn(2, 3), a=nn.Linear(3, 4), b=nn.Linear(3, 2))
+    assert [row["operator"] for row in found.rows] == ["linear, grad", "linear"]
 
 
 def test_wrappers_are_looked_through():

@@ -11,7 +11,6 @@ from biofx.widening.axis_doubling import (
     is_same_doubling,
     labels,
     resized_axes,
-    with_size,
 )
 
 
@@ -33,15 +32,12 @@ def test_twins_are_adjacent():
     assert doubling.on(1).apply(torch.tensor([[1, 2, 3]])).tolist() == [[1, 1, 2, 2, 3, 3]]
 
 
-def test_a_unit_may_have_several_positions():
-    assert adjacent_twins(2, positions=2).source.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
-    assert adjacent_twins(2, positions=2).sign.tolist() == [1, 1, -1, -1, 1, 1, -1, -1]
-
-
-def test_other_positions_of_a_feature_map_that_was_flattened():
-    assert is_same_doubling(with_size(adjacent_twins(4, positions=9), 4 * 25), adjacent_twins(4, positions=25))
-    assert with_size(adjacent_twins(4, positions=9), 30) is None  # no whole number of positions
-    assert with_size(AxisDoubling(0, torch.tensor([0, 1, 1]), torch.tensor([0.0, 1, -1])), 2) is None  # doubled in part
+def test_a_flattened_unit_has_several_positions():
+    old, new, _ = doubled(2, 2, 2, axis=1)
+    doubling = doubling_from_labels(old.flatten(1), new.flatten(1))
+    assert doubling is not None
+    assert doubling.source.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert doubling.sign.tolist() == [1, 1, -1, -1, 1, 1, -1, -1]
 
 
 @pytest.mark.parametrize(
