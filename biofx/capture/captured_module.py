@@ -323,7 +323,7 @@ def _guarded(forward: Callable[..., Any], cls: Any) -> Callable[..., Any]:
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):  # it is traced again
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            if guard is not None and (record_of(self).asked or not guard.holds_while_compiling(self)):
+            if guard is not None and (record_of(self).asked or not guard.holds_while_compiling(self, args, kwargs)):
                 return _uncompiled(self, args, kwargs)
             runs_graph = guard is None or not guard.is_idle
             return (forward if runs_graph else type(self).original_forward)(self, *args, **kwargs)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.contents import contents_key, copy_of, holders, is_holder, values_within
-from biofx.base.errors import CaptureError
+from biofx.base.errors import CaptureError, InputError
 from biofx.base.references import made_anew
 from biofx.base.torch_internals import HOOKS, has_global_hooks
 from biofx.capture.assignments import assign_attribute
-from biofx.capture.call_structure import CallStructure, is_plain, structure
+from biofx.capture.call_structure import CallStructure, is_plain, kinds, other_kind, placeholders, structure
 from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
 from biofx.capture.tracer import HelperModule
 from biofx.capture.variable_keys import can_be_compared
@@ -32,6 +32,7 @@ from biofx.model.islands import ORIGINAL_CLASS, WHOLE_MODEL
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 _OF_TENSORS = ("_parameters", "_buffers")
 
 
@@ -99,6 +100,7 @@ class Guard:
     Args:
         bio: the transformed model.
         structures: the structures of the arguments on which it was checked; None for any.
+        call: the arguments with which it was traced; None for any.
 
     Attributes:
         needs: why the graph runs in place of the model's Python; None if it does not.
@@ -106,11 +108,12 @@ class Guard:
             units is known of the run that was checked: of other ways through it, nothing is.
     """
 
-    def __init__(self, bio: fx.GraphModule, structures: frozenset[CallStructure] | None) -> None:
+    def __init__(self, bio: fx.GraphModule, structures: frozenset[CallStructure] | None, call: Call | None) -> None:
         # Including the containers around traced modules: their children may be replaced.
         around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)
         self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around), *_only_looked_at(bio)]))
-        self.structures = structures
+        self.structures, self.defaults = structures, placeholders(bio.graph)
+        self.kinds = {} if call is None else kinds(self.defaults, *call)
         self._assigned = {
             ("" if node.args[0].target == WHOLE_MODEL else str(node.args[0].target), str(node.args[1]))
             for node in bio.graph.nodes
@@ -179,10 +182,12 @@ class Guard:
         if not self.is_idle:
             self._tensors_outside(bio)
 
-    def holds_while_compiling(self, bio: fx.GraphModule) -> bool:
+    def holds_while_compiling(self, bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether torch.compile may compile the graph; it calls this at compile time."""
         if self.is_idle:
             return True
+        if self.needs is not None and self.kinds and other_kind(kinds(self.defaults, args, kwargs), self.kinds):
+            return False
         if self.replaced(bio) is not None or (self.needs is None and self.structures == frozenset()):
             return False
         return self.still_holds is None or self.still_holds()
@@ -232,7 +237,8 @@ class Guard:
         """Check a call.
 
         Raises:
-            ArgumentError: a weight was written to, and the write is lost.
+            ArgumentError: a weight was written to, and the write is lost; or an argument is of another kind than the
+                one with which a graph was traced that a pass needs.
             CaptureError: something changed that the graph does not follow; or arguments take a way through the model on
                 which the units were not checked that a pass doubled.
         """
@@ -242,6 +248,12 @@ class Guard:
         if self.needs is not None:
             if changed is not None:
                 raise _not_followed(changed.what, self.needs)
+            other = other_kind(kinds(self.defaults, args, kwargs), self.kinds) if self.kinds else None
+            if other is not None:
+                raise InputError(
+                    f"{other} when the graph was traced, and {self.needs}; transform the model with example_inputs "
+                    "like these"
+                )
             if has_global_hooks():
                 raise CaptureError(f"hooks for all modules are registered, and {self.needs}; remove them for this call")
             for owner, helper in self._helpers_of(bio):
