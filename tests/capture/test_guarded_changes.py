@@ -315,3 +315,27 @@ def test_a_needed_graph_takes_other_values_and_more_of_them():
     bio = biofx.transform(model, "synaptic-scaling", example_inputs=lambda m: m(X, ONE, parts=PARTS))
     more = {"a": ONE * 2, "b": [ONE, ONE, None], "c": None}
     torch.testing.assert_close(bio(X, -ONE, parts=more, factor=3.0), model(X, -ONE, parts=more, factor=3.0))
+
+
+class Helped(Model):
+    """Calls a method of its own, and, in a module inside, one of that module."""
+
+    def __init__(self, inside=()):
+        super().__init__()
+        self.inside = nn.Sequential(*inside)
+
+    def helper(self, x):
+        return x.relu()
+
+    def forward(self, x):
+        return self.fc(self.inside(self.helper(x)))
+
+
+@pytest.mark.parametrize("place", ["", "inside.0"])
+def test_a_needed_graph_refuses_a_module_of_another_class(place):
+    bio = biofx.transform(Helped([Helped()]), "synaptic-scaling", example_inputs=X)
+    part = bio.get_submodule(place)
+    part.__class__ = type("Derived", (type(part),), {"helper": lambda self, x: x.tanh()})
+    for one in (bio, copy.deepcopy(bio)):
+        with pytest.raises(biofx.CaptureError, match="Derived.helper.*changed since the transform"):
+            one(X)
