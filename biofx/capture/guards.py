@@ -195,8 +195,7 @@ class Guard:
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self.needs = reason_for_graph(bio)
-        doubling = (run.pass_.name for run in record_of(bio).passes if run.pass_.changes_units and run.weights)
-        self.widened_by: str | None = next(doubling, None)
+        self.widened_by = _doubling_pass(bio)
         self._held: _LastComparison | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
@@ -421,9 +420,18 @@ def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:
         yield from holders(value, seen)
 
 
+def _doubling_pass(bio: fx.GraphModule) -> str | None:
+    """The name of the pass that doubled units, or None."""
+    return next((run.pass_.name for run in record_of(bio).passes if run.pass_.changes_units and run.weights), None)
+
+
 def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
-    """The paths of modules that the graph does not call, such as lists of modules, and modules that hold settings."""
-    called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")} | record_of(bio).islands.keys()
+    """The paths of modules that the graph does not call, such as lists of modules, and modules that hold settings.
+
+    A graph follows what changes in modules that it calls, but whether these mix units was checked as they were.
+    """
+    calls = [] if _doubling_pass(bio) else bio.graph.find_nodes(op="call_module")
+    called = {str(node.target) for node in calls} | record_of(bio).islands.keys()
     for path, module in bio.named_modules():
         around = accumulate(path.split("."), "{}.{}".format)
         if not isinstance(module, Synapses | HelperModule | fx.GraphModule) and called.isdisjoint(around):
