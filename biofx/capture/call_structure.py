@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from itertools import takewhile
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -64,14 +63,21 @@ def _parts(value: Any) -> tuple[Any, ...] | None:
 
 
 def placeholders(graph: fx.Graph) -> dict[str, Any]:
-    """Return the arguments of a graph in order, each with the kind of its default or `...`, up to a `*`."""
-    nodes = takewhile(lambda node: not node.target.startswith("*"), graph.find_nodes(op="placeholder"))
+    """Return the arguments of a graph in order, each with the kind of its default or `...`."""
+    nodes = graph.find_nodes(op="placeholder")
     return {str(node.target): _kind(node.args[0]) if node.args else ... for node in nodes}
 
 
 def kinds(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the kind of each argument of a call: what code may ask of it with `is` and `isinstance`."""
-    given = {**dict(zip(defaults, args, strict=False)), **kwargs}
+    given, rest = dict(kwargs), [*args]
+    for name in defaults:
+        if name.startswith("**"):
+            given[name] = {key: value for key, value in kwargs.items() if key not in defaults}
+        elif name.startswith("*"):
+            given[name], rest = tuple(rest), []
+        elif rest:
+            given[name] = rest.pop(0)
     return {name: _kind(given[name]) if name in given else default for name, default in defaults.items()}
 
 

@@ -310,6 +310,27 @@ def test_a_needed_graph_refuses_an_argument_of_another_kind(args, kwargs, words)
             one(*args, **kwargs)
 
 
+class AsksForMore(Model):
+    """Takes any arguments, and asks the same of them."""
+
+    def forward(self, x, *more, **named):
+        x = x * 2 if named.get("mask") is None else x
+        x = x * 3 if isinstance(more[0], float) else x
+        return self.fc(x) * more[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "words"), [((X, ONE), {}, r"\*\*named"), ((X, 2.0), {"mask": X}, r"\*more")]
+)
+def test_a_needed_graph_refuses_others_of_any_arguments(args, kwargs, words):
+    model = AsksForMore()
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=lambda m: m(X, ONE, mask=X))
+    torch.testing.assert_close(bio(X, ONE * 2, mask=X, other=X), model(X, ONE * 2, mask=X, other=X))
+    for one in (bio, torch.compile(bio, backend="eager")):
+        with pytest.raises(biofx.ArgumentError, match=f"argument {words} is.*example_inputs"):
+            one(*args, **kwargs)
+
+
 def test_a_needed_graph_takes_other_values_and_more_of_them():
     model = Asks()
     bio = biofx.transform(model, "synaptic-scaling", example_inputs=lambda m: m(X, ONE, parts=PARTS))
