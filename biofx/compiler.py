@@ -221,7 +221,11 @@ def _guard(bio: fx.GraphModule, frontend: str, understood: Understanding | None,
     """The guard of a captured model, which may have an old one; None if its graph is a call of its Python."""
     if is_one_island(bio):
         return None
-    return Guard(bio, _checked(frontend, understood) if old is None else old.structures)
+    call = None if frontend == "export" or understood is None else understood.recording.first_call
+    guard = Guard(bio, _checked(frontend, understood) if old is None else old.structures, call)
+    if old is not None:
+        guard.kinds = old.kinds
+    return guard
 
 
 def _checked(frontend: str, understood: Understanding | None) -> frozenset[CallStructure] | None:

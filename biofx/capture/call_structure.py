@@ -8,7 +8,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from biofx.base.contents import slots_of
 from biofx.base.rule_code import digest
@@ -60,6 +60,51 @@ def _parts(value: Any) -> tuple[Any, ...] | None:
     attributes = {name: getattr(value, name) for name in sorted(slots) if hasattr(value, name)}
     attributes |= getattr(value, "__dict__", {})
     return None if items is None and not slots and not hasattr(value, "__dict__") else (items, attributes)
+
+
+def placeholders(graph: fx.Graph) -> dict[str, Any]:
+    """Return the arguments of a graph in order, each with the kind of its default or `...`."""
+    nodes = graph.find_nodes(op="placeholder")
+    return {str(node.target): _kind(node.args[0]) if node.args else ... for node in nodes}
+
+
+def kinds(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kind of each argument of a call: what code may ask of it with `is` and `isinstance`."""
+    given, rest = dict(kwargs), [*args]
+    for name in defaults:
+        if name.startswith("**"):
+            given[name] = {key: value for key, value in kwargs.items() if key not in defaults}
+        elif name.startswith("*"):
+            given[name], rest = tuple(rest), []
+        elif rest:
+            given[name] = rest.pop(0)
+    return {name: _kind(given[name]) if name in given else default for name, default in defaults.items()}
+
+
+def other_kind(now: Mapping[str, Any], known: Mapping[str, Any]) -> str | None:
+    """Say which argument is not of its known kind; None if there is none, or `MustBeNone` looks at it."""
+    other = (n for n, kind in known.items() if kind is not None and now[n] is not ... and not _fits(now[n], kind))
+    return next((f"the argument {name} is {now[name]} and was {known[name]}" for name in other), None)
+
+
+def _kind(value: Any, depth: int = _DEEPEST) -> Any:
+    if isinstance(value, Tensor | str):
+        return Tensor if isinstance(value, Tensor) else str
+    if type(value) in (list, tuple):
+        return [type(value), *(_kind(each, depth) for each in value)]
+    if type(value) is dict:
+        return {key: _kind(each, depth) for key, each in value.items()}
+    parts = None if not depth or torch.compiler.is_compiling() else _parts(value)
+    return _choice(value) if parts is None else [type(value), *(_kind(each, depth - 1) for each in parts)]
+
+
+def _fits(now: Any, kind: Any) -> bool:
+    """Whether a kind is the known one; a dictionary may have more keys, and a list more or fewer items."""
+    if isinstance(now, dict) and isinstance(kind, dict):
+        return all(key in now and _fits(now[key], each) for key, each in kind.items())
+    if isinstance(now, list) and isinstance(kind, list):
+        return all(map(_fits, now, kind))
+    return bool(now == kind)
 
 
 def is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
-from biofx.base.errors import ArgumentError, CaptureError, ExportError
+from biofx.base.errors import ArgumentError, CaptureError, ExportError, SavingError
 from biofx.base.references import repoint
 from biofx.base.torch_internals import DERIVED, pytree, reduce_graph_module, tracer_class
 from biofx.capture.tracer import HelperModule
@@ -26,11 +26,12 @@ from biofx.model.checkpoints import METADATA_KEY, converted_checkpoint, other_op
 from biofx.model.definitions import written_name
 from biofx.model.fingerprint import fingerprint
 from biofx.model.forgotten_attach import warn_if_unattached
-from biofx.model.islands import GUARD, ORIGINAL_CLASS, ORIGINAL_HOOKS, WHOLE_MODEL, is_one_island
+from biofx.model.islands import GUARD, ORIGINAL_CLASS, ORIGINAL_HOOKS, PRESENT_FORWARD, WHOLE_MODEL, is_one_island
 from biofx.model.owners import (
     HasSynapses,
     children_of,
     container_methods,
+    derived_anew,
     install_weight_properties,
     refresh_flat_weights,
     set_class,
@@ -57,7 +58,7 @@ RESERVED = frozenset(
         ORIGINAL_CLASS,
         ORIGINAL_HOOKS,
         "original_forward",
-        "present_forward",
+        PRESENT_FORWARD,
     }
     - {*dir(nn.Module)}
     if not name.startswith("__")
@@ -103,9 +104,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
-        present: Any = type(self)
-        compiled = (each for each in present.__mro__ if issubclass(each, CapturedModule) and "forward" in vars(each))
-        cls: Any = next(compiled, present)
+        present, cls = type(self), _generated_class(self)
         set_class(self, cls)  # of which `fully_shard` makes a subclass, where torch.fx would call itself for ever
         try:
             code = super().recompile()
@@ -133,15 +132,16 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         return None if is_transformed(self) else self._deep_copy
 
     def _deep_copy(self, memo: dict[int, Any]) -> CapturedModule:
-        memo[id(self)] = copied = _empty(type(self).__name__, _model_class(self))
+        memo[id(self)] = copied = _empty(_generated_class(self).__name__, _model_class(self))
         copy.deepcopy(_State(self), memo)
         return copied
 
     def __copy__(self) -> CapturedModule:
-        copied = _empty(type(self).__name__, _model_class(self))
+        copied = _empty(_generated_class(self).__name__, _model_class(self))
         own = {*_OF_MODULES, GUARD, ORIGINAL_HOOKS}
         shared = {name: copy.copy(x) if name in own else x for name, x in _attributes(self).items()}
         _fill(copied, shared, copy.deepcopy(self.graph))
+        set_class(copied, _derived_like(self, type(copied)))
         return copied
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
                 # Hooks may refer to the model.
                 hooks: dict[str, Any] = {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
                 return reduce_graph_module, (attributes | hooks, imports), attributes
-        return _empty, (type(self).__name__, _model_class(self)), _State(self)
+        return _empty, (_generated_class(self).__name__, _model_class(self)), _State(self)
 
     def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]] | None) -> None:
         if state is None:  # copy.deepcopy has filled it
@@ -218,11 +218,17 @@ class _State:
         model, copied = self._model, memo[id(self._model)]
         memo.update({key: clone for key, clone in clones(model).items() if key not in memo})
         _fill(copied, copy.deepcopy(_attributes(model), memo), copy.deepcopy(model.graph))
+        set_class(copied, _derived_like(model, type(copied)))
         repoint(copied, memo, is_copy=True)
         update_chains(copied)  # no optimizer is attached to a copy
 
     def __reduce__(self) -> tuple[Any, ...]:
         model = self._model
+        if type(model) is not _generated_class(model):
+            raise SavingError(
+                f"{type(model).__name__} is not the class that biofx.transform gave the model, and cannot be pickled; "
+                "save bio.state_dict(), or change the class of the original model and transform it"
+            )
         if is_transformed(model):
             transformed(model)  # so that the graph reads what is there now
         _, (_, imports) = fx.GraphModule.__reduce__(model)
@@ -253,7 +259,7 @@ def captured(
 
 def original_form(bio: CapturedModule, model_class: type[nn.Module]) -> nn.Module:
     """Create a model of the original class; it shares the submodules and tensors of `bio`."""
-    model: nn.Module = object.__new__(model_class)
+    model: nn.Module = object.__new__(_derived_like(bio, model_class))
     vars(model).update(_kept(bio))
     vars(model).pop(ORIGINAL_CLASS, None)
     model._forward_pre_hooks.update(vars(model).pop(ORIGINAL_HOOKS))
@@ -306,7 +312,7 @@ def _guarded(
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):  # it is traced again
             return forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            if not _compiles(self, guard, tied):
+            if not _compiles(self, guard, tied, args, kwargs):
                 return _uncompiled(self, *args, **kwargs)
             runs_graph = guard is None or not guard.is_idle
             return (forward if runs_graph else type(self).original_forward)(self, *args, **kwargs)
@@ -322,10 +328,10 @@ def _guarded(
     return own
 
 
-def _compiles(bio: CapturedModule, guard: Any, tied: TiedWeights) -> bool:
+def _compiles(bio: CapturedModule, guard: Any, tied: TiedWeights, args: Any, kwargs: Any) -> bool:
     """Whether torch.compile may compile a model: its forward asks about weights nothing that is answered otherwise."""
     is_asked = is_transformed(bio) and record_of(bio).asked
-    return not is_asked and (guard is None or guard.holds_while_compiling(bio)) and not tied.replaced(bio)
+    return not is_asked and (guard is None or guard.holds_while_compiling(bio, args, kwargs)) and not tied.replaced(bio)
 
 
 def _model_class(model: nn.Module) -> type[nn.Module]:
@@ -334,6 +340,19 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
     if isinstance(model, fx.GraphModule):
         cls = cls.__mro__[cls.__mro__.index(fx.GraphModule) + 1]
     return cls
+
+
+def _generated_class(model: nn.Module) -> Any:
+    """Return the class that `_empty` made for a captured model, from which users may have derived another."""
+    return next(each for each in type(model).__mro__ if CapturedModule in each.__bases__)
+
+
+def _derived_like(model: nn.Module, base: Any) -> Any:
+    """Return the class that derives from `base` as the class of a captured model does from the generated one."""
+    generated = _generated_class(model)
+    return derived_anew(
+        type(model), lambda each: base if each is generated else None if issubclass(each, generated) else each
+    )
 
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from biofx.base.contents import contents_key, copy_of, holders, is_holder
-from biofx.base.errors import CaptureError
+from biofx.base.errors import CaptureError, InputError
 from biofx.base.isolation import kept_in_attributes
 from biofx.base.references import made_anew
 from biofx.base.torch_internals import HOOKS, has_global_hooks
 from biofx.capture.assignments import assign_attribute
-from biofx.capture.call_structure import CallStructure, is_plain, structure
+from biofx.capture.call_structure import CallStructure, is_plain, kinds, other_kind, placeholders, structure
 from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
 from biofx.capture.tracer import HelperModule
 from biofx.capture.variable_keys import can_be_compared
@@ -33,6 +33,7 @@ from biofx.model.islands import ORIGINAL_CLASS, WHOLE_MODEL
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 _OF_TENSORS = ("_parameters", "_buffers")
 
 
@@ -107,6 +108,7 @@ class Guard:
     Args:
         bio: the transformed model.
         structures: the structures of the arguments on which it was checked; None for any.
+        call: the arguments with which it was traced; None for any.
 
     Attributes:
         needs: why the graph runs in place of the model's Python; None if it does not.
@@ -114,11 +116,12 @@ class Guard:
             units is known of the run that was checked: of other ways through it, nothing is.
     """
 
-    def __init__(self, bio: fx.GraphModule, structures: frozenset[CallStructure] | None) -> None:
+    def __init__(self, bio: fx.GraphModule, structures: frozenset[CallStructure] | None, call: Call | None) -> None:
         # Including the containers around traced modules: their children may be replaced.
         around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)
         self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around), *_only_looked_at(bio)]))
-        self.structures = structures
+        self.structures, self.defaults = structures, placeholders(bio.graph)
+        self.kinds = {} if call is None else kinds(self.defaults, *call)
         self._assigned = {
             ("" if node.args[0].target == WHOLE_MODEL else str(node.args[0].target), str(node.args[1]))
             for node in bio.graph.nodes
@@ -187,10 +190,12 @@ class Guard:
         if not self.is_idle:
             self._tensors_outside(bio)
 
-    def holds_while_compiling(self, bio: fx.GraphModule) -> bool:
+    def holds_while_compiling(self, bio: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether torch.compile may compile the graph; it calls this at compile time."""
         if self.is_idle:
             return True
+        if self.needs is not None and self.kinds and other_kind(kinds(self.defaults, args, kwargs), self.kinds):
+            return False
         if self.replaced(bio) is not None or (self.needs is None and self.structures == frozenset()):
             return False
         return self.still_holds is None or self.still_holds()
@@ -198,8 +203,7 @@ class Guard:
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self.needs = reason_for_graph(bio)
-        doubling = (run.pass_.name for run in record_of(bio).passes if run.pass_.changes_units and run.weights)
-        self.widened_by: str | None = next(doubling, None)
+        self.widened_by = _doubling_pass(bio)
         self._held: _LastComparison | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
         self._synapses: tuple[Synapses, ...] | None = None
@@ -240,7 +244,8 @@ class Guard:
         """Check a call.
 
         Raises:
-            ArgumentError: a weight was written to, and the write is lost.
+            ArgumentError: a weight was written to, and the write is lost; or an argument is of another kind than the
+                one with which a graph was traced that a pass needs.
             CaptureError: something changed that the graph does not follow; or arguments take a way through the model on
                 which the units were not checked that a pass doubled.
         """
@@ -250,6 +255,12 @@ class Guard:
         if self.needs is not None:
             if changed is not None:
                 raise _not_followed(changed.what, self.needs)
+            other = other_kind(kinds(self.defaults, args, kwargs), self.kinds) if self.kinds else None
+            if other is not None:
+                raise InputError(
+                    f"{other} when the graph was traced, and {self.needs}; transform the model with example_inputs "
+                    "like these"
+                )
             if has_global_hooks():
                 raise CaptureError(f"hooks for all modules are registered, and {self.needs}; remove them for this call")
             for owner, helper in self._helpers_of(bio):
@@ -409,9 +420,18 @@ def _looked_at(module: nn.Module, seen: set[int]) -> Iterator[Any]:
         yield from holders(value, seen)
 
 
+def _doubling_pass(bio: fx.GraphModule) -> str | None:
+    """The name of the pass that doubled units, or None."""
+    return next((run.pass_.name for run in record_of(bio).passes if run.pass_.changes_units and run.weights), None)
+
+
 def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
-    """The paths of modules that the graph does not call, such as lists of modules, and modules that hold settings."""
-    called = {str(node.target) for node in bio.graph.find_nodes(op="call_module")} | record_of(bio).islands.keys()
+    """The paths of modules that the graph does not call, such as lists of modules, and modules that hold settings.
+
+    A graph follows what changes in modules that it calls, but whether these mix units was checked as they were.
+    """
+    calls = [] if _doubling_pass(bio) else bio.graph.find_nodes(op="call_module")
+    called = {str(node.target) for node in calls} | record_of(bio).islands.keys()
     for path, module in bio.named_modules():
         around = accumulate(path.split("."), "{}.{}".format)
         if not isinstance(module, Synapses | HelperModule | fx.GraphModule) and called.isdisjoint(around):

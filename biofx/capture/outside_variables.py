@@ -23,8 +23,7 @@ from biofx.base.generators import is_generator, set_state, state_of
 from biofx.base.rule_code import codes_in, globals_in, names_in
 from biofx.base.torch_internals import DERIVED
 from biofx.capture.variable_keys import CONTAINERS, KEYED, PLAIN, Opaque, key_of, wrapped_in
-from biofx.model.islands import ORIGINAL_CLASS
-from biofx.model.owners import HasSynapses
+from biofx.model.islands import ORIGINAL_CLASS, PRESENT_FORWARD
 from biofx.model.provenance import RECORD
 
 _MISSING = object()
@@ -70,6 +69,7 @@ class OutsideVariables:
 
     def __init__(self, modules: Mapping[str, nn.Module], but: frozenset[tuple[str, str]] = frozenset()) -> None:
         self._modules, self._but, self._packages = dict(modules), but, _packages_of(modules.values())
+        self._types = [(module, type(module)) for module in self._modules.values()]
         names = frozenset({"forward"})
         while True:  # the code that is reached names attributes, in which more code is found
             self._begin(names)
@@ -82,7 +82,8 @@ class OutsideVariables:
         """Whether each variable has the very same value as before, with the same contents; a fast test."""
         try:
             return (
-                all(where.get(key, _MISSING) is value for where, key, value in self._lookups)
+                all(type(module) is cls for module, cls in self._types)
+                and all(where.get(key, _MISSING) is value for where, key, value in self._lookups)
                 and all(_SETTINGS[name]() == value for name, value in self._settings.items())
                 and all(where.keys() == names for _, where, names in self._present.values())
                 and all(_attribute(where, key) is value for where, key, value in self._attributes)
@@ -326,7 +327,7 @@ def _globals_in(code: CodeType) -> frozenset[str]:
 
 def _is_generated(cls: type) -> bool:
     """Whether biofx generated a class: that of an owner of weights, or of a captured model."""
-    return ORIGINAL_CLASS in vars(cls) or (issubclass(cls, HasSynapses) and issubclass(cls, fx.GraphModule))
+    return ORIGINAL_CLASS in vars(cls) or PRESENT_FORWARD in vars(cls)
 
 
 def _label(cls: type) -> str:

@@ -14,6 +14,7 @@ from biofx.model.provenance import record_of
 
 WHOLE_MODEL = "whole_model"  # the attribute by which a graph refers to the model that it belongs to
 ORIGINAL_CLASS = "_biofx_class"  # where a model that is one island keeps its original class
+PRESENT_FORWARD = "present_forward"  # where the generated class of a captured model keeps its forward
 ORIGINAL_HOOKS = "_biofx_hooks"  # where a captured model keeps the hooks that compute a weight before forward
 
 GUARD = "_biofx_guard"  # the attribute that holds the guard of a model whose graph was checked

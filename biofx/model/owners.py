@@ -10,7 +10,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import CellType, FunctionType
 from typing import Any
@@ -277,11 +277,20 @@ def _own_class(owner: nn.Module) -> Any:
 
 
 def _without_owner(cls: Any) -> Any:
-    if "_biofx_class" in vars(cls) or not issubclass(cls, Owner):
-        return vars(cls).get("_biofx_class", cls)
-    # A class that was derived since, as `parametrize` does.
+    return derived_anew(cls, lambda each: vars(each).get("_biofx_class", None if issubclass(each, Owner) else each))
+
+
+def derived_anew(cls: Any, known: Callable[[Any], Any]) -> Any:
+    """The class that derives from others as a class does from its bases, such as one that `parametrize` made.
+
+    Args:
+        cls: the class.
+        known: returns the class that takes the place of one; None for one that is to be derived anew.
+    """
+    if (found := known(cls)) is not None:
+        return found
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    result = type(cls)(cls.__name__, tuple(map(_without_owner, cls.__bases__)), own)
+    result = type(cls)(cls.__name__, tuple(derived_anew(base, known) for base in cls.__bases__), own)
     for name, value in own.items():
         if isinstance(value, FunctionType) and "__class__" in value.__code__.co_freevars:  # it calls `super()`
             setattr(result, name, _defined_in(result, value))

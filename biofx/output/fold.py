@@ -30,7 +30,8 @@ def fold(bio: nn.Module, into: nn.Module | None = None) -> nn.Module:
     Some passes change the output of an operator, which no weight can express: `GroupUnits` adds sums, and an activation
     per synapse needs the wider operator. Then the folded model is a `GraphModule` that computes these outputs, and
     `into` is refused, because the original with the folded state would compute something else. The result is a
-    `GraphModule` as well if you edited the graph, or transformed a `GraphModule`.
+    `GraphModule` as well if you edited the graph, or transformed a `GraphModule`. Such a graph has no guard: it does
+    not notice attributes, hooks and layers that you change in it.
 
     `torch.save(fold(bio), path)` can be loaded where biofx is not installed, a `GraphModule` without the methods of the
     original's class. Not so a `GraphModule` that follows `.train()` and `.eval()` or checks its arguments by modules of

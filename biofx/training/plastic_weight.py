@@ -130,7 +130,7 @@ class PlasticWeight:
 
         Example:
             >>> import biofx, torch
-            >>> from dataclasses import dataclass, field
+            >>> from dataclasses import dataclass
             >>> from biofx import passes
             >>> @dataclass(frozen=True)
             ... class Look(passes.Pass):
@@ -240,7 +240,7 @@ class PlasticWeight:
 
         Example:
             >>> import biofx, torch
-            >>> from dataclasses import dataclass, field
+            >>> from dataclasses import dataclass
             >>> from biofx import passes
             >>> @dataclass(frozen=True)
             ... class Prune(passes.Pass):

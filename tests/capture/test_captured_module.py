@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import biofx
 from biofx import passes
@@ -374,3 +375,40 @@ def test_an_attribute_may_be_read_long_before_its_use():
     island.append(read)  # as what computed with it, and was removed, leaves it
     bio.recompile()
     torch.testing.assert_close(reloaded(bio)(x), model(x))
+
+
+def derive(model):
+    class Doubled(type(model)):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model.__class__ = Doubled
+
+
+def parametrize_bias(model):
+    parametrize.register_parametrization(model, "bias", nn.ReLU())
+
+
+def recompiled(bio):
+    bio.recompile()
+    return bio
+
+
+COPIES = (copy.deepcopy, copy.copy, recompiled, biofx.fold)
+
+
+@pytest.mark.parametrize("change", [derive, parametrize_bias])
+@pytest.mark.parametrize("passed_on", COPIES)
+def test_a_class_derived_since_the_transform_stays(change, passed_on):
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    bio = biofx.transform(model, "split-synapses", example_inputs=x)
+    change(model)
+    change(bio)
+    torch.testing.assert_close(passed_on(bio)(x), model(x))
+
+
+def test_a_model_with_a_class_derived_since_is_not_pickled():
+    bio = biofx.transform(nn.Linear(3, 2), "split-synapses")
+    derive(bio)
+    with pytest.raises(biofx.SavingError, match="Doubled.*state_dict"):
+        reloaded(bio)

@@ -279,3 +279,84 @@ def test_what_a_layer_with_synapses_reads_is_followed(change, frontend, monkeypa
     torch.testing.assert_close(copy.deepcopy(bio)(x), model(x))
     with pytest.raises(biofx.CaptureError, match="changed since the transform"):
         needed(x)
+
+
+class Asks(Model):
+    """Asks of its arguments what a trace answers for once: whether they are None, and of which class they are."""
+
+    def forward(self, x, mask=None, *, parts, factor=1.0):
+        x = x * 2 if mask is None else x
+        x = x * 3 if isinstance(factor, int) else x
+        x = x * 5 if parts["b"][1] is None else x
+        return torch.clamp(self.fc(x), mask) * factor * parts["a"]
+
+
+ONE = torch.ones(3, dtype=torch.float64)
+PARTS = {"a": ONE, "b": [ONE, ONE]}
+OTHER_KINDS = {
+    "omitted": ((X,), {"parts": PARTS}, "mask is None"),
+    "none": ((X, None), {"parts": PARTS}, "mask is None"),
+    "class": ((X, ONE), {"parts": PARTS, "factor": 2}, "factor is <class 'int'>"),
+    "none_inside": ((X, ONE), {"parts": {**PARTS, "b": [ONE, None]}}, "parts is"),
+    "missing_inside": ((X, ONE), {"parts": {"a": ONE}}, "parts is"),
+}
+
+
+@pytest.mark.parametrize(("args", "kwargs", "words"), OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_a_needed_graph_refuses_an_argument_of_another_kind(args, kwargs, words):
+    bio = biofx.transform(Asks(), "synaptic-scaling", example_inputs=lambda m: m(X, ONE, parts=PARTS))
+    for one in (bio, copy.deepcopy(bio), torch.compile(bio, backend="eager")):
+        with pytest.raises(biofx.ArgumentError, match=f"argument {words}.*example_inputs"):
+            one(*args, **kwargs)
+
+
+class AsksForMore(Model):
+    """Takes any arguments, and asks the same of them."""
+
+    def forward(self, x, *more, **named):
+        x = x * 2 if named.get("mask") is None else x
+        x = x * 3 if isinstance(more[0], float) else x
+        return self.fc(x) * more[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "words"), [((X, ONE), {}, r"\*\*named"), ((X, 2.0), {"mask": X}, r"\*more")]
+)
+def test_a_needed_graph_refuses_others_of_any_arguments(args, kwargs, words):
+    model = AsksForMore()
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=lambda m: m(X, ONE, mask=X))
+    torch.testing.assert_close(bio(X, ONE * 2, mask=X, other=X), model(X, ONE * 2, mask=X, other=X))
+    for one in (bio, torch.compile(bio, backend="eager")):
+        with pytest.raises(biofx.ArgumentError, match=f"argument {words} is.*example_inputs"):
+            one(*args, **kwargs)
+
+
+def test_a_needed_graph_takes_other_values_and_more_of_them():
+    model = Asks()
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=lambda m: m(X, ONE, parts=PARTS))
+    more = {"a": ONE * 2, "b": [ONE, ONE, None], "c": None}
+    torch.testing.assert_close(bio(X, -ONE, parts=more, factor=3.0), model(X, -ONE, parts=more, factor=3.0))
+
+
+class Helped(Model):
+    """Calls a method of its own, and, in a module inside, one of that module."""
+
+    def __init__(self, inside=()):
+        super().__init__()
+        self.inside = nn.Sequential(*inside)
+
+    def helper(self, x):
+        return x.relu()
+
+    def forward(self, x):
+        return self.fc(self.inside(self.helper(x)))
+
+
+@pytest.mark.parametrize("place", ["", "inside.0"])
+def test_a_needed_graph_refuses_a_module_of_another_class(place):
+    bio = biofx.transform(Helped([Helped()]), "synaptic-scaling", example_inputs=X)
+    part = bio.get_submodule(place)
+    part.__class__ = type("Derived", (type(part),), {"helper": lambda self, x: x.tanh()})
+    for one in (bio, copy.deepcopy(bio)):
+        with pytest.raises(biofx.CaptureError, match="Derived.helper.*changed since the transform"):
+            one(X)

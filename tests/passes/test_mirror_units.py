@@ -522,6 +522,31 @@ def test_what_is_switched_on_afterwards_is_refused():
     torch.testing.assert_close(bio(x), expected)
 
 
+def other_axis(bio):
+    bio[1].dim = -1
+
+
+def other_class(bio):
+    bio[1].__class__ = nn.Softmin
+
+
+def other_forward(bio):
+    bio[1].forward = lambda x: x.cumsum(-1)
+
+
+@pytest.mark.parametrize("change", [other_axis, other_class, other_forward])
+def test_changes_of_a_layer_between_doubled_ones_are_refused(change):
+    x = torch.randn(2, 3, 4)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softmax(1), nn.Linear(8, 3))
+    bio = biofx.transform(model, "mirror-units", example_inputs=x)
+    assert bio[2].weight.shape == (3, 16)
+    bio(x)
+    change(bio)
+    for one in (bio, copy.deepcopy(bio)):
+        with pytest.raises(biofx.CaptureError, match="changed since the transform, and mirror-units doubled units"):
+            one(x)
+
+
 class Optional(nn.Module):
     """Adds a sum over units where a second argument is given."""
 
