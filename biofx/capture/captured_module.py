@@ -141,7 +141,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         own = {*_OF_MODULES, GUARD, ORIGINAL_HOOKS}
         shared = {name: copy.copy(x) if name in own else x for name, x in _attributes(self).items()}
         _fill(copied, shared, copy.deepcopy(self.graph))
-        set_class(copied, _derived_like(self, type(copied)))
+        set_class(copied, _derived_like(self, _generated_class(copied)))
         return copied
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -218,13 +218,14 @@ class _State:
         model, copied = self._model, memo[id(self._model)]
         memo.update({key: clone for key, clone in clones(model).items() if key not in memo})
         _fill(copied, copy.deepcopy(_attributes(model), memo), copy.deepcopy(model.graph))
-        set_class(copied, _derived_like(model, type(copied)))
+        set_class(copied, _derived_like(model, _generated_class(copied)))
         repoint(copied, memo, is_copy=True)
         update_chains(copied)  # no optimizer is attached to a copy
 
     def __reduce__(self) -> tuple[Any, ...]:
         model = self._model
-        if type(model) is not _generated_class(model):
+        is_made_anew = type(model).__reduce__ is not CapturedModule.__reduce__  # the class says by its own how
+        if type(model) is not _generated_class(model) and not is_made_anew:
             raise SavingError(
                 f"{type(model).__name__} is not the class that biofx.transform gave the model, and cannot be pickled; "
                 "save bio.state_dict(), or change the class of the original model and transform it"
@@ -344,7 +345,7 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 
 def _generated_class(model: nn.Module) -> Any:
     """Return the class that `_empty` made for a captured model, from which users may have derived another."""
-    return next(each for each in type(model).__mro__ if CapturedModule in each.__bases__)
+    return next(each for each in type(model).__mro__ if PRESENT_FORWARD in vars(each))
 
 
 def _derived_like(model: nn.Module, base: Any) -> Any:
@@ -358,7 +359,7 @@ def _derived_like(model: nn.Module, base: Any) -> Any:
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
     # Libraries note classes by these names: transformers, which of them return hidden states.
     methods = {name: getattr(model_class, name) for name in ("__module__", "__qualname__")}
-    methods |= container_methods(model_class)
+    methods |= {PRESENT_FORWARD: None, **container_methods(model_class)}
     if issubclass(model_class, nn.Sequential):
         methods["__getitem__"] = _item
     if hasattr(model_class, "save_pretrained"):  # of transformers, diffusers and the like
