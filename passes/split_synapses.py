@@ -31,7 +31,7 @@ class SplitSynapses(Pass):
     rounding; with Γ = 1, to the last bit.
 
     *Learning speed.* Each synapse sees the whole gradient of its connection, so under gradient descent the connection
-    would move Γ times as fast. `compensate` multiplies the gradient by 1/Γ behind the sum, outside of the gain.
+    would move Γ times as fast. `compensate` multiplies the gradient by 1/Γ, before the gain.
 
     *Per-synapse activation.* With `activation=f`, synapses act on the unit through a nonlinearity of their own:
 
@@ -88,10 +88,10 @@ class SplitSynapses(Pass):
         shares = dirichlet if self.init == "dirichlet" else equal
         dtype = torch.promote_types(site.raw.dtype, torch.float32)
         edit.replace_raw(split(site.raw, shares(self.synapses, site.raw.shape, edit.generator, dtype)))
+        self._compensate(edit)
         if self.activation is None:
             edit.insert(torch.sum, 0)
-        self._compensate(edit)
-        if self.activation is not None:
+        else:
             assert site.postsynaptic_axis is not None
             _stack(edit, site.postsynaptic_axis, site.groups)
             for bias in site.biases:
@@ -105,8 +105,9 @@ class SplitSynapses(Pass):
         _stack(edit, 0, groups)
 
     def _compensate(self, edit: Editor) -> None:
-        if self.compensate and self.synapses > 1:
-            edit.insert(torch.ops.biofx.share_grad, 1 / self.synapses)
+        if self.synapses > 1:
+            # Before the sum: its gradient is one tensor for all synapses, and this gives each an entry of its own.
+            edit.insert(torch.ops.biofx.share_grad, 1 / self.synapses if self.compensate else 1.0)
 
 
 def dirichlet(

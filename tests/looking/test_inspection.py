@@ -21,8 +21,8 @@ node         calls                 arguments            weight    slot          
 -----------  --------------------  -------------------  --------  -----------------  --------------------
 weight_gain  weight_synapses.gain                       weight    gradient hook      fuzzy-learning-rates
 scale_grad   biofx.scale_grad      weight, weight_gain  weight    gradient hook      fuzzy-learning-rates
-sum_1        sum                   scale_grad, 0        weight    sum over synapses  split-synapses
-share_grad   biofx.share_grad      sum_1, 0.5           weight    sum over synapses  split-synapses"""
+share_grad   biofx.share_grad      scale_grad, 0.5      weight    sum over synapses  split-synapses
+sum_1        sum                   share_grad, 0        weight    sum over synapses  split-synapses"""
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_modules_are_what_they_were(frontend):
     assert type(bio.decoder.fc).__name__ == "Linear"
     assert isinstance(bio.decoder, Decoder)
     assert isinstance(copy.deepcopy(bio.decoder), Decoder)
-    assert "(weight_synapses): Synapses(stored (2, 8, 2) → sum → biofx.share_grad)" in repr(bio.decoder)
+    assert "(weight_synapses): Synapses(stored (2, 8, 2) → biofx.share_grad → sum)" in repr(bio.decoder)
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "module"])

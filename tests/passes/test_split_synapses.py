@@ -37,6 +37,19 @@ def test_every_synapse_sees_the_gradient_of_its_connection(kind, compensate):
     torch.testing.assert_close(given["bias"], expected["bias"])
 
 
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("attached", [True, False])
+def test_the_gradients_of_synapses_share_no_memory(compensate, attached):
+    bio = biofx.transform(nn.Linear(3, 2), [passes.SplitSynapses(2, compensate=compensate)])
+    raw = biofx.weight_sites(bio)["weight"].raw
+    if attached:
+        biofx.attach(bio, torch.optim.SGD(bio.parameters(), lr=0.1))
+    (gradient,) = torch.autograd.grad(bio(torch.ones(1, 3)).sum(), [raw])
+    gradient[0] = 0.0
+    assert bool(gradient[1].all())
+    gradient.mul_(2)  # as clip_grad_norm_ does
+
+
 def test_one_synapse_and_neutral_gains_change_not_a_bit(zoo):
     model, x = zoo
     bio = biofx.transform(model, [passes.SplitSynapses(1), passes.FuzzyLearningRates(distribution="baseline")])

@@ -56,14 +56,14 @@ def test_a_second_chain(bio):
     site.uses[0].update_arg(1, twice)
     text = violations(bio)
     assert "0.weight_synapses.weight: read by 2 nodes, must be read by one" in text
-    assert "0.weight: share_grad is not used by any node" in text
+    assert "0.weight: sum_1 is not used by any node" in text
 
 
 def test_a_chain_out_of_order(bio):
     node = find(bio, torch.sum)
     node.meta[RECORD] = passes.Slot.HOOK and type(node.meta[RECORD])("split-synapses", "0.weight", passes.Slot.HOOK)
-    node.args[0].meta[RECORD] = type(node.meta[RECORD])("fuzzy-learning-rates", "0.weight", passes.Slot.SUM)
-    assert "0.weight: its chain is not in canonical order: sum over synapses, gradient hook" in violations(bio)
+    found = "gradient hook, sum over synapses, gradient hook"
+    assert f"0.weight: its chain is not in canonical order: {found}" in violations(bio)
 
 
 def test_a_link_with_another_argument(bio):
