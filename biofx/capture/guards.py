@@ -120,8 +120,7 @@ class Guard:
         # Including the containers around traced modules: their children may be replaced.
         around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)
         self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around), *_only_looked_at(bio)]))
-        self.structures, self.defaults = structures, placeholders(bio.graph)
-        self.kinds = {} if call is None else kinds(self.defaults, *call)
+        self.structures = structures
         self._assigned = {
             ("" if node.args[0].target == WHOLE_MODEL else str(node.args[0].target), str(node.args[1]))
             for node in bio.graph.nodes
@@ -134,6 +133,7 @@ class Guard:
         self._made_anew = {path: made_anew(module) for path, module in plain.items()}
         self._forwards: dict[str, Any] | None = self._forwards_of_classes(bio)
         self.refresh(bio)
+        self.kinds = {} if call is None else kinds(self.defaults, *call)
         self._outside: OutsideVariables | None = self._outside_of(bio)
         self._keys, self._changed_name = self._outside.keys, ""
         self._names = self._outside.names
@@ -203,6 +203,7 @@ class Guard:
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self.needs = reason_for_graph(bio)
+        self.defaults = placeholders(bio.graph)  # which an edit may rename, move, add or remove
         self.widened_by = _doubling_pass(bio)
         self._held: _LastComparison | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
