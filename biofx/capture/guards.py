@@ -138,7 +138,7 @@ class Guard:
         self._keys, self._changed_name = self._outside.keys, ""
         self._names = self._outside.names
         followed = {id(attribute(bio, name)) for name in record_of(bio).followed}
-        own = (x for path, _, x in kept_in_attributes(bio) if path in self.traced and isinstance(x, Tensor))
+        own = (x for _, _, x in kept_in_attributes(bio, self.traced) if isinstance(x, Tensor))
         self._own_tensors = _watched((x for x in own if id(x) not in followed), ())
         self._was_written = False
         self._outside_tensors: list[_WatchedTensor] | None = None
