@@ -137,9 +137,9 @@ class Guard:
         self._outside: OutsideVariables | None = self._outside_of(bio)
         self._keys, self._changed_name = self._outside.keys, ""
         self._names = self._outside.names
-        followed = {id(attribute(bio, name)) for name in record_of(bio).followed}
+        followed = [attribute(bio, name) for name in record_of(bio).followed]
         own = (x for _, _, x in kept_in_attributes(bio, self.traced) if isinstance(x, Tensor))
-        self._own_tensors = _watched((x for x in own if id(x) not in followed), ())
+        self._own_tensors = _watched(own, followed)
         self._was_written = False
         self._outside_tensors: list[_WatchedTensor] | None = None
         self._equal_tensors: list[_WatchedTensor] = []  # that took the places of some outside of the model
@@ -297,21 +297,20 @@ class Guard:
             ]
         return self._helpers
 
-    def _wrote_tensors(self, bio: nn.Module) -> bool:
+    def _wrote_tensors(self, bio: fx.GraphModule) -> bool:
         """Whether a tensor with which the trace computed, in an attribute or outside, was written to."""
         watched = (*self._own_tensors, *self._tensors_outside(bio), *self._equal_tensors)
         return self._was_written or any(tensor.is_written() for tensor in watched)
 
-    def _tensors_outside(self, bio: nn.Module) -> list[_WatchedTensor]:
+    def _tensors_outside(self, bio: fx.GraphModule) -> list[_WatchedTensor]:
         """The tensors outside of the model."""
         if self._outside_tensors is None:
             outside = self._outside_of(bio) if self._outside is None else self._outside
-            self._outside_tensors = _watched(outside.tensors, self._registered(bio))
+            self._outside_tensors = _watched(outside.tensors, self._tensors_inside())
         return self._outside_tensors
 
-    def _registered(self, bio: nn.Module) -> list[Tensor]:
-        """The tensors of the model, which the graph reads anew, and those in its attributes, which are watched."""
-        return [*bio.parameters(), *bio.buffers(), *(watched.tensor for watched in self._own_tensors)]
+    def _tensors_inside(self) -> list[Tensor]:
+        return [watched.tensor for watched in self._own_tensors]
 
     def _holds(self) -> bool:
         """Whether the shallow copies of the last full comparison still equal their originals; a fast test."""
@@ -369,19 +368,19 @@ class Guard:
         # Graphs, such as the model itself, have a forward of their own, which is replaced in each copy.
         return {path: _forward_of(module) for path, module in modules if not isinstance(module, fx.GraphModule)}
 
-    def _changed_outside(self, bio: nn.Module) -> _Change | None:
+    def _changed_outside(self, bio: fx.GraphModule) -> _Change | None:
         """Describe the first change of a variable outside of the model; None if there is none."""
         if self._outside is None or not self._outside.is_same():
             self._outside = self._outside_of(bio)
             self._changed_name = first_difference(self._keys, self._outside.keys) or ""
             known = (watched.tensor for watched in self._tensors_outside(bio))
-            self._equal_tensors = _watched(self._outside.tensors, [*self._registered(bio), *known])
+            self._equal_tensors = _watched(self._outside.tensors, [*self._tensors_inside(), *known])
         if not self._changed_name:
             return None
         return _Change(f"the variable {self._changed_name}, which forward reads, changed")
 
-    def _outside_of(self, bio: nn.Module) -> OutsideVariables:
-        return OutsideVariables(self._modules_of(bio), frozenset(self._assigned))
+    def _outside_of(self, bio: fx.GraphModule) -> OutsideVariables:
+        return OutsideVariables(self._modules_of(bio), frozenset(self._assigned), _read_anew(bio))
 
     def _modules_of(self, bio: nn.Module) -> dict[str, nn.Module]:
         """The traced modules that are still there, by path."""
@@ -437,6 +436,15 @@ def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
         around = accumulate(path.split("."), "{}.{}".format)
         if not isinstance(module, Synapses | HelperModule | fx.GraphModule) and called.isdisjoint(around):
             yield path
+
+
+def _read_anew(bio: fx.GraphModule) -> dict[int, str]:
+    """The names of the parameters and buffers that the graph, or a module that it calls, reads in each call, by id."""
+    registered = dict(chain(bio.named_parameters(remove_duplicate=False), bio.named_buffers(remove_duplicate=False)))
+    read = {str(node.target) for node in bio.graph.find_nodes(op="get_attr")}
+    called = tuple(f"{node.target}." for node in bio.graph.find_nodes(op="call_module"))
+    names = (name for name in registered if name in read or name.startswith(called))
+    return {id(registered[name]): name for name in names}
 
 
 def _tied_names(bio: fx.GraphModule) -> list[tuple[str, str]]:

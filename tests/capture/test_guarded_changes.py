@@ -396,3 +396,43 @@ def test_a_needed_graph_watches_what_an_island_holds_as_well():
     bio[2].table.mul_(3)
     with pytest.raises(biofx.CaptureError, match="a tensor in an attribute"):
         bio(X)
+
+
+class Lists(nn.Module):
+    """Reads a buffer and a parameter from lists."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.fc, self.gain = nn.Linear(3, 3).double(), nn.Parameter(ONE.clone())
+        self.register_buffer("table", ONE.clone())
+        self.tables, self.gains, self.read = [self.table], [self.gain], read
+
+    def forward(self, x):
+        return self.fc(x) * self.read(self.tables[0], self.gains[0])
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_needed_graph_follows_a_buffer_in_a_list(frontend):
+    """It was a constant of torch.export, and a copy after the write was refused."""
+    model = Lists(lambda table, gain: table)
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=X, frontend=frontend)
+    for each in (model, bio):
+        each.table.mul_(3)
+    for each in (bio, copy.deepcopy(bio), copy.copy(bio)):
+        torch.testing.assert_close(each(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("read", "frontend"),
+    [
+        (lambda table, gain: torch.tensor(table.tolist(), dtype=table.dtype), "symbolic"),
+        (lambda table, gain: gain.detach(), "export"),
+    ],
+)
+def test_a_needed_graph_watches_what_became_a_constant(read, frontend):
+    """Parameters and buffers were not watched, though the graph held their values."""
+    bio = biofx.transform(Lists(read), "synaptic-scaling", example_inputs=X, frontend=frontend)
+    with torch.no_grad():
+        (bio.gain if frontend == "export" else bio.table).mul_(3)
+    with pytest.raises(biofx.CaptureError, match="was written into"):
+        bio(X)
