@@ -92,10 +92,11 @@ def as_recorded(
         return _run(bio, recorder, known, bound.arguments, dtype)
 
     # In its class, so that a forward that the user derived or assigned runs around it.
-    cls = next(each for each in type(bio).__mro__ if PRESENT_FORWARD in vars(each))
+    cls: Any = next(each for each in type(bio).__mro__ if PRESENT_FORWARD in vars(each))
     signature = inspect.signature(cls.forward)
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
-    with patch.multiple(cls, **dict.fromkeys(("forward", PRESENT_FORWARD), forward)), weight_cache.substituted(known):
+    patched = patch.object(cls, "forward", forward), patch.object(cls, PRESENT_FORWARD, forward)
+    with patched[0], patched[1], weight_cache.substituted(known):
         yield
 
 
