@@ -101,11 +101,12 @@ def as_recorded(
 
 
 def _effective_weights(bio: nn.Module, recorder: Recorder) -> dict[nn.Module, Tensor]:
-    """Weights by their synapses; a recorder knows them as the parameters."""
+    """Weights by their synapses; a recorder knows them as the parameters, and forward finds leaves, as these are."""
     found: dict[nn.Module, Tensor] = {}
     for name, synapses in synapses_in(bio).items():
         with unrecorded():
-            found[synapses] = synapses()
+            weight = synapses()
+            found[synapses] = weight.detach().requires_grad_(synapses.stored.requires_grad) if synapses.links else weight
         if synapses.links:
             value = recorder.declare(found[synapses], "parameter", name)
             coordinates = _stacked(synapses)
