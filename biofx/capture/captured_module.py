@@ -344,7 +344,7 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 
 def _generated_class(model: nn.Module) -> Any:
     """Return the class that `_empty` made for a captured model, from which users may have derived another."""
-    return next(each for each in type(model).__mro__ if CapturedModule in each.__bases__)
+    return next(each for each in type(model).__mro__ if PRESENT_FORWARD in vars(each))
 
 
 def _derived_like(model: nn.Module, base: Any) -> Any:
@@ -357,7 +357,7 @@ def _derived_like(model: nn.Module, base: Any) -> Any:
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
     # Libraries note classes by these names: transformers, which of them return hidden states.
-    methods = {name: getattr(model_class, name) for name in ("__module__", "__qualname__")}
+    methods = {name: getattr(model_class, name) for name in ("__module__", "__qualname__")} | {PRESENT_FORWARD: None}
     methods |= container_methods(model_class)
     if issubclass(model_class, nn.Sequential):
         methods["__getitem__"] = _item
