@@ -184,6 +184,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         if not (is_transformed(self) or any(isinstance(module, HelperModule) for module in self.modules())):
             _, (_, imports) = super().__reduce__()
             if "biofx" not in imports:
+                refuse_derived(self)
                 # It is folded and contains nothing of biofx, so it loads as a plain graph where biofx is not installed.
                 kept = _attributes(self)
                 attributes = {n: x for n, x in kept.items() if n not in ("_tracer_cls", GUARD, ORIGINAL_HOOKS)}
@@ -224,11 +225,7 @@ class _State:
 
     def __reduce__(self) -> tuple[Any, ...]:
         model = self._model
-        if type(model) is not _generated_class(model):
-            raise SavingError(
-                f"{type(model).__name__} is not the class that biofx.transform gave the model, and cannot be pickled; "
-                "save bio.state_dict(), or change the class of the original model and transform it"
-            )
+        refuse_derived(model)
         if is_transformed(model):
             transformed(model)  # so that the graph reads what is there now
         _, (_, imports) = fx.GraphModule.__reduce__(model)
@@ -345,6 +342,19 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
 def _generated_class(model: nn.Module) -> Any:
     """Return the class that `_empty` made for a captured model, from which users may have derived another."""
     return next(each for each in type(model).__mro__ if PRESENT_FORWARD in vars(each))
+
+
+def refuse_derived(model: nn.Module) -> None:
+    """Raise if users have derived another class from that of a captured model.
+
+    Raises:
+        SavingError: says what to do instead.
+    """
+    if type(model) is not _generated_class(model):
+        raise SavingError(
+            f"{type(model).__name__} is not the class that biofx gave the model, and cannot be saved with it; save "
+            "bio.state_dict(), or change the class of the original model and transform it"
+        )
 
 
 def _derived_like(model: nn.Module, base: Any) -> Any:

@@ -429,8 +429,17 @@ def test_a_class_derived_since_the_transform_stays(change, passed_on):
     torch.testing.assert_close(passed_on(bio)(x), model(x))
 
 
-def test_a_model_with_a_class_derived_since_is_not_pickled():
+def test_a_model_with_a_class_derived_since_is_not_saved(tmp_path):
     bio = biofx.transform(nn.Linear(3, 2), "split-synapses")
     derive(bio)
+    for save in (pickle.dumps, lambda model: biofx.save(model, tmp_path / "model")):
+        with pytest.raises(biofx.SavingError, match="Doubled.*state_dict"):
+            save(bio)
+
+
+def test_nor_is_a_folded_graph_with_such_a_class():
+    """Its pickle was one of the graph alone."""
+    folded = biofx.fold(biofx.transform(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "group-units"))
+    derive(folded)
     with pytest.raises(biofx.SavingError, match="Doubled.*state_dict"):
-        reloaded(bio)
+        pickle.dumps(folded)
