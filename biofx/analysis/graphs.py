@@ -106,12 +106,15 @@ def _effective_weights(bio: nn.Module, recorder: Recorder) -> dict[nn.Module, Te
     for name, synapses in synapses_in(bio).items():
         with unrecorded():
             weight = synapses()
-            found[synapses] = weight.detach().requires_grad_(synapses.stored.requires_grad) if synapses.links else weight
-        if synapses.links:
-            value = recorder.declare(found[synapses], "parameter", name)
-            coordinates = _stacked(synapses)
-            if coordinates is not None:
-                recorder.recording.coordinates[value] = coordinates
+            if synapses.links:
+                weight = weight.detach().requires_grad_(synapses.stored.requires_grad)
+        found[synapses] = weight
+        if not synapses.links:  # it is the parameter
+            continue
+        value = recorder.declare(weight, "parameter", name)
+        coordinates = _stacked(synapses)
+        if coordinates is not None:
+            recorder.recording.coordinates[value] = coordinates
     return found
 
 

@@ -305,7 +305,7 @@ def _referring_to(others: Collection[tuple[Any, Any]], value: Any) -> Any:
     if isinstance(value, property):
         parts = value.fget, value.fset, value.fdel
         found = [_referring_to(others, part) for part in parts]
-        return value if all(map(operator.is_, found, parts)) else property(*found, value.__doc__)
+        return value if all(map(operator.is_, found, parts)) else property(found[0], found[1], found[2], value.__doc__)
     if isinstance(value, staticmethod | classmethod):
         inner = _referring_to(others, value.__func__)
         return value if inner is value.__func__ else type(value)(inner)

@@ -402,7 +402,7 @@ def derive_by_name(model):
 
         def forward(self, x):
             plain = lambda: original.forward(self, x)  # noqa: E731
-            return super(Shifted, self).shifted(plain()) * self.factor
+            return super().shifted(plain()) * self.factor
 
     model.__class__ = Shifted
 
