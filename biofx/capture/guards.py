@@ -370,7 +370,7 @@ class Guard:
 
     def _changed_outside(self, bio: fx.GraphModule) -> _Change | None:
         """Describe the first change of a variable outside of the model; None if there is none."""
-        if self._outside is None or not self._outside.is_same():
+        if self._outside is None or self._changed_name or not self._is_same_outside(bio, self._outside):
             self._outside = self._outside_of(bio)
             self._changed_name = first_difference(self._keys, self._outside.keys) or ""
             known = (watched.tensor for watched in self._tensors_outside(bio))
@@ -378,6 +378,10 @@ class Guard:
         if not self._changed_name:
             return None
         return _Change(f"the variable {self._changed_name}, which forward reads, changed")
+
+    def _is_same_outside(self, bio: nn.Module, outside: OutsideVariables) -> bool:
+        """Whether variables outside of the model are the same, and the graph reads the tensors that these hold."""
+        return outside.is_same() and all(_tensor(bio, name) is tensor for name, tensor in outside.met.items())
 
     def _outside_of(self, bio: fx.GraphModule) -> OutsideVariables:
         return OutsideVariables(self._modules_of(bio), frozenset(self._assigned), _read_anew(bio))

@@ -66,6 +66,7 @@ class OutsideVariables:
 
     Attributes:
         keys: what is compared, by the names of variables; equal in copies and in other processes.
+        met: the tensors of `followed` that variables hold, by name.
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class OutsideVariables:
         self._orders: list[tuple[Any, list[Any]]] = []  # dictionaries, and their keys, whose order equality ignores
         self._arrays: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
+        self.met: dict[str, Tensor] = {}
         self._generators: list[tuple[str, Any, Any]] = []
         self._seen: dict[int, Any] = {}
         for cls in dict.fromkeys(map(type, self._modules.values())):  # the guard compares the classes themselves
@@ -200,6 +202,7 @@ class OutsideVariables:
     def _key(self, value: Any) -> Any:
         """The key of a value. Of an object that is followed, it is the class: its attributes have their own keys."""
         if id(value) in self._followed:
+            self.met[self._followed[id(value)]] = value
             return self._followed[id(value)]
         is_object = not isinstance(value, (*KEYED, *CONTAINERS, nn.Module))
         is_followed = is_object and (type(value) in NAMESPACES or self._follows(type(value).__module__))

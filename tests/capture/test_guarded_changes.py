@@ -422,6 +422,23 @@ def test_a_needed_graph_follows_a_buffer_in_a_list(frontend):
         torch.testing.assert_close(each(X), model(X))
 
 
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_needed_graph_refuses_another_buffer_than_a_list_holds(frontend):
+    """The graph read the new one by its name, and forward the one in the list."""
+    model = Lists(lambda table, gain: table)
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=X, frontend=frontend)
+    before = bio.table
+    bio.table = ONE * 2
+    for _ in range(2):
+        with pytest.raises(biofx.CaptureError, match=r"tables\[0\]"):
+            bio(X)
+    bio.table = before
+    torch.testing.assert_close(bio(X), model(X))
+    with pytest.raises(biofx.CaptureError, match=r"tables\[0\]"):
+        torch.func.functional_call(bio, {"table": ONE * 2}, (X,))
+    torch.testing.assert_close(bio(X), model(X))
+
+
 @pytest.mark.parametrize(
     ("read", "frontend"),
     [
