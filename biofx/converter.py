@@ -239,6 +239,9 @@ class Converted(CapturedModule):
         """Sum of the magnitudes of all weights, differentiable (`biofx.l1`)."""
         return l1(self)
 
+    def __copy__(self) -> Converted:
+        return _with_methods(super().__copy__())
+
     def __reduce__(self) -> tuple[Any, ...]:
         build, arguments, state = super().__reduce__()
         return _build, (build, arguments), state
