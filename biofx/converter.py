@@ -15,7 +15,6 @@ from biofx.base.errors import ArgumentError, LifecycleError
 from biofx.capture.captured_module import CapturedModule
 from biofx.compiler import transform
 from biofx.model.gradient_hooks import is_hook
-from biofx.model.owners import set_class
 from biofx.model.provenance import record_of
 from biofx.rewrite.registry import Pass, registered_passes
 from biofx.signs.scales import project_scales, scales_of
@@ -240,6 +239,9 @@ class Converted(CapturedModule):
         """Sum of the magnitudes of all weights, differentiable (`biofx.l1`)."""
         return l1(self)
 
+    def __copy__(self) -> Converted:
+        return _with_methods(super().__copy__())
+
     def __reduce__(self) -> tuple[Any, ...]:
         build, arguments, state = super().__reduce__()
         return _build, (build, arguments), state
@@ -280,8 +282,8 @@ def _count_call(weights: list[PlasticWeight]) -> None:
 
 
 def _with_methods(bio: nn.Module) -> Converted:
-    names = {name: getattr(type(bio), name) for name in ("__module__", "__qualname__")}
-    set_class(bio, type(type(bio).__name__, (Converted, type(bio)), names))
+    cls: Any = type(bio)  # which no other model has
+    cls.__bases__ = tuple(Converted if base is CapturedModule else base for base in cls.__bases__)
     assert isinstance(bio, Converted)
     return bio
 

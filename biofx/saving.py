@@ -23,6 +23,7 @@ from biofx.base.copying import copied
 from biofx.base.errors import ArgumentError, SavingError
 from biofx.base.option_values import read_option, written_options
 from biofx.base.packages import require
+from biofx.capture.captured_module import refuse_derived
 from biofx.capture.tracer import HelperModule
 from biofx.compiler import build
 from biofx.model.changes import transformed
@@ -75,6 +76,7 @@ def save(bio: nn.Module, folder: str | Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"save: {folder} is a file; give the path of a folder")
     bio = transformed(bio)
+    refuse_derived(bio)
     state = _state(bio)
     _write(folder, _described(bio) | _layouts(bio, state), _tensors(state))
 

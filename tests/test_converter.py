@@ -162,6 +162,14 @@ def test_the_marker_skips_a_layer():
     assert grouped == {"fc1.weight"}
 
 
+def test_methods_survive_a_shallow_copy_and_leave_with_fold():
+    bio = BioConverter()(Net())
+    weight = bio.fc1.weight.detach().clone()
+    copy.copy(bio).rejuvenate_weights()
+    assert not torch.equal(bio.fc1.weight, weight)
+    assert type(biofx.fold(bio)) is Net
+
+
 def test_methods_survive_deepcopy_and_pickling():
     bio = BioConverter()(Net())
     bio.rejuvenate_weights()

@@ -19,7 +19,7 @@ from biofx.base.torch_internals import pytree
 from biofx.model import weight_cache
 from biofx.model.chain import attribute, chain, compute, parameter_nodes
 from biofx.model.changes import reason_for_graph
-from biofx.model.islands import is_one_island
+from biofx.model.islands import PRESENT_FORWARD, is_one_island
 from biofx.model.provenance import is_transformed
 from biofx.model.synapses import Synapses, synapses_in, synapses_of
 from biofx.recording.catalog import COPIES, Kind
@@ -82,32 +82,39 @@ def as_recorded(
     known = _effective_weights(bio, recorder)  # once: in all calls of a run, they are the same parameters
     python: Any = None if by_node or reason_for_graph(bio) is not None else bio.original_forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         if python is not None:
             return python(*args, **kwargs)
         if is_one_island(bio):  # its graph passes all arguments on
             return _run(bio, recorder, known, {"args": args, "kwargs": kwargs}, dtype)
-        bound = inspect.signature(type(bio).forward).bind(bio, *args, **kwargs)
+        bound = signature.bind(bio, *args, **kwargs)
         bound.apply_defaults()
         return _run(bio, recorder, known, bound.arguments, dtype)
 
-    signature = inspect.signature(bio.forward)
+    # In its class, so that a forward that the user derived or assigned runs around it.
+    cls: Any = next(each for each in type(bio).__mro__ if PRESENT_FORWARD in vars(each))
+    signature = inspect.signature(cls.forward)
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
-    with patch.object(bio, "forward", forward), weight_cache.substituted(known):
+    patched = patch.object(cls, "forward", forward), patch.object(cls, PRESENT_FORWARD, forward)
+    with patched[0], patched[1], weight_cache.substituted(known):
         yield
 
 
 def _effective_weights(bio: nn.Module, recorder: Recorder) -> dict[nn.Module, Tensor]:
-    """Weights by their synapses; a recorder knows them as the parameters."""
+    """Weights by their synapses; a recorder knows them as the parameters, and forward finds leaves, as these are."""
     found: dict[nn.Module, Tensor] = {}
     for name, synapses in synapses_in(bio).items():
         with unrecorded():
-            found[synapses] = synapses()
-        if synapses.links:
-            value = recorder.declare(found[synapses], "parameter", name)
-            coordinates = _stacked(synapses)
-            if coordinates is not None:
-                recorder.recording.coordinates[value] = coordinates
+            weight = synapses()
+            if synapses.links:
+                weight = weight.detach().requires_grad_(synapses.stored.requires_grad)
+        found[synapses] = weight
+        if not synapses.links:  # it is the parameter
+            continue
+        value = recorder.declare(weight, "parameter", name)
+        coordinates = _stacked(synapses)
+        if coordinates is not None:
+            recorder.recording.coordinates[value] = coordinates
     return found
 
 

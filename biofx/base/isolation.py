@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
@@ -201,14 +201,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             settle(buffer)
 
 
-def kept_in_attributes(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+def kept_in_attributes(model: nn.Module, paths: Iterable[str] | None = None) -> Iterator[tuple[str, str, Any]]:
     """The tensors and random number generators in attributes of modules, which are neither parameters nor buffers.
 
+    Args:
+        model: the model.
+        paths: those of the modules that are searched; None for all.
+
     Yields:
-        The path of the module, the attribute, and the tensor or generator.
+        The path of the module, the attribute, and the tensor or generator, which several may hold, for the first.
     """
     seen = {id(x) for x in (*model.parameters(), *model.buffers())}
-    for path, module in model.named_modules():
+    modules = model.named_modules() if paths is None else ((path, model.get_submodule(path)) for path in paths)
+    for path, module in modules:
         for name, value in vars(module).items():
             if type(value) in _WITHOUT_PARTS or name in _REGISTRIES or name in DERIVED:
                 continue

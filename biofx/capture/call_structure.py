@@ -83,7 +83,8 @@ def kinds(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[st
 
 def other_kind(now: Mapping[str, Any], known: Mapping[str, Any]) -> str | None:
     """Say which argument is not of its known kind; None if there is none, or `MustBeNone` looks at it."""
-    other = (n for n, kind in known.items() if kind is not None and now[n] is not ... and not _fits(now[n], kind))
+    both = (name for name in known if now.get(name, ...) is not ...)
+    other = (name for name in both if known[name] is not None and not _fits(now[name], known[name]))
     return next((f"the argument {name} is {now[name]} and was {known[name]}" for name in other), None)
 
 

@@ -141,7 +141,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         own = {*_OF_MODULES, GUARD, ORIGINAL_HOOKS}
         shared = {name: copy.copy(x) if name in own else x for name, x in _attributes(self).items()}
         _fill(copied, shared, copy.deepcopy(self.graph))
-        set_class(copied, _derived_like(self, _generated_class(copied)))
+        set_class(copied, _derived_like(self, type(copied)))
         return copied
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -184,6 +184,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         if not (is_transformed(self) or any(isinstance(module, HelperModule) for module in self.modules())):
             _, (_, imports) = super().__reduce__()
             if "biofx" not in imports:
+                refuse_derived(self)
                 # It is folded and contains nothing of biofx, so it loads as a plain graph where biofx is not installed.
                 kept = _attributes(self)
                 attributes = {n: x for n, x in kept.items() if n not in ("_tracer_cls", GUARD, ORIGINAL_HOOKS)}
@@ -218,18 +219,13 @@ class _State:
         model, copied = self._model, memo[id(self._model)]
         memo.update({key: clone for key, clone in clones(model).items() if key not in memo})
         _fill(copied, copy.deepcopy(_attributes(model), memo), copy.deepcopy(model.graph))
-        set_class(copied, _derived_like(model, _generated_class(copied)))
+        set_class(copied, _derived_like(model, type(copied)))
         repoint(copied, memo, is_copy=True)
         update_chains(copied)  # no optimizer is attached to a copy
 
     def __reduce__(self) -> tuple[Any, ...]:
         model = self._model
-        is_made_anew = type(model).__reduce__ is not CapturedModule.__reduce__  # the class says by its own how
-        if type(model) is not _generated_class(model) and not is_made_anew:
-            raise SavingError(
-                f"{type(model).__name__} is not the class that biofx.transform gave the model, and cannot be pickled; "
-                "save bio.state_dict(), or change the class of the original model and transform it"
-            )
+        refuse_derived(model)
         if is_transformed(model):
             transformed(model)  # so that the graph reads what is there now
         _, (_, imports) = fx.GraphModule.__reduce__(model)
@@ -348,6 +344,19 @@ def _generated_class(model: nn.Module) -> Any:
     return next(each for each in type(model).__mro__ if PRESENT_FORWARD in vars(each))
 
 
+def refuse_derived(model: nn.Module) -> None:
+    """Raise if users have derived another class from that of a captured model.
+
+    Raises:
+        SavingError: says what to do instead.
+    """
+    if type(model) is not _generated_class(model):
+        raise SavingError(
+            f"{type(model).__name__} is not the class that biofx gave the model, and cannot be saved with it; save "
+            "bio.state_dict(), or change the class of the original model and transform it"
+        )
+
+
 def _derived_like(model: nn.Module, base: Any) -> Any:
     """Return the class that derives from `base` as the class of a captured model does from the generated one."""
     generated = _generated_class(model)
@@ -358,8 +367,8 @@ def _derived_like(model: nn.Module, base: Any) -> Any:
 
 def _empty(name: str, model_class: type[nn.Module], tracer: type[fx.Tracer] | None = None) -> CapturedModule:
     # Libraries note classes by these names: transformers, which of them return hidden states.
-    methods = {name: getattr(model_class, name) for name in ("__module__", "__qualname__")}
-    methods |= {PRESENT_FORWARD: None, **container_methods(model_class)}
+    methods = {name: getattr(model_class, name) for name in ("__module__", "__qualname__")} | {PRESENT_FORWARD: None}
+    methods |= container_methods(model_class)
     if issubclass(model_class, nn.Sequential):
         methods["__getitem__"] = _item
     if hasattr(model_class, "save_pretrained"):  # of transformers, diffusers and the like

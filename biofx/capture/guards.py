@@ -120,8 +120,7 @@ class Guard:
         # Including the containers around traced modules: their children may be replaced.
         around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)
         self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around), *_only_looked_at(bio)]))
-        self.structures, self.defaults = structures, placeholders(bio.graph)
-        self.kinds = {} if call is None else kinds(self.defaults, *call)
+        self.structures = structures
         self._assigned = {
             ("" if node.args[0].target == WHOLE_MODEL else str(node.args[0].target), str(node.args[1]))
             for node in bio.graph.nodes
@@ -134,12 +133,13 @@ class Guard:
         self._made_anew = {path: made_anew(module) for path, module in plain.items()}
         self._forwards: dict[str, Any] | None = self._forwards_of_classes(bio)
         self.refresh(bio)
+        self.kinds = {} if call is None else kinds(self.defaults, *call)
         self._outside: OutsideVariables | None = self._outside_of(bio)
         self._keys, self._changed_name = self._outside.keys, ""
         self._names = self._outside.names
-        followed = {id(attribute(bio, name)) for name in record_of(bio).followed}
-        own = (x for path, _, x in kept_in_attributes(bio) if path in self.traced and isinstance(x, Tensor))
-        self._own_tensors = _watched((x for x in own if id(x) not in followed), ())
+        followed = [attribute(bio, name) for name in record_of(bio).followed]
+        own = (x for _, _, x in kept_in_attributes(bio, self.traced) if isinstance(x, Tensor))
+        self._own_tensors = _watched(own, followed)
         self._was_written = False
         self._outside_tensors: list[_WatchedTensor] | None = None
         self._equal_tensors: list[_WatchedTensor] = []  # that took the places of some outside of the model
@@ -203,6 +203,7 @@ class Guard:
     def refresh(self, bio: fx.GraphModule) -> None:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self.needs = reason_for_graph(bio)
+        self.defaults = placeholders(bio.graph)  # which an edit may rename, move, add or remove
         self.widened_by = _doubling_pass(bio)
         self._held: _LastComparison | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
@@ -296,21 +297,20 @@ class Guard:
             ]
         return self._helpers
 
-    def _wrote_tensors(self, bio: nn.Module) -> bool:
+    def _wrote_tensors(self, bio: fx.GraphModule) -> bool:
         """Whether a tensor with which the trace computed, in an attribute or outside, was written to."""
         watched = (*self._own_tensors, *self._tensors_outside(bio), *self._equal_tensors)
         return self._was_written or any(tensor.is_written() for tensor in watched)
 
-    def _tensors_outside(self, bio: nn.Module) -> list[_WatchedTensor]:
+    def _tensors_outside(self, bio: fx.GraphModule) -> list[_WatchedTensor]:
         """The tensors outside of the model."""
         if self._outside_tensors is None:
             outside = self._outside_of(bio) if self._outside is None else self._outside
-            self._outside_tensors = _watched(outside.tensors, self._registered(bio))
+            self._outside_tensors = _watched(outside.tensors, self._tensors_inside())
         return self._outside_tensors
 
-    def _registered(self, bio: nn.Module) -> list[Tensor]:
-        """The tensors of the model, which the graph reads anew, and those in its attributes, which are watched."""
-        return [*bio.parameters(), *bio.buffers(), *(watched.tensor for watched in self._own_tensors)]
+    def _tensors_inside(self) -> list[Tensor]:
+        return [watched.tensor for watched in self._own_tensors]
 
     def _holds(self) -> bool:
         """Whether the shallow copies of the last full comparison still equal their originals; a fast test."""
@@ -368,19 +368,23 @@ class Guard:
         # Graphs, such as the model itself, have a forward of their own, which is replaced in each copy.
         return {path: _forward_of(module) for path, module in modules if not isinstance(module, fx.GraphModule)}
 
-    def _changed_outside(self, bio: nn.Module) -> _Change | None:
+    def _changed_outside(self, bio: fx.GraphModule) -> _Change | None:
         """Describe the first change of a variable outside of the model; None if there is none."""
-        if self._outside is None or not self._outside.is_same():
+        if self._outside is None or self._changed_name or not self._is_same_outside(bio, self._outside):
             self._outside = self._outside_of(bio)
             self._changed_name = first_difference(self._keys, self._outside.keys) or ""
             known = (watched.tensor for watched in self._tensors_outside(bio))
-            self._equal_tensors = _watched(self._outside.tensors, [*self._registered(bio), *known])
+            self._equal_tensors = _watched(self._outside.tensors, [*self._tensors_inside(), *known])
         if not self._changed_name:
             return None
         return _Change(f"the variable {self._changed_name}, which forward reads, changed")
 
-    def _outside_of(self, bio: nn.Module) -> OutsideVariables:
-        return OutsideVariables(self._modules_of(bio), frozenset(self._assigned))
+    def _is_same_outside(self, bio: nn.Module, outside: OutsideVariables) -> bool:
+        """Whether variables outside of the model are the same, and the graph reads the tensors that these hold."""
+        return outside.is_same() and all(_tensor(bio, name) is tensor for name, tensor in outside.met.items())
+
+    def _outside_of(self, bio: fx.GraphModule) -> OutsideVariables:
+        return OutsideVariables(self._modules_of(bio), frozenset(self._assigned), _read_anew(bio))
 
     def _modules_of(self, bio: nn.Module) -> dict[str, nn.Module]:
         """The traced modules that are still there, by path."""
@@ -436,6 +440,15 @@ def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
         around = accumulate(path.split("."), "{}.{}".format)
         if not isinstance(module, Synapses | HelperModule | fx.GraphModule) and called.isdisjoint(around):
             yield path
+
+
+def _read_anew(bio: fx.GraphModule) -> dict[int, str]:
+    """The names of the parameters and buffers that the graph, or a module that it calls, reads in each call, by id."""
+    registered = dict(chain(bio.named_parameters(remove_duplicate=False), bio.named_buffers(remove_duplicate=False)))
+    read = {str(node.target) for node in bio.graph.find_nodes(op="get_attr")}
+    called = tuple(f"{node.target}." for node in bio.graph.find_nodes(op="call_module"))
+    names = (name for name in registered if name in read or name.startswith(called))
+    return {id(registered[name]): name for name in names}
 
 
 def _tied_names(bio: fx.GraphModule) -> list[tuple[str, str]]:

@@ -62,13 +62,21 @@ class OutsideVariables:
     Args:
         modules: the modules, by their paths.
         but: attributes of modules to ignore, because forward itself assigns them: paths and names.
+        followed: names of tensors whose present values are always read, by id: writes do not change these variables.
 
     Attributes:
         keys: what is compared, by the names of variables; equal in copies and in other processes.
+        met: the tensors of `followed` that variables hold, by name.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], but: frozenset[tuple[str, str]] = frozenset()) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        but: frozenset[tuple[str, str]] = frozenset(),
+        followed: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
         self._modules, self._but, self._packages = dict(modules), but, _packages_of(modules.values())
+        self._followed = followed
         self._types = [(module, type(module)) for module in self._modules.values()]
         names = frozenset({"forward"})
         while True:  # the code that is reached names attributes, in which more code is found
@@ -167,6 +175,7 @@ class OutsideVariables:
         self._orders: list[tuple[Any, list[Any]]] = []  # dictionaries, and their keys, whose order equality ignores
         self._arrays: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
+        self.met: dict[str, Tensor] = {}
         self._generators: list[tuple[str, Any, Any]] = []
         self._seen: dict[int, Any] = {}
         for cls in dict.fromkeys(map(type, self._modules.values())):  # the guard compares the classes themselves
@@ -192,6 +201,9 @@ class OutsideVariables:
 
     def _key(self, value: Any) -> Any:
         """The key of a value. Of an object that is followed, it is the class: its attributes have their own keys."""
+        if id(value) in self._followed:
+            self.met[self._followed[id(value)]] = value
+            return self._followed[id(value)]
         is_object = not isinstance(value, (*KEYED, *CONTAINERS, nn.Module))
         is_followed = is_object and (type(value) in NAMESPACES or self._follows(type(value).__module__))
         return type(value).__qualname__ if is_followed else key_of(value)
@@ -211,7 +223,7 @@ class OutsideVariables:
 
     def _parts(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Tensor):
-            self.tensors.append(value)
+            self.tensors += [value] if id(value) not in self._followed else []
         elif isinstance(value, FunctionType):
             yield from self._of_function(label, value)
         elif is_generator(value):

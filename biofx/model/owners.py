@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import CellType, FunctionType
 from typing import Any
@@ -290,20 +291,41 @@ def derived_anew(cls: Any, known: Callable[[Any], Any]) -> Any:
     if (found := known(cls)) is not None:
         return found
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    result = type(cls)(cls.__name__, tuple(derived_anew(base, known) for base in cls.__bases__), own)
+    bases = [derived_anew(base, known) for base in cls.__bases__]
+    result = type(cls)(cls.__name__, tuple(bases), own)
+    others = [(cls, result), *zip(cls.__bases__, bases, strict=True)]
     for name, value in own.items():
-        if isinstance(value, FunctionType) and "__class__" in value.__code__.co_freevars:  # it calls `super()`
-            setattr(result, name, _defined_in(result, value))
+        if (method := _referring_to(others, value)) is not value:
+            setattr(result, name, method)
     return result
 
 
-def _defined_in(cls: type, function: FunctionType) -> FunctionType:
-    """A copy of a function whose `super()` is that of another class."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    closure = tuple(CellType(cls) if name == "__class__" else cell for name, cell in cells)
-    copied = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
-    copied.__kwdefaults__ = function.__kwdefaults__
+def _referring_to(others: Collection[tuple[Any, Any]], value: Any) -> Any:
+    """A method, property or function that refers to other classes, as by `super()`; the value itself if it does not."""
+    if isinstance(value, property):
+        parts = value.fget, value.fset, value.fdel
+        found = [_referring_to(others, part) for part in parts]
+        return value if all(map(operator.is_, found, parts)) else property(found[0], found[1], found[2], value.__doc__)
+    if isinstance(value, staticmethod | classmethod):
+        inner = _referring_to(others, value.__func__)
+        return value if inner is value.__func__ else type(value)(inner)
+    if not isinstance(value, FunctionType):
+        return next((new for old, new in others if old is value), value)
+    cells = [(cell, _in_cell(cell)) for cell in value.__closure__ or ()]
+    found = [CellType(new) if (new := _referring_to(others, held)) is not held else cell for cell, held in cells]
+    if all(cell is new for (cell, _), new in zip(cells, found, strict=True)):
+        return value
+    copied = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(found))
+    copied.__kwdefaults__ = value.__kwdefaults__
+    vars(copied).update(vars(value))
     return copied
+
+
+def _in_cell(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 @functools.cache

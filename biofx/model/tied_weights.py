@@ -31,7 +31,9 @@ class TiedWeights:
         """The tensors in the places of tied weights, by the synapses of these."""
         replaced: dict[nn.Module, Tensor] = {}
         for path, key in self.places():
-            owner = model.get_submodule(path)
+            owner = _module_at(model, path)
+            if owner is None:  # it was removed since
+                continue
             given, synapses = owner._parameters.get(key), owner._modules.get(CHILD.format(key))
             if given is not None and isinstance(synapses, Synapses):
                 replaced[synapses] = given
@@ -43,6 +45,13 @@ class TiedWeights:
         replaced = self.replaced(model)
         with weight_cache.caching(), weight_cache.substituted(replaced) if replaced else nullcontext():
             yield
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def _places_in(reference: weakref.ref[nn.Module]) -> Callable[[], tuple[tuple[str, str], ...]]:

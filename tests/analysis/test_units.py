@@ -213,6 +213,32 @@ def test_a_forward_may_need_gradients():
     assert [row["operator"] for row in found.rows] == ["linear, grad", "linear"]
 
 
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_a_forward_that_replaces_that_of_the_model_is_run(how):
+    """The model's own forward ran, so units were told of what calls do not compute."""
+    x = torch.randn(2, 3)
+    bio = biofx.transform(Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(3, 4), b=nn.Linear(4, 3)), "split-synapses")
+    inner = bio.forward
+    if how == "class":
+        bio.__class__ = type("Derived", (type(bio),), {"forward": lambda self, x: inner(inner(x).flip(-1))})
+    else:
+        bio.forward = lambda x: inner(inner(x).flip(-1))
+    assert feeds(biofx.units(bio, x), "a.weight") == run("b.weight", 2, 1, 0)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_forward_asks_weights_of_synapses_as_it_asks_parameters(is_frozen):
+    """While units were found, no weight required a gradient, so forward took another way than in a call."""
+    model = Net(
+        lambda m, x: m.b(torch.relu(m.a(x)) if m.a.weight.requires_grad else torch.tanh(m.a(x))),
+        a=nn.Linear(3, 4).requires_grad_(not is_frozen),
+        b=nn.Linear(4, 2),
+    )
+    bio, x = biofx.transform(model, "split-synapses", example_inputs=torch.randn(2, 3)), torch.randn(2, 3)
+    signed_by = "tanh" if is_frozen else ""
+    assert [biofx.units(each, x).rows[1]["signed_by"] for each in (model, bio)] == [signed_by, signed_by]
+
+
 def test_wrappers_are_looked_through():
     bio = biofx.transform(mlp(4, 8, 2), [passes.SplitSynapses()])
     assert str(biofx.units(nn.DataParallel(bio))) == str(biofx.units(bio)) == str(biofx.units(mlp(4, 8, 2)))

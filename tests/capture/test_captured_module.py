@@ -4,6 +4,7 @@ import collections
 import copy
 import functools
 import io
+import pickle
 import types
 
 import pytest
@@ -385,6 +386,27 @@ def derive(model):
     model.__class__ = Doubled
 
 
+def derive_by_name(model):
+    original = type(model)
+
+    class Shift:
+        factor = 2
+
+        def shifted(self, x):
+            return x + 1
+
+    class Shifted(original, Shift):
+        @property
+        def factor(self):
+            return super().factor + 1
+
+        def forward(self, x):
+            plain = lambda: original.forward(self, x)  # noqa: E731
+            return super().shifted(plain()) * self.factor
+
+    model.__class__ = Shifted
+
+
 def parametrize_bias(model):
     parametrize.register_parametrization(model, "bias", nn.ReLU())
 
@@ -397,7 +419,7 @@ def recompiled(bio):
 COPIES = (copy.deepcopy, copy.copy, recompiled, biofx.fold)
 
 
-@pytest.mark.parametrize("change", [derive, parametrize_bias])
+@pytest.mark.parametrize("change", [derive, derive_by_name, parametrize_bias])
 @pytest.mark.parametrize("passed_on", COPIES)
 def test_a_class_derived_since_the_transform_stays(change, passed_on):
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
@@ -407,8 +429,17 @@ def test_a_class_derived_since_the_transform_stays(change, passed_on):
     torch.testing.assert_close(passed_on(bio)(x), model(x))
 
 
-def test_a_model_with_a_class_derived_since_is_not_pickled():
+def test_a_model_with_a_class_derived_since_is_not_saved(tmp_path):
     bio = biofx.transform(nn.Linear(3, 2), "split-synapses")
     derive(bio)
+    for save in (pickle.dumps, lambda model: biofx.save(model, tmp_path / "model")):
+        with pytest.raises(biofx.SavingError, match="Doubled.*state_dict"):
+            save(bio)
+
+
+def test_nor_is_a_folded_graph_with_such_a_class():
+    """Its pickle was one of the graph alone."""
+    folded = biofx.fold(biofx.transform(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), "group-units"))
+    derive(folded)
     with pytest.raises(biofx.SavingError, match="Doubled.*state_dict"):
-        reloaded(bio)
+        pickle.dumps(folded)

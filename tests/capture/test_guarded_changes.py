@@ -360,3 +360,96 @@ def test_a_needed_graph_refuses_a_module_of_another_class(place):
     for one in (bio, copy.deepcopy(bio)):
         with pytest.raises(biofx.CaptureError, match="Derived.helper.*changed since the transform"):
             one(X)
+
+
+def test_an_edited_graph_asks_its_own_arguments():
+    """An argument that an edit moved or took away was refused as one of another kind."""
+    model = Asks()
+    bio = biofx.transform(model, "split-synapses", example_inputs=lambda m: m(X, ONE, parts=PARTS))
+    _, mask, *_ = bio.graph.find_nodes(op="placeholder")
+    with bio.graph.inserting_before(mask):
+        mask.replace_all_uses_with(bio.graph.call_function(torch.full, ((3,), -1.0), {"dtype": ONE.dtype}))
+    bio.graph.erase_node(mask)
+    bio.recompile()
+    torch.testing.assert_close(bio(X, parts=PARTS), model(X, -ONE, parts=PARTS))
+    with pytest.raises(biofx.ArgumentError, match="argument factor is"):
+        bio(X, parts=PARTS, factor=2)
+
+
+class Table(nn.Module):
+    """Computes with a tensor while it is traced, or, as an island, not at all."""
+
+    def __init__(self, table, is_island=False):
+        super().__init__()
+        self.table, self.is_island = table, is_island
+
+    def forward(self, x):
+        return x + float(x.sum()) * 0 if self.is_island else x * (self.table * 2).sum()
+
+
+def test_a_needed_graph_watches_what_an_island_holds_as_well():
+    """The tensor was found in the island, whose attributes are not watched, so writes were lost in silence."""
+    model = nn.Sequential(Table(ONE.clone(), is_island=True), nn.Linear(3, 3).double())
+    model.append(Table(model[0].table))
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=X)
+    torch.testing.assert_close(bio(X), model(X))
+    bio[2].table.mul_(3)
+    with pytest.raises(biofx.CaptureError, match="a tensor in an attribute"):
+        bio(X)
+
+
+class Lists(nn.Module):
+    """Reads a buffer and a parameter from lists."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.fc, self.gain = nn.Linear(3, 3).double(), nn.Parameter(ONE.clone())
+        self.register_buffer("table", ONE.clone())
+        self.tables, self.gains, self.read = [self.table], [self.gain], read
+
+    def forward(self, x):
+        return self.fc(x) * self.read(self.tables[0], self.gains[0])
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_needed_graph_follows_a_buffer_in_a_list(frontend):
+    """It was a constant of torch.export, and a copy after the write was refused."""
+    model = Lists(lambda table, gain: table)
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=X, frontend=frontend)
+    for each in (model, bio):
+        each.table.mul_(3)
+    for each in (bio, copy.deepcopy(bio), copy.copy(bio)):
+        torch.testing.assert_close(each(X), model(X))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_needed_graph_refuses_another_buffer_than_a_list_holds(frontend):
+    """The graph read the new one by its name, and forward the one in the list."""
+    model = Lists(lambda table, gain: table)
+    bio = biofx.transform(model, "synaptic-scaling", example_inputs=X, frontend=frontend)
+    before = bio.table
+    bio.table = ONE * 2
+    for _ in range(2):
+        with pytest.raises(biofx.CaptureError, match=r"tables\[0\]"):
+            bio(X)
+    bio.table = before
+    torch.testing.assert_close(bio(X), model(X))
+    with pytest.raises(biofx.CaptureError, match=r"tables\[0\]"):
+        torch.func.functional_call(bio, {"table": ONE * 2}, (X,))
+    torch.testing.assert_close(bio(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("read", "frontend"),
+    [
+        (lambda table, gain: torch.tensor(table.tolist(), dtype=table.dtype), "symbolic"),
+        (lambda table, gain: gain.detach(), "export"),
+    ],
+)
+def test_a_needed_graph_watches_what_became_a_constant(read, frontend):
+    """Parameters and buffers were not watched, though the graph held their values."""
+    bio = biofx.transform(Lists(read), "synaptic-scaling", example_inputs=X, frontend=frontend)
+    with torch.no_grad():
+        (bio.gain if frontend == "export" else bio.table).mul_(3)
+    with pytest.raises(biofx.CaptureError, match="was written into"):
+        bio(X)

@@ -51,3 +51,18 @@ def test_weights_that_are_tied_after_the_transform():
     for each in (model, bio):
         each[1].weight = each[0].weight
     torch.testing.assert_close(functional_call(bio, given, (TOKENS,)), functional_call(model, given, (TOKENS,)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_with_a_tied_weight_may_be_removed(compiled):
+    """Its place was looked up in each call, which failed."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    model[1].weight = model[2].weight = model[0].weight
+    bio, x = biofx.transform(model, "split-synapses"), torch.randn(2, 4)
+    call = torch.compile(bio, backend="eager") if compiled else bio
+    call(x)
+    for each in (model, bio):
+        del each[2]
+    torch.testing.assert_close(call(x), model(x))
+    given = {"0.weight": torch.ones(4, 4)}
+    torch.testing.assert_close(functional_call(bio, given, (x,)), functional_call(model, given, (x,)))

@@ -286,8 +286,11 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram, monitor: _Exp
             tensor = attribute(model, _name(str(spec.target)))
             targets[node] = first[id(tensor)]
         elif spec.kind is InputKind.CONSTANT_TENSOR:
-            targets[node] = _name(str(spec.target)).replace(".", "_")
-            constants[targets[node]] = _constant(program.constants[str(spec.target)])
+            constant = program.constants[str(spec.target)]
+            # Of a list or variable that holds a buffer, torch.export makes a constant, which would not follow writes.
+            targets[node] = first.get(id(constant), _name(str(spec.target)).replace(".", "_"))
+            if id(constant) not in first:
+                constants[targets[node]] = _constant(constant)
         else:
             raise CaptureError(f"torch.export turns {spec.target} into an input, which is not supported; {INSTEAD}")
     blocks: dict[str, ContextBlock] = {}
