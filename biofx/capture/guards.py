@@ -445,7 +445,11 @@ def _only_looked_at(bio: fx.GraphModule) -> Iterator[str]:
 def _read_anew(bio: fx.GraphModule) -> dict[int, str]:
     """The names of the parameters and buffers that the graph, or a module that it calls, reads in each call, by id."""
     registered = dict(chain(bio.named_parameters(remove_duplicate=False), bio.named_buffers(remove_duplicate=False)))
-    read = {str(node.target) for node in bio.graph.find_nodes(op="get_attr")}
+    live = set[fx.Node]()  # torch.export leaves reads whose results became constants
+    for node in reversed(bio.graph.nodes):
+        if node in live or node.is_impure():
+            live.update((node, *node.all_input_nodes))
+    read = {str(node.target) for node in bio.graph.find_nodes(op="get_attr") if node in live}
     called = tuple(f"{node.target}." for node in bio.graph.find_nodes(op="call_module"))
     names = (name for name in registered if name in read or name.startswith(called))
     return {id(registered[name]): name for name in names}
