@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from biofx.capture.assignments import assign_attribute
 from biofx.capture.call_structure import CallStructure, is_plain, kinds, other_kind, placeholders, structure
 from biofx.capture.outside_variables import OutsideVariables, attributes_of, first_difference
 from biofx.capture.tracer import HelperModule
-from biofx.capture.variable_keys import can_be_compared
+from biofx.capture.watched_tensors import WatchedTensor, watch
 from biofx.model.chain import attribute
 from biofx.model.changes import reason_for_graph
 from biofx.model.islands import ORIGINAL_CLASS, WHOLE_MODEL
@@ -63,43 +63,6 @@ class _Change(NamedTuple):
 
     what: str
     same_way: bool = False
-
-
-class _WatchedTensor(NamedTuple):
-    """A tensor with which a trace computed, its version, and its values if they can be compared without a wait."""
-
-    tensor: Tensor
-    version: int
-    values: Tensor | None
-
-    @classmethod
-    def now(cls, tensor: Tensor) -> _WatchedTensor:
-        """Watch a tensor."""
-        return cls(tensor, tensor._version, tensor.detach().clone() if _is_at_hand(tensor) else None)
-
-    def in_copy(self) -> _WatchedTensor:
-        """Watch on from the present version: after copying, the tensor is the copy, which counts its own writes."""
-        return self._replace(version=self.tensor._version)
-
-    def is_written(self) -> bool:
-        """Whether it was written to since; writes through `data` or NumPy do not raise the version."""
-        if self.tensor._version != self.version:
-            return True
-        if self.values is None:
-            return False
-        return not _is_at_hand(self.tensor) or not torch.equal(self.values, self.tensor.detach())
-
-
-def _watched(tensors: Iterable[Tensor], but: Iterable[Tensor]) -> list[_WatchedTensor]:
-    """Watch tensors, except for some, and for inference tensors, which do not count writes."""
-    left_out = set(map(id, but))
-    found = {id(x): x for x in tensors if id(x) not in left_out and not x.is_inference()}
-    return [_WatchedTensor.now(x) for x in found.values()]
-
-
-def _is_at_hand(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be compared quickly, and without waiting for a device."""
-    return tensor.device.type == "cpu" and can_be_compared(tensor)
 
 
 class Guard:
@@ -139,10 +102,10 @@ class Guard:
         self._names = self._outside.names
         followed = [attribute(bio, name) for name in record_of(bio).followed]
         own = (x for _, _, x in kept_in_attributes(bio, self.traced) if isinstance(x, Tensor))
-        self._own_tensors = _watched(own, followed)
+        self._own_tensors = watch(own, followed)
         self._was_written = False
-        self._outside_tensors: list[_WatchedTensor] | None = None
-        self._equal_tensors: list[_WatchedTensor] = []  # that took the places of some outside of the model
+        self._outside_tensors: list[WatchedTensor] | None = None
+        self._equal_tensors: list[WatchedTensor] = []  # that took the places of some outside of the model
         self._tensors_outside(bio)
         self.watch(bio)
 
@@ -302,11 +265,11 @@ class Guard:
         watched = (*self._own_tensors, *self._tensors_outside(bio), *self._equal_tensors)
         return self._was_written or any(tensor.is_written() for tensor in watched)
 
-    def _tensors_outside(self, bio: fx.GraphModule) -> list[_WatchedTensor]:
+    def _tensors_outside(self, bio: fx.GraphModule) -> list[WatchedTensor]:
         """The tensors outside of the model."""
         if self._outside_tensors is None:
             outside = self._outside_of(bio) if self._outside is None else self._outside
-            self._outside_tensors = _watched(outside.tensors, self._tensors_inside())
+            self._outside_tensors = watch(outside.tensors, self._tensors_inside())
         return self._outside_tensors
 
     def _tensors_inside(self) -> list[Tensor]:
@@ -374,7 +337,7 @@ class Guard:
             self._outside = self._outside_of(bio)
             self._changed_name = first_difference(self._keys, self._outside.keys) or ""
             known = (watched.tensor for watched in self._tensors_outside(bio))
-            self._equal_tensors = _watched(self._outside.tensors, [*self._tensors_inside(), *known])
+            self._equal_tensors = watch(self._outside.tensors, [*self._tensors_inside(), *known])
         if not self._changed_name:
             return None
         return _Change(f"the variable {self._changed_name}, which forward reads, changed")
