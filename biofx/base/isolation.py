@@ -181,18 +181,29 @@ def _sketch(tensor: Tensor) -> Tensor:
     return torch.cat([factors @ flat[:deep].view(DEEP, -1), flat[deep:]])
 
 
+_undisturbed = 0  # how many blocks of `undisturbed` run, in all threads
+
+
+def uses_copies() -> bool:
+    """Whether a model uses copies of its buffers, in place of those that lists and variables may hold as well."""
+    return _undisturbed > 0
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a block in which a model uses copies of its buffers; restore its attributes and random numbers afterwards."""
+    global _undisturbed
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
     buffers_of_all = list(model.buffers())
     copies = {id(buffer): lazy_copy(buffer) for buffer in buffers_of_all}
+    _undisturbed += 1
     try:
         for module, buffers, _ in saved:
             _put_buffers(module, {name: None if b is None else copies[id(b)] for name, b in buffers.items()})
         with unchanged(model), torch.random.fork_rng():
             yield
     finally:
+        _undisturbed -= 1
         for module, buffers, mode in saved:
             _put_buffers(module, buffers)
             module.training = mode

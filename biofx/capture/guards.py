@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.contents import contents_key, copy_of, holders, is_holder
 from biofx.base.errors import CaptureError, InputError
-from biofx.base.isolation import kept_in_attributes
+from biofx.base.isolation import kept_in_attributes, uses_copies
 from biofx.base.references import made_anew
 from biofx.base.torch_internals import HOOKS, has_global_hooks
 from biofx.capture.assignments import assign_attribute
@@ -150,6 +150,7 @@ class Guard:
             return mine._first_change(it) is None and not (mine.needs is not None and has_global_hooks())
 
         self.still_holds: Callable[[], bool] | None = still_holds
+        self._followed = _read_anew(bio)
         if not self.is_idle:
             self._tensors_outside(bio)
 
@@ -167,6 +168,7 @@ class Guard:
         """Derive the state of the guard from the graph and the modules, after either may have changed."""
         self.needs = reason_for_graph(bio)
         self.defaults = placeholders(bio.graph)  # which an edit may rename, move, add or remove
+        self._followed = _read_anew(bio)
         self.widened_by = _doubling_pass(bio)
         self._held: _LastComparison | None = None
         self._helpers: list[tuple[nn.Module, nn.Module]] | None = None
@@ -333,21 +335,21 @@ class Guard:
 
     def _changed_outside(self, bio: fx.GraphModule) -> _Change | None:
         """Describe the first change of a variable outside of the model; None if there is none."""
-        if self._outside is None or self._changed_name or not self._is_same_outside(bio, self._outside):
+        if self._outside is None or not self._outside.is_same():
             self._outside = self._outside_of(bio)
             self._changed_name = first_difference(self._keys, self._outside.keys) or ""
             known = (watched.tensor for watched in self._tensors_outside(bio))
             self._equal_tensors = watch(self._outside.tensors, [*self._tensors_inside(), *known])
-        if not self._changed_name:
-            return None
-        return _Change(f"the variable {self._changed_name}, which forward reads, changed")
+        changed = self._changed_name or self._parted(bio)
+        return _Change(f"the variable {changed}, which forward reads, changed") if changed else None
 
-    def _is_same_outside(self, bio: nn.Module, outside: OutsideVariables) -> bool:
-        """Whether variables outside of the model are the same, and the graph reads the tensors that these hold."""
-        return outside.is_same() and all(_tensor(bio, name) is tensor for name, tensor in outside.met.items())
+    def _parted(self, bio: nn.Module) -> str:
+        """A variable that held a tensor of the model where the graph reads another one now; empty if there is none."""
+        met = {} if self._outside is None or uses_copies() else self._outside.met
+        return next((label for label, (name, tensor) in met.items() if _tensor(bio, name) is not tensor), "")
 
     def _outside_of(self, bio: fx.GraphModule) -> OutsideVariables:
-        return OutsideVariables(self._modules_of(bio), frozenset(self._assigned), _read_anew(bio))
+        return OutsideVariables(self._modules_of(bio), frozenset(self._assigned), self._followed)
 
     def _modules_of(self, bio: nn.Module) -> dict[str, nn.Module]:
         """The traced modules that are still there, by path."""
@@ -414,6 +416,7 @@ def _read_anew(bio: fx.GraphModule) -> dict[int, str]:
             live.update((node, *node.all_input_nodes))
     read = {str(node.target) for node in bio.graph.find_nodes(op="get_attr") if node in live}
     called = tuple(f"{node.target}." for node in bio.graph.find_nodes(op="call_module"))
+    read -= {*record_of(bio).constants}  # which only a fold takes for tensors of the model
     names = (name for name in registered if name in read or name.startswith(called))
     return {id(registered[name]): name for name in names}
 

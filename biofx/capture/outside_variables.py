@@ -66,7 +66,7 @@ class OutsideVariables:
 
     Attributes:
         keys: what is compared, by the names of variables; equal in copies and in other processes.
-        met: the tensors of `followed` that variables hold, by name.
+        met: the tensors of `followed` that variables hold, with their names in it, by the names of the variables.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class OutsideVariables:
         self._orders: list[tuple[Any, list[Any]]] = []  # dictionaries, and their keys, whose order equality ignores
         self._arrays: list[tuple[Any, Any]] = []
         self.tensors: list[Tensor] = []
-        self.met: dict[str, Tensor] = {}
+        self.met: dict[str, tuple[str, Tensor]] = {}
         self._generators: list[tuple[str, Any, Any]] = []
         self._seen: dict[int, Any] = {}
         for cls in dict.fromkeys(map(type, self._modules.values())):  # the guard compares the classes themselves
@@ -202,7 +202,6 @@ class OutsideVariables:
     def _key(self, value: Any) -> Any:
         """The key of a value. Of an object that is followed, it is the class: its attributes have their own keys."""
         if id(value) in self._followed:
-            self.met[self._followed[id(value)]] = value
             return self._followed[id(value)]
         is_object = not isinstance(value, (*KEYED, *CONTAINERS, nn.Module))
         is_followed = is_object and (type(value) in NAMESPACES or self._follows(type(value).__module__))
@@ -215,6 +214,8 @@ class OutsideVariables:
             name, each = pending.pop()
             try:
                 self.keys[name] = self._key(each)
+                if id(each) in self._followed:
+                    self.met[name] = self._followed[id(each)], each
                 if type(each) not in PLAIN and id(each) not in self._seen:
                     self._seen[id(each)] = each  # kept alive, so that its id stays unique
                     pending += self._parts(name, each)

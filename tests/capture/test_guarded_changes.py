@@ -423,6 +423,16 @@ def test_a_needed_graph_follows_a_buffer_in_a_list(frontend):
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_checks_on_copies_of_buffers_are_no_changes(frontend):
+    """A list went on to hold the buffer itself, so a transform with a pass that needs the graph was refused."""
+    model = Lists(lambda table, gain: table)
+    bio = biofx.transform(model, "group-units{size=3}", example_inputs=X, frontend=frontend)
+    again = biofx.transform(copy.deepcopy(bio), "fuzzy-learning-rates", example_inputs=X)
+    torch.testing.assert_close(again(X), bio(X))
+    biofx.verify(bio)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
 def test_a_needed_graph_refuses_another_buffer_than_a_list_holds(frontend):
     """The graph read the new one by its name, and forward the one in the list."""
     model = Lists(lambda table, gain: table)
