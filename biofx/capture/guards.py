@@ -412,7 +412,8 @@ def _read_anew(bio: fx.GraphModule) -> dict[int, str]:
     registered = dict(chain(bio.named_parameters(remove_duplicate=False), bio.named_buffers(remove_duplicate=False)))
     live = set[fx.Node]()  # torch.export leaves reads whose results became constants
     for node in reversed(bio.graph.nodes):
-        if node in live or node.is_impure():
+        # `is_impure` asks the module of a call, which a user may have dropped.
+        if node in live or node.op == "call_module" or node.is_impure():
             live.update((node, *node.all_input_nodes))
     read = {str(node.target) for node in bio.graph.find_nodes(op="get_attr") if node in live}
     called = tuple(f"{node.target}." for node in bio.graph.find_nodes(op="call_module"))
