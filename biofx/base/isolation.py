@@ -181,7 +181,7 @@ def _sketch(tensor: Tensor) -> Tensor:
     return torch.cat([factors @ flat[:deep].view(DEEP, -1), flat[deep:]])
 
 
-_undisturbed = 0  # how many blocks of `undisturbed` run, in all threads
+_undisturbed = 0  # how many blocks of `undisturbed` run; only what holds `LOCK` changes it
 
 
 def uses_copies() -> bool:
@@ -196,14 +196,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     saved = [(module, dict(module._buffers), module.training) for module in model.modules()]
     buffers_of_all = list(model.buffers())
     copies = {id(buffer): lazy_copy(buffer) for buffer in buffers_of_all}
-    _undisturbed += 1
     try:
         for module, buffers, _ in saved:
             _put_buffers(module, {name: None if b is None else copies[id(b)] for name, b in buffers.items()})
-        with unchanged(model), torch.random.fork_rng():
-            yield
+        with unchanged(model), torch.random.fork_rng():  # which holds the lock
+            _undisturbed += 1
+            try:
+                yield
+            finally:
+                _undisturbed -= 1
     finally:
-        _undisturbed -= 1
         for module, buffers, mode in saved:
             _put_buffers(module, buffers)
             module.training = mode
@@ -232,6 +234,13 @@ def kept_in_attributes(model: nn.Module, paths: Iterable[str] | None = None) -> 
                 if (isinstance(part, Tensor) or is_generator(part)) and id(part) not in seen:
                     seen.add(id(part))
                     yield path, name, part
+
+
+def tensors_in_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among them, by the name of the attribute."""
+    for path, name, kept in kept_in_attributes(model):
+        if isinstance(kept, Tensor):
+            yield f"{path}.{name}".lstrip("."), kept
 
 
 def _put_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from biofx.base.comparison import difference, difference_of
 from biofx.base.contents import tensors_in
 from biofx.base.generators import seed_global
-from biofx.base.isolation import gradients, kept_in_attributes, parameters_kept, undisturbed
+from biofx.base.isolation import gradients, parameters_kept, tensors_in_attributes, undisturbed
 from biofx.base.lazy_copies import lazy_copy
 from biofx.base.precision import coarsest_dtype
 from biofx.base.torch_internals import is_transformed_by_functions, pytree
@@ -146,8 +146,7 @@ def _behaviour(
         model.train(training)
         seed_global()
         versions = _versions(outside)
-        kept = kept_in_attributes(model)
-        held = [(f"{path}.{name}".lstrip("."), x) for path, name, x in kept if isinstance(x, Tensor)]
+        held = [*tensors_in_attributes(model)]
         tensors, slopes = [], []
         for _ in range(2):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from biofx.base.copying import has_strides
 from biofx.base.errors import ArgumentError
-from biofx.base.isolation import kept_in_attributes
+from biofx.base.isolation import tensors_in_attributes
 from biofx.base.modules import check_module
 from biofx.base.shards import is_sharded
 from biofx.base.torch_internals import memory_of
@@ -104,8 +104,7 @@ def refuse_shared_memory(model: nn.Module, read: Collection[str]) -> None:
         ArgumentError: says what to do instead.
     """
     places: dict[tuple[int, torch.dtype], dict[int, tuple[str, Tensor]]] = {}
-    kept = ((f"{path}.{name}".lstrip("."), x) for path, name, x in kept_in_attributes(model) if isinstance(x, Tensor))
-    attributes = ((name, tensor) for name, tensor in kept if name in read)
+    attributes = ((name, tensor) for name, tensor in tensors_in_attributes(model) if name in read)
     for name, tensor in (*model.named_parameters(), *model.named_buffers(), *attributes):
         if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and has_strides(tensor) and tensor.numel():
             places.setdefault((memory_of(tensor), tensor.dtype), {}).setdefault(id(tensor), (name, tensor))

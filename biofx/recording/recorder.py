@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from biofx.base.contents import tensors_in
 from biofx.base.generators import seed_global
-from biofx.base.isolation import kept_in_attributes, parameters_kept, undisturbed
+from biofx.base.isolation import parameters_kept, tensors_in_attributes, undisturbed
 from biofx.base.torch_internals import (
     HigherOrderOperator,
     StorageWeakRef,
@@ -102,9 +102,9 @@ class Recorder(TorchDispatchMode):
             self.declare(parameter, "parameter", name)
         for name, buffer in model.named_buffers():
             self.declare(buffer, "buffer", name)
-        for path, name, tensor in kept_in_attributes(model):
-            if isinstance(tensor, Tensor) and tensor not in self._values:
-                self.declare(tensor, "constant", f"{path}.{name}".lstrip("."))
+        for name, tensor in tensors_in_attributes(model):
+            if tensor not in self._values:
+                self.declare(tensor, "constant", name)
 
     def declare_inputs(self, named: Mapping[str, Any]) -> None:
         """Register the tensors in some arguments as inputs, unless the model itself made them in an earlier call."""

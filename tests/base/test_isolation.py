@@ -11,7 +11,17 @@ import torch
 from torch import nn
 
 import biofx
-from biofx.base.isolation import Snapshot, gradients, parameters_kept, run_in_mode, sketch, split_inputs, unchanged
+from biofx.base.isolation import (
+    Snapshot,
+    gradients,
+    parameters_kept,
+    run_in_mode,
+    sketch,
+    split_inputs,
+    unchanged,
+    undisturbed,
+    uses_copies,
+)
 
 
 class Unclean(nn.Module):
@@ -403,3 +413,14 @@ def test_results_in_objects_are_results():
     model = Widening()
     expected = model(Graph(torch.ones(4, 3))).x
     assert any(torch.equal(x, expected) for x in run_in_mode(model, (Graph(torch.ones(4, 3)),)))
+
+
+def test_copies_of_buffers_end_with_the_block():
+    model = nn.BatchNorm1d(2)
+    before = model.running_mean
+    with pytest.raises(ZeroDivisionError), undisturbed(model):
+        assert uses_copies()
+        assert model.running_mean is not before
+        raise ZeroDivisionError
+    assert not uses_copies()
+    assert model.running_mean is before
