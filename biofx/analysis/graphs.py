@@ -19,7 +19,7 @@ from biofx.base.torch_internals import pytree
 from biofx.model import weight_cache
 from biofx.model.chain import attribute, chain, compute, parameter_nodes
 from biofx.model.changes import reason_for_graph
-from biofx.model.islands import PRESENT_FORWARD, is_one_island
+from biofx.model.islands import PRESENT_FORWARD, generated_class, is_one_island
 from biofx.model.provenance import is_transformed
 from biofx.model.synapses import Synapses, synapses_in, synapses_of
 from biofx.recording.catalog import COPIES, Kind
@@ -92,11 +92,14 @@ def as_recorded(
         return _run(bio, recorder, known, bound.arguments, dtype)
 
     # In its class, so that a forward that the user derived or assigned runs around it.
-    cls: Any = next(each for each in type(bio).__mro__ if PRESENT_FORWARD in vars(each))
+    cls = generated_class(bio)
     signature = inspect.signature(cls.forward)
     forward.__signature__ = signature  # type: ignore[attr-defined]  # inputs have their names
-    patched = patch.object(cls, "forward", forward), patch.object(cls, PRESENT_FORWARD, forward)
-    with patched[0], patched[1], weight_cache.substituted(known):
+    with (
+        patch.object(cls, "forward", forward),
+        patch.object(cls, PRESENT_FORWARD, forward),
+        weight_cache.substituted(known),
+    ):
         yield
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from biofx.analysis.graphs import USES
 from biofx.base.copying import clones
+from biofx.base.derived_classes import derived_anew
 from biofx.base.errors import ArgumentError, CaptureError, ExportError, SavingError
 from biofx.base.references import repoint
 from biofx.base.torch_internals import DERIVED, pytree, reduce_graph_module, tracer_class
@@ -26,12 +27,19 @@ from biofx.model.checkpoints import METADATA_KEY, converted_checkpoint, other_op
 from biofx.model.definitions import written_name
 from biofx.model.fingerprint import fingerprint
 from biofx.model.forgotten_attach import warn_if_unattached
-from biofx.model.islands import GUARD, ORIGINAL_CLASS, ORIGINAL_HOOKS, PRESENT_FORWARD, WHOLE_MODEL, is_one_island
+from biofx.model.islands import (
+    GUARD,
+    ORIGINAL_CLASS,
+    ORIGINAL_HOOKS,
+    PRESENT_FORWARD,
+    WHOLE_MODEL,
+    generated_class,
+    is_one_island,
+)
 from biofx.model.owners import (
     HasSynapses,
     children_of,
     container_methods,
-    derived_anew,
     install_weight_properties,
     refresh_flat_weights,
     set_class,
@@ -104,7 +112,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate the code of forward from the graph."""
-        present, cls = type(self), _generated_class(self)
+        present, cls = type(self), generated_class(self)
         set_class(self, cls)  # of which `fully_shard` makes a subclass, where torch.fx would call itself for ever
         try:
             code = super().recompile()
@@ -132,12 +140,12 @@ class CapturedModule(HasSynapses, fx.GraphModule):
         return None if is_transformed(self) else self._deep_copy
 
     def _deep_copy(self, memo: dict[int, Any]) -> CapturedModule:
-        memo[id(self)] = copied = _empty(_generated_class(self).__name__, _model_class(self))
+        memo[id(self)] = copied = _empty(generated_class(self).__name__, _model_class(self))
         copy.deepcopy(_State(self), memo)
         return copied
 
     def __copy__(self) -> CapturedModule:
-        copied = _empty(_generated_class(self).__name__, _model_class(self))
+        copied = _empty(generated_class(self).__name__, _model_class(self))
         own = {*_OF_MODULES, GUARD, ORIGINAL_HOOKS}
         shared = {name: copy.copy(x) if name in own else x for name, x in _attributes(self).items()}
         _fill(copied, shared, copy.deepcopy(self.graph))
@@ -191,7 +199,7 @@ class CapturedModule(HasSynapses, fx.GraphModule):
                 # Hooks may refer to the model.
                 hooks: dict[str, Any] = {name: OrderedDict() for name in attributes if name.endswith("_hooks")}
                 return reduce_graph_module, (attributes | hooks, imports), attributes
-        return _empty, (_generated_class(self).__name__, _model_class(self)), _State(self)
+        return _empty, (generated_class(self).__name__, _model_class(self)), _State(self)
 
     def __setstate__(self, state: tuple[dict[str, Any], str, dict[str, Any], list[Any]] | None) -> None:
         if state is None:  # copy.deepcopy has filled it
@@ -339,18 +347,13 @@ def _model_class(model: nn.Module) -> type[nn.Module]:
     return cls
 
 
-def _generated_class(model: nn.Module) -> Any:
-    """Return the class that `_empty` made for a captured model, from which users may have derived another."""
-    return next(each for each in type(model).__mro__ if PRESENT_FORWARD in vars(each))
-
-
 def refuse_derived(model: nn.Module) -> None:
     """Raise if users have derived another class from that of a captured model.
 
     Raises:
         SavingError: says what to do instead.
     """
-    if type(model) is not _generated_class(model):
+    if type(model) is not generated_class(model):
         raise SavingError(
             f"{type(model).__name__} is not the class that biofx gave the model, and cannot be saved with it; save "
             "bio.state_dict(), or change the class of the original model and transform it"
@@ -359,7 +362,7 @@ def refuse_derived(model: nn.Module) -> None:
 
 def _derived_like(model: nn.Module, base: Any) -> Any:
     """Return the class that derives from `base` as the class of a captured model does from the generated one."""
-    generated = _generated_class(model)
+    generated = generated_class(model)
     return derived_anew(
         type(model), lambda each: base if each is generated else None if issubclass(each, generated) else each
     )

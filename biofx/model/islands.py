@@ -50,6 +50,11 @@ def describe_island(path: str) -> str:
     return f"the untraced submodule {path}" if path else "the model, which is untraced"
 
 
+def generated_class(model: nn.Module) -> Any:
+    """Return the class that capture made for a model, from which users may have derived another."""
+    return next(each for each in type(model).__mro__ if PRESENT_FORWARD in vars(each))
+
+
 def is_one_island(model: nn.Module) -> bool:
     """Whether the graph of a model is a single call of its Python forward."""
     return ORIGINAL_CLASS in vars(model)

@@ -468,7 +468,7 @@ def replaced_weights(owner: nn.Module) -> Iterator[str]:
 def synapses_of(model: nn.Module, name: str) -> Synapses | None:
     """Return the synapses of a weight by its name in the original model, or None if it has none."""
     path, _, key = name.rpartition(".")
-    owner = _submodule(model, path)
+    owner = submodule(model, path)
     return None if owner is None else child_of(owner, key)
 
 
@@ -491,14 +491,14 @@ def is_parameter(model: nn.Module, name: str) -> bool:
 
 def _find_stored(model: nn.Module, name: str) -> nn.Parameter | None:
     path, _, key = name.rpartition(".")
-    owner = _submodule(model, path)
+    owner = submodule(model, path)
     if owner is None:
         return None
     child = child_of(owner, key)
     return owner._parameters.get(key) if child is None else child.stored
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+def submodule(model: nn.Module, path: str) -> nn.Module | None:
     """A submodule; None if there is none. `get_submodule` takes longer, and each step looks up every weight."""
     module: nn.Module | None = model
     for name in path.split(".") if path else ():

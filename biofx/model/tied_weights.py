@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biofx.model import weight_cache
-from biofx.model.synapses import CHILD, Synapses
+from biofx.model.synapses import CHILD, Synapses, submodule
 
 _owners_made = 0  # in all models
 
@@ -31,7 +31,7 @@ class TiedWeights:
         """The tensors in the places of tied weights, by the synapses of these."""
         replaced: dict[nn.Module, Tensor] = {}
         for path, key in self.places():
-            owner = _module_at(model, path)
+            owner = submodule(model, path)
             if owner is None:  # it was removed since
                 continue
             given, synapses = owner._parameters.get(key), owner._modules.get(CHILD.format(key))
@@ -45,13 +45,6 @@ class TiedWeights:
         replaced = self.replaced(model)
         with weight_cache.caching(), weight_cache.substituted(replaced) if replaced else nullcontext():
             yield
-
-
-def _module_at(model: nn.Module, path: str) -> nn.Module | None:
-    module: nn.Module | None = model
-    for name in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(name)
-    return module
 
 
 def _places_in(reference: weakref.ref[nn.Module]) -> Callable[[], tuple[tuple[str, str], ...]]:
