@@ -23,7 +23,7 @@ from biofx.base.precision import outputs_differ
 from biofx.base.references import enclosed, held_parameters, listed_by_classes, repoint
 from biofx.base.torch_internals import has_hooks, memory_of
 from biofx.capture import symbolic
-from biofx.capture.call_structure import CallStructure, structure
+from biofx.capture.call_structure import CallStructure, kinds, placeholders, structure
 from biofx.capture.captured_module import REGISTRIES
 from biofx.capture.exported import exporting
 from biofx.capture.guards import Guard
@@ -221,11 +221,11 @@ def _guard(bio: fx.GraphModule, frontend: str, understood: Understanding | None,
     """The guard of a captured model, which may have an old one; None if its graph is a call of its Python."""
     if is_one_island(bio):
         return None
-    call = None if frontend == "export" or understood is None else understood.recording.first_call
-    guard = Guard(bio, _checked(frontend, understood) if old is None else old.structures, call)
     if old is not None:
-        guard.kinds = old.kinds
-    return guard
+        return Guard(bio, old.structures, old.kinds)
+    call = None if frontend == "export" or understood is None else understood.recording.first_call
+    known = {} if call is None else kinds(placeholders(bio.graph), *call)
+    return Guard(bio, _checked(frontend, understood), known)
 
 
 def _checked(frontend: str, understood: Understanding | None) -> frozenset[CallStructure] | None:

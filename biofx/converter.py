@@ -282,7 +282,7 @@ def _count_call(weights: list[PlasticWeight]) -> None:
 
 
 def _with_methods(bio: nn.Module) -> Converted:
-    cls: Any = type(bio)  # which no other model has, and which its forward refers to, so no other takes its place
+    cls: Any = type(bio)  # of this model alone; its forward refers to it, so a new class could not take its place
     cls.__bases__ = tuple(Converted if base is CapturedModule else base for base in cls.__bases__)
     assert isinstance(bio, Converted)
     return bio

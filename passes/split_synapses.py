@@ -88,7 +88,7 @@ class SplitSynapses(Pass):
         shares = dirichlet if self.init == "dirichlet" else equal
         dtype = torch.promote_types(site.raw.dtype, torch.float32)
         edit.replace_raw(split(site.raw, shares(self.synapses, site.raw.shape, edit.generator, dtype)))
-        self._compensate(edit)
+        self._share_gradient(edit)
         if self.activation is None:
             edit.insert(torch.sum, 0)
         else:
@@ -101,12 +101,12 @@ class SplitSynapses(Pass):
 
     def _split_bias(self, edit: Editor, groups: int) -> None:
         edit.replace_raw((edit.raw / self.synapses).expand(self.synapses, -1))
-        self._compensate(edit)
+        self._share_gradient(edit)
         _stack(edit, 0, groups)
 
-    def _compensate(self, edit: Editor) -> None:
+    def _share_gradient(self, edit: Editor) -> None:
         if self.synapses > 1:
-            # Before the sum: its gradient is one tensor for all synapses, and this gives each an entry of its own.
+            # It stands before the sum, which hands all synapses one gradient in memory: each gets its own here.
             edit.insert(torch.ops.biofx.share_grad, 1 / self.synapses if self.compensate else 1.0)
 
 

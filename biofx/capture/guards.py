@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -33,7 +33,6 @@ from biofx.model.islands import ORIGINAL_CLASS, WHOLE_MODEL
 from biofx.model.provenance import record_of
 from biofx.model.synapses import Synapses, has_synapses, replaced_weights, synapses_in
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 _OF_TENSORS = ("_parameters", "_buffers")
 
 
@@ -71,7 +70,7 @@ class Guard:
     Args:
         bio: the transformed model.
         structures: the structures of the arguments on which it was checked; None for any.
-        call: the arguments with which it was traced; None for any.
+        known: the kinds of the arguments with which it was traced; empty for any.
 
     Attributes:
         needs: why the graph runs in place of the model's Python; None if it does not.
@@ -79,11 +78,13 @@ class Guard:
             units is known of the run that was checked: of other ways through it, nothing is.
     """
 
-    def __init__(self, bio: fx.GraphModule, structures: frozenset[CallStructure] | None, call: Call | None) -> None:
+    def __init__(
+        self, bio: fx.GraphModule, structures: frozenset[CallStructure] | None, known: Mapping[str, Any]
+    ) -> None:
         # Including the containers around traced modules: their children may be replaced.
         around = (accumulate(path.split("."), "{}.{}".format) for path in record_of(bio).traced)
         self.traced = tuple(dict.fromkeys(["", *chain.from_iterable(around), *_only_looked_at(bio)]))
-        self.structures = structures
+        self.structures, self.kinds = structures, known
         self._assigned = {
             ("" if node.args[0].target == WHOLE_MODEL else str(node.args[0].target), str(node.args[1]))
             for node in bio.graph.nodes
@@ -96,7 +97,6 @@ class Guard:
         self._made_anew = {path: made_anew(module) for path, module in plain.items()}
         self._forwards: dict[str, Any] | None = self._forwards_of_classes(bio)
         self.refresh(bio)
-        self.kinds = {} if call is None else kinds(self.defaults, *call)
         self._outside: OutsideVariables | None = self._outside_of(bio)
         self._keys, self._changed_name = self._outside.keys, ""
         self._names = self._outside.names
@@ -417,7 +417,7 @@ def _read_anew(bio: fx.GraphModule) -> dict[int, str]:
             live.update((node, *node.all_input_nodes))
     read = {str(node.target) for node in bio.graph.find_nodes(op="get_attr") if node in live}
     called = tuple(f"{node.target}." for node in bio.graph.find_nodes(op="call_module"))
-    read -= {*record_of(bio).constants}  # which only a fold takes for tensors of the model
+    read -= {*record_of(bio).constants}  # buffers that capture made of tensors that variables hold
     names = (name for name in registered if name in read or name.startswith(called))
     return {id(registered[name]): name for name in names}
 

@@ -224,7 +224,8 @@ class OutsideVariables:
 
     def _parts(self, label: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Tensor):
-            self.tensors += [value] if id(value) not in self._followed else []
+            if id(value) not in self._followed:
+                self.tensors.append(value)
         elif isinstance(value, FunctionType):
             yield from self._of_function(label, value)
         elif is_generator(value):
