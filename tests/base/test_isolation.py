@@ -418,9 +418,14 @@ def test_results_in_objects_are_results():
 def test_copies_of_buffers_end_with_the_block():
     model = nn.BatchNorm1d(2)
     before = model.running_mean
-    with pytest.raises(ZeroDivisionError), undisturbed(model):
-        assert uses_copies()
-        assert model.running_mean is not before
-        raise ZeroDivisionError
+
+    def fail():
+        with undisturbed(model):
+            assert uses_copies()
+            assert model.running_mean is not before
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert not uses_copies()
     assert model.running_mean is before
