@@ -137,7 +137,7 @@ def test_a_step_looks_up_no_weight_by_name(monkeypatch):
     optimizer = torch.optim.SGD(bio.parameters(), lr=0.01)
     biofx.attach(bio, optimizer)
     found = []
-    for looks_up in ("_submodule", "child_of"):
+    for looks_up in ("submodule", "child_of"):
         own = getattr(synapses, looks_up)
         monkeypatch.setattr(synapses, looks_up, lambda *args, own=own: (found.append(args), own(*args))[1])
     counts = []
